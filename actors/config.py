@@ -1,0 +1,154 @@
+"""The configuration of the whole service: the `args` of `ray_config.yaml`.
+
+Frozen, validated once at the edge, defaults written here only; an unknown key is an error that names it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from actors.decoding.guidance import Guidance
+from actors.decoding.parameters import Sampling, Thinking
+from actors.requests import ROLES, Role
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names each key and what to do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Replicas(_Section):
+    """How many replicas of a deployment: fixed when min equals max, else Serve autoscales between them."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"replicas.max ({self.max}) is below replicas.min ({self.min})")
+        return self
+
+
+class ModelConfig(_Section):
+    """One role's model: where it comes from, how it is computed, where it is placed."""
+
+    path: str = Field(min_length=1)  # a local folder or a Hugging Face hub id
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: str | dict[str, int | str] | None = None  # accelerate's: over the GPUs of one node
+    quantization: dict[str, Any] | None = None  # passed to transformers as quantization_config
+    adapter: str | None = None  # a PEFT adapter on top
+    attention: Literal["auto", "sdpa", "gathered"] = "auto"
+    cache_tokens: int = Field(65_536, ge=64)  # tokens of all sessions together
+    prefill_chunk: int = Field(2_048, ge=1)  # prompt tokens in one forward at most
+    max_position: int | None = Field(None, ge=1)  # tokens of one session; default: what the model was built for
+    num_cpus: float = Field(0.2, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = {}
+    label_selector: dict[str, str] = {}  # Ray node labels that its node must have
+    replicas: Replicas = Replicas(min=1, max=1)
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if self.trust_remote_code and not self.revision:
+            raise ValueError(
+                "trust_remote_code runs code from the model's repository: pin a revision (a commit hash) beside it"
+            )
+        return self
+
+
+class Models(_Section):
+    """The three roles."""
+
+    target: ModelConfig
+    guider: ModelConfig
+    guider_base: ModelConfig
+
+    def role(self, role: Role) -> ModelConfig:
+        """The model of a role."""
+        model: ModelConfig = getattr(self, role)
+        return model
+
+
+class Exchange(_Section):
+    """What travels between coordinator and models at every step."""
+
+    mode: Literal["topk", "full"] = "topk"
+    k: int = Field(128, ge=1)  # width of a slice
+    widen_above: float = Field(0.002, ge=0, le=1)  # estimated uncovered mass above which a row is widened; 1: never
+    widen_factor: int = Field(8, ge=2)  # one widening multiplies k by this; the next takes the whole row
+    audit_every: int = Field(1_000, ge=0)  # hold one guided row in so many against whole rows; 0: never
+
+
+class CoordinatorConfig(_Section):
+    """The coordinators: replicas that each decode many sessions."""
+
+    max_sessions: int = Field(64, ge=1)  # decoded together by one coordinator; more wait
+    max_waiting: int = Field(256, ge=0)  # beyond these a request is refused with 429
+    num_cpus: float = Field(0.2, ge=0)
+    replicas: Replicas = Replicas(min=1, max=1)
+    label_selector: dict[str, str] = {}
+
+
+class RouterConfig(_Section):
+    """The HTTP side."""
+
+    max_request_bytes: int = Field(4_194_304, ge=1_024)
+    num_cpus: float = Field(0.1, ge=0)
+    replicas: Replicas = Replicas(min=1, max=1)
+
+
+class Deadlines(_Section):
+    """Seconds after which a wait ends with an error instead of hanging."""
+
+    model_load_s: float = Field(1_800, gt=0)
+    role_missing_s: float = Field(60, gt=0)  # a session waits so long for a role that is away
+    step_s: float = Field(60, gt=0)  # one answer of a model
+    connect_s: float = Field(5, gt=0)
+    request_s: float = Field(3_600, gt=0)
+
+
+class ServiceConfig(_Section):
+    """Everything that `ray_config.yaml` says about the service."""
+
+    version: Literal[1]
+    name: str = Field("thinklogit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    models: Models
+    exact: bool = False  # bitwise repeatable: CPU, fp32, one thread; slower
+    beyond_context: Literal["continue", "stop_guidance", "error"] = "error"
+    guidance: Guidance = Guidance()
+    thinking: Thinking = Thinking()
+    sampling: Sampling = Sampling()
+    exchange: Exchange = Exchange()
+    coordinator: CoordinatorConfig = CoordinatorConfig()
+    router: RouterConfig = RouterConfig()
+    deadlines: Deadlines = Deadlines()
+
+    @property
+    def served_names(self) -> dict[str, Role | Literal["guided"]]:
+        """The names under which clients find the guided model and each role alone."""
+        alone: dict[str, Role | Literal["guided"]] = {f"{self.name}/{role.replace('_', '-')}": role for role in ROLES}
+        return {self.name: "guided", **alone}
+
+
+def load_config(args: dict[str, Any]) -> ServiceConfig:
+    """The configuration in the `args` of `ray_config.yaml`. Raises ConfigError naming every key that is wrong."""
+    try:
+        return ServiceConfig.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(item) for item in error.errors())) from None
+
+
+def _sentence(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "args"
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: unknown key; check its spelling against the README"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,114 @@
+"""From completed rows to tokens: combine, adjust, estimate what is not seen, choose. Vectorised over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.arithmetic import Floats, RoleRows, combine, outside_estimate, total_variation
+from actors.decoding.candidates import Dense, Part, candidates
+from actors.decoding.parameters import Sampling
+from actors.decoding.sampling import choose
+
+Adjust = Callable[[NDArray[np.int64], Floats], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row to decide: its parts, alpha, and what the request wants. seed and position feed the noise.
+
+    adjust: changes the row's logits in place by the request's history (`penalties.adjust`).
+    """
+
+    target: Part
+    guider: Part | None
+    guider_base: Part | None
+    alpha: float
+    sampling: Sampling
+    seed: int
+    position: int
+    adjust: Adjust
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decisions:
+    """What B rows came to.
+
+    tokens [B], and alone [B]: what the target by itself had chosen. outside [B]: estimated mass outside the
+    candidates. uncovered [B]: the largest exactly known uncovered mass of a single model. stuck [B]: no candidate may
+    be chosen. dense and logits [B, W]: the candidates and their adjusted combined logits.
+    """
+
+    tokens: NDArray[Any]
+    alone: NDArray[Any]
+    outside: Floats
+    uncovered: Floats
+    stuck: NDArray[np.bool_]
+    dense: Dense
+    logits: Floats
+
+
+def decide(rows: Sequence[Row], guided: bool) -> Decisions:
+    """Decide rows that are all guided, or all decoded by the target alone."""
+    alpha = np.array([row.alpha for row in rows])
+    parts = [[row.target, row.guider] if guided and row.guider else [row.target] for row in rows]
+    dense = candidates(parts)
+    target = _role_rows(dense, [row.target for row in rows])
+    smalls: list[RoleRows] = []
+    logits = np.where(dense.inside, target.logits, -np.inf)
+    own = logits.copy()
+    if guided:
+        smalls = [
+            _role_rows(dense, [row.guider for row in rows if row.guider]),
+            _role_rows(dense, [row.guider_base for row in rows if row.guider_base]),
+        ]
+        logits = combine(target, smalls[0], smalls[1], alpha, dense.inside)
+    for index, row in enumerate(rows):
+        width = int(dense.inside[index].sum())
+        row.adjust(dense.ids[index, :width], logits[index, :width])
+        row.adjust(dense.ids[index, :width], own[index, :width])
+    stuck: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
+    logits[stuck] = own[stuck] = 0.0  # decided by nobody: the caller widens the row or gives up
+    outside = np.where(stuck, 1.0, outside_estimate(logits, dense.inside, alpha, target, *smalls))
+    uncovered = np.max([model.uncovered(dense.inside) for model in (target, *smalls)], axis=0)
+    tokens, alone = _choose(rows, dense, logits, own, guided)
+    return Decisions(tokens, alone, outside, uncovered, stuck, dense, logits)
+
+
+def compare(rows: Sequence[Row], sliced: Decisions, whole: Decisions) -> tuple[Floats, NDArray[np.bool_]]:
+    """Hold decisions from slices against those from whole rows: total variation [B], and whether the choice differs."""
+    spread = np.full(whole.logits.shape, -np.inf)
+    for index in range(len(rows)):
+        inside = sliced.dense.inside[index]
+        place = np.searchsorted(whole.dense.ids[index], sliced.dense.ids[index, inside])
+        spread[index, place] = sliced.logits[index, inside]
+    temperature = np.array([row.sampling.temperature or 1.0 for row in rows])
+    return total_variation(spread, whole.logits, temperature), sliced.tokens != whole.tokens
+
+
+def _role_rows(dense: Dense, parts: Sequence[Part]) -> RoleRows:
+    return RoleRows(dense.values(parts), np.array([part.logsumexp for part in parts], np.float64))
+
+
+def _choose(
+    rows: Sequence[Row], dense: Dense, logits: Floats, own: Floats, guided: bool
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The combined choice and the target's own, by one pass over both."""
+    parameters = [row.sampling for row in rows]
+    seeds = np.array([row.seed for row in rows], np.uint64)
+    positions = np.array([row.position for row in rows], np.uint64)
+    if not guided:
+        tokens = choose(dense.ids, logits, parameters, seeds, positions)
+        return tokens, tokens
+    twice = choose(
+        np.concatenate([dense.ids, dense.ids]),
+        np.concatenate([logits, own]),
+        [*parameters, *parameters],
+        np.concatenate([seeds, seeds]),
+        np.concatenate([positions, positions]),
+    )
+    return twice[: len(rows)], twice[len(rows) :]

@@ -1,0 +1,55 @@
+"""How strongly the guider steers: alpha as a function of the generated tokens.
+
+z = z_target + alpha * (z_guider - z_guider_base)    (arXiv 2507.12759, equation 1)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """When and how strongly a session is guided.
+
+    alpha: strength of the guidance; 0 runs the target alone. Any finite number.
+    warmup_tokens: alpha is 0 for so many generated tokens first (published runs: 100).
+    schedule: pieces `(generated_tokens, alpha)`: from that many generated tokens on, alpha is this. Rising positions.
+        Before the first piece `alpha` holds; the warm-up stands above the schedule.
+    guide: "always", or "thinking": only until the thinking ends.
+    Raises ValueError for values outside these.
+    """
+
+    alpha: float = 1.0
+    warmup_tokens: int = 0
+    schedule: tuple[tuple[int, float], ...] = ()
+    guide: Literal["always", "thinking"] = "always"
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for alpha in (self.alpha, *(alpha for _, alpha in self.schedule)):
+            if not math.isfinite(alpha):
+                raise ValueError(f"alpha must be a finite number, not {alpha}")
+        if self.warmup_tokens < 0:
+            raise ValueError(f"warmup_tokens must be 0 or more, not {self.warmup_tokens}")
+        starts = [start for start, _ in self.schedule]
+        if any(start < 0 for start in starts) or starts != sorted(set(starts)):
+            raise ValueError(f"the schedule's positions must be 0 or more and rise, not {starts}")
+        if self.guide not in ("always", "thinking"):
+            raise ValueError(f'guide must be "always" or "thinking", not {self.guide!r}')
+
+    def alpha_at(self, generated: int, thinking_over: bool = False) -> float:
+        """Alpha for the next token after `generated` tokens."""
+        if generated < self.warmup_tokens or (thinking_over and self.guide == "thinking"):
+            return 0.0
+        alpha = self.alpha
+        for start, piece in self.schedule:
+            if generated >= start:
+                alpha = piece
+        return alpha
+
+    def never_guides(self) -> bool:
+        """Whether alpha is 0 at every token, so that the small models are not needed at all."""
+        return self.alpha == 0 and all(alpha == 0 for _, alpha in self.schedule)

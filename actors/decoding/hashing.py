@@ -1,0 +1,40 @@
+"""Integer hashes that everything repeatable stands on: token prefixes and seeds.
+
+Pure integer arithmetic, so that the same bits come out on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix64(x: int) -> int:
+    """The splitmix64 finaliser: a bijection of 64-bit integers in which every input bit moves every output bit."""
+    x &= MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def prefix_hash(previous: int, token: int) -> int:
+    """The 64-bit running hash of a token sequence after one more token; start from the model's own seed."""
+    return mix64(previous + (token + 1) * _GOLDEN)
+
+
+def extend_hashes(start: int, tokens: Sequence[int]) -> list[int]:
+    """The running hash after each of `tokens`, in order."""
+    hashes = []
+    for token in tokens:
+        start = prefix_hash(start, token)
+        hashes.append(start)
+    return hashes
+
+
+def derive_seed(seed: int, *parts: int) -> int:
+    """A 64-bit seed from another and a path of integers: H(request seed, choice), H(run seed, question, sample)."""
+    for part in parts:
+        seed = prefix_hash(seed, part)
+    return mix64(seed)

@@ -1,0 +1,71 @@
+"""What a request's history does to its next row: bias, penalties and bans, before any filter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.parameters import Sampling
+
+Ids = NDArray[np.int64]
+
+
+def touches(sampling: Sampling) -> bool:
+    """Whether the history changes rows at all."""
+    return bool(
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )
+
+
+def must_know(sampling: Sampling, prompt: Collection[int], output: Counter[int]) -> set[int]:
+    """Ids that the request lifts, so that they may be chosen from outside every slice."""
+    lifted = {token for token, bias in sampling.logit_bias if bias > 0}
+    if sampling.presence_penalty < 0 or sampling.frequency_penalty < 0:
+        lifted |= output.keys()
+    if sampling.repetition_penalty < 1:
+        lifted |= {*output, *prompt}
+    return lifted
+
+
+def adjust(
+    ids: Ids,
+    logits: NDArray[Any],
+    sampling: Sampling,
+    prompt: Collection[int],
+    output: Counter[int],
+    banned: Iterable[int] = (),
+) -> None:
+    """Change one row in place: ids [W] ascending, logits [W].
+
+    logit_bias is added, then the repetition penalty (ids of prompt and output: positive logits divided, negative ones
+    multiplied), then frequency and presence penalties (ids of the output), as in vLLM. `banned` ids become -inf.
+    """
+    _add(ids, logits, dict(sampling.logit_bias))
+    if sampling.repetition_penalty != 1:
+        at = _places(ids, {*prompt, *output})
+        seen, penalty = logits[at], sampling.repetition_penalty
+        logits[at] = np.where(seen > 0, seen / penalty, seen * penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        present, often = sampling.presence_penalty, sampling.frequency_penalty
+        _add(ids, logits, {token: -present - often * count for token, count in output.items()})
+    logits[_places(ids, banned)] = -np.inf
+
+
+def _places(ids: Ids, wanted: Iterable[int]) -> NDArray[np.intp]:
+    """Where those of the wanted ids stand that are in `ids`."""
+    sought = np.array(sorted(set(wanted)), np.int64)
+    place = np.minimum(np.searchsorted(ids, sought), len(ids) - 1)
+    found: NDArray[np.intp] = place[ids[place] == sought]
+    return found
+
+
+def _add(ids: Ids, logits: NDArray[Any], addends: dict[int, float]) -> None:
+    at = _places(ids, addends)
+    logits[at] += [addends[int(token)] for token in ids[at]]

@@ -1,0 +1,87 @@
+"""Choosing the next token so that nothing but the row, the seed and the position matters.
+
+Gumbel-max with counter-based noise: the choice is argmax over allowed ids v of z(v)/T + g(seed, position, v) with
+g = -log(-log(u)) and u a pure integer hash. Rows are [B, W]: candidate ids ascending, logits -inf in the padding.
+Sums run left to right in float64 (`cumsum`), so that padding and company change no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.parameters import Sampling
+
+Floats = NDArray[np.float64]
+Ints = NDArray[Any]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`hashing.mix64`, vectorised."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniform(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
+    """[B], [B], [B, W] -> [B, W]: 52-bit uniforms strictly inside (0, 1) of (seed, position, id)."""
+    with np.errstate(over="ignore"):
+        row = _mix64(seeds.astype(np.uint64) + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+        bits = _mix64(row[:, None] + (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    u: Floats = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return u
+
+
+def gumbel(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
+    """Standard Gumbel noise of (seed, position, id), [B, W]."""
+    noise: Floats = -np.log(-np.log(uniform(seeds, positions, ids)))
+    return noise
+
+
+def filter_logits(logits: Floats, parameters: Sequence[Sampling]) -> Floats:
+    """Temperature, then min_p, top_k and top_p, per row: [B, W] -> [B, W] with -inf for what is filtered out.
+
+    Greedy rows (temperature 0) pass unchanged. Ties are ranked by the lowest id.
+    """
+    temperature = np.array([p.temperature or 1.0 for p in parameters])
+    scaled: Floats = logits / temperature[:, None]
+    top_p = np.array([p.top_p for p in parameters])
+    min_p = np.array([p.min_p for p in parameters])
+    top_k = np.array([p.top_k or np.iinfo(np.int64).max for p in parameters])
+    width = logits.shape[1]
+    active = np.array([p.temperature > 0 for p in parameters]) & ((top_p < 1) | (min_p > 0) | (top_k < width))
+    if active.any():
+        scaled[active] = _filter(scaled[active], top_k[active], top_p[active], min_p[active])
+    return scaled
+
+
+def _filter(scaled: Floats, top_k: Ints, top_p: Floats, min_p: Floats) -> Floats:
+    order = np.argsort(-scaled, axis=1, kind="stable")
+    ranked = np.take_along_axis(scaled, order, 1)
+    weights = np.exp(ranked - ranked[:, :1])
+    rank = np.arange(scaled.shape[1])
+    keep = (rank < top_k[:, None]) & (weights >= min_p[:, None])
+    weights = np.where(keep, weights, 0.0)
+    cumulative = np.cumsum(weights, 1)
+    before = cumulative - weights
+    # The first token is always kept; a token stays while the mass before it is below top_p of all that is left.
+    keep &= (before < top_p[:, None] * cumulative[:, -1:]) | (rank == 0)
+    kept = np.where(keep, ranked, -np.inf)
+    out = np.empty_like(scaled)
+    np.put_along_axis(out, order, kept, 1)
+    return out
+
+
+def choose(ids: Ints, logits: Floats, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Ints:
+    """The chosen id of each row, [B]. ids, logits: [B, W]; ties go to the lowest id. A row must have a finite logit."""
+    scores = filter_logits(logits, parameters)
+    sampled = np.array([p.temperature > 0 for p in parameters])
+    if sampled.any():
+        noise = gumbel(seeds[sampled], positions[sampled], ids[sampled])
+        scores[sampled] += np.where(np.isfinite(scores[sampled]), noise, 0.0)
+    return np.asarray(np.take_along_axis(ids, np.argmax(scores, 1)[:, None], 1)[:, 0])

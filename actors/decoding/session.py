@@ -1,0 +1,225 @@
+"""One sequence being decoded. Its token ids, seed and parameters are its only durable state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.answer import AnswerText, Shown
+from actors.decoding.hashing import prefix_hash
+from actors.decoding.penalties import adjust, must_know, touches
+from actors.decoding.vocabulary import VocabularyMap
+from actors.requests import Delta, FinishReason, Generate, Role, TokenNote, Usage
+
+
+class TextStream(Protocol):
+    """Turns ids into text as they come, holding back what is not yet certain."""
+
+    def push(self, token: int, /) -> str: ...
+    def flush(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """One role's ids of the texts that decoding may force."""
+
+    end: tuple[int, ...]  # of thinking.end
+    wait: tuple[int, ...]  # of thinking.wait
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """What a session must know of the vocabularies: maps from its primary, and how its texts are spelled."""
+
+    maps: Mapping[Role, VocabularyMap]  # of the small roles
+    spellings: Mapping[Role, Spelling]  # of every role of the session
+    eos_ids: tuple[int, ...]  # of the primary, the first one stands for all
+    added: frozenset[int]  # the primary's added tokens
+    text: Callable[[Sequence[int]], TextStream]  # decodes what follows these ids
+
+
+class Stream:
+    """One role's token ids, with the running hash after each, and how many its replica holds."""
+
+    def __init__(self, hash_seed: int, tokens: Sequence[int]) -> None:
+        self._seed = hash_seed
+        self.tokens: list[int] = []
+        self._hashes: list[int] = []
+        self.held = 0
+        self.append(tokens)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add tokens at the end."""
+        running = self.hash_before(len(self.tokens))
+        for token in tokens:
+            running = prefix_hash(running, token)
+            self.tokens.append(token)
+            self._hashes.append(running)
+
+    def replace_tail(self, length: int, tokens: Sequence[int]) -> None:
+        """Put `tokens` in the place of the last `length`."""
+        keep = len(self.tokens) - length
+        del self.tokens[keep:], self._hashes[keep:]
+        self.held = min(self.held, keep)
+        self.append(tokens)
+
+    def hash_before(self, position: int) -> int:
+        """The running hash of the tokens before `position`."""
+        return self._hashes[position - 1] if position else self._seed
+
+    def reseed(self, hash_seed: int) -> None:
+        """Another model speaks for this role now: nothing is held, and its hashes start elsewhere."""
+        tokens, self.tokens, self._hashes = self.tokens, [], []
+        self._seed, self.held = hash_seed, 0
+        self.append(tokens)
+
+
+class Session:
+    """The state machine of one sequence: token in, text out, until it is finished."""
+
+    def __init__(self, request: Generate, language: Language, hash_seeds: Mapping[Role, int]) -> None:
+        self.request, self.language = request, language
+        self.streams = {role: Stream(hash_seeds[role], tokens) for role, tokens in request.prompts.items()}
+        self.prompt = frozenset(self.primary.tokens)
+        self.output: Counter[int] = Counter()
+        self.generated = self.reasoning_tokens = self.guided = self.changed = self.widened = 0
+        self.uncovered = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self._last_run = (-1, 0)
+        self._text = language.text(self.primary.tokens)
+        thinking_end = request.thinking.end if request.thinking.start else None
+        self._answer = AnswerText(thinking_end, request.sampling.stop, request.sampling.include_stop_str_in_output)
+        end = language.spellings[request.primary].end
+        self._end_token = end[0] if len(end) == 1 and end[0] in language.added else None
+
+    @property
+    def primary(self) -> Stream:
+        """The stream that the answer is read from."""
+        return self.streams[self.request.primary]
+
+    def alpha(self) -> float:
+        """Alpha for the next token."""
+        thinking_over = self.generated > 0 and not self._answer.thinking
+        return self.request.guidance.alpha_at(self.generated, thinking_over)
+
+    def must_know(self) -> set[int]:
+        """Primary ids that the next row must know exactly, beside the folded events."""
+        return must_know(self.request.sampling, self.prompt, self.output)
+
+    def adjust(self, ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
+        """Change the next row in place by the request's history; before min_tokens nothing may end the answer."""
+        sampling = self.request.sampling
+        early = self.generated < sampling.min_tokens
+        if early or touches(sampling):
+            banned = (*self.language.eos_ids[:1], *sampling.stop_token_ids) if early else ()
+            adjust(ids, logits, sampling, self.prompt, self.output, banned)
+
+    def commit(self, token: int, alpha: float, changed: bool) -> Delta:
+        """Take the chosen token; returns what there is to show. Sets `finish_reason` when the answer is over."""
+        self.guided += alpha != 0
+        self.changed += changed
+        if self._ends_too_early(token):
+            taken, shown = self._take({role: s.wait for role, s in self.language.spellings.items()})
+        else:
+            taken, shown = self._take(self._read_by_each(token))
+        if self.finish_reason is None and self._thinks_too_long():
+            forced, closing = self._take({role: s.end for role, s in self.language.spellings.items()})
+            taken, shown = taken + forced, shown + closing
+        notes = [TokenNote(i, text, alpha, changed) for i, text in taken] if self.request.explain else []
+        return Delta(shown.reasoning, shown.content, [i for i, _ in taken], notes)
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
+        """End the answer; returns the text that was held back."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        shown = self._answer.push(self._text.flush())
+        if shown.stop is not None:
+            self.finish_reason, self.stop_reason = "stop", shown.stop
+        else:
+            shown = shown + self._answer.flush()
+        return Delta(shown.reasoning, shown.content)
+
+    def usage(self) -> Usage:
+        """The counts so far."""
+        return Usage(
+            prompt_tokens=len(self.request.prompts[self.request.primary]),
+            completion_tokens=self.generated,
+            reasoning_tokens=self.reasoning_tokens,
+            guided_tokens=self.guided,
+            changed_tokens=self.changed,
+            widened_rows=self.widened,
+            uncovered_mass=self.uncovered / self.guided if self.guided else 0.0,
+        )
+
+    def _read_by_each(self, token: int) -> dict[Role, tuple[int, ...]]:
+        read = {role: mapping.tokens(token) for role, mapping in self.language.maps.items()}
+        return {self.request.primary: (token,), **read}
+
+    def _ends_too_early(self, token: int) -> bool:
+        early = self._answer.thinking and self.reasoning_tokens < self.request.thinking.min_tokens
+        return early and (token in self.language.eos_ids or token == self._end_token)
+
+    def _thinks_too_long(self) -> bool:
+        limit = self.request.thinking.max_tokens
+        return self._answer.thinking and limit is not None and self.reasoning_tokens >= limit
+
+    def _take(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], Shown]:
+        """Append ids to every stream, until the answer is over: the primary's ids with their texts, and what shows."""
+        for role in self.language.maps:
+            self.streams[role].append(ids[role])
+        taken: list[tuple[int, str]] = []
+        shown = Shown()
+        for token in ids[self.request.primary]:
+            self.primary.append([token])
+            self.output[token] += 1
+            self.generated += 1
+            self.reasoning_tokens += self._answer.thinking
+            self._last_run = (token, self._last_run[1] + 1 if token == self._last_run[0] else 1)
+            text = self._text.push(token)
+            taken.append((token, text))
+            shown = shown + self._show(token, text)
+            if self.finish_reason is not None:
+                break
+        return taken, shown
+
+    def _show(self, token: int, text: str) -> Shown:
+        """What one more token of the primary shows; decides whether the answer is over."""
+        sampling = self.request.sampling
+        if token in self.language.eos_ids and not sampling.ignore_eos:
+            return self._end("stop")
+        if token in sampling.stop_token_ids:
+            return self._end("stop", token)
+        shown = self._answer.push(text)
+        if token == self._end_token and self._answer.thinking:
+            shown = shown + self._answer.close_thinking()
+        elif shown.closed:
+            self._respell_end()
+        if shown.stop is not None:
+            self.finish_reason, self.stop_reason = "stop", shown.stop
+        elif sampling.stop_on_repeat and self._last_run[1] >= sampling.stop_on_repeat:
+            shown = shown + self._end("stop", "repeat")
+        elif sampling.max_tokens is not None and self.generated >= sampling.max_tokens:
+            shown = shown + self._end("length")
+        return shown
+
+    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> Shown:
+        rest = self.finish(reason, stop_reason)
+        return Shown(rest.reasoning, rest.content)
+
+    def _respell_end(self) -> None:
+        """The thinking's end stands there as text: a role with a token of its own for it reads that token instead."""
+        ours = self.language.spellings[self.request.primary].end
+        if tuple(self.primary.tokens[-len(ours) :]) != ours:
+            return
+        for role, mapping in self.language.maps.items():
+            stream, theirs = self.streams[role], self.language.spellings[role].end
+            if tuple(stream.tokens[-len(theirs) :]) != theirs:
+                stream.replace_tail(sum(len(mapping.tokens(token)) for token in ours), theirs)

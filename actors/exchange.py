@@ -1,0 +1,270 @@
+"""Carries rows: extends the models, completes the candidates by lookups, widens rows, for many sessions at once.
+
+Every id that one model puts forward is asked of the others at once, also while they still compute (a lookup waits for
+its row). So a row's candidates are the same in any order of arrival.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from actors.config import Exchange as ExchangeConfig
+from actors.decoding.candidates import SPAN, Ids, Part, keys, missing, unique
+from actors.decoding.decision import Decisions
+from actors.decoding.session import Session
+from actors.decoding.vocabulary import Known, VocabularyMap, known
+from actors.languages import Languages
+from actors.links import Replica
+from actors.requests import Role
+from actors.wire.messages import WHOLE, Message, Refusal, Refused, Rows, Values
+
+PROPOSERS: tuple[Role, ...] = ("target", "guider")  # the guider base only answers for what these put forward
+
+
+class Live:
+    """A session on its way: where its caches are, and the row in flight."""
+
+    def __init__(self, session: Session, key: int, age: int) -> None:
+        self.session, self.key, self.age = session, key, age
+        self.epoch = 1
+        self.replicas: dict[Role, Replica] = {}
+        self.parts: dict[Role, Part] = {}
+        self.tickets: dict[Role, set[int]] = {}
+        self.alpha = 0.0
+        self.k = 0  # width of the row's slices; WHOLE: whole rows
+        self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
+        self.row_since = 0.0
+        self.faults = 0
+
+    @property
+    def primary(self) -> Role:
+        """The role whose vocabulary the answer is in."""
+        return self.session.request.primary
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of the row in flight has come."""
+        return bool(self.parts) and all(part.complete for part in self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An item on its way to a model, found again by its ticket."""
+
+    kind: Literal["extend", "lookup", "widen"]
+    live: Live
+    role: Role
+    ids: Ids = field(default_factory=lambda: np.zeros(0, np.int64))  # of a lookup, in the primary's vocabulary
+    known: Known | None = None
+    length: int = 0  # of the stream when an extend was sent
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An item that a model refused."""
+
+    live: Live
+    role: Role
+    code: Refusal
+    detail: int
+
+
+class Exchange:
+    """The rows in flight of one coordinator."""
+
+    def __init__(self, config: ExchangeConfig, languages: Languages) -> None:
+        self._config, self._languages = config, languages
+        self._ticket = itertools.count(1)
+        self._asked: dict[int, Asked] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], tuple[VocabularyMap, Known]] = {}
+        self._touched: dict[int, Live] = {}
+
+    def begin(self, live: Live, alpha: float) -> None:
+        """Start the session's next row: extend every role that it needs. Their replicas are bound."""
+        live.alpha, live.audited = alpha, None
+        live.k = WHOLE if self._config.mode == "full" else self._config.k
+        roles: Sequence[Role] = ("target", "guider", "guider_base") if alpha else (live.primary,)
+        live.parts = {role: Part() for role in roles}
+        for role in roles:
+            self._extend(live, role)
+
+    def again(self, live: Live, role: Role, held: int) -> None:
+        """Ask one role for its part of the row anew, from what its replica holds."""
+        self._forget(live, role)
+        stream = live.session.streams[role]
+        stream.held = min(held, len(stream) - 1)
+        live.parts[role] = Part()
+        self._extend(live, role)
+        self._touched[live.key] = live
+
+    def widen(self, live: Live, k: int) -> None:
+        """Ask for wider slices of the row in flight (WHOLE: for whole rows of every role)."""
+        live.k = k
+        for role, part in live.parts.items():
+            if role in PROPOSERS or role == live.primary or k == WHOLE:
+                position, row = self._row(live, role)
+                ticket = self._ticketed(Asked("widen", live, role))
+                live.replicas[role].outbox.widens.append((ticket, live.key, row, live.epoch, position, k))
+                part.waiting += 1
+
+    def drop(self, live: Live) -> None:
+        """The session is over, or starts its row anew: forget what was asked for it."""
+        for role in list(live.tickets):
+            self._forget(live, role)
+        live.parts = {}
+        self._touched.pop(live.key, None)
+
+    def absorb(self, messages: Iterable[Message]) -> list[Fault]:
+        """Take in replies. Returns what was refused; answers that nobody waits for any more are ignored."""
+        faults: list[Fault] = []
+        for message in messages:
+            if isinstance(message, Rows):
+                self._take_rows(message)
+            elif isinstance(message, Values):
+                self._take_values(message)
+            elif isinstance(message, Refused):
+                faults += self._take_refused(message)
+        return faults
+
+    def advance(self) -> list[Live]:
+        """Ask for what the rows touched since the last call still lack; returns those that are complete."""
+        touched, self._touched = list(self._touched.values()), {}
+        self._ask([live for live in touched if live.alpha and not self._whole(live)])
+        return [live for live in touched if live.complete]
+
+    def _ask(self, lives: list[Live]) -> None:
+        """Look up, in every role, the ids that another one has put forward."""
+        if not lives:
+            return
+        wanted = unique(keys([[piece for role in PROPOSERS for piece in live.parts[role].proposed] for live in lives]))
+        for role in lives[0].parts:
+            gaps = missing(wanted, [live.parts[role].asked for live in lives])
+            for live, gap in zip(lives, gaps, strict=True):
+                if len(gap):
+                    self._lookup(live, role, gap)
+
+    def _lookup(self, live: Live, role: Role, ids: Ids) -> None:
+        part = live.parts[role]
+        part.asked.append(ids)
+        theirs = self._map(live, role).to_role[ids]
+        there = theirs >= 0
+        if not there.any():
+            return
+        position, row = self._row(live, role)
+        ticket = self._ticketed(Asked("lookup", live, role, ids[there]))
+        outbox = live.replicas[role].outbox
+        outbox.lookups.append((ticket, live.key, row, live.epoch, position, int(there.sum())))
+        outbox.ids.append(theirs[there])
+        part.waiting += 1
+
+    def _extend(self, live: Live, role: Role) -> None:
+        stream = live.session.streams[role]
+        position = min(stream.held, len(stream) - 1)
+        needed = self._known_of(live, role)
+        k = 0 if role == "guider_base" and live.primary != role and live.k != WHOLE else live.k
+        ticket = self._ticketed(Asked("extend", live, role, known=needed, length=len(stream)))
+        outbox = live.replicas[role].outbox
+        count = len(stream) - position
+        prefix = stream.hash_before(position)
+        item = (ticket, live.key, live.age, prefix, live.epoch, position, count, 1, k, len(needed.ids))
+        outbox.extends.append(item)
+        outbox.tokens += stream.tokens[position:]
+        outbox.know.append(needed.ids)
+
+    def _take_rows(self, message: Rows) -> None:
+        at = np.zeros(3, np.int64)  # where the next item's ids, logits and known values begin
+        for row, (ticket, _, k, know) in enumerate(message.items.tolist()):
+            asked = self._asked.get(ticket)
+            width = self._width(message) if k == WHOLE else k
+            ids = message.ids[at[0] : at[0] + max(k, 0)]
+            logits = message.logits[at[1] : at[1] + width]
+            values = message.known[at[2] : at[2] + know]
+            at += (max(k, 0), width, know)
+            if asked is not None:
+                self._done(ticket, asked)
+                self._take_row(asked, ids, logits, values, float(message.logsumexp[row]), k == WHOLE)
+
+    @staticmethod
+    def _width(message: Rows) -> int:
+        """Logits of a whole row in this frame: all that the slices leave, shared evenly."""
+        k, whole = message.items["k"], message.items["k"] == WHOLE
+        return int((len(message.logits) - k[~whole].sum()) // whole.sum())
+
+    def _take_row(self, asked: Asked, ids: Ids, logits: Any, values: Any, logsumexp: float, whole: bool) -> None:
+        to_primary = self._map(asked.live, asked.role).to_primary
+        part = asked.live.parts[asked.role]
+        ours = to_primary[: len(logits)] if whole else to_primary[ids]
+        if asked.kind == "widen":
+            part.waiting -= 1
+            part.widen(ours, logits)
+        else:
+            assert asked.known is not None
+            folded = asked.known.fold(values[None])[0] if len(values) else np.zeros(0)
+            part.add_rows(asked.known.events, folded, ours, logits, logsumexp)
+            asked.live.session.streams[asked.role].held = asked.length
+
+    def _take_values(self, message: Values) -> None:
+        begin = 0
+        for ticket, count in message.items.tolist():
+            asked = self._asked.get(ticket)
+            if asked is not None:
+                self._done(ticket, asked)
+                part = asked.live.parts[asked.role]
+                part.waiting -= 1
+                part.add_values(asked.ids, message.values[begin : begin + count])
+            begin += count
+
+    def _take_refused(self, message: Refused) -> list[Fault]:
+        faults: dict[tuple[int, Role], Fault] = {}
+        for ticket, code, detail in message.items.tolist():
+            asked = self._asked.get(ticket)
+            if asked is not None:
+                self._done(ticket, asked)
+                # An extend's refusal says more than those of the lookups that waited for it.
+                if asked.kind == "extend" or (asked.live.key, asked.role) not in faults:
+                    faults[asked.live.key, asked.role] = Fault(asked.live, asked.role, Refusal(code), detail)
+        return list(faults.values())
+
+    def _done(self, ticket: int, asked: Asked) -> None:
+        del self._asked[ticket]
+        asked.live.tickets[asked.role].discard(ticket)
+        self._touched[asked.live.key] = asked.live
+
+    def _ticketed(self, asked: Asked) -> int:
+        ticket = next(self._ticket)
+        self._asked[ticket] = asked
+        asked.live.tickets.setdefault(asked.role, set()).add(ticket)
+        return ticket
+
+    def _forget(self, live: Live, role: Role) -> None:
+        for ticket in live.tickets.pop(role, ()):
+            self._asked.pop(ticket, None)
+
+    def _row(self, live: Live, role: Role) -> tuple[int, int]:
+        """What names the row in flight to a replica: the position of its token, and the hash up to it."""
+        stream = live.session.streams[role]
+        return len(stream) - 1, stream.hash_before(len(stream))
+
+    def _whole(self, live: Live) -> bool:
+        return live.k == WHOLE
+
+    def _map(self, live: Live, role: Role) -> VocabularyMap:
+        return self._languages.map(live.primary, role, live.session.request.thinking.end)
+
+    def _known_of(self, live: Live, role: Role) -> Known:
+        forced = tuple(sorted(live.session.must_know() & self._languages.legal(live.primary)))
+        mapping = self._map(live, role)
+        if forced:
+            return known(mapping, forced)
+        cached = self._known.get((id(mapping), forced))
+        if cached is None:
+            cached = self._known[id(mapping), forced] = (mapping, known(mapping))
+        return cached[1]
+
+
+assert SPAN > np.iinfo(np.int32).max  # ids travel as 32-bit integers

@@ -1,0 +1,163 @@
+"""A coordinator's connections to the model replicas that the directory names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+
+from actors.directory import HEARTBEAT_S, Endpoint
+from actors.outbox import Outbox
+from actors.requests import ROLES, Role
+from actors.wire.client import Connection
+from actors.wire.errors import WireError
+from actors.wire.messages import Message, Welcome
+
+log = logging.getLogger(__name__)
+
+Locate = Callable[[], Awaitable[Sequence[Endpoint]]]
+
+
+class Replica:
+    """One model replica that a coordinator is connected to."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.outbox = Outbox()
+        self.connection: Connection | None = None
+
+    @property
+    def role(self) -> Role:
+        """The role that it plays."""
+        return self.endpoint.role
+
+    @property
+    def welcome(self) -> Welcome:
+        """What it said of itself."""
+        assert self.connection is not None
+        return self.connection.welcome
+
+    def flush(self) -> None:
+        """Send what has been collected."""
+        if self.connection is None:
+            self.outbox.take()
+            return
+        for message in self.outbox.take():
+            self.connection.send(message)
+
+
+class Links:
+    """Keeps a connection to every replica of every role, and hands them out to sessions.
+
+    locate: asks the directory who is there; when it does not answer, what is known stays in use.
+    on_message, on_lost, on_found: called on the event loop with the replica concerned.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        locate: Locate,
+        *,
+        on_message: Callable[[Replica, Message], None],
+        on_lost: Callable[[Replica], None],
+        on_found: Callable[[Replica], None],
+        connect_s: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._secret, self._locate, self._tls, self._connect_s = secret, locate, tls, connect_s
+        self._on_message, self._on_lost, self._on_found = on_message, on_lost, on_found
+        self._replicas: dict[str, Replica] = {}  # by incarnation
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to follow the directory."""
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for replica in list(self._replicas.values()):
+            if replica.connection is not None:
+                await replica.connection.close()
+        self._replicas.clear()
+
+    def pick(self, role: Role) -> Replica | None:
+        """A replica for a new session: of two drawn at random the one with the more free cache. None: nobody there."""
+        there = [r for r in self._replicas.values() if r.role == role and r.connection is not None]
+        choice = [r for r in there if not r.endpoint.stopping] or there
+        if not choice:
+            return None
+        return max(random.sample(choice, min(2, len(choice))), key=lambda r: r.endpoint.cache_free)
+
+    def missing_roles(self) -> tuple[Role, ...]:
+        """Roles that nobody connected plays."""
+        present = {r.role for r in self._replicas.values() if r.connection is not None}
+        return tuple(role for role in ROLES if role not in present)
+
+    def flush(self) -> None:
+        """Send what has been collected for every replica."""
+        for replica in list(self._replicas.values()):
+            try:
+                replica.flush()
+            except WireError as error:
+                self.drop(replica, error)
+
+    def drop(self, replica: Replica, reason: Exception) -> None:
+        """Give up a connection: the replica hangs, or does not read."""
+        log.warning("giving up the connection to %s at %s: %s", replica.role, replica.endpoint.host, reason)
+        if replica.connection is not None:
+            replica.connection.hang_up(reason)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._connect_s):
+                    endpoints = await self._locate()
+            except Exception as error:  # the directory may be away for any reason; sessions go on meanwhile
+                log.warning("the directory does not answer, keeping what is known: %s", error)
+            else:
+                await self._adopt(endpoints)
+            await asyncio.sleep(HEARTBEAT_S if not self.missing_roles() else HEARTBEAT_S / 5)
+
+    async def _adopt(self, endpoints: Sequence[Endpoint]) -> None:
+        unknown = []
+        for endpoint in endpoints:
+            known = self._replicas.get(endpoint.incarnation)
+            if known is None:
+                unknown.append(endpoint)
+            else:
+                known.endpoint = endpoint
+        await asyncio.gather(*(self._connect(endpoint) for endpoint in unknown))
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        replica = Replica(endpoint)
+        try:
+            replica.connection = await Connection.open(
+                endpoint.host,
+                endpoint.port,
+                self._secret,
+                incarnation=endpoint.incarnation,
+                peer="coordinator",
+                deadline_s=self._connect_s,
+                tls=self._tls,
+                on_message=lambda message: self._on_message(replica, message),
+                on_closed=lambda error: self._closed(replica, error),
+            )
+        except WireError as error:
+            log.warning("%s at %s:%d is not reachable: %s", endpoint.role, endpoint.host, endpoint.port, error)
+            return
+        self._replicas[endpoint.incarnation] = replica
+        self._on_found(replica)
+
+    def _closed(self, replica: Replica, error: Exception | None) -> None:
+        replica.connection = None
+        self._replicas.pop(replica.endpoint.incarnation, None)
+        if error is not None:
+            log.warning("lost %s at %s: %s", replica.role, replica.endpoint.host, error)
+        self._on_lost(replica)

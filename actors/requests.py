@@ -1,0 +1,91 @@
+"""What the router asks of a coordinator and what comes back, as plain data that any transport can carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from actors.decoding.guidance import Guidance
+from actors.decoding.parameters import Sampling, Thinking
+
+Role = Literal["target", "guider", "guider_base"]
+ROLES: tuple[Role, ...] = ("target", "guider", "guider_base")
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """One sequence to decode.
+
+    primary: the role whose vocabulary the answer is in: "target", or a small role decoded alone.
+    prompts: token ids per role, each in its own vocabulary; a role that is absent cannot guide.
+    seed: of this sequence's choices alone (derived from the request's seed and the choice's index).
+    """
+
+    request_id: str
+    primary: Role
+    prompts: dict[Role, list[int]]
+    sampling: Sampling
+    guidance: Guidance
+    thinking: Thinking
+    seed: int
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNote:
+    """What guidance did to one token: its text, the alpha in force, and whether the target alone had chosen it too."""
+
+    id: int
+    text: str
+    alpha: float
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of an answer. `notes` is filled when the request asked for explanations."""
+
+    reasoning: str = ""
+    content: str = ""
+    tokens: list[int] = field(default_factory=list)
+    notes: list[TokenNote] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of one sequence. Masses are means over guided rows."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    guided_tokens: int
+    changed_tokens: int
+    widened_rows: int
+    uncovered_mass: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer.
+
+    stop_reason: the stop text or id that ended it, or "repeat". error: a sentence for the client when the reason is
+    "error".
+    """
+
+    reason: FinishReason
+    usage: Usage
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The only event of a request that was not taken on. retry_after_s: when trying again makes sense, else None."""
+
+    code: Literal["overloaded", "unavailable", "invalid"]
+    message: str
+    retry_after_s: float | None = None
+
+
+Event = Delta | Finished | Rejected
