@@ -15,64 +15,32 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from actors.config import ServiceConfig
-from actors.decoding.decision import Decisions, Row, compare, decide
+from actors.deciding import Chosen, Counts, Decider, Stuck, Wider
 from actors.decoding.session import Session
-from actors.exchange import Exchange, Fault, Live
+from actors.exchange import Exchange, Fault
 from actors.languages import Languages
 from actors.links import Links, Locate, Replica
-from actors.requests import Delta, Event, Finished, FinishReason, Generate, Rejected, Role
+from actors.live import Live
+from actors.requests import Event, Finished, FinishReason, Generate, Rejected, Role
 from actors.tokenizer import RoleTokenizer
-from actors.wire.messages import WHOLE, Message, Refusal
+from actors.wire.messages import Message, Refusal
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5  # how often deadlines are looked at
-COALESCE_S = 0.05  # a stream's messages are at least this far apart, but for the first and the last
 MAX_FAULTS = 8  # refusals in a row of one row, after which its session is given up
 
 
-@dataclass(slots=True)
-class Audit:
-    """Guided rows held against whole rows so far."""
-
-    rows: int = 0
-    differing: int = 0
-    total_variation: float = 0.0
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class CoordinatorLoad:
-    """What a coordinator has on its hands, and what it has seen so far."""
+    """What a coordinator has on its hands, and what it has decided since its start."""
 
-    sessions: int = 0
-    waiting: int = 0
-    tokens: int = 0
-    guided_rows: int = 0
-    widened_rows: int = 0
-    uncovered_mass: float = 0.0  # summed over guided rows
-    audit: Audit = field(default_factory=Audit)
-
-
-class _Sequence(Live):
-    """A live session and the consumer of its events."""
-
-    def __init__(self, session: Session, key: int, age: int) -> None:
-        super().__init__(session, key, age)
-        self.events: list[Event] = []
-        self.news = asyncio.Event()
-        self.stranded_since: float | None = None
-        self.stop_guidance = False
-
-    @property
-    def over(self) -> bool:
-        return self.session.finish_reason is not None
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        self.news.set()
+    sessions: int
+    waiting: int
+    counts: Counts
 
 
 class Coordinator:
@@ -94,6 +62,7 @@ class Coordinator:
         for small in ("guider", "guider_base"):
             self._languages.map("target", small, config.thinking.end)
         self._exchange = Exchange(config.exchange, self._languages)
+        self._decider = Decider(config.exchange)
         self._links = Links(
             secret,
             locate,
@@ -103,14 +72,12 @@ class Coordinator:
             connect_s=config.deadlines.connect_s,
             tls=tls,
         )
-        self._waiting: deque[_Sequence] = deque()
-        self._lives: dict[int, _Sequence] = {}
-        self._stranded: list[_Sequence] = []
+        self._waiting: deque[Live] = deque()
+        self._lives: dict[int, Live] = {}
+        self._stranded: list[Live] = []
         self._inbox: list[Message] = []
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._stats = CoordinatorLoad()
-        self._unaudited = 0  # guided rows since the last audit
 
     async def start(self) -> None:
         """Begin to follow the directory and to decode."""
@@ -134,8 +101,7 @@ class Coordinator:
 
     def load(self) -> CoordinatorLoad:
         """What is being decoded, and counts since the start."""
-        self._stats.sessions, self._stats.waiting = len(self._lives), len(self._waiting)
-        return self._stats
+        return CoordinatorLoad(len(self._lives), len(self._waiting), replace(self._decider.counts))
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         """Decode one sequence: deltas and at last Finished, or only Rejected. Closing the iterator cancels it."""
@@ -169,34 +135,24 @@ class Coordinator:
             return Rejected("invalid", "the prompt is empty")
         return None
 
-    def _accept(self, request: Generate) -> _Sequence:
+    def _accept(self, request: Generate) -> Live:
         roles = tuple(request.prompts)
         language = self._languages.language(request.primary, roles, request.thinking)
         seeds = dict.fromkeys(roles, 0)  # each stream is hashed anew when its replica is known
-        live = _Sequence(Session(request, language, seeds), secrets.randbits(63), time.time_ns())
+        live = Live(Session(request, language, seeds), secrets.randbits(63), time.time_ns())
         self._waiting.append(live)
         self._wake.set()
         return live
 
-    async def _news(self, live: _Sequence, deadline: float) -> list[Event]:
-        """The events that have come: the first at once, then at most one batch per COALESCE_S."""
+    async def _news(self, live: Live, deadline: float) -> list[Event]:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await live.news.wait()
+                return await live.events.batch()
         except TimeoutError:
             self._finish(live, "error", f"not finished within {self._config.deadlines.request_s:.0f} s")
-        events, live.events = live.events, []
-        live.news.clear()
-        if live.session.generated > 1 and not live.over:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(COALESCE_S):
-                    while not live.over:
-                        await live.news.wait()
-                        live.news.clear()
-            events, live.events = events + live.events, []
-        return _merged(events)
+            return await live.events.batch()
 
-    def _release(self, live: _Sequence) -> None:
+    def _release(self, live: Live) -> None:
         """Forget a session, finished or not, here and at the models."""
         if not live.over:
             live.session.finish("abort")
@@ -231,8 +187,8 @@ class Coordinator:
         for fault in self._exchange.absorb(messages):
             self._mend(fault)
         ready = self._exchange.advance()
-        for guided in (True, False):
-            self._decide([self._lives[live.key] for live in ready if bool(live.alpha) is guided], guided)
+        self._decide([live for live in ready if live.alpha])
+        self._decide([live for live in ready if not live.alpha])
         self._links.flush()
 
     def _admit(self) -> None:
@@ -244,13 +200,13 @@ class Coordinator:
         for live in stranded:
             self._next_row(live)
 
-    def _next_row(self, live: _Sequence) -> None:
+    def _next_row(self, live: Live) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
         session = live.session
         if len(session.primary) >= self._limit(live, live.primary):
             self._finish(live, "length")
             return
-        alpha = 0.0 if live.stop_guidance else session.alpha()
+        alpha = 0.0 if live.past_context else session.alpha()
         roles: Sequence[Role] = ("target", "guider", "guider_base") if alpha else (live.primary,)
         if not all([self._bind(live, role) for role in roles]):
             live.stranded_since = live.stranded_since or time.monotonic()
@@ -261,16 +217,16 @@ class Coordinator:
             if self._config.beyond_context == "error":
                 self._finish(live, "length")
                 return
-            live.stop_guidance, alpha = True, 0.0
+            live.past_context, alpha = True, 0.0
         live.row_since = time.monotonic()
         self._exchange.begin(live, alpha)
 
-    def _limit(self, live: _Sequence, role: Role) -> int:
+    def _limit(self, live: Live, role: Role) -> int:
         """Positions that a role's model computes for one session."""
         replica = live.replicas.get(role)
         return replica.welcome.max_position if replica is not None else 1 << 31
 
-    def _bind(self, live: _Sequence, role: Role) -> bool:
+    def _bind(self, live: Live, role: Role) -> bool:
         """Give the session a replica of the role; False if nobody plays it now."""
         if role not in live.replicas:
             replica = self._links.pick(role)
@@ -280,75 +236,24 @@ class Coordinator:
             live.session.streams[role].reseed(replica.welcome.hash_seed)
         return True
 
-    def _decide(self, lives: list[_Sequence], guided: bool) -> None:
-        """Choose the next token of each row; a row of which too much is unseen is widened first."""
+    def _decide(self, lives: list[Live]) -> None:
+        """Take complete rows to their tokens, or look at them more widely first."""
         if not lives:
             return
-        rows = [_row(live) for live in lives]
-        decisions = decide(rows, guided)
-        for index, live in enumerate(lives):
-            if live.audited is not None:
-                self._audit(live, rows[index])
-            elif live.k != WHOLE and (self._too_little(decisions, index) or self._audit_due(live, rows[index], guided)):
-                self._widen(live)
-            elif decisions.stuck[index]:
+        for live, verdict in zip(lives, self._decider.decide(lives), strict=True):
+            if isinstance(verdict, Wider):
+                self._exchange.widen(live, verdict.k)
+            elif isinstance(verdict, Stuck):
                 self._finish(live, "error", "the request's bans and biases leave no token to choose")
             else:
-                self._count(live, decisions, index)
-                self._commit(
-                    live, int(decisions.tokens[index]), bool(decisions.alone[index] != decisions.tokens[index])
-                )
+                self._commit(live, verdict)
 
-    def _too_little(self, decisions: Decisions, index: int) -> bool:
-        limit = self._config.exchange.widen_above
-        return bool(decisions.stuck[index]) or (limit < 1 and bool(decisions.outside[index] > limit))
-
-    def _widen(self, live: _Sequence) -> None:
-        """One wider slice, then the whole row; an audit goes to the whole row at once."""
-        wider = self._config.exchange.k * self._config.exchange.widen_factor
-        if live.audited is None:
-            live.session.widened += live.k == self._config.exchange.k
-            self._stats.widened_rows += live.k == self._config.exchange.k
-        whole = live.audited is not None or live.k >= wider or wider >= live.replicas[live.primary].welcome.width
-        self._exchange.widen(live, WHOLE if whole else wider)
-
-    def _audit_due(self, live: _Sequence, row: Row, guided: bool) -> bool:
-        every = self._config.exchange.audit_every
-        if not (guided and every):
-            return False
-        self._unaudited += 1
-        if self._unaudited < every:
-            return False
-        self._unaudited = 0
-        live.audited = decide([row], guided)
-        return True
-
-    def _audit(self, live: _Sequence, row: Row) -> None:
-        """Whole rows of an audited step are here; what the slices chose stands, an audit only measures."""
-        assert live.audited is not None
-        distance, differs = compare([row], live.audited, decide([row], guided=True))
-        self._stats.audit.rows += 1
-        self._stats.audit.differing += bool(differs[0])
-        self._stats.audit.total_variation += float(distance[0])
-        sliced, live.audited = live.audited, None
-        self._count(live, sliced, 0)
-        self._commit(live, int(sliced.tokens[0]), bool(sliced.alone[0] != sliced.tokens[0]))
-
-    def _count(self, live: _Sequence, decisions: Decisions, index: int) -> None:
-        self._stats.tokens += 1
-        if live.alpha:
-            uncovered = max(0.0, float(decisions.uncovered[index]))
-            live.session.uncovered += uncovered
-            self._stats.uncovered_mass += uncovered
-            self._stats.guided_rows += 1
-
-    def _commit(self, live: _Sequence, token: int, changed: bool) -> None:
-        delta = live.session.commit(token, live.alpha, changed)
+    def _commit(self, live: Live, chosen: Chosen) -> None:
+        live.events.emit(live.session.commit(chosen.token, live.alpha, chosen.changed))
         live.faults = 0
         self._exchange.drop(live)
-        live.emit(delta)
         if live.over:
-            self._emit_end(live)
+            self._end(live)
         else:
             self._next_row(live)
 
@@ -379,7 +284,7 @@ class Coordinator:
         else:
             self._again(live, role, held, live.session.generated)
 
-    def _again(self, live: _Sequence, role: Role, held: int, generated: int) -> None:
+    def _again(self, live: Live, role: Role, held: int, generated: int) -> None:
         """Ask a role for its part of the row anew, unless the session has gone on in the meantime."""
         if live.key in self._lives and role in live.parts and role in live.replicas and not live.over:
             if live.session.generated == generated:
@@ -396,7 +301,7 @@ class Coordinator:
                 self._restart_row(live)
         self._wake.set()
 
-    def _restart_row(self, live: _Sequence) -> None:
+    def _restart_row(self, live: Live) -> None:
         self._exchange.drop(live)
         for role in live.replicas:
             stream = live.session.streams[role]
@@ -418,7 +323,7 @@ class Coordinator:
             if self._stranded or self._waiting:
                 self._wake.set()
 
-    def _hang(self, live: _Sequence) -> None:
+    def _hang(self, live: Live) -> None:
         """A row is overdue: give up the replicas that owe an answer; losing them restarts the row elsewhere."""
         live.faults += 1
         if live.faults > MAX_FAULTS:
@@ -428,47 +333,14 @@ class Coordinator:
         for role in [role for role, part in live.parts.items() if not part.complete]:
             self._links.drop(live.replicas[role], TimeoutError(f"no answer in {self._config.deadlines.step_s} s"))
 
-    def _finish(self, live: _Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(self, live: Live, reason: FinishReason, error: str | None = None) -> None:
         """End a session from outside its own tokens."""
         if not live.over:
-            rest = live.session.finish(reason)
-            live.emit(rest)
-            self._emit_end(live, error)
+            live.events.emit(live.session.finish(reason))
+            self._end(live, error)
 
-    def _emit_end(self, live: _Sequence, error: str | None = None) -> None:
+    def _end(self, live: Live, error: str | None = None) -> None:
         session = live.session
         assert session.finish_reason is not None
-        live.emit(Finished(session.finish_reason, session.usage(), session.stop_reason, error))
+        live.events.emit(Finished(session.finish_reason, session.usage(), session.stop_reason, error))
         self._release(live)
-
-
-def _row(live: _Sequence) -> Row:
-    session = live.session
-    guider, base = (live.parts["guider"], live.parts["guider_base"]) if live.alpha else (None, None)
-    return Row(
-        target=live.parts[live.primary],
-        guider=guider,
-        guider_base=base,
-        alpha=live.alpha,
-        sampling=session.request.sampling,
-        seed=session.request.seed,
-        position=len(session.primary),
-        adjust=session.adjust,
-    )
-
-
-def _merged(events: list[Event]) -> list[Event]:
-    """Neighbouring deltas joined into one."""
-    merged: list[Event] = []
-    for event in events:
-        last = merged[-1] if merged else None
-        if isinstance(event, Delta) and isinstance(last, Delta):
-            merged[-1] = Delta(
-                last.reasoning + event.reasoning,
-                last.content + event.content,
-                last.tokens + event.tokens,
-                last.notes + event.notes,
-            )
-        else:
-            merged.append(event)
-    return merged

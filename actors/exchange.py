@@ -15,41 +15,13 @@ import numpy as np
 
 from actors.config import Exchange as ExchangeConfig
 from actors.decoding.candidates import SPAN, Ids, Part, keys, missing, unique
-from actors.decoding.decision import Decisions
-from actors.decoding.session import Session
 from actors.decoding.vocabulary import Known, VocabularyMap, known
 from actors.languages import Languages
-from actors.links import Replica
+from actors.live import Live
 from actors.requests import Role
 from actors.wire.messages import WHOLE, Message, Refusal, Refused, Rows, Values
 
 PROPOSERS: tuple[Role, ...] = ("target", "guider")  # the guider base only answers for what these put forward
-
-
-class Live:
-    """A session on its way: where its caches are, and the row in flight."""
-
-    def __init__(self, session: Session, key: int, age: int) -> None:
-        self.session, self.key, self.age = session, key, age
-        self.epoch = 1
-        self.replicas: dict[Role, Replica] = {}
-        self.parts: dict[Role, Part] = {}
-        self.tickets: dict[Role, set[int]] = {}
-        self.alpha = 0.0
-        self.k = 0  # width of the row's slices; WHOLE: whole rows
-        self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
-        self.row_since = 0.0
-        self.faults = 0
-
-    @property
-    def primary(self) -> Role:
-        """The role whose vocabulary the answer is in."""
-        return self.session.request.primary
-
-    @property
-    def complete(self) -> bool:
-        """Whether every part of the row in flight has come."""
-        return bool(self.parts) and all(part.complete for part in self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)

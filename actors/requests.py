@@ -51,6 +51,14 @@ class Delta:
     tokens: list[int] = field(default_factory=list)
     notes: list[TokenNote] = field(default_factory=list)
 
+    def __add__(self, later: Delta) -> Delta:
+        return Delta(
+            self.reasoning + later.reasoning,
+            self.content + later.content,
+            self.tokens + later.tokens,
+            self.notes + later.notes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

@@ -1,0 +1,44 @@
+# Every target sets up .venv by itself, once; it is renewed when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo serve test lint bench format train clean
+
+demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
+	$(BIN)/python -m cluster.demo
+
+serve: .venv/ready ## the service of ray_config.yaml in the foreground, on this machine
+	$(BIN)/python -m cluster.check ray_config.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run --working-dir . ray_config.yaml
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/ready ## each prints a table and, last, one line of JSON
+	$(BIN)/python -m benchmarks.effect
+	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.exchange
+
+train: .venv/ready ## rebuild the embedded trio from its seed
+	$(BIN)/python -m cluster.demo.train
+
+clean:
+	rm -rf .venv
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt ".[dev]"
+	touch $@

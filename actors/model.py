@@ -1,0 +1,61 @@
+"""A model role from its configuration: the engine, and the replica that serves it. Plain, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from actors.config import ServiceConfig
+from actors.forward import Engine
+from actors.preflight import position_limit
+from actors.replica import ModelReplica, ReplicaSettings
+from actors.requests import Role
+from actors.tokenizer import RoleTokenizer
+from actors.wire.tls import server_context
+
+if TYPE_CHECKING:
+    from actors.engine.loader import LoadProgress
+    from actors.engine.step_engine import StepEngine
+
+_BACKENDS = {"auto": None, "sdpa": "per_session", "gathered": "gathered"}
+
+
+def load_role(
+    config: ServiceConfig, role: Role, report: Callable[[LoadProgress], None] = lambda progress: None
+) -> StepEngine:
+    """The engine of a role, its weights loaded. Blocks. Raises LoadError with what mends it."""
+    from actors.engine.loader import ModelSource, load_engine  # loads torch, which only model processes need
+
+    model = config.models.role(role)
+    source = ModelSource(
+        path=model.path,
+        revision=model.revision,
+        dtype="float32" if config.exact else model.dtype,
+        device="cpu" if config.exact else model.device,
+        device_map=model.device_map,
+        quantization=model.quantization,
+        adapter=model.adapter,
+        trust_remote_code=model.trust_remote_code,
+    )
+    backend = _BACKENDS[model.attention]
+    return load_engine(source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
+
+
+def serve_role(
+    config: ServiceConfig,
+    role: Role,
+    engine: Engine,
+    tokenizer: RoleTokenizer,
+    *,
+    incarnation: str,
+    secret: bytes,
+    host: str = "127.0.0.1",
+) -> ModelReplica:
+    """A replica around a loaded engine, not yet started, that will listen on `host` and nowhere else."""
+    settings = ReplicaSettings(
+        max_position=position_limit(config, role, tokenizer),
+        prefill_chunk=config.models.role(role).prefill_chunk,
+        row_wait_s=config.deadlines.step_s,
+        stuck_s=2 * config.deadlines.step_s,
+    )
+    return ModelReplica(engine, role, incarnation, secret, settings, host=host, tls=server_context())
