@@ -1,0 +1,106 @@
+"""The attention function that transformers calls for every layer of a packed, ragged batch.
+
+All sessions' new tokens form one sequence of T tokens. The function writes their keys and values into the pool and
+lets a back end attend each session to its own extent. Its name is unknown to transformers' mask interface, so no mask
+is built outside.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from actors.engine.kv_pool import KVPool
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive new tokens of one session that attend together."""
+
+    first: int  # index of the first of them in the packed batch
+    count: int
+    start: int  # pool row of the session's first token
+    length: int  # tokens of the session in the pool, these included
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """What one forward attends to."""
+
+    spans: tuple[Span, ...]
+    tokens: int  # T, padding included
+    write: Tensor  # [T] pool rows of the new tokens
+    memo: dict[Hashable, Any] = field(default_factory=dict)  # what a back end derives once for all layers
+
+    def write_on(self, device: torch.device) -> Tensor:
+        """The pool rows on the device of a layer."""
+        if self.write.device == device:
+            return self.write
+        return self.memo.setdefault(("write", device), self.write.to(device))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """What a layer asks of attention besides its tensors."""
+
+    scale: float
+    window: int | None  # a token sees itself and the window - 1 tokens before it
+    softcap: float | None
+    sinks: Tensor | None  # [heads] logits of an attention sink
+
+
+class AttentionBackend(Protocol):
+    """One way to attend. `name` is what a configuration forces it by."""
+
+    name: str
+
+    def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
+        """query [T, heads, d], key and value pools [rows, kv_heads, d] -> [T, heads, d_v]; padding's rows are zero."""
+        ...
+
+
+class StepAttention:
+    """One engine's function in transformers' registry, and the step that it is running."""
+
+    def __init__(self, pool: KVPool, backend: AttentionBackend) -> None:
+        self.pool, self.backend = pool, backend
+        self.step: Ragged | None = None
+        # transformers gives a meaning to "flash", "paged|" and "/" in a name.
+        self.name = f"step_engine_{next(_numbers)}"
+        ALL_ATTENTION_FUNCTIONS[self.name] = self
+
+    def unregister(self) -> None:
+        """Take the function out of transformers' registry, so that the pool can be freed."""
+        del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d_v], as transformers asks."""
+        assert self.step is not None, "attention outside of a step"
+        packed_query, packed_key, packed_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        layer = module.layer_idx
+        assert isinstance(layer, int)
+        keys, values = self.pool.write(layer, self.step.write_on(key.device), packed_key, packed_value)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        call = LayerCall(scale, sliding_window, softcap, s_aux)
+        return self.backend.attend(self.step, packed_query, keys, values, call)[None], None

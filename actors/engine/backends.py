@@ -1,0 +1,170 @@
+"""The back ends of attention and the choice among them.
+
+A new one (a fused kernel for one device) is a class with `attend` and one line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.engine.attention import AttentionBackend, LayerCall, Ragged, Span
+from actors.engine.errors import LoadError
+
+
+class PerSession:
+    """Each span by itself on zero-copy views of its extent: the shapes of a forward of that session alone."""
+
+    name = "per_session"
+
+    def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
+        parts = []
+        for span in step.spans:
+            # The first new token sees the least of the past; nothing before its window is read.
+            seen = span.length if call.window is None else min(span.length, call.window + span.count - 1)
+            low = span.start + span.length - seen
+            part = _attend_together(
+                query[None, span.first : span.first + span.count],
+                keys[None, low : low + seen],
+                values[None, low : low + seen],
+                self._mask(step, span.count, seen, call.window, query.device),
+                call,
+            )
+            parts.append(part[0])
+        padding = step.tokens - sum(span.count for span in step.spans)
+        return torch.cat([*parts, query.new_zeros(padding, query.shape[1], values.shape[-1])])
+
+    @staticmethod
+    def _mask(step: Ragged, count: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:
+        """[1, count, seen], true where a token sees a key; None for a single token, which sees all."""
+        if count == 1:
+            return None
+        key = ("mask", count, seen, window, device)
+        if key not in step.memo:
+            last = torch.arange(seen - count, seen, device=device)
+            step.memo[key] = _visible(last[None], seen, window)
+        mask: Tensor = step.memo[key]
+        return mask
+
+
+class Gathered:
+    """Spans of equal count in one call, their keys gathered to [B, L]: works wherever SDPA does."""
+
+    name = "gathered"
+
+    def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
+        out = query.new_zeros(step.tokens, query.shape[1], values.shape[-1])
+        for group in self._groups(step):
+            rows, index, last = self._indices(step, group, query.device, keys.shape[0] - 1)
+            mask = self._mask(step, group, last, index.shape[1], call.window)
+            out[rows] = _attend_together(query[rows], keys[index], values[index], mask, call)
+        return out
+
+    @staticmethod
+    def _groups(step: Ragged) -> list[tuple[Span, ...]]:
+        if "groups" not in step.memo:
+            by_count: defaultdict[int, list[Span]] = defaultdict(list)
+            for span in step.spans:
+                by_count[span.count].append(span)
+            step.memo["groups"] = [tuple(group) for group in by_count.values()]
+        groups: list[tuple[Span, ...]] = step.memo["groups"]
+        return groups
+
+    @staticmethod
+    def _indices(
+        step: Ragged, group: tuple[Span, ...], device: torch.device, trash: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed rows [B, n], pool rows [B, L], and the absolute position [B, n] of each new token."""
+        key = ("indices", group[0].count, device)
+        if key not in step.memo:
+            spread = torch.arange(group[0].count, device=device)
+            first = torch.tensor([span.first for span in group], device=device)[:, None]
+            start = torch.tensor([span.start for span in group], device=device)[:, None]
+            before = torch.tensor([span.length - span.count for span in group], device=device)[:, None]
+            longest = torch.arange(max(span.length for span in group), device=device)
+            step.memo[key] = (first + spread, (start + longest).clamp(max=trash), before + spread)
+        indices: tuple[Tensor, Tensor, Tensor] = step.memo[key]
+        return indices
+
+    @staticmethod
+    def _mask(step: Ragged, group: tuple[Span, ...], last: Tensor, longest: int, window: int | None) -> Tensor:
+        key = ("mask", group[0].count, window, last.device)
+        if key not in step.memo:
+            step.memo[key] = _visible(last, longest, window)
+        mask: Tensor = step.memo[key]
+        return mask
+
+
+def _visible(last: Tensor, keys: int, window: int | None) -> Tensor:
+    """[B, n, keys]: token i at position last[b, i] sees positions <= its own, within the window."""
+    position = torch.arange(keys, device=last.device)
+    mask = position <= last[..., None]
+    return mask if window is None else mask & (position > last[..., None] - window)
+
+
+def _attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, call: LayerCall) -> Tensor:
+    """query [B, n, heads, d], keys and values [B, L, kv_heads, d], mask [B, n, L] -> [B, n, heads, d_v].
+
+    The heads of a group are folded into the query axis, so that keys and values are never repeated.
+    """
+    batch, count, heads, width = query.shape
+    kv_heads = keys.shape[2]
+    group = heads // kv_heads
+    folded = query.reshape(batch, count, kv_heads, group, width)
+    if count > 1:
+        folded = folded.permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, kv_heads, group * count, width)
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    if mask is not None:
+        mask = mask[:, None, None].expand(-1, 1, group, -1, -1).reshape(len(mask), 1, group * count, -1)
+    if call.softcap is None and call.sinks is None:
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=call.scale)
+    else:
+        sinks = None if call.sinks is None else call.sinks.view(1, kv_heads, group, 1).expand(-1, -1, -1, count)
+        out = _capped(folded, k, v, mask, call, None if sinks is None else sinks.reshape(1, kv_heads, -1, 1))
+    if count > 1:
+        out = out.view(batch, kv_heads, group, count, -1).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, count, heads, -1)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: LayerCall, sinks: Tensor | None) -> Tensor:
+    """Attention with capped scores (Gemma 2) or sinks (gpt-oss), which SDPA does not know; softmax in float32."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.expand(len(scores), -1, -1, -1).to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(weights[..., : k.shape[2]], v)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """One way to attend, and where it may be used."""
+
+    build: Callable[[], AttentionBackend]
+    supports: Callable[[torch.device, torch.dtype], bool]
+
+
+# In order of preference.
+BACKENDS: dict[str, BackendEntry] = {
+    PerSession.name: BackendEntry(PerSession, lambda device, dtype: device.type == "cpu"),
+    Gathered.name: BackendEntry(Gathered, lambda device, dtype: True),
+}
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> AttentionBackend:
+    """The back end called `name`, or the first that supports the device and dtype; LoadError if it cannot be used."""
+    if name is not None and name not in BACKENDS:
+        raise LoadError(f"attention back end {name!r}", "unknown", f"Known are: {', '.join(BACKENDS)}.")
+    for candidate in BACKENDS if name is None else [name]:
+        if BACKENDS[candidate].supports(device, dtype):
+            return BACKENDS[candidate].build()
+    raise LoadError(f"attention back end {name!r}", f"it does not run on {device} in {dtype}", "Leave it unset.")

@@ -1,0 +1,47 @@
+"""Which models the engine would get wrong, told from config.json alone: no torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from actors.engine.errors import LoadError
+from actors.engine.sizing import text_config
+
+# "attention" is an older name of full attention.
+SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+_LAYER_KEYS = ("layer_types", "layers_block_type", "block_types")
+# These change a token's frequencies with the longest sequence of the batch: company would change its logits.
+_SHIFTING_ROPES = frozenset({"dynamic", "longrope", "su"})
+
+
+def refuse_config(config: Mapping[str, Any], name: str) -> None:
+    """Raise LoadError if the model `name` with this config cannot be served by the engine.
+
+    Linear attention and state-space layers keep state that a packed ragged forward would silently mix between
+    sessions; RoPE that depends on the batch's longest sequence breaks repeatability.
+    """
+    text = text_config(config)
+    if not (text.get("num_attention_heads") or text.get("n_head")):
+        raise LoadError(name, "its config names no attention heads", _way_out("causal language models with attention"))
+    strange = sorted({str(kind) for key in _LAYER_KEYS for kind in text.get(key) or ()} - SERVED_LAYERS)
+    if strange:
+        why = f"its layers of type {', '.join(strange)} keep state outside of the attention cache"
+        raise LoadError(name, why, _way_out("models of full and sliding attention only"))
+    shifting = sorted(set(_rope_types(text)) & _SHIFTING_ROPES)
+    if shifting:
+        why = f"its RoPE type {', '.join(shifting)} depends on the longest sequence of the batch"
+        raise LoadError(name, why, _way_out("a fixed RoPE: default, linear, llama3 or yarn"))
+
+
+def _way_out(served: str) -> str:
+    return f"Choose another model: the engine serves {served}."
+
+
+def _rope_types(text: Mapping[str, Any]) -> Iterator[str]:
+    """Every RoPE type that a config names, per layer type too; `type` and `rope_scaling` are older spellings."""
+    for key in ("rope_parameters", "rope_scaling"):
+        outer = text.get(key)
+        if isinstance(outer, Mapping):
+            for part in (outer, *(inner for inner in outer.values() if isinstance(inner, Mapping))):
+                yield from (str(part[kind]) for kind in ("rope_type", "type") if part.get(kind))

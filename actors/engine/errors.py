@@ -1,0 +1,41 @@
+"""What can go wrong in an engine, as types: the shells turn them into replies and messages to people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class EngineError(RuntimeError):
+    """Base of every error that an engine raises on purpose."""
+
+
+class LoadError(EngineError):
+    """A model cannot be served: `what` is refused, `why`, and the way `out` (a command or a setting)."""
+
+    def __init__(self, what: str, why: str, out: str) -> None:
+        super().__init__(f"{what}: {why}. {out}")
+        self.what, self.why, self.out = what, why, out
+
+
+class BadExtend(EngineError):
+    """An extend that can never succeed, whoever else is served; nothing was changed by it."""
+
+    def __init__(self, session: int, why: str) -> None:
+        super().__init__(f"session {session}: {why}")
+        self.session, self.why = session, why
+
+
+class StepFailed(EngineError):
+    """The forward raised (its error is the cause); the caches of `sessions` are dropped and must be sent again."""
+
+    def __init__(self, sessions: Sequence[int], error: BaseException) -> None:
+        super().__init__(f"a forward over {len(sessions)} sessions failed: {error}; extend them again from position 0")
+        self.sessions = tuple(sessions)
+
+
+class RowGone(EngineError):
+    """The rows of a session are not held (any more): extend the session again to have them."""
+
+    def __init__(self, session: int) -> None:
+        super().__init__(f"no rows of session {session} are held; extend it again")
+        self.session = session

@@ -1,0 +1,166 @@
+"""The cache of one model: per layer one flat pool of keys and values, of which each session owns one extent.
+
+A contiguous extent makes a rewind a change of length, a fork one strided copy, and lets attention read a session's
+keys as a view. Nothing is reserved for tokens that may come: an extent grows in place, else it moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.engine.extents import Extent, Extents
+
+
+@dataclass(slots=True)
+class Slot:
+    """The cache of one session: an extent, of which `length` rows hold keys and values."""
+
+    extent: Extent
+    length: int
+    needed: int  # rows that a compaction must leave: `length`, or what the running step will write
+
+
+class KVPool:
+    """Extents of sessions and the tensors behind them. Not thread-safe: one owner calls it."""
+
+    def __init__(self, tokens: int, unit: int = 32) -> None:
+        self.extents = Extents(tokens, unit)
+        self.slots: dict[int, Slot] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys [total + 1, kv_heads, head_dim], and values
+
+    @property
+    def trash(self) -> int:
+        """The row behind the pool, to which padding tokens are written."""
+        return self.extents.total
+
+    @property
+    def used(self) -> int:
+        """Rows that sessions need, in whole units, without the slack of their extents."""
+        return sum(self.extents.round(slot.needed) for slot in self.slots.values())
+
+    def length(self, session: int) -> int:
+        """Tokens of `session` in the cache, 0 if it has none."""
+        return self.slots[session].length if session in self.slots else 0
+
+    def start(self, session: int) -> int:
+        """The pool row of the session's first token."""
+        return self.slots[session].extent.start
+
+    def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [T, kv_heads, head_dim] at pool rows `index` [T]; return the layer's pools.
+
+        The pools of a layer are made at its first write, in whatever shape and on whatever device the layer has.
+        """
+        if layer not in self.layers:
+            rows = self.extents.total + 1
+            self.layers[layer] = (
+                keys.new_zeros(rows, *keys.shape[1:]),
+                values.new_zeros(rows, *values.shape[1:]),
+            )
+        key_pool, value_pool = self.layers[layer]
+        key_pool.index_copy_(0, index, keys)
+        value_pool.index_copy_(0, index, values)
+        return key_pool, value_pool
+
+    def reserve(self, session: int, tokens: int) -> bool:
+        """Make the session's extent hold `tokens`, moving caches where that helps; False if there is no room."""
+        slot = self.slots.get(session)
+        if slot is None:
+            return self._reserve_new(session, tokens)
+        if tokens > slot.extent.capacity and not self._grow(session, slot, tokens):
+            return False
+        slot.needed = max(slot.length, tokens)
+        return True
+
+    def room_for(self, session: int, without: Iterable[int] = ()) -> int:
+        """Rows that `session` could have, its own included, after a compaction `without` some other sessions."""
+        others = (self.slots[other].needed for other in self.slots.keys() - {session, *without})
+        return self.extents.total - sum(map(self.extents.round, others))
+
+    def commit(self, session: int, length: int) -> None:
+        """The session now holds `length` tokens (after a forward, or shortened by a rewind)."""
+        slot = self.slots[session]
+        assert 0 < length <= slot.extent.capacity
+        slot.length = slot.needed = length
+
+    def fork(self, source: int, session: int, length: int) -> bool:
+        """Copy the first `length` tokens of `source` to the new `session`; False if there is no room."""
+        assert 0 < length <= self.length(source)
+        assert session not in self.slots
+        if not self.reserve(session, length):
+            return False
+        self._copy(self.start(source), self.start(session), length)
+        self.commit(session, length)
+        return True
+
+    def drop(self, session: int) -> None:
+        """Give the session's rows back; nothing happens if it has none."""
+        slot = self.slots.pop(session, None)
+        if slot is not None:
+            self.extents.release(slot.extent)
+
+    def check(self) -> None:
+        """Prove that every row is free or owned once and that slots are consistent; AssertionError if not."""
+        self.extents.check(slot.extent for slot in self.slots.values())
+        for session, slot in self.slots.items():
+            assert 0 < slot.length == slot.needed <= slot.extent.capacity, f"session {session}: {slot}"
+
+    def _reserve_new(self, session: int, tokens: int) -> bool:
+        extent = self.extents.allocate(tokens)
+        if extent is None and self.room_for(session) >= self.extents.round(tokens):
+            self._compact(self.slots)
+            extent = self.extents.allocate(tokens)
+        if extent is None:
+            return False
+        self.slots[session] = Slot(extent, length=0, needed=tokens)
+        return True
+
+    def _grow(self, session: int, slot: Slot, tokens: int) -> bool:
+        grown = self.extents.grow(slot.extent, tokens)
+        if grown is not None:
+            slot.extent = grown
+            return True
+        # Doubling makes the copies of a growing session linear in its length.
+        moved = self.extents.allocate(max(tokens, 2 * slot.extent.capacity)) or self.extents.allocate(tokens)
+        if moved is not None:
+            self._copy(slot.extent.start, moved.start, slot.length)
+            self.extents.release(slot.extent)
+            slot.extent = moved
+            return True
+        if self.room_for(session) < self.extents.round(tokens):
+            return False
+        self._compact([*(other for other in self.slots if other != session), session])
+        grown = self.extents.grow(slot.extent, tokens)
+        assert grown is not None, "a compacted pool has all its free rows behind the last extent"
+        slot.extent = grown
+        return True
+
+    @torch.inference_mode()
+    def _copy(self, source: int, target: int, length: int) -> None:
+        for pools in self.layers.values():
+            for pool in pools:
+                pool[target : target + length] = pool[source : source + length]
+
+    def _compact(self, order: Iterable[int]) -> None:
+        """Move all extents to the front of the pool, in `order`, without slack."""
+        sources, targets, cursor = [], [], 0
+        for session in order:
+            slot = self.slots[session]
+            sources.append(torch.arange(slot.extent.start, slot.extent.start + slot.length))
+            targets.append(torch.arange(cursor, cursor + slot.length))
+            slot.extent = Extent(cursor, self.extents.round(slot.needed))
+            cursor = slot.extent.end
+        self.extents.restart(cursor)
+        if sources:
+            self._move(torch.cat(sources), torch.cat(targets))
+
+    @torch.inference_mode()
+    def _move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy pool rows through a temporary of one layer's size: source and target rows overlap."""
+        for pools in self.layers.values():
+            for pool in pools:
+                pool[targets.to(pool.device)] = pool[sources.to(pool.device)]

@@ -1,0 +1,213 @@
+"""From a name in a configuration to a model in memory: weights, dtype, placement, quantisation and adapters."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from actors.engine.compat import refuse_config
+from actors.engine.errors import LoadError
+from actors.engine.selfcheck import verify_engine
+from actors.engine.step_engine import StepEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which weights to load, and how."""
+
+    path: str  # a local folder in Hugging Face layout, or a hub id
+    revision: str | None = None  # a hub branch, tag or commit
+    dtype: str = "auto"  # of DTYPES; "auto" is the checkpoint's own
+    device: str = "auto"  # of DEVICES; "auto" is CUDA where there is one
+    device_map: str | dict[str, Any] | None = None  # accelerate's, in place of `device`
+    quantization: dict[str, Any] | None = None  # a transformers quantization config, with its `quant_method`
+    adapter: str | None = None  # a PEFT adapter's folder or hub id
+    trust_remote_code: bool = False  # for a hub id only with a pinned revision
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise LoadError(self.path, f"dtype {self.dtype!r} is unknown", f"Known are {', '.join(DTYPES)}.")
+        if self.device not in DEVICES:
+            raise LoadError(self.path, f"device {self.device!r} is unknown", f"Known are {', '.join(DEVICES)}.")
+        if self.trust_remote_code and self.revision is None and not self.local:
+            out = "Set revision: to the commit whose code you have read."
+            raise LoadError(self.path, "trust_remote_code without a pinned revision", out)
+
+    @property
+    def local(self) -> bool:
+        """Whether the weights lie in a folder of this machine."""
+        return Path(self.path).is_dir()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """One thing that a loading model did or begins to wait for."""
+
+    stage: str  # "config", "weights", "adapter", "loaded", "check", "ready"
+    bytes: int  # of weights: on disk before they are loaded (0 if unknown), in memory after
+    seconds: float  # since loading began
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory, on its devices, in evaluation mode."""
+
+    model: PreTrainedModel
+    bytes: int  # of its parameters and buffers
+
+
+Report = Callable[[LoadProgress], None]
+
+
+def load_engine(
+    source: ModelSource,
+    cache_tokens: int,
+    *,
+    exact: bool = False,
+    backend: str | None = None,
+    max_held_rows: int = 1024,
+    report: Report | None = None,
+) -> StepEngine:
+    """Load a model, make its engine and hold it against a plain forward; LoadError if any of it cannot be."""
+    began = time.monotonic()
+    loaded = load_model(source, report)
+    engine = StepEngine(loaded.model, cache_tokens, exact=exact, backend=backend, max_held_rows=max_held_rows)
+    _tell(report, source, began, "check", loaded.bytes)
+    verify_engine(engine, source.path)
+    _tell(report, source, began, "ready", loaded.bytes)
+    return engine
+
+
+def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel:
+    """Load the weights of `source`; `report` hears what is awaited, and log lines say the same.
+
+    Raises LoadError, with the command or setting that mends it, for a missing or gated model, one that the engine
+    cannot serve, an unknown quantisation or an adapter that does not fit.
+    """
+    began = time.monotonic()
+    _tell(report, source, began, "config", 0)
+    with _explained(source):
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    refuse_config(config.to_dict(), source.path)
+    quantization = _quantization_config(source)
+    placement = _placement(source)
+    _tell(report, source, began, "weights", _bytes_on_disk(source))
+    with _explained(source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=source.dtype,
+            device_map=placement,
+            quantization_config=quantization,
+            output_loading_info=True,
+        )
+    _refuse_missing(source, sorted(info["missing_keys"]))
+    if source.adapter is not None:
+        _tell(report, source, began, "adapter", 0)
+        plain = quantization is None and getattr(config, "quantization_config", None) is None
+        model = _with_adapter(model, source, merge=plain)
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    _tell(report, source, began, "loaded", size)
+    return LoadedModel(model.eval(), size)
+
+
+def _placement(source: ModelSource) -> str | dict[str, Any]:
+    if source.device_map is not None:
+        return source.device_map
+    if source.device == "cuda" and not torch.cuda.is_available():
+        raise LoadError(source.path, "device: cuda, but torch sees no GPU", "Set device: cpu, or give the role a GPU.")
+    return {"": ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device}
+
+
+def _refuse_missing(source: ModelSource, missing: list[str]) -> None:
+    """transformers fills missing weights with random numbers and only warns."""
+    if missing:
+        why = f"its checkpoint lacks {len(missing)} weights, {missing[0]} among them"
+        raise LoadError(source.path, why, "Restore its *.safetensors, or correct its config.json.")
+
+
+def _quantization_config(source: ModelSource) -> Any:
+    if source.quantization is None:
+        return None
+    try:
+        return AutoQuantizationConfig.from_dict(dict(source.quantization))
+    except (ValueError, TypeError, ImportError) as error:
+        out = "See transformers' quantization documentation for the keys of each quant_method."
+        raise LoadError(f"quantization of {source.path}", str(error), out) from error
+
+
+def _with_adapter(model: PreTrainedModel, source: ModelSource, merge: bool) -> PreTrainedModel:
+    """The model with its adapter: merged into plain weights, as layers of their own on quantised ones."""
+    assert source.adapter is not None
+    try:
+        adapted = PeftModel.from_pretrained(model, source.adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        out = f"Give the folder with its adapter_config.json, made for {source.path}."
+        raise LoadError(f"adapter {source.adapter}", _first_line(error), out) from error
+    plain: PreTrainedModel = adapted.merge_and_unload() if merge else adapted.get_base_model()
+    return plain
+
+
+@contextmanager
+def _explained(source: ModelSource) -> Iterator[None]:
+    """Turn the errors of a missing, gated or unreadable model into a LoadError with the command that mends it."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise LoadError(source.path, _first_line(error), _mend(source, error)) from error
+
+
+def _mend(source: ModelSource, error: Exception) -> str:
+    text = f"{type(error).__name__} {error}".lower()
+    revision = f" --revision {source.revision}" if source.revision else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "Give the role more GPU memory, a smaller dtype, quantization or a device_map over more devices."
+    if isinstance(error, ImportError):
+        return "Install what it names into the environment of the models."
+    if source.local:
+        return f"The folder {source.path} must hold config.json and its *.safetensors, whole and readable."
+    if "gated" in text or "401" in text or "403" in text:
+        return f"Ask for access at https://huggingface.co/{source.path}, then: hf auth login"
+    if "trust_remote_code" in text:
+        return "Read its code, then set trust_remote_code: true and revision: to that commit."
+    return f"Download it with: hf download {source.path}{revision}   (or correct the path)"
+
+
+def _first_line(error: Exception) -> str:
+    """The beginning of an error's text: transformers' errors run over paragraphs."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _bytes_on_disk(source: ModelSource) -> int:
+    return sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors")) if source.local else 0
+
+
+def _tell(report: Report | None, source: ModelSource, began: float, stage: str, size: int) -> None:
+    progress = LoadProgress(stage, size, time.monotonic() - began)
+    log.info("%s: %s, %.1f MB after %.1f s", source.path, stage, size / 1e6, progress.seconds)
+    if report is not None:
+        report(progress)

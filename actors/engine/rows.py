@@ -1,0 +1,161 @@
+"""Logits rows that are held for lookups, and their reduction to slices.
+
+Rows are float32. A row is named by its position and by the running hash *including* its own token, because position
+alone would mix a rejected draft's row with its successor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowSlices:
+    """R rows reduced to their k largest logits, sorted by (logit descending, id ascending)."""
+
+    ids: NDArray[np.int32]  # [R, k]
+    logits: NDArray[np.float32]  # [R, k]
+    logsumexp: NDArray[np.float32]  # [R], over the whole row
+
+
+@dataclass(frozen=True, slots=True)
+class HeldRows:
+    """The rows of one session's last extend: a snapshot that nothing changes, safe to read from any thread."""
+
+    position: int  # of the first row's token in the session
+    hashes: tuple[int, ...]  # per row the running hash including the row's own token
+    logits: Tensor  # [m, V] float32, on the device of the model's head
+    alone: bool  # reduce every row by itself, so that its company cannot change a bit (`exact` mode)
+
+    def index(self, position: int, prefix: int) -> int | None:
+        """Which row is at `position` with running hash `prefix` (its own token included), or None."""
+        row = position - self.position
+        return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
+
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> RowSlices:
+        """The slices of `rows` (all if None); k = 0 gives only the logsumexp, k > V the whole sorted row."""
+        return reduce_rows(self._select(rows), k, self.alone)
+
+    def at(self, row: int, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
+        """The exact logits [len(ids)] of one row at `ids`; IndexError for an id outside the row."""
+        wanted = np.asarray(ids, dtype=np.int64)
+        width = self.logits.shape[-1]
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= width):
+            raise IndexError(f"ids must lie in [0, {width})")
+        picked = self.logits[row].index_select(0, torch.from_numpy(wanted).to(self.logits.device))
+        return _to_host(picked)
+
+    def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """The whole logits [m, V] of `rows` (all if None), read-only."""
+        return _to_host(self._select(rows))
+
+    def _select(self, rows: Sequence[int] | None) -> Tensor:
+        return self.logits if rows is None else self.logits[list(rows)]
+
+
+@torch.inference_mode()
+def reduce_rows(logits: Tensor, k: int, alone: bool) -> RowSlices:
+    """Reduce logits [R, V] on their device and bring the result to the host in one copy each.
+
+    With `alone` each logsumexp runs over a fresh copy of its row: vectorised kernels treat the last lanes of a
+    *tensor* differently, so that a row's bits would depend on the rows around it. Top-k compares and never rounds.
+    """
+    if alone:
+        sums = torch.stack([row.clone().logsumexp(-1) for row in logits]) if len(logits) else logits.new_zeros(0)
+    else:
+        sums = logits.logsumexp(-1)
+    values, ids = top_k(logits, min(k, logits.shape[-1]))
+    return RowSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums))
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids [R, k] of the largest logits [R, V], ties to the lowest id at every place, the k-th included.
+
+    `torch.topk` leaves open which of several equal logits it takes, and devices differ. So rows in which more logits
+    equal the k-th value than were taken (rare in float32, common in rounded rows) take theirs again in id order.
+    """
+    values, ids = logits.topk(k, dim=-1)
+    if k == 0:
+        return values, ids
+    edge = values[:, -1:]
+    crowded = (logits == edge).sum(-1) > (values == edge).sum(-1)
+    for row in crowded.nonzero().flatten().tolist():
+        above = ids[row][values[row] > edge[row]]
+        level = (logits[row] == edge[row]).nonzero().flatten()
+        ids[row] = torch.cat([above, level[: k - len(above)]])
+    ids = ids.sort(-1).values
+    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
+@dataclass(slots=True)
+class _Block:
+    """The logits of one forward; they stay in memory until the last session that reads them lets go."""
+
+    size: int  # rows, padding included
+    sessions: set[int] = field(default_factory=set)
+
+
+class RowStore:
+    """The held rows of all sessions, at most `budget` rows of memory: the oldest forward's rows go first."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._rows: dict[int, HeldRows] = {}
+        self._block_of: dict[int, int] = {}
+        self._blocks: dict[int, _Block] = {}  # by forward, in order
+        self._forwards = 0
+
+    @property
+    def size(self) -> int:
+        """Rows in memory."""
+        return sum(block.size for block in self._blocks.values())
+
+    def get(self, session: int) -> HeldRows | None:
+        return self._rows.get(session)
+
+    def drop(self, session: int) -> None:
+        """Let go of a session's rows; nothing happens if it has none."""
+        self._rows.pop(session, None)
+        number = self._block_of.pop(session, None)
+        if number is not None:
+            block = self._blocks[number]
+            block.sessions.discard(session)
+            if not block.sessions:
+                del self._blocks[number]
+
+    def make_room(self, size: int) -> None:
+        """Drop the oldest forwards' rows until a forward of `size` rows fits the budget."""
+        while self._blocks and self.size + size > self.budget:
+            oldest = next(iter(self._blocks.values()))
+            for session in tuple(oldest.sessions):
+                self.drop(session)
+
+    def hold(self, rows: Mapping[int, HeldRows], size: int) -> None:
+        """Keep what one forward of `size` rows, padding included, gave to each session."""
+        self._forwards += 1
+        if rows:
+            self._blocks[self._forwards] = _Block(size, set(rows))
+        for session, held in rows.items():
+            assert session not in self._rows
+            self._rows[session] = held
+            self._block_of[session] = self._forwards
+
+    def check(self) -> None:
+        """Prove that sessions and blocks agree and the budget is kept; AssertionError if not."""
+        owners = [session for block in self._blocks.values() for session in block.sessions]
+        assert sorted(owners) == sorted(self._rows) == sorted(self._block_of)
+        assert self.size <= self.budget, f"{self.size} rows are held, {self.budget} allowed"
+
+
+def _to_host(tensor: Tensor) -> NDArray[Any]:
+    array = tensor.cpu().numpy()
+    array.setflags(write=False)  # on the CPU it may share memory with the held rows
+    return array

@@ -1,0 +1,56 @@
+"""How many bytes of cache a token costs, from a model's config.json alone: no torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def cache_bytes_per_token(config: Mapping[str, Any], dtype: str = "auto") -> int:
+    """Bytes of keys and values that one token takes in the cache of a model.
+
+    config: the mapping of a Hugging Face config.json (of a multimodal model, its text part is used).
+    dtype: "float32", "bfloat16", "float16", or "auto" for the one that the config names (float32 if none).
+    Raises ValueError for a config without attention heads or an unknown dtype.
+    """
+    text = text_config(config)
+    layers, heads = _first(text, "num_hidden_layers", "n_layer"), _first(text, "num_attention_heads", "n_head")
+    if not layers or not heads:
+        raise ValueError("config.json names no num_hidden_layers or num_attention_heads: not an attention model")
+    per_layer = _latent_width(text) if text.get("kv_lora_rank") else _grouped_width(text)
+    return layers * per_layer * _item_bytes(config, text, dtype)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def _first(text: Mapping[str, Any], *names: str) -> int:
+    """The first of a quantity's names (newer, older) that the config has, 0 if none."""
+    return next((int(text[name]) for name in names if text.get(name)), 0)
+
+
+def _grouped_width(text: Mapping[str, Any]) -> int:
+    """Numbers per token and layer: keys and values of kv_heads heads of head_dim each."""
+    heads = _first(text, "num_attention_heads", "n_head")
+    head_dim = _first(text, "head_dim") or _first(text, "hidden_size", "n_embd") // heads
+    return 2 * (_first(text, "num_key_value_heads") or heads) * head_dim
+
+
+def _latent_width(text: Mapping[str, Any]) -> int:
+    """Multi-head latent attention: the engine stores what reaches attention, expanded to all heads."""
+    per_head = text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"]
+    return int(text["num_attention_heads"]) * int(per_head)
+
+
+def _item_bytes(config: Mapping[str, Any], text: Mapping[str, Any], dtype: str) -> int:
+    if dtype == "auto":
+        named = [part.get(key) for part in (text, config) for key in ("dtype", "torch_dtype")]
+        dtype = next((str(name) for name in named if name), "float32")
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are auto, {', '.join(ITEM_BYTES)}")
+    return ITEM_BYTES[dtype]

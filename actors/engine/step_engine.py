@@ -1,0 +1,278 @@
+"""One model, many sessions: every step is one ragged forward over all sessions' new tokens.
+
+No model code is touched. transformers calls the attention function that is registered here; it gets packed tokens
+`[1, T]` with their positions, and returns logits of the asked-for tokens only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actors.engine.attention import Ragged, Span, StepAttention
+from actors.engine.backends import choose_backend
+from actors.engine.digest import model_digest
+from actors.engine.errors import BadExtend, EngineError, LoadError, RowGone, StepFailed
+from actors.engine.heads import widen_head
+from actors.engine.kv_pool import KVPool
+from actors.engine.rows import HeldRows, RowSlices, RowStore, reduce_rows
+from actors.engine.sessions import SessionTable, seniority
+from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "BadExtend",
+    "CacheStats",
+    "EngineError",
+    "Extend",
+    "Full",
+    "Held",
+    "HeldRows",
+    "KVMiss",
+    "Outcome",
+    "RowGone",
+    "RowSlices",
+    "StepEngine",
+    "StepFailed",
+]
+
+_EXACT_TILE = 8  # matrix products of a multiple of 8 rows give each row the same bits, whatever the multiple
+
+
+class StepEngine:
+    """Extends sessions of one causal language model. One thread calls it; `rows` may be called from any.
+
+    cache_tokens: tokens of all sessions together. max_held_rows: rows in memory for lookups, width x 4 bytes each.
+    exact: one thread, token and logit counts padded to a multiple of 8 and every token attended as its own row;
+    then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone, token
+    by token, on one CPU type and torch build. backend: force an attention back end by name.
+    Raises LoadError for a model, device or back end that cannot be served so.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache_tokens: int,
+        *,
+        exact: bool = False,
+        backend: str | None = None,
+        max_held_rows: int = 1024,
+    ) -> None:
+        _require_kept_logits(model)
+        if exact:
+            _require_exact(model)
+            torch.set_num_threads(1)
+        self.exact = exact
+        self.hash_seed = model_digest(model)
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
+        widen_head(model)
+        self._model = model.eval()
+        self._pool = KVPool(cache_tokens)
+        self._table = SessionTable(self._pool, self.hash_seed)
+        self._store = RowStore(max_held_rows)
+        self._attention = StepAttention(self._pool, choose_backend(model.device, model.dtype, backend))
+        weakref.finalize(self, self._attention.unregister)
+        model.set_attn_implementation(self._attention.name)
+        self.width = int(self._forward([0], [0], [self._pool.trash], [], [0]).shape[-1])  # also makes the pools
+        self.layers = len(self._pool.layers)  # that attended
+        self.hidden_layers = int(model.config.get_text_config().num_hidden_layers)
+        self.dtype: torch.dtype = model.dtype
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
+        """Run one forward for all extends that can run now, at most one of each session; outcomes in their order.
+
+        Raises BadExtend (nothing is changed) for an extend that can never succeed, and StepFailed when the forward
+        raises: then every session of this step is dropped and answers `KVMiss(0)`.
+        """
+        if len({extend.session for extend in batch}) < len(batch):
+            raise BadExtend(batch[0].session, "a session may be extended once in a step")
+        for extend in batch:
+            self.check_extend(extend)
+        answers = self._table.admit(self._within_row_budget(batch))
+        admitted = [extend for extend in batch if isinstance(self._outcome(extend, answers), Held)]
+        if admitted:
+            self._run(admitted)
+        return [self._outcome(extend, answers) for extend in batch]
+
+    def check_extend(self, extend: Extend) -> None:
+        """Raise BadExtend for an extend that can never succeed: an edge refuses it before it meets others."""
+        if not extend.tokens:
+            raise BadExtend(extend.session, "an extend needs at least one token")
+        if not 0 <= extend.rows <= len(extend.tokens):
+            raise BadExtend(extend.session, f"{extend.rows} rows of {len(extend.tokens)} tokens")
+        if extend.position < 0:
+            raise BadExtend(extend.session, f"position {extend.position} is negative")
+        if min(extend.tokens) < 0 or max(extend.tokens) >= self.vocabulary:
+            raise BadExtend(extend.session, f"token ids must lie in [0, {self.vocabulary})")
+        total = self._pool.extents.total
+        if extend.end > total:
+            raise BadExtend(extend.session, f"{extend.end} tokens do not fit a cache of {total}")
+        if self._padded(extend.rows) > self._store.budget:
+            raise BadExtend(extend.session, f"{extend.rows} rows, at most {self._store.budget} are held")
+
+    def rows(self, session: int) -> HeldRows | None:
+        """The rows of the session's last extend, or None if they are gone. From any thread."""
+        return self._store.get(session)
+
+    def reduce(self, sessions: Sequence[int], k: int) -> RowSlices:
+        """The slices of all held rows of `sessions`, in their order, reduced together; RowGone if one has none."""
+        return reduce_rows(self._gather_rows(sessions), k, self.exact)
+
+    def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
+        """The whole held rows [R, V] of `sessions`, in their order; RowGone if one has none."""
+        array: NDArray[np.float32] = self._gather_rows(sessions).cpu().numpy()
+        return array
+
+    def plain_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [n, V] float32 of transformers' own eager forward of one sequence, past the engine's cache."""
+        self._model.set_attn_implementation("eager")
+        try:
+            with torch.inference_mode():
+                ids = torch.tensor([list(tokens)], device=self._model.device)
+                logits: Tensor = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            self._model.set_attn_implementation(self._attention.name)
+        return logits
+
+    def close(self, session: int) -> None:
+        """Forget a session: its cache and its rows."""
+        self._table.evict(session)
+        self._store.drop(session)
+
+    def evict(self, session: int) -> None:
+        """Drop a session's cache, so that its next extend answers `KVMiss(0)`; its held rows stay readable."""
+        self._table.evict(session)
+
+    def fork(self, source: int, session: int, length: int) -> bool:
+        """Begin `session` with the first `length` tokens of `source`: one copy per layer, no forward.
+
+        The caller has compared real tokens, a hash is not enough. False if `source` holds fewer tokens or there is no
+        room (nothing is evicted for a fork); ValueError if `session` exists.
+        """
+        return self._table.fork(source, session, length)
+
+    def cache_stats(self) -> CacheStats:
+        return CacheStats(self._pool.extents.total, self._pool.used, len(self._table.sessions))
+
+    def check(self) -> None:
+        """Prove that free + used = all and that every extent, hash and row is consistent; AssertionError if not."""
+        self._table.check()
+        self._store.check()
+
+    @staticmethod
+    def _outcome(extend: Extend, answers: Mapping[int, KVMiss | Full | None]) -> Outcome:
+        refusal = answers.get(extend.session, Full(extend.session))  # absent: over the row budget
+        return Held(extend.session, extend.end, extend.rows) if refusal is None else refusal
+
+    def _within_row_budget(self, batch: Sequence[Extend]) -> list[Extend]:
+        """The oldest extends whose rows fit the row budget together; one alone always does."""
+        fitting, rows = [], 0
+        for extend in sorted(batch, key=seniority):
+            if self._padded(rows + extend.rows) <= self._store.budget:
+                fitting.append(extend)
+                rows += extend.rows
+        return fitting
+
+    def _run(self, admitted: Sequence[Extend]) -> None:
+        sessions = [extend.session for extend in admitted]
+        for session in sessions:
+            self._store.drop(session)
+        self._store.make_room(self._padded(sum(extend.rows for extend in admitted)))
+        try:
+            logits = self._forward_extends(admitted)
+        except BaseException as error:
+            # Their pools may be half written.
+            for session in sessions:
+                self._table.evict(session)
+            if isinstance(error, Exception):
+                raise StepFailed(sessions, error) from error
+            raise
+        for extend in admitted:
+            self._table.commit(extend)
+        self._hold(admitted, logits)
+
+    def _forward_extends(self, admitted: Sequence[Extend]) -> Tensor:
+        """Pack the new tokens of all extends and run them; the logits of their rows, padding behind."""
+        ids: list[int] = []
+        positions: list[int] = []
+        write: list[int] = []
+        keep: list[int] = []
+        spans: list[Span] = []
+        for extend in admitted:
+            start, count, first = self._pool.start(extend.session), len(extend.tokens), len(ids)
+            ids += extend.tokens
+            positions += range(extend.position, extend.end)
+            write += range(start + extend.position, start + extend.end)
+            keep += range(first + count - extend.rows, first + count)
+            if self.exact:
+                spans += [Span(first + i, 1, start, extend.position + i + 1) for i in range(count)]
+            else:
+                spans.append(Span(first, count, start, extend.end))
+        return self._forward(ids, positions, write, spans, keep)
+
+    @torch.inference_mode()
+    def _forward(
+        self, ids: list[int], positions: list[int], write: list[int], spans: list[Span], keep: list[int]
+    ) -> Tensor:
+        """Logits [R, V] float32 of the packed tokens `keep`, R and T padded in exact mode."""
+        padding = self._padded(len(ids)) - len(ids)
+        keep = keep + [0] * (self._padded(len(keep)) - len(keep))
+        device = self._model.device
+        index = torch.tensor(
+            [ids + [0] * padding, positions + [0] * padding, write + [self._pool.trash] * padding], device=device
+        )
+        self._attention.step = Ragged(tuple(spans), index.shape[1], index[2])
+        try:
+            output = self._model(
+                input_ids=index[None, 0],
+                position_ids=index[None, 1],
+                use_cache=False,
+                logits_to_keep=torch.tensor(keep, dtype=torch.long, device=device),
+            )
+        finally:
+            self._attention.step = None
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def _hold(self, admitted: Sequence[Extend], logits: Tensor) -> None:
+        held, first = {}, 0
+        for extend in admitted:
+            if extend.rows:
+                hashes = tuple(self._table.sessions[extend.session].hashes[-extend.rows :])
+                rows = logits[first : first + extend.rows]
+                held[extend.session] = HeldRows(extend.end - extend.rows, hashes, rows, self.exact)
+                first += extend.rows
+        self._store.hold(held, len(logits))
+
+    def _gather_rows(self, sessions: Sequence[int]) -> Tensor:
+        parts = []
+        for session in sessions:
+            held = self._store.get(session)
+            if held is None:
+                raise RowGone(session)
+            parts.append(held.logits)
+        return torch.cat(parts) if parts else torch.zeros(0, self.width)
+
+    def _padded(self, count: int) -> int:
+        return -(-count // _EXACT_TILE) * _EXACT_TILE if self.exact else count
+
+
+def _require_kept_logits(model: PreTrainedModel) -> None:
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        out = "Choose a causal language model of transformers 5.17 or later."
+        raise LoadError(type(model).__name__, "its forward takes no logits_to_keep", out)
+
+
+def _require_exact(model: PreTrainedModel) -> None:
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        why = f"the model is on {model.device} in {model.dtype}"
+        raise LoadError("exact mode", why, "Set device: cpu and dtype: float32, or leave exact unset.")

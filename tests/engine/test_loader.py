@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from actors.engine.errors import LoadError
+from actors.engine.loader import LoadProgress, ModelSource, load_engine, load_model
+from tests.engine.models import Driver, qwen2, tokens
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    qwen2().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint: Path) -> ModelSource:
+    return ModelSource(str(checkpoint), device="cpu")
+
+
+def test_a_local_folder_becomes_an_engine_that_says_what_it_awaits(source: ModelSource) -> None:
+    heard: list[LoadProgress] = []
+    engine = load_engine(source, 128, report=heard.append)
+    assert [progress.stage for progress in heard] == ["config", "weights", "loaded", "check", "ready"]
+    on_disk = heard[1].bytes
+    assert on_disk == (Path(source.path) / "model.safetensors").stat().st_size
+    assert heard[-1].bytes >= 0.9 * on_disk
+    run = Driver(engine)
+    run.extend(1, tokens(5))
+    torch.testing.assert_close(run.logits(1), engine.plain_logits(tokens(5)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_digest_is_that_of_the_weights_not_of_the_loading(source: ModelSource) -> None:
+    assert load_engine(source, 128).hash_seed == load_engine(source, 256).hash_seed
+
+
+def test_the_dtype_is_the_checkpoints_unless_told(source: ModelSource) -> None:
+    assert load_model(source).model.dtype == torch.float32
+    assert load_model(dataclasses.replace(source, dtype="bfloat16")).model.dtype == torch.bfloat16
+
+
+def test_accelerate_places_the_weights(source: ModelSource) -> None:
+    placed = dataclasses.replace(source, device_map={"": "cpu"}, dtype="bfloat16")
+    run = Driver(load_engine(placed, 128))
+    run.extend(1, tokens(5))
+    assert run.logits(1).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+def test_an_adapter_changes_the_rows_as_peft_does(source: ModelSource, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    adapted = get_peft_model(qwen2(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    text = tokens(9)
+    with torch.inference_mode():
+        expected = adapted(input_ids=torch.tensor([text])).logits[0]
+    engine = load_engine(dataclasses.replace(source, adapter=str(tmp_path)), 128)
+    run = Driver(engine)
+    run.extend(1, text)
+    torch.testing.assert_close(run.logits(1), expected, rtol=1e-4, atol=1e-4)
+    assert engine.hash_seed != load_engine(source, 128).hash_seed
+
+
+def test_a_missing_adapter_is_named(source: ModelSource, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"adapter .*adapter_config\.json"):
+        load_model(dataclasses.replace(source, adapter=str(tmp_path)))
+
+
+def test_a_folder_without_a_model_says_what_it_must_hold(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"must hold config\.json"):
+        load_model(ModelSource(str(tmp_path)))
+
+
+def test_a_broken_weight_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(LoadError, match="whole and readable"):
+        load_model(ModelSource(str(tmp_path)))
+
+
+def test_missing_weights_are_refused_not_made_up(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    config["layer_types"] += ["full_attention"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"lacks \d+ weights, model.layers.2"):
+        load_model(ModelSource(str(tmp_path)))
+
+
+def test_a_missing_hub_model_names_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(LoadError, match=r"hf download nobody/nothing --revision abc"):
+        load_model(ModelSource("nobody/nothing", revision="abc"))
+
+
+def test_a_gated_hub_model_names_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr("actors.engine.loader.AutoConfig.from_pretrained", gated)
+    with pytest.raises(LoadError, match="hf auth login"):
+        load_model(ModelSource("somebody/gated"))
+
+
+def test_a_model_that_would_be_wrong_is_refused_before_its_weights_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match="longest sequence of the batch"):
+        load_model(ModelSource(str(tmp_path)))
+
+
+def test_an_unknown_quantization_is_refused(source: ModelSource) -> None:
+    with pytest.raises(LoadError, match=r"quantization of .*Unknown quantization type"):
+        load_model(dataclasses.replace(source, quantization={"quant_method": "halves"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"dtype": "int3"}, "dtype 'int3' is unknown"),
+        ({"device": "tpu"}, "device 'tpu' is unknown"),
+        ({"trust_remote_code": True}, "without a pinned revision"),
+    ],
+)
+def test_a_source_is_checked_when_it_is_made(options: dict[str, object], why: str) -> None:
+    with pytest.raises(LoadError, match=why):
+        ModelSource("some/model", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(source: ModelSource) -> None:
+    with pytest.raises(LoadError, match="torch sees no GPU"):
+        load_model(dataclasses.replace(source, device="cuda"))

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from actors.engine.rows import HeldRows, RowStore, reduce_rows, top_k
+
+
+def held(logits: torch.Tensor, position: int = 0) -> HeldRows:
+    return HeldRows(position, tuple(range(100, 100 + len(logits))), logits, alone=True)
+
+
+def reference_top_k(row: torch.Tensor, k: int) -> list[int]:
+    return sorted(range(len(row)), key=lambda index: (-float(row[index]), index))[:k]
+
+
+@pytest.mark.parametrize("k", [1, 5, 128, 509])
+def test_ties_go_to_the_lowest_id_at_every_place(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-9, 9, (24, 509), generator=generator) / 4
+    logits[3] = 0.0
+    logits[4, ::2] = -0.0  # equals 0.0
+    values, ids = top_k(logits, k)
+    for row in range(len(logits)):
+        assert ids[row].tolist() == reference_top_k(logits[row], k)
+        assert torch.equal(values[row], logits[row][ids[row]])
+
+
+def test_slices_are_sorted_and_carry_the_logsumexp_of_the_whole_row() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    slices = held(logits).slices(7)
+    assert slices.ids.dtype == np.int32
+    assert slices.logits.dtype == slices.logsumexp.dtype == np.float32
+    assert slices.ids.shape == slices.logits.shape == (3, 7)
+    np.testing.assert_allclose(slices.logsumexp, np.log(np.exp(logits.numpy()).sum(-1)), rtol=1e-5)
+    assert np.all(np.diff(slices.logits, axis=1) <= 0)
+
+
+def test_k_zero_gives_only_the_logsumexp_and_a_large_k_the_whole_row() -> None:
+    rows = held(torch.randn(2, 10, generator=torch.Generator().manual_seed(1)))
+    assert rows.slices(0).ids.shape == (2, 0)
+    assert rows.slices(0).logsumexp.shape == (2,)
+    assert rows.slices(99).ids.shape == (2, 10)
+
+
+def test_a_row_reduced_alone_has_the_same_bits_in_any_company() -> None:
+    logits = torch.randn(9, 509, generator=torch.Generator().manual_seed(2))
+    together = reduce_rows(logits, 16, alone=True)
+    for row in range(9):
+        single = reduce_rows(logits[row : row + 1], 16, alone=True)
+        assert single.logsumexp[0].tobytes() == together.logsumexp[row].tobytes()
+        assert np.array_equal(single.ids[0], together.ids[row])
+
+
+def test_lookups_are_exact_and_refuse_ids_outside_the_row() -> None:
+    logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(3))
+    rows = held(logits)
+    assert np.array_equal(rows.at(1, [19, 0, 3]), logits[1, [19, 0, 3]].numpy())
+    assert rows.at(0, []).shape == (0,)
+    with pytest.raises(IndexError, match=r"\[0, 20\)"):
+        rows.at(0, [20])
+    with pytest.raises(IndexError):
+        rows.at(0, [-1])
+
+
+def test_whole_rows_cannot_be_written() -> None:
+    whole = held(torch.zeros(1, 4)).whole()
+    with pytest.raises(ValueError, match="read-only"):
+        whole[0, 0] = 1.0
+
+
+def test_a_row_is_found_by_position_and_hash_together() -> None:
+    rows = held(torch.zeros(3, 4), position=10)
+    assert rows.index(11, 101) == 1
+    assert rows.index(11, 100) is None  # another token at that position
+    assert rows.index(9, 100) is None
+    assert rows.index(13, 103) is None
+
+
+def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
+    store = RowStore(budget=8)
+    store.hold({1: held(torch.zeros(2, 4)), 2: held(torch.zeros(1, 4))}, size=4)
+    store.hold({3: held(torch.zeros(1, 4))}, size=2)
+    store.make_room(2)
+    assert store.get(1) is not None
+    store.hold({4: held(torch.zeros(2, 4))}, size=2)
+    store.make_room(4)
+    assert store.get(1) is None
+    assert store.get(2) is None
+    assert store.get(3) is not None
+    store.check()
+
+
+def test_a_forwards_memory_counts_until_its_last_session_lets_go() -> None:
+    store = RowStore(budget=8)
+    store.hold({1: held(torch.zeros(1, 4)), 2: held(torch.zeros(1, 4))}, size=8)
+    store.drop(1)
+    assert store.size == 8
+    store.drop(2)
+    assert store.size == 0
+    store.check()
