@@ -1,0 +1,74 @@
+"""How much of a role's context a prompt leaves, and the refusal, with its arithmetic, of what cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from actors.config import ServiceConfig
+from actors.requests import Role
+from actors.tokenizer import RoleTokenizer
+from router.backend import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many tokens, prompt and answer together, a role takes, and what sets that limit."""
+
+    role: Role
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long an answer may be: what the client asked for in field `param`, and the default where it did not."""
+
+    asked: int | None
+    default: int | None
+    param: str = "max_tokens"
+
+
+def limits(
+    service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], primary: Role, roles: Sequence[Role]
+) -> list[Limit]:
+    """The limits that a session of these roles must keep.
+
+    The positions of a small role count when `beyond_context` is "error" only; the cache of a role cannot be exceeded
+    in any mode that keeps it running.
+    """
+    found = []
+    for role in roles:
+        model = service.models.role(role)
+        positions = model.max_position or tokenizers[role].max_position
+        if positions is not None and (role == primary or service.beyond_context == "error"):
+            found.append(Limit(role, positions, "positions of its model"))
+        if role == primary or service.beyond_context != "stop_guidance":
+            found.append(Limit(role, model.cache_tokens, "tokens of its cache"))
+    return found
+
+
+def answer_tokens(prompts: Mapping[Role, Sequence[int]], bounds: Sequence[Limit], budget: Budget) -> int:
+    """max_tokens of an answer: what the client asked for, else the default or what is left, whichever is less.
+
+    Raises BadRequest when what was asked for, or a single token, does not fit.
+    """
+    asked, param = budget.asked, budget.param
+    tightest = min(bounds, key=lambda bound: bound.tokens - len(prompts[bound.role]))
+    prompt = len(prompts[tightest.role])
+    left = tightest.tokens - prompt
+    if left < max(asked or 0, 1):
+        wanted = (
+            f"{prompt} prompt tokens + {asked} of {param} = {prompt + asked}" if asked else f"{prompt} prompt tokens"
+        )
+        raise BadRequest(
+            f"{wanted}, but the {tightest.role} takes {tightest.tokens} ({tightest.reason}): "
+            + (
+                f"ask for at most {left} tokens" if left > 0 else f"shorten the prompt to {tightest.tokens - 1} or less"
+            ),
+            param=param if asked and left > 0 else "prompt",
+            code="context_length_exceeded",
+        )
+    if asked is not None:
+        return asked
+    return left if budget.default is None else min(budget.default, left)

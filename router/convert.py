@@ -1,0 +1,224 @@
+"""From a request's body to the sequences that coordinators decode.
+
+A request's value stands above the service's default, field by field.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel
+
+from actors.config import ServiceConfig
+from actors.decoding.guidance import Guidance
+from actors.decoding.hashing import derive_seed
+from actors.decoding.parameters import Sampling, Thinking
+from actors.requests import ROLES, Generate, Role
+from router.backend import BadRequest, NotFound
+from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
+from router.context import Budget, answer_tokens, limits
+from router.schema import ChatRequest, CompletionRequest
+
+COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
+
+_RENAMED = ("logit_bias", "stop", "stop_token_ids", "top_k", "max_tokens")  # those that _sampling gives another form
+_COPIED = tuple(item.name for item in fields(Sampling) if item.name not in _RENAMED)
+
+Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request comes to: its sequences in the order of their choices, and the seed that they derive from."""
+
+    sequences: list[Generate]
+    seed: int
+    choices_per_prompt: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, each counted once however many choices it has."""
+        firsts = self.sequences[:: self.choices_per_prompt]
+        return sum(len(sequence.prompts[sequence.primary]) for sequence in firsts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The part of the service that a served name stands for."""
+
+    primary: Role
+    guidance: Guidance
+    roles: tuple[Role, ...]  # those whose prompts are needed
+
+
+def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str) -> Plan:
+    """The sequences of a chat request. Raises BadRequest or NotFound."""
+    model = _model(request, service)
+    # An answer that is continued has begun its thinking already, or has none.
+    new_turn = not request.continue_final_message and request.add_generation_prompt is not False
+    thinking = _thinking(request, service.thinking if new_turn else replace(service.thinking, start=""))
+    prompts = chat_prompts(request, model.roles, tokenizers, thinking.start)
+    budget = _chat_budget(request, service.sampling.max_tokens)
+    return _plan(request, service, tokenizers, request_id, model, thinking, [prompts], budget)
+
+
+def plan_completion(
+    request: CompletionRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str
+) -> Plan:
+    """The sequences of a completion request. Raises BadRequest or NotFound."""
+    model = _model(request, service)
+    # Raw text has no thinking of its own: it is told from the answer only when the request says how it is marked.
+    thinking = Thinking() if request.thinking is None else _thinking(request, service.thinking)
+    prompts = [
+        text_prompts(prompt, model.roles, tokenizers, thinking.start)
+        if isinstance(prompt, str)
+        else token_prompts(prompt, model.primary, model.roles, tokenizers, thinking.start)
+        for prompt in _prompts_of(request)
+    ]
+    budget = Budget(request.max_tokens, service.sampling.max_tokens or COMPLETION_TOKENS)
+    return _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
+
+
+def _plan(
+    request: ChatRequest | CompletionRequest,
+    service: ServiceConfig,
+    tokenizers: Tokenizers,
+    request_id: str,
+    model: _Model,
+    thinking: Thinking,
+    prompts: Sequence[Prompts],
+    budget: Budget,
+) -> Plan:
+    _check_count(len(prompts) * request.n, service)
+    bounds = limits(service, tokenizers, model.primary, model.roles)
+    seed = request.seed if request.seed is not None else secrets.randbits(53)  # exact as a JSON number everywhere
+    unique = f"{request_id}.{secrets.token_hex(4)}"  # a client may use its own id twice
+    sequences: list[Generate] = []
+    for prompt in prompts:
+        if not all(prompt.values()):
+            raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
+        sampling = _sampling(request, service.sampling, answer_tokens(prompt, bounds, budget))
+        _check_ids(sampling, tokenizers[model.primary].width)
+        for _ in range(request.n):
+            index = len(sequences)
+            sequences.append(
+                Generate(
+                    request_id=f"{unique}.{index}",
+                    primary=model.primary,
+                    prompts=prompt,
+                    sampling=sampling,
+                    guidance=model.guidance,
+                    thinking=thinking,
+                    seed=derive_seed(seed, index),
+                    explain=request.explain,
+                )
+            )
+    return Plan(sequences, seed, request.n)
+
+
+def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _Model:
+    served = service.served_names.get(request.model)
+    if served is None:
+        raise NotFound(
+            f"there is no model {request.model!r}; served are {', '.join(service.served_names)}",
+            param="model",
+            code="model_not_found",
+        )
+    guidance = _guidance(request, service.guidance if served == "guided" else Guidance(alpha=0.0))
+    if served != "guided" and not guidance.never_guides():
+        raise BadRequest(
+            f"{request.model} is one model alone, which nothing guides: ask {service.name} for guidance",
+            param="guidance",
+        )
+    primary: Role = "target" if served == "guided" else served
+    return _Model(primary, guidance, (primary,) if guidance.never_guides() else ROLES)
+
+
+def _guidance(request: ChatRequest | CompletionRequest, default: Guidance) -> Guidance:
+    if request.guidance is None:
+        return default
+    given = request.guidance.model_dump(exclude_none=True, exclude={"explain"})
+    if "schedule" in given:
+        given["schedule"] = tuple((start, alpha) for start, alpha in given["schedule"])
+    elif "alpha" in given:
+        given["schedule"] = ()  # the service's schedule would stand above the alpha that the client asks for
+    return _replaced(default, given, "guidance")
+
+
+def _thinking(request: ChatRequest | CompletionRequest, default: Thinking) -> Thinking:
+    return _replaced(default, _given(request.thinking), "thinking")
+
+
+def _given(fields: BaseModel | None) -> dict[str, Any]:
+    return {} if fields is None else fields.model_dump(exclude_unset=True)
+
+
+def _sampling(request: ChatRequest | CompletionRequest, default: Sampling, max_tokens: int) -> Sampling:
+    given: dict[str, Any] = {name: getattr(request, name) for name in _COPIED}
+    given["top_k"] = 0 if request.top_k == -1 else request.top_k
+    given["stop"] = (request.stop,) if isinstance(request.stop, str) else _tuple(request.stop)
+    given["stop_token_ids"] = _tuple(request.stop_token_ids)
+    given["logit_bias"] = None if request.logit_bias is None else _bias(request.logit_bias)
+    given["max_tokens"] = max_tokens
+    return _replaced(default, {name: value for name, value in given.items() if value is not None}, "")
+
+
+def _replaced(default: Parameters, given: Mapping[str, Any], section: str) -> Parameters:
+    try:
+        return replace(default, **given)
+    except ValueError as error:
+        raise _refusal(str(error), list(given), section) from None
+
+
+def _refusal(message: str, given: Sequence[str], section: str) -> BadRequest:
+    named = [name for name in given if re.search(rf"\b{name}\b", message)]
+    param = ".".join(part for part in (section, *named[:1]) if part)
+    return BadRequest(f"{section}: {message}" if section else message, param=param or None)
+
+
+def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple(sorted((int(id_), number) for id_, number in bias.items()))
+    except ValueError:
+        raise BadRequest("logit_bias must map token ids, as strings, to numbers", param="logit_bias") from None
+
+
+def _check_ids(sampling: Sampling, width: int) -> None:
+    named = {"logit_bias": [id_ for id_, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+    for param, ids in named.items():
+        for id_ in ids:
+            if not 0 <= id_ < width:
+                raise BadRequest(f"{param}: token id {id_} is outside the vocabulary of {width} ids", param=param)
+
+
+def _check_count(sequences: int, service: ServiceConfig) -> None:
+    coordinator = service.coordinator
+    most = (coordinator.max_sessions + coordinator.max_waiting) * coordinator.replicas.max
+    if sequences > most:
+        raise BadRequest(f"{sequences} answers in one request, but the service holds {most}: send fewer", param="n")
+
+
+def _chat_budget(request: ChatRequest, default: int | None) -> Budget:
+    old, new = request.max_tokens, request.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise BadRequest(
+            f"max_tokens ({old}) is the older name of max_completion_tokens ({new}): give one of them",
+            param="max_completion_tokens",
+        )
+    return Budget(old, default) if new is None else Budget(new, default, "max_completion_tokens")
+
+
+def _prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    prompt = request.prompt
+    if not prompt and isinstance(prompt, list):
+        raise BadRequest("prompt is an empty list", param="prompt")
+    one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return cast("list[str | list[int]]", [prompt] if one else prompt)

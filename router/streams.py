@@ -1,0 +1,149 @@
+"""Several generations as one flow of batches, ended at once when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from starlette.types import Receive
+
+from actors.requests import Delta, Finished, Generate, Rejected
+from router.backend import ApiError, Backend, rejection
+
+INTERVAL_S = 0.05  # between two messages of a stream, so that a busy one costs 20 a second and choice at most
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed its connection before the answer was complete."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What has arrived since the last batch, by choice."""
+
+    deltas: dict[int, Delta] = field(default_factory=dict)
+    finished: dict[int, Finished] = field(default_factory=dict)
+
+    def add(self, choice: int, event: Delta | Finished) -> None:
+        """Take in one more event of a choice."""
+        if isinstance(event, Finished):
+            self.finished[choice] = event
+        else:
+            self.deltas[choice] = joined(self.deltas.get(choice), event)
+
+
+class Generations:
+    """All sequences of a request, decoded together. Leaving the context cancels those that still run.
+
+    async with Generations(backend, sequences) as generations:
+        async for batch in generations.batches(): ...
+    """
+
+    def __init__(self, backend: Backend, sequences: Sequence[Generate], interval_s: float = INTERVAL_S) -> None:
+        self._backend, self._sequences, self._interval_s = backend, sequences, interval_s
+        self._batch = Batch()
+        self._running = len(sequences)
+        self._failure: Exception | None = None
+        self._news, self._over = asyncio.Event(), asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [
+            asyncio.create_task(self._pump(index, sequence)) for index, sequence in enumerate(self._sequences)
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _end(*self._tasks)
+
+    async def batches(self) -> AsyncIterator[Batch]:
+        """The first event at once, then at most one batch per interval, until every sequence has finished.
+
+        Raises the first failure of any sequence, after what came before it was yielded.
+        """
+        clock = asyncio.get_running_loop().time
+        due = clock()
+        while self._running or self._news.is_set():
+            await self._news.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
+                    await self._over.wait()
+            self._news.clear()
+            batch, self._batch = self._batch, Batch()
+            if batch.deltas or batch.finished:
+                yield batch
+            if self._failure is not None:
+                raise self._failure
+            due = clock() + self._interval_s
+
+    async def _pump(self, choice: int, sequence: Generate) -> None:
+        events = self._backend.generate(sequence)
+        try:
+            async for event in events:
+                if isinstance(event, Rejected):
+                    raise rejection(event)
+                if isinstance(event, Finished) and event.reason == "error":
+                    raise ApiError(event.error or "the generation failed")
+                self._batch.add(choice, event)
+                if isinstance(event, Finished):
+                    break
+                self._news.set()
+            else:
+                raise ApiError("the generation ended without saying why")
+        except Exception as error:
+            self._failure = self._failure or error
+        finally:
+            self._running -= 1
+            if self._failure or not self._running:
+                self._over.set()
+            self._news.set()
+            close = getattr(events, "aclose", None)
+            if close is not None:
+                await close()
+
+
+def joined(first: Delta | None, second: Delta) -> Delta:
+    """Two deltas of one choice as one."""
+    if first is None:
+        return second
+    return Delta(
+        reasoning=first.reasoning + second.reasoning,
+        content=first.content + second.content,
+        tokens=first.tokens + second.tokens,
+        notes=first.notes + second.notes,
+    )
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client is gone. Raises ClientGone then.
+
+    The request's body must have been read: only its end can follow.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        await _end(working, watching)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,90 @@
+"""A service without models: a configuration, tokenizers whose marks differ by role, and a backend that recites."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+
+from actors.config import ServiceConfig, load_config
+from actors.requests import Delta, Event, Finished, FinishReason, Generate, Rejected, Role, TokenNote, Usage
+from actors.tokenizer import RoleTokenizer
+from router.api import create_app
+from router.backend import Status
+from tests.router.vocabularies import MARKS, byte_level, role_tokenizer
+
+
+def config(**more: Any) -> ServiceConfig:
+    """A configuration named "duo" whose model paths are never opened."""
+    models = more.pop("models", {})
+    roles = {role: {"path": role, **models.get(role, {})} for role in ("target", "guider", "guider_base")}
+    return load_config({"version": 1, "name": "duo", "models": roles, **more})
+
+
+def tokenizers() -> dict[Role, RoleTokenizer]:
+    """The guider's marks have other ids than the target's; the guider base has no marks of thinking and no template."""
+    return {
+        "target": role_tokenizer(),
+        "guider": role_tokenizer(byte_level(MARKS[::-1]), max_position=400),
+        "guider_base": role_tokenizer(byte_level(MARKS[:2]), template=None, max_position=300),
+    }
+
+
+def usage(sequence: Generate, tokens: int, reasoning: int = 0) -> Usage:
+    """Counts of a sequence of which every second token was changed."""
+    prompt = len(sequence.prompts[sequence.primary])
+    guided = 0 if sequence.guidance.never_guides() else tokens
+    return Usage(prompt, tokens, reasoning, guided, guided // 2, 1, 0.25)
+
+
+class Reciter:
+    """A backend that says one word a token, remembers what was asked of it and what was cancelled.
+
+    gate: when set, each sequence waits for it after its first word. fail: an exception raised after the first word.
+    """
+
+    def __init__(self, thought: str = "", text: str = "It is Eve .") -> None:
+        self.thought, self.text = thought, text
+        self.asked: list[Generate] = []
+        self.cancelled: list[str] = []
+        self.gate: asyncio.Event | None = None
+        self.fail: Exception | None = None
+        self.error: str | None = None
+        self.reason: FinishReason = "stop"
+        self.rejected: Rejected | None = None
+        self.now = Status()
+        self.began = asyncio.Semaphore(0)  # released by every sequence that begins
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        self.asked.append(request)
+        self.began.release()
+        if self.rejected is not None:
+            yield self.rejected
+            return
+        try:
+            thoughts, words = self.thought.split(), self.text.split(" ")
+            for number, word in enumerate([*thoughts, *words]):
+                text = word if number in (0, len(thoughts)) else f" {word}"
+                notes = [TokenNote(number, text, request.guidance.alpha, number % 2 == 1)] if request.explain else []
+                inside = number < len(thoughts)
+                yield Delta(text if inside else "", "" if inside else text, [number], notes)
+                if self.gate is not None:
+                    await self.gate.wait()
+                if self.fail is not None:
+                    raise self.fail
+            counts = usage(request, len(thoughts) + len(words), len(thoughts))
+            yield Finished("error" if self.error else self.reason, counts, None, self.error)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.append(request.request_id)
+            raise
+
+    async def status(self) -> Status:
+        return self.now
+
+
+def client(backend: Reciter, service: ServiceConfig | None = None) -> httpx.AsyncClient:
+    """A client of an application over `backend`."""
+    app = create_app(service or config(), tokenizers(), backend)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")

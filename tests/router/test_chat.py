@@ -1,0 +1,106 @@
+from typing import Any
+
+import pytest
+
+from actors.requests import ROLES
+from router.backend import BadRequest
+from router.chat import chat_prompts, opened, text_prompts, token_prompts
+from router.schema import ChatRequest, parse
+from tests.router.service import tokenizers
+from tests.router.vocabularies import TEMPLATE, byte_level, role_tokenizer
+
+TOKENIZERS = tokenizers()
+
+
+def request(*messages: dict[str, Any], **more: Any) -> ChatRequest:
+    return parse(ChatRequest, {"model": "duo", "messages": list(messages)} | more)
+
+
+def user(content: Any = "Hi") -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def texts(prompts: Any) -> dict[str, str]:
+    return {role: TOKENIZERS[role].decode(ids, skip_special=False) for role, ids in prompts.items()}
+
+
+def test_special_tokens_match_by_role_and_never_by_id() -> None:
+    prompts = chat_prompts(request(user()), ROLES, TOKENIZERS, "<think>\n")
+    for role in ROLES:
+        added = TOKENIZERS[role].added_tokens
+        assert prompts[role][0] == added["<|turn|>"]
+    assert prompts["target"][0] != prompts["guider"][0]
+    assert set(texts(prompts).values()) == {"<|turn|>user\nHi<|end|>\n<|turn|>assistant\n<think>\n"}
+
+
+def test_a_mark_that_a_role_does_not_know_is_text_to_it() -> None:
+    prompts = chat_prompts(request(user()), ROLES, TOKENIZERS, "<think>")
+    assert prompts["target"][-1] == TOKENIZERS["target"].added_tokens["<think>"]
+    assert prompts["guider_base"][-1] in TOKENIZERS["guider_base"].text_tokens.values()
+
+
+def test_each_role_renders_with_its_own_template() -> None:
+    own = {**TOKENIZERS, "guider": role_tokenizer(template="{{ messages[0].content }} ->")}
+    prompts = chat_prompts(request(user("Ada")), ROLES, own, "")
+    assert own["guider"].decode(prompts["guider"]) == "Ada ->"
+    assert own["target"].decode(prompts["target"]).endswith("assistant\n")
+
+
+def test_thinking_is_opened_once_even_where_the_template_opens_it() -> None:
+    own = {**TOKENIZERS, "guider": role_tokenizer(template=TEMPLATE + "{{ '<think>\\n' }}")}
+    prompts = chat_prompts(request(user()), ROLES, own, "<think>")
+    assert own["guider"].decode(prompts["guider"]) == own["target"].decode(prompts["target"])
+    assert opened("a <think>\n", "<think>\n") == "a <think>\n"
+    assert opened("a <think>", "") == "a <think>"
+
+
+def test_parts_of_text_are_joined_and_developers_are_the_system() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    message = {"role": "developer", "content": parts}
+    text = texts(chat_prompts(request(message, user()), ROLES, TOKENIZERS, ""))["target"]
+    assert text.startswith("<|turn|>system\none\ntwo<|end|>")
+
+
+def test_arguments_reach_the_template() -> None:
+    own = {**TOKENIZERS, "target": role_tokenizer(template="{{ colour }}")}
+    prompts = chat_prompts(request(user(), chat_template_kwargs={"colour": "red"}), ["target"], own, "")
+    assert own["target"].decode(prompts["target"]) == "red"
+
+
+def test_what_a_template_refuses_is_a_refusal_of_the_messages() -> None:
+    own = {**TOKENIZERS, "target": role_tokenizer(template="{{ raise_exception('roles must alternate') }}")}
+    with pytest.raises(BadRequest, match="roles must alternate") as caught:
+        chat_prompts(request(user()), ["target"], own, "")
+    assert caught.value.param == "messages"
+
+
+def test_a_completion_gives_every_role_the_same_text() -> None:
+    prompts = text_prompts("Ada <|end|>", ROLES, TOKENIZERS)
+    assert set(texts(prompts).values()) == {"Ada <|end|>"}
+    assert prompts["target"][-1] == TOKENIZERS["target"].added_tokens["<|end|>"]
+
+
+def test_token_ids_are_the_primarys_and_the_others_read_their_text() -> None:
+    ids = TOKENIZERS["target"].encode("Ada<think>")
+    prompts = token_prompts(ids, "target", ROLES, TOKENIZERS)
+    assert prompts["target"] == ids
+    assert prompts["guider"] == TOKENIZERS["guider"].encode("Ada<think>")
+    assert set(texts(prompts).values()) == {"Ada<think>"}
+
+
+def test_a_bos_of_the_primary_is_each_roles_own_bos() -> None:
+    own = {
+        "target": role_tokenizer(byte_level(bos="<|begin|>")),
+        "guider": role_tokenizer(byte_level(bos="<|start|>")),
+        "guider_base": role_tokenizer(),
+    }
+    ids = own["target"].encode("Ada", special=True)
+    prompts = token_prompts(ids, "target", ROLES, own)  # type: ignore[arg-type]
+    assert prompts["guider"] == own["guider"].encode("Ada", special=True)
+    assert prompts["guider_base"] == own["guider_base"].encode("Ada")
+
+
+@pytest.mark.parametrize("id_", [-1, 10**6])
+def test_an_id_outside_the_vocabulary_is_refused(id_: int) -> None:
+    with pytest.raises(BadRequest, match=f"token id {id_}"):
+        token_prompts([1, id_], "target", ROLES, TOKENIZERS)

@@ -1,0 +1,41 @@
+from actors.requests import Delta, Finished, TokenNote, Usage
+from router.responses import Answer, ChatShape, CompletionShape, usage_body
+
+COUNTS = Usage(9, 4, 2, 3, 1, 2, 0.5)
+END = Finished("stop", COUNTS, "END")
+
+
+def test_a_prompt_counts_once_and_masses_are_weighted_by_guided_tokens() -> None:
+    body = usage_body([COUNTS, Usage(9, 6, 0, 1, 0, 0, 0.1)], prompt_tokens=9)
+    assert (body["prompt_tokens"], body["completion_tokens"], body["total_tokens"]) == (9, 10, 19)
+    assert body["completion_tokens_details"] == {"reasoning_tokens": 2}
+    assert body["guidance"] == {"guided_tokens": 4, "changed_tokens": 1, "widened_rows": 2, "uncovered_mass": 0.4}
+
+
+def test_an_unguided_answer_has_no_uncovered_mass() -> None:
+    assert usage_body([Usage(9, 4, 0, 0, 0, 0, 0.0)], 9)["guidance"]["uncovered_mass"] == 0.0
+
+
+def test_thinking_is_returned_under_both_of_its_names() -> None:
+    shape = ChatShape("r", "duo", 7, explain=False)
+    message = shape.body([Answer(Delta("Hm", "Eve"), END)], 9)["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "Eve", "reasoning": "Hm", "reasoning_content": "Hm"}
+    delta = shape.chunk(0, Delta("Hm"), None, first=False)["choices"][0]["delta"]
+    assert delta == {"reasoning": "Hm", "reasoning_content": "Hm"}
+
+
+def test_the_first_chunk_of_a_choice_names_the_role() -> None:
+    shape = ChatShape("r", "duo", 7, explain=False)
+    assert shape.chunk(1, None, END, first=True)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert shape.chunk(1, Delta(content="a"), None, first=False)["choices"][0]["delta"] == {"content": "a"}
+
+
+def test_an_explanation_names_each_token() -> None:
+    delta = Delta(content="Eve", tokens=[3], notes=[TokenNote(3, "Eve", 1.0, True)])
+    choice = CompletionShape("r", "duo", 7, explain=True).chunk(0, delta, END, first=True)["choices"][0]
+    assert choice["guidance"] == {"tokens": [{"id": 3, "text": "Eve", "alpha": 1.0, "changed": True}]}
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("Eve", "stop", "END")
+
+
+def test_the_seed_that_was_used_is_returned() -> None:
+    assert CompletionShape("r", "duo", 7, explain=False).body([Answer(Delta(), END)], 9)["seed"] == 7

@@ -1,0 +1,133 @@
+import asyncio
+from collections.abc import AsyncIterator, MutableMapping
+from typing import Any
+
+import pytest
+
+from actors.requests import Delta, Event, Finished, Generate, Rejected
+from router.backend import ApiError, Overloaded, Status
+from router.convert import plan_chat
+from router.schema import ChatRequest, parse
+from router.streams import Batch, ClientGone, Generations, while_connected
+from tests.router.service import Reciter, config, tokenizers, usage
+
+NEVER_S = 3600.0  # an interval that no test lives to see
+
+
+def sequences(n: int) -> list[Generate]:
+    body = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "n": n}
+    return plan_chat(parse(ChatRequest, body), config(), tokenizers(), "r").sequences
+
+
+async def gathered(generations: Generations) -> list[Batch]:
+    return [batch async for batch in generations.batches()]
+
+
+async def test_the_first_event_goes_at_once_and_the_rest_together() -> None:
+    backend = Reciter(text="It is Eve .")
+    backend.gate = asyncio.Event()
+    async with Generations(backend, sequences(1), NEVER_S) as generations:
+        batches = generations.batches()
+        assert (await anext(batches)).deltas[0].content == "It"
+        backend.gate.set()
+        rest = [batch async for batch in batches]  # the end cuts the interval short
+    assert len(rest) == 1
+    assert rest[0].deltas[0] == Delta(content=" is Eve .", tokens=[1, 2, 3])
+    assert rest[0].finished[0].reason == "stop"
+
+
+async def test_a_burst_within_the_interval_is_one_batch() -> None:
+    async with Generations(Reciter(), sequences(3), NEVER_S) as generations:
+        batches = await gathered(generations)
+    assert len(batches) <= 2
+    assert {choice for batch in batches for choice in batch.finished} == {0, 1, 2}
+
+
+async def test_leaving_early_cancels_every_sequence() -> None:
+    backend = Reciter()
+    backend.gate = asyncio.Event()
+    asked = sequences(3)
+    async with Generations(backend, asked) as generations:
+        await anext(generations.batches())
+    assert sorted(backend.cancelled) == sorted(sequence.request_id for sequence in asked)
+
+
+async def test_one_failure_ends_all_and_comes_after_what_was_said() -> None:
+    backend = Reciter()
+    backend.fail = ApiError("the model is gone")
+    async with Generations(backend, sequences(2), 0.0) as generations:
+        batches = generations.batches()
+        assert (await anext(batches)).deltas[0].content == "It"
+        with pytest.raises(ApiError, match="the model is gone"):
+            await anext(batches)
+
+
+class Script:
+    """A backend that yields given events."""
+
+    def __init__(self, *events: Event) -> None:
+        self.events = events
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        for event in self.events:
+            yield event
+
+    async def status(self) -> Status:
+        return Status()
+
+
+async def failure(*events: Event) -> ApiError:
+    async with Generations(Script(*events), sequences(1)) as generations:
+        with pytest.raises(ApiError) as caught:
+            await gathered(generations)
+    return caught.value
+
+
+async def test_every_bad_end_is_an_error() -> None:
+    counts = usage(sequences(1)[0], 1)
+    assert "without saying why" in (await failure(Delta(content="a"))).message
+    assert (await failure(Finished("error", counts, None, "no memory"))).message == "no memory"
+    error = await failure(Rejected("overloaded", "too many", 1.2))
+    assert isinstance(error, Overloaded)
+    assert error.headers == {"Retry-After": "2"}
+
+
+async def test_work_ends_when_the_client_leaves() -> None:
+    left, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> MutableMapping[str, Any]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        left.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(ClientGone):
+        await while_connected(receive, work())
+    assert cancelled.is_set()
+
+
+async def test_work_of_a_cancelled_request_is_cancelled() -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> MutableMapping[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    serving = asyncio.create_task(while_connected(receive, work()))
+    await started.wait()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert cancelled.is_set()
