@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from actors.config import ServiceConfig
 from actors.forward import Engine
-from actors.preflight import position_limit
+from actors.preflight import session_limit
 from actors.replica import ModelReplica, ReplicaSettings
 from actors.requests import Role
 from actors.tokenizer import RoleTokenizer
@@ -53,7 +53,7 @@ def serve_role(
 ) -> ModelReplica:
     """A replica around a loaded engine, not yet started, that will listen on `host` and nowhere else."""
     settings = ReplicaSettings(
-        max_position=position_limit(config, role, tokenizer),
+        max_position=session_limit(config, role, tokenizer),
         prefill_chunk=config.models.role(role).prefill_chunk,
         row_wait_s=config.deadlines.step_s,
         stuck_s=2 * config.deadlines.step_s,

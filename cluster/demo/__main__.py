@@ -1,0 +1,158 @@
+"""The claim in one command: starts the service, asks held-out questions in four modes, shows who can answer them.
+
+    python -m cluster.demo [--questions 15] [--file ray_config.yaml]
+
+The last line is one JSON object: the accuracies by mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openai import AsyncOpenAI
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from actors.config import ConfigError
+from cluster.demo.task import Question, grade, questions
+from cluster.launch import running_service
+from cluster.serve_file import read_service_config
+
+HOPS = (2, 3, 4, 5)
+MODES = {"guided": "", "target alone": "/target", "guider alone": "/guider", "guider base alone": "/guider-base"}
+CONCURRENT = 32
+MAX_TOKENS = 160
+DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one mode said to one question."""
+
+    question: Question
+    mode: str
+    text: str
+    right: bool
+    notes: tuple[dict[str, Any], ...]  # token, alpha, and whether guidance changed it
+
+
+async def ask(client: AsyncOpenAI, model: str, mode: str, question: Question) -> Answer:
+    """Ask one question over HTTP, as any client would."""
+    explain = {"guidance": {"explain": True}} if mode == "guided" else {}
+    reply = await client.chat.completions.create(
+        model=model + MODES[mode],
+        messages=[{"role": "user", "content": question.text}],
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        extra_body=explain,
+    )
+    choice = reply.choices[0]
+    text = choice.message.content or ""
+    guidance = (choice.model_extra or {}).get("guidance") or {}
+    return Answer(question, mode, text, grade(text, question), tuple(guidance.get("tokens", ())))
+
+
+async def ask_all(url: str, model: str, asked: Sequence[Question], console: Console) -> list[Answer]:
+    """Ask every question in every mode, with a bar for each mode."""
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    answers: list[Answer] = []
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=DEADLINE_S, max_retries=1) as client:
+        with Progress(*columns, console=console) as progress:
+            for mode in MODES:
+                bar = progress.add_task(mode, total=len(asked))
+                slots = asyncio.Semaphore(CONCURRENT)
+
+                async def one(question: Question, mode: str = mode, slots: asyncio.Semaphore = slots) -> Answer:
+                    async with slots:
+                        return await ask(client, model, mode, question)
+
+                for done in asyncio.as_completed([one(question) for question in asked]):
+                    answers.append(await done)
+                    progress.advance(bar)
+    return answers
+
+
+def accuracies(answers: Sequence[Answer]) -> dict[str, dict[int, float]]:
+    """Share of right answers by mode and hops."""
+    right, asked = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    for answer in answers:
+        right[answer.mode, answer.question.hops] += answer.right
+        asked[answer.mode, answer.question.hops] += 1
+    return {mode: {hops: right[mode, hops] / asked[mode, hops] for hops in HOPS} for mode in MODES}
+
+
+def table_of(shares: dict[str, dict[int, float]], n: int) -> Table:
+    """Accuracy by mode and hops."""
+    table = Table(title=f"Right answers to held-out questions, {n} a cell")
+    table.add_column("")
+    for hops in HOPS:
+        table.add_column(f"{hops} hops", justify="right")
+    for mode, by_hops in shares.items():
+        cells = [f"{share:.0%}" for share in by_hops.values()]
+        table.add_row(mode, *cells, style="bold green" if mode == "guided" else "")
+    return table
+
+
+def example_of(answers: Sequence[Answer]) -> list[Answer]:
+    """The four answers to one question, one that shows the most: guided right, and words that guidance changed."""
+
+    def shows(answer: Answer) -> tuple[bool, int]:
+        return answer.right, sum(note["changed"] for note in answer.notes)
+
+    best = max((answer for answer in answers if answer.mode == "guided"), key=shows)
+    return [answer for mode in MODES for answer in answers if (answer.mode, answer.question) == (mode, best.question)]
+
+
+def panel_of(answer: Answer) -> Panel:
+    """One answer, the words that guidance changed marked."""
+    said = Text()
+    if answer.notes:
+        for note in answer.notes:
+            said.append(note["text"], style="bold black on yellow" if note["changed"] else "")
+    else:
+        said.append(answer.text)
+    verdict = "[green]right[/]" if answer.right else "[red]wrong[/]"
+    return Panel(said, title=f"{answer.mode}: {verdict}", width=46)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=15, help="questions for each number of hops")
+    parser.add_argument("--file", type=Path, default=Path("ray_config.yaml"), help="the service to start")
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        config = read_service_config(options.file)
+        console.print("Starting Ray Serve: router, coordinator, directory and three models ...")
+        with running_service(config) as url:
+            console.print(f"{url}/v1 answers as {', '.join(config.served_names)}", highlight=False)
+            asked = [question for hops in HOPS for question in questions("held_out", hops, options.questions)]
+            answers = asyncio.run(ask_all(url, config.name, asked, console))
+    except ConfigError as error:
+        console.print(f"[bold red]error[/] {error}")
+        return 1
+    shares = accuracies(answers)
+    example = example_of(answers)
+    console.print(f"\n[bold]{example[0].question.text}[/]  (marked: what guidance changed)\n")
+    console.print(Columns([panel_of(answer) for answer in example]))
+    console.print(table_of(shares, options.questions))
+    means = {mode: round(sum(by_hops.values()) / len(by_hops), 3) for mode, by_hops in shares.items()}
+    print(json.dumps({"questions": len(asked), "accuracy": means}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
