@@ -1,0 +1,329 @@
+"""One replica of a model role: a loop that turns what coordinators ask into as few forwards as it can.
+
+    gather -> choose -> forward -> answer
+
+Plain asyncio around one engine; no Ray and no torch here. Everything but the forward runs on the event loop's thread:
+frames are read, lookups of held rows answered and sessions fenced while the engine's own thread computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from actors.engine.errors import EngineError
+from actors.engine.verbs import Extend as EngineExtend
+from actors.engine.verbs import Full, Held, KVMiss
+from actors.forward import Engine, Failed, Part, Pending, Result, choose, run_forward, width_of, within
+from actors.gathering import GatherWindow
+from actors.ownership import Ledger
+from actors.rows import RowDesk
+from actors.wire.columns import (
+    Answer,
+    ExtendItem,
+    Replies,
+    answer_bytes,
+    extend_items,
+    lookup_items,
+    widen_items,
+)
+from actors.wire.link import Limits
+from actors.wire.messages import WHOLE, Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen
+from actors.wire.server import Peer, Server
+
+log = logging.getLogger(__name__)
+
+_ENVELOPE = 1 << 10  # bytes of a frame around its columns, at most
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """How a replica works. Seconds and tokens."""
+
+    max_position: int  # tokens of one session
+    prefill_chunk: int = 2_048  # prompt tokens in one forward
+    gather_share: float = 0.5  # of a forward's duration: how long to wait for another coordinator's extends
+    gather_cap_s: float = 0.01
+    row_wait_s: float = 30.0  # a lookup waits so long for its row
+    stuck_s: float = 120.0  # a forward that takes longer makes the replica unwell
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """How busy a replica is, for placement and autoscaling."""
+
+    sessions: int
+    waiting: int  # extends that wait or run
+    cache_total: int  # tokens
+    cache_used: int
+    forward_s: float  # a usual forward
+
+    @property
+    def cache_free(self) -> int:
+        """Tokens that still fit."""
+        return self.cache_total - self.cache_used
+
+
+@dataclass(slots=True)
+class ReplicaStats:
+    """Totals since the start."""
+
+    forwards: int = 0
+    items: int = 0  # parts of extends that went through a forward
+    tokens: int = 0
+    lookups: int = 0  # rows looked up or widened
+    lookups_waited: int = 0  # of these, rows that were still being made
+    failures: int = 0  # forwards that raised
+    forward_s: float = 0.0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+
+
+class ReplicaUnwell(RuntimeError):
+    """The replica cannot go on, and must be replaced."""
+
+
+class ModelReplica:
+    """Serves one engine to any number of coordinators. `start`, then `stop`; never both twice."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        role: str,
+        incarnation: str,
+        secret: bytes,
+        settings: ReplicaSettings,
+        *,
+        host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._host = host
+        limits = limits or Limits()
+        self._answer_limit = limits.frame - _ENVELOPE
+        welcome = Welcome(
+            role=role,
+            incarnation=incarnation,
+            width=engine.width,
+            hash_seed=engine.hash_seed,
+            cache_tokens=engine.cache_stats().tokens_total,
+            max_position=settings.max_position,
+            exact=engine.exact,
+        )
+        self._server = Server(secret, welcome, self._on_message, self._on_closed, tls=tls, limits=limits)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{role}")
+        self._window = GatherWindow(settings.gather_share, settings.gather_cap_s)
+        self._ledger = Ledger()
+        self._replies = Replies(self._answer_limit)
+        self._rows = RowDesk(engine, self._ledger, self._replies, settings.row_wait_s)
+        self._closing: set[int] = set()  # sessions whose cache goes before the next forward
+        self._arrived = asyncio.Event()
+        self._forward_began: float | None = None
+        self._broken: Exception | None = None  # what ended the loop
+        self._stats = ReplicaStats()
+        self._loop: asyncio.Task[None] | None = None
+
+    async def start(self) -> tuple[str, int]:
+        """Listen and run; (host, port) for coordinators."""
+        port = await self._server.start(self._host)
+        self._loop = asyncio.create_task(self._run(), name="replica loop")
+        return self._host, port
+
+    async def stop(self) -> None:
+        """Close every connection and the engine's thread; a forward that runs ends on its own."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.wait([self._loop])
+        await self._server.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def load(self) -> ReplicaLoad:
+        """How busy this replica is now."""
+        cache = self._engine.cache_stats()
+        return ReplicaLoad(
+            len(self._ledger), self._ledger.waiting, cache.tokens_total, cache.tokens_used, self._window.forward_s
+        )
+
+    def stats(self) -> ReplicaStats:
+        """Totals since the start, as of now."""
+        open_now = self._server.peers
+        return replace(
+            self._stats,
+            lookups=self._rows.asked,
+            lookups_waited=self._rows.waited,
+            bytes_received=self._stats.bytes_received + sum(peer.bytes_received for peer in open_now),
+            bytes_sent=self._stats.bytes_sent + sum(peer.bytes_sent for peer in open_now),
+        )
+
+    def check_health(self) -> None:
+        """Raise ReplicaUnwell if the loop ended or a forward hangs."""
+        if self._broken is not None:
+            raise ReplicaUnwell(f"the replica's loop has ended: {self._broken!r}") from self._broken
+        if self._forward_began is not None and self._now() - self._forward_began > self._settings.stuck_s:
+            raise ReplicaUnwell(f"a forward has been running for more than {self._settings.stuck_s} s")
+
+    # -- the loop
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._gather()
+                results = await self._forward(parts := self._choose())
+                for part, result in zip(parts, results, strict=True):
+                    self._conclude(part, result)
+                self._answer()
+        except Exception as error:
+            log.exception("the replica's loop has ended; its coordinators are sent elsewhere")
+            self._broken = error
+            await self._server.close()
+
+    def _choose(self) -> list[Part]:
+        heads = list(self._ledger.heads())
+        parts = choose([pending for _, pending in heads], self._settings.prefill_chunk)
+        chosen = {part.pending for part in parts}
+        for owned, pending in heads:
+            owned.running = pending if pending in chosen else None
+        return parts
+
+    async def _gather(self) -> None:
+        """Return when there is something to do, and no more company is due within the window."""
+        while not self._closing and next(self._ledger.heads(), None) is None:
+            self._arrived.clear()
+            await self._arrived.wait()
+        opened = self._now()
+        while (until := self._window.wait_until(opened, self._now())) is not None:
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._arrived.wait()
+            except TimeoutError:
+                continue
+
+    async def _forward(self, parts: Sequence[Part]) -> Sequence[Result]:
+        closing, self._closing = list(self._closing), set()
+        began = self._forward_began = self._now()
+        try:
+            results: Sequence[Result] = await asyncio.get_running_loop().run_in_executor(
+                self._thread, run_forward, self._engine, parts, closing
+            )
+        except Exception:
+            log.exception("a forward over %d sessions failed", len(parts))
+            self._stats.failures += 1
+            results = [Failed()] * len(parts)
+        finally:
+            self._forward_began = None
+        if parts:
+            took = self._now() - began
+            self._window.forward_took(took)
+            self._stats.forwards += 1
+            self._stats.items += len(parts)
+            self._stats.tokens += sum(part.tokens for part in parts)
+            self._stats.forward_s += took
+        return results
+
+    def _conclude(self, part: Part, result: Result) -> None:
+        """Answer a part whose forward is over, unless its session was released or taken over meanwhile."""
+        pending = part.pending
+        owned = self._ledger.get(pending.item.session)
+        if owned is None or owned.running is not pending:
+            return
+        owned.running = None
+        gone = Refusal.ROW_GONE
+        match result:
+            case Held():
+                pending.advance(part.tokens)
+                return
+            case Answer():
+                self._replies.rows(pending.peer, pending.item.ticket, result)
+            case KVMiss():
+                self._replies.refuse(pending.peer, pending.item.ticket, Refusal.KV_MISS, result.held)
+            case Full():
+                self._replies.refuse(pending.peer, pending.item.ticket, Refusal.FULL, self._retry_ms())
+            case Failed():
+                gone = Refusal.FAILED
+                self._replies.refuse(pending.peer, pending.item.ticket, gone)
+        owned.queue.popleft()
+        self._rows.settle(owned, gone)
+
+    def _retry_ms(self) -> int:
+        """After how long it may be worth trying again: a few forwards."""
+        return round(min(max(4_000 * self._window.forward_s, 5), 1_000))
+
+    def _answer(self) -> None:
+        """Send what was answered."""
+        for recipient in self._replies.flush():
+            self._window.answered(recipient, self._now())
+
+    # -- what coordinators ask
+
+    def _on_message(self, peer: Peer, message: Message) -> None:
+        match message:
+            case Extend():
+                self._on_extend(peer, message)
+            case Lookup():
+                self._rows.ask(peer, lookup_items(message))
+            case Widen():
+                self._rows.ask(peer, widen_items(message))
+            case _:
+                raise ProtocolError(f"a model does not take {type(message).__name__}")
+
+    def _on_extend(self, peer: Peer, message: Extend) -> None:
+        items = extend_items(message)
+        for session in message.released.tolist():
+            if self._ledger.release(peer, session, self._replies):
+                self._closing.add(session)
+        for item in items:
+            self._admit(peer, item)
+        self._replies.flush()
+        if self._ledger.owns_any(peer):
+            self._window.arrived(peer, self._now())
+        else:
+            self._window.forget(peer)
+        self._arrived.set()
+
+    def _admit(self, peer: Peer, item: ExtendItem) -> None:
+        owned = self._ledger.claim(peer, item, self._replies)
+        if owned is None:
+            return
+        wrong = self._wrong(item)
+        if wrong:
+            log.warning("an item of %s is refused: %s", peer.name, wrong)
+            self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
+        else:
+            owned.queue.append(Pending(peer, item, item.prefix))
+
+    def _wrong(self, item: ExtendItem) -> str | None:
+        """What makes an item one that can never succeed."""
+        width, end = self._engine.width, item.position + len(item.tokens)
+        if item.k < WHOLE:
+            return f"k = {item.k}"
+        if not within(item.know, width):
+            return f"ids to know must lie in [0, {width})"
+        if end > self._settings.max_position:
+            return f"{end} tokens are more than the {self._settings.max_position} of this model"
+        if answer_bytes(item.rows, width_of(item.k, width), len(item.know), width) > self._answer_limit:
+            return f"{item.rows} rows of k = {item.k} do not fit a frame: ask in blocks"
+        extend = EngineExtend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age)
+        try:
+            self._engine.check_extend(extend)
+        except EngineError as error:
+            return str(error)
+        return None
+
+    def _on_closed(self, peer: Peer) -> None:
+        self._closing.update(self._ledger.release_all(peer, self._replies))
+        self._replies.flush()
+        self._window.forget(peer)
+        self._stats.bytes_received += peer.bytes_received
+        self._stats.bytes_sent += peer.bytes_sent
+        self._arrived.set()
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

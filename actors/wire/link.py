@@ -1,0 +1,178 @@
+"""What both ends of a connection share: frames in and out, their limits, and how a connection ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from actors.wire.errors import ConnectionLost, PeerStalled, RemoteFailure, WireError
+from actors.wire.framing import FrameBuffer, Seal, frame
+from actors.wire.messages import Failure, Message, ProtocolError, decode, encode
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a connection. Bytes and seconds."""
+
+    frame: int = 64 << 20  # longest frame accepted or sent
+    stranger_frame: int = 4 << 10  # the same, before the handshake is done
+    unsent: int = 256 << 20  # a peer that leaves more than this unread is closed
+    handshake_s: float = 5.0
+    stall_s: float = 30.0  # a peer that leaves much unread for so long is closed
+    farewell_s: float = 1.0  # how long a closing connection tries to deliver its last frames
+
+
+class Link(asyncio.Protocol, ABC):
+    """One end of a connection. Everything happens on the event loop's thread, and nothing here ever waits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.bytes_sent = 0  # framing included
+        self.bytes_received = 0
+        self.closing = False
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reason: Exception | None = None
+        self._frames = FrameBuffer(limits.stranger_frame)
+        self._outgoing: Seal | None = None
+        self._incoming: Seal | None = None
+        self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the farewell
+        self._stall: asyncio.TimerHandle | None = None
+
+    @abstractmethod
+    def _message(self, message: Message) -> None:
+        """Take a message. May raise WireError or ProtocolError, which close the connection."""
+
+    @abstractmethod
+    def _opened(self) -> None:
+        """The transport is there."""
+
+    @abstractmethod
+    def _ended(self, reason: Exception | None) -> None:
+        """The connection is over: None if this end closed it in peace."""
+
+    def send(self, message: Message) -> None:
+        """Hand a message to the transport, now. Raises ConnectionLost, FrameTooLarge or PeerStalled."""
+        if self.closing or self._transport is None:
+            raise ConnectionLost("the connection is closed")
+        data = frame(encode(message), self._outgoing, self._frames.limit)
+        self._transport.write(data)
+        self.bytes_sent += len(data)
+        if self._transport.get_write_buffer_size() > self.limits.unsent:
+            stalled = PeerStalled(f"the peer left more than {self.limits.unsent} bytes unread")
+            self._abort(stalled)
+            raise stalled
+
+    def fail(self, error: Exception) -> None:
+        """Tell the peer why, and close. Also for errors found by whoever handles the messages."""
+        if self.closing:
+            return
+        if isinstance(error, WireError):
+            failure = Failure(error.code, str(error))
+        elif isinstance(error, ProtocolError):
+            failure = Failure("protocol", str(error))
+        else:
+            failure = Failure("internal", "the message could not be handled; the log of the process says why")
+        try:
+            self.send(failure)
+        except WireError as unsent:
+            log.debug("the failure %s was not sent: %s", failure.code, unsent)
+        self.hang_up(error)
+
+    def hang_up(self, reason: Exception | None = None) -> None:
+        """Close once what is written is delivered, or after `farewell_s` without that."""
+        if self.closing:
+            return
+        self.closing, self._reason = True, reason
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._expire(self.limits.farewell_s, self._transport.abort)
+        if self._transport.can_write_eof():  # closing with bytes unread would reset what was just written
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def upgrade(self, outgoing: Seal, incoming: Seal) -> None:
+        """The peer is known: seal frames unless TLS does it, allow them their full length, end the deadline."""
+        assert self._transport is not None
+        if self._transport.get_extra_info("ssl_object") is None:
+            self._outgoing, self._incoming = outgoing, incoming
+        self._frames.limit = self.limits.frame
+        cancel(self._deadline)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=min(1 << 20, self.limits.unsent))
+        keep_alive(self._transport.get_extra_info("socket"))
+        self._opened()
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        self.bytes_received += len(data)
+        try:
+            self._hear(data)
+        except (WireError, ProtocolError) as error:
+            self.fail(error)
+        except Exception as error:
+            log.exception("a message could not be handled")
+            self.fail(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        cancel(self._deadline)
+        cancel(self._stall)
+        if not self.closing:
+            self._reason = ConnectionLost(str(exc or "the peer closed the connection"))
+        self.closing = True
+        self.closed.set_result(None)
+        self._ended(self._reason)
+
+    def pause_writing(self) -> None:
+        self._stall = asyncio.get_running_loop().call_later(self.limits.stall_s, self._stalled)
+
+    def resume_writing(self) -> None:
+        cancel(self._stall)
+
+    def _hear(self, data: bytes) -> None:
+        for body in self._frames.feed(data):
+            if self.closing:  # because of a frame in this very piece: the rest is not heard
+                return
+            message = decode(self._incoming.open(body) if self._incoming else body)
+            if isinstance(message, Failure):
+                self.hang_up(RemoteFailure(message.code, message.message))
+            else:
+                self._message(message)
+
+    def _abort(self, reason: Exception) -> None:
+        assert self._transport is not None
+        self.closing, self._reason = True, reason
+        self._transport.abort()
+
+    def _stalled(self) -> None:
+        self._abort(PeerStalled(f"the peer read nothing for {self.limits.stall_s} s"))
+
+    def _expire(self, seconds: float, then: Callable[[], None]) -> None:
+        cancel(self._deadline)
+        self._deadline = asyncio.get_running_loop().call_later(seconds, then)
+
+
+def cancel(timer: asyncio.TimerHandle | None) -> None:
+    """Stop a timer, if there is one."""
+    if timer is not None:
+        timer.cancel()
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Send small frames at once, and notice within about 25 s that the peer's machine is gone."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -1,0 +1,118 @@
+"""The listening end: a model role that takes connections of coordinators."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+
+from actors.wire.errors import HandshakeRefused, WireError
+from actors.wire.handshake import ModelHandshake, checked_secret
+from actors.wire.link import Limits, Link
+from actors.wire.messages import Hello, Message, Proof, ProtocolError, Welcome
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """Accepts peers that know the secret, and hands over what they say.
+
+    `on_message(peer, message)` and `on_closed(peer)` run on the event loop's thread and must not block. A
+    ProtocolError raised by `on_message` closes that peer with a Failure; peers never hear of one another.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        welcome: Welcome,
+        on_message: Callable[[Peer, Message], None],
+        on_closed: Callable[[Peer], None],
+        *,
+        tls: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.secret = checked_secret(secret)
+        self.welcome = welcome
+        self.on_message = on_message
+        self.on_closed = on_closed
+        self.limits = limits or Limits()
+        self.links: set[Peer] = set()
+        self._tls = tls
+        self._listener: asyncio.Server | None = None
+
+    @property
+    def peers(self) -> list[Peer]:
+        """Those that have proved themselves."""
+        return [link for link in self.links if link.authenticated]
+
+    async def start(self, host: str, port: int = 0) -> int:
+        """Listen on one address; the port (a free one for 0)."""
+        timeout = self.limits.handshake_s if self._tls else None
+        self._listener = await asyncio.get_running_loop().create_server(
+            lambda: Peer(self), host, port, ssl=self._tls, ssl_handshake_timeout=timeout
+        )
+        bound: int = self._listener.sockets[0].getsockname()[1]
+        return bound
+
+    async def close(self) -> None:
+        """Stop listening and close every connection; within twice `limits.farewell_s`."""
+        if self._listener is not None:
+            self._listener.close()
+        links = list(self.links)
+        for link in links:
+            link.hang_up()
+        if links:
+            await asyncio.wait([link.closed for link in links], timeout=2 * self.limits.farewell_s)
+
+
+class Peer(Link):
+    """One connection of a coordinator, as the model sees it."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.limits)
+        self._server = server
+        self._handshake: ModelHandshake | None = None
+        self.authenticated = False
+        self.name = ""  # as the coordinator calls itself
+
+    def send(self, message: Message) -> None:
+        """Send; a peer that is gone, or does not read, costs the caller nothing: `on_closed` tells."""
+        if self.closing:
+            return
+        try:
+            super().send(message)
+        except WireError as error:
+            self.fail(error)
+
+    def _opened(self) -> None:
+        self._server.links.add(self)
+        self._expire(self.limits.handshake_s, self._handshake_expired)
+
+    def _message(self, message: Message) -> None:
+        if self.authenticated:
+            self._server.on_message(self, message)
+        elif self._handshake is None and isinstance(message, Hello):
+            self._handshake = ModelHandshake(self._server.secret, self._server.welcome.incarnation, message)
+            self.send(self._handshake.challenge)
+        elif self._handshake is not None and isinstance(message, Proof):
+            self._accept(self._handshake, message)
+        else:
+            raise ProtocolError(f"{type(message).__name__} does not belong here in a handshake")
+
+    def _accept(self, handshake: ModelHandshake, proof: Proof) -> None:
+        handshake.verify(proof)
+        self.upgrade(*handshake.seals())
+        handshake.check_incarnation()
+        self.name, self.authenticated = handshake.hello.peer, True
+        self.send(self._server.welcome)
+
+    def _handshake_expired(self) -> None:
+        self.fail(HandshakeRefused("handshake_timeout", f"no handshake within {self.limits.handshake_s} s"))
+
+    def _ended(self, reason: Exception | None) -> None:
+        self._server.links.discard(self)
+        if reason is not None:
+            log.info("connection of %s ended: %s", self.name or "a stranger", reason)
+        if self.authenticated:
+            self._server.on_closed(self)

@@ -1,0 +1,151 @@
+"""A model that computes nothing: it keeps the promises of an engine and serves rows from a small bank.
+
+What remains of a step's time is the exchange. A row is chosen from the bank by the running hash of its tokens, so the
+same tokens have the same row at every replica, and a slice, a lookup and a whole row of it agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.hashing import derive_seed, extend_hashes
+from actors.engine.errors import BadExtend
+from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
+
+PUBLISHED_WIDTH = 152_064  # of the published target
+
+
+@dataclass(frozen=True, slots=True)
+class NullSlices:
+    """R rows reduced to k, by logit descending and id ascending."""
+
+    ids: NDArray[np.int32]  # [R, k]
+    logits: NDArray[np.float32]  # [R, k]
+    logsumexp: NDArray[np.float32]  # [R]
+
+
+class RowBank:
+    """`size` rows [width] whose tails fall like rank^-exponent, with their order and logsumexp.
+
+    Rows of one `seed` share their ranking but for noise that is `role`'s own, so the heads of three roles overlap.
+    """
+
+    def __init__(self, width: int, role: str, *, size: int = 8, exponent: float = 2.2, seed: int = 0) -> None:
+        shared = np.random.default_rng(seed)
+        own = np.random.default_rng([seed, *role.encode()])
+        ranks = np.stack([shared.permutation(width) for _ in range(size)])
+        self.logits = (own.normal(0, 0.5, ranks.shape) - exponent * np.log1p(ranks)).astype(np.float32)
+        self.order = np.argsort(-self.logits, axis=-1, kind="stable").astype(np.int32)
+        peak = self.logits.max(-1, keepdims=True)
+        self.logsumexp = (peak[:, 0] + np.log(np.exp((self.logits - peak).astype(np.float64)).sum(-1))).astype(
+            np.float32
+        )
+
+    def slices(self, rows: Sequence[int], k: int) -> NullSlices:
+        """Rows of the bank, reduced to k."""
+        index = np.asarray(rows, np.int64)
+        ids = self.order[index, :k]
+        return NullSlices(ids, self.logits[index[:, None], ids], self.logsumexp[index])
+
+
+@dataclass(frozen=True, slots=True)
+class NullRows:
+    """The rows of a session's last extend."""
+
+    bank: RowBank
+    position: int
+    hashes: tuple[int, ...]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Which rows of the bank they are."""
+        return [prefix % len(self.bank.logits) for prefix in self.hashes]
+
+    def index(self, position: int, prefix: int) -> int | None:
+        row = position - self.position
+        return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
+
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> NullSlices:
+        return self.bank.slices(self._numbers(rows), k)
+
+    def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
+        taken: NDArray[np.float32] = self.bank.logits[self._numbers(rows)]
+        return taken
+
+    def at(self, row: int, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self.bank.logits[self.numbers[row], ids]
+        return values
+
+    def _numbers(self, rows: Sequence[int] | None) -> list[int]:
+        numbers = self.numbers
+        return numbers if rows is None else [numbers[row] for row in rows]
+
+
+class NullEngine:
+    """An engine (`actors.forward.Engine`) without a model. cache_tokens: of all sessions together."""
+
+    exact = True
+
+    def __init__(self, width: int = PUBLISHED_WIDTH, role: str = "target", cache_tokens: int = 1 << 20) -> None:
+        self.width = width
+        self.hash_seed = derive_seed(width, *role.encode())
+        self._bank = RowBank(width, role)
+        self._cache_tokens = cache_tokens
+        self._used = 0
+        self._hashes: dict[int, list[int]] = {}  # by session, after 0, 1, 2 ... tokens
+        self._rows: dict[int, NullRows] = {}
+
+    def check_extend(self, extend: Extend) -> None:
+        """Raise BadExtend for an extend that can never succeed."""
+        if not extend.tokens or not 0 <= extend.rows <= len(extend.tokens) or extend.position < 0:
+            raise BadExtend(extend.session, f"{extend.rows} rows of {len(extend.tokens)} tokens at {extend.position}")
+        if min(extend.tokens) < 0 or max(extend.tokens) >= self.width:
+            raise BadExtend(extend.session, f"token ids must lie in [0, {self.width})")
+        if extend.end > self._cache_tokens:
+            raise BadExtend(extend.session, f"{extend.end} tokens do not fit a cache of {self._cache_tokens}")
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
+        """Take the tokens of every extend that matches what is held; outcomes in their order."""
+        return [self._extend_one(extend) for extend in batch]
+
+    def rows(self, session: int) -> NullRows | None:
+        return self._rows.get(session)
+
+    def reduce(self, sessions: Sequence[int], k: int) -> NullSlices:
+        """The slices of all rows of `sessions`, in their order."""
+        return self._bank.slices(self._numbers(sessions), k)
+
+    def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
+        """The whole rows [R, width] of `sessions`, in their order."""
+        rows: NDArray[np.float32] = self._bank.logits[self._numbers(sessions)]
+        return rows
+
+    def close(self, session: int) -> None:
+        self._used -= len(self._hashes.pop(session, [0])) - 1
+        self._rows.pop(session, None)
+
+    def cache_stats(self) -> CacheStats:
+        return CacheStats(self._cache_tokens, self._used, len(self._hashes))
+
+    def _extend_one(self, extend: Extend) -> Outcome:
+        hashes = self._hashes.setdefault(extend.session, [self.hash_seed])
+        if extend.position >= len(hashes):
+            return KVMiss(extend.session, len(hashes) - 1)
+        if hashes[extend.position] != extend.prefix:
+            return KVMiss(extend.session, 0)
+        used = self._used - (len(hashes) - 1) + extend.end
+        if used > self._cache_tokens:
+            return Full(extend.session)
+        self._used = used
+        after = extend_hashes(extend.prefix, extend.tokens)
+        hashes[extend.position + 1 :] = after
+        named = tuple(after[len(after) - extend.rows :])
+        self._rows[extend.session] = NullRows(self._bank, extend.end - extend.rows, named)
+        return Held(extend.session, extend.end, extend.rows)
+
+    def _numbers(self, sessions: Sequence[int]) -> list[int]:
+        return [number for session in sessions for number in self._rows[session].numbers]

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from actors.forward import Part, Pending, choose
+from actors.wire.columns import ExtendItem
+from actors.wire.messages import Message
+
+
+class Nobody:
+    def send(self, message: Message) -> None:
+        raise AssertionError("nobody is answered here")
+
+
+def pending(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> Pending:
+    item = ExtendItem(1, age, age, 5, 1, 0, list(range(tokens)), rows, 4, np.zeros(0, np.int32))
+    return Pending(Nobody(), item, 5, done)
+
+
+def taken(parts: list[Part]) -> list[tuple[int, int]]:
+    """(age, tokens) of each part."""
+    return [(part.pending.item.age, part.tokens) for part in parts]
+
+
+def test_every_decode_step_goes_first_and_outside_of_the_budget() -> None:
+    parts = choose([pending(100, age=1), pending(1, age=9), pending(8, rows=8, age=8)], 16)
+    assert taken(parts) == [(9, 1), (8, 8), (1, 16)]
+
+
+def test_prompts_share_the_budget_by_age() -> None:
+    parts = choose([pending(20, age=3), pending(10, age=1), pending(30, age=2)], 16)
+    assert taken(parts) == [(1, 10), (2, 6)]
+
+
+def test_the_last_chunk_has_all_tokens_that_give_rows() -> None:
+    assert pending(40, rows=10).chunk(16) == 16
+    assert pending(40, rows=10, done=16).chunk(16) == 14
+    assert pending(40, rows=10, done=30).chunk(16) == 10
+    assert pending(40, rows=1, done=32).chunk(16) == 8
+
+
+def test_rows_beyond_the_budget_go_alone_and_wait_while_an_older_prompt_uses_it() -> None:
+    assert taken(choose([pending(30, rows=30)], 16)) == [(0, 30)]
+    assert taken(choose([pending(10, age=1), pending(30, rows=30, age=2), pending(9, age=3)], 16)) == [(1, 10), (3, 6)]
+
+
+def test_chunks_join_to_the_whole_with_the_hash_of_what_went_before() -> None:
+    whole, cut = pending(20), pending(20)
+    whole.advance(12)
+    for tokens in (5, 7):
+        cut.advance(tokens)
+    assert (cut.prefix, cut.done) == (whole.prefix, 12)
+    extend = Part(cut, cut.left).extend()
+    assert (extend.position, list(extend.tokens), extend.rows) == (12, list(range(12, 20)), 1)
+    assert Part(cut, 3).extend().rows == 0
+
+
+@pytest.mark.parametrize(("position", "made"), [(9, False), (10, True), (19, True), (20, False)])
+def test_a_pending_extend_knows_which_rows_it_will_give(position: int, made: bool) -> None:
+    assert pending(20, rows=10).makes(position) is made

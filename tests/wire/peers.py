@@ -1,0 +1,124 @@
+"""Both ends of a connection for tests, and a bare socket that speaks the wire by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from actors.wire.client import Connection
+from actors.wire.framing import HEADER, FrameBuffer, Seal, frame
+from actors.wire.handshake import CoordinatorHandshake
+from actors.wire.link import Limits
+from actors.wire.messages import Challenge, Message, Welcome, decode, encode
+from actors.wire.server import Peer, Server
+
+SECRET = b"a secret of the whole application"
+WELCOME = Welcome(role="guider", incarnation="g-1", width=32, hash_seed=7, cache_tokens=64, max_position=64, exact=True)
+
+
+@dataclass
+class Inbox:
+    """What one end heard."""
+
+    messages: asyncio.Queue[Message] = field(default_factory=asyncio.Queue)
+    ended: asyncio.Future[Exception | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    async def next(self) -> Message:
+        return await asyncio.wait_for(self.messages.get(), 10)
+
+    async def end(self) -> Exception | None:
+        return await asyncio.wait_for(asyncio.shield(self.ended), 10)
+
+
+@dataclass
+class Echo:
+    """A server that answers every message with itself."""
+
+    limits: Limits = field(default_factory=Limits)
+    gone: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    heard: list[Message] = field(default_factory=list)
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        self.server = Server(
+            SECRET, WELCOME, self._echo, lambda peer: self.gone.put_nowait(peer.name), limits=self.limits
+        )
+
+    def _echo(self, peer: Peer, message: Message) -> None:
+        self.heard.append(message)
+        peer.send(message)
+
+    async def connect(self, secret: bytes = SECRET, incarnation: str = "", name: str = "c") -> tuple[Connection, Inbox]:
+        inbox = Inbox()
+        connection = await Connection.open(
+            "127.0.0.1",
+            self.port,
+            secret,
+            incarnation=incarnation,
+            peer=name,
+            on_message=inbox.messages.put_nowait,
+            on_closed=inbox.ended.set_result,
+        )
+        return connection, inbox
+
+
+@asynccontextmanager
+async def echo(limits: Limits | None = None) -> AsyncIterator[Echo]:
+    """A running echo server on the loopback."""
+    running = Echo(limits or Limits())
+    running.port = await running.server.start("127.0.0.1")
+    try:
+        yield running
+    finally:
+        await running.server.close()
+
+
+@dataclass
+class Bare:
+    """A socket that sends whatever a test wants and cuts what it hears into frames."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    outgoing: Seal | None = None
+    incoming: Seal | None = None
+
+    @classmethod
+    async def connect(cls, port: int) -> Bare:
+        return cls(*await asyncio.open_connection("127.0.0.1", port))
+
+    def write(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    def send(self, message: Message) -> bytes:
+        """Send a message as it should be; the bytes that went out."""
+        data = frame(encode(message), self.outgoing, FrameBuffer(1 << 30).limit)
+        self.write(data)
+        return data
+
+    async def next(self) -> Message:
+        (length,) = HEADER.unpack(await asyncio.wait_for(self.reader.readexactly(HEADER.size), 10))
+        body = await asyncio.wait_for(self.reader.readexactly(length), 10)
+        return decode(self.incoming.open(body) if self.incoming else body)
+
+    async def at_end(self) -> bool:
+        """Whether the server closed and said nothing more."""
+        return await asyncio.wait_for(self.reader.read(1), 10) == b""
+
+    async def shake_hands(self) -> Message:
+        """Prove to know the secret; the Welcome or Failure that came back."""
+        handshake = CoordinatorHandshake(SECRET, "", "bare")
+        self.send(handshake.hello)
+        challenge = await self.next()
+        assert isinstance(challenge, Challenge)
+        self.send(handshake.answer(challenge))
+        self.outgoing, self.incoming = handshake.seals()
+        return await self.next()
+
+    async def close(self) -> None:
+        self.writer.close()
+        try:
+            await self.writer.wait_closed()
+        except ConnectionError:
+            return

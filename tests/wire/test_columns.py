@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+
+from actors.wire.columns import Answer, Replies, answer_bytes, extend_items, lookup_items, pack_rows, widen_items
+from actors.wire.messages import (
+    EXTEND_ITEM,
+    LOOKUP_ITEM,
+    WHOLE,
+    WIDEN_ITEM,
+    Extend,
+    Lookup,
+    Message,
+    ProtocolError,
+    Refusal,
+    Refused,
+    Rows,
+    Values,
+    Widen,
+    decode,
+    encode,
+)
+
+
+class Mailbox:
+    def __init__(self) -> None:
+        self.frames: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.frames.append(decode(encode(message)))
+
+
+def answer(rows: int, k: int, know: int = 0, width: int = 10) -> Answer:
+    ids = 0 if k == WHOLE else k
+    return Answer(
+        k,
+        np.arange(rows, dtype=np.float32),
+        np.ones((rows, ids), np.int32),
+        np.full((rows, width if k == WHOLE else k), 2, np.float32),
+        np.full((rows, know), 3, np.float32),
+    )
+
+
+def test_items_of_an_extend_carry_their_part_of_the_flat_columns() -> None:
+    items = np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 8, 0), (2, 3, 3, 7, 4, 0, 1, 0, WHOLE, 2)], EXTEND_ITEM)
+    first, second = extend_items(Extend(items, np.array([10, 11, 12]), np.array([5, 6])))
+    assert (first.tokens, first.know.tolist(), first.prefix, first.k) == ([10, 11], [], 2**64 - 1, 8)
+    assert (second.tokens, second.know.tolist(), second.rows, second.k) == ([12], [5, 6], 0, WHOLE)
+    assert list(extend_items(Extend())) == []
+
+
+def test_items_of_lookups_and_widenings_name_their_row() -> None:
+    (lookup,) = lookup_items(Lookup(np.array([(1, 2, 3, 4, 5, 2)], LOOKUP_ITEM), np.array([8, 9])))
+    assert lookup.ids is not None
+    assert (lookup.session, lookup.row, lookup.epoch, lookup.position, lookup.ids.tolist()) == (2, 3, 4, 5, [8, 9])
+    (widen,) = widen_items(Widen(np.array([(1, 2, 3, 4, 5, 64)], WIDEN_ITEM)))
+    assert (widen.row, widen.ids, widen.k) == (3, None, 64)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 2), (-1, 4), (2**31 - 1, 2**31 - 1)])
+def test_counts_that_are_not_what_the_column_has_are_refused_before_the_first_item(counts: tuple[int, int]) -> None:
+    items = np.array([(i, 2, 3, 4, 5, count) for i, count in enumerate(counts)], LOOKUP_ITEM)
+    with pytest.raises(ProtocolError, match=r"Lookup\.ids"):
+        lookup_items(Lookup(items, np.array([1, 2, 3])))
+
+
+def test_each_peer_gets_one_frame_of_each_kind() -> None:
+    replies, a, b = Replies(1 << 20), Mailbox(), Mailbox()
+    replies.values(a, 3, np.array([7], np.float32))
+    replies.rows(a, 1, answer(2, 4, know=1))
+    replies.rows(a, 2, answer(1, WHOLE))
+    replies.refuse(a, 4, Refusal.KV_MISS, 12)
+    replies.values(a, 5, np.array([8, 9], np.float32))
+    replies.rows(b, 9, answer(1, 4))
+    assert replies.flush() == [a, b]
+    rows, values, refused = a.frames
+    assert isinstance(rows, Rows)
+    assert rows.items.tolist() == [(1, 2, 4, 1), (2, 1, WHOLE, 0)]
+    assert [len(part) for part in (rows.logsumexp, rows.ids, rows.logits, rows.known)] == [3, 8, 18, 2]
+    assert isinstance(values, Values)
+    assert (values.items.tolist(), values.values.tolist()) == ([(3, 1), (5, 2)], [7, 8, 9])
+    assert isinstance(refused, Refused)
+    assert refused.items.tolist() == [(4, Refusal.KV_MISS, 12)]
+    assert len(b.frames) == 1
+    assert replies.flush() == []
+
+
+def test_rows_that_are_too_long_for_one_frame_go_out_in_several() -> None:
+    replies, peer = Replies(2 * answer_bytes(1, WHOLE, 0, 10)), Mailbox()
+    for ticket in range(5):
+        replies.rows(peer, ticket, answer(1, WHOLE))
+    replies.flush()
+    sizes = [len(frame.items) for frame in peer.frames if isinstance(frame, Rows)]
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(("rows", "k", "know"), [(3, 4, 2), (2, WHOLE, 0), (1, 0, 0), (0, 4, 1)])
+def test_the_bytes_of_an_answer_are_known_before_it_is_made(rows: int, k: int, know: int) -> None:
+    message = pack_rows([(1, answer(rows, k, know))])
+    columns = (message.items, message.logsumexp, message.ids, message.logits, message.known)
+    assert answer_bytes(rows, k, know, 10) == sum(column.nbytes for column in columns)
