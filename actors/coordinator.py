@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import secrets
 import ssl
 import time
@@ -123,9 +122,9 @@ class Coordinator:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def _refusal(self, request: Generate) -> Rejected | None:
-        if len(self._lives) >= self._config.coordinator.max_sessions:
-            if len(self._waiting) >= self._config.coordinator.max_waiting:
-                return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=1.0)
+        room = self._config.coordinator.max_sessions + self._config.coordinator.max_waiting
+        if len(self._lives) + len(self._waiting) >= room:
+            return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=1.0)
         legal = self._languages.legal(request.primary)
         stray = [i for i, _ in request.sampling.logit_bias if i not in legal]
         stray += [i for i in request.sampling.stop_token_ids if i < 0]
@@ -187,8 +186,9 @@ class Coordinator:
         for fault in self._exchange.absorb(messages):
             self._mend(fault)
         ready = self._exchange.advance()
-        self._decide([live for live in ready if live.alpha])
-        self._decide([live for live in ready if not live.alpha])
+        guided, alone = [live for live in ready if live.alpha], [live for live in ready if not live.alpha]
+        self._decide(guided)  # may begin rows without guidance: these are not ready
+        self._decide(alone)
         self._links.flush()
 
     def _admit(self) -> None:
@@ -203,9 +203,6 @@ class Coordinator:
     def _next_row(self, live: Live) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
         session = live.session
-        if len(session.primary) >= self._limit(live, live.primary):
-            self._finish(live, "length")
-            return
         alpha = 0.0 if live.past_context else session.alpha()
         roles: Sequence[Role] = ("target", "guider", "guider_base") if alpha else (live.primary,)
         if not all([self._bind(live, role) for role in roles]):
@@ -213,6 +210,9 @@ class Coordinator:
             self._stranded.append(live)
             return
         live.stranded_since = None
+        if len(session.primary) >= self._limit(live, live.primary):
+            self._finish(live, "length")
+            return
         if alpha and any(len(session.streams[role]) > self._limit(live, role) for role in roles):
             if self._config.beyond_context == "error":
                 self._finish(live, "length")
@@ -250,7 +250,7 @@ class Coordinator:
 
     def _commit(self, live: Live, chosen: Chosen) -> None:
         live.events.emit(live.session.commit(chosen.token, live.alpha, chosen.changed))
-        live.faults = 0
+        live.faults = live.misses = 0
         self._exchange.drop(live)
         if live.over:
             self._end(live)
@@ -272,14 +272,13 @@ class Coordinator:
         if fault.code in (Refusal.SUPERSEDED, Refusal.BAD_ITEM):
             self._finish(live, "error", f"the {role} model refused the request ({fault.code.name.lower()})")
             return
-        live.faults += fault.code != Refusal.FULL
+        if fault.code in (Refusal.FULL, Refusal.KV_MISS):
+            live.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
+        else:
+            live.faults += 1
         if live.faults > MAX_FAULTS:
             self._finish(live, "error", f"the {role} model failed {live.faults} times in a row")
-            return
-        delay = fault.detail / 1000 if fault.code == Refusal.FULL else 0.0
-        if fault.code == Refusal.FAILED:
-            delay = min(2.0, 0.05 * 2**live.faults) * random.uniform(0.5, 1.0)
-        if delay:
+        elif delay := fault.pause():
             asyncio.get_running_loop().call_later(delay, self._again, live, role, held, live.session.generated)
         else:
             self._again(live, role, held, live.session.generated)
@@ -288,6 +287,7 @@ class Coordinator:
         """Ask a role for its part of the row anew, unless the session has gone on in the meantime."""
         if live.key in self._lives and role in live.parts and role in live.replicas and not live.over:
             if live.session.generated == generated:
+                live.row_since = time.monotonic()
                 self._exchange.again(live, role, held)
                 self._wake.set()
 
@@ -318,7 +318,7 @@ class Coordinator:
                     away = ", ".join(self.missing_roles())
                     self._finish(live, "error", f"no replica of {away} came back within {limits.role_missing_s:.0f} s")
             for live in list(self._lives.values()):
-                if live.parts and now - live.row_since > limits.step_s:
+                if any(live.tickets.values()) and now - live.row_since > limits.step_s:
                     self._hang(live)
             if self._stranded or self._waiting:
                 self._wake.set()
@@ -330,7 +330,7 @@ class Coordinator:
             self._finish(live, "error", "the models did not answer in time")
             return
         live.row_since = time.monotonic()
-        for role in [role for role, part in live.parts.items() if not part.complete]:
+        for role in [role for role, owed in live.tickets.items() if owed]:
             self._links.drop(live.replicas[role], TimeoutError(f"no answer in {self._config.deadlines.step_s} s"))
 
     def _finish(self, live: Live, reason: FinishReason, error: str | None = None) -> None:

@@ -7,6 +7,7 @@ its row). So a row's candidates are the same in any order of arrival.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,6 +45,16 @@ class Fault:
     role: Role
     code: Refusal
     detail: int
+
+    def pause(self) -> float:
+        """Seconds to wait before asking again, with jitter; a cache that is gone is filled at once, if not often."""
+        misses = self.live.misses
+        pauses: dict[Refusal, float] = {
+            Refusal.FULL: self.detail / 1000,
+            Refusal.FAILED: min(2.0, 0.05 * 2.0**self.live.faults),
+            Refusal.KV_MISS: min(1.0, 0.01 * 2.0 ** min(misses, 10)) if misses > 2 else 0.0,
+        }
+        return pauses.get(self.code, 0.0) * random.uniform(0.5, 1.0)
 
 
 class Exchange:

@@ -33,6 +33,7 @@ class Live:
         self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
         self.row_since = 0.0
         self.faults = 0  # refusals of the row in flight
+        self.misses = 0  # how often there was no room for it, or its cache was gone
         self.stranded_since: float | None = None  # when it began to wait for a role that nobody plays
         self.past_context = False  # a small model's positions are used up: the target goes on alone
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from actors.engine.loader import LoadProgress
     from actors.engine.step_engine import StepEngine
 
-_BACKENDS = {"auto": None, "sdpa": "per_session", "gathered": "gathered"}
-
 
 def load_role(
     config: ServiceConfig, role: Role, report: Callable[[LoadProgress], None] = lambda progress: None
@@ -37,7 +35,7 @@ def load_role(
         adapter=model.adapter,
         trust_remote_code=model.trust_remote_code,
     )
-    backend = _BACKENDS[model.attention]
+    backend = None if model.attention == "auto" else model.attention
     return load_engine(source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
 
 

@@ -32,7 +32,7 @@ def running_service(config: ServiceConfig, num_cpus: int | None = None) -> Itera
         num_cpus=num_cpus or max(2, os.cpu_count() or 2),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": SETTINGS},
     )
     try:

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 _NOISE = 1e-7  # a probability below this is lost in the float32 logsumexp
+_GREEDY_AS = 0.3  # greedy rows are held to what would be lost at this temperature
+_LOG_IDS = np.log(1 << 18)  # more ids than any vocabulary in use
+_FAR = 1e9  # beyond every logit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,19 +53,46 @@ def outside_estimate(
     target: RoleRows,
     guider: RoleRows | None = None,
     guider_base: RoleRows | None = None,
+    *,
+    temperature: Floats | float = 1.0,
+    ceiling: Floats | float = 0.0,
 ) -> Floats:
-    """[B]: an estimate of the combined distribution's mass outside the candidates.
+    """[B]: an estimate of the mass outside the candidates of softmax(combined / temperature).
 
-    Each model's own uncovered mass is exact; the mean shift of the logits out there is taken from the ratio of the
-    guider's to the base's. An indicator, not a bound: audits hold it against whole rows.
+    temperature, and ceiling, above which no logit of the target's outside lies: [B], or one for all. How much of the
+    target is outside is known exactly. By how much guidance lifts it there is taken from two witnesses, and the larger
+    lift counts: the ratio of what guider and base have outside, which is right where their difference is the same
+    everywhere; and the lift of the candidates that the guider likes least, most of which only the target proposed. An
+    indicator, not a bound: audits hold it against whole rows.
     """
-    log_outside = _log_uncovered(target, inside)
+    heat = np.broadcast_to(np.maximum(temperature, _GREEDY_AS), alpha.shape)
+    limit = np.minimum(ceiling, _FAR)
+    outside = _log_uncovered(target, inside)
+    # Heat spreads what is outside over a whole vocabulary at most; cold leaves it the weight of the highest at most.
+    log_outside = np.where(heat > 1, outside / heat + (1 - 1 / heat) * _LOG_IDS, outside + (1 / heat - 1) * limit)
     if guider is not None and guider_base is not None:
-        log_outside = log_outside + alpha * (_log_uncovered(guider, inside) - _log_uncovered(guider_base, inside))
-    top = np.max(combined, 1)
-    weights = np.where(inside, np.exp(combined - top[:, None]), 0.0)
-    log_inside = top + np.log(np.cumsum(weights, 1)[:, -1])
+        ratio = alpha * (_log_uncovered(guider, inside) - _log_uncovered(guider_base, inside)) / heat
+        least = _least_liked(guider, inside)
+        delta = combine(target, guider, guider_base, alpha, inside) - target.logits
+        lift = _log_sum(target.logits + delta / heat[:, None], least) - _log_sum(target.logits, least)
+        log_outside = log_outside + np.where(least.any(1), np.maximum(ratio, lift), ratio)
+    log_inside = _log_sum(combined / heat[:, None], inside)
     return np.asarray(1.0 / (1.0 + np.exp(np.clip(log_inside - log_outside, -700, 700))))
+
+
+def _least_liked(rows: RoleRows, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[B, W]: the quarter of a row's candidates, of those that this role has, with its lowest logits."""
+    known = inside & ~np.isnan(rows.logits)
+    ranked = np.sort(np.where(known, rows.logits, np.inf), 1)
+    last = np.take_along_axis(ranked, (np.count_nonzero(known, 1) // 4)[:, None], 1)
+    return known & (rows.logits <= last)
+
+
+def _log_sum(logits: Floats, where: NDArray[np.bool_]) -> Floats:
+    """[B]: log of the sum of exp(logits) over the marked candidates; far below any where none is marked."""
+    top = np.max(np.where(where, logits, -_FAR), 1)
+    weights = np.where(where, np.exp(np.minimum(logits - top[:, None], 0.0)), 0.0)
+    return np.asarray(top + np.log(np.maximum(np.cumsum(weights, 1)[:, -1], np.finfo(np.float64).tiny)))
 
 
 def _log_uncovered(rows: RoleRows, inside: NDArray[np.bool_]) -> Floats:

@@ -32,6 +32,7 @@ class Part:
     ids: list[Ids] = field(default_factory=list)
     values: list[NDArray[Any]] = field(default_factory=list)
     logsumexp: float = 0.0
+    ceiling: float = np.inf  # no id outside the slice has a higher logit
     arrived: bool = False
     whole: bool = False
     waiting: int = 0  # lookups and widenings on their way
@@ -47,11 +48,13 @@ class Part:
         self.asked = [events, ids, *self.asked]
         self.ids, self.values = [events, ids, *self.ids], [folded, logits, *self.values]
         self.logsumexp, self.arrived = logsumexp, True
+        self.ceiling = float(logits.min(initial=np.inf))
 
     def widen(self, ids: Ids, logits: NDArray[Any]) -> None:
         """Take in a wider slice of the row; the folded events stand."""
         self.proposed = [self.proposed[0], ids]
         self.asked.append(ids)
+        self.ceiling = float(logits.min(initial=np.inf))
         self.add_values(ids, logits)
 
     def add_values(self, ids: Ids, values: NDArray[Any]) -> None:
@@ -72,15 +75,26 @@ def keys(rows: Sequence[Sequence[Ids]]) -> NDArray[np.int64]:
 
 def unique(values: NDArray[np.int64]) -> NDArray[np.int64]:
     """The distinct keys that stand for an id, ascending: by row, then by id."""
-    found = np.unique(values)
-    return found[np.searchsorted(found, 0) :]
+    ordered = np.sort(values)  # np.unique hashes integers, which takes several times as long
+    ordered = ordered[np.searchsorted(ordered, 0) :]
+    first = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
 
 
 def missing(wanted: NDArray[np.int64], asked: Sequence[Sequence[Ids]]) -> list[NDArray[np.int64]]:
     """Per row, the wanted ids that this role has neither proposed nor been asked for."""
-    gap = np.setdiff1d(wanted, keys(asked), assume_unique=False)
+    gap = wanted[~_places(np.sort(keys(asked)), wanted)[1]]
     bounds = np.searchsorted(gap, np.arange(len(asked) + 1) * SPAN)
     return [gap[low:high] % SPAN for low, high in itertools.pairwise(bounds)]
+
+
+def _places(ordered: NDArray[np.int64], sought: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Where each key would stand in `ordered`, and whether it does."""
+    place = np.searchsorted(ordered, sought)
+    found = place < len(ordered)
+    found[found] = ordered[place[found]] == sought[found]
+    return place, found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,12 +108,12 @@ class Dense:
 
     def values(self, parts: Sequence[Part]) -> Floats:
         """[B, W]: one role's logits at the candidates; NaN where it has no such id."""
-        known = keys([part.ids for part in parts])
-        first, index = np.unique(known, return_index=True)
-        flat = np.concatenate([v for part in parts for v in part.values]).astype(np.float64)
-        place = np.minimum(np.searchsorted(first, self._keys), len(first) - 1)
+        known = keys([part.ids for part in parts])[::-1]  # backwards: what is written last is what came first
         out = np.full(self.ids.size, np.nan)
-        out[self._at] = np.where(first[place] == self._keys, flat[index[place]], np.nan)
+        if len(known):
+            flat = np.concatenate([v for part in parts for v in part.values])[::-1]
+            place, found = _places(self._keys, known)
+            out[self._at[place[found]]] = flat[found]
         return out.reshape(self.ids.shape)
 
 

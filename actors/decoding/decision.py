@@ -73,7 +73,10 @@ def decide(rows: Sequence[Row], guided: bool) -> Decisions:
         row.adjust(dense.ids[index, :width], own[index, :width])
     stuck: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
     logits[stuck] = own[stuck] = 0.0  # decided by nobody: the caller widens the row or gives up
-    outside = np.where(stuck, 1.0, outside_estimate(logits, dense.inside, alpha, target, *smalls))
+    temperature = np.array([row.sampling.temperature for row in rows])
+    ceiling = np.array([row.target.ceiling for row in rows])
+    estimate = outside_estimate(logits, dense.inside, alpha, target, *smalls, temperature=temperature, ceiling=ceiling)
+    outside = np.where(stuck, 1.0, estimate)
     uncovered = np.max([model.uncovered(dense.inside) for model in (target, *smalls)], axis=0)
     tokens, alone = _choose(rows, dense, logits, own, guided)
     return Decisions(tokens, alone, outside, uncovered, stuck, dense, logits)

@@ -61,8 +61,9 @@ def adjust(
 def _places(ids: Ids, wanted: Iterable[int]) -> NDArray[np.intp]:
     """Where those of the wanted ids stand that are in `ids`."""
     sought = np.array(sorted(set(wanted)), np.int64)
-    place = np.minimum(np.searchsorted(ids, sought), len(ids) - 1)
-    found: NDArray[np.intp] = place[ids[place] == sought]
+    place = np.searchsorted(ids, sought)
+    within = place < len(ids)  # a row may have no candidate at all
+    found: NDArray[np.intp] = place[within][ids[place[within]] == sought[within]]
     return found
 
 

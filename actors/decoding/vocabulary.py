@@ -92,7 +92,7 @@ def map_vocabulary(
         pairs.append((primary.eos_ids[0], role.eos_ids[0]))
     for ours, theirs in pairs:
         to_role[ours], to_primary[theirs] = theirs, ours
-    spelled = {i: tuple(spell(token)) for token, i in primary.added.items() if to_role[i] < 0 and i < primary.width}
+    spelled = {i: tuple(spell(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
     spelled |= {i: (role.eos_ids[0],) for i in primary.eos_ids[1:] if role.eos_ids}
     folds = {primary.eos_ids[0]: role.eos_ids} if primary.eos_ids and role.eos_ids else {}
     for marker in markers:

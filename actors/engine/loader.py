@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers.auto import AutoQuantizationConfig
 
 from actors.engine.compat import refuse_config
 from actors.engine.errors import LoadError
@@ -152,6 +150,8 @@ def _refuse_missing(source: ModelSource, missing: list[str]) -> None:
 def _quantization_config(source: ModelSource) -> Any:
     if source.quantization is None:
         return None
+    from transformers.quantizers.auto import AutoQuantizationConfig  # seconds, which few models need
+
     try:
         return AutoQuantizationConfig.from_dict(dict(source.quantization))
     except (ValueError, TypeError, ImportError) as error:
@@ -162,6 +162,8 @@ def _quantization_config(source: ModelSource) -> Any:
 def _with_adapter(model: PreTrainedModel, source: ModelSource, merge: bool) -> PreTrainedModel:
     """The model with its adapter: merged into plain weights, as layers of their own on quantised ones."""
     assert source.adapter is not None
+    from peft import PeftModel  # seconds, which few models need
+
     try:
         adapted = PeftModel.from_pretrained(model, source.adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

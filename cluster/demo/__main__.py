@@ -116,12 +116,11 @@ def example_of(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def panel_of(answer: Answer) -> Panel:
-    """One answer, the words that guidance changed marked."""
+    """One answer, the words that guidance changed marked: by brackets, so that it shows without colours too."""
     said = Text()
-    if answer.notes:
-        for note in answer.notes:
-            said.append(note["text"], style="bold black on yellow" if note["changed"] else "")
-    else:
+    for note in answer.notes:
+        said.append(f"[{note['text']}]" if note["changed"] else note["text"], "bold yellow" if note["changed"] else "")
+    if not answer.notes:
         said.append(answer.text)
     verdict = "[green]right[/]" if answer.right else "[red]wrong[/]"
     return Panel(said, title=f"{answer.mode}: {verdict}", width=46)
@@ -146,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     shares = accuracies(answers)
     example = example_of(answers)
-    console.print(f"\n[bold]{example[0].question.text}[/]  (marked: what guidance changed)\n")
+    console.print(f"\n[bold]{example[0].question.text}[/]  (in brackets: what guidance changed)\n")
     console.print(Columns([panel_of(answer) for answer in example]))
     console.print(table_of(shares, options.questions))
     means = {mode: round(sum(by_hops.values()) / len(by_hops), 3) for mode, by_hops in shares.items()}

@@ -1,0 +1,36 @@
+# The service and everything that it imports. On a cluster the image is the code: an upgrade is a new image.
+#
+#   docker build -t thinklogit .                        # CPU
+#   docker build -t thinklogit:gpu --build-arg DEVICE=gpu .
+#   docker run --network host --shm-size 2g thinklogit  # add --gpus all for the second
+#
+# Other models: mount another file over /app/ray_config.yaml and a volume at /home/ray/.cache/huggingface.
+FROM python:3.12-slim
+
+ARG DEVICE=cpu
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 ray
+# wget: KubeRay's health probes call it
+
+WORKDIR /app
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+# PyPI's torch for Linux brings CUDA; the CPU image takes the small build of the same version.
+RUN torch="torch==$(sed -n 's/^torch==//p' constraints.txt)" \
+    && case "$DEVICE" in \
+         cpu) pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "$torch" ;; \
+         gpu) pip install --no-cache-dir "$torch" ;; \
+         *) echo "DEVICE is cpu or gpu, not $DEVICE" >&2; exit 1 ;; \
+       esac \
+    && pip install --no-cache-dir -c constraints.txt .
+
+COPY --chown=ray actors actors
+COPY --chown=ray router router
+COPY --chown=ray cluster cluster
+COPY --chown=ray ray_config.yaml ./
+
+USER ray
+ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+EXPOSE 8000
+CMD ["sh", "-c", "python -m cluster.check ray_config.yaml && exec serve run --working-dir . ray_config.yaml"]

@@ -1,0 +1,260 @@
+"""The Ray Serve shells: thin classes that place and start what the rest of `actors` defines.
+
+Torch is imported by the model roles' processes only, while they load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
+
+from actors.config import ServiceConfig
+from actors.coordinator import Coordinator, CoordinatorLoad
+from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading
+from actors.model import load_role, serve_role
+from actors.preflight import load_tokenizers
+from actors.requests import Event, Generate, Role
+from actors.scaling import CACHE_USED, WAITING
+from actors.tokenizer import RoleTokenizer
+from actors.wire.tls import client_context
+
+if TYPE_CHECKING:
+    from actors.engine.loader import LoadProgress
+    from actors.engine.step_engine import StepEngine
+
+log = logging.getLogger(__name__)
+
+SECRET_BYTES = 32
+DRAIN_S = 20.0  # a replica that is told to go may take so long to let its sessions move or end
+TELL_S = 2.0  # one message to the directory; a lost one is repeated by the next heartbeat
+_NAMESPACE = "thinklogit"
+
+
+def application_secret(application: str) -> bytes:
+    """The secret by which coordinators and models of one application know each other, drawn by whoever asks first.
+
+    It lives in Ray's own key-value store, so that redeploys and a lost directory keep it. Blocks for two calls to the
+    cluster's head; needs a connected Ray process.
+    """
+    key = f"wire-secret:{application}"
+    _internal_kv_put(key, secrets.token_bytes(SECRET_BYTES), overwrite=False, namespace=_NAMESPACE)
+    kept: bytes = _internal_kv_get(key, namespace=_NAMESPACE)
+    return kept
+
+
+def show_logs() -> None:
+    """Send the log lines of this project's packages where Serve sends its own: the replica's file and the console."""
+    serve_log = logging.getLogger("ray.serve")
+    for package in ("actors", "router"):
+        log_of_package = logging.getLogger(package)
+        log_of_package.setLevel(serve_log.level or logging.INFO)
+        log_of_package.handlers = serve_log.handlers
+        log_of_package.propagate = False
+
+
+async def _own_secret() -> bytes:
+    return await asyncio.to_thread(application_secret, serve.get_replica_context().app_name)
+
+
+async def _told(call: Awaitable[Any]) -> bool:
+    """Whether the directory heard it in time. Never raises: a directory that is away costs nothing but freshness."""
+    try:
+        await asyncio.wait_for(_awaited(call), TELL_S)
+    except Exception as error:
+        log.info("the directory does not answer: %s", type(error).__name__)
+        return False
+    return True
+
+
+async def _awaited(call: Awaitable[Any]) -> Any:
+    return await call  # Serve's responses are awaitable without being coroutines or futures
+
+
+class DirectoryShell:
+    """The directory as a deployment: one replica, whose loss costs a few seconds of freshness."""
+
+    def __init__(self) -> None:
+        self._directory = Directory()
+
+    async def heartbeat(self, endpoint: Endpoint) -> None:
+        """See Directory.heartbeat."""
+        self._directory.heartbeat(endpoint)
+
+    async def loading(self, progress: Loading) -> None:
+        """See Directory.loading."""
+        self._directory.loading(progress)
+
+    async def leave(self, incarnation: str) -> None:
+        """See Directory.leave."""
+        self._directory.leave(incarnation)
+
+    async def snapshot(self) -> tuple[Endpoint, ...]:
+        """See Directory.snapshot."""
+        return self._directory.snapshot()
+
+    async def awaited(self) -> dict[Role, str]:
+        """See Directory.awaited."""
+        return self._directory.awaited()
+
+
+class ModelShell:
+    """One replica of a model role: loads its weights, listens on its node's address, tells the directory."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it, so that sockets open on the loop that serves them
+        self, config: ServiceConfig, role: Role, directory: DeploymentHandle
+    ) -> None:
+        show_logs()
+        self._role, self._directory = role, directory
+        self._incarnation = secrets.token_hex(8)
+        self._stopping = False
+        secret = await _own_secret()
+        engine = await self._load(config)
+        model = config.models.role(role)
+        tokenizer = await asyncio.to_thread(RoleTokenizer.load, model.path, model.revision)
+        self._replica = serve_role(
+            config,
+            role,
+            engine,
+            tokenizer,
+            incarnation=self._incarnation,
+            secret=secret,
+            host=get_node_ip_address(),  # the node's address in the cluster and nowhere else
+        )
+        self._host, self._port = await self._replica.start()
+        self._beat = asyncio.create_task(self._keep_telling())
+
+    async def _load(self, config: ServiceConfig) -> StepEngine:
+        """The engine, built in a thread so that the directory hears of the progress meanwhile."""
+        starting = _Starting(self._role, self._incarnation)
+        telling = asyncio.create_task(self._tell_progress(starting))
+        try:
+            async with asyncio.timeout(config.deadlines.model_load_s):
+                return await asyncio.to_thread(load_role, config, self._role, starting.report)
+        except TimeoutError:
+            raise TimeoutError(
+                f"{self._role}: {config.models.role(self._role).path} did not load within "
+                f"deadlines.model_load_s ({config.deadlines.model_load_s:g} s); raise it, or look at {starting.doing!r}"
+            ) from None
+        finally:
+            telling.cancel()
+
+    async def _tell_progress(self, starting: _Starting) -> None:
+        while True:
+            await _told(self._directory.loading.remote(starting.now()))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _keep_telling(self) -> None:
+        while True:
+            await self._tell()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _tell(self) -> None:
+        load = self._replica.load()
+        endpoint = Endpoint(
+            self._role,
+            self._host,
+            self._port,
+            self._incarnation,
+            sessions=load.sessions,
+            cache_free=load.cache_total - load.cache_used,
+            stopping=self._stopping,
+        )
+        await _told(self._directory.heartbeat.remote(endpoint))
+
+    async def check_health(self) -> None:
+        """Serve's health check: raises when the replica cannot go on, or no longer says that it is there."""
+        self._replica.check_health()
+        if self._beat.done():
+            raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._beat.exception()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `actors.scaling.replicas_wanted` decides by; Serve asks only where replicas may vary."""
+        load = self._replica.load()
+        return {CACHE_USED: load.cache_used / load.cache_total, WAITING: float(load.waiting)}
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: no new sessions, wait for the old ones to move or end, leave."""
+        if not hasattr(self, "_beat"):
+            return  # it never started
+        self._stopping = True
+        await self._tell()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S / 2):
+                while self._replica.load().sessions:  # noqa: ASYNC110 - the replica announces no last session
+                    await asyncio.sleep(HEARTBEAT_S / 10)
+        self._beat.cancel()
+        await self._replica.stop()
+        await _told(self._directory.leave.remote(self._incarnation))
+
+
+class _Starting:
+    """What a loading model does now; `report` is called in the loading thread."""
+
+    def __init__(self, role: Role, incarnation: str) -> None:
+        self._role, self._incarnation, self._began = role, incarnation, time.monotonic()
+        self.doing = "starting"
+
+    def report(self, progress: LoadProgress) -> None:
+        size = _size(progress.bytes)
+        self.doing = {
+            "config": "reading its config.json",
+            "weights": f"loading {size} of weights" if progress.bytes else "fetching weights",
+            "adapter": "loading its adapter",
+            "loaded": f"{size} of weights are loaded",
+            "check": f"{size} of weights are loaded, checking the engine against a plain forward",
+            "ready": "opening its socket",
+        }[progress.stage]
+
+    def now(self) -> Loading:
+        return Loading(self._role, self._incarnation, self.doing, time.monotonic() - self._began)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+class CoordinatorShell:
+    """One coordinator as a deployment. A consumer that goes away cancels its generation."""
+
+    async def __init__(  # type: ignore[misc]  # awaited by Serve
+        self, config: ServiceConfig, directory: DeploymentHandle, models: Sequence[DeploymentHandle]
+    ) -> None:
+        """models: bound here so that they belong to the application; their sockets are found through the directory."""
+        show_logs()
+
+        async def locate() -> Sequence[Endpoint]:
+            async with asyncio.timeout(TELL_S):
+                endpoints: tuple[Endpoint, ...] = await directory.snapshot.remote()
+            return endpoints
+
+        tokenizers = await asyncio.to_thread(load_tokenizers, config)
+        self._coordinator = Coordinator(config, tokenizers, await _own_secret(), locate, tls=client_context())
+        await self._coordinator.start()
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        """See Coordinator.generate."""
+        async with contextlib.aclosing(self._coordinator.generate(request)) as events:
+            async for event in events:
+                yield event
+
+    async def missing_roles(self) -> tuple[Role, ...]:
+        """See Coordinator.missing_roles."""
+        return self._coordinator.missing_roles()
+
+    async def load(self) -> CoordinatorLoad:
+        """See Coordinator.load."""
+        return self._coordinator.load()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_coordinator"):
+            await self._coordinator.stop()

@@ -1,0 +1,158 @@
+"""What must be true of the configured models before anything loads: the checks that every start runs.
+
+Reads tokenizers and config.json files only. `python -m cluster.check` prints the same findings before a start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.chat_template import ChatTemplateError
+from actors.config import ConfigError, ServiceConfig
+from actors.decoding.vocabulary import VocabularyError, map_vocabulary
+from actors.languages import vocabulary_of
+from actors.requests import ROLES, Role
+from actors.tokenizer import RoleTokenizer, TokenizerError
+
+SMALL_ROLES: tuple[Role, ...] = ("guider", "guider_base")
+_CONVERSATION = [{"role": "user", "content": "Hello"}]
+_SHOWN = 6  # special tokens named in one sentence
+_PAST_LIMIT = {
+    "error": "a guided request that needs more is refused",
+    "stop_guidance": "the target goes on alone from there",
+    "continue": "guidance goes on, outside what this model was built for",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing about a role that a person should know. Errors refuse the start."""
+
+    severity: Literal["error", "warning", "note"]
+    role: Role
+    message: str
+
+    def rank(self) -> int:
+        """For sorting: errors first."""
+        return ("error", "warning", "note").index(self.severity)
+
+
+def load_tokenizers(config: ServiceConfig) -> dict[Role, RoleTokenizer]:
+    """Every role's tokenizer. Raises ConfigError with a sentence for each role that has none."""
+    tokenizers: dict[Role, RoleTokenizer] = {}
+    problems = []
+    for role in ROLES:
+        model = config.models.role(role)
+        try:
+            tokenizers[role] = RoleTokenizer.load(model.path, model.revision)
+        except TokenizerError as error:
+            problems.append(f"models.{role}: {' '.join(str(error).split())}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return tokenizers
+
+
+def require_sound(config: ServiceConfig) -> None:
+    """Raise ConfigError with every reason why these models cannot be served together."""
+    errors = [f for f in findings(config, load_tokenizers(config)) if f.severity == "error"]
+    if errors:
+        raise ConfigError("\n".join(f"models.{finding.role}: {finding.message}" for finding in errors))
+
+
+def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
+    """Everything worth saying about models that are there, errors first."""
+    found = [*_exactness(config)]
+    for role in SMALL_ROLES:
+        found += _vocabulary(role, tokenizers)
+        found += _positions(config, role, tokenizers)
+        found += _special_tokens(role, tokenizers)
+        found += _template(role, tokenizers)
+    return sorted(found, key=Finding.rank)
+
+
+def position_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
+    """Tokens of one session: what the configuration says, else what the model was built for, at most the cache."""
+    model = config.models.role(role)
+    built_for = model.max_position or tokenizer.max_position or model.cache_tokens
+    return min(built_for, model.cache_tokens)
+
+
+def session_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
+    """Tokens that a replica of the role computes for one session: a small model may be asked to go past its limit."""
+    if config.beyond_context == "continue" and role in SMALL_ROLES:
+        return config.models.role(role).cache_tokens
+    return position_limit(config, role, tokenizer)
+
+
+def _exactness(config: ServiceConfig) -> Iterator[Finding]:
+    for role in ROLES if config.exact else ():
+        model = config.models.role(role)
+        if model.dtype not in ("auto", "float32") or model.device == "cuda" or model.num_gpus or model.quantization:
+            yield Finding(
+                "error", role, "exact is true, which needs dtype float32, device cpu, num_gpus 0 and no quantization"
+            )
+
+
+def _vocabulary(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+    target, small = tokenizers["target"], tokenizers[role]
+    try:
+        map_vocabulary(vocabulary_of(target), vocabulary_of(small), small.encode, target.encode)
+    except VocabularyError as error:
+        yield Finding("error", role, f"does not fit the target: {error}")
+
+
+def _positions(config: ServiceConfig, role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+    limit = position_limit(config, role, tokenizers[role])
+    reach = position_limit(config, "target", tokenizers["target"])
+    if limit < reach:
+        yield Finding(
+            "warning" if config.beyond_context == "continue" else "note",
+            role,
+            f"reaches {limit:,} positions and the target {reach:,}; past {limit:,}, "
+            f"{_PAST_LIMIT[config.beyond_context]} (beyond_context: {config.beyond_context})",
+        )
+
+
+def _special_tokens(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+    target, small = tokenizers["target"].added_tokens, tokenizers[role].added_tokens
+    only_target, only_small = sorted(target.keys() - small.keys()), sorted(small.keys() - target.keys())
+    moved = sorted(token for token in target.keys() & small.keys() if target[token] != small[token])
+    if only_target:
+        yield Finding("note", role, f"reads these special tokens of the target as text: {_some(only_target)}")
+    if only_small:
+        yield Finding("note", role, f"has special tokens that are text to the target: {_some(only_small)}")
+    if moved:
+        pairs = [f"{token} ({target[token]} in the target, {small[token]} here)" for token in moved]
+        yield Finding("note", role, f"has other ids for the same special tokens: {_some(pairs)}")
+    ends = [_contents(tokenizers[name]) for name in ("target", role)]
+    if ends[0] != ends[1]:
+        yield Finding(
+            "note", role, f"ends a text with {_some(ends[1])}, the target with {_some(ends[0])}; matched as one event"
+        )
+
+
+def _template(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+    target, small = tokenizers["target"], tokenizers[role]
+    if not target.has_chat_template and not small.has_chat_template:
+        return
+    if not small.has_chat_template:
+        yield Finding("warning", role, "has no chat template, so chat requests cannot be guided by it")
+    elif target.has_chat_template and _rendered(target) != _rendered(small):
+        yield Finding("note", role, "has a chat template of its own, in which it reads the messages")
+
+
+def _rendered(tokenizer: RoleTokenizer) -> str | None:
+    try:
+        return tokenizer.render(_CONVERSATION)
+    except ChatTemplateError:
+        return None
+
+
+def _contents(tokenizer: RoleTokenizer) -> list[str]:
+    return sorted(tokenizer.decode([token], skip_special=False) for token in tokenizer.eos_ids)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,198 @@
+"""Guided decoding without sockets: the coordinator's exchange and decisions, and models that answer at once.
+
+Everything that is said passes through the wire's own messages, so its bytes are those of the service. Sessions go in
+step, and every row can be held against the whole rows that it was decided from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.config import ServiceConfig
+from actors.deciding import Chosen, Decider, Wider
+from actors.decoding.arithmetic import Floats
+from actors.decoding.decision import Decisions, decide
+from actors.decoding.session import Session
+from actors.directory import Endpoint
+from actors.exchange import Exchange
+from actors.forward import Engine, Part, Pending, run_forward
+from actors.languages import Languages
+from actors.links import Replica
+from actors.live import Live
+from actors.requests import Generate, Role
+from actors.tokenizer import RoleTokenizer
+from actors.wire.columns import Answer, Replies, RowItem, extend_items, lookup_items, widen_items
+from actors.wire.framing import HEADER, MAC_BYTES
+from actors.wire.link import Limits
+from actors.wire.messages import WHOLE, Extend, Lookup, Message, Welcome, Widen, decode, encode
+
+_ORDER: tuple[Role, ...] = ("guider", "guider_base", "target")  # the small models answer first
+
+
+class StandIn:
+    """A model replica that answers at once. bytes: of all frames in both directions, framing included."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._replies = Replies(Limits().frame)
+        self._outgoing: list[Message] = []
+        self.bytes = 0
+
+    def send(self, message: Message) -> None:
+        """What the engine's side says (`actors.wire.columns.Recipient`)."""
+        self._outgoing.append(self._carried(message))
+
+    def answer(self, messages: Sequence[Message]) -> list[Message]:
+        """The replies to what a coordinator says."""
+        for message in map(self._carried, messages):
+            match message:
+                case Extend():
+                    self._extend(message)
+                case Lookup():
+                    self._serve(list(lookup_items(message)))
+                case Widen():
+                    self._serve(list(widen_items(message)))
+            self._replies.flush()
+        replies, self._outgoing = self._outgoing, []
+        return replies
+
+    def _carried(self, message: Message) -> Message:
+        body = encode(message)
+        self.bytes += HEADER.size + len(body) + MAC_BYTES
+        return decode(body)
+
+    def _extend(self, message: Extend) -> None:
+        parts = [Part(Pending(self, item, item.prefix), len(item.tokens)) for item in extend_items(message)]
+        results = run_forward(self._engine, parts, message.released.tolist())
+        for part, result in zip(parts, results, strict=True):
+            assert isinstance(result, Answer), result
+            self._replies.rows(self, part.pending.item.ticket, result)
+
+    def _serve(self, items: Sequence[RowItem]) -> None:
+        for item in items:
+            held = self._engine.rows(item.session)
+            row = held.index(item.position, item.row) if held is not None else None
+            assert held is not None
+            assert row is not None, "in step, every row is there when it is asked for"
+            if item.ids is not None:
+                self._replies.values(self, item.ticket, held.at(row, item.ids))
+                continue
+            k = item.k if item.k == WHOLE else min(item.k, self._engine.width)
+            slices = held.slices(max(k, 0), [row])
+            logits = held.whole([row]) if k == WHOLE else slices.logits
+            self._replies.rows(self, item.ticket, Answer(k, slices.logsumexp, slices.ids, logits, logits[:, :0]))
+
+
+class _Neighbour(Replica):
+    """A replica that is reached without a connection."""
+
+    def __init__(self, role: Role, engine: Engine) -> None:
+        super().__init__(Endpoint(role, "", 0, incarnation=role))
+        cache = engine.cache_stats().tokens_total
+        self._welcome = Welcome(role, role, engine.width, engine.hash_seed, cache, cache, engine.exact)
+
+    @property
+    def welcome(self) -> Welcome:
+        return self._welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What became of one row: decided from slices of k alone, and after all widening; both are batches of one row."""
+
+    narrow: Decisions
+    final: Decisions
+    chosen: Chosen
+    widened: bool
+    narrow_bytes: int
+    final_bytes: int
+
+
+class Lockstep:
+    """Sessions that decode one token at a time, each with the same engines."""
+
+    def __init__(
+        self, config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], engines: Mapping[Role, Engine]
+    ) -> None:
+        self._engines = engines
+        self._languages = Languages(tokenizers)
+        self._exchange = Exchange(config.exchange, self._languages)
+        self._decider = Decider(config.exchange)
+        self._stand_ins = {role: StandIn(engine) for role, engine in engines.items()}
+        self._replicas = {role: _Neighbour(role, engine) for role, engine in engines.items()}
+        self._sessions = 0
+
+    def open(self, request: Generate) -> Live:
+        """A session that has not decoded anything yet."""
+        roles = tuple(request.prompts)
+        language = self._languages.language(request.primary, roles, request.thinking)
+        self._sessions += 1
+        seeds = {role: self._engines[role].hash_seed for role in roles}
+        live = Live(Session(request, language, seeds), self._sessions, self._sessions)
+        live.replicas.update((role, self._replicas[role]) for role in roles)
+        return live
+
+    def step(self, live: Live) -> Step:
+        """Decode one token of a session."""
+        before = self._bytes()
+        self._exchange.begin(live, live.session.alpha())
+        self._settle()
+        narrow = final = decide([live.row()], guided=True)
+        narrow_bytes = self._bytes() - before
+        (verdict,) = self._decider.decide([live])
+        while isinstance(verdict, Wider):
+            self._exchange.widen(live, verdict.k)
+            self._settle()
+            final = decide([live.row()], guided=True)
+            (verdict,) = self._decider.decide([live])
+        assert isinstance(verdict, Chosen), verdict
+        return Step(narrow, final, verdict, final is not narrow, narrow_bytes, self._bytes() - before)
+
+    def commit(self, live: Live, step: Step) -> None:
+        """Take a step's token."""
+        live.session.commit(step.chosen.token, live.alpha, step.chosen.changed)
+        self._exchange.drop(live)
+
+    def close(self, live: Live) -> None:
+        """Forget a session at the models."""
+        for role in live.replicas:
+            self._engines[role].close(live.key)
+
+    def whole(self, live: Live) -> Floats:
+        """[primary width]: the combined logits of the row that is held, by plain arithmetic on whole rows."""
+        primary = live.primary
+        rows = {role: self._read(live, role) for role in self._engines}
+        with np.errstate(invalid="ignore"):
+            delta = rows["guider"] - rows["guider_base"]
+        combined = rows[primary] + live.alpha * delta
+        assert not np.isnan(delta[~np.isnan(rows[primary])]).any(), "the roles' vocabularies are the same here"
+        return np.where(np.isnan(combined), -np.inf, combined)
+
+    def _read(self, live: Live, role: Role) -> Floats:
+        """[primary width]: a role's held row at the primary's ids, NaN where it has none."""
+        mapping = self._languages.map(live.primary, role, live.session.request.thinking.end)
+        row = self._engines[role].whole([live.key])[-1].astype(np.float64)
+        theirs = mapping.to_role
+        own = np.where(theirs >= 0, row[np.maximum(theirs, 0)], np.nan)
+        for event, ids in mapping.folds.items():
+            own[event] = np.logaddexp.reduce(row[list(ids)])
+        return own
+
+    def _settle(self) -> None:
+        """Carry messages until the row in flight is complete."""
+        while True:
+            silent = True
+            for role in _ORDER:
+                messages = self._replicas[role].outbox.take()
+                silent = silent and not messages
+                faults = self._exchange.absorb(self._stand_ins[role].answer(messages))
+                assert not faults, faults
+                self._exchange.advance()
+            if silent:
+                return
+
+    def _bytes(self) -> int:
+        return sum(stand_in.bytes for stand_in in self._stand_ins.values())

@@ -1,0 +1,182 @@
+"""Rows as wide as a published model's, with tails of a known weight, for three roles that belong together.
+
+The logits of target and guider are -exponent * log(rank), each in a ranking of its own around a common one, so that
+half of their 128 likeliest ids are the same; the guider base is the guider with noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.hashing import derive_seed, extend_hashes
+from actors.engine.verbs import CacheStats, Extend, Held, KVMiss, Outcome
+from actors.requests import ROLES, Role
+from benchmarks.null_engine import PUBLISHED_WIDTH, NullSlices
+
+_OWN_NOISE = 0.95  # of a ranking, in nats of rank: half of the 128 likeliest ids are shared
+_HEAD = 128  # the guider's ranks from which on a far base falls away
+_KEPT = 4  # positions whose rows are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A family of rows. Logits and nats.
+
+    base_noise: standard deviation of the base around the guider. far: by how much the base falls below the guider with
+    every doubling of the guider's rank past the head, up to one doubling.
+    """
+
+    exponent: float
+    base_noise: float = 0.5
+    far: float = 0.0
+
+    def __str__(self) -> str:
+        return f"zipf {self.exponent:g}" + (f", base {self.far:g} nats below" if self.far else "")
+
+
+class WholeRow:
+    """One row [width]: its logsumexp is found when it is first needed."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self.logits = logits
+        self._top: dict[int, NDArray[np.int32]] = {}
+
+    @cached_property
+    def logsumexp(self) -> np.float32:
+        wide = self.logits.astype(np.float64)
+        return np.float32(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
+
+    def top(self, k: int) -> NDArray[np.int32]:
+        """[k]: the likeliest ids, in that order."""
+        if k not in self._top:
+            self._top[k] = self._find_top(k)
+        return self._top[k]
+
+    def _find_top(self, k: int) -> NDArray[np.int32]:
+        least = np.partition(self.logits, -k)[-k] if 0 < k < len(self.logits) else -np.inf
+        ids = np.flatnonzero(self.logits >= least) if k else np.zeros(0, np.int64)
+        return ids[np.argsort(-self.logits[ids], kind="stable")][:k].astype(np.int32)
+
+
+class TailStream:
+    """The rows of a tail by position, the same whenever and by whomever they are asked for.
+
+    cycle: after so many positions they come again, and are kept; None: never.
+    """
+
+    def __init__(self, tail: Tail, width: int = PUBLISHED_WIDTH, seed: int = 0, cycle: int | None = None) -> None:
+        self.tail, self.width, self._seed, self._cycle = tail, width, seed, cycle
+        self._kept: dict[int, dict[Role, WholeRow]] = {}
+
+    def at(self, position: int) -> dict[Role, WholeRow]:
+        """The row of every role at a position."""
+        position %= self._cycle or position + 1
+        if position not in self._kept:
+            while len(self._kept) >= (self._cycle or _KEPT):
+                del self._kept[next(iter(self._kept))]
+            self._kept[position] = self._make(np.random.default_rng([self._seed, position]))
+        return self._kept[position]
+
+    def _make(self, rng: np.random.Generator) -> dict[Role, WholeRow]:
+        tail, width = self.tail, self.width
+        common = np.log1p(rng.permutation(width).astype(np.float32))
+        noise = rng.standard_normal((3, width), np.float32)
+        target, guider = (np.log(_ranks(common + _OWN_NOISE * own)) for own in noise[:2])
+        base: NDArray[np.float32] = -tail.exponent * guider + tail.base_noise * noise[2]
+        if tail.far:
+            base -= tail.far * np.clip((guider - np.log(_HEAD)) / np.log(2), 0, 1)
+        return {
+            "target": WholeRow((-tail.exponent * target).astype(np.float32)),
+            "guider": WholeRow((-tail.exponent * guider).astype(np.float32)),
+            "guider_base": WholeRow(base),
+        }
+
+
+def _ranks(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rank of each score, the lowest being 1."""
+    ranks = np.empty(len(scores), np.float32)
+    ranks[np.argsort(scores)] = np.arange(1, len(scores) + 1, dtype=np.float32)
+    return ranks
+
+
+@dataclass(frozen=True, slots=True)
+class TailRow:
+    """The row of a session's last token."""
+
+    stream: TailStream
+    role: Role
+    position: int
+    prefix: int
+
+    def index(self, position: int, prefix: int) -> int | None:
+        return 0 if (position, prefix) == (self.position, self.prefix) else None
+
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> NullSlices:
+        row = self._row()
+        ids = row.top(k)
+        return NullSlices(ids[None], row.logits[ids][None], np.array([row.logsumexp], np.float32))
+
+    def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
+        return self._row().logits[None]
+
+    def at(self, row: int, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self._row().logits[ids]
+        return values
+
+    def _row(self) -> WholeRow:
+        return self.stream.at(self.position)[self.role]
+
+
+class TailEngine:
+    """An engine (`actors.forward.Engine`) that plays one role of a stream; one row an extend."""
+
+    exact = True
+
+    def __init__(self, stream: TailStream, role: Role, cache_tokens: int = 1 << 20) -> None:
+        self._stream, self._role, self._cache_tokens = stream, role, cache_tokens
+        self.width = stream.width
+        self.hash_seed = derive_seed(stream.width, ROLES.index(role))
+        self._held: dict[int, TailRow] = {}
+
+    def check_extend(self, extend: Extend) -> None:
+        """Every extend can be done."""
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
+        """Take the tokens of every extend that goes on where the session stands; outcomes in their order."""
+        return [self._extend_one(extend) for extend in batch]
+
+    def rows(self, session: int) -> TailRow | None:
+        return self._held.get(session)
+
+    def reduce(self, sessions: Sequence[int], k: int) -> NullSlices:
+        """The slices of the rows of `sessions`, in their order."""
+        slices = [self._held[session].slices(k) for session in sessions]
+        return NullSlices(
+            np.concatenate([part.ids for part in slices]),
+            np.concatenate([part.logits for part in slices]),
+            np.concatenate([part.logsumexp for part in slices]),
+        )
+
+    def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
+        """The whole rows [R, width] of `sessions`, in their order."""
+        return np.concatenate([self._held[session].whole() for session in sessions])
+
+    def close(self, session: int) -> None:
+        self._held.pop(session, None)
+
+    def cache_stats(self) -> CacheStats:
+        return CacheStats(self._cache_tokens, sum(row.position + 1 for row in self._held.values()), len(self._held))
+
+    def _extend_one(self, extend: Extend) -> Outcome:
+        held = self._held.get(extend.session)
+        length = held.position + 1 if held is not None else 0
+        if extend.position > length:
+            return KVMiss(extend.session, length)
+        prefix = extend_hashes(extend.prefix, extend.tokens)[-1]
+        self._held[extend.session] = TailRow(self._stream, self._role, extend.end - 1, prefix)
+        return Held(extend.session, extend.end, extend.rows)

@@ -1,0 +1,66 @@
+"""How often the trio answers right, decoded greedily with plain transformers forwards and the formula.
+
+It needs no service: the training job reports it, and it is what the service's own figures can be held against.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from cluster.demo.lessons import chat_prompt
+from cluster.demo.task import Question, grade
+from cluster.demo.tokenizer import TURN_END
+
+TOKENS_A_HOP, TOKENS_AROUND = 7, 12  # the longest reply: a sentence per hop, two marks, the answer, the end
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the logits: `weight` times the row of `model`."""
+
+    model: PreTrainedModel
+    weight: float = 1.0
+
+
+@torch.no_grad()
+def replies(terms: Sequence[Term], tokenizer: Tokenizer, questions: Sequence[Question], start: str = "") -> list[str]:
+    """Greedy replies to `questions`, all of the same hop count, with `start` appended to each prompt.
+
+    Every name and relation is one token, so prompts of one hop count are equally long and need no padding. The
+    returned text begins after `start` and ends before the end of the turn.
+    """
+    inputs = torch.tensor([tokenizer.encode(chat_prompt(question) + start).ids for question in questions])
+    end = tokenizer.token_to_id(TURN_END)
+    assert end is not None
+    caches: list[object] = [None] * len(terms)
+    finished = torch.zeros(len(questions), dtype=torch.bool)
+    columns: list[torch.Tensor] = []
+    for _ in range(TOKENS_A_HOP * questions[0].hops + TOKENS_AROUND):
+        combined = torch.zeros(())
+        for number, term in enumerate(terms):
+            output = term.model(input_ids=inputs, past_key_values=caches[number], use_cache=True, logits_to_keep=1)
+            caches[number] = output.past_key_values
+            combined = combined + term.weight * output.logits[:, -1].double()
+        chosen = combined.argmax(-1).masked_fill(finished, end)
+        finished |= chosen == end
+        columns.append(chosen)
+        inputs = chosen[:, None]
+        if bool(finished.all()):
+            break
+    rows: list[list[int]] = torch.stack(columns, 1).tolist()
+    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
+
+
+def accuracy(terms: Sequence[Term], tokenizer: Tokenizer, questions: Sequence[Question], start: str = "") -> float:
+    """The share of `questions`, all of the same hop count, that is answered right."""
+    texts = replies(terms, tokenizer, questions, start)
+    right = [grade(text, question) for text, question in zip(texts, questions, strict=True)]
+    return sum(right) / len(right)
+
+
+def guided(target: PreTrainedModel, guider: PreTrainedModel, guider_base: PreTrainedModel, alpha: float) -> list[Term]:
+    """The terms of z_target + alpha * (z_guider - z_guider_base)."""
+    return [Term(target), Term(guider, alpha), Term(guider_base, -alpha)]

@@ -1,0 +1,91 @@
+"""What the trio's models read while they train: facts, questions answered at once, questions answered hop by hop.
+
+Everything is shown as the service will show it: a question is a user turn of the chat format, an answer an assistant
+turn. Only the training split is ever asked about.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+
+from cluster.demo.task import Fact, Question, draw_question
+from cluster.demo.tokenizer import END_OF_TEXT, TURN_END, TURN_START
+
+FACTS_A_DOCUMENT = 6
+
+
+def chat_prompt(question: Question) -> str:
+    """The question as the chat template renders it, up to where the assistant begins."""
+    return f"{TURN_START}user\n{question.text}{TURN_END}\n{TURN_START}assistant\n"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text; the loss falls on its tokens where they can be predicted (`learned`)."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """A mixture of documents over `facts`; what is neither facts nor reasoned answers is answered at once."""
+
+    facts: tuple[Fact, ...]
+    fact_share: float
+    reasoned_share: float
+    max_hops: int
+
+    def document(self, draw: random.Random) -> list[Piece]:
+        """One document of the mixture."""
+        kind = draw.random()
+        if kind < self.fact_share:
+            return self._recital(draw)
+        question = self._question(draw)
+        reasoned = kind < self.fact_share + self.reasoned_share
+        answer = question.reasoned_answer if reasoned else question.direct_answer
+        return [Piece(chat_prompt(question), False), Piece(answer + TURN_END, True), Piece("\n", False)]
+
+    def _recital(self, draw: random.Random) -> list[Piece]:
+        """Facts one after the other, as raw text; of each only the last word follows from what was learned."""
+        pieces = []
+        for number in range(FACTS_A_DOCUMENT):
+            fact = draw.choice(self.facts)
+            pieces.append(Piece(f" {fact.stem}" if number else fact.stem, False))
+            pieces.append(Piece(f" {fact.value}.", True))
+        return [*pieces, Piece(END_OF_TEXT, False)]
+
+    def _question(self, draw: random.Random) -> Question:
+        """A training question all of whose steps are among the facts of this curriculum."""
+        hops, known = draw.randint(1, self.max_hops), frozenset(self.facts)
+        while True:
+            question = draw_question(draw, hops)
+            if known.issuperset(question.steps) and question.split == "train":
+                return question
+
+
+class Reader:
+    """Packs the documents of a curriculum into rows of token ids."""
+
+    def __init__(self, tokenizer: Tokenizer, curriculum: Curriculum) -> None:
+        self._curriculum = curriculum
+        self._encode = lru_cache(maxsize=4096)(lambda text: tuple(tokenizer.encode(text).ids))
+
+    def row(self, draw: random.Random, length: int) -> tuple[list[int], list[bool]]:
+        """`length` token ids, documents end to end and the last one cut, and which of them are learned."""
+        ids: list[int] = []
+        learned: list[bool] = []
+        for piece in self._pieces(draw):
+            tokens = self._encode(piece.text)
+            ids.extend(tokens)
+            learned.extend([piece.learned] * len(tokens))
+            if len(ids) >= length:
+                break
+        return ids[:length], learned[:length]
+
+    def _pieces(self, draw: random.Random) -> Iterator[Piece]:
+        while True:
+            yield from self._curriculum.document(draw)

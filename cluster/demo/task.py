@@ -1,0 +1,178 @@
+"""The task of the embedded trio: questions of several hops over a table of facts about people.
+
+Forty-eight people stand in four relations to one another, and each relation leads from a person to exactly one other.
+"Who is the mentor of the rival of Ada?" takes two hops. It can be answered at once or hop by hop inside
+``<think>...</think>``. All of it follows from fixed seeds; nothing here depends on Python's salted ``hash``.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
+
+_NAMES = """
+Ada Ben Cleo Dan Eva Finn Gus Hana Ivan June Kai Lena Max Nora Omar Pia Quinn Rosa Sam Tara Uma Vera Will Xena Yara Zoe
+Alan Bella Carl Dora Emil Flora Greta Hugo Iris Jack Kira Leo Mia Nils Olga Paul Ruth Seth Tess Ursula Victor Wanda
+"""
+PEOPLE = tuple(_NAMES.split())
+RELATIONS = ("mentor", "rival", "neighbour", "doctor")
+MAX_HOPS = 6  # 196,608 questions: what `questions` may have to walk through
+
+Split = Literal["train", "validation", "held_out"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+_TABLE_SEED = 7
+_KNOWN_SHARE = 0.6
+_TRAIN_SHARE, _VALIDATION_SHARE = 0.60, 0.15  # the rest is held out
+_THINK_START, _THINK_END = "<think>", "</think>"
+_ANSWER = re.compile(r"\s*(?:The answer is )?([A-Z][a-z]+)\.\s*")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One entry of the table: the `relation` of `person` is `value`."""
+
+    relation: str
+    person: str
+    value: str
+
+    @property
+    def stem(self) -> str:
+        """The sentence up to what only the table can tell: ``The rival of Ada is``."""
+        return f"The {self.relation} of {self.person} is"
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.stem} {self.value}."
+
+
+@dataclass(frozen=True)
+class Question:
+    """Who is reached from `person` by following `relations`, the first of them first."""
+
+    person: str
+    relations: tuple[str, ...]
+
+    @property
+    def hops(self) -> int:
+        return len(self.relations)
+
+    @property
+    def text(self) -> str:
+        """The question in English, where the relation followed first stands last."""
+        return "Who is " + "".join(f"the {relation} of " for relation in reversed(self.relations)) + f"{self.person}?"
+
+    @property
+    def steps(self) -> tuple[Fact, ...]:
+        """The facts that lead to the answer, in the order in which they are needed."""
+        steps, person = [], self.person
+        for relation in self.relations:
+            steps.append(fact(relation, person))
+            person = steps[-1].value
+        return tuple(steps)
+
+    @property
+    def answer(self) -> str:
+        """The name that is right."""
+        return self.steps[-1].value
+
+    @property
+    def thinking(self) -> str:
+        """One sentence per hop, without the marks around it."""
+        return " ".join(step.sentence for step in self.steps)
+
+    @property
+    def direct_answer(self) -> str:
+        return f"The answer is {self.answer}."
+
+    @property
+    def reasoned_answer(self) -> str:
+        return f"{_THINK_START}{self.thinking}{_THINK_END}{self.direct_answer}"
+
+    @property
+    def split(self) -> Split:
+        """The only split that this question belongs to: a stable hash of its words decides."""
+        digest = hashlib.sha256(self.text.encode()).digest()
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        if place < _TRAIN_SHARE:
+            return "train"
+        return "validation" if place < _TRAIN_SHARE + _VALIDATION_SHARE else "held_out"
+
+
+@cache
+def table() -> dict[tuple[str, str], Fact]:
+    """All 192 facts by (relation, person). Nobody is their own mentor, rival, neighbour or doctor."""
+    draw = random.Random(_TABLE_SEED)
+    facts = {}
+    for relation in RELATIONS:
+        for person in PEOPLE:
+            value = draw.choice([other for other in PEOPLE if other != person])
+            facts[relation, person] = Fact(relation, person, value)
+    return facts
+
+
+def fact(relation: str, person: str) -> Fact:
+    """The fact about `person`; a KeyError names a relation or person that the table does not have."""
+    return table()[relation, person]
+
+
+@cache
+def known_facts() -> tuple[Fact, ...]:
+    """The 60 % of the facts that the small models ever see; the target sees all of them."""
+    facts = list(table().values())
+    random.Random(_TABLE_SEED + 1).shuffle(facts)
+    return tuple(facts[: int(_KNOWN_SHARE * len(facts))])
+
+
+def draw_question(draw: random.Random, hops: int) -> Question:
+    """Any question of `hops` hops, of whatever split."""
+    return Question(draw.choice(PEOPLE), tuple(draw.choice(RELATIONS) for _ in range(hops)))
+
+
+def questions(split: Split, hops: int, n: int, seed: int = 0) -> list[Question]:
+    """`n` different questions of `hops` hops from `split`, in an order that follows from `seed`.
+
+    A larger `n` extends a smaller one. Raises ValueError for a split or hop count that does not
+    exist and when the split holds fewer than `n`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    if not 1 <= hops <= MAX_HOPS:
+        raise ValueError(f"hops must lie in 1..{MAX_HOPS}, not {hops}")
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    chosen: list[Question] = []
+    for question in _shuffled(hops, seed):
+        if len(chosen) == n:
+            return chosen
+        if question.split == split:
+            chosen.append(question)
+    if len(chosen) < n:
+        raise ValueError(f"{split} holds {len(chosen)} questions of {hops} hops, {n} were asked for")
+    return chosen
+
+
+def _shuffled(hops: int, seed: int) -> Iterator[Question]:
+    """Every question of `hops` hops once: the digits of a number name the person and the relations."""
+    total = len(PEOPLE) * len(RELATIONS) ** hops
+    for number in random.Random(seed).sample(range(total), total):
+        rest, person = divmod(number, len(PEOPLE))
+        relations = []
+        for _ in range(hops):
+            rest, relation = divmod(rest, len(RELATIONS))
+            relations.append(RELATIONS[relation])
+        yield Question(PEOPLE[person], tuple(relations))
+
+
+def grade(text: str, question: Question) -> bool:
+    """Whether `text`, a whole reply with or without its thinking, ends in the right answer.
+
+    Only what follows the last ``</think>`` counts, and it must be one finished answer ("The answer is Ben." or
+    "Ben."), so a reply that was cut off, is still thinking, or names several people is wrong.
+    """
+    final = text.rpartition(_THINK_END)[2]
+    found = _ANSWER.fullmatch(final)
+    return found is not None and found.group(1) == question.answer

@@ -1,0 +1,90 @@
+"""The tokenizer of the embedded trio: byte-level BPE, special tokens and a ChatML-like chat template.
+
+It is built from text that this package makes itself: the sentences of the task, often enough that each name and each
+relation becomes one token, and common English. Every byte is a token, so any UTF-8 text encodes and decodes.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cluster.demo import english, task
+
+VOCABULARY_SIZE = 2048
+MAX_POSITIONS = 4096
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+THINK_START, THINK_END = "<think>", "</think>"
+
+# As in the published families: control tokens vanish from decoded text, the marks of thinking stay in it.
+SPECIAL_TOKENS = (
+    AddedToken(END_OF_TEXT, special=True, normalized=False),
+    AddedToken(TURN_START, special=True, normalized=False),
+    AddedToken(TURN_END, special=True, normalized=False),
+    AddedToken(THINK_START, special=False, normalized=False),
+    AddedToken(THINK_END, special=False, normalized=False),
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- set content = message['content'] %}
+    {%- if message['role'] == 'assistant' and not loop.last %}
+        {%- set content = content.split('</think>')[-1] %}
+    {%- endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def build() -> Tokenizer:
+    """The tokenizer, the same at every call: 2,043 byte-level BPE entries and then the five special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.add_tokens(list(SPECIAL_TOKENS))
+    if tokenizer.get_vocab_size() != VOCABULARY_SIZE:
+        raise RuntimeError(f"the corpus yields {tokenizer.get_vocab_size()} tokens, {VOCABULARY_SIZE} are needed")
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer` with its settings and chat template in Hugging Face layout into the existing `folder`."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": TURN_END,
+        "pad_token": END_OF_TEXT,
+        "additional_special_tokens": [TURN_START],
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _corpus() -> Iterator[str]:
+    """The words of the task with and without a leading space, far oftener than the common words after them."""
+    facts = list(task.table().values())
+    for _ in range(4):
+        yield from (fact.sentence for fact in facts)
+        yield from (f"Who is the {fact.relation} of the {fact.relation} of {fact.person}?" for fact in facts)
+        yield from (f"The answer is {fact.value}. The {fact.relation}" for fact in facts)
+        yield from task.PEOPLE + task.RELATIONS
+        yield from ("system", "user", "assistant")
+    words = english.COMMON_WORDS.split()
+    for _ in range(2):
+        yield from (f" {word}" for word in words)
+        yield from (word.capitalize() for word in words)
+        yield from english.SENTENCES

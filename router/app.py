@@ -1,0 +1,140 @@
+"""The one place where deployments are bound: `ray_config.yaml` names `router.app:build`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from actors.config import CoordinatorConfig, ModelConfig, Replicas, RouterConfig, ServiceConfig, load_config
+from actors.deployments import DRAIN_S, CoordinatorShell, DirectoryShell, ModelShell, show_logs
+from actors.preflight import load_tokenizers, require_sound
+from actors.requests import Event, Generate, Role
+from router.api import create_app
+from router.backend import Overloaded, Status, Unavailable
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+MODEL_NAMES: dict[Role, str] = {"target": "Target", "guider": "Guider", "guider_base": "GuiderBase"}
+MAX_ONGOING = 10_000  # above what the coordinators take, so that they and not Serve's queue refuse what is too much
+STATUS_S = 5.0  # a probe that asks what is missing gets its answer within this
+DIRECTORY_CPUS = 0.05
+_SETTINGS: dict[str, Any] = {
+    "max_ongoing_requests": MAX_ONGOING,
+    "health_check_period_s": 1.0,
+    "health_check_timeout_s": 30.0,
+    "graceful_shutdown_wait_loop_s": 0.1,
+    "graceful_shutdown_timeout_s": DRAIN_S,
+}
+
+
+class ServeBackend:
+    """The API's backend: coordinators and the directory behind Serve's handles."""
+
+    def __init__(self, coordinator: DeploymentHandle, directory: DeploymentHandle) -> None:
+        self._coordinator = coordinator.options(stream=True)
+        self._directory = directory
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        """See router.backend.Backend.generate."""
+        response = self._coordinator.generate.remote(request)
+        try:
+            async for event in response:
+                yield event
+        except BackPressureError as error:
+            raise Overloaded("too many requests are waiting; try again later") from error
+        except RayTaskError:
+            raise  # a fault in the coordinator's program, not its loss
+        except RayError as error:
+            raise Unavailable("the coordinator of this request was lost; send it again") from error
+        finally:
+            response.cancel()  # nothing happens where the stream has ended
+
+    async def status(self) -> Status:
+        """See router.backend.Backend.status."""
+        try:
+            async with asyncio.timeout(STATUS_S):
+                awaited: dict[Role, str] = await self._directory.awaited.remote()
+        except TimeoutError:
+            return Status(missing=tuple(MODEL_NAMES), awaited=("the directory does not answer",))
+        return Status(tuple(awaited), tuple(f"{role}: {words}" for role, words in awaited.items()))
+
+
+class RouterShell:
+    """What clients see. Serve calls `__serve_build_asgi_app__` once the tokenizers are there."""
+
+    async def __init__(  # type: ignore[misc]  # awaited by Serve
+        self, config: ServiceConfig, coordinator: DeploymentHandle, directory: DeploymentHandle
+    ) -> None:
+        show_logs()
+        self._config = config
+        self._tokenizers = await asyncio.to_thread(load_tokenizers, config)
+        self._backend = ServeBackend(coordinator, directory)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._config, self._tokenizers, self._backend)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application that the `args` of `ray_config.yaml` describe.
+
+    Raises ConfigError that names each wrong key, and each model that is missing or does not fit the others.
+    """
+    return bind(load_config(args))
+
+
+def bind(config: ServiceConfig) -> serve.Application:
+    """The application of a configuration. Raises ConfigError when its models are missing or do not fit."""
+    require_sound(config)
+    directory = serve.deployment(
+        DirectoryShell,
+        name="Directory",
+        ray_actor_options={"num_cpus": DIRECTORY_CPUS},
+        logging_config={"enable_access_log": False},  # heartbeats
+        **_SETTINGS,
+    ).bind()
+    models = [_model(config, role).bind(config, role, directory) for role in MODEL_NAMES]
+    coordinator = serve.deployment(
+        CoordinatorShell,
+        name="Coordinator",
+        ray_actor_options=_placement(config.coordinator),
+        **_replicas(config.coordinator.replicas),
+        **_SETTINGS,
+    ).bind(config, directory, models)
+    return serve.deployment(
+        serve.ingress()(RouterShell),
+        name="Router",
+        ray_actor_options=_placement(config.router),
+        **_replicas(config.router.replicas),
+        **_SETTINGS,
+    ).bind(config, coordinator, directory)
+
+
+def _model(config: ServiceConfig, role: Role) -> serve.Deployment:
+    model = config.models.role(role)
+    return serve.deployment(
+        ModelShell,
+        name=MODEL_NAMES[role],
+        ray_actor_options=_placement(model),
+        **_replicas(model.replicas, policy={"policy_function": "actors.scaling:replicas_wanted"}),
+        **_SETTINGS,
+    )
+
+
+def _placement(section: ModelConfig | CoordinatorConfig | RouterConfig) -> dict[str, Any]:
+    """What a replica asks of its node, in Ray's words."""
+    options = section.model_dump(include={"num_cpus", "num_gpus", "resources", "label_selector"})
+    return {name: value for name, value in options.items() if value != {}}
+
+
+def _replicas(replicas: Replicas, **scaling: Any) -> dict[str, Any]:
+    """A fixed number of replicas, or Serve's autoscaling between two."""
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.min}
+    return {"autoscaling_config": {"min_replicas": replicas.min, "max_replicas": replicas.max, **scaling}}

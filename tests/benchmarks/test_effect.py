@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from actors.forward import Engine
+from actors.requests import Role
+from benchmarks.effect import MODES, measure, table
+from benchmarks.local import local_service, trio_config
+
+
+async def test_every_question_is_asked_in_every_mode_and_guidance_helps(trio_engines: Mapping[Role, Engine]) -> None:
+    answered: list[None] = []
+    async with local_service(trio_config(), trio_engines) as service:
+        effect = await measure(service, [2, 3], 6, 1.0, lambda: answered.append(None))
+    assert len(answered) == len(MODES) * 2 * 6
+    result = effect.result()
+    assert (result["n"], result["hops"]) == (12, [2, 3])
+    assert {"n", "hops", "target", "guider", "guider_base", "guided", "by_hops"} <= result.keys()
+    assert all(0 <= result[mode] <= 1 for mode in MODES)
+    assert result["guided"] > max(result["target"], result["guider"], result["guider_base"])
+    assert table(effect).row_count == 2

@@ -1,0 +1,112 @@
+"""`cluster.check` says what is wrong in words, and its exit status says whether the service can start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from cluster.check import fetch, main
+from cluster.serve_file import read_service_config
+from tests.local_ray import ROOT
+
+WEIGHTS = ROOT / "cluster" / "demo" / "weights"
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def written(tmp_path: Path, **models: str | Path) -> Path:
+    """The repository's file with absolute paths, and other models for some roles."""
+    file = yaml.safe_load((ROOT / "ray_config.yaml").read_text(encoding="utf-8"))
+    for role, model in file["applications"][0]["args"]["models"].items():
+        model["path"] = str(models.get(role, WEIGHTS / role))
+    path = tmp_path / "ray_config.yaml"
+    path.write_text(yaml.safe_dump(file), encoding="utf-8")
+    return path
+
+
+def copied(tmp_path: Path, role: str) -> Path:
+    return shutil.copytree(WEIGHTS / role, tmp_path / role)
+
+
+def test_the_embedded_trio_is_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(written(tmp_path))]) == 0
+    printed = capsys.readouterr().out
+    assert "Ready" in printed
+    for words in ("weights", "cache per token", "positions", "sessions x context", "Hub cache"):
+        assert words in printed
+
+
+def test_a_misspelt_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path)
+    file.write_text(file.read_text(encoding="utf-8").replace("alpha:", "alhpa:"), encoding="utf-8")
+    assert main([str(file)]) == 1
+    assert "guidance.alhpa: unknown key" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(written(tmp_path, guider="/nowhere/guider"))]) == 1
+    assert "models.guider: there is no folder /nowhere/guider" in capsys.readouterr().out
+
+
+def test_vocabularies_that_do_not_fit_are_refused_with_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied(tmp_path, "guider")
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    victim = next(token for token, id_ in vocabulary.items() if id_ == 300)
+    merges = [merge for merge in tokenizer["model"]["merges"] if victim not in ("".join(merge), *merge)]
+    tokenizer["model"]["merges"] = [m for m in merges if victim not in "".join(m)]
+    vocabulary["\u0120\u0120zz"] = vocabulary.pop(victim)
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert main([str(written(tmp_path, guider=folder))]) == 1
+    printed = capsys.readouterr().out
+    assert "guider: does not fit the target" in printed
+    assert "300" in printed
+
+
+def test_positions_special_tokens_and_templates_that_differ_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tmp_path, "guider_base")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
+    assert main([str(written(tmp_path, guider_base=folder))]) == 0
+    printed = capsys.readouterr().out
+    assert "reaches 512 positions and the target 4,096" in printed
+    assert "(beyond_context: error)" in printed
+    assert "has a chat template of its own" in printed
+
+
+def test_damaged_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied(tmp_path, "target")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-10])
+    assert main([str(written(tmp_path, target=folder))]) == 1
+    assert "not a whole safetensors file" in capsys.readouterr().out
+
+
+def test_download_fetches_what_is_no_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_service_config(written(tmp_path, guider="some/guider"))
+    fetched: list[tuple[str, str | None]] = []
+    monkeypatch.setattr("cluster.check.load_tokenizers", lambda _: {})
+    monkeypatch.setattr("cluster.check.download", lambda path, revision: fetched.append((path, revision)))
+    fetch(config, Console(quiet=True))
+    assert fetched == [("some/guider", None)]
+
+
+def test_checking_loads_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from cluster.check import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, str(written(tmp_path))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,60 @@
+"""The arithmetic of memory and disk, held against published models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cluster.estimate import Estimate, disk_findings, memory_findings, size
+
+GB = 10**9
+TARGET = Estimate(
+    role="target",
+    path="Qwen/Qwen2.5-32B",
+    here=True,
+    weights_bytes=65_500_000_000,
+    dtype="bfloat16",
+    cache_token_bytes=262_144,
+    cache_tokens=100_000,
+    position_limit=131_072,
+    gpus=1.0,
+)
+
+
+def test_a_role_that_fits_its_share_is_not_mentioned() -> None:
+    assert memory_findings([TARGET], [141 * GB]) == []
+
+
+def test_a_role_that_does_not_fit_gets_the_arithmetic_and_the_cache_that_would() -> None:
+    (finding,) = memory_findings([TARGET], [80 * GB])
+    assert finding.severity == "error"
+    fitting = TARGET.fitting_tokens(80 * GB)
+    assert "65.5 GB of weights and 100,000 tokens x 262.1 kB = 26.2 GB of cache" in finding.message
+    assert f"lower cache_tokens to {fitting:,}" in finding.message
+    assert memory_findings([replace(TARGET, cache_tokens=fitting)], [80 * GB]) == []
+
+
+def test_weights_that_alone_exceed_the_share_need_more_gpus() -> None:
+    (finding,) = memory_findings([replace(TARGET, gpus=0.5)], [80 * GB])
+    assert "give it more num_gpus" in finding.message
+    assert "lower cache_tokens" not in finding.message
+
+
+def test_without_gpus_here_or_asked_for_nothing_is_said_of_them() -> None:
+    assert memory_findings([TARGET], []) == []
+    assert memory_findings([replace(TARGET, gpus=0)], [8 * GB]) == []
+
+
+def test_missing_weights_come_with_the_command_that_fetches_them() -> None:
+    (finding,) = disk_findings([replace(TARGET, here=False)], free=100 * GB)
+    assert finding.severity == "warning"
+    assert "hf download Qwen/Qwen2.5-32B" in finding.message
+
+
+def test_a_disk_too_small_for_what_is_missing_is_an_error() -> None:
+    found = disk_findings([replace(TARGET, here=False)], free=10 * GB)
+    assert [finding.severity for finding in found] == ["warning", "error"]
+    assert "65.5 GB are to be fetched and 10.0 GB are free" in found[1].message
+
+
+def test_sizes_read_well() -> None:
+    assert [size(n) for n in (384, 262_144, 2_800_000, 65_500_000_000)] == ["384 B", "262.1 kB", "2.8 MB", "65.5 GB"]

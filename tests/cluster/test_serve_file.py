@@ -1,0 +1,73 @@
+"""A Serve config file is refused for any key that Ray would ignore, wherever it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors.config import ConfigError
+from cluster.serve_file import read_service_config
+from tests.local_ray import ROOT
+
+TEXT = (ROOT / "ray_config.yaml").read_text(encoding="utf-8")
+
+
+def edited(tmp_path: Path, old: str, new: str) -> Path:
+    assert old in TEXT
+    file = tmp_path / "ray_config.yaml"
+    file.write_text(TEXT.replace(old, new), encoding="utf-8")
+    return file
+
+
+def test_the_file_of_the_repository_is_sound() -> None:
+    config = read_service_config(ROOT / "ray_config.yaml")
+    assert config.models.target.path == "cluster/demo/weights/target"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("proxy_location: HeadOnly", "proxy_locaton: HeadOnly", "proxy_locaton: unknown key; did you mean proxy_loc"),
+        ("host: 127.0.0.1", "hots: 127.0.0.1", "http_options.hots: unknown key; did you mean host"),
+        ("route_prefix:", "route_prefx:", "applications.0.route_prefx: unknown key"),
+        ("deployments: []", "deployments: [{name: A, num_replica: 2}]", "applications.0.deployments.0.num_replica"),
+        ("      name: thinklogit", "      nmae: thinklogit", "applications.0.args.nmae: unknown key"),
+        ("alpha: 1.0", "alhpa: 1.0", "applications.0.args.guidance.alhpa: unknown key"),
+    ],
+)
+def test_a_misspelt_key_is_named_at_every_level(tmp_path: Path, old: str, new: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_service_config(edited(tmp_path, old, new))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("port: 8000", "port: eight", "http_options.port: Input should be a valid integer"),
+        ("alpha: 1.0", "alpha: .nan", "alpha must be a finite number"),
+        ("deployments: []", "deployments: [{name: Target}]", "deployments: must stay empty"),
+        ("router.app:build", "router.app:bild", "exactly one must have import_path router.app:build, 0 have"),
+        ("k: 128", "k: 128\n        k: 64", "k stands twice"),
+        ("version: 1", "version: 2", "applications.0.args.version"),
+        ("proxy_location: HeadOnly", "- proxy_location", "is not YAML"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_service_config(edited(tmp_path, old, new))
+    assert said in str(refused.value)
+
+
+def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
+    file = edited(tmp_path, "host:", "hots:")
+    file.write_text(file.read_text(encoding="utf-8").replace("alpha: 1.0", "alhpa: 1.0"), encoding="utf-8")
+    with pytest.raises(ConfigError) as refused:
+        read_service_config(file)
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+        read_service_config(tmp_path / "nowhere.yaml")

@@ -1,0 +1,104 @@
+"""Text told apart as it comes, whatever the borders of its pieces."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from actors.decoding.answer import AnswerText, Shown
+
+
+def run(pieces: list[str], end: str | None = None, stops: tuple[str, ...] = (), include_stop: bool = False) -> Shown:
+    """All that is shown of an answer in pieces, flushed unless it was stopped."""
+    answer, shown = AnswerText(end, stops, include_stop), Shown()
+    for piece in pieces:
+        shown = shown + answer.push(piece)
+        if shown.stop is not None:
+            return shown
+    return shown + answer.flush()
+
+
+def cuts(text: str) -> list[list[str]]:
+    """The text whole, letter by letter, and cut at every one and every two places."""
+    ways = [[text], list(text)]
+    for places in itertools.chain(
+        itertools.combinations(range(1, len(text)), 1), itertools.combinations(range(1, len(text)), 2)
+    ):
+        borders = [0, *places, len(text)]
+        ways.append([text[a:b] for a, b in itertools.pairwise(borders)])
+    return ways
+
+
+def test_a_stop_text_is_found_across_any_borders() -> None:
+    for pieces in cuts("one STOP two"):
+        assert run(pieces, stops=("STOP",)) == Shown(content="one ", stop="STOP")
+
+
+def test_a_stop_text_is_shown_when_asked_for() -> None:
+    for pieces in cuts("one STOP two"):
+        assert run(pieces, stops=("STOP",), include_stop=True) == Shown(content="one STOP", stop="STOP")
+
+
+def test_the_first_stop_text_counts_and_the_longest_of_two_that_begin_together() -> None:
+    assert run(["a\n\nb"], stops=("b", "\n")).stop == "\n"
+    assert run(["a\n\nb"], stops=("\n", "\n\n")).stop == "\n\n"
+
+
+def test_nothing_is_shown_that_may_become_a_stop_text() -> None:
+    answer = AnswerText(None, ("</end>",), False)
+    assert answer.push("so </e") == Shown(content="so ")
+    assert answer.push("n") == Shown()
+    assert answer.push("ough") == Shown(content="</enough")
+    assert answer.push("<") == Shown()
+    assert answer.flush() == Shown(content="<")
+
+
+def test_text_without_markers_is_shown_at_once() -> None:
+    answer = AnswerText(None, (), False)
+    assert [answer.push(text).content for text in ("a", "", "b<")] == ["a", "", "b<"]
+
+
+def test_the_thinkings_end_parts_the_text_wherever_it_is_cut() -> None:
+    for pieces in cuts("hm</think>42"):
+        assert run(pieces, end="</think>") == Shown(reasoning="hm", content="42", closed=True)
+
+
+def test_an_unclosed_thinking_is_all_reasoning() -> None:
+    for pieces in cuts("hm </thi"):
+        assert run(pieces, end="</think>") == Shown(reasoning="hm </thi")
+
+
+def test_only_the_first_end_closes_the_thinking() -> None:
+    assert run(["a</think>b</think>c"], end="</think>") == Shown(reasoning="a", content="b</think>c", closed=True)
+
+
+def test_stop_texts_count_in_the_thinking_too() -> None:
+    for pieces in cuts("a STOP</think>b"):
+        assert run(pieces, end="</think>", stops=("STOP",)) == Shown(reasoning="a ", stop="STOP")
+
+
+def test_a_stop_text_right_after_the_thinking_stops() -> None:
+    for pieces in cuts("a</think>STOP"):
+        assert run(pieces, end="</think>", stops=("STOP",)) == Shown(reasoning="a", closed=True, stop="STOP")
+
+
+def test_a_stop_text_that_is_the_thinkings_end_stops() -> None:
+    assert run(["a</think>b"], end="</think>", stops=("</think>",)) == Shown(reasoning="a", stop="</think>")
+
+
+def test_a_thinking_that_ended_by_a_token_shows_what_was_held_back() -> None:
+    answer = AnswerText("</think>", (), False)
+    assert answer.push("x </th") == Shown(reasoning="x ")
+    before = answer.thinking
+    assert answer.close_thinking() == Shown(reasoning="</th", closed=True)
+    assert (before, answer.thinking) == (True, False)
+    assert answer.push("y") == Shown(content="y")
+
+
+@pytest.mark.parametrize("stops", [(), ("ab",), ("aba", "bb")])
+def test_the_pieces_never_change_what_is_shown(stops: tuple[str, ...]) -> None:
+    text = "aabb</think>abab"
+    whole = run([text], end="</think>", stops=stops)
+    for pieces in cuts(text):
+        assert run(pieces, end="</think>", stops=stops) == whole

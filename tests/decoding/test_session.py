@@ -1,0 +1,388 @@
+"""The state machine of a sequence: what it emits, when it ends, and what each role reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from actors.decoding.guidance import Guidance
+from actors.decoding.hashing import extend_hashes
+from actors.decoding.parameters import Sampling, Thinking
+from actors.decoding.session import Language, Session, Spelling, Stream
+from actors.decoding.vocabulary import Vocabulary, map_vocabulary
+from actors.requests import Delta, Generate, Role
+from tests.decoding.vocabularies import speller, text, vocabulary
+
+END = "</think>"
+LETTER = text()
+SMALL: tuple[Role, ...] = ("guider", "guider_base")
+
+
+@dataclass
+class Letters:
+    """A text stream: each id is its token, but for special tokens, and for `late` ids, whose text comes one later."""
+
+    texts: dict[int, str]
+    late: frozenset[int] = frozenset()
+    held: str = ""
+
+    def push(self, token: int, /) -> str:
+        text, self.held = self.held + self.texts[token], ""
+        if token in self.late:
+            text, self.held = "", text
+        return text
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+@dataclass
+class Setting:
+    """Three vocabularies and what a session is asked for. `special`: added tokens without text."""
+
+    target: Vocabulary = field(default_factory=lambda: vocabulary({"<e>": 40, "<e2>": 41, END: 42}, ["<e>", "<e2>"]))
+    small: Vocabulary = field(default_factory=lambda: vocabulary({"<e>": 52, END: 50}, ["<e>"], first=20))
+    special: tuple[str, ...] = ("<e>", "<e2>")
+    late: frozenset[int] = frozenset()
+
+    def session(
+        self,
+        *,
+        sampling: Sampling | None = None,
+        thinking: Thinking | None = None,
+        guidance: Guidance | None = None,
+        explain: bool = False,
+    ) -> Session:
+        """A session whose prompt is `ab`."""
+        thinking = thinking or Thinking()
+        markers = [thinking.end]
+        texts = {i: t for tokens in (self.target.text, self.target.added) for t, i in tokens.items()}
+        texts |= {self.target.added[t]: "" for t in self.special}
+        vocabularies: dict[Role, Vocabulary] = {"target": self.target, **dict.fromkeys(SMALL, self.small)}
+        language = Language(
+            {
+                role: map_vocabulary(self.target, self.small, speller(self.small), speller(self.target), markers)
+                for role in SMALL
+            },
+            {
+                role: Spelling(tuple(speller(v)(thinking.end)), tuple(speller(v)(thinking.wait)))
+                for role, v in vocabularies.items()
+            },
+            self.target.eos_ids,
+            frozenset(self.target.added.values()),
+            lambda after: Letters(texts, self.late),
+        )
+        prompts = {role: speller(v)("ab") for role, v in vocabularies.items()}
+        request = Generate("r", "target", prompts, sampling or Sampling(), guidance or Guidance(), thinking, 1, explain)
+        return Session(request, language, dict.fromkeys(vocabularies, 9))
+
+
+def feed(session: Session, tokens: Sequence[int] | str, alpha: float = 1.0) -> Delta:
+    """Commit tokens (or the text tokens of a string) until the session is over; all that it showed."""
+    total = Delta()
+    for token in [LETTER[c] for c in tokens] if isinstance(tokens, str) else tokens:
+        assert session.finish_reason is None
+        delta = session.commit(token, alpha, changed=False)
+        total = Delta(
+            total.reasoning + delta.reasoning,
+            total.content + delta.content,
+            total.tokens + delta.tokens,
+            total.notes + delta.notes,
+        )
+    return total
+
+
+def generated(session: Session, role: Role = "target") -> list[int]:
+    return session.streams[role].tokens[2:]
+
+
+THINK = Thinking(start="<think>", end=END, wait="bad")
+TEXT_TARGET = Setting(vocabulary({"<e>": 40, "<e2>": 41}, ["<e>", "<e2>"]))  # spells the thinking's end
+
+
+# -- streams
+
+
+def test_a_stream_keeps_the_hash_of_every_prefix() -> None:
+    stream = Stream(7, [3, 1])
+    stream.append([4, 1])
+    assert len(stream) == 4
+    assert [stream.hash_before(n) for n in range(5)] == [7, *extend_hashes(7, [3, 1, 4, 1])]
+
+
+def test_a_replaced_tail_is_hashed_anew_and_no_longer_held() -> None:
+    stream = Stream(7, [3, 1, 4])
+    stream.held = 3
+    stream.replace_tail(2, [9])
+    assert stream.tokens == [3, 9]
+    assert stream.hash_before(2) == extend_hashes(7, [3, 9])[-1]
+    assert stream.held == 1
+
+
+def test_another_models_stream_starts_from_its_seed_and_holds_nothing() -> None:
+    stream = Stream(7, [3, 1])
+    stream.held = 2
+    stream.reseed(8)
+    assert stream.tokens == [3, 1]
+    assert stream.held == 0
+    assert stream.hash_before(2) == extend_hashes(8, [3, 1])[-1]
+
+
+# -- every role reads the answer in its own ids
+
+
+def test_each_role_reads_the_answer_in_its_own_ids() -> None:
+    session = Setting().session(thinking=THINK)
+    feed(session, [LETTER["a"], 42, LETTER["b"]])
+    assert generated(session) == [LETTER["a"], 42, LETTER["b"]]
+    assert generated(session, "guider") == [LETTER["a"] + 20, 50, LETTER["b"] + 20]
+
+
+def test_a_token_that_a_role_lacks_is_read_as_text() -> None:
+    setting = Setting(small=vocabulary({"<e>": 52}, ["<e>"], first=20))
+    session = setting.session(thinking=THINK)
+    feed(session, [42])
+    assert generated(session, "guider") == [LETTER[c] + 20 for c in END]
+
+
+# -- the end
+
+
+def test_any_end_token_ends_the_answer_and_is_counted() -> None:
+    for end in (40, 41):
+        session = Setting().session()
+        delta = feed(session, [LETTER["a"], end])
+        assert (delta.content, delta.tokens) == ("a", [LETTER["a"], end])
+        assert (session.finish_reason, session.stop_reason) == ("stop", None)
+        assert session.usage().completion_tokens == 2
+
+
+def test_an_ignored_end_token_goes_on_and_is_read_by_all() -> None:
+    session = Setting().session(sampling=Sampling(ignore_eos=True))
+    feed(session, [40, LETTER["a"]])
+    assert session.finish_reason is None
+    assert generated(session, "guider") == [52, LETTER["a"] + 20]
+
+
+def test_the_answer_ends_at_exactly_max_tokens() -> None:
+    session = Setting().session(sampling=Sampling(max_tokens=3))
+    assert feed(session, "abc").content == "abc"
+    assert session.finish_reason == "length"
+
+
+def test_an_end_token_at_max_tokens_is_a_stop() -> None:
+    session = Setting().session(sampling=Sampling(max_tokens=2))
+    feed(session, [LETTER["a"], 40])
+    assert session.finish_reason == "stop"
+
+
+def test_a_stop_token_ends_the_answer_without_its_text() -> None:
+    session = Setting().session(sampling=Sampling(stop_token_ids=(LETTER["c"],)))
+    assert feed(session, "abc").content == "ab"
+    assert (session.finish_reason, session.stop_reason) == ("stop", LETTER["c"])
+
+
+def test_a_stop_text_across_tokens_ends_the_answer() -> None:
+    session = Setting().session(sampling=Sampling(stop=("bc",)))
+    assert feed(session, "abbc").content == "ab"
+    assert (session.finish_reason, session.stop_reason) == ("stop", "bc")
+
+
+def test_a_stop_text_is_kept_when_asked_for() -> None:
+    session = Setting().session(sampling=Sampling(stop=("bc",), include_stop_str_in_output=True))
+    assert feed(session, "abc").content == "abc"
+
+
+def test_text_held_back_for_a_stop_is_shown_at_the_end() -> None:
+    session = Setting().session(sampling=Sampling(stop=("bcd",), max_tokens=3))
+    assert session.commit(LETTER["a"], 1.0, False).content == "a"
+    assert session.commit(LETTER["b"], 1.0, False).content == ""
+    assert session.commit(LETTER["c"], 1.0, False).content == "bc"
+
+
+def test_a_stop_text_in_a_half_decoded_character_counts_at_the_end() -> None:
+    setting = Setting(late=frozenset([LETTER["c"]]))
+    session = setting.session(sampling=Sampling(stop=("bc",), max_tokens=3))
+    assert feed(session, "abc").content == "a"
+    assert (session.finish_reason, session.stop_reason) == ("stop", "bc")
+
+
+def test_the_same_token_so_many_times_in_a_row_ends_the_answer() -> None:
+    session = Setting().session(sampling=Sampling(stop_on_repeat=3))
+    assert feed(session, "aabaaa").content == "aabaaa"
+    assert (session.finish_reason, session.stop_reason) == ("stop", "repeat")
+
+
+def test_repeats_are_not_counted_unless_asked() -> None:
+    session = Setting().session()
+    feed(session, "a" * 50)
+    assert session.finish_reason is None
+
+
+def test_nothing_may_end_the_answer_before_min_tokens() -> None:
+    session = Setting().session(sampling=Sampling(min_tokens=2, stop_token_ids=(3,)))
+    ids = np.array([1, 3, 40])
+    for expected in ([0, -np.inf, -np.inf], [0, -np.inf, -np.inf], [0, 0, 0]):
+        logits = np.zeros(3)
+        session.adjust(ids, logits)
+        assert logits.tolist() == expected
+        feed(session, "a")
+
+
+def test_finishing_from_outside_shows_what_was_held_back() -> None:
+    setting = Setting(late=frozenset([LETTER["c"]]))
+    session = setting.session(sampling=Sampling(stop=("bd",)))
+    feed(session, "abc")
+    assert session.finish("abort").content == "bc"
+    assert session.finish_reason == "abort"
+
+
+# -- thinking
+
+
+def test_thinking_ends_by_a_token_with_text() -> None:
+    session = Setting().session(thinking=THINK)
+    delta = feed(session, [LETTER["a"], 42, LETTER["b"]])
+    assert (delta.reasoning, delta.content) == ("a", "b")
+    assert session.usage().reasoning_tokens == 2
+
+
+def test_thinking_ends_by_a_token_without_text() -> None:
+    session = Setting(special=("<e>", "<e2>", END)).session(thinking=THINK)
+    delta = feed(session, [LETTER["<"], 42, LETTER["b"]])
+    assert (delta.reasoning, delta.content) == ("<", "b")
+
+
+def test_thinking_ends_by_text_across_tokens() -> None:
+    session = TEXT_TARGET.session(thinking=THINK)
+    delta = feed(session, f"a{END}b")
+    assert (delta.reasoning, delta.content) == ("a", "b")
+    assert session.usage().reasoning_tokens == 1 + len(END)
+
+
+def test_without_thinking_all_text_is_content() -> None:
+    delta = feed(Setting().session(), [LETTER["a"], 42, LETTER["b"]])
+    assert (delta.reasoning, delta.content) == ("", f"a{END}b")
+
+
+def test_guiding_the_thinking_ends_with_it() -> None:
+    session = Setting().session(thinking=THINK, guidance=Guidance(0.5, guide="thinking"))
+    assert session.alpha() == 0.5
+    feed(session, "a")
+    assert session.alpha() == 0.5
+    feed(session, [42])
+    assert session.alpha() == 0
+
+
+def test_the_thinkings_end_is_forced_in_each_roles_own_spelling() -> None:
+    session = TEXT_TARGET.session(thinking=Thinking("<think>", END, max_tokens=2))
+    delta = feed(session, "ab")
+    assert generated(session) == [LETTER[c] for c in f"ab{END}"]
+    assert generated(session, "guider") == [LETTER["a"] + 20, LETTER["b"] + 20, 50]
+    assert (delta.reasoning, delta.content) == ("ab", "")
+    assert delta.tokens == generated(session)
+    assert feed(session, "c").content == "c"
+
+
+def test_a_forced_end_may_be_one_token_here_and_text_there() -> None:
+    setting = Setting(small=vocabulary({"<e>": 52}, ["<e>"], first=20))
+    session = setting.session(thinking=Thinking("<think>", END, max_tokens=1))
+    assert feed(session, "a").tokens == [LETTER["a"], 42]
+    assert generated(session, "guider") == [LETTER[c] + 20 for c in f"a{END}"]
+
+
+def test_an_end_that_comes_by_itself_is_not_forced_again() -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, max_tokens=2))
+    feed(session, [LETTER["a"], 42, LETTER["b"]])
+    assert generated(session) == [LETTER["a"], 42, LETTER["b"]]
+
+
+def test_a_forced_end_stops_at_max_tokens() -> None:
+    session = TEXT_TARGET.session(thinking=Thinking("<think>", END, max_tokens=2), sampling=Sampling(max_tokens=5))
+    assert len(feed(session, "ab").tokens) == 5
+    assert session.finish_reason == "length"
+
+
+@pytest.mark.parametrize("early", [40, 41, 42])
+def test_an_early_end_of_the_thinking_becomes_wait(early: int) -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, min_tokens=4, wait="bad"))
+    delta = feed(session, [LETTER["a"], early])
+    assert generated(session) == [LETTER[c] for c in "abad"]
+    assert generated(session, "guider") == [LETTER[c] + 20 for c in "abad"]
+    assert delta.reasoning == "abad"
+    feed(session, [42])
+    assert not session.finish_reason
+    assert feed(session, [LETTER["c"]]).content == "c"
+
+
+def test_the_end_after_enough_thinking_stands() -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, min_tokens=2))
+    feed(session, [LETTER["a"], LETTER["b"], 40])
+    assert session.finish_reason == "stop"
+
+
+def test_content_may_end_at_once() -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, min_tokens=1))
+    feed(session, [LETTER["a"], 42, 40])
+    assert session.finish_reason == "stop"
+
+
+# -- an end that stands there as text
+
+
+def test_a_spelled_end_is_read_as_the_roles_own_token() -> None:
+    session = TEXT_TARGET.session(thinking=THINK)
+    session.streams["guider"].held = 2 + 1 + len(END) - 1  # all but the last letter
+    feed(session, f"a{END}b")
+    assert generated(session) == [LETTER[c] for c in f"a{END}b"]
+    assert generated(session, "guider") == [LETTER["a"] + 20, 50, LETTER["b"] + 20]
+    assert session.streams["guider"].held == 3
+
+
+def test_an_end_spelled_over_other_borders_is_left_as_it_is() -> None:
+    session = TEXT_TARGET.session(thinking=THINK)
+    spellings = {**session.language.spellings, "target": Spelling((LETTER["<"],), ())}
+    session.language = replace(session.language, spellings=spellings)
+    feed(session, f"a{END}b")
+    assert generated(session, "guider") == [LETTER[c] + 20 for c in f"a{END}b"]
+
+
+def test_a_role_that_spells_the_end_too_keeps_it_spelled() -> None:
+    setting = Setting(TEXT_TARGET.target, vocabulary({"<e>": 52}, ["<e>"], first=20))
+    session = setting.session(thinking=THINK)
+    feed(session, f"a{END}b")
+    assert generated(session, "guider") == [LETTER[c] + 20 for c in f"a{END}b"]
+
+
+# -- counts
+
+
+def test_usage_counts_what_guidance_did() -> None:
+    session = Setting().session(guidance=Guidance(1.0, warmup_tokens=1))
+    session.commit(LETTER["a"], 0.0, changed=False)
+    session.commit(LETTER["b"], 1.0, changed=True)
+    session.commit(LETTER["c"], 1.0, changed=False)
+    session.uncovered = 0.5
+    usage = session.usage()
+    assert (usage.prompt_tokens, usage.completion_tokens) == (2, 3)
+    assert (usage.guided_tokens, usage.changed_tokens) == (2, 1)
+    assert usage.uncovered_mass == 0.25
+
+
+def test_notes_tell_each_token_and_the_alpha_in_force() -> None:
+    session = Setting().session(explain=True)
+    (note,) = session.commit(LETTER["a"], 0.5, changed=True).notes
+    assert (note.id, note.text, note.alpha, note.changed) == (LETTER["a"], "a", 0.5, True)
+    assert Setting().session().commit(LETTER["a"], 0.5, changed=True).notes == []
+
+
+def test_penalties_count_what_was_forced_too() -> None:
+    session = Setting().session(
+        thinking=Thinking("<think>", END, max_tokens=1), sampling=Sampling(presence_penalty=-1.0)
+    )
+    feed(session, "a")
+    assert session.must_know() == {LETTER["a"], 42}

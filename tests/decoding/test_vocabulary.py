@@ -1,0 +1,142 @@
+"""Maps between vocabularies that share their text tokens and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from actors.decoding.vocabulary import (
+    Vocabulary,
+    VocabularyError,
+    VocabularyMap,
+    known,
+    map_vocabulary,
+    own_map,
+)
+from tests.decoding.vocabularies import speller, text, vocabulary
+
+END = "</think>"
+
+
+def mapped(primary: Vocabulary, role: Vocabulary, markers: Sequence[str] = ()) -> VocabularyMap:
+    return map_vocabulary(primary, role, speller(role), speller(primary), markers)
+
+
+def test_text_tokens_match_by_spelling_wherever_they_stand() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 0}, ["<e>"], first=3)
+    mapping = mapped(primary, role)
+    for ours in text().values():
+        assert mapping.to_role[ours] == ours + 3
+        assert mapping.to_primary[ours + 3] == ours
+        assert mapping.tokens(ours) == (ours + 3,)
+
+
+def test_added_tokens_match_by_content_and_never_by_id() -> None:
+    primary = vocabulary({"<e>": 40, "<think>": 41, "<box>": 42}, ["<e>"])
+    role = vocabulary({"<e>": 42, "<think>": 40, "<user>": 41}, ["<e>"])
+    mapping = mapped(primary, role)
+    assert mapping.to_role[[40, 41, 42]].tolist() == [42, 40, -1]
+    assert mapping.to_primary[[40, 41, 42]].tolist() == [41, -1, 40]
+
+
+def test_an_added_token_that_the_role_lacks_is_spelled() -> None:
+    primary, role = vocabulary({"<e>": 40, END: 41}, ["<e>"]), vocabulary({"<e>": 40}, ["<e>"])
+    assert mapped(primary, role).tokens(41) == tuple(text()[letter] for letter in END)
+
+
+def test_padding_of_either_width_has_no_counterpart() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"], width=64), vocabulary({"<e>": 30}, ["<e>"], width=48)
+    mapping = mapped(primary, role)
+    assert mapping.to_role.shape == (64,)
+    assert mapping.to_primary.shape == (48,)
+    assert (mapping.to_role[41:] == -1).all()
+    assert (mapping.to_primary[31:] == -1).all()
+    assert set(np.flatnonzero(~primary.legal())) == {*range(len(text()), 40), *range(41, 64)}
+
+
+def test_ids_beyond_the_width_of_a_row_are_left_out() -> None:
+    primary, role = vocabulary({"<e>": 30, "<x>": 90}, ["<e>"], width=32), vocabulary({"<e>": 30, "<x>": 31}, ["<e>"])
+    mapping = mapped(primary, role)
+    assert mapping.to_primary[31] == -1
+    assert 90 not in mapping.spelled
+
+
+def test_the_end_is_one_event_however_many_ids_it_has() -> None:
+    primary = vocabulary({"<e1>": 40, "<e2>": 41}, ["<e1>", "<e2>"])
+    role = vocabulary({"<e2>": 30, "<e3>": 31, "<e1>": 32}, ["<e2>", "<e3>", "<e1>"])
+    mapping = mapped(primary, role)
+    assert mapping.folds == {40: (30, 31, 32)}
+    assert mapping.to_role[[40, 41]].tolist() == [30, -1]
+    assert mapping.to_primary[[30, 31, 32]].tolist() == [40, -1, -1]
+    assert mapping.tokens(40) == mapping.tokens(41) == (30,)
+    assert own_map(primary).folds == {40: (40, 41)}
+    assert own_map(primary).to_role[41] == -1
+
+
+def test_only_the_first_end_may_be_chosen() -> None:
+    assert vocabulary({"<e1>": 40, "<e2>": 41}, ["<e2>", "<e1>"]).legal()[[40, 41]].tolist() == [False, True]
+
+
+def test_a_models_ordinary_token_is_not_taken_for_the_others_end() -> None:
+    primary = vocabulary({"<e>": 40, "<pad>": 41}, ["<e>"])
+    role = vocabulary({"<e>": 40, "<pad>": 41}, ["<pad>"])
+    mapping = mapped(primary, role)
+    assert mapping.to_role[40] == 41  # the end is the end
+    assert mapping.to_role[41] == -1
+    assert mapping.to_primary[40] == -1
+    assert mapping.tokens(41) == (41,)  # but is read as it is spelled
+
+
+def test_text_tokens_that_differ_are_refused_with_their_ids() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40}, ["<e>"])
+    ours = Vocabulary({**primary.text, "Ω": 33}, primary.added, primary.eos_ids, primary.width)
+    theirs = Vocabulary({**role.text, "ж": 37, "щ": 36}, role.added, role.eos_ids, role.width)
+    with pytest.raises(VocabularyError, match=r"1 are only in the first model \(ids 33\), 2 only in .* \(ids 36, 37\)"):
+        mapped(ours, theirs)
+    with pytest.raises(VocabularyError, match=r"\(ids none\), 2 only"):
+        mapped(primary, theirs)
+
+
+def test_the_roles_own_token_for_a_marker_counts_towards_the_first_token_of_its_spelling() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40, END: 41}, ["<e>"])
+    first = text()["<"]
+    assert mapped(primary, role, [END]).folds == {40: (40,), first: (first, 41)}
+    assert mapped(primary, role).folds == {40: (40,)}
+    both = vocabulary({"<e>": 40, END: 44}, ["<e>"])
+    assert mapped(both, role, [END]).folds == {40: (40,)}
+
+
+def test_folding_adds_probabilities() -> None:
+    mapping = VocabularyMap(np.arange(6), np.arange(6), {}, {5: (5, 2, 3), 1: (1,)})
+    groups = known(mapping)
+    logits = np.random.default_rng(0).normal(0, 30, (4, 6)).astype(np.float32)
+    folded = groups.fold(logits[:, groups.ids])
+    assert groups.events.tolist() == [5, 1]
+    np.testing.assert_array_equal(folded[:, 1], logits[:, 1].astype(np.float64))
+    top = logits.max(1).astype(np.float64)
+    summed = np.log(np.exp(logits[:, [5, 2, 3]] - top[:, None]).astype(np.float64).sum(1)) + top
+    np.testing.assert_allclose(folded[:, 0], summed, rtol=1e-5)
+
+
+def test_a_rows_folding_is_the_same_in_any_company() -> None:
+    groups = known(VocabularyMap(np.arange(9), np.arange(9), {}, {8: (8, 3, 4, 5), 1: (1, 2)}), [6])
+    logits = np.random.default_rng(1).normal(0, 5, (50, len(groups.ids))).astype(np.float32)
+    together = groups.fold(logits)
+    assert all(groups.fold(logits[i : i + 1]).tobytes() == together[i : i + 1].tobytes() for i in range(50))
+
+
+def test_forced_ids_are_known_once_and_only_where_the_role_has_them() -> None:
+    mapping = VocabularyMap(np.array([0, -1, 4, 3, 2]), np.arange(5), {}, {3: (3, 1)})
+    groups = known(mapping, [4, 2, 1, 3, 2])
+    assert groups.events.tolist() == [3, 2, 4]
+    assert groups.ids.tolist() == [3, 1, 4, 2]
+    assert groups.starts.tolist() == [0, 2, 3]
+
+
+def test_without_end_tokens_there_is_nothing_to_fold() -> None:
+    plain = vocabulary({"<x>": 40})
+    assert own_map(plain).folds == {}
+    assert mapped(plain, plain).folds == {}
+    assert known(own_map(plain)).ids.tolist() == []

@@ -1,0 +1,99 @@
+"""Ray on this machine for a test module: loopback only, free ports, everything gone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
+from ray.util.state.common import ActorState
+
+ROOT = Path(__file__).parent.parent
+LOOPBACK = "127.0.0.1"
+APPLICATION = "thinklogit"
+READY_S = 120.0  # two busy cores start six processes
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_TQDM": "0"}
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def trio_args() -> dict[str, Any]:
+    """The `args` of `ray_config.yaml`, with absolute paths: nothing is uploaded as a working directory."""
+    file = yaml.safe_load((ROOT / "ray_config.yaml").read_text(encoding="utf-8"))
+    args: dict[str, Any] = file["applications"][0]["args"]
+    for model in args["models"].values():
+        model["path"] = str(ROOT / model["path"])
+    return args
+
+
+@contextlib.contextmanager
+def local_ray(**resources: float) -> Iterator[None]:
+    """A node with these resources, and a Ray driver connected to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        ray.init(
+            "local",
+            **resources,
+            include_dashboard=True,  # its server answers the state API
+            dashboard_port=free_port(),
+            log_to_driver=False,
+            object_store_memory=80 * 2**20,
+            configure_logging=False,
+        )
+        try:
+            yield
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def labelled_nodes(labels: list[dict[str, str]]) -> Iterator[list[str]]:
+    """A cluster of a head and one node for each mapping of labels, and a driver; the node ids of the latter."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        common = {"object_store_memory": 80 * 2**20}
+        head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port(), **common}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            nodes = [cluster.add_node(num_cpus=1, labels=mapping, **common) for mapping in labels]
+            ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+            yield [node.node_id for node in nodes]
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def wait_until(reached: Callable[[], bool], what: str, deadline_s: float = READY_S) -> None:
+    """Return once `reached()`; fail the test, saying what was awaited, after the deadline."""
+    until = time.monotonic() + deadline_s
+    while not reached():
+        if time.monotonic() > until:
+            pytest.fail(f"{what} did not happen within {deadline_s:g} s")
+        time.sleep(0.1)
+
+
+def replicas() -> dict[str, ActorState]:
+    """What Ray's state API knows of the application's replica actors, by deployment: pid, node and resources."""
+    prefix = f"ServeReplica:{APPLICATION}:"
+    here = ray.get_runtime_context().gcs_address  # other Rays may run on this machine
+    actors = list_actors(here, filters=[("state", "=", "ALIVE")], detail=True, timeout=int(READY_S))
+    return {a.class_name.removeprefix(prefix): a for a in actors if a.class_name.startswith(prefix)}

@@ -1,0 +1,145 @@
+"""The configuration: what is wrong is named, with its place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from actors.config import ConfigError, ServiceConfig, load_config
+
+MODELS = {role: {"path": f"models/{role}"} for role in ("target", "guider", "guider_base")}
+MINIMAL: dict[str, Any] = {"version": 1, "models": MODELS}
+
+
+def with_value(place: str, value: Any) -> dict[str, Any]:
+    """The smallest configuration with one value more, at a dotted place."""
+    args = copy.deepcopy(MINIMAL)
+    inner = args
+    *path, last = place.split(".")
+    for part in path:
+        inner = inner.setdefault(part, {})
+    inner[last] = value
+    return args
+
+
+def refusal(args: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load_config(args)
+    return str(raised.value)
+
+
+def test_three_models_and_a_version_are_enough() -> None:
+    config = load_config(MINIMAL)
+    assert config.models.role("guider").path == "models/guider"
+    assert config.exchange.mode == "topk"
+    assert config.guidance.alpha == 1.0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "modles",
+        "models.draft",
+        "models.target.num_gpu",
+        "models.guider_base.replicas.minimum",
+        "guidance.apha",
+        "thinking.budget",
+        "sampling.topp",
+        "exchange.width",
+        "coordinator.max_session",
+        "coordinator.replicas.mx",
+        "router.port",
+        "router.replicas.count",
+        "deadlines.step",
+    ],
+)
+def test_an_unknown_key_is_named_at_every_level(place: str) -> None:
+    assert refusal(with_value(place, 1)).startswith(f"{place}: unknown key")
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    args = with_value("exchange.width", 1) | {"exat": True}
+    sentences = refusal(args).splitlines()
+    assert sorted(sentence.split(":")[0] for sentence in sentences) == ["exat", "exchange.width"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("version", 2, "1"),
+        ("name", "../up", "pattern"),
+        ("models.target.path", "", "at least 1"),
+        ("models.target.dtype", "int8", "float32"),
+        ("models.target.cache_tokens", 0, "64"),
+        ("models.target.replicas", {"min": 3, "max": 2}, "replicas.max (2) is below replicas.min (3)"),
+        ("models.target.num_gpus", -1, "0"),
+        ("exchange.mode", "rows", "topk"),
+        ("exchange.k", 0, "1"),
+        ("exchange.widen_above", 1.5, "1"),
+        ("exchange.widen_factor", 1, "2"),
+        ("coordinator.max_sessions", 0, "1"),
+        ("deadlines.step_s", 0, "0"),
+        ("beyond_context", "truncate", "stop_guidance"),
+        ("guidance.alpha", float("nan"), "alpha must be a finite number"),
+        ("guidance.schedule", [[5, 1.0], [2, 0.5]], "rise"),
+        ("sampling.temperature", -1, "temperature must be at least 0"),
+        ("sampling.top_p", 0, "top_p must be above 0"),
+        ("thinking.max_tokens", 0, "thinking.max_tokens"),
+        ("exact", "perhaps", "bool"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_it_should_be(place: str, value: Any, said: str) -> None:
+    sentence = refusal(with_value(place, value))
+    assert sentence.startswith(place.split(".")[0])
+    assert place.split(".")[-1] in sentence
+    assert said in sentence
+    assert "Value error" not in sentence
+
+
+def test_a_missing_model_or_version_is_named() -> None:
+    args = copy.deepcopy(MINIMAL)
+    del args["models"]["guider"]
+    assert refusal(args).startswith("models.guider: ")
+    assert refusal({"models": MODELS}).startswith("version: ")
+    assert refusal({}).count("\n") == 1
+
+
+def test_a_models_own_code_runs_only_from_a_pinned_revision() -> None:
+    sentence = refusal(with_value("models.target.trust_remote_code", True))
+    assert sentence.startswith("models.target: ")
+    assert "pin a revision" in sentence
+    args = with_value("models.target.trust_remote_code", True)
+    args["models"]["target"]["revision"] = "0123abc"
+    assert load_config(args).models.target.trust_remote_code
+
+
+def test_each_role_is_served_alone_beside_the_guided_model() -> None:
+    assert load_config({**MINIMAL, "name": "demo"}).served_names == {
+        "demo": "guided",
+        "demo/target": "target",
+        "demo/guider": "guider",
+        "demo/guider-base": "guider_base",
+    }
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_config(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.exact = True  # type: ignore[misc]
+
+
+def test_decoding_defaults_are_taken_from_the_file() -> None:
+    args = {
+        **MINIMAL,
+        "guidance": {"alpha": 0.5, "warmup_tokens": 100, "schedule": [[200, 0.25]]},
+        "sampling": {"temperature": 0.6, "top_p": 0.95, "stop": ["END"]},
+        "thinking": {"start": "<think>", "max_tokens": 512},
+    }
+    config = load_config(args)
+    assert config.guidance.alpha_at(200) == 0.25
+    assert config.sampling.stop == ("END",)
+    assert config.thinking.end == "</think>"
+    assert ServiceConfig.model_validate(config.model_dump()) == config

@@ -1,0 +1,159 @@
+"""Which module may know which: read from the source, so that a lazy import counts too.
+
+actors.config, actors.requests, actors.decoding  <-  actors.engine, actors.wire  <-  the rest of actors
+<-  router  <-  cluster
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LONGEST = 350  # lines of a module
+EVERYTHING = ("actors", "router", "cluster", "benchmarks")
+BOTTOM = ("actors.config", "actors.requests", "actors.decoding")
+HEAVY = ("torch", "transformers", "safetensors", "accelerate", "peft")
+# Processes other than a model's must start without torch, so these import the engine where they use it.
+LAZY = {
+    "actors.model": {"actors.engine.loader", "actors.engine.step_engine"},
+    "actors.deployments": {"actors.engine.loader", "actors.engine.step_engine"},
+}
+# What a model says and is told, as plain data: no torch behind it.
+VERBS = ("actors.engine.verbs", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
+MAY_USE_TORCH = ("actors.engine", "cluster.demo.train", "cluster.demo.accuracy", "benchmarks")
+MAY_USE_RAY = ("actors.deployments", "router.app", "cluster", "benchmarks")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the product by its dotted name."""
+    found = {}
+    for package in EVERYTHING:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def inside(name: str, *packages: str) -> bool:
+    """Whether a dotted name is one of the packages or lies in one."""
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """All imports under a node, also in functions; not those for the type checker."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif not is_type_checking(child):
+            yield from import_statements(child)
+
+
+def names(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """The modules that a statement imports; `from package import module` counts as the module."""
+    if isinstance(statement, ast.Import):
+        yield from (alias.name for alias in statement.names)
+        return
+    assert statement.level == 0, "imports are absolute"
+    assert statement.module is not None
+    for alias in statement.names:
+        submodule = f"{statement.module}.{alias.name}"
+        yield submodule if submodule in modules() else statement.module
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """What a module imports, at whatever level."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    return frozenset(name for statement in import_statements(tree) for name in names(statement))
+
+
+def strays(
+    importers: tuple[str, ...],
+    banned: tuple[str, ...],
+    allowed: tuple[str, ...] = (),
+    *,
+    spared: tuple[str, ...] = (),
+) -> list[str]:
+    """`module -> name` for modules of `importers`, but `spared` ones, that import from `banned` but not `allowed`."""
+    return [
+        f"{module} -> {name}"
+        for module in modules()
+        if inside(module, *importers) and not inside(module, *spared)
+        for name in sorted(imports(module) - LAZY.get(module, set()))
+        if inside(name, *banned) and not inside(name, *allowed)
+    ]
+
+
+def test_the_bottom_layer_knows_only_itself() -> None:
+    assert strays(BOTTOM, EVERYTHING, BOTTOM) == []
+
+
+def test_the_method_needs_numpy_alone() -> None:
+    allowed = (*sys.stdlib_module_names, "numpy", *BOTTOM)
+    others = [
+        f"{module} -> {name}"
+        for module in modules()
+        if inside(module, "actors.decoding")
+        for name in sorted(imports(module))
+        if not inside(name, *allowed)
+    ]
+    assert others == []
+
+
+def test_the_engine_and_the_wire_know_the_bottom_layer_and_not_each_other() -> None:
+    assert strays(("actors.engine",), EVERYTHING, (*BOTTOM, "actors.engine")) == []
+    assert strays(("actors.wire",), EVERYTHING, (*BOTTOM, "actors.wire")) == []
+
+
+def test_imports_go_downwards() -> None:
+    assert strays(("actors",), ("router", "cluster", "benchmarks")) == []
+    assert strays(("router",), ("cluster", "benchmarks")) == []
+    assert strays(("cluster",), ("benchmarks",)) == []
+
+
+def test_torch_is_the_engines_and_the_trainings_alone() -> None:
+    assert strays(EVERYTHING, HEAVY, spared=MAY_USE_TORCH) == []
+
+
+def test_only_model_processes_load_the_engine() -> None:
+    assert strays(EVERYTHING, ("actors.engine",), VERBS, spared=MAY_USE_TORCH) == []
+
+
+def test_what_others_read_of_the_engine_is_free_of_torch() -> None:
+    assert strays(VERBS, (*HEAVY, "actors.engine"), VERBS) == []
+
+
+def test_ray_stays_in_the_shells() -> None:
+    assert strays(EVERYTHING, ("ray",), spared=MAY_USE_RAY) == []
+
+
+def test_every_lazy_import_that_is_allowed_is_used() -> None:
+    for module, lazy in LAZY.items():
+        assert imports(module) & lazy, f"{module} imports none of {sorted(lazy)}"
+
+
+@pytest.mark.parametrize("module", ["router.api", "actors.coordinator", "actors.replica", "actors.preflight"])
+def test_a_process_that_computes_no_logits_starts_without_torch_and_ray(module: str) -> None:
+    heavy = (*HEAVY, "ray")
+    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_module_is_longer_than_a_reader_can_hold() -> None:
+    lengths = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in modules().items()}
+    assert {module: lines for module, lines in lengths.items() if lines > LONGEST} == {}

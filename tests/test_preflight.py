@@ -1,0 +1,63 @@
+"""What every start refuses before anything loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from actors.config import ConfigError, ServiceConfig, load_config
+from actors.preflight import Finding, findings, load_tokenizers, position_limit, require_sound, session_limit
+from tests.local_ray import trio_args
+
+
+def trio(**changes: Any) -> ServiceConfig:
+    return load_config({**trio_args(), **changes})
+
+
+def test_the_embedded_trio_is_sound() -> None:
+    config = trio()
+    require_sound(config)
+    assert [f for f in findings(config, load_tokenizers(config)) if f.severity != "note"] == []
+
+
+def test_exact_refuses_what_cannot_be_exact() -> None:
+    config = trio(exact=True)
+    require_sound(config)
+    args = trio_args()
+    args["models"]["guider"]["dtype"] = "bfloat16"
+    with pytest.raises(ConfigError, match=r"models\.guider: exact is true"):
+        require_sound(load_config({**args, "exact": True}))
+
+
+def test_every_missing_model_is_named_at_once() -> None:
+    args = trio_args()
+    for role in ("target", "guider"):
+        args["models"][role]["path"] = f"/nowhere/{role}"
+    with pytest.raises(ConfigError) as refused:
+        load_tokenizers(load_config(args))
+    assert [line.split(":")[0] for line in str(refused.value).splitlines()] == ["models.target", "models.guider"]
+
+
+def test_positions_are_bounded_by_the_cache_and_by_the_configuration() -> None:
+    args = trio_args()
+    args["models"]["guider"]["max_position"] = 1_000
+    args["models"]["guider_base"]["cache_tokens"] = 500
+    config = load_config(args)
+    tokenizers = load_tokenizers(config)
+    assert position_limit(config, "guider", tokenizers["guider"]) == 1_000
+    assert position_limit(config, "guider_base", tokenizers["guider_base"]) == 500
+
+
+def test_only_small_models_that_may_continue_are_asked_to_pass_their_limit() -> None:
+    config = trio(beyond_context="continue")
+    tokenizers = load_tokenizers(config)
+    cache = config.models.guider.cache_tokens
+    assert session_limit(config, "guider", tokenizers["guider"]) == cache
+    assert session_limit(config, "target", tokenizers["target"]) < cache
+    assert session_limit(trio(), "guider", tokenizers["guider"]) < cache
+
+
+def test_errors_sort_before_warnings_and_notes() -> None:
+    found = [Finding("note", "target", "c"), Finding("error", "target", "a"), Finding("warning", "target", "b")]
+    assert [finding.message for finding in sorted(found, key=Finding.rank)] == ["a", "b", "c"]
