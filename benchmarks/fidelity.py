@@ -1,6 +1,6 @@
 """What slices lose against whole rows, and what they cost.
 
-    python -m benchmarks.fidelity [--rows 100] [--questions 5] [--save]
+    python -m benchmarks.fidelity [--rows 40] [--questions 5] [--save]
 
 Rows are decided by the service's own exchange and decisions and held against plain arithmetic on whole rows: the
 embedded trio's (k = 8, 16 and 128) while it answers questions, and rows of 152,064 tokens with tails of several
@@ -279,7 +279,7 @@ def measure(rows: int, asked: Sequence[Question]) -> tuple[list[Fidelity], dict[
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rows", type=int, default=100, help="rows of each tail and temperature (100)")
+    parser.add_argument("--rows", type=int, default=40, help="rows of each tail and temperature (40)")
     parser.add_argument("--questions", type=int, default=5, help="questions of each hop count to the trio (5)")
     options = parser.parse_args()
     asked = [question for hops in (2, 3, 4, 5) for question in questions("held_out", hops, options.questions)]
