@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from actors import admission
 from actors.config import ServiceConfig
 from actors.deciding import Chosen, Counts, Decider, Stuck, Wider
 from actors.decoding.session import Session
@@ -58,8 +59,6 @@ class Coordinator:
     ) -> None:
         self._config = config
         self._languages = Languages(tokenizers)
-        for small in ("guider", "guider_base"):
-            self._languages.map("target", small, config.thinking.end)
         self._exchange = Exchange(config.exchange, self._languages)
         self._decider = Decider(config.exchange)
         self._links = Links(
@@ -67,7 +66,7 @@ class Coordinator:
             locate,
             on_message=self._hear,
             on_lost=self._lose,
-            on_found=lambda _: self._wake.set(),
+            on_found=lambda replica: self._wake(),
             connect_s=config.deadlines.connect_s,
             tls=tls,
         )
@@ -75,23 +74,23 @@ class Coordinator:
         self._lives: dict[int, Live] = {}
         self._stranded: list[Live] = []
         self._inbox: list[Message] = []
-        self._wake = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._awake = self._stopped = False
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to follow the directory and to decode."""
         self._links.start()
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._run()), loop.create_task(self._watch())]
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def stop(self) -> None:
         """End every session with an error and close the connections."""
         for live in [*self._lives.values(), *self._waiting]:
             self._finish(live, "error", "the coordinator was stopped")
-        for task in self._tasks:
-            task.cancel()
+        self._stopped = True
+        if self._watching is not None:
+            self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await task
+                await self._watching
         await self._links.stop()
 
     def missing_roles(self) -> tuple[Role, ...]:
@@ -125,22 +124,16 @@ class Coordinator:
         room = self._config.coordinator.max_sessions + self._config.coordinator.max_waiting
         if len(self._lives) + len(self._waiting) >= room:
             return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=1.0)
-        legal = self._languages.legal(request.primary)
-        stray = [i for i, _ in request.sampling.logit_bias if i not in legal]
-        stray += [i for i in request.sampling.stop_token_ids if i < 0]
-        if stray:
-            return Rejected("invalid", f"logit_bias or stop_token_ids name token ids that do not exist: {stray[:8]}")
-        if any(not tokens for tokens in request.prompts.values()):
-            return Rejected("invalid", "the prompt is empty")
-        return None
+        return admission.refusal(request, self._languages)
 
     def _accept(self, request: Generate) -> Live:
         roles = tuple(request.prompts)
         language = self._languages.language(request.primary, roles, request.thinking)
+        request = admission.canonical(request, self._languages)
         seeds = dict.fromkeys(roles, 0)  # each stream is hashed anew when its replica is known
         live = Live(Session(request, language, seeds), secrets.randbits(63), time.time_ns())
         self._waiting.append(live)
-        self._wake.set()
+        self._wake()
         return live
 
     async def _news(self, live: Live, deadline: float) -> list[Event]:
@@ -163,22 +156,28 @@ class Coordinator:
         for replica in live.replicas.values():
             replica.outbox.released.append(live.key)
         live.replicas = {}
-        self._wake.set()
+        self._wake()
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    async def _run(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            try:
-                self._turn()
-            except Exception:  # a fault of this program: end what was in the turn, keep the others
-                log.exception("a turn failed; its sessions are ended")
-                for live in list(self._lives.values()):
-                    if live.complete or not live.parts:
-                        self._finish(live, "error", "internal error while decoding")
-            await asyncio.sleep(0)
+    def _wake(self) -> None:
+        """Take a turn soon; what arrives until then is part of it."""
+        if not (self._awake or self._stopped):
+            self._awake = True
+            asyncio.get_running_loop().call_soon(self._guarded_turn)
+
+    def _guarded_turn(self) -> None:
+        self._awake = False
+        if self._stopped:
+            return
+        try:
+            self._turn()
+        except Exception:  # a fault of this program: end what was in the turn, keep the others
+            log.exception("a turn failed; its sessions are ended")
+            for live in list(self._lives.values()):
+                if not any(live.tickets.values()) and live not in self._stranded:
+                    self._finish(live, "error", "internal error while decoding")
+            self._links.flush()
 
     def _turn(self) -> None:
         self._admit()
@@ -261,7 +260,7 @@ class Coordinator:
 
     def _hear(self, replica: Replica, message: Message) -> None:
         self._inbox.append(message)
-        self._wake.set()
+        self._wake()
 
     def _mend(self, fault: Fault) -> None:
         """A model refused an item: re-send, wait, or give up; the session's choices are the same in the end."""
@@ -289,7 +288,7 @@ class Coordinator:
             if live.session.generated == generated:
                 live.row_since = time.monotonic()
                 self._exchange.again(live, role, held)
-                self._wake.set()
+                self._wake()
 
     def _lose(self, replica: Replica) -> None:
         """A connection is gone: its sessions start their row anew, with another replica or the restarted one."""
@@ -299,7 +298,7 @@ class Coordinator:
                 del live.replicas[role]
             if lost and not live.over and live not in self._stranded:
                 self._restart_row(live)
-        self._wake.set()
+        self._wake()
 
     def _restart_row(self, live: Live) -> None:
         self._exchange.drop(live)
@@ -321,7 +320,7 @@ class Coordinator:
                 if any(live.tickets.values()) and now - live.row_since > limits.step_s:
                     self._hang(live)
             if self._stranded or self._waiting:
-                self._wake.set()
+                self._wake()
 
     def _hang(self, live: Live) -> None:
         """A row is overdue: give up the replicas that owe an answer; losing them restarts the row elsewhere."""

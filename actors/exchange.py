@@ -1,7 +1,8 @@
 """Carries rows: extends the models, completes the candidates by lookups, widens rows, for many sessions at once.
 
-Every id that one model puts forward is asked of the others at once, also while they still compute (a lookup waits for
-its row). So a row's candidates are the same in any order of arrival.
+Of target and guider, the one that answers first has its ids looked up in the other, which still computes (a lookup
+waits for its row); when both have answered, every role is asked for the candidates that it lacks. A row's candidates
+are the same in any order of arrival.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from actors.config import Exchange as ExchangeConfig
-from actors.decoding.candidates import SPAN, Ids, Part, keys, missing, unique
-from actors.decoding.vocabulary import Known, VocabularyMap, known
+from actors.decoding.candidates import Ids, Lookup, Part, join
+from actors.decoding.vocabulary import Known, VocabularyMap
 from actors.languages import Languages
 from actors.live import Live
 from actors.requests import Role
@@ -32,9 +33,9 @@ class Asked:
     kind: Literal["extend", "lookup", "widen"]
     live: Live
     role: Role
-    ids: Ids = field(default_factory=lambda: np.zeros(0, np.int64))  # of a lookup, in the primary's vocabulary
-    known: Known | None = None
+    known: Known | None = None  # of an extend
     length: int = 0  # of the stream when an extend was sent
+    lookup: Lookup | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,14 @@ class Exchange:
         self._config, self._languages = config, languages
         self._ticket = itertools.count(1)
         self._asked: dict[int, Asked] = {}
-        self._known: dict[tuple[int, tuple[int, ...]], tuple[VocabularyMap, Known]] = {}
         self._touched: dict[int, Live] = {}
 
     def begin(self, live: Live, alpha: float) -> None:
         """Start the session's next row: extend every role that it needs. Their replicas are bound."""
-        live.alpha, live.audited = alpha, None
+        live.alpha, live.audited, live.ids = alpha, None, None
         live.k = WHOLE if self._config.mode == "full" else self._config.k
         roles: Sequence[Role] = ("target", "guider", "guider_base") if alpha else (live.primary,)
-        live.parts = {role: Part() for role in roles}
+        live.parts = {}
         for role in roles:
             self._extend(live, role)
 
@@ -81,25 +81,25 @@ class Exchange:
         self._forget(live, role)
         stream = live.session.streams[role]
         stream.held = min(held, len(stream) - 1)
-        live.parts[role] = Part()
+        live.ids = None
         self._extend(live, role)
         self._touched[live.key] = live
 
     def widen(self, live: Live, k: int) -> None:
         """Ask for wider slices of the row in flight (WHOLE: for whole rows of every role)."""
-        live.k = k
+        live.k, live.ids = k, None
         for role, part in live.parts.items():
             if role in PROPOSERS or role == live.primary or k == WHOLE:
                 position, row = self._row(live, role)
                 ticket = self._ticketed(Asked("widen", live, role))
                 live.replicas[role].outbox.widens.append((ticket, live.key, row, live.epoch, position, k))
-                part.waiting += 1
+                part.arrived = False
 
     def drop(self, live: Live) -> None:
         """The session is over, or starts its row anew: forget what was asked for it."""
         for role in list(live.tickets):
             self._forget(live, role)
-        live.parts = {}
+        live.parts, live.ids = {}, None
         self._touched.pop(live.key, None)
 
     def absorb(self, messages: Iterable[Message]) -> list[Fault]:
@@ -117,38 +117,67 @@ class Exchange:
     def advance(self) -> list[Live]:
         """Ask for what the rows touched since the last call still lack; returns those that are complete."""
         touched, self._touched = list(self._touched.values()), {}
-        self._ask([live for live in touched if live.alpha and not self._whole(live)])
+        joining: list[Live] = []
+        for live in touched:
+            if live.ids is None and live.parts:
+                parts = self._proposing(live)
+                if all(part.arrived for part in parts):
+                    joining.append(live)
+                elif live.k == self._config.k and live.alpha:
+                    self._ask_early(live)
+        if joining:
+            self._join(joining)
         return [live for live in touched if live.complete]
 
-    def _ask(self, lives: list[Live]) -> None:
-        """Look up, in every role, the ids that another one has put forward."""
-        if not lives:
-            return
-        wanted = unique(keys([[piece for role in PROPOSERS for piece in live.parts[role].proposed] for live in lives]))
-        for role in lives[0].parts:
-            gaps = missing(wanted, [live.parts[role].asked for live in lives])
-            for live, gap in zip(lives, gaps, strict=True):
-                if len(gap):
-                    self._lookup(live, role, gap)
+    def _proposing(self, live: Live) -> list[Part]:
+        """The parts without which the row's candidates are not known."""
+        if live.alpha and live.k != WHOLE:
+            return [live.parts[role] for role in PROPOSERS]
+        return list(live.parts.values())
 
-    def _lookup(self, live: Live, role: Role, ids: Ids) -> None:
-        part = live.parts[role]
-        part.asked.append(ids)
-        theirs = self._map(live, role).to_role[ids]
-        there = theirs >= 0
-        if not there.any():
+    def _join(self, lives: list[Live]) -> None:
+        """The candidates of these rows are known: ask every role for those that it lacks."""
+        for live, ids in zip(lives, join([list(live.parts.values()) for live in lives]), strict=True):
+            live.ids = ids
+            if live.alpha and live.k != WHOLE:
+                for role, part in live.parts.items():
+                    places = part.missing(len(ids))
+                    if len(places):
+                        self._lookup(live, role, Lookup(ids[places], places))
+
+    def _ask_early(self, live: Live) -> None:
+        """One of target and guider has answered: look its ids up in the other, once."""
+        target, guider = (live.parts[role] for role in PROPOSERS)
+        for role, asked, proposer in zip(PROPOSERS, (target, guider), (guider, target), strict=True):
+            if proposer.arrived and not asked.arrived and not asked.lookups:
+                wanted = proposer.ids >= 0
+                for event in asked.events:
+                    wanted &= proposer.ids != event
+                self._lookup(live, role, Lookup(proposer.ids[wanted]))
+
+    def _lookup(self, live: Live, role: Role, lookup: Lookup) -> None:
+        """Ask for what the role has of these ids."""
+        theirs = self._map(live, role).to_role[lookup.ids]
+        if len(theirs) and theirs.min() < 0:
+            there = theirs >= 0
+            theirs, lookup.ids = theirs[there], lookup.ids[there]
+            lookup.places = lookup.places[there] if lookup.places is not None else None
+        if not len(theirs):
             return
-        position, row = self._row(live, role)
-        ticket = self._ticketed(Asked("lookup", live, role, ids[there]))
-        outbox = live.replicas[role].outbox
-        outbox.lookups.append((ticket, live.key, row, live.epoch, position, int(there.sum())))
-        outbox.ids.append(theirs[there])
+        part = live.parts[role]
+        part.lookups.append(lookup)
         part.waiting += 1
+        position, row = self._row(live, role)
+        ticket = self._ticketed(Asked("lookup", live, role, lookup=lookup))
+        outbox = live.replicas[role].outbox
+        outbox.lookups.append((ticket, live.key, row, live.epoch, position, len(theirs)))
+        outbox.ids.append(theirs)
 
     def _extend(self, live: Live, role: Role) -> None:
         stream = live.session.streams[role]
         position = min(stream.held, len(stream) - 1)
         needed = self._known_of(live, role)
+        live.parts[role] = Part(events=needed.events)
         k = 0 if role == "guider_base" and live.primary != role and live.k != WHOLE else live.k
         ticket = self._ticketed(Asked("extend", live, role, known=needed, length=len(stream)))
         outbox = live.replicas[role].outbox
@@ -183,12 +212,12 @@ class Exchange:
         part = asked.live.parts[asked.role]
         ours = to_primary[: len(logits)] if whole else to_primary[ids]
         if asked.kind == "widen":
-            part.waiting -= 1
             part.widen(ours, logits)
+            part.arrived = True
         else:
             assert asked.known is not None
             folded = asked.known.fold(values[None])[0] if len(values) else np.zeros(0)
-            part.add_rows(asked.known.events, folded, ours, logits, logsumexp)
+            part.arrive(folded, ours, logits, logsumexp)
             asked.live.session.streams[asked.role].held = asked.length
 
     def _take_values(self, message: Values) -> None:
@@ -197,9 +226,9 @@ class Exchange:
             asked = self._asked.get(ticket)
             if asked is not None:
                 self._done(ticket, asked)
-                part = asked.live.parts[asked.role]
-                part.waiting -= 1
-                part.add_values(asked.ids, message.values[begin : begin + count])
+                asked.live.parts[asked.role].waiting -= 1
+                assert asked.lookup is not None
+                asked.lookup.values = message.values[begin : begin + count]
             begin += count
 
     def _take_refused(self, message: Refused) -> list[Fault]:
@@ -233,21 +262,9 @@ class Exchange:
         stream = live.session.streams[role]
         return len(stream) - 1, stream.hash_before(len(stream))
 
-    def _whole(self, live: Live) -> bool:
-        return live.k == WHOLE
-
     def _map(self, live: Live, role: Role) -> VocabularyMap:
-        return self._languages.map(live.primary, role, live.session.request.thinking.end)
+        return self._languages.map(live.primary, role)
 
     def _known_of(self, live: Live, role: Role) -> Known:
         forced = tuple(sorted(live.session.must_know() & self._languages.legal(live.primary)))
-        mapping = self._map(live, role)
-        if forced:
-            return known(mapping, forced)
-        cached = self._known.get((id(mapping), forced))
-        if cached is None:
-            cached = self._known[id(mapping), forced] = (mapping, known(mapping))
-        return cached[1]
-
-
-assert SPAN > np.iinfo(np.int32).max  # ids travel as 32-bit integers
+        return self._languages.known(live.primary, role, live.session.request.thinking.end, forced)

@@ -7,7 +7,15 @@ from functools import lru_cache
 
 from actors.decoding.parameters import Thinking
 from actors.decoding.session import Language, Spelling
-from actors.decoding.vocabulary import Vocabulary, VocabularyMap, map_vocabulary, own_map
+from actors.decoding.vocabulary import (
+    Known,
+    Vocabulary,
+    VocabularyMap,
+    known,
+    map_vocabulary,
+    marker_fold,
+    own_map,
+)
 from actors.requests import Role
 from actors.tokenizer import RoleTokenizer
 
@@ -18,26 +26,44 @@ def vocabulary_of(tokenizer: RoleTokenizer) -> Vocabulary:
 
 
 class Languages:
-    """Maps between roles, and spellings of the texts that decoding may force."""
+    """Maps between roles, and spellings of the texts that decoding may force.
+
+    Raises VocabularyError when the target's text tokens are not those of a small model. What depends on a client's
+    texts is small, and forgotten when it is not used.
+    """
 
     def __init__(self, tokenizers: Mapping[Role, RoleTokenizer]) -> None:
         self._tokenizers = dict(tokenizers)
         self._vocabularies = {role: vocabulary_of(tokenizer) for role, tokenizer in tokenizers.items()}
         self._legal = {role: frozenset(v.legal().nonzero()[0].tolist()) for role, v in self._vocabularies.items()}
-        self.map = lru_cache(maxsize=256)(self._map)
+        self._maps = {(role, role): own_map(vocabulary) for role, vocabulary in self._vocabularies.items()}
+        ours = self._vocabularies["target"]
+        for role, theirs in self._vocabularies.items():
+            if role != "target":
+                self._maps["target", role] = map_vocabulary(ours, theirs, self._tokenizers[role].encode)
         self.language = lru_cache(maxsize=256)(self._language)
+        self.known = lru_cache(maxsize=256)(self._known)
+
+    def map(self, primary: Role, role: Role) -> VocabularyMap:
+        """The map from `primary` to `role`."""
+        return self._maps[primary, role]
 
     def legal(self, role: Role) -> frozenset[int]:
         """Ids that may be chosen in a role."""
         return self._legal[role]
 
-    def _map(self, primary: Role, role: Role, end: str) -> VocabularyMap:
-        """The map from `primary` to `role` for sessions whose thinking ends with `end`."""
-        if primary == role:
-            return own_map(self._vocabularies[role])
-        ours, theirs = self._tokenizers[primary], self._tokenizers[role]
-        vocabularies = self._vocabularies[primary], self._vocabularies[role]
-        return map_vocabulary(*vocabularies, theirs.encode, ours.encode, [end] if end else [])
+    def canonical(self, role: Role, token: int) -> int:
+        """The id that stands for `token` in decisions: all end ids are one event, the first of them."""
+        ends = self._vocabularies[role].eos_ids
+        return ends[0] if token in ends else token
+
+    def _known(self, primary: Role, role: Role, end: str, forced: tuple[int, ...] = ()) -> Known:
+        """What rows of `role` must know: `end` closes the thinking, and `forced` primary ids are wanted."""
+        mapping, folds = self._maps[primary, role], dict(self._maps[primary, role].folds)
+        if end and primary != role:
+            vocabularies = self._vocabularies[primary], self._vocabularies[role]
+            folds |= marker_fold(*vocabularies, mapping, end, self._tokenizers[primary].encode)
+        return known(folds, mapping, forced)
 
     def _language(self, primary: Role, roles: tuple[Role, ...], thinking: Thinking) -> Language:
         """The language of sessions of these roles."""
@@ -49,7 +75,7 @@ class Languages:
         }
         tokenizer = self._tokenizers[primary]
         return Language(
-            maps={role: self.map(primary, role, thinking.end) for role in roles if role != primary},
+            maps={role: self.map(primary, role) for role in roles if role != primary},
             spellings=spellings,
             eos_ids=tokenizer.eos_ids,
             added=frozenset(tokenizer.added_tokens.values()),

@@ -7,7 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from actors.decoding.candidates import Part
+from actors.decoding.candidates import Ids, Part
 from actors.decoding.decision import Decisions, Row
 from actors.decoding.session import Session
 from actors.requests import Delta, Event, Role
@@ -27,6 +27,7 @@ class Live:
         self.epoch = 1
         self.replicas: dict[Role, Replica] = {}
         self.parts: dict[Role, Part] = {}
+        self.ids: Ids | None = None  # the row's candidates, once all that propose some have answered
         self.tickets: dict[Role, set[int]] = {}  # of what was asked for the row in flight
         self.alpha = 0.0
         self.k = 0  # width of the row's slices; WHOLE: whole rows
@@ -45,7 +46,7 @@ class Live:
     @property
     def complete(self) -> bool:
         """Whether every part of the row in flight has come."""
-        return bool(self.parts) and all(part.complete for part in self.parts.values())
+        return self.ids is not None and all(part.complete for part in self.parts.values())
 
     @property
     def over(self) -> bool:
@@ -56,7 +57,9 @@ class Live:
         """The row in flight, for the decision."""
         request = self.session.request
         small = (self.parts["guider"], self.parts["guider_base"]) if self.alpha else (None, None)
+        assert self.ids is not None
         return Row(
+            ids=self.ids,
             target=self.parts[self.primary],
             guider=small[0],
             guider_base=small[1],

@@ -26,6 +26,8 @@ class Outbox:
     def take(self) -> list[Message]:
         """The frames to send now, in order; the outbox is empty afterwards."""
         messages: list[Message] = []
+        if not (self.extends or self.released or self.lookups or self.widens):
+            return messages
         if self.extends or self.released:
             items = np.array(self.extends, EXTEND_ITEM)
             released = np.array(self.released, "<u8")

@@ -98,7 +98,7 @@ def _exactness(config: ServiceConfig) -> Iterator[Finding]:
 def _vocabulary(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
     target, small = tokenizers["target"], tokenizers[role]
     try:
-        map_vocabulary(vocabulary_of(target), vocabulary_of(small), small.encode, target.encode)
+        map_vocabulary(vocabulary_of(target), vocabulary_of(small), small.encode)
     except VocabularyError as error:
         yield Finding("error", role, f"does not fit the target: {error}")
 

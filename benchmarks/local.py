@@ -92,7 +92,7 @@ async def local_service(
         for _ in range(coordinators):
             await service.start_coordinator()
         async with asyncio.timeout(30):
-            while any(coordinator.missing_roles() for coordinator in service.coordinators):
+            while any(c.missing_roles() for c in service.coordinators):  # noqa: ASYNC110 - nobody announces it
                 await asyncio.sleep(0.01)
         yield service
 

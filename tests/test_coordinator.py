@@ -1,4 +1,4 @@
-"""The decode loop against three running models: joining, leaving, faults and limits."""
+"""The decode loop against three running models: company, who is asked, what is chosen, limits."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ from actors.coordinator import Coordinator
 from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.forward import Engine
-from actors.model import load_role
 from actors.requests import ROLES, Delta, Event, Finished, Generate, Rejected, Role
-from benchmarks.local import WEIGHTS, LocalService, decode, local_service, trio_config
-from tests.trio import GREEDY, chat_prompts, decode_all, finished, request, tokens
-from tests.watched import Trio, WatchedEngine, until, watched
+from benchmarks.local import WEIGHTS, decode, local_service, trio_config
+from tests.trio import (
+    GREEDY,
+    LONG,
+    SAMPLED,
+    TEXT,
+    alone,
+    chat_prompts,
+    decode_all,
+    finished,
+    mixed_requests,
+    request,
+    tokens,
+)
+from tests.watched import Trio, until, watched
 
-SAMPLED = Sampling(temperature=1.0, max_tokens=30)
-LONG = Sampling(temperature=1.0, ignore_eos=True, max_tokens=400)
-TEXT = "Who is the mentor of the rival of Ada?"
 NOT_IN_ANY_SLICE = 1_900
 
 
@@ -33,10 +41,6 @@ def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
         yield trio
 
 
-def config(**overrides: Any) -> ServiceConfig:
-    return trio_config(**overrides)
-
-
 def limited(role: Role, positions: int, **overrides: Any) -> ServiceConfig:
     """A configuration in which one role computes so few positions for a session."""
     models: dict[str, dict[str, Any]] = {each: {"path": str(WEIGHTS / each)} for each in ROLES}
@@ -44,34 +48,16 @@ def limited(role: Role, positions: int, **overrides: Any) -> ServiceConfig:
     return trio_config(models=models, **overrides)
 
 
-def mixed_requests(service: LocalService, count: int) -> list[Generate]:
-    """Different questions, ways of sampling and strengths of guidance."""
-    return [
-        request(
-            service.tokenizers,
-            text,
-            sampling=(GREEDY, SAMPLED, replace(SAMPLED, temperature=0.6, top_p=0.9))[i % 3],
-            guidance=Guidance((1.0, 0.0, 0.5, 1.0)[i % 4], warmup_tokens=(0, 0, 0, 5)[i % 4]),
-            seed=i,
-        )
-        for i, text in enumerate(chat_prompts(count))
-    ]
-
-
 async def events(coordinator: Coordinator, one: Generate) -> list[Event]:
     async with aclosing(coordinator.generate(one)) as stream:
         return [event async for event in stream]
-
-
-async def alone(service: LocalService, requests: list[Generate]) -> list[list[int]]:
-    return [tokens([await decode(service.coordinators[0], one)])[0] for one in requests]
 
 
 # -- company
 
 
 async def test_sessions_join_at_any_step_and_decode_as_they_do_alone(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         requests = mixed_requests(service, 12)
         expected = await alone(service, requests)
         begun = trio.watched["target"].forwards
@@ -84,7 +70,7 @@ async def test_sessions_join_at_any_step_and_decode_as_they_do_alone(trio: Trio)
 
 
 async def test_sessions_leave_at_any_step_and_disturb_nobody(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         requests = mixed_requests(service, 8)
         expected = await alone(service, requests)
 
@@ -102,15 +88,15 @@ async def test_sessions_leave_at_any_step_and_disturb_nobody(trio: Trio) -> None
 
 
 async def test_more_sessions_than_places_wait_and_all_come_to_the_same_end(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         requests = mixed_requests(service, 9)
         expected = await alone(service, requests)
-    async with local_service(config(coordinator={"max_sessions": 2}), trio.engines) as service:
+    async with local_service(trio_config(coordinator={"max_sessions": 2}), trio.engines) as service:
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected
 
 
 async def test_two_coordinators_share_the_models(trio: Trio) -> None:
-    async with local_service(config(), trio.engines, coordinators=2) as service:
+    async with local_service(trio_config(), trio.engines, coordinators=2) as service:
         requests = mixed_requests(service, 10)
         expected = await alone(service, requests)
         answers = await asyncio.gather(*(decode(service.coordinators[i % 2], one) for i, one in enumerate(requests)))
@@ -118,7 +104,7 @@ async def test_two_coordinators_share_the_models(trio: Trio) -> None:
 
 
 async def test_what_ends_leaves_nothing_in_any_cache(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         await decode_all(service.coordinators[0], mixed_requests(service, 5))
         await until(lambda: set(trio.held().values()) == {0})
         assert [replica.load().sessions for replica in service.replicas.values()] == [0, 0, 0]
@@ -126,7 +112,7 @@ async def test_what_ends_leaves_nothing_in_any_cache(trio: Trio) -> None:
 
 
 async def test_cancelling_frees_every_cache(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         coordinator = service.coordinators[0]
         stream = coordinator.generate(request(service.tokenizers, TEXT, sampling=LONG))
         assert isinstance(await anext(stream), Delta)
@@ -138,7 +124,7 @@ async def test_cancelling_frees_every_cache(trio: Trio) -> None:
 
 
 async def test_cancelling_a_request_that_waits_takes_it_out_of_the_queue(trio: Trio) -> None:
-    async with local_service(config(coordinator={"max_sessions": 1}), trio.engines) as service:
+    async with local_service(trio_config(coordinator={"max_sessions": 1}), trio.engines) as service:
         coordinator = service.coordinators[0]
         first = coordinator.generate(request(service.tokenizers, TEXT, sampling=LONG))
         await anext(first)
@@ -150,138 +136,11 @@ async def test_cancelling_a_request_that_waits_takes_it_out_of_the_queue(trio: T
         await first.aclose()
 
 
-# -- faults
-
-
-def forgetful(every: int) -> Any:
-    """Evict all sessions before one forward in so many."""
-
-    def act(engine: WatchedEngine) -> None:
-        if engine.forwards % every == 0:
-            engine.forget_everything()
-
-    return act
-
-
-@pytest.mark.parametrize("role", ROLES)
-async def test_a_lost_cache_changes_no_token(trio: Trio, role: Role) -> None:
-    async with local_service(config(exchange={"k": 8}), trio.engines) as service:
-        requests = mixed_requests(service, 6)
-        expected = await alone(service, requests)
-        trio.disturb(forgetful(every=3), role)
-        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
-
-
-async def test_caches_lost_everywhere_at_once_change_no_token(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
-        requests = mixed_requests(service, 6)
-        expected = await alone(service, requests)
-        trio.disturb(forgetful(every=2))
-        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
-
-
-async def test_a_forward_that_fails_changes_no_token(trio: Trio) -> None:
-    def fail(engine: WatchedEngine) -> None:
-        if engine.forwards % 7 == 3:
-            raise RuntimeError("a fault in the middle")
-
-    async with local_service(config(), trio.engines) as service:
-        requests = mixed_requests(service, 4)
-        expected = await alone(service, requests)
-        trio.disturb(fail)
-        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
-
-
-async def test_a_model_that_always_fails_ends_its_sessions_with_an_error(trio: Trio) -> None:
-    def fail(engine: WatchedEngine) -> None:
-        raise RuntimeError("a fault every time")
-
-    async with local_service(config(), trio.engines) as service:
-        trio.disturb(fail, "guider")
-        end = finished(await decode(service.coordinators[0], request(service.tokenizers, TEXT)))
-        assert end.reason == "error"
-        assert "guider" in str(end.error)
-        unguided = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
-        assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
-
-
-async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
-    trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
-) -> None:
-    models: dict[str, dict[str, Any]] = {role: {"path": str(WEIGHTS / role)} for role in ROLES}
-    models["target"]["cache_tokens"] = 256
-    crowded = trio_config(models=models, deadlines={"step_s": 0.2})
-    endless = replace(LONG, max_tokens=220)
-    async with local_service(config(), trio.engines) as service:
-        requests = [
-            request(service.tokenizers, text, sampling=endless, guidance=Guidance(0.0), seed=i)
-            for i, text in enumerate(chat_prompts(3))
-        ]
-        expected = tokens(await decode_all(service.coordinators[0], requests))
-    async with local_service(crowded, {**trio_engines, "target": load_role(crowded, "target")}) as service:
-        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
-    assert "giving up" not in caplog.text
-
-
-async def stop_replica(service: LocalService, role: Role) -> None:
-    """Stop a replica for good: nothing of it computes any more."""
-    replica = service.replicas[role]
-    await replica.stop()
-    await asyncio.to_thread(replica._thread.shutdown, True)
-
-
-@pytest.mark.parametrize("role", ROLES)
-async def test_a_replica_that_dies_and_is_replaced_changes_no_token(trio: Trio, role: Role) -> None:
-    async with local_service(config(), trio.engines) as service:
-        requests = mixed_requests(service, 5)
-        expected = await alone(service, requests)
-        begun = trio.watched["target"].forwards
-        running = asyncio.create_task(decode_all(service.coordinators[0], requests))
-        await until(lambda: trio.watched["target"].forwards >= begun + 8)
-        await stop_replica(service, role)
-        trio.watched[role].clear()
-        await service.start_replica(role)
-        assert tokens(await running) == expected
-
-
-async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_it(trio: Trio) -> None:
-    async with local_service(config(deadlines={"role_missing_s": 0.2}), trio.engines) as service:
-        stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
-        seen = [await anext(stream)]
-        service._endpoints.pop("guider")
-        await stop_replica(service, "guider")
-        seen += [event async for event in stream]
-        end = seen[-1]
-        assert isinstance(end, Finished)
-        assert end.reason == "error"
-        assert "no replica of guider came back" in str(end.error)
-        unguided = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
-        assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
-
-
-async def test_a_stopped_coordinator_ends_its_streams_with_an_error(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
-        stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
-        seen = [await anext(stream)]
-        await service.coordinators.pop().stop()
-        seen += [event async for event in stream]
-        assert isinstance(seen[-1], Finished)
-        assert seen[-1].reason == "error"
-
-
-async def test_a_request_that_takes_too_long_is_ended(trio: Trio) -> None:
-    endless = replace(LONG, max_tokens=None)
-    async with local_service(config(deadlines={"request_s": 0.3}), trio.engines) as service:
-        answer = await decode(service.coordinators[0], request(service.tokenizers, TEXT, sampling=endless))
-        assert finished(answer).reason == "error"
-        assert "not finished within" in str(finished(answer).error)
-
-
 # -- who is asked
 
 
 async def test_alpha_zero_asks_nothing_of_the_small_models(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         one = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
         answer = await decode(service.coordinators[0], one)
         assert finished(answer).usage.guided_tokens == 0
@@ -289,7 +148,7 @@ async def test_alpha_zero_asks_nothing_of_the_small_models(trio: Trio) -> None:
 
 
 async def test_the_small_models_are_asked_when_guidance_starts(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         one = request(service.tokenizers, TEXT, guidance=Guidance(1.0, warmup_tokens=6), sampling=LONG)
         one = replace(one, sampling=replace(LONG, max_tokens=10))
         answer = await decode(service.coordinators[0], one)
@@ -305,7 +164,7 @@ async def test_the_small_models_are_asked_when_guidance_starts(trio: Trio) -> No
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 async def test_where_guidance_ends_the_target_goes_on_alone(trio: Trio, sampling: Sampling, mode: str) -> None:
     exchange = {"mode": mode, "widen_above": 1.0}
-    async with local_service(config(deadlines={"step_s": 5}, exchange=exchange), trio.engines) as service:
+    async with local_service(trio_config(deadlines={"step_s": 5}, exchange=exchange), trio.engines) as service:
         guided = request(service.tokenizers, TEXT, sampling=sampling, guidance=Guidance(1.0, schedule=((5, 0.0),)))
         answer = await decode(service.coordinators[0], guided)
         begun = answer.tokens[:5]
@@ -320,7 +179,7 @@ async def test_where_guidance_ends_the_target_goes_on_alone(trio: Trio, sampling
 
 
 async def test_guidance_of_the_thinking_ends_with_it(trio: Trio) -> None:
-    async with local_service(config(deadlines={"step_s": 5}), trio.engines) as service:
+    async with local_service(trio_config(deadlines={"step_s": 5}), trio.engines) as service:
         thinking = Thinking(start="<think>")
         one = request(service.tokenizers, TEXT, thinking=thinking, guidance=Guidance(1.0, guide="thinking"))
         end = finished(await decode(service.coordinators[0], one))
@@ -330,7 +189,7 @@ async def test_guidance_of_the_thinking_ends_with_it(trio: Trio) -> None:
 
 @pytest.mark.parametrize("role", ["guider", "guider_base"])
 async def test_a_small_model_is_served_alone(trio: Trio, role: Role) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         answer = await decode(service.coordinators[0], request(service.tokenizers, TEXT, primary=role))
         tokens([answer])
         assert {asked for asked, count in trio.extended().items() if count} == {role}
@@ -343,7 +202,7 @@ async def test_a_small_model_is_served_alone(trio: Trio, role: Role) -> None:
 @pytest.mark.parametrize("mode", ["topk", "full"])
 async def test_a_bias_chooses_an_id_that_is_in_no_slice(trio: Trio, mode: str) -> None:
     exchange = {"mode": mode, "k": 4, "widen_above": 1.0}
-    async with local_service(config(exchange=exchange), trio.engines) as service:
+    async with local_service(trio_config(exchange=exchange), trio.engines) as service:
         sampling = Sampling(temperature=0, max_tokens=3, logit_bias=((NOT_IN_ANY_SLICE, 100.0),))
         for alpha in (0.0, 1.0):
             one = request(service.tokenizers, TEXT, sampling=sampling, guidance=Guidance(alpha))
@@ -351,7 +210,7 @@ async def test_a_bias_chooses_an_id_that_is_in_no_slice(trio: Trio, mode: str) -
 
 
 async def test_bans_beyond_the_slice_widen_the_row(trio: Trio) -> None:
-    async with local_service(config(exchange={"k": 1, "widen_above": 1.0}), trio.engines) as service:
+    async with local_service(trio_config(exchange={"k": 1, "widen_above": 1.0}), trio.engines) as service:
         first = (await decode(service.coordinators[0], request(service.tokenizers, TEXT))).tokens[0]
         sampling = Sampling(temperature=0, max_tokens=1, stop_token_ids=(first,), min_tokens=1)
         one = request(service.tokenizers, TEXT, sampling=sampling, guidance=Guidance(0.0))
@@ -361,11 +220,11 @@ async def test_bans_beyond_the_slice_widen_the_row(trio: Trio) -> None:
 
 
 async def test_audits_come_by_the_count_and_change_no_token(trio: Trio) -> None:
-    async with local_service(config(exchange={"audit_every": 0}), trio.engines) as service:
+    async with local_service(trio_config(exchange={"audit_every": 0}), trio.engines) as service:
         requests = [request(service.tokenizers, text, seed=i) for i, text in enumerate(chat_prompts(4))]
         expected = tokens(await decode_all(service.coordinators[0], requests))
         assert service.coordinators[0].load().counts.audited_rows == 0
-    async with local_service(config(exchange={"audit_every": 5, "widen_above": 1.0}), trio.engines) as service:
+    async with local_service(trio_config(exchange={"audit_every": 5, "widen_above": 1.0}), trio.engines) as service:
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected
         counts = service.coordinators[0].load().counts
         assert counts.audited_rows == counts.guided_rows // 5 > 0
@@ -374,7 +233,7 @@ async def test_audits_come_by_the_count_and_change_no_token(trio: Trio) -> None:
 
 
 async def test_notes_explain_every_token(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         guidance = Guidance(1.0, warmup_tokens=2)
         one = request(service.tokenizers, TEXT, explain=True, guidance=guidance)
         seen = await events(service.coordinators[0], one)
@@ -392,7 +251,7 @@ async def test_notes_explain_every_token(trio: Trio) -> None:
 
 
 async def test_an_answer_ends_at_max_tokens(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         answer = await decode(
             service.coordinators[0], request(service.tokenizers, TEXT, sampling=replace(LONG, max_tokens=7))
         )
@@ -401,7 +260,7 @@ async def test_an_answer_ends_at_max_tokens(trio: Trio) -> None:
 
 
 async def test_more_than_the_queue_holds_is_refused(trio: Trio) -> None:
-    async with local_service(config(coordinator={"max_sessions": 1, "max_waiting": 1}), trio.engines) as service:
+    async with local_service(trio_config(coordinator={"max_sessions": 1, "max_waiting": 1}), trio.engines) as service:
         coordinator = service.coordinators[0]
         first = coordinator.generate(request(service.tokenizers, TEXT, sampling=LONG))
         await anext(first)
@@ -416,7 +275,7 @@ async def test_more_than_the_queue_holds_is_refused(trio: Trio) -> None:
 
 
 async def test_a_burst_beyond_the_queue_is_refused_too(trio: Trio) -> None:
-    async with local_service(config(coordinator={"max_sessions": 2, "max_waiting": 1}), trio.engines) as service:
+    async with local_service(trio_config(coordinator={"max_sessions": 2, "max_waiting": 1}), trio.engines) as service:
         requests = [request(service.tokenizers, TEXT, seed=i) for i in range(5)]
         answers = await decode_all(service.coordinators[0], requests)
         assert sum(isinstance(answer.end, Rejected) for answer in answers) == 2
@@ -427,14 +286,14 @@ async def test_a_burst_beyond_the_queue_is_refused_too(trio: Trio) -> None:
     [Sampling(logit_bias=((5_000, 1.0),)), Sampling(stop_token_ids=(-1,)), Sampling(logit_bias=((-1, 1.0),))],
 )
 async def test_ids_that_do_not_exist_are_refused(trio: Trio, sampling: Sampling) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         (refused,) = await events(service.coordinators[0], request(service.tokenizers, TEXT, sampling=sampling))
         assert isinstance(refused, Rejected)
         assert refused.code == "invalid"
 
 
 async def test_an_empty_prompt_is_refused(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         (refused,) = await events(service.coordinators[0], request(service.tokenizers, "", chat=False))
         assert isinstance(refused, Rejected)
 
@@ -469,7 +328,7 @@ async def test_a_small_models_last_position_ends_guidance_or_the_answer(trio: Tr
 
 
 async def test_guidance_by_a_role_without_a_prompt_fails_alone(trio: Trio) -> None:
-    async with local_service(config(), trio.engines) as service:
+    async with local_service(trio_config(), trio.engines) as service:
         one = request(service.tokenizers, TEXT, roles=("target",))
         other = request(service.tokenizers, TEXT)
         answers = await decode_all(service.coordinators[0], [other, one])

@@ -1,9 +1,4 @@
-"""The running service against plain transformers forwards: same seed, same tokens.
-
-The oracle knows transformers, the formula z = z_target + alpha * (z_guider - z_guider_base) and the documented
-definition of a choice, and nothing of this project's decoding. At each place of an answer it is asked what it would
-have chosen after the tokens before; where all places agree, it would have decoded the same answer.
-"""
+"""Decoding against plain transformers forwards, in one process: same seed, same tokens, whatever the circumstances."""
 
 from __future__ import annotations
 
@@ -11,16 +6,11 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
@@ -28,144 +18,18 @@ from actors.forward import Engine
 from actors.model import load_role
 from actors.requests import ROLES, Generate, Role
 from benchmarks.local import WEIGHTS, LocalService, decode, local_service, trio_config
+from tests.oracle import ALPHA, Case, Oracle
 from tests.trio import chat_prompts, decode_all, finished, request, tokens
 from tests.watched import watched
 
 LENGTH = 32
-NEAR_TIE = 1e-4  # plain forwards differ from the engine's by about 1e-5
 SAMPLINGS = (
     Sampling(temperature=0, max_tokens=LENGTH),
     Sampling(temperature=0.6, top_p=0.95, max_tokens=LENGTH),
     Sampling(temperature=1.0, max_tokens=LENGTH),
 )
-ALPHA = 1.0
 FREE_TEXT = ("Once upon a time", "The rival of Ada is", "1, 2, 3,", "Ünïcödé and 漢字", "Who", "def main():\n    ")
 PROMPTS = 200
-BATCH = 100
-
-
-# -- the oracle
-
-
-class Oracle:
-    """The trio in transformers, whole rows in float64."""
-
-    def __init__(self) -> None:
-        self._models = {role: AutoModelForCausalLM.from_pretrained(WEIGHTS / role).eval() for role in ROLES}
-        self._ends = {role: list(model.generation_config.eos_token_id) for role, model in self._models.items()}
-        self.end = self._ends["target"][0]
-
-    def rows(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[NDArray[np.float64]]:
-        """Per sequence, the combined rows [tokens of the answer, V] that each of its tokens is chosen from."""
-        z = {role: self._logits(role, prompts, answers) for role in ROLES}
-        return [
-            z_target + ALPHA * (z_guider - z_base)
-            for z_target, z_guider, z_base in zip(z["target"], z["guider"], z["guider_base"], strict=True)
-        ]
-
-    @torch.inference_mode()
-    def _logits(
-        self, role: Role, prompts: Sequence[list[int]], answers: Sequence[list[int]]
-    ) -> list[NDArray[np.float64]]:
-        """One plain causal forward over right-padded sequences; the end tokens' probabilities add up in the first."""
-        whole = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-        width = max(map(len, whole))
-        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in whole])
-        logits = self._models[role](input_ids=ids, use_cache=False).logits
-        first, *others = self._ends[role]
-        rows = []
-        for prompt, answer, z in zip(prompts, answers, logits, strict=True):
-            row = z[len(prompt) - 1 : len(prompt) - 1 + len(answer)].double().numpy()
-            row[:, first] = np.logaddexp.reduce(row[:, [first, *others]], axis=1)
-            row[:, others] = -np.inf if role == "target" else 0.0
-            rows.append(row)
-        return rows
-
-
-def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def noise(seed: int, position: int, ids: NDArray[Any]) -> NDArray[np.float64]:
-    """Gumbel noise of tokens at a position: 52 hashed bits, in the middle of their interval."""
-    golden = 0x9E3779B97F4A7C15
-    row = mixed(np.array([(seed + (position + 1) * golden) % 2**64], np.uint64))
-    bits = mixed(row + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(golden))
-    return np.asarray(-np.log(-np.log(((bits >> np.uint64(12)) + 0.5) / 2**52)))
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What the oracle chooses, and by how much it prefers that to the token in question."""
-
-    token: int
-    margin: float
-
-
-def judge(z: NDArray[np.float64], sampling: Sampling, seed: int, position: int, token: int) -> Judgement:
-    """The choice from one row: temperature, nucleus, then the largest sum of logit and noise, ties to the lowest id."""
-    if sampling.temperature == 0:
-        best = int(np.argmax(z))
-        return Judgement(best, float(z[best] - z[token]))
-    scaled = z / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    before = (np.cumsum(weights) - weights) / weights.sum()
-    count = max(1, int(np.searchsorted(before, sampling.top_p))) if sampling.top_p < 1 else len(order)
-    nucleus = np.sort(order[:count])
-    scores = scaled[nucleus] + noise(seed, position, nucleus)
-    best = int(np.argmax(scores))
-    if token in nucleus:
-        return Judgement(int(nucleus[best]), float(scores[best] - scores[nucleus == token][0]))
-    return Judgement(int(nucleus[best]), float(before[order == token][0] - sampling.top_p))  # how far outside it is
-
-
-@dataclass
-class Tally:
-    """What came of holding many answers against the oracle."""
-
-    places: int = 0
-    near_ties: int = 0
-    largest: float = 0.0  # margin of a place that differs
-
-    def __str__(self) -> str:
-        return f"{self.places} places, {self.near_ties} near ties, largest margin {self.largest:.1e}"
-
-
-def hold(oracle: Oracle, requests: Sequence[Generate], answers: Sequence[list[int]]) -> Tally:
-    """Hold every token of every answer against the oracle's choice, and each answer's end against the request."""
-    tally = Tally()
-    by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompts["target"]) + len(answers[i]))
-    for begin in range(0, len(by_length), BATCH):
-        batch = by_length[begin : begin + BATCH]
-        prompts = [requests[i].prompts["target"] for i in batch]
-        for i, rows in zip(batch, oracle.rows(prompts, [answers[i] for i in batch]), strict=True):
-            _hold_one(tally, requests[i], answers[i], rows)
-            ends = [place for place, token in enumerate(answers[i]) if token == oracle.end]
-            assert ends == [len(answers[i]) - 1] or (not ends and len(answers[i]) == LENGTH)
-    return tally
-
-
-def _hold_one(tally: Tally, one: Generate, answer: list[int], rows: NDArray[np.float64]) -> None:
-    start = len(one.prompts["target"])
-    for place, (token, z) in enumerate(zip(answer, rows, strict=True)):
-        judgement = judge(z, one.sampling, one.seed, start + place, token)
-        tally.places += 1
-        if judgement.token != token:
-            assert judgement.margin < NEAR_TIE, (one.request_id, place, token, judgement)
-            tally.near_ties += 1
-            tally.largest = max(tally.largest, judgement.margin)
-
-
-# -- the service
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Oracle:
-    return Oracle()
 
 
 def config(mode: str, **exchange: Any) -> Any:
@@ -205,9 +69,15 @@ def company(trio_engines: Mapping[Role, Engine]) -> Company:
     return Company(trio_engines)
 
 
-async def test_whole_rows_decode_as_plain_forwards_do(oracle: Oracle, company: Company) -> None:
+def case(one: Generate, answer: list[int]) -> Case:
+    """An answer as the oracle reads it."""
+    sampling = one.sampling
+    return Case(one.request_id, one.prompts["target"], answer, one.seed, sampling.temperature, sampling.top_p, LENGTH)
+
+
+async def test_whole_rows_decode_as_plain_forwards_do(company: Company) -> None:
     requests, answers = await company.answers("full")
-    tally = hold(oracle, requests, answers)
+    tally = Oracle().hold([case(one, answer) for one, answer in zip(requests, answers, strict=True)])
     print(f"{len(answers)} answers: {tally}")  # shown with -rP
     assert tally.places > 5 * len(requests)
     assert tally.near_ties < 0.001 * tally.places

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.coordinator import Coordinator
@@ -11,10 +12,13 @@ from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.requests import ROLES, Finished, Generate, Role
 from actors.tokenizer import RoleTokenizer
-from benchmarks.local import Answer, decode
+from benchmarks.local import Answer, LocalService, decode
 from cluster.demo.task import questions
 
 GREEDY = Sampling(temperature=0, max_tokens=48)
+SAMPLED = Sampling(temperature=1.0, max_tokens=30)
+LONG = Sampling(temperature=1.0, ignore_eos=True, max_tokens=400)
+TEXT = "Who is the mentor of the rival of Ada?"
 
 
 def chat_prompts(count: int, hops: int = 2) -> list[str]:
@@ -46,6 +50,20 @@ def request(
     return Generate(f"r{seed}", primary, prompts, sampling, guidance, thinking, seed, explain)
 
 
+def mixed_requests(service: LocalService, count: int) -> list[Generate]:
+    """Different questions, ways of sampling and strengths of guidance."""
+    return [
+        request(
+            service.tokenizers,
+            text,
+            sampling=(GREEDY, SAMPLED, replace(SAMPLED, temperature=0.6, top_p=0.9))[i % 3],
+            guidance=Guidance((1.0, 0.0, 0.5, 1.0)[i % 4], warmup_tokens=(0, 0, 0, 5)[i % 4]),
+            seed=i,
+        )
+        for i, text in enumerate(chat_prompts(count))
+    ]
+
+
 async def decode_all(coordinator: Coordinator, requests: Sequence[Generate]) -> list[Answer]:
     """Run requests side by side."""
     return await asyncio.gather(*(decode(coordinator, one) for one in requests))
@@ -64,3 +82,8 @@ def finished(answer: Answer) -> Finished:
     end: Any = answer.end
     assert isinstance(end, Finished), end
     return end
+
+
+async def alone(service: LocalService, requests: list[Generate]) -> list[list[int]]:
+    """What each request comes to when nobody else is there."""
+    return [tokens([await decode(service.coordinators[0], one)])[0] for one in requests]

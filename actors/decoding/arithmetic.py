@@ -6,6 +6,7 @@ All arrays are float64; sums run left to right (`cumsum`), so that padding chang
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,22 @@ _LOG_IDS = np.log(1 << 18)  # more ids than any vocabulary in use
 _FAR = 1e9  # beyond every logit
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class RoleRows:
-    """One role's logits at the candidates [B, W] (NaN: it has no such id) and its rows' logsumexp [B]."""
+    """One role's logits at the candidates [B, W] (NaN: it has no such id), which are real [B, W], and logsumexp [B]."""
 
     logits: Floats
+    inside: NDArray[np.bool_]
     logsumexp: Floats
 
-    def uncovered(self, inside: NDArray[np.bool_]) -> Floats:
+    @cached_property
+    def uncovered(self) -> Floats:
         """[B]: 1 - the probability of the candidates, known exactly because slices carry logsumexp."""
-        with np.errstate(invalid="ignore"):
-            mass = np.exp(self.logits - self.logsumexp[:, None])
-        return 1.0 - np.cumsum(np.where(inside & ~np.isnan(self.logits), mass, 0.0), 1)[:, -1]
+        mass = np.exp(self.logits - self.logsumexp[:, None])
+        return np.asarray(1.0 - np.cumsum(np.where(np.isnan(mass), 0.0, mass), 1)[:, -1])
 
 
-def combine(
-    target: RoleRows, guider: RoleRows, guider_base: RoleRows, alpha: Floats, inside: NDArray[np.bool_]
-) -> Floats:
+def combine(target: RoleRows, guider: RoleRows, guider_base: RoleRows, alpha: Floats) -> Floats:
     """[B, W] combined logits, -inf outside the candidates; alpha is [B].
 
     Where a small model has no counterpart of an id, guidance is silent: the delta is 0 on log-probabilities, which on
@@ -43,12 +43,11 @@ def combine(
     neutral = (guider.logsumexp - guider_base.logsumexp)[:, None]
     delta = guider.logits - guider_base.logits
     combined = target.logits + alpha[:, None] * np.where(np.isnan(delta), neutral, delta)
-    return np.where(inside, combined, -np.inf)
+    return np.where(target.inside, combined, -np.inf)
 
 
 def outside_estimate(
     combined: Floats,
-    inside: NDArray[np.bool_],
     alpha: Floats,
     target: RoleRows,
     guider: RoleRows | None = None,
@@ -67,22 +66,22 @@ def outside_estimate(
     """
     heat = np.broadcast_to(np.maximum(temperature, _GREEDY_AS), alpha.shape)
     limit = np.minimum(ceiling, _FAR)
-    outside = _log_uncovered(target, inside)
+    outside = _log_uncovered(target)
     # Heat spreads what is outside over a whole vocabulary at most; cold leaves it the weight of the highest at most.
     log_outside = np.where(heat > 1, outside / heat + (1 - 1 / heat) * _LOG_IDS, outside + (1 / heat - 1) * limit)
     if guider is not None and guider_base is not None:
-        ratio = alpha * (_log_uncovered(guider, inside) - _log_uncovered(guider_base, inside)) / heat
-        least = _least_liked(guider, inside)
-        delta = combine(target, guider, guider_base, alpha, inside) - target.logits
+        ratio = alpha * (_log_uncovered(guider) - _log_uncovered(guider_base)) / heat
+        least = _least_liked(guider)
+        delta = combine(target, guider, guider_base, alpha) - target.logits
         lift = _log_sum(target.logits + delta / heat[:, None], least) - _log_sum(target.logits, least)
         log_outside = log_outside + np.where(least.any(1), np.maximum(ratio, lift), ratio)
-    log_inside = _log_sum(combined / heat[:, None], inside)
+    log_inside = _log_sum(combined / heat[:, None], target.inside)
     return np.asarray(1.0 / (1.0 + np.exp(np.clip(log_inside - log_outside, -700, 700))))
 
 
-def _least_liked(rows: RoleRows, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _least_liked(rows: RoleRows) -> NDArray[np.bool_]:
     """[B, W]: the quarter of a row's candidates, of those that this role has, with its lowest logits."""
-    known = inside & ~np.isnan(rows.logits)
+    known = ~np.isnan(rows.logits)
     ranked = np.sort(np.where(known, rows.logits, np.inf), 1)
     last = np.take_along_axis(ranked, (np.count_nonzero(known, 1) // 4)[:, None], 1)
     return known & (rows.logits <= last)
@@ -95,9 +94,9 @@ def _log_sum(logits: Floats, where: NDArray[np.bool_]) -> Floats:
     return np.asarray(top + np.log(np.maximum(np.cumsum(weights, 1)[:, -1], np.finfo(np.float64).tiny)))
 
 
-def _log_uncovered(rows: RoleRows, inside: NDArray[np.bool_]) -> Floats:
+def _log_uncovered(rows: RoleRows) -> Floats:
     """[B]: log of the sum of exp(logits) outside the candidates."""
-    return np.asarray(np.log(np.maximum(rows.uncovered(inside), _NOISE)) + rows.logsumexp)
+    return np.asarray(np.log(np.maximum(rows.uncovered, _NOISE)) + rows.logsumexp)
 
 
 def total_variation(z: Floats, other: Floats, temperature: NDArray[Any]) -> Floats:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.decoding.arithmetic import Floats, RoleRows, combine, outside_estimate, total_variation
-from actors.decoding.candidates import Dense, Part, candidates
+from actors.decoding.candidates import Dense, Ids, Part, side_by_side
 from actors.decoding.parameters import Sampling
 from actors.decoding.sampling import choose
 
@@ -19,11 +19,13 @@ Adjust = Callable[[NDArray[np.int64], Floats], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row to decide: its parts, alpha, and what the request wants. seed and position feed the noise.
+    """One row to decide: its candidates, what each role knows of them, alpha, and what the request wants.
 
-    adjust: changes the row's logits in place by the request's history (`penalties.adjust`).
+    seed and position feed the noise. adjust: changes the row's logits in place by the request's history
+    (`penalties.adjust`).
     """
 
+    ids: Ids
     target: Part
     guider: Part | None
     guider_base: Part | None
@@ -55,31 +57,23 @@ class Decisions:
 def decide(rows: Sequence[Row], guided: bool) -> Decisions:
     """Decide rows that are all guided, or all decoded by the target alone."""
     alpha = np.array([row.alpha for row in rows])
-    parts = [[row.target, row.guider] if guided and row.guider else [row.target] for row in rows]
-    dense = candidates(parts)
-    target = _role_rows(dense, [row.target for row in rows])
-    smalls: list[RoleRows] = []
-    logits = np.where(dense.inside, target.logits, -np.inf)
-    own = logits.copy()
-    if guided:
-        smalls = [
-            _role_rows(dense, [row.guider for row in rows if row.guider]),
-            _role_rows(dense, [row.guider_base for row in rows if row.guider_base]),
-        ]
-        logits = combine(target, smalls[0], smalls[1], alpha, dense.inside)
-    for index, row in enumerate(rows):
-        width = int(dense.inside[index].sum())
-        row.adjust(dense.ids[index, :width], logits[index, :width])
-        row.adjust(dense.ids[index, :width], own[index, :width])
+    dense, counts = side_by_side([row.ids for row in rows]), [len(row.ids) for row in rows]
+    target = _role_rows(dense, [row.target for row in rows], counts)
+    smalls = [_role_rows(dense, parts, counts) for parts in _small_parts(rows)] if guided else []
+    own = np.where(dense.inside, target.logits, -np.inf)
+    logits = combine(target, smalls[0], smalls[1], alpha) if guided else own.copy()
+    for row, count, ids, combined, alone in zip(rows, counts, dense.ids, logits, own, strict=True):
+        row.adjust(ids[:count], combined[:count])
+        row.adjust(ids[:count], alone[:count])
     stuck: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
     logits[stuck] = own[stuck] = 0.0  # decided by nobody: the caller widens the row or gives up
     temperature = np.array([row.sampling.temperature for row in rows])
     ceiling = np.array([row.target.ceiling for row in rows])
-    estimate = outside_estimate(logits, dense.inside, alpha, target, *smalls, temperature=temperature, ceiling=ceiling)
+    estimate = outside_estimate(logits, alpha, target, *smalls, temperature=temperature, ceiling=ceiling)
     outside = np.where(stuck, 1.0, estimate)
-    uncovered = np.max([model.uncovered(dense.inside) for model in (target, *smalls)], axis=0)
-    tokens, alone = _choose(rows, dense, logits, own, guided)
-    return Decisions(tokens, alone, outside, uncovered, stuck, dense, logits)
+    uncovered = np.max([model.uncovered for model in (target, *smalls)], axis=0)
+    tokens, alone_tokens = _choose(rows, dense, logits, own, guided)
+    return Decisions(tokens, alone_tokens, outside, uncovered, stuck, dense, logits)
 
 
 def compare(rows: Sequence[Row], sliced: Decisions, whole: Decisions) -> tuple[Floats, NDArray[np.bool_]]:
@@ -93,8 +87,13 @@ def compare(rows: Sequence[Row], sliced: Decisions, whole: Decisions) -> tuple[F
     return total_variation(spread, whole.logits, temperature), sliced.tokens != whole.tokens
 
 
-def _role_rows(dense: Dense, parts: Sequence[Part]) -> RoleRows:
-    return RoleRows(dense.values(parts), np.array([part.logsumexp for part in parts], np.float64))
+def _small_parts(rows: Sequence[Row]) -> tuple[list[Part], list[Part]]:
+    return [row.guider for row in rows if row.guider], [row.guider_base for row in rows if row.guider_base]
+
+
+def _role_rows(dense: Dense, parts: Sequence[Part], counts: Sequence[int]) -> RoleRows:
+    logsumexp = np.array([part.logsumexp for part in parts], np.float64)
+    return RoleRows(dense.values(parts, counts), dense.inside, logsumexp)
 
 
 def _choose(

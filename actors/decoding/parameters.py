@@ -69,7 +69,7 @@ class Thinking:
 
     start: text appended to every role's prompt ("" appends nothing: then all text is content). end: text that closes
     the thinking. max_tokens: after so many thinking tokens `end` is forced. min_tokens: before so many, an end token
-    becomes `wait` (budget forcing, arXiv 2501.19393).
+    becomes `wait` (budget forcing, arXiv 2501.19393); so does `end` where it is one token of the primary.
     """
 
     start: str = ""

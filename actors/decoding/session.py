@@ -99,6 +99,7 @@ class Session:
         thinking_end = request.thinking.end if request.thinking.start else None
         self._answer = AnswerText(thinking_end, request.sampling.stop, request.sampling.include_stop_str_in_output)
         end = language.spellings[request.primary].end
+        self._end_seen, self._tail = False, ""  # whether thinking.end was emitted, also where nothing opened it
         self._end_token = end[0] if len(end) == 1 and end[0] in language.added else None
 
     @property
@@ -108,8 +109,7 @@ class Session:
 
     def alpha(self) -> float:
         """Alpha for the next token."""
-        thinking_over = self.generated > 0 and not self._answer.thinking
-        return self.request.guidance.alpha_at(self.generated, thinking_over)
+        return self.request.guidance.alpha_at(self.generated, self._end_seen)
 
     def must_know(self) -> set[int]:
         """Primary ids that the next row must know exactly, beside the folded events."""
@@ -134,7 +134,7 @@ class Session:
         if self.finish_reason is None and self._thinks_too_long():
             forced, closing = self._take({role: s.end for role, s in self.language.spellings.items()})
             taken, shown = taken + forced, shown + closing
-        notes = [TokenNote(i, text, alpha, changed) for i, text in taken] if self.request.explain else []
+        notes = [TokenNote(i, text, alpha, changed and i == token) for i, text in taken] if self.request.explain else []
         return Delta(shown.reasoning, shown.content, [i for i, _ in taken], notes)
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
@@ -184,11 +184,18 @@ class Session:
             self.reasoning_tokens += self._answer.thinking
             self._last_run = (token, self._last_run[1] + 1 if token == self._last_run[0] else 1)
             text = self._text.push(token)
+            self._look_for_end(token, text)
             taken.append((token, text))
             shown = shown + self._show(token, text)
             if self.finish_reason is not None:
                 break
         return taken, shown
+
+    def _look_for_end(self, token: int, text: str) -> None:
+        end = self.request.thinking.end
+        if end and not self._end_seen:
+            self._tail = (self._tail + text)[-len(end) - len(text) :]
+            self._end_seen = token == self._end_token or end in self._tail
 
     def _show(self, token: int, text: str) -> Shown:
         """What one more token of the primary shows; decides whether the answer is over."""

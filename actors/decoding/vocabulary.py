@@ -70,14 +70,9 @@ def map_vocabulary(
     primary: Vocabulary,
     role: Vocabulary,
     spell: Callable[[str], Sequence[int]],
-    spell_primary: Callable[[str], Sequence[int]],
-    markers: Sequence[str] = (),
 ) -> VocabularyMap:
-    """The map from `primary` to `role`.
+    """The map from `primary` to `role`. spell: encodes a text into ids of the role, recognising added tokens.
 
-    spell, spell_primary: encode a text into ids of the role or of the primary, recognising added tokens.
-    markers: texts (the thinking's end) that, where only the role has them as one added token, count towards the first
-    token of the primary's spelling, so that the role's wish to emit them is heard.
     Raises VocabularyError when the text tokens differ.
     """
     _check_text(primary, role)
@@ -95,11 +90,25 @@ def map_vocabulary(
     spelled = {i: tuple(spell(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
     spelled |= {i: (role.eos_ids[0],) for i in primary.eos_ids[1:] if role.eos_ids}
     folds = {primary.eos_ids[0]: role.eos_ids} if primary.eos_ids and role.eos_ids else {}
-    for marker in markers:
-        if marker in role.added and marker not in primary.added:
-            first = spell_primary(marker)[0]
-            folds[first] = (int(to_role[first]), role.added[marker])
     return VocabularyMap(to_role, to_primary, spelled, folds)
+
+
+def marker_fold(
+    primary: Vocabulary,
+    role: Vocabulary,
+    mapping: VocabularyMap,
+    marker: str,
+    spell_primary: Callable[[str], Sequence[int]],
+) -> dict[int, tuple[int, ...]]:
+    """What to fold so that a role's wish to emit a marker (the thinking's end) is heard.
+
+    Where the marker is one added token of the role and text to the primary, it counts towards the first token of the
+    primary's spelling. Empty where there is nothing to fold.
+    """
+    if marker not in role.added or marker in primary.added:
+        return {}
+    first = spell_primary(marker)[0]
+    return {first: (int(mapping.to_role[first]), role.added[marker])}
 
 
 def _check_text(primary: Vocabulary, role: Vocabulary) -> None:
@@ -137,9 +146,9 @@ class Known:
         return folded
 
 
-def known(mapping: VocabularyMap, forced: Sequence[int] = ()) -> Known:
-    """What a role's rows must know: its folded events, and `forced` primary ids where it has them."""
-    groups = dict(mapping.folds)
+def known(folds: Mapping[int, tuple[int, ...]], mapping: VocabularyMap, forced: Sequence[int] = ()) -> Known:
+    """What a role's rows must know: folded events, and `forced` primary ids where the role has them."""
+    groups = dict(folds)
     for event in sorted(set(forced) - groups.keys()):
         if mapping.to_role[event] >= 0:
             groups[event] = (int(mapping.to_role[event]),)

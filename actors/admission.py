@@ -1,0 +1,31 @@
+"""What a coordinator asks of a request before it takes it on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from actors.languages import Languages
+from actors.requests import ROLES, Generate, Rejected
+
+
+def refusal(request: Generate, languages: Languages) -> Rejected | None:
+    """Why a request cannot be decoded as it stands; None if it can."""
+    legal = languages.legal(request.primary)
+    biased = [languages.canonical(request.primary, i) for i, _ in request.sampling.logit_bias]
+    stray = [i for i in biased if i not in legal] + [i for i in request.sampling.stop_token_ids if i < 0]
+    if stray:
+        return Rejected("invalid", f"logit_bias or stop_token_ids name token ids that do not exist: {stray[:8]}")
+    if any(not tokens for tokens in request.prompts.values()):
+        return Rejected("invalid", "the prompt is empty")
+    needed = (request.primary,) if request.guidance.never_guides() else ROLES
+    if any(role not in request.prompts for role in needed):
+        return Rejected("invalid", f"guidance needs a prompt for each of {', '.join(needed)}")
+    return None
+
+
+def canonical(request: Generate, languages: Languages) -> Generate:
+    """The request with every end id of its sampling as the one that stands for the end."""
+    sampling, role = request.sampling, request.primary
+    bias = {languages.canonical(role, i): number for i, number in sampling.logit_bias}
+    stops = sorted({languages.canonical(role, i) for i in sampling.stop_token_ids})
+    return replace(request, sampling=replace(sampling, logit_bias=tuple(bias.items()), stop_token_ids=tuple(stops)))

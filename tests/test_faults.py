@@ -1,0 +1,148 @@
+"""The decode loop when something goes wrong: caches that are lost or too small, models that fail, die or stay away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from actors.decoding.guidance import Guidance
+from actors.forward import Engine
+from actors.model import load_role
+from actors.requests import ROLES, Finished, Role
+from benchmarks.local import WEIGHTS, LocalService, decode, local_service, trio_config
+from tests.trio import LONG, TEXT, alone, chat_prompts, decode_all, finished, mixed_requests, request, tokens
+from tests.watched import Trio, WatchedEngine, until, watched
+
+
+@pytest.fixture
+def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
+    with watched(trio_engines) as trio:
+        yield trio
+
+
+def forgetful(every: int) -> Any:
+    """Evict all sessions before one forward in so many."""
+
+    def act(engine: WatchedEngine) -> None:
+        if engine.forwards % every == 0:
+            engine.forget_everything()
+
+    return act
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_lost_cache_changes_no_token(trio: Trio, role: Role) -> None:
+    async with local_service(trio_config(exchange={"k": 8}), trio.engines) as service:
+        requests = mixed_requests(service, 6)
+        expected = await alone(service, requests)
+        trio.disturb(forgetful(every=3), role)
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+
+
+async def test_caches_lost_everywhere_at_once_change_no_token(trio: Trio) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 6)
+        expected = await alone(service, requests)
+        trio.disturb(forgetful(every=2))
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+
+
+async def test_a_forward_that_fails_changes_no_token(trio: Trio) -> None:
+    def fail(engine: WatchedEngine) -> None:
+        if engine.forwards % 7 == 3:
+            raise RuntimeError("a fault in the middle")
+
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 4)
+        expected = await alone(service, requests)
+        trio.disturb(fail)
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+
+
+async def test_a_model_that_always_fails_ends_its_sessions_with_an_error(trio: Trio) -> None:
+    def fail(engine: WatchedEngine) -> None:
+        raise RuntimeError("a fault every time")
+
+    async with local_service(trio_config(), trio.engines) as service:
+        trio.disturb(fail, "guider")
+        end = finished(await decode(service.coordinators[0], request(service.tokenizers, TEXT)))
+        assert end.reason == "error"
+        assert "guider" in str(end.error)
+        unguided = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
+        assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
+
+
+async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
+    trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    models: dict[str, dict[str, Any]] = {role: {"path": str(WEIGHTS / role)} for role in ROLES}
+    models["target"]["cache_tokens"] = 256
+    crowded = trio_config(models=models, deadlines={"step_s": 0.2})
+    endless = replace(LONG, max_tokens=220)
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = [
+            request(service.tokenizers, text, sampling=endless, guidance=Guidance(0.0), seed=i)
+            for i, text in enumerate(chat_prompts(3))
+        ]
+        expected = tokens(await decode_all(service.coordinators[0], requests))
+    async with local_service(crowded, {**trio_engines, "target": load_role(crowded, "target")}) as service:
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+    assert "giving up" not in caplog.text
+
+
+async def stop_replica(service: LocalService, role: Role) -> None:
+    """Stop a replica for good: nothing of it computes any more."""
+    replica = service.replicas[role]
+    await replica.stop()
+    await asyncio.to_thread(replica._thread.shutdown, True)
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_replica_that_dies_and_is_replaced_changes_no_token(trio: Trio, role: Role) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 5)
+        expected = await alone(service, requests)
+        begun = trio.watched["target"].forwards
+        running = asyncio.create_task(decode_all(service.coordinators[0], requests))
+        await until(lambda: trio.watched["target"].forwards >= begun + 8)
+        await stop_replica(service, role)
+        trio.watched[role].clear()
+        await service.start_replica(role)
+        assert tokens(await running) == expected
+
+
+async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_it(trio: Trio) -> None:
+    async with local_service(trio_config(deadlines={"role_missing_s": 0.2}), trio.engines) as service:
+        stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
+        seen = [await anext(stream)]
+        service._endpoints.pop("guider")
+        await stop_replica(service, "guider")
+        seen += [event async for event in stream]
+        end = seen[-1]
+        assert isinstance(end, Finished)
+        assert end.reason == "error"
+        assert "no replica of guider came back" in str(end.error)
+        unguided = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
+        assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
+
+
+async def test_a_stopped_coordinator_ends_its_streams_with_an_error(trio: Trio) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
+        seen = [await anext(stream)]
+        await service.coordinators.pop().stop()
+        seen += [event async for event in stream]
+        assert isinstance(seen[-1], Finished)
+        assert seen[-1].reason == "error"
+
+
+async def test_a_request_that_takes_too_long_is_ended(trio: Trio) -> None:
+    endless = replace(LONG, max_tokens=None)
+    async with local_service(trio_config(deadlines={"request_s": 0.3}), trio.engines) as service:
+        answer = await decode(service.coordinators[0], request(service.tokenizers, TEXT, sampling=endless))
+        assert finished(answer).reason == "error"
+        assert "not finished within" in str(finished(answer).error)
