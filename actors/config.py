@@ -83,7 +83,7 @@ class Exchange(_Section):
 
     mode: Literal["topk", "full"] = "topk"
     k: int = Field(128, ge=1)  # width of a slice
-    widen_above: float = Field(0.002, ge=0, le=1)  # estimated uncovered mass above which a row is widened; 1: never
+    widen_above: float = Field(0.0005, ge=0, le=1)  # estimated unseen mass above which a row is widened; 1: never
     widen_factor: int = Field(8, ge=2)  # one widening multiplies k by this; the next takes the whole row
     audit_every: int = Field(1_000, ge=0)  # hold one guided row in so many against whole rows; 0: never
 

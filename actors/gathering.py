@@ -8,6 +8,7 @@ for one only while it is due within a share of what a forward takes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 _SMOOTHING = 0.2  # weight of the newest sample in a running mean
@@ -20,7 +21,7 @@ class _Habit:
     """One coordinator's time from an answer to its next extend, seconds."""
 
     answered_at: float | None = None  # None: its extend is here already
-    mean: float | None = None
+    mean: float | None = None  # None: not seen yet
     deviation: float = 0.0
 
     def learn(self, sample: float) -> None:
@@ -30,11 +31,9 @@ class _Habit:
         self.deviation += _SMOOTHING * (abs(sample - self.mean) - self.deviation)
         self.mean += _SMOOTHING * (sample - self.mean)
 
-    def due(self) -> float | None:
-        """When its next extend should have come, or None if none is expected."""
-        if self.answered_at is None or self.mean is None:
-            return None
-        return self.answered_at + self.mean + _MARGIN * max(self.deviation, _LEAST_DEVIATION_S)
+    def usual(self) -> float:
+        """It is late after so long; infinite as long as nothing is known of it."""
+        return math.inf if self.mean is None else self.mean + _MARGIN * max(self.deviation, _LEAST_DEVIATION_S)
 
 
 class GatherWindow:
@@ -43,6 +42,7 @@ class GatherWindow:
     def __init__(self, share: float = 0.5, cap_s: float = 0.01) -> None:
         self._share, self._cap_s = share, cap_s
         self._habits: dict[object, _Habit] = {}
+        self._due: dict[object, float] = {}  # when the next extend of who was answered should have come
         self._forward_s = 0.0
 
     @property
@@ -52,18 +52,22 @@ class GatherWindow:
 
     def arrived(self, peer: object, now: float) -> None:
         """An extend of this coordinator came."""
-        habit = self._habits.setdefault(peer, _Habit())
-        if habit.answered_at is not None:
+        self._due.pop(peer, None)
+        habit = self._habits.get(peer)
+        if habit is not None and habit.answered_at is not None:
             habit.learn(now - habit.answered_at)
             habit.answered_at = None
 
     def answered(self, peer: object, now: float) -> None:
         """Rows went out to this coordinator, so its next extend is expected."""
-        self._habits.setdefault(peer, _Habit()).answered_at = now
+        habit = self._habits.setdefault(peer, _Habit())
+        habit.answered_at = now
+        self._due[peer] = now + habit.usual()
 
     def forget(self, peer: object) -> None:
         """The coordinator is gone, or has no session here."""
         self._habits.pop(peer, None)
+        self._due.pop(peer, None)
 
     def forward_took(self, seconds: float) -> None:
         weight = _SMOOTHING if self._forward_s else 1.0
@@ -71,6 +75,7 @@ class GatherWindow:
 
     def wait_until(self, opened: float, now: float) -> float | None:
         """Until when to wait for company in a window that opened at `opened`; None: run the forward now."""
+        if not self._due:
+            return None
         limit = opened + min(self._share * self._forward_s, self._cap_s)
-        dues = (habit.due() for habit in self._habits.values())
-        return max((due for due in dues if due is not None and now < due <= limit), default=None)
+        return max((due for due in self._due.values() if now < due <= limit), default=None)

@@ -65,6 +65,11 @@ class Ledger:
         """Extends that wait or run."""
         return sum(len(owned.queue) for owned in self._sessions.values())
 
+    @property
+    def idle(self) -> bool:
+        """Whether no extend waits or runs."""
+        return not any(owned.queue for owned in self._sessions.values())
+
     def heads(self) -> Iterator[tuple[Owned, Pending]]:
         """The first extend of each session that has one."""
         return ((owned, owned.queue[0]) for owned in self._sessions.values() if owned.queue)

@@ -3,7 +3,9 @@
     gather -> choose -> forward -> answer
 
 Plain asyncio around one engine; no Ray and no torch here. Everything but the forward runs on the event loop's thread:
-frames are read, lookups of held rows answered and sessions fenced while the engine's own thread computes.
+frames are read, lookups of held rows answered and sessions fenced while the engine's own thread computes. The loop is
+made of callbacks, each step called by the one before it: where a forward takes no time, tasks and futures are what an
+exchange would wait for.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from actors.engine.errors import EngineError
 from actors.engine.verbs import Extend as EngineExtend
 from actors.engine.verbs import Full, Held, KVMiss
-from actors.forward import Engine, Failed, Part, Pending, Result, choose, run_forward, width_of, within
+from actors.forward import Engine, Failed, ForwardThread, Part, Pending, Result, choose, width_of, within
 from actors.gathering import GatherWindow
 from actors.ownership import Ledger
 from actors.rows import RowDesk
@@ -31,7 +34,7 @@ from actors.wire.columns import (
     lookup_items,
     widen_items,
 )
-from actors.wire.link import Limits
+from actors.wire.link import Limits, cancel
 from actors.wire.messages import WHOLE, Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen
 from actors.wire.server import Peer, Server
 
@@ -117,31 +120,31 @@ class ModelReplica:
             exact=engine.exact,
         )
         self._server = Server(secret, welcome, self._on_message, self._on_closed, tls=tls, limits=limits)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{role}")
+        self._thread = ForwardThread(f"engine-{role}")
         self._window = GatherWindow(settings.gather_share, settings.gather_cap_s)
         self._ledger = Ledger()
         self._replies = Replies(self._answer_limit)
         self._rows = RowDesk(engine, self._ledger, self._replies, settings.row_wait_s)
         self._closing: set[int] = set()  # sessions whose cache goes before the next forward
-        self._arrived = asyncio.Event()
+        self._due: asyncio.Handle | None = None  # the next turn of the loop
+        self._opened: float | None = None  # since when there is something to do, and company may be due
         self._forward_began: float | None = None
+        self._over = False
         self._broken: Exception | None = None  # what ended the loop
+        self._farewell: asyncio.Task[None] | None = None
         self._stats = ReplicaStats()
-        self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> tuple[str, int]:
         """Listen and run; (host, port) for coordinators."""
-        port = await self._server.start(self._host)
-        self._loop = asyncio.create_task(self._run(), name="replica loop")
-        return self._host, port
+        self._thread.start()
+        return self._host, await self._server.start(self._host)
 
     async def stop(self) -> None:
         """Close every connection and the engine's thread; a forward that runs ends on its own."""
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.wait([self._loop])
+        self._over = True
+        cancel(self._due)
         await self._server.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.stop()
 
     def load(self) -> ReplicaLoad:
         """How busy this replica is now."""
@@ -165,23 +168,59 @@ class ModelReplica:
         """Raise ReplicaUnwell if the loop ended or a forward hangs."""
         if self._broken is not None:
             raise ReplicaUnwell(f"the replica's loop has ended: {self._broken!r}") from self._broken
-        if self._forward_began is not None and self._now() - self._forward_began > self._settings.stuck_s:
+        if self._forward_began is not None and time.monotonic() - self._forward_began > self._settings.stuck_s:
             raise ReplicaUnwell(f"a forward has been running for more than {self._settings.stuck_s} s")
 
     # -- the loop
 
-    async def _run(self) -> None:
+    def _wake(self) -> None:
+        """Something came: take a turn once all that has come by now is read. A forward's end takes one anyway."""
+        if self._forward_began is None and not self._over:
+            cancel(self._due)
+            self._due = asyncio.get_running_loop().call_soon(self._attempt, self._turn)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """Take a step of the loop; an error ends it."""
+        if self._over:
+            return
         try:
-            while True:
-                await self._gather()
-                results = await self._forward(parts := self._choose())
-                for part, result in zip(parts, results, strict=True):
-                    self._conclude(part, result)
-                self._answer()
+            step()
         except Exception as error:
             log.exception("the replica's loop has ended; its coordinators are sent elsewhere")
-            self._broken = error
-            await self._server.close()
+            self._over, self._broken = True, error
+            self._farewell = asyncio.get_running_loop().create_task(self._server.close())
+
+    def _turn(self) -> None:
+        """Run a forward if there is something to do and no more company is due within the window."""
+        if self._ledger.idle and not self._closing:
+            return
+        now = time.monotonic()
+        if self._opened is None:
+            self._opened = now
+        until = self._window.wait_until(self._opened, now)
+        if until is not None:
+            self._due = asyncio.get_running_loop().call_later(until - now, self._attempt, self._turn)
+            return
+        self._opened, self._forward_began = None, now
+        parts, closing, self._closing = self._choose(), list(self._closing), set()
+        self._thread.run(
+            self._engine, parts, closing, lambda outcome: self._attempt(partial(self._forwarded, parts, outcome))
+        )
+
+    def _forwarded(self, parts: Sequence[Part], outcome: Sequence[Result] | Exception) -> None:
+        """A forward is over: answer, and take the next turn."""
+        assert self._forward_began is not None
+        took, self._forward_began = time.monotonic() - self._forward_began, None
+        if isinstance(outcome, Exception):
+            log.error("a forward over %d sessions failed", len(parts), exc_info=outcome)
+            self._stats.failures += 1
+            outcome = [Failed()] * len(parts)
+        if parts:
+            self._count(parts, took)
+        for part, result in zip(parts, outcome, strict=True):
+            self._conclude(part, result)
+        self._answer()
+        self._turn()
 
     def _choose(self) -> list[Part]:
         heads = list(self._ledger.heads())
@@ -191,41 +230,12 @@ class ModelReplica:
             owned.running = pending if pending in chosen else None
         return parts
 
-    async def _gather(self) -> None:
-        """Return when there is something to do, and no more company is due within the window."""
-        while not self._closing and next(self._ledger.heads(), None) is None:
-            self._arrived.clear()
-            await self._arrived.wait()
-        opened = self._now()
-        while (until := self._window.wait_until(opened, self._now())) is not None:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout_at(until):
-                    await self._arrived.wait()
-            except TimeoutError:
-                continue
-
-    async def _forward(self, parts: Sequence[Part]) -> Sequence[Result]:
-        closing, self._closing = list(self._closing), set()
-        began = self._forward_began = self._now()
-        try:
-            results: Sequence[Result] = await asyncio.get_running_loop().run_in_executor(
-                self._thread, run_forward, self._engine, parts, closing
-            )
-        except Exception:
-            log.exception("a forward over %d sessions failed", len(parts))
-            self._stats.failures += 1
-            results = [Failed()] * len(parts)
-        finally:
-            self._forward_began = None
-        if parts:
-            took = self._now() - began
-            self._window.forward_took(took)
-            self._stats.forwards += 1
-            self._stats.items += len(parts)
-            self._stats.tokens += sum(part.tokens for part in parts)
-            self._stats.forward_s += took
-        return results
+    def _count(self, parts: Sequence[Part], took: float) -> None:
+        self._window.forward_took(took)
+        self._stats.forwards += 1
+        self._stats.items += len(parts)
+        self._stats.tokens += sum(part.tokens for part in parts)
+        self._stats.forward_s += took
 
     def _conclude(self, part: Part, result: Result) -> None:
         """Answer a part whose forward is over, unless its session was released or taken over meanwhile."""
@@ -257,8 +267,9 @@ class ModelReplica:
 
     def _answer(self) -> None:
         """Send what was answered."""
+        now = time.monotonic()
         for recipient in self._replies.flush():
-            self._window.answered(recipient, self._now())
+            self._window.answered(recipient, now)
 
     # -- what coordinators ask
 
@@ -267,7 +278,8 @@ class ModelReplica:
             case Extend():
                 self._on_extend(peer, message)
             case Lookup():
-                self._rows.ask(peer, lookup_items(message))
+                sound = within(message.ids, self._engine.width)
+                self._rows.ask(peer, lookup_items(message), sound=sound)
             case Widen():
                 self._rows.ask(peer, widen_items(message))
             case _:
@@ -282,10 +294,10 @@ class ModelReplica:
             self._admit(peer, item)
         self._replies.flush()
         if self._ledger.owns_any(peer):
-            self._window.arrived(peer, self._now())
+            self._window.arrived(peer, time.monotonic())
         else:
             self._window.forget(peer)
-        self._arrived.set()
+        self._wake()
 
     def _admit(self, peer: Peer, item: ExtendItem) -> None:
         owned = self._ledger.claim(peer, item, self._replies)
@@ -322,8 +334,4 @@ class ModelReplica:
         self._window.forget(peer)
         self._stats.bytes_received += peer.bytes_received
         self._stats.bytes_sent += peer.bytes_sent
-        self._arrived.set()
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
+        self._wake()

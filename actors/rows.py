@@ -25,16 +25,24 @@ class RowDesk:
         self.asked = 0
         self.waited = 0
 
-    def ask(self, peer: Recipient, items: Iterable[RowItem]) -> None:
-        """Answer what can be answered now, and keep the rest until its row is there."""
+    def ask(self, peer: Recipient, items: Iterable[RowItem], *, sound: bool = False) -> None:
+        """Answer what can be answered now, and keep the rest until its row is there.
+
+        sound: all ids of all items are known to lie within a row.
+        """
         for item in items:
             self.asked += 1
             owned = self._ledger.get(item.session)
             if owned is not None and item.epoch < owned.epoch:
                 self._replies.refuse(peer, item.ticket, Refusal.SUPERSEDED, owned.epoch)
+            elif not sound and self._wrong(item):
+                self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
             elif not self._serve(peer, item):
                 self._wait(peer, item, owned)
         self._replies.flush()
+
+    def _wrong(self, item: RowItem) -> bool:
+        return item.k < WHOLE if item.ids is None else not within(item.ids, self._engine.width)
 
     def settle(self, owned: Owned, gone: Refusal) -> None:
         """An extend of this session is over: answer what waited for it, with `gone` if it left no such row."""
@@ -55,16 +63,11 @@ class RowDesk:
             return False
         if item.ids is None:
             self._widen(peer, item, held, row)
-        elif within(item.ids, self._engine.width):
-            self._replies.values(peer, item.ticket, held.at(row, item.ids))
         else:
-            self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
+            self._replies.values(peer, item.ticket, held.at(row, item.ids))
         return True
 
     def _widen(self, peer: Recipient, item: RowItem, held: SessionRows, row: int) -> None:
-        if item.k < WHOLE:
-            self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
-            return
         k = width_of(item.k, self._engine.width)
         slices = held.slices(max(k, 0), [row])
         logits = held.whole([row]) if k == WHOLE else slices.logits

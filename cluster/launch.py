@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -15,40 +14,70 @@ from ray import serve
 from actors.config import ServiceConfig
 from router.app import bind
 
-# Ray reads these when it is first imported or started; a service started from ray_config.yaml has them from there.
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it
+# Ray's processes inherit these from the one that starts them; with ray_config.yaml they come from there.
 SETTINGS = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
-@contextmanager
-def running_service(config: ServiceConfig, num_cpus: int | None = None) -> Iterator[str]:
-    """The base URL of a service that answers on the loopback interface; everything is stopped at the end.
+class LaunchError(RuntimeError):
+    """The service did not come up on this machine; the message says at which step, and where to look."""
 
-    Raises ConfigError when the models are missing or do not fit.
+
+@contextmanager
+def running_service(
+    config: ServiceConfig, num_cpus: int | None = None, num_gpus: int | None = None, *, dashboard: bool = False
+) -> Iterator[str]:
+    """The base URL of a service that answers on the loopback interface; every process of it ends with the context.
+
+    num_cpus, num_gpus: what Ray takes this machine to have; default: what it has, and two CPUs at least.
+    dashboard: start Ray's dashboard too, whose server answers Ray's state API.
+
+    Raises ConfigError when the models are missing or do not fit, LaunchError when Ray or Serve do not start.
     """
+    application = bind(config)  # refuses before anything is started
+    with local_ray(num_cpus or max(2, os.cpu_count() or 2), num_gpus, dashboard=dashboard):
+        port = free_port()
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port})
+            serve.run(application, name=config.name, route_prefix="/")
+        except Exception as error:
+            raise LaunchError(f"Ray Serve did not start {config.name} on port {port}: {error}\n{_LOGS}") from error
+        yield f"http://{LOOPBACK}:{port}"
+        serve.delete(config.name)  # replicas take their leave; after an error they are ended with Ray
+
+
+@contextmanager
+def local_ray(num_cpus: int, num_gpus: int | None = None, *, dashboard: bool = False) -> Iterator[None]:
+    """A Ray cluster of this machine alone, and this process as its driver. Raises LaunchError."""
     os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=num_cpus or max(2, os.cpu_count() or 2),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": SETTINGS},
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            dashboard_port=free_port(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        ray.shutdown()
+        raise LaunchError(f"Ray did not start on this machine: {error}\n{_LOGS}") from error
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
-        serve.run(bind(config), name=config.name, route_prefix="/")
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
-        with contextlib.suppress(Exception):  # the cluster may be what failed
-            serve.shutdown()
         ray.shutdown()
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
+    """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+_LOGS = "Ray's logs are in /tmp/ray/session_latest/logs; `ray stop` ends what an earlier run may have left behind"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,19 +16,11 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 from ray.util.state.common import ActorState
 
+from cluster.launch import OBJECT_STORE_BYTES, SETTINGS, free_port
+
 ROOT = Path(__file__).parent.parent
-LOOPBACK = "127.0.0.1"
 APPLICATION = "thinklogit"
 READY_S = 120.0  # two busy cores start six processes
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_TQDM": "0"}
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def trio_args() -> dict[str, Any]:
@@ -42,38 +33,16 @@ def trio_args() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def local_ray(**resources: float) -> Iterator[None]:
-    """A node with these resources, and a Ray driver connected to it."""
+def labelled_nodes(labels: list[dict[str, str]], num_gpus: int) -> Iterator[list[str]]:
+    """A cluster of a head and one node with GPUs for each mapping of labels, and a driver; the ids of these nodes."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUIET.items():
+        for name, value in SETTINGS.items():
             patch.setenv(name, value)
-        ray.init(
-            "local",
-            **resources,
-            include_dashboard=True,  # its server answers the state API
-            dashboard_port=free_port(),
-            log_to_driver=False,
-            object_store_memory=80 * 2**20,
-            configure_logging=False,
-        )
-        try:
-            yield
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def labelled_nodes(labels: list[dict[str, str]]) -> Iterator[list[str]]:
-    """A cluster of a head and one node for each mapping of labels, and a driver; the node ids of the latter."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUIET.items():
-            patch.setenv(name, value)
-        common = {"object_store_memory": 80 * 2**20}
+        common = {"object_store_memory": OBJECT_STORE_BYTES}
         head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port(), **common}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            nodes = [cluster.add_node(num_cpus=1, labels=mapping, **common) for mapping in labels]
+            nodes = [cluster.add_node(num_cpus=1, num_gpus=num_gpus, labels=mapping, **common) for mapping in labels]
             ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
             yield [node.node_id for node in nodes]
         finally:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 from ray import serve
+from ray.util.state.common import ActorState
 
 from actors.deployments import SECRET_BYTES, application_secret
-from actors.requests import Role
+from actors.requests import ROLES, Role
 from router.app import MODEL_NAMES, build
 from tests.local_ray import APPLICATION, labelled_nodes, replicas, trio_args
 
@@ -19,26 +20,40 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
 ]
 
-ROLES: tuple[Role, ...] = ("target", "guider", "guider_base")
+GPUS: dict[Role, float] = {"target": 2, "guider": 0.5, "guider_base": 0.5}
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[dict[Role, str]]:
-    """Three nodes, each labelled for a role: the id of each."""
-    with labelled_nodes([{"thinklogit-role": role} for role in ROLES]) as ids:
+    """Three nodes that Ray takes to have two GPUs each, and that are labelled for a role each: the id of each."""
+    with labelled_nodes([{"thinklogit-role": role} for role in ROLES], num_gpus=2) as ids:
         yield dict(zip(ROLES, ids, strict=True))
 
 
-def test_each_role_runs_on_the_node_that_its_label_names(nodes: dict[Role, str]) -> None:
+@pytest.fixture(scope="module")
+def models(nodes: dict[Role, str]) -> dict[Role, ActorState]:
+    """The actor of each role of an application that asks for these nodes and for GPUs."""
     args = trio_args()
     for role in ROLES:
-        args["models"][role]["label_selector"] = {"thinklogit-role": role}
+        placed = {"label_selector": {"thinklogit-role": role}, "num_gpus": GPUS[role], "device": "cpu"}
+        args["models"][role].update(placed)
     serve.start(proxy_location="Disabled")
     serve.run(build(args), name=APPLICATION)
     found = replicas()
-    assert {role: found[MODEL_NAMES[role]].node_id for role in ROLES} == nodes
+    return {role: found[MODEL_NAMES[role]] for role in ROLES}
+
+
+def test_each_role_runs_on_the_node_that_its_label_names(
+    nodes: dict[Role, str], models: dict[Role, ActorState]
+) -> None:
+    assert {role: model.node_id for role, model in models.items()} == nodes
     status = serve.get_deployment_handle("Directory", APPLICATION).snapshot.remote().result(timeout_s=30)
     assert {endpoint.role for endpoint in status} == set(ROLES)
+
+
+def test_each_role_has_an_actor_of_its_own_with_the_gpus_of_the_config(models: dict[Role, ActorState]) -> None:
+    assert len({model.pid for model in models.values()}) == 3
+    assert {role: model.required_resources["GPU"] for role, model in models.items()} == GPUS
 
 
 def test_an_application_has_one_secret_and_no_other_applications(nodes: dict[Role, str]) -> None:

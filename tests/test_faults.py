@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from actors.config import ServiceConfig
 from actors.decoding.guidance import Guidance
 from actors.forward import Engine
 from actors.model import load_role
@@ -22,6 +23,13 @@ from tests.watched import Trio, WatchedEngine, until, watched
 def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
     with watched(trio_engines) as trio:
         yield trio
+
+
+def with_cache(role: Role, cache_tokens: int, **overrides: Any) -> ServiceConfig:
+    """A configuration in which one role's cache holds so many tokens of all sessions together."""
+    models: dict[str, dict[str, Any]] = {each: {"path": str(WEIGHTS / each)} for each in ROLES}
+    models[role]["cache_tokens"] = cache_tokens
+    return trio_config(models=models, **overrides)
 
 
 def forgetful(every: int) -> Any:
@@ -79,9 +87,7 @@ async def test_a_model_that_always_fails_ends_its_sessions_with_an_error(trio: T
 async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
     trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
-    models: dict[str, dict[str, Any]] = {role: {"path": str(WEIGHTS / role)} for role in ROLES}
-    models["target"]["cache_tokens"] = 256
-    crowded = trio_config(models=models, deadlines={"step_s": 0.2})
+    crowded = with_cache("target", 256, deadlines={"step_s": 0.2})
     endless = replace(LONG, max_tokens=220)
     async with local_service(trio_config(), trio.engines) as service:
         requests = [
@@ -91,6 +97,25 @@ async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
         expected = tokens(await decode_all(service.coordinators[0], requests))
     async with local_service(crowded, {**trio_engines, "target": load_role(crowded, "target")}) as service:
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+    assert "giving up" not in caplog.text
+
+
+async def test_sessions_that_do_not_fit_a_cache_together_all_come_to_the_same_end(
+    trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    crowded = with_cache("guider", 256)
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = [
+            request(service.tokenizers, text, sampling=replace(LONG, max_tokens=140), seed=i)
+            for i, text in enumerate(chat_prompts(3))
+        ]
+        expected = tokens(await decode_all(service.coordinators[0], requests))
+    async with local_service(crowded, {**trio_engines, "guider": load_role(crowded, "guider")}) as service:
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+        forwarded = service.replicas["guider"].stats().tokens
+    needed = sum(len(one.prompts["guider"]) + len(answer) for one, answer in zip(requests, expected, strict=True))
+    assert 256 < needed < forwarded
+    print(f"{forwarded} tokens went through the guider, {needed} were needed")  # shown with -rP
     assert "giving up" not in caplog.text
 
 

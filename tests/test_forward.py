@@ -7,7 +7,7 @@ from actors.wire.messages import Message
 
 
 class Nobody:
-    def send(self, message: Message) -> None:
+    def send(self, *messages: Message) -> None:
         raise AssertionError("nobody is answered here")
 
 

@@ -21,7 +21,10 @@ PADDING = 1 << 32  # above every id, so that it sorts last
 
 @dataclass(slots=True)
 class Lookup:
-    """Ids asked of a role beside its slice, their places among the candidates once these are known, and the answer."""
+    """Ids asked of a role beside its slice, and the answer.
+
+    places: where they stand among the candidates once these are known; -1 for an id that is none.
+    """
 
     ids: Ids
     places: Ids | None = None
@@ -45,7 +48,7 @@ class Part:
     logsumexp: float = 0.0
     ceiling: float = np.inf  # no id outside the slice has a higher logit
     arrived: bool = False
-    waiting: int = 0  # lookups and widenings on their way
+    waiting: int = 0  # lookups on their way
 
     @property
     def complete(self) -> bool:
@@ -120,7 +123,14 @@ def _place(parts: Sequence[Part], ids: Ids, places: Ids) -> None:
         part.places = places[begin:end]
         begin = end
         for lookup in part.lookups:
-            lookup.places = np.searchsorted(ids, lookup.ids)
+            lookup.places = _find(ids, lookup.ids)
+
+
+def _find(ids: Ids, wanted: Ids) -> Ids:
+    """Where the wanted ids stand among a row's candidates; -1 for what is none, as after another slice came."""
+    places = np.searchsorted(ids, wanted)
+    found = np.append(ids, PADDING)[places] == wanted
+    return places if found.all() else np.where(found, places, -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

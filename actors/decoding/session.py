@@ -134,7 +134,10 @@ class Session:
         if self.finish_reason is None and self._thinks_too_long():
             forced, closing = self._take({role: s.end for role, s in self.language.spellings.items()})
             taken, shown = taken + forced, shown + closing
-        notes = [TokenNote(i, text, alpha, changed and i == token) for i, text in taken] if self.request.explain else []
+        notes: list[TokenNote] = []
+        if self.request.explain:  # what was forced is nobody's choice
+            marks = (changed and at == 0 and i == token for at, (i, _) in enumerate(taken))
+            notes = [TokenNote(i, text, alpha, mark) for (i, text), mark in zip(taken, marks, strict=True)]
         return Delta(shown.reasoning, shown.content, [i for i, _ in taken], notes)
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Delta:

@@ -105,10 +105,13 @@ def marker_fold(
     Where the marker is one added token of the role and text to the primary, it counts towards the first token of the
     primary's spelling. Empty where there is nothing to fold.
     """
-    if marker not in role.added or marker in primary.added:
+    theirs = role.added.get(marker)
+    if theirs is None or theirs >= role.width or theirs in role.eos_ids or marker in primary.added:
         return {}
-    first = spell_primary(marker)[0]
-    return {first: (int(mapping.to_role[first]), role.added[marker])}
+    first = next(iter(spell_primary(marker)), -1)
+    if first < 0 or mapping.to_role[first] < 0:
+        return {}
+    return {first: (int(mapping.to_role[first]), theirs)}
 
 
 def _check_text(primary: Vocabulary, role: Vocabulary) -> None:

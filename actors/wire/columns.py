@@ -16,7 +16,6 @@ from actors.wire.messages import (
     ROWS_ITEM,
     VALUES_ITEM,
     WHOLE,
-    Array,
     Extend,
     Lookup,
     Message,
@@ -27,6 +26,8 @@ from actors.wire.messages import (
     Values,
     Widen,
 )
+
+_NO_IDS: NDArray[np.int32] = np.zeros(0, I32)
 
 
 class ExtendItem(NamedTuple):
@@ -56,43 +57,56 @@ class RowItem(NamedTuple):
     k: int
 
 
-def extend_items(message: Extend) -> Iterator[ExtendItem]:
-    """The items of an `Extend`. Raises ProtocolError, before the first, if counts and columns do not fit."""
-    items = message.items
-    tokens = _parts(items["tokens"], message.tokens, "Extend.tokens")
-    know = _parts(items["know"], message.know, "Extend.know")
-    if (items["rows"] < 0).any():
-        raise ProtocolError("Extend.items has a negative count of rows")
-    return (
-        ExtendItem(ticket, session, age, prefix, epoch, position, mine.tolist(), rows, k, ids)
-        for (ticket, session, age, prefix, epoch, position, _, rows, k, _), mine, ids in zip(
-            items.tolist(), tokens, know, strict=True
-        )
-    )
+def extend_items(message: Extend) -> list[ExtendItem]:
+    """The items of an `Extend`. Raises ProtocolError if counts and columns do not fit."""
+    flat, tokens, know = message.tokens.tolist(), _Cursor("Extend.tokens"), _Cursor("Extend.know")
+    items = []
+    for ticket, session, age, prefix, epoch, position, count, rows, k, known in message.items.tolist():
+        if rows < 0:
+            raise ProtocolError("Extend.items has a negative count of rows")
+        mine, ids = flat[tokens.next(count)], message.know[know.next(known)] if known else _NO_IDS
+        items.append(ExtendItem(ticket, session, age, prefix, epoch, position, mine, rows, k, ids))
+    tokens.finish(len(flat))
+    know.finish(len(message.know))
+    return items
 
 
-def lookup_items(message: Lookup) -> Iterator[RowItem]:
-    """The items of a `Lookup`. Raises ProtocolError, before the first, if counts and columns do not fit."""
-    parts = _parts(message.items["ids"], message.ids, "Lookup.ids")
-    return (
-        RowItem(ticket, session, row, epoch, position, ids, 0)
-        for (ticket, session, row, epoch, position, _), ids in zip(message.items.tolist(), parts, strict=True)
-    )
+def lookup_items(message: Lookup) -> list[RowItem]:
+    """The items of a `Lookup`. Raises ProtocolError if counts and columns do not fit."""
+    cursor = _Cursor("Lookup.ids")
+    items = [
+        RowItem(ticket, session, row, epoch, position, message.ids[cursor.next(count)], 0)
+        for ticket, session, row, epoch, position, count in message.items.tolist()
+    ]
+    cursor.finish(len(message.ids))
+    return items
 
 
-def widen_items(message: Widen) -> Iterator[RowItem]:
+def widen_items(message: Widen) -> list[RowItem]:
     """The items of a `Widen`."""
-    return (
+    return [
         RowItem(ticket, session, row, epoch, position, None, k)
         for ticket, session, row, epoch, position, k in message.items.tolist()
-    )
+    ]
 
 
-def _parts(counts: Array, flat: Array, name: str) -> list[Array]:
-    if (counts < 0).any() or counts.sum(dtype=np.int64) != len(flat):
-        raise ProtocolError(f"{name} has {len(flat)} values, which is not what the items count")
-    ends = counts.cumsum(dtype=np.int64).tolist()
-    return [flat[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+class _Cursor:
+    """Cuts a flat column into the parts of its items."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._end = name, 0
+
+    def next(self, count: int) -> slice:
+        """Where the next item's part lies. Raises ProtocolError for a negative count."""
+        if count < 0:
+            raise ProtocolError(f"{self._name}: an item counts {count} values")
+        begin, self._end = self._end, self._end + count
+        return slice(begin, self._end)
+
+    def finish(self, length: int) -> None:
+        """All items are cut. Raises ProtocolError unless that is the whole column."""
+        if self._end != length:
+            raise ProtocolError(f"{self._name} has {length} values, the items count {self._end}")
 
 
 class Answer(NamedTuple):
@@ -118,7 +132,7 @@ def answer_bytes(rows: int, k: int, know: int, width: int) -> int:
 class Recipient(Protocol):
     """Who gets answers: a peer of the server."""
 
-    def send(self, message: Message) -> None: ...
+    def send(self, *messages: Message) -> None: ...
 
 
 @dataclass(slots=True)
@@ -129,9 +143,9 @@ class _Mail:
 
 
 class Replies:
-    """Answers to any number of peers, sent as at most one frame of each kind to each peer.
+    """Answers to any number of peers, sent to each in one piece, as at most one frame of each kind.
 
-    Only rows that would be longer than `frame_limit` bytes together go out in several frames.
+    Only rows that would be longer than `frame_limit` bytes together go out in several frames, each on its own.
     """
 
     def __init__(self, frame_limit: int) -> None:
@@ -151,16 +165,23 @@ class Replies:
         """Send everything; who got something."""
         mail, self._mail = self._mail, {}
         for peer, box in mail.items():
+            messages: list[Message] = []
             for answers in self._frames(box.rows):
-                peer.send(pack_rows(answers))
+                if messages:
+                    peer.send(messages.pop())
+                messages.append(pack_rows(answers))
             if box.values:
-                peer.send(_pack_values(box.values))
+                messages.append(_pack_values(box.values))
             if box.refused:
-                peer.send(Refused(np.array(box.refused, REFUSED_ITEM)))
+                messages.append(Refused(np.array(box.refused, REFUSED_ITEM)))
+            peer.send(*messages)
         return list(mail)
 
     def _of(self, peer: Recipient) -> _Mail:
-        return self._mail.setdefault(peer, _Mail())
+        mail = self._mail.get(peer)
+        if mail is None:
+            mail = self._mail[peer] = _Mail()
+        return mail
 
     def _frames(self, answers: Sequence[tuple[int, Answer]]) -> Iterator[list[tuple[int, Answer]]]:
         frame: list[tuple[int, Answer]] = []
@@ -194,4 +215,6 @@ def _pack_values(values: Sequence[tuple[int, NDArray[np.float32]]]) -> Values:
 
 
 def _flat(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    if len(parts) == 1:
+        return parts[0].reshape(-1)
     return np.concatenate([part.reshape(-1) for part in parts])

@@ -58,14 +58,25 @@ class Link(asyncio.Protocol, ABC):
     def _ended(self, reason: Exception | None) -> None:
         """The connection is over: None if this end closed it in peace."""
 
-    def send(self, message: Message) -> None:
-        """Hand a message to the transport, now. Raises ConnectionLost, FrameTooLarge or PeerStalled."""
+    def send(self, *messages: Message) -> None:
+        """Hand messages to the transport, now and in one piece: the peer wakes once for all of them.
+
+        Raises ConnectionLost, PeerStalled or, when those before the one that is too long are on their way,
+        FrameTooLarge.
+        """
         if self.closing or self._transport is None:
             raise ConnectionLost("the connection is closed")
-        data = frame(encode(message), self._outgoing, self._frames.limit)
-        self._transport.write(data)
+        frames: list[bytes] = []
+        try:
+            for message in messages:
+                frames.append(frame(encode(message), self._outgoing, self._frames.limit))
+        finally:
+            self._write(self._transport, b"".join(frames))
+
+    def _write(self, transport: asyncio.Transport, data: bytes) -> None:
+        transport.write(data)
         self.bytes_sent += len(data)
-        if self._transport.get_write_buffer_size() > self.limits.unsent:
+        if transport.get_write_buffer_size() > self.limits.unsent:
             stalled = PeerStalled(f"the peer left more than {self.limits.unsent} bytes unread")
             self._abort(stalled)
             raise stalled
@@ -163,10 +174,10 @@ class Link(asyncio.Protocol, ABC):
         self._deadline = asyncio.get_running_loop().call_later(seconds, then)
 
 
-def cancel(timer: asyncio.TimerHandle | None) -> None:
-    """Stop a timer, if there is one."""
-    if timer is not None:
-        timer.cancel()
+def cancel(handle: asyncio.Handle | None) -> None:
+    """Stop what is due, if anything is."""
+    if handle is not None:
+        handle.cancel()
 
 
 def keep_alive(sock: socket.socket) -> None:

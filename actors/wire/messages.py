@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgpack
 import numpy as np
@@ -206,9 +206,30 @@ Message = Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows |
 MESSAGES: dict[int, type[Message]] = {
     t.tag: t for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure)
 }
-_FIELDS = {tag: dataclasses.fields(kind) for tag, kind in MESSAGES.items()}
-_LONGEST = 1 + max(len(fields) for fields in _FIELDS.values())
 _SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
+
+
+class _Field(NamedTuple):
+    """One field of a message: a scalar of a `type`, or a column of a `dtype`."""
+
+    name: str
+    type: type | None
+    dtype: np.dtype[Any]
+    itemsize: int
+    empty: Array  # what most columns of most messages are
+
+
+def _layout(kind: type[Message]) -> tuple[_Field, ...]:
+    fields = []
+    for field in dataclasses.fields(kind):
+        dtype = field.metadata.get("dtype", np.dtype("u1"))
+        scalar = None if "dtype" in field.metadata else _SCALARS[str(field.type)]
+        fields.append(_Field(field.name, scalar, dtype, dtype.itemsize, np.frombuffer(b"", dtype)))
+    return tuple(fields)
+
+
+_FIELDS = {tag: _layout(kind) for tag, kind in MESSAGES.items()}
+_LONGEST = 1 + max(len(fields) for fields in _FIELDS.values())
 
 
 def encode(message: Message) -> bytes:
@@ -216,8 +237,7 @@ def encode(message: Message) -> bytes:
     parts: list[Any] = [message.tag]
     for field in _FIELDS[message.tag]:
         value = getattr(message, field.name)
-        dtype = field.metadata.get("dtype")
-        parts.append(value if dtype is None else np.ascontiguousarray(value, dtype).tobytes())
+        parts.append(np.asarray(value, field.dtype).tobytes() if field.type is None else value)
     packed: bytes = msgpack.packb(parts)
     return packed
 
@@ -233,15 +253,13 @@ def decode(body: bytes | memoryview) -> Message:
     kind, fields = MESSAGES[parts[0]], _FIELDS[parts[0]]
     if len(parts) != len(fields) + 1:
         raise ProtocolError(f"{kind.__name__} has {len(fields)} fields, the frame has {len(parts) - 1}")
-    return kind(*(_field(kind, field, value) for field, value in zip(fields, parts[1:], strict=True)))
-
-
-def _field(kind: type, field: dataclasses.Field[Any], value: Any) -> Any:
-    dtype = field.metadata.get("dtype")
-    if dtype is None:
-        if type(value) is not _SCALARS[str(field.type)]:
-            raise ProtocolError(f"{kind.__name__}.{field.name} is not of type {field.type}")
-        return value
-    if not isinstance(value, bytes) or len(value) % dtype.itemsize:
-        raise ProtocolError(f"{kind.__name__}.{field.name} is not a column of {dtype.itemsize}-byte items")
-    return np.frombuffer(value, dtype)
+    for place, field in enumerate(fields, 1):
+        value = parts[place]
+        if field.type is not None:
+            if type(value) is not field.type:
+                raise ProtocolError(f"{kind.__name__}.{field.name} is not of type {field.type.__name__}")
+        elif type(value) is not bytes or len(value) % field.itemsize:
+            raise ProtocolError(f"{kind.__name__}.{field.name} is not a column of {field.itemsize}-byte items")
+        else:
+            parts[place] = np.frombuffer(value, field.dtype) if value else field.empty
+    return kind(*parts[1:])

@@ -76,12 +76,12 @@ class Peer(Link):
         self.authenticated = False
         self.name = ""  # as the coordinator calls itself
 
-    def send(self, message: Message) -> None:
-        """Send; a peer that is gone, or does not read, costs the caller nothing: `on_closed` tells."""
+    def send(self, *messages: Message) -> None:
+        """Send in one piece; a peer that is gone, or does not read, costs the caller nothing: `on_closed` tells."""
         if self.closing:
             return
         try:
-            super().send(message)
+            super().send(*messages)
         except WireError as error:
             self.fail(error)
 

@@ -1,6 +1,8 @@
-"""The formula over candidates, and the two estimates of what is not among them."""
+"""The formula over candidates, and what is known and estimated of the ids that are not among them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,28 +23,30 @@ def whole_rows(count: int, seed: int, spread: float = 3.0) -> Floats:
 
 def covered(rows: Floats, places: np.ndarray) -> RoleRows:
     """What is known of whole rows [B, V] when only `places` were asked for."""
-    return RoleRows(rows[:, places], logsumexp(rows))
+    return real(rows[:, places], logsumexp(rows))
 
 
-def combined_of(rows: list[RoleRows], alpha: Floats, inside: np.ndarray) -> Floats:
+def real(logits: Floats, logsumexp: Floats) -> RoleRows:
+    """Rows without padding."""
+    return RoleRows(logits, np.ones(logits.shape, np.bool_), logsumexp)
+
+
+def combined_of(rows: list[RoleRows], alpha: Floats) -> Floats:
     target, guider, base = rows
-    return combine(target, guider, base, alpha, inside)
+    return combine(target, guider, base, alpha)
 
 
 def test_combining_is_the_published_formula() -> None:
     target, guider, base = (whole_rows(3, seed) for seed in (1, 2, 3))
     alpha, everything = np.array([0.0, 0.5, 1.5]), np.arange(WIDTH)
-    inside = np.ones((3, WIDTH), np.bool_)
-    combined = combine(
-        covered(target, everything), covered(guider, everything), covered(base, everything), alpha, inside
-    )
+    combined = combine(covered(target, everything), covered(guider, everything), covered(base, everything), alpha)
     np.testing.assert_array_equal(combined, target + alpha[:, None] * (guider - base))
 
 
 def test_padding_is_minus_infinity() -> None:
-    rows = covered(whole_rows(1, 1), np.arange(4))
     inside = np.array([[True, True, False, True]])
-    assert np.isneginf(combine(rows, rows, rows, np.ones(1), inside)).tolist() == [[False, False, True, False]]
+    rows = replace(covered(whole_rows(1, 1), np.arange(4)), inside=inside)
+    assert np.isneginf(combine(rows, rows, rows, np.ones(1))).tolist() == [[False, False, True, False]]
 
 
 @pytest.mark.parametrize("silent", ["guider", "guider_base", "both"])
@@ -54,7 +58,7 @@ def test_an_unmapped_id_is_moved_by_nothing_on_log_probabilities(silent: str) ->
         small[0].logits[:, 7] = np.nan
     if silent != "guider":
         small[1].logits[:, 7] = np.nan
-    combined = combine(covered(target, places), small[0], small[1], alpha, np.ones((2, WIDTH), np.bool_))
+    combined = combine(covered(target, places), small[0], small[1], alpha)
     # The same in log-probabilities differs by a constant of the row; there, id 7 moves by 0.
     log_probabilities = (z - logsumexp(z)[:, None] for z in (target, guider, base))
     t, g, b = log_probabilities
@@ -69,51 +73,88 @@ def test_uncovered_mass_is_exactly_what_is_missing() -> None:
     rows, places = whole_rows(5, 7), np.arange(0, WIDTH, 9)
     known = covered(rows, places)
     probability = np.exp(rows - logsumexp(rows)[:, None])
-    np.testing.assert_allclose(
-        known.uncovered(np.ones((5, len(places)), np.bool_)), 1 - probability[:, places].sum(1), atol=1e-12
-    )
+    np.testing.assert_allclose(known.uncovered, 1 - probability[:, places].sum(1), atol=1e-12)
 
 
 def test_ids_that_a_model_lacks_cover_nothing() -> None:
     rows = covered(whole_rows(1, 8), np.arange(3))
     rows.logits[0, 1] = np.nan
-    inside = np.ones((1, 3), np.bool_)
-    without = RoleRows(rows.logits[:, [0, 2]], rows.logsumexp)
-    assert rows.uncovered(inside)[0] == without.uncovered(np.ones((1, 2), np.bool_))[0]
+    assert rows.uncovered[0] == real(rows.logits[:, [0, 2]], rows.logsumexp).uncovered[0]
 
 
-def test_padding_changes_no_bit_of_the_uncovered_mass_nor_of_the_estimate() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.4])
+def test_padding_and_company_change_no_bit_of_the_estimates(temperature: float) -> None:
     rows = [whole_rows(4, seed) for seed in (1, 2, 3)]
     places, alpha = np.arange(33), np.full(4, 0.8)
     narrow = [covered(z, places) for z in rows]
-    wide = [RoleRows(np.pad(r.logits, ((0, 0), (0, 50)), constant_values=np.nan), r.logsumexp) for r in narrow]
-    inside = np.ones((4, 33), np.bool_)
-    padded = np.pad(inside, ((0, 0), (0, 50)))
+    wide = [padded(known, 50) for known in narrow]
     for thin, thick in zip(narrow, wide, strict=True):
-        assert thin.uncovered(inside).tobytes() == thick.uncovered(padded).tobytes()
-    combined, combined_wide = combined_of(narrow, alpha, inside), combined_of(wide, alpha, padded)
+        assert thin.uncovered.tobytes() == thick.uncovered.tobytes()
+    combined, combined_wide = combined_of(narrow, alpha), combined_of(wide, alpha)
     assert combined_wide[:, :33].tobytes() == combined.tobytes()
-    estimate = outside_estimate(combined, inside, alpha, *narrow)
-    assert outside_estimate(combined_wide, padded, alpha, *wide).tobytes() == estimate.tobytes()
+    estimate = outside_estimate(combined, alpha, *narrow, temperature=temperature)
+    assert outside_estimate(combined_wide, alpha, *wide, temperature=temperature).tobytes() == estimate.tobytes()
     for row in range(4):
         one = slice(row, row + 1)
-        alone = [RoleRows(r.logits[one], r.logsumexp[one]) for r in narrow]
-        assert outside_estimate(combined[one], inside[one], alpha[one], *alone)[0] == estimate[row]
+        alone = [real(known.logits[one], known.logsumexp[one]) for known in narrow]
+        assert outside_estimate(combined[one], alpha[one], *alone, temperature=temperature)[0] == estimate[row]
+
+
+def padded(rows: RoleRows, by: int) -> RoleRows:
+    """The same rows, wider: NaN in the padding."""
+    around = ((0, 0), (0, by))
+    logits = np.pad(rows.logits, around, constant_values=np.nan)
+    return RoleRows(logits, np.pad(rows.inside, around), rows.logsumexp)
 
 
 def test_nothing_is_outside_when_everything_is_covered() -> None:
     rows = [covered(whole_rows(4, seed), np.arange(WIDTH)) for seed in (1, 2, 3)]
-    inside, alpha = np.ones((4, WIDTH), np.bool_), np.full(4, 1.0)
-    assert (outside_estimate(combined_of(rows, alpha, inside), inside, alpha, *rows) < 1e-3).all()
-    assert (outside_estimate(rows[0].logits, inside, alpha, rows[0]) < 1e-6).all()
+    alpha = np.full(4, 1.0)
+    assert (outside_estimate(combined_of(rows, alpha), alpha, *rows) < 1e-3).all()
+    assert (outside_estimate(rows[0].logits, alpha, rows[0]) < 1e-6).all()
+
+
+def outside_truth(z: Floats, places: np.ndarray, temperature: float = 1.0) -> Floats:
+    """[B]: mass of softmax(z / temperature) outside the places, from whole rows [B, V]."""
+    z = z / temperature
+    return np.asarray(1 - np.exp(z[:, places] - logsumexp(z)[:, None]).sum(1))
 
 
 def test_for_the_target_alone_the_estimate_is_the_truth() -> None:
     rows = whole_rows(6, 9)
-    places = np.arange(0, WIDTH, 5)
-    inside, known = np.ones((6, len(places)), np.bool_), covered(rows, places)
-    estimate = outside_estimate(known.logits, inside, np.zeros(6), known)
-    np.testing.assert_allclose(estimate, known.uncovered(inside), rtol=1e-9)
+    known = covered(rows, np.arange(0, WIDTH, 5))
+    estimate = outside_estimate(known.logits, np.zeros(6), known)
+    np.testing.assert_allclose(estimate, known.uncovered, rtol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.5, 4.0])
+def test_for_the_target_alone_it_is_never_below_the_truth_at_any_temperature(temperature: float) -> None:
+    rows = np.sort(whole_rows(6, 13))[:, ::-1]
+    places = np.arange(40)  # its slice: nothing outside is above its lowest
+    known, ceiling = covered(rows, places), rows[:, 39]
+    estimate = outside_estimate(known.logits, np.zeros(6), known, temperature=np.full(6, temperature), ceiling=ceiling)
+    assert (estimate >= outside_truth(rows, places, temperature) - 1e-9).all()
+
+
+def test_colder_rows_leave_less_outside_and_greedy_ones_are_held_to_a_low_temperature() -> None:
+    rows = np.sort(whole_rows(5, 14))[:, ::-1]
+    known, ceiling = covered(rows, np.arange(30)), rows[:, 29]
+    greedy, cold, warm = (
+        outside_estimate(known.logits, np.zeros(5), known, temperature=t, ceiling=ceiling) for t in (0.0, 0.3, 1.0)
+    )
+    assert (cold < warm).all()
+    assert greedy.tolist() == cold.tolist()
+
+
+def test_rows_that_the_guider_lifts_outside_are_not_taken_for_seen() -> None:
+    target, base = whole_rows(4, 15), whole_rows(4, 16)
+    guider = base.copy()
+    guider[:, :10] -= 3.0  # the candidates, pushed down
+    guider[:, 10:] += 1.0
+    alpha, places = np.full(4, 1.0), np.arange(50)
+    rows = [covered(z, places) for z in (target, guider, base)]
+    guided = outside_estimate(combined_of(rows, alpha), alpha, *rows)
+    assert (guided >= outside_truth(target + guider - base, places) - 1e-9).all()
 
 
 @pytest.mark.parametrize("shift", [-2.0, 0.0, 0.7])
@@ -123,20 +164,27 @@ def test_the_estimate_is_never_below_the_truth_where_guidance_shifts_all_outside
     guider = base + shift  # outside, the delta is the same everywhere
     guider[:, places] = whole_rows(3, 12)[:, places]
     z = target + alpha[:, None] * (guider - base)
-    truth = 1 - np.exp(z[:, places] - logsumexp(z)[:, None]).sum(1)
-    inside = np.ones((3, 50), np.bool_)
     known = [covered(rows, places) for rows in (target, guider, base)]
-    assert (outside_estimate(z[:, places], inside, alpha, *known) >= truth - 1e-9).all()
+    estimate = outside_estimate(z[:, places], alpha, *known)
+    assert (estimate >= outside_truth(z, places) - 1e-9).all()
 
 
 def test_the_estimate_stays_a_probability_in_extreme_rows() -> None:
-    rows = RoleRows(np.array([[5_000.0, -5_000.0]]), np.array([5_000.0]))
-    for alpha in (-50.0, 50.0):
-        inside = np.ones((1, 2), np.bool_)
-        estimate = outside_estimate(
-            combine(rows, rows, rows, np.array([alpha]), inside), inside, np.array([alpha]), rows
-        )
-        assert 0 <= estimate[0] <= 1
+    rows = real(np.array([[5_000.0, -5_000.0]]), np.array([5_000.0]))
+    for strength in (-50.0, 50.0):
+        alpha = np.array([strength])
+        for temperature in (0.0, 1.0, 100.0):
+            combined = combine(rows, rows, rows, alpha)
+            estimate = outside_estimate(combined, alpha, rows, rows, rows, temperature=temperature, ceiling=np.inf)
+            assert 0 <= estimate[0] <= 1
+
+
+def test_a_row_of_which_a_role_has_nothing_is_all_outside_of_it() -> None:
+    target, nothing = covered(whole_rows(1, 1), np.arange(4)), real(np.full((1, 4), np.nan), np.zeros(1))
+    alpha = np.ones(1)
+    estimate = outside_estimate(combine(target, nothing, nothing, alpha), alpha, target, nothing, nothing)
+    assert nothing.uncovered.tolist() == [1.0]
+    np.testing.assert_allclose(estimate, target.uncovered)
 
 
 def test_total_variation_of_known_distributions() -> None:

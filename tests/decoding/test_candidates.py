@@ -1,131 +1,221 @@
-"""Candidates and lookups against brute force over sets."""
+"""Candidates, and what each role knows of them, against brute force over sets."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from actors.decoding.candidates import SPAN, Ids, Part, candidates, keys, missing, unique
+from actors.decoding.candidates import NONE, PADDING, Ids, Lookup, Part, join, side_by_side
+
+IDS = 200
 
 
-def part(*pieces: tuple[list[int], list[float]]) -> Part:
-    """A part whose first piece is the slice, with no folded events."""
-    out = Part()
-    (ids, logits), *looked_up = pieces
-    out.add_rows(np.zeros(0, np.int64), np.zeros(0), np.array(ids, np.int64), np.array(logits, np.float32), 0.0)
-    for ids, logits in looked_up:
-        out.add_values(np.array(ids, np.int64), np.array(logits, np.float32))
-    return out
+def array(ids: Sequence[int]) -> Ids:
+    return np.array(ids, np.int64)
 
 
-def random_parts(rows: int, seed: int) -> list[tuple[Part, Part]]:
-    draw = np.random.default_rng(seed)
-    out = []
-    for _ in range(rows):
-        pair = []
-        for _ in range(2):
-            ids = draw.choice(200, int(draw.integers(0, 12)), replace=False)
-            ids = np.where(draw.random(len(ids)) < 0.2, -1, ids)
-            pair.append(part((ids.tolist(), draw.normal(size=len(ids)).tolist())))
-        out.append((pair[0], pair[1]))
-    return out
-
-
-def proposed(*parts: Part) -> set[int]:
-    return {int(i) for p in parts for piece in p.proposed for i in piece if i >= 0}
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_candidates_are_what_anyone_proposed_in_id_order(seed: int) -> None:
-    parts = random_parts(17, seed)
-    dense = candidates(parts)
-    for row, pair in enumerate(parts):
-        real = dense.ids[row][dense.inside[row]]
-        assert real.tolist() == sorted(proposed(*pair))
-        assert (dense.ids[row][~dense.inside[row]] == SPAN).all()
-        assert (np.diff(dense.inside[row].astype(int)) <= 0).all()  # padding behind
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_rows_candidates_are_the_same_in_any_company(seed: int) -> None:
-    parts = random_parts(9, seed)
-    together = candidates(parts)
-    for row, pair in enumerate(parts):
-        alone = candidates([pair])
-        assert alone.ids[0][alone.inside[0]].tolist() == together.ids[row][together.inside[row]].tolist()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_values_are_what_is_known_and_nothing_where_it_is_not(seed: int) -> None:
-    parts = random_parts(11, seed)
-    dense = candidates(parts)
-    for role in (0, 1):
-        values = dense.values([pair[role] for pair in parts])
-        for row, pair in enumerate(parts):
-            table: dict[int, float] = {}
-            for ids, logits in zip(pair[role].ids, pair[role].values, strict=True):
-                table |= {int(i): float(z) for i, z in zip(ids, logits, strict=True) if i >= 0}
-            for column, token in enumerate(dense.ids[row].tolist()):
-                expected = table.get(token, np.nan)
-                assert values[row, column] == expected or (np.isnan(values[row, column]) and np.isnan(expected))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_what_is_missing_is_what_was_wanted_and_not_asked(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    wanted = [set(draw.choice(60, 15).tolist()) for _ in range(8)]
-    asked = [set(draw.choice(60, 10).tolist()) | {-1} for _ in range(8)]
-    gaps = missing(
-        unique(keys([[np.array(sorted(ids))] for ids in wanted])), [[np.array(sorted(ids))] for ids in asked]
+def part(slice_: dict[int, float] | None = None, folded: dict[int, float] | None = None) -> Part:
+    """A part whose row has come: its slice and its folded events as {id: logit}."""
+    folded, slice_ = folded or {}, slice_ or {}
+    out = Part(events=array([*folded]))
+    out.arrive(
+        np.array([*folded.values()], np.float64), array([*slice_]), np.array([*slice_.values()], np.float32), 0.5
     )
-    assert [gap.tolist() for gap in gaps] == [sorted(w - a) for w, a in zip(wanted, asked, strict=True)]
+    return out
+
+
+def table(role: Part, ids: Ids) -> dict[int, float]:
+    """What a role knows of the row's candidates, as {id: logit}."""
+    values = role.values(len(ids))
+    return {int(i): float(z) for i, z in zip(ids, values, strict=True) if not np.isnan(z)}
+
+
+def random_part(draw: np.random.Generator) -> Part:
+    """A slice of up to 12 ids, some without a counterpart, and up to 3 events, some of them in the slice."""
+    ids = draw.choice(IDS, int(draw.integers(0, 12)), replace=False)
+    events = draw.choice(IDS, int(draw.integers(0, 4)), replace=False)
+    if len(ids) and len(events) and draw.random() < 0.5 and ids[0] not in events:
+        events[0] = ids[0]
+    out = Part(events=events)
+    slice_ = np.where(draw.random(len(ids)) < 0.2, -1, ids)
+    out.arrive(draw.normal(size=len(events)), slice_, draw.normal(size=len(ids)).astype(np.float32), 0.0)
+    return out
+
+
+def random_rows(rows: int, seed: int) -> list[list[Part]]:
+    """Rows of two or three roles: their shapes differ."""
+    draw = np.random.default_rng(seed)
+    return [[random_part(draw) for _ in range(int(draw.integers(2, 4)))] for _ in range(rows)]
+
+
+def proposed(parts: Sequence[Part]) -> set[int]:
+    return {int(i) for p in parts for ids in (p.events, p.ids) for i in ids if i >= 0}
+
+
+def told(role: Part) -> dict[int, float]:
+    """By brute force: what a role was told, the events last."""
+    known: dict[int, float] = {}
+    for lookup in role.lookups:
+        assert lookup.values is not None
+        known |= dict(zip(lookup.ids.tolist(), lookup.values.tolist(), strict=True))
+    known |= {int(i): float(z) for i, z in zip(role.ids, role.logits, strict=True) if i >= 0}
+    return known | dict(zip(role.events.tolist(), role.folded.tolist(), strict=True))
+
+
+def look_up(role: Part, ids: Ids, draw: np.random.Generator) -> None:
+    role.lookups.append(Lookup(ids, values=draw.normal(size=len(ids)).astype(np.float32)))
+
+
+# -- the candidates of a row
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_candidates_are_what_anyone_put_forward_in_id_order(seed: int) -> None:
+    rows = random_rows(17, seed)
+    for ids, parts in zip(join(rows), rows, strict=True):
+        assert ids.tolist() == sorted(proposed(parts))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rows_candidates_and_values_are_the_same_in_any_company(seed: int) -> None:
+    rows = random_rows(23, seed)
+    assert len({tuple(len(p.ids) for p in parts) for parts in rows}) > 1  # shapes differ
+    together = join(rows)
+    values = [[role.values(len(ids)) for role in parts] for ids, parts in zip(together, rows, strict=True)]
+    for ids, parts, known in zip(together, rows, values, strict=True):
+        (alone,) = join([parts])
+        assert alone.tobytes() == ids.tobytes()
+        assert [role.values(len(ids)).tobytes() for role in parts] == [z.tobytes() for z in known]
 
 
 def test_rows_do_not_mix_even_at_the_largest_ids() -> None:
     largest = np.iinfo(np.int32).max
-    rows: list[list[Ids]] = [[np.array([0, largest])], [np.array([0])], [np.array([largest])]]
-    assert len(unique(keys(rows))) == 4
-    assert keys([]).tolist() == []
+    rows = [[part({0: 0.0, largest: 1.0})], [part({0: 0.0, 1: 1.0})], [part({largest: 0.0})]]
+    assert [ids.tolist() for ids in join(rows)] == [[0, largest], [0, 1], [largest]]
+    assert join([]) == []
 
 
-def test_folded_events_stand_before_the_slice() -> None:
-    folded = Part()
-    folded.add_rows(np.array([7]), np.array([2.5]), np.array([3, 7]), np.array([1.0, 2.0], np.float32), 0.0)
-    dense = candidates([[folded]])
-    assert dict(zip(dense.ids[0].tolist(), dense.values([folded])[0].tolist(), strict=True)) == {3: 1.0, 7: 2.5}
+def test_what_is_looked_up_is_no_candidate_by_that() -> None:
+    target, base = part({3: 1.0}), part()
+    look_up(base, array([3]), np.random.default_rng(0))
+    assert join([[target, base]])[0].tolist() == [3]
 
 
-def test_folded_events_survive_a_widening() -> None:
-    folded = Part()
-    folded.add_rows(np.array([7]), np.array([2.5]), np.array([3]), np.array([1.0], np.float32), 0.0)
-    folded.widen(np.array([3, 7, 8]), np.array([1.0, 2.0, 0.5], np.float32))
-    dense = candidates([[folded]])
-    assert dict(zip(dense.ids[0].tolist(), dense.values([folded])[0].tolist(), strict=True)) == {3: 1, 7: 2.5, 8: 0.5}
+# -- what a role knows of them
 
 
-def test_lookups_that_came_before_the_row_are_kept() -> None:
-    early = Part()
-    early.asked.append(np.array([4, 5]))
-    early.waiting = 1
-    early.add_values(np.array([4, 5]), np.array([0.25, 0.5], np.float32))
-    early.waiting = 0
-    before = early.complete
-    early.add_rows(np.zeros(0, np.int64), np.zeros(0), np.array([5, 6]), np.array([0.5, 0.75], np.float32), 1.0)
-    assert (before, early.complete) == (False, True)
-    other = part(([4], [0.0]))
-    dense = candidates([[early, other]])
-    assert dense.values([early])[0].tolist() == [0.25, 0.5, 0.75]
-    assert missing(unique(keys([[np.array([4, 5, 6])]])), [early.asked])[0].tolist() == []
+@pytest.mark.parametrize("seed", range(5))
+def test_values_are_what_was_told_and_nothing_where_it_was_not(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    rows = random_rows(11, seed)
+    for parts in rows:
+        for role, other in zip(parts, parts[1:] + parts[:1], strict=True):
+            look_up(role, other.ids[other.ids >= 0], draw)
+    for ids, parts in zip(join(rows), rows, strict=True):
+        for role in parts:
+            assert table(role, ids) == told(role)
+
+
+def test_lookups_asked_before_the_candidates_are_known_find_their_places() -> None:
+    target, guider = Part(), part({5: 0.5, 9: 0.75, -1: 0.0})
+    target.lookups.append(Lookup(array([9, 5])))
+    target.waiting = 1
+    target.lookups[0].values = np.array([0.25, 0.125], np.float32)  # in the order asked
+    target.waiting = 0
+    target.arrive(np.zeros(0), array([7, 5]), np.array([2.0, 0.125], np.float32), 1.0)
+    (ids,) = join([[target, guider]])
+    assert table(target, ids) == {5: 0.125, 7: 2.0, 9: 0.25}
+    assert table(guider, ids) == {5: 0.5, 9: 0.75}
+    assert target.missing(len(ids)).tolist() == []
+
+
+def test_a_lookup_of_what_is_no_candidate_any_more_changes_nothing() -> None:
+    # The guider's slice was looked up in the target, then its replica was lost and another one likes other ids.
+    target, guider = part({3: 1.0}), part({7: 0.5})
+    look_up(target, array([5, 7, 900]), np.random.default_rng(0))
+    (ids,) = join([[target, guider]])
+    assert ids.tolist() == [3, 7]
+    assert table(target, ids) == {3: 1.0, 7: told(target)[7]}
+    assert target.missing(2).tolist() == []
+    gone = part()
+    look_up(gone, array([5]), np.random.default_rng(0))
+    assert [len(ids) for ids in join([[gone]])] == [0]
+    assert len(gone.values(0)) == 0
+
+
+def test_folded_events_override_the_slice_and_lookups_of_the_same_id() -> None:
+    role = part({3: 1.0, 7: 2.0}, folded={7: 2.5, 8: 0.0})
+    look_up(role, array([7, 3]), np.random.default_rng(0))
+    (ids,) = join([[role]])
+    assert table(role, ids) == {3: 1.0, 7: 2.5, 8: 0.0}
+
+
+def test_a_widened_slice_keeps_folded_events_and_what_lookups_brought() -> None:
+    target, guider = part({3: 1.0}, folded={7: 2.5}), part({4: 0.5})
+    look_up(target, array([4]), np.random.default_rng(0))
+    brought = told(target)[4]
+    join([[target, guider]])
+    target.widen(array([3, 7, 8]), np.array([1.0, 2.0, 0.5], np.float32))
+    (ids,) = join([[target, guider]])
+    assert ids.tolist() == [3, 4, 7, 8]
+    assert table(target, ids) == {3: 1.0, 4: brought, 7: 2.5, 8: 0.5}
+    assert target.ceiling == 0.5
+    assert target.missing(len(ids)).tolist() == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_missing_is_never_what_slice_events_or_lookups_bring(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    rows = random_rows(13, seed)
+    for parts in rows:
+        others = parts[1].ids[parts[1].ids >= 0]
+        look_up(parts[0], others[: len(others) // 2], draw)
+    for ids, parts in zip(join(rows), rows, strict=True):
+        for role in parts:
+            assert ids[role.missing(len(ids))].tolist() == [i for i in ids.tolist() if i not in told(role)]
+
+
+def test_what_was_asked_for_and_has_not_come_is_not_asked_again() -> None:
+    target, base = part({3: 1.0, 4: 2.0}), part()
+    (ids,) = join([[target, base]])
+    places = base.missing(2)
+    base.lookups.append(Lookup(ids[places], places))
+    assert places.tolist() == [0, 1]
+    assert base.missing(2).tolist() == []
 
 
 def test_a_part_is_complete_when_all_that_was_asked_has_come() -> None:
-    row = part(([1], [0.0]))
+    row = part({1: 0.0})
     before = row.complete
     row.waiting += 1
     assert (before, row.complete, Part().complete) == (True, False, False)
 
 
-def test_a_role_of_which_no_row_is_known_gives_nothing() -> None:
-    known, unknown = part(([1, 2], [0.5, 0.25])), part(([], []))
-    dense = candidates([[known, unknown]])
-    assert np.isnan(dense.values([unknown])).all()
+def test_nothing_outside_a_slice_is_above_its_lowest_logit() -> None:
+    assert part({1: 3.0, 2: -1.0}).ceiling == -1.0
+    assert part().ceiling == np.inf
+
+
+# -- rows side by side
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_side_by_side_are_the_rows_and_padding_behind(seed: int) -> None:
+    rows = random_rows(9, seed)
+    candidates = join(rows)
+    dense = side_by_side(candidates)
+    firsts = [parts[0] for parts in rows]
+    values = dense.values(firsts, [len(ids) for ids in candidates])
+    for row, (ids, role) in enumerate(zip(candidates, firsts, strict=True)):
+        assert dense.ids[row, : len(ids)].tolist() == ids.tolist()
+        assert (dense.ids[row, len(ids) :] == PADDING).all()
+        assert dense.inside[row].tolist() == [place < len(ids) for place in range(dense.ids.shape[1])]
+        np.testing.assert_array_equal(values[row, : len(ids)], role.values(len(ids)))
+        assert np.isnan(values[row, len(ids) :]).all()
+
+
+def test_a_row_without_candidates_is_padding_alone() -> None:
+    dense = side_by_side([NONE])
+    assert (dense.ids.tolist(), dense.inside.tolist()) == ([[PADDING]], [[False]])

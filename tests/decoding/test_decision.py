@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.decoding.candidates import Part
+from actors.decoding.candidates import NONE, Ids, Lookup, Part, join
 from actors.decoding.decision import Row, compare, decide
 from actors.decoding.parameters import Sampling
 from actors.decoding.penalties import adjust
@@ -22,20 +22,19 @@ def unchanged(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
     """No penalties."""
 
 
-def parts(whole: NDArray[np.float32], k: int | None) -> list[Part]:
-    """Three parts [target, guider, guider base] of whole rows [3, V]; k None: all ids."""
-    top = [np.argsort(-z, kind="stable")[: k or VOCABULARY] for z in whole]
-    wanted = np.union1d(top[0], top[1])
+def parts(whole: NDArray[np.float32], k: int | None) -> tuple[Ids, list[Part]]:
+    """Candidates and three parts [target, guider, guider base] of whole rows [3, V]; k None: all ids."""
     out = []
     for role, z in enumerate(whole):
         part = Part()
-        mine = top[role] if role < 2 else np.zeros(0, np.int64)
-        logsumexp = float(np.logaddexp.reduce(z.astype(np.float64)))
-        part.add_rows(np.zeros(0, np.int64), np.zeros(0), mine, z[mine], logsumexp)
-        rest = np.setdiff1d(wanted, mine)
-        part.add_values(rest, z[rest])
+        mine = np.argsort(-z, kind="stable")[: k or VOCABULARY] if role < 2 else NONE
+        part.arrive(np.zeros(0), mine, z[mine], float(np.logaddexp.reduce(z.astype(np.float64))))
         out.append(part)
-    return out
+    (ids,) = join([out])
+    for part, z in zip(out, whole, strict=True):
+        places = part.missing(len(ids))
+        part.lookups.append(Lookup(ids[places], places, z[ids[places]]))
+    return ids, out
 
 
 def rows(count: int, k: int | None, sampling: Sampling, spread: float = 3.0) -> list[Row]:
@@ -43,17 +42,14 @@ def rows(count: int, k: int | None, sampling: Sampling, spread: float = 3.0) -> 
     out = []
     for i in range(count):
         whole = draw.normal(0, spread, (3, VOCABULARY)).astype(np.float32)
-        target, guider, base = parts(whole, k)
-        out.append(Row(target, guider, base, 0.25 * (i % 7), sampling, 1_000 + i, i, unchanged))
+        ids, (target, guider, base) = parts(whole, k)
+        out.append(Row(ids, target, guider, base, 0.25 * (i % 7), sampling, 1_000 + i, i, unchanged))
     return out
 
 
 def table(part: Part) -> NDArray[np.float64]:
-    """[V] what a whole part knows."""
-    out = np.full(VOCABULARY, np.nan)
-    for ids, values in zip(part.ids, part.values, strict=True):
-        out[ids] = values
-    return out
+    """[V] what a part of a whole row knows."""
+    return part.values(VOCABULARY)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7, top_p=0.9)])

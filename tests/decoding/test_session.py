@@ -59,15 +59,11 @@ class Setting:
     ) -> Session:
         """A session whose prompt is `ab`."""
         thinking = thinking or Thinking()
-        markers = [thinking.end]
         texts = {i: t for tokens in (self.target.text, self.target.added) for t, i in tokens.items()}
         texts |= {self.target.added[t]: "" for t in self.special}
         vocabularies: dict[Role, Vocabulary] = {"target": self.target, **dict.fromkeys(SMALL, self.small)}
         language = Language(
-            {
-                role: map_vocabulary(self.target, self.small, speller(self.small), speller(self.target), markers)
-                for role in SMALL
-            },
+            {role: map_vocabulary(self.target, self.small, speller(self.small)) for role in SMALL},
             {
                 role: Spelling(tuple(speller(v)(thinking.end)), tuple(speller(v)(thinking.wait)))
                 for role, v in vocabularies.items()
@@ -87,12 +83,7 @@ def feed(session: Session, tokens: Sequence[int] | str, alpha: float = 1.0) -> D
     for token in [LETTER[c] for c in tokens] if isinstance(tokens, str) else tokens:
         assert session.finish_reason is None
         delta = session.commit(token, alpha, changed=False)
-        total = Delta(
-            total.reasoning + delta.reasoning,
-            total.content + delta.content,
-            total.tokens + delta.tokens,
-            total.notes + delta.notes,
-        )
+        total = total + delta
     return total
 
 
@@ -278,6 +269,32 @@ def test_guiding_the_thinking_ends_with_it() -> None:
     assert session.alpha() == 0
 
 
+@pytest.mark.parametrize("setting", [Setting(), Setting(special=("<e>", "<e2>", END)), TEXT_TARGET])
+def test_guiding_the_thinking_ends_with_it_also_where_the_prompt_opened_it(setting: Setting) -> None:
+    session = setting.session(thinking=Thinking("", END), guidance=Guidance(0.5, guide="thinking"))
+    tokens = [42] if END in setting.target.added else [LETTER[c] for c in END]
+    feed(session, "ab")
+    feed(session, tokens[:-1])
+    assert session.alpha() == 0.5
+    feed(session, tokens[-1:])
+    assert session.alpha() == 0
+    feed(session, "c" * 30)
+    assert session.alpha() == 0
+
+
+def test_guiding_the_thinking_without_an_end_guides_always() -> None:
+    session = Setting().session(thinking=Thinking("", ""), guidance=Guidance(0.5, guide="thinking"))
+    feed(session, "ab")
+    assert session.alpha() == 0.5
+
+
+def test_an_early_end_that_became_wait_ends_no_guidance() -> None:
+    thinking = Thinking("<think>", END, min_tokens=2, wait="bad")
+    session = Setting().session(thinking=thinking, guidance=Guidance(0.5, guide="thinking"))
+    feed(session, [42])
+    assert session.alpha() == 0.5
+
+
 def test_the_thinkings_end_is_forced_in_each_roles_own_spelling() -> None:
     session = TEXT_TARGET.session(thinking=Thinking("<think>", END, max_tokens=2))
     delta = feed(session, "ab")
@@ -378,6 +395,20 @@ def test_notes_tell_each_token_and_the_alpha_in_force() -> None:
     (note,) = session.commit(LETTER["a"], 0.5, changed=True).notes
     assert (note.id, note.text, note.alpha, note.changed) == (LETTER["a"], "a", 0.5, True)
     assert Setting().session().commit(LETTER["a"], 0.5, changed=True).notes == []
+
+
+@pytest.mark.parametrize("chosen", ["a", "<", "h"])
+def test_notes_of_forced_tokens_are_not_marked_changed(chosen: str) -> None:
+    session = TEXT_TARGET.session(thinking=Thinking("<think>", END, max_tokens=1), explain=True)
+    notes = session.commit(LETTER[chosen], 0.5, changed=True).notes
+    assert [note.text for note in notes] == [chosen, *END]
+    assert [note.changed for note in notes] == [True, *[False] * len(END)]
+
+
+def test_a_wait_in_the_place_of_an_end_is_not_marked_changed() -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, min_tokens=9, wait="bad"), explain=True)
+    notes = session.commit(42, 0.5, changed=True).notes
+    assert [(note.text, note.changed) for note in notes] == [(c, False) for c in "bad"]
 
 
 def test_penalties_count_what_was_forced_too() -> None:

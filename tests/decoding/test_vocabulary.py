@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 
@@ -13,6 +11,7 @@ from actors.decoding.vocabulary import (
     VocabularyMap,
     known,
     map_vocabulary,
+    marker_fold,
     own_map,
 )
 from tests.decoding.vocabularies import speller, text, vocabulary
@@ -20,8 +19,12 @@ from tests.decoding.vocabularies import speller, text, vocabulary
 END = "</think>"
 
 
-def mapped(primary: Vocabulary, role: Vocabulary, markers: Sequence[str] = ()) -> VocabularyMap:
-    return map_vocabulary(primary, role, speller(role), speller(primary), markers)
+def mapped(primary: Vocabulary, role: Vocabulary) -> VocabularyMap:
+    return map_vocabulary(primary, role, speller(role))
+
+
+def folded_marker(primary: Vocabulary, role: Vocabulary) -> dict[int, tuple[int, ...]]:
+    return marker_fold(primary, role, mapped(primary, role), END, speller(primary))
 
 
 def test_text_tokens_match_by_spelling_wherever_they_stand() -> None:
@@ -102,15 +105,48 @@ def test_text_tokens_that_differ_are_refused_with_their_ids() -> None:
 def test_the_roles_own_token_for_a_marker_counts_towards_the_first_token_of_its_spelling() -> None:
     primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40, END: 41}, ["<e>"])
     first = text()["<"]
-    assert mapped(primary, role, [END]).folds == {40: (40,), first: (first, 41)}
+    assert folded_marker(primary, role) == {first: (first, 41)}
     assert mapped(primary, role).folds == {40: (40,)}
-    both = vocabulary({"<e>": 40, END: 44}, ["<e>"])
-    assert mapped(both, role, [END]).folds == {40: (40,)}
+
+
+def test_a_marker_is_heard_in_the_roles_own_ids() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 60, END: 61}, ["<e>"], first=20)
+    first = text()["<"]
+    assert folded_marker(primary, role) == {first: (first + 20, 61)}
+
+
+def test_a_marker_that_both_have_or_neither_has_is_not_folded() -> None:
+    plain, marked = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40, END: 44}, ["<e>"])
+    assert folded_marker(marked, marked) == {}
+    assert folded_marker(plain, plain) == {}
+    assert folded_marker(marked, plain) == {}
+
+
+def test_a_marker_beyond_the_width_of_a_row_is_not_folded() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40, END: 90}, ["<e>"], width=41)
+    assert folded_marker(primary, role) == {}
+
+
+def test_a_marker_that_ends_the_roles_text_is_its_end_and_nothing_else() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40, END: 41}, ["<e>", END])
+    assert mapped(primary, role).folds == {40: (40, 41)}
+    assert folded_marker(primary, role) == {}
+
+
+def test_a_marker_that_the_primary_cannot_spell_is_not_folded() -> None:
+    primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40, END: 41}, ["<e>"])
+    assert marker_fold(primary, role, mapped(primary, role), END, lambda _: []) == {}
+
+
+def test_a_marker_whose_spelling_begins_with_what_the_role_lacks_is_not_folded() -> None:
+    primary = vocabulary({"<e>": 40, "</th": 41}, ["<e>"])
+    role = vocabulary({"<e>": 40, END: 41}, ["<e>"])
+    assert folded_marker(primary, role) == {}
 
 
 def test_folding_adds_probabilities() -> None:
     mapping = VocabularyMap(np.arange(6), np.arange(6), {}, {5: (5, 2, 3), 1: (1,)})
-    groups = known(mapping)
+    groups = known(mapping.folds, mapping)
     logits = np.random.default_rng(0).normal(0, 30, (4, 6)).astype(np.float32)
     folded = groups.fold(logits[:, groups.ids])
     assert groups.events.tolist() == [5, 1]
@@ -121,7 +157,7 @@ def test_folding_adds_probabilities() -> None:
 
 
 def test_a_rows_folding_is_the_same_in_any_company() -> None:
-    groups = known(VocabularyMap(np.arange(9), np.arange(9), {}, {8: (8, 3, 4, 5), 1: (1, 2)}), [6])
+    groups = known({8: (8, 3, 4, 5), 1: (1, 2)}, VocabularyMap(np.arange(9), np.arange(9)), [6])
     logits = np.random.default_rng(1).normal(0, 5, (50, len(groups.ids))).astype(np.float32)
     together = groups.fold(logits)
     assert all(groups.fold(logits[i : i + 1]).tobytes() == together[i : i + 1].tobytes() for i in range(50))
@@ -129,7 +165,7 @@ def test_a_rows_folding_is_the_same_in_any_company() -> None:
 
 def test_forced_ids_are_known_once_and_only_where_the_role_has_them() -> None:
     mapping = VocabularyMap(np.array([0, -1, 4, 3, 2]), np.arange(5), {}, {3: (3, 1)})
-    groups = known(mapping, [4, 2, 1, 3, 2])
+    groups = known(mapping.folds, mapping, [4, 2, 1, 3, 2])
     assert groups.events.tolist() == [3, 2, 4]
     assert groups.ids.tolist() == [3, 1, 4, 2]
     assert groups.starts.tolist() == [0, 2, 3]
@@ -139,4 +175,4 @@ def test_without_end_tokens_there_is_nothing_to_fold() -> None:
     plain = vocabulary({"<x>": 40})
     assert own_map(plain).folds == {}
     assert mapped(plain, plain).folds == {}
-    assert known(own_map(plain)).ids.tolist() == []
+    assert known({}, own_map(plain)).ids.tolist() == []

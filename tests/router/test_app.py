@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 import pytest
+from openai import AsyncOpenAI
+from openai.types.chat import ChatCompletion
 from ray import serve
+from transformers import AutoTokenizer
 
-from actors.config import ConfigError
+from actors.config import ConfigError, load_config
+from cluster.launch import running_service
 from router.app import DIRECTORY_CPUS, MODEL_NAMES, build
-from tests.local_ray import APPLICATION, LOOPBACK, READY_S, free_port, local_ray, replicas, trio_args, wait_until
+from tests.local_ray import APPLICATION, READY_S, replicas, trio_args, wait_until
+from tests.oracle import WEIGHTS, Case, Oracle, choice_seed
+from tests.trio import chat_prompts
 
 # Ray leaves sockets and child processes to its own exit handlers.
 pytestmark = [
@@ -18,47 +26,104 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
 ]
 
-QUESTION = {"role": "user", "content": "Who is the mentor of the rival of Ada?"}
+QUESTION = "Who is the mentor of the rival of Ada?"
+MESSAGE = {"role": "user", "content": QUESTION}
+SAMPLINGS = ((0.0, 1.0), (0.6, 0.95), (1.0, 1.0))  # temperature, top_p
+PROMPTS = 24
+LENGTH = 32
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[httpx.Client]:
-    args = trio_args()
-    for gpus, model in zip((2, 0.5, 0.5), args["models"].values(), strict=True):
-        model["num_gpus"] = gpus
-    with local_ray(num_cpus=2, num_gpus=3):
-        port = free_port()
-        serve.start(http_options={"host": LOOPBACK, "port": port}, proxy_location="HeadOnly")
-        serve.run(build(args), name=APPLICATION, route_prefix="/")
-        with httpx.Client(base_url=f"http://{LOOPBACK}:{port}", timeout=READY_S) as http:
-            wait_until(lambda: http.get("/ready").status_code == 200, "every role being there")
-            yield http
+def url() -> Iterator[str]:
+    """The service of `ray_config.yaml` in exact mode."""
+    args = trio_args() | {"exact": True, "coordinator": {"max_sessions": PROMPTS}}
+    with running_service(load_config(args), num_cpus=2, dashboard=True) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=READY_S) as http:
+        wait_until(lambda: http.get("/ready").status_code == 200, "every role being there")
+        yield http
+
+
+@pytest.fixture
+async def openai(url: str, client: httpx.Client) -> AsyncIterator[AsyncOpenAI]:
+    """OpenAI's client of the service, once all of it is there."""
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=READY_S, max_retries=0) as openai:
+        yield openai
+
+
+def chat(text: str, seed: int, sampling: tuple[float, float]) -> dict[str, Any]:
+    temperature, top_p = sampling
+    messages = [{"role": "user", "content": text}]
+    asked = {"model": APPLICATION, "messages": messages, "seed": seed, "max_tokens": LENGTH}
+    return asked | {"temperature": temperature, "top_p": top_p, "extra_body": {"guidance": {"explain": True}}}
+
+
+async def ask(openai: AsyncOpenAI, text: str, seed: int, sampling: tuple[float, float]) -> ChatCompletion:
+    answer: ChatCompletion = await openai.chat.completions.create(**chat(text, seed, sampling))
+    return answer
+
+
+def answer_ids(answer: ChatCompletion) -> list[int]:
+    """The tokens of an explained answer."""
+    explained: Any = answer.choices[0].model_extra
+    return [token["id"] for token in explained["guidance"]["tokens"]]
+
+
+async def test_what_is_served_is_what_plain_forwards_decode(openai: AsyncOpenAI) -> None:
+    asked = [(text, sampling) for text in chat_prompts(PROMPTS) for sampling in SAMPLINGS]
+    answers = await asyncio.gather(*(ask(openai, text, seed, how) for seed, (text, how) in enumerate(asked)))
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "target")
+    cases = []
+    for seed, ((text, (temperature, top_p)), answer) in enumerate(zip(asked, answers, strict=True)):
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        prompt = tokenizer.encode(rendered, add_special_tokens=False)
+        cases.append(Case(text, prompt, answer_ids(answer), choice_seed(seed, 0), temperature, top_p, LENGTH))
+    tally = Oracle().hold(cases)
+    print(f"{len(cases)} answers: {tally}")  # shown with -rP
+    assert tally.places > 10 * len(cases)
+    assert tally.near_ties < 0.001 * tally.places
+
+
+async def test_a_stream_says_what_the_whole_answer_says(openai: AsyncOpenAI) -> None:
+    whole = await ask(openai, QUESTION, 7, SAMPLINGS[1])
+    stream = await openai.chat.completions.create(**chat(QUESTION, 7, SAMPLINGS[1]), stream=True)
+    choices = [chunk.choices[0] async for chunk in stream]
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    assert choices[-1].finish_reason == whole.choices[0].finish_reason
+
+
+async def test_sixteen_at_once_are_answered_as_one_alone_is(openai: AsyncOpenAI) -> None:
+    alone = await ask(openai, QUESTION, 7, SAMPLINGS[2])
+    together = await asyncio.gather(*(ask(openai, QUESTION, 7, SAMPLINGS[2]) for _ in range(16)))
+    assert [answer_ids(answer) for answer in together] == [answer_ids(alone)] * 16
 
 
 def test_the_guided_model_and_each_role_alone_answer(client: httpx.Client) -> None:
     names = [card["id"] for card in client.get("/v1/models").raise_for_status().json()["data"]]
     assert names == ["thinklogit", "thinklogit/target", "thinklogit/guider", "thinklogit/guider-base"]
     for name in names:
-        body = {"model": name, "messages": [QUESTION], "temperature": 0, "max_tokens": 40}
+        body = {"model": name, "messages": [MESSAGE], "temperature": 0, "max_tokens": 40}
         answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
         assert answer["choices"][0]["message"]["content"]
         assert bool(answer["usage"]["guidance"]["guided_tokens"]) is (name == "thinklogit")
 
 
-def test_the_roles_run_in_three_actors_with_the_gpus_of_the_config(client: httpx.Client) -> None:
+def test_the_roles_run_in_three_actors(client: httpx.Client) -> None:
     models = {name: replica for name, replica in replicas().items() if name in MODEL_NAMES.values()}
+    assert models.keys() == set(MODEL_NAMES.values())
     assert len({replica.pid for replica in models.values()}) == 3
-    assert {name: replica.required_resources["GPU"] for name, replica in models.items()} == {
-        "Target": 2,
-        "Guider": 0.5,
-        "GuiderBase": 0.5,
-    }
 
 
 def test_a_client_that_leaves_its_stream_frees_its_session(client: httpx.Client) -> None:
     coordinator = serve.get_deployment_handle("Coordinator", APPLICATION)
     endless = {"min_tokens": 3_000, "max_tokens": 3_000, "stream": True, "temperature": 1}
-    body = {"model": "thinklogit", "messages": [QUESTION], **endless}
+    body = {"model": "thinklogit", "messages": [MESSAGE], **endless}
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = response.iter_lines()  # kept: the response closes with its iterator
         next(lines)

@@ -24,9 +24,11 @@ from actors.wire.messages import (
 class Mailbox:
     def __init__(self) -> None:
         self.frames: list[Message] = []
+        self.writes = 0
 
-    def send(self, message: Message) -> None:
-        self.frames.append(decode(encode(message)))
+    def send(self, *messages: Message) -> None:
+        self.writes += 1
+        self.frames += [decode(encode(message)) for message in messages]
 
 
 def answer(rows: int, k: int, know: int = 0, width: int = 10) -> Answer:
@@ -63,7 +65,7 @@ def test_counts_that_are_not_what_the_column_has_are_refused_before_the_first_it
         lookup_items(Lookup(items, np.array([1, 2, 3])))
 
 
-def test_each_peer_gets_one_frame_of_each_kind() -> None:
+def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
     replies, a, b = Replies(1 << 20), Mailbox(), Mailbox()
     replies.values(a, 3, np.array([7], np.float32))
     replies.rows(a, 1, answer(2, 4, know=1))
@@ -81,6 +83,7 @@ def test_each_peer_gets_one_frame_of_each_kind() -> None:
     assert isinstance(refused, Refused)
     assert refused.items.tolist() == [(4, Refusal.KV_MISS, 12)]
     assert len(b.frames) == 1
+    assert (a.writes, b.writes) == (1, 1)
     assert replies.flush() == []
 
 
