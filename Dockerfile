@@ -1,13 +1,13 @@
 # The service and everything that it imports. On a cluster the image is the code: an upgrade is a new image.
 #
-#   docker build -t thinklogit .                        # CPU
-#   docker build -t thinklogit:gpu --build-arg DEVICE=gpu .
-#   docker run --network host --shm-size 2g thinklogit  # add --gpus all for the second
+#   docker build -t thinklogit .                        # runs on CPU and GPU: torch as its package index has it
+#   docker build -t thinklogit:cpu --build-arg TORCH_INDEX=URL .    # URL: an index of CPU builds of torch, far smaller
+#   docker run --network host --shm-size 2g thinklogit  # add --gpus all where there are some
 #
 # Other models: mount another file over /app/ray_config.yaml and a volume at /home/ray/.cache/huggingface.
 FROM python:3.12-slim
 
-ARG DEVICE=cpu
+ARG TORCH_INDEX=
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
     && rm -rf /var/lib/apt/lists/* \
@@ -16,13 +16,8 @@ RUN apt-get update \
 
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-# PyPI's torch for Linux brings CUDA; the CPU image takes the small build of the same version.
-RUN torch="torch==$(sed -n 's/^torch==//p' constraints.txt)" \
-    && case "$DEVICE" in \
-         cpu) pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "$torch" ;; \
-         gpu) pip install --no-cache-dir "$torch" ;; \
-         *) echo "DEVICE is cpu or gpu, not $DEVICE" >&2; exit 1 ;; \
-       esac \
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+        "torch==$(sed -n 's/^torch==//p' constraints.txt)" \
     && pip install --no-cache-dir -c constraints.txt .
 
 COPY --chown=ray actors actors

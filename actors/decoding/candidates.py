@@ -128,8 +128,10 @@ def _place(parts: Sequence[Part], ids: Ids, places: Ids) -> None:
 
 def _find(ids: Ids, wanted: Ids) -> Ids:
     """Where the wanted ids stand among a row's candidates; -1 for what is none, as after another slice came."""
-    places = np.searchsorted(ids, wanted)
-    found = np.append(ids, PADDING)[places] == wanted
+    if not len(ids):
+        return np.full(len(wanted), -1)
+    places = ids.searchsorted(wanted)
+    found = ids.take(places, mode="clip") == wanted
     return places if found.all() else np.where(found, places, -1)
 
 

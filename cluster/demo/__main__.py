@@ -27,7 +27,7 @@ from rich.text import Text
 
 from actors.config import ConfigError
 from cluster.demo.task import Question, grade, questions
-from cluster.launch import running_service
+from cluster.launch import LaunchError, running_service
 from cluster.serve_file import read_service_config
 
 HOPS = (2, 3, 4, 5)
@@ -35,6 +35,7 @@ MODES = {"guided": "", "target alone": "/target", "guider alone": "/guider", "gu
 CONCURRENT = 32
 MAX_TOKENS = 160
 DEADLINE_S = 120.0
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,16 @@ def table_of(shares: dict[str, dict[int, float]], n: int) -> Table:
 
 
 def example_of(answers: Sequence[Answer]) -> list[Answer]:
-    """The four answers to one question, one that shows the most: guided right, and words that guidance changed."""
+    """The answers of all modes to the question that shows the most.
 
-    def shows(answer: Answer) -> tuple[bool, int]:
-        return answer.right, sum(note["changed"] for note in answer.notes)
+    Guided alone is right, by every hop, and guidance changed many words.
+    """
+    right = Counter(answer.question for answer in answers if answer.right)
+
+    def shows(answer: Answer) -> tuple[bool, bool, int, int]:
+        by_hops = answer.question.thinking in answer.text
+        changed = sum(note["changed"] for note in answer.notes)
+        return answer.right, by_hops, -right[answer.question], changed
 
     best = max((answer for answer in answers if answer.mode == "guided"), key=shows)
     return [answer for mode in MODES for answer in answers if (answer.mode, answer.question) == (mode, best.question)]
@@ -140,9 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{url}/v1 answers as {', '.join(config.served_names)}", highlight=False)
             asked = [question for hops in HOPS for question in questions("held_out", hops, options.questions)]
             answers = asyncio.run(ask_all(url, config.name, asked, console))
-    except ConfigError as error:
-        console.print(f"[bold red]error[/] {error}")
+    except (ConfigError, LaunchError) as error:
+        console.print("[bold red]error[/]", Text(str(error)))
         return 1
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return INTERRUPTED
     shares = accuracies(answers)
     example = example_of(answers)
     console.print(f"\n[bold]{example[0].question.text}[/]  (in brackets: what guidance changed)\n")

@@ -134,7 +134,7 @@ def test_lookups_asked_before_the_candidates_are_known_find_their_places() -> No
 def test_a_lookup_of_what_is_no_candidate_any_more_changes_nothing() -> None:
     # The guider's slice was looked up in the target, then its replica was lost and another one likes other ids.
     target, guider = part({3: 1.0}), part({7: 0.5})
-    look_up(target, array([5, 7, 900]), np.random.default_rng(0))
+    look_up(target, array([7, 5, 900]), np.random.default_rng(0))
     (ids,) = join([[target, guider]])
     assert ids.tolist() == [3, 7]
     assert table(target, ids) == {3: 1.0, 7: told(target)[7]}
