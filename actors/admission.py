@@ -17,15 +17,25 @@ def refusal(request: Generate, languages: Languages) -> Rejected | None:
         return Rejected("invalid", f"logit_bias or stop_token_ids name token ids that do not exist: {stray[:8]}")
     if any(not tokens for tokens in request.prompts.values()):
         return Rejected("invalid", "the prompt is empty")
+    if request.primary != "target" and not (
+        request.guidance.never_guides() and set(request.prompts) == {request.primary}
+    ):
+        return Rejected(
+            "invalid", f"{request.primary} alone is not guided: it takes alpha 0 and no other role's prompt"
+        )
     needed = (request.primary,) if request.guidance.never_guides() else ROLES
     if any(role not in request.prompts for role in needed):
-        return Rejected("invalid", f"guidance needs a prompt for each of {', '.join(needed)}")
+        return Rejected("invalid", f"the request needs a prompt for each of {', '.join(needed)}")
     return None
 
 
 def canonical(request: Generate, languages: Languages) -> Generate:
-    """The request with every end id of its sampling as the one that stands for the end."""
+    """The request with every end id of its sampling as the one that stands for the end; its own bias comes first."""
     sampling, role = request.sampling, request.primary
-    bias = {languages.canonical(role, i): number for i, number in sampling.logit_bias}
+    bias: dict[int, float] = {}
+    for token, number in sampling.logit_bias:
+        event = languages.canonical(role, token)
+        if event == token or event not in bias:
+            bias[event] = number
     stops = sorted({languages.canonical(role, i) for i in sampling.stop_token_ids})
     return replace(request, sampling=replace(sampling, logit_bias=tuple(bias.items()), stop_token_ids=tuple(stops)))

@@ -149,7 +149,7 @@ class Exchange:
         """One of target and guider has answered: look its ids up in the other, once."""
         target, guider = (live.parts[role] for role in PROPOSERS)
         for role, asked, proposer in zip(PROPOSERS, (target, guider), (guider, target), strict=True):
-            if proposer.arrived and not asked.arrived and not asked.lookups:
+            if proposer.arrived and not asked.arrived and not asked.lookups:  # else it is asked already
                 wanted = proposer.ids >= 0
                 for event in asked.events:
                     wanted &= proposer.ids != event
@@ -189,14 +189,14 @@ class Exchange:
         outbox.know.append(needed.ids)
 
     def _take_rows(self, message: Rows) -> None:
-        at = np.zeros(3, np.int64)  # where the next item's ids, logits and known values begin
+        first_id = first_logit = first_value = 0
         for row, (ticket, _, k, know) in enumerate(message.items.tolist()):
             asked = self._asked.get(ticket)
             width = self._width(message) if k == WHOLE else k
-            ids = message.ids[at[0] : at[0] + max(k, 0)]
-            logits = message.logits[at[1] : at[1] + width]
-            values = message.known[at[2] : at[2] + know]
-            at += (max(k, 0), width, know)
+            ids = message.ids[first_id : first_id + max(k, 0)]
+            logits = message.logits[first_logit : first_logit + width]
+            values = message.known[first_value : first_value + know]
+            first_id, first_logit, first_value = first_id + len(ids), first_logit + width, first_value + know
             if asked is not None:
                 self._done(ticket, asked)
                 self._take_row(asked, ids, logits, values, float(message.logsumexp[row]), k == WHOLE)

@@ -48,14 +48,14 @@ def test_widening_pays_with_bytes_for_what_slices_lose_of_a_flat_tail(config: Se
     assert narrow[0.6].tv_mean < narrow[1.0].tv_mean
 
 
-def test_a_steep_tail_needs_no_widening(config: ServiceConfig) -> None:
+def test_a_steep_tail_is_decided_well_with_and_almost_without_widening(config: ServiceConfig) -> None:
     cases = list(tail_case(Tail(2.5), config, load_tokenizers(config), 12, lambda: None))
     for case in cases:
         assert case.rows == 12
         assert case.greedy_agreement == 1
         assert case.first_flip == 12
         assert case.tv_mean < 0.002
-        assert case.widened == 0
+        assert case.widened < 0.5
 
 
 def test_the_estimate_sees_a_base_that_is_far_below_outside_the_head(config: ServiceConfig) -> None:
