@@ -13,7 +13,8 @@ serve: .venv/ready ## the service of ray_config.yaml in the foreground, on this 
 	$(BIN)/python -m cluster.check ray_config.yaml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run --working-dir . ray_config.yaml
 
-test: .venv/ready
+test: export OMP_NUM_THREADS = 1
+test: .venv/ready ## one thread: the trio is so small that more would only wait for one another
 	$(BIN)/python -m pytest
 
 lint: .venv/ready

@@ -41,12 +41,10 @@ class Replica:
         return self.connection.welcome
 
     def flush(self) -> None:
-        """Send what has been collected."""
-        if self.connection is None:
-            self.outbox.take()
-            return
-        for message in self.outbox.take():
-            self.connection.send(message)
+        """Send what has been collected, in one piece."""
+        messages = self.outbox.take()
+        if messages and self.connection is not None:
+            self.connection.send(*messages)
 
 
 class Links:

@@ -192,6 +192,7 @@ class ModelReplica:
 
     def _turn(self) -> None:
         """Run a forward if there is something to do and no more company is due within the window."""
+        assert self._forward_began is None
         if self._ledger.idle and not self._closing:
             return
         now = time.monotonic()

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import uvloop
 from ray.actor import ActorHandle
 from rich.table import Table
 
@@ -219,7 +220,8 @@ def run(width: int, rounds: int) -> list[Timings]:
     try:
         with tempfile.TemporaryDirectory() as folder, progress(console()) as bar:
             task = bar.add_task("rounds", total=rounds * len(SESSIONS))
-            return asyncio.run(measure(Path(folder), width, rounds, lambda: bar.advance(task)))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:  # the loop that Ray gives its workers
+                return loop.run(measure(Path(folder), width, rounds, lambda: bar.advance(task)))
     finally:
         ray.shutdown()
 

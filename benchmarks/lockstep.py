@@ -41,9 +41,9 @@ class StandIn:
         self._outgoing: list[Message] = []
         self.bytes = 0
 
-    def send(self, message: Message) -> None:
+    def send(self, *messages: Message) -> None:
         """What the engine's side says (`actors.wire.columns.Recipient`)."""
-        self._outgoing.append(self._carried(message))
+        self._outgoing += map(self._carried, messages)
 
     def answer(self, messages: Sequence[Message]) -> list[Message]:
         """The replies to what a coordinator says."""

@@ -123,7 +123,7 @@ async def stop_replica(service: LocalService, role: Role) -> None:
     """Stop a replica for good: nothing of it computes any more."""
     replica = service.replicas[role]
     await replica.stop()
-    await asyncio.to_thread(replica._thread.shutdown, True)
+    await asyncio.to_thread(replica._thread._thread.join, 10)
 
 
 @pytest.mark.parametrize("role", ROLES)

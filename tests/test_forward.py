@@ -1,9 +1,15 @@
+import asyncio
+import threading
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from actors.forward import Part, Pending, choose
-from actors.wire.columns import ExtendItem
+from actors.engine.verbs import Extend, Outcome
+from actors.forward import ForwardThread, Part, Pending, Result, choose
+from actors.wire.columns import Answer, ExtendItem
 from actors.wire.messages import Message
+from benchmarks.null_engine import NullEngine
 
 
 class Nobody:
@@ -57,3 +63,45 @@ def test_chunks_join_to_the_whole_with_the_hash_of_what_went_before() -> None:
 @pytest.mark.parametrize(("position", "made"), [(9, False), (10, True), (19, True), (20, False)])
 def test_a_pending_extend_knows_which_rows_it_will_give(position: int, made: bool) -> None:
     assert pending(20, rows=10).makes(position) is made
+
+
+class Failing(NullEngine):
+    """Fails in every forward of more than one extend, and notes the threads that it runs on."""
+
+    def __init__(self) -> None:
+        super().__init__(width=32)
+        self.threads: set[int] = set()
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
+        self.threads.add(threading.get_ident())
+        if len(batch) > 1:
+            raise RuntimeError("out of memory")
+        return super().extend(batch)
+
+
+async def test_forwards_run_in_order_on_one_thread_and_come_back_on_the_loops() -> None:
+    engine, thread = Failing(), ForwardThread("engine")
+    outcomes: list[list[Result] | Exception] = []
+    back, threads = asyncio.Event(), set()
+
+    def done(outcome: list[Result] | Exception) -> None:
+        outcomes.append(outcome)
+        threads.add(threading.get_ident())
+        if len(outcomes) == 3:
+            back.set()
+
+    part = Part(pending(1), 1)
+    part.pending.prefix = engine.hash_seed
+    thread.start()
+    for parts in ([part], [part, part], []):
+        thread.run(engine, parts, [], done)
+    await asyncio.wait_for(back.wait(), 10)
+    thread.stop()
+    rows, failure, nothing = outcomes
+    assert isinstance(rows, list)
+    assert isinstance(rows[0], Answer)
+    assert isinstance(failure, RuntimeError)
+    assert nothing == []
+    assert threads == {threading.get_ident()}
+    assert len(engine.threads) == 1
+    assert engine.threads != threads

@@ -89,9 +89,9 @@ async def test_slices_decode_as_whole_rows_do(company: Company) -> None:
     assert [one.request_id for one in again] == [one.request_id for one in requests]
     differing = [one for one, a, b in zip(requests, full, sliced, strict=True) if a != b]
     print(f"{len(full) - len(differing)} of {len(full)} answers from slices equal those from whole rows")
-    # Only a draw from a whole distribution may come from the mass that no slice shows; it is below 0.002 a row.
+    # Only a draw from a whole distribution may come from the mass that no slice shows; it is below 0.0005 a row.
     assert all(one.sampling.temperature == 1 and one.sampling.top_p == 1 for one in differing)
-    assert len(differing) <= 0.005 * len(full)
+    assert len(differing) <= 0.001 * len(full)
 
 
 async def test_company_changes_no_token(company: Company, trio_engines: Mapping[Role, Engine]) -> None:

@@ -176,6 +176,23 @@ async def test_a_rejected_drafts_row_is_not_taken_for_its_successors() -> None:
         assert isinstance(await within(c.look_up(1, [1, 2, 9], [5])), list)
 
 
+async def test_a_lookup_of_ids_that_no_row_has_is_refused_at_once_and_hurts_no_other_of_its_frame() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            row = c.ask(1, [1])
+            good, bad = c.look_up(1, [1], [5]), c.look_up(1, [1], [-1])
+            assert await within(bad) == No(Refusal.BAD_ITEM)
+            assert not good.done()
+        assert isinstance(await within(good), list)
+        await rows_of(row)
+        (one, refused), (other, value) = c._expect(), c._expect()
+        items = np.array([(ticket, 1, c.hash_of([1]), 1, 0, 1) for ticket in (one, other)], LOOKUP_ITEM)
+        c.connection.send(Lookup(items, np.array([WIDTH, 5])))
+        assert await within(refused) == No(Refusal.BAD_ITEM)
+        assert await within(value) == await within(good)
+
+
 async def test_a_lookup_that_waits_too_long_is_answered() -> None:
     async with stage(row_wait_s=0.02) as s:
         c = await s.coordinator()

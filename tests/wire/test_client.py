@@ -10,8 +10,8 @@ import pytest
 
 from actors.wire.client import Connection
 from actors.wire.errors import ConnectionLost, FrameTooLarge, HandshakeRefused, PeerStalled, RemoteFailure, WireError
-from actors.wire.framing import HEADER, frame
-from actors.wire.handshake import ModelHandshake
+from actors.wire.framing import HEADER, FrameBuffer, frame
+from actors.wire.handshake import CoordinatorHandshake, ModelHandshake
 from actors.wire.link import Limits
 from actors.wire.messages import Hello, Lookup, Message, Proof, decode, encode
 from tests.wire.peers import SECRET, WELCOME, Inbox, echo
@@ -90,6 +90,31 @@ async def test_a_message_above_the_frame_limit_is_an_error_and_the_connection_li
         await connection.close()
 
 
+async def test_messages_sent_together_leave_in_one_piece_and_in_order() -> None:
+    inbox, wire = Inbox(), Tape()
+    handshake = CoordinatorHandshake(SECRET, "", "c")
+    connection = Connection(handshake, inbox.messages.put_nowait, inbox.ended.set_result, Limits())
+    connection.connection_made(wire)
+    connection.send(Lookup(ids=np.zeros(1)), Lookup(ids=np.zeros(2)), Lookup(ids=np.zeros(3)))
+    hello, piece = wire.pieces
+    assert connection.bytes_sent == len(hello) + len(piece)
+    heard = [decode(body) for body in FrameBuffer(1 << 20).feed(piece)]
+    assert [len(message.ids) for message in heard if isinstance(message, Lookup)] == [1, 2, 3]
+    wire.socket.close()
+
+
+async def test_what_goes_before_a_message_above_the_limit_is_sent() -> None:
+    async with echo() as running:
+        inbox = Inbox()
+        connection = await open_to(running.port, inbox, limits=Limits(frame=1000))
+        with pytest.raises(FrameTooLarge):
+            connection.send(Lookup(ids=np.zeros(1)), Lookup(ids=np.zeros(1000)))
+        connection.send(Lookup(ids=np.zeros(2)))
+        heard = [await inbox.next() for _ in range(2)]
+        assert [len(message.ids) for message in heard if isinstance(message, Lookup)] == [1, 2]
+        await connection.close()
+
+
 async def test_a_model_that_does_not_read_is_a_stalled_peer() -> None:
     async with misbehaving("deaf") as model:
         inbox = Inbox()
@@ -136,6 +161,24 @@ async def test_an_open_that_is_cancelled_leaves_no_connection() -> None:
         with pytest.raises(asyncio.CancelledError):
             await opening
         await asyncio.wait_for(model.hung_up.wait(), 10)
+
+
+class Tape(asyncio.Transport):
+    """A transport that keeps what is written to it, piece by piece."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket()
+        super().__init__({"socket": self.socket})
+        self.pieces: list[bytes] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.pieces.append(bytes(data))
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing is buffered here."""
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
 
 def flood(connection: Connection) -> None:
