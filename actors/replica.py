@@ -217,7 +217,7 @@ class ModelReplica:
             self._stats.failures += 1
             outcome = [Failed()] * len(parts)
         if parts:
-            self._count(parts, took)
+            self._count([p for p, r in zip(parts, outcome, strict=True) if isinstance(r, Answer | Held)], took)
         for part, result in zip(parts, outcome, strict=True):
             self._conclude(part, result)
         self._answer()
