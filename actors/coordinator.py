@@ -26,7 +26,7 @@ from actors.links import Links, Locate, Replica
 from actors.live import Live
 from actors.requests import Event, Finished, FinishReason, Generate, Rejected, Role
 from actors.tokenizer import RoleTokenizer
-from actors.wire.messages import Message, Refusal
+from actors.wire.messages import Message, Refusal, Rows
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Coordinator:
         except Exception:  # a fault of this program: end what was in the turn, keep the others
             log.exception("a turn failed; its sessions are ended")
             for live in list(self._lives.values()):
-                if not any(live.tickets.values()) and live not in self._stranded:
+                if live.complete or not (live.parts or live in self._stranded):
                     self._finish(live, "error", "internal error while decoding")
             self._links.flush()
 
@@ -259,6 +259,8 @@ class Coordinator:
     # -- faults --------------------------------------------------------------------------------------------------
 
     def _hear(self, replica: Replica, message: Message) -> None:
+        if isinstance(message, Rows):
+            replica.heard_at = time.monotonic()
         self._inbox.append(message)
         self._wake()
 
@@ -273,6 +275,7 @@ class Coordinator:
             return
         if fault.code in (Refusal.FULL, Refusal.KV_MISS):
             live.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
+            live.row_since = time.monotonic() + fault.detail * (fault.code == Refusal.FULL) / 1000
         else:
             live.faults += 1
         if live.faults > MAX_FAULTS:
@@ -286,7 +289,6 @@ class Coordinator:
         """Ask a role for its part of the row anew, unless the session has gone on in the meantime."""
         if live.key in self._lives and role in live.parts and role in live.replicas and not live.over:
             if live.session.generated == generated:
-                live.row_since = time.monotonic()
                 self._exchange.again(live, role, held)
                 self._wake()
 
@@ -323,14 +325,16 @@ class Coordinator:
                 self._wake()
 
     def _hang(self, live: Live) -> None:
-        """A row is overdue: give up the replicas that owe an answer; losing them restarts the row elsewhere."""
-        live.faults += 1
+        """A row is overdue: give up the models that owe an answer and are silent; losing them restarts the row."""
+        limit, now = self._config.deadlines.step_s, time.monotonic()
+        owing = [live.replicas[role] for role, owed in live.tickets.items() if owed]
+        silent = [replica for replica in owing if now - replica.heard_at > limit]
+        live.faults += bool(silent)
         if live.faults > MAX_FAULTS:
             self._finish(live, "error", "the models did not answer in time")
             return
-        live.row_since = time.monotonic()
-        for role in [role for role, owed in live.tickets.items() if owed]:
-            self._links.drop(live.replicas[role], TimeoutError(f"no answer in {self._config.deadlines.step_s} s"))
+        for replica in silent:
+            self._links.drop(replica, TimeoutError(f"no answer in {limit:g} s"))
 
     def _finish(self, live: Live, reason: FinishReason, error: str | None = None) -> None:
         """End a session from outside its own tokens."""

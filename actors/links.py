@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from actors.directory import HEARTBEAT_S, Endpoint
@@ -28,6 +29,7 @@ class Replica:
         self.endpoint = endpoint
         self.outbox = Outbox()
         self.connection: Connection | None = None
+        self.heard_at = time.monotonic()  # when it last finished a forward, or connected
 
     @property
     def role(self) -> Role:

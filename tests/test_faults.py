@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -117,6 +118,26 @@ async def test_sessions_that_do_not_fit_a_cache_together_all_come_to_the_same_en
     assert 256 < needed < forwarded
     print(f"{forwarded} tokens went through the guider, {needed} were needed")  # shown with -rP
     assert "giving up" not in caplog.text
+
+
+async def test_a_model_that_hangs_is_given_up_and_its_sessions_go_on_when_it_is_back(
+    trio: Trio, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with local_service(trio_config(deadlines={"step_s": 0.3}), trio.engines) as service:
+        requests = mixed_requests(service, 3)
+        expected = await alone(service, requests)
+        free, hung = threading.Event(), threading.Event()
+
+        def hang(engine: WatchedEngine) -> None:
+            hung.set()
+            assert free.wait(20)
+
+        trio.disturb(hang, "guider")
+        running = asyncio.create_task(decode_all(service.coordinators[0], requests))
+        await until(lambda: hung.is_set() and "giving up the connection to guider" in caplog.text)
+        assert "to target" not in caplog.text
+        free.set()
+        assert tokens(await running) == expected
 
 
 async def stop_replica(service: LocalService, role: Role) -> None:
