@@ -80,4 +80,4 @@ def free_port() -> int:
     return port
 
 
-_LOGS = "Ray's logs are in /tmp/ray/session_latest/logs; `ray stop` ends what an earlier run may have left behind"
+_LOGS = "The newest session folder of Ray holds its logs; `ray stop` ends what an earlier run may have left behind"
