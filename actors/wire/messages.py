@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL = 1
+PROTOCOL = 2
 WHOLE = -1  # as `k`: send whole rows instead of slices
 
 
@@ -50,6 +50,17 @@ EXTEND_ITEM = np.dtype(
         ("know", "<i4"),  # how many of the flat `know` are this item's: ids wanted for each of its rows
     ]
 )
+DRAFT_ITEM = np.dtype(
+    [
+        ("item", "<u4"),  # which of the frame's extends goes on by drafting
+        ("drafts", "<i4"),  # tokens to draft (at least 1) after the extend's own
+        ("seed", "<u8"),  # of the session's choices: drafts are drawn with the same noise
+        ("position", "<i4"),  # of the first drafted token in the noise; each further draft is one later
+        ("temperature", "<f4"),
+        ("top_p", "<f4"),
+    ]
+)
+DRAFTED_ITEM = np.dtype([("ticket", "<u8"), ("tokens", "<i4")])
 LOOKUP_ITEM = np.dtype(
     [
         ("ticket", "<u8"),
@@ -81,7 +92,7 @@ ROWS_ITEM = np.dtype(
 VALUES_ITEM = np.dtype([("ticket", "<u8"), ("values", "<i4")])
 REFUSED_ITEM = np.dtype([("ticket", "<u8"), ("code", "<i4"), ("detail", "<i8")])
 
-I32, F32, U64 = np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
+U16, I32, F32, U64 = np.dtype("<u2"), np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
 Array = NDArray[Any]
 
 
@@ -134,22 +145,32 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extend:
-    """Append tokens to sessions and return logits rows for the last of them. May carry no item, only `released`."""
+    """Append tokens to sessions and return logits rows for the last of them. May carry no item, only `released`.
+
+    An item that drafts asks for one row, that of its last token, and goes on: the model chooses a token from the newest
+    row, appends it, and so on. It is answered twice: by `Drafted` as soon as its last draft is chosen, and by `Rows`
+    when the rows of all drafts are there, 1 + drafts of them.
+    """
 
     tag: ClassVar[int] = 5
     items: Array = column(EXTEND_ITEM)
     tokens: Array = column(I32)
     know: Array = column(I32)
     released: Array = column(U64)  # sessions that are over: their cache may go
+    drafting: Array = column(DRAFT_ITEM)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
-    """Exact logits of held rows at given ids. A lookup for a row still being computed waits for it."""
+    """Exact logits of held rows at given ids. A lookup for a row still being computed waits for it.
+
+    `ids` and `pages` are the ids of all items as `actors.wire.ids` writes them.
+    """
 
     tag: ClassVar[int] = 6
     items: Array = column(LOOKUP_ITEM)
-    ids: Array = column(I32)
+    ids: Array = column(U16)
+    pages: Array = column(U16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,14 +185,16 @@ class Widen:
 class Rows:
     """The rows of some items of `Extend` or `Widen`: those that went through one forward together.
 
-    `logsumexp` has one value a row; `ids` and `logits` k a row, by logit descending and then id ascending (a whole row
-    has no ids and `width` logits); `known` has the values asked for by `know`, row after row.
+    `logsumexp` has one value a row; `ids` and `logits` k a row, ids ascending (a whole row has no ids and `width`
+    logits); `known` has the values asked for by `know`, row after row. `ids` and `pages` are the ids of all slices,
+    each a row, as `actors.wire.ids` writes them.
     """
 
     tag: ClassVar[int] = 8
     items: Array = column(ROWS_ITEM)
     logsumexp: Array = column(F32)
-    ids: Array = column(I32)
+    ids: Array = column(U16)
+    pages: Array = column(U16)
     logits: Array = column(F32)
     known: Array = column(F32)
 
@@ -194,6 +217,15 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Drafted:
+    """The drafted tokens of some items of `Extend`; their rows follow."""
+
+    tag: ClassVar[int] = 12
+    items: Array = column(DRAFTED_ITEM)
+    tokens: Array = column(I32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Failure:
     """The last frame before a connection is closed for a reason: a stable code and a sentence for a person."""
 
@@ -202,9 +234,10 @@ class Failure:
     message: str
 
 
-Message = Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows | Values | Refused | Failure
+Message = Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows | Values | Refused | Failure | Drafted
 MESSAGES: dict[int, type[Message]] = {
-    t.tag: t for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure)
+    t.tag: t
+    for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure, Drafted)
 }
 _SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
 
