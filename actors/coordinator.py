@@ -1,6 +1,7 @@
 """The decode loop: many sessions, three models, one turn after another. Plain asyncio; its Serve shell is elsewhere.
 
 A turn: admit -> absorb replies -> ask what rows lack -> decide complete rows -> commit tokens -> extend -> send.
+A session's rows in flight are a window: the row of its newest token, and those of drafts, which are checked with it.
 Readiness is per session: a long prefill or a slow replica holds up nobody else.
 """
 
@@ -17,21 +18,25 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from actors import admission
+from actors.asked import Fault
 from actors.config import ServiceConfig
-from actors.deciding import Chosen, Counts, Decider, Stuck, Wider
+from actors.deciding import Counts, Decider, Judged, Stuck, Wider
 from actors.decoding.session import Session
-from actors.exchange import Exchange, Fault
+from actors.drafting import Planner
+from actors.exchange import GUIDED, Exchange
 from actors.languages import Languages
 from actors.links import Links, Locate, Replica
 from actors.live import Live
 from actors.requests import Event, Finished, FinishReason, Generate, Rejected, Role
 from actors.tokenizer import RoleTokenizer
-from actors.wire.messages import Message, Refusal, Rows
+from actors.window import Window
+from actors.wire.messages import Drafted, Message, Refusal, Rows
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5  # how often deadlines are looked at
-MAX_FAULTS = 8  # refusals in a row of one row, after which its session is given up
+MAX_FAULTS = 8  # refusals without a token in between, after which a session is given up
+LEAD_TOKENS = 16  # so long before guidance starts the small models begin to read what was said
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class CoordinatorLoad:
     sessions: int
     waiting: int
     counts: Counts
+    drafted: int = 0  # drafts that were checked
+    accepted: int = 0
 
 
 class Coordinator:
@@ -61,6 +68,7 @@ class Coordinator:
         self._languages = Languages(tokenizers)
         self._exchange = Exchange(config.exchange, self._languages)
         self._decider = Decider(config.exchange)
+        self._planner = Planner(config.speculation)
         self._links = Links(
             secret,
             locate,
@@ -73,7 +81,7 @@ class Coordinator:
         self._waiting: deque[Live] = deque()
         self._lives: dict[int, Live] = {}
         self._stranded: list[Live] = []
-        self._inbox: list[Message] = []
+        self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
         self._watching: asyncio.Task[None] | None = None
 
@@ -99,7 +107,8 @@ class Coordinator:
 
     def load(self) -> CoordinatorLoad:
         """What is being decoded, and counts since the start."""
-        return CoordinatorLoad(len(self._lives), len(self._waiting), replace(self._decider.counts))
+        planner, counts = self._planner, replace(self._decider.counts)
+        return CoordinatorLoad(len(self._lives), len(self._waiting), counts, planner.drafted, planner.accepted)
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         """Decode one sequence: deltas and at last Finished, or only Rejected. Closing the iterator cancels it."""
@@ -131,7 +140,8 @@ class Coordinator:
         language = self._languages.language(request.primary, roles, request.thinking)
         request = admission.canonical(request, self._languages)
         seeds = dict.fromkeys(roles, 0)  # each stream is hashed anew when its replica is known
-        live = Live(Session(request, language, seeds), secrets.randbits(63), time.time_ns())
+        session = Session(request, language, seeds)
+        live = Live(session, secrets.randbits(63), time.time_ns(), self._planner.acceptance())
         self._waiting.append(live)
         self._wake()
         return live
@@ -175,7 +185,7 @@ class Coordinator:
         except Exception:  # a fault of this program: end what was in the turn, keep the others
             log.exception("a turn failed; its sessions are ended")
             for live in list(self._lives.values()):
-                if live.complete or not (live.parts or live in self._stranded):
+                if live.window.ready() if live.window is not None else live not in self._stranded:
                     self._finish(live, "error", "internal error while decoding")
             self._links.flush()
 
@@ -184,26 +194,26 @@ class Coordinator:
         messages, self._inbox = self._inbox, []
         for fault in self._exchange.absorb(messages):
             self._mend(fault)
-        ready = self._exchange.advance()
-        guided, alone = [live for live in ready if live.alpha], [live for live in ready if not live.alpha]
-        self._decide(guided)  # may begin rows without guidance: these are not ready
-        self._decide(alone)
+        windows = self._exchange.advance()
+        while windows:
+            judged = self._decider.judge(windows)
+            windows = [window for window, rows in zip(windows, judged, strict=True) if self._follow(window, rows)]
         self._links.flush()
 
     def _admit(self) -> None:
         while self._waiting and len(self._lives) < self._config.coordinator.max_sessions:
             live = self._waiting.popleft()
             self._lives[live.key] = live
-            self._next_row(live)
+            self._next_window(live)
         stranded, self._stranded = self._stranded, []
         for live in stranded:
-            self._next_row(live)
+            self._next_window(live)
 
-    def _next_row(self, live: Live) -> None:
+    def _next_window(self, live: Live) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
         session = live.session
-        alpha = 0.0 if live.past_context else session.alpha()
-        roles: Sequence[Role] = ("target", "guider", "guider_base") if alpha else (live.primary,)
+        guided = not live.past_context and bool(session.alpha())
+        roles = self._roles(live, guided)
         if not all([self._bind(live, role) for role in roles]):
             live.stranded_since = live.stranded_since or time.monotonic()
             self._stranded.append(live)
@@ -212,18 +222,36 @@ class Coordinator:
         if len(session.primary) >= self._limit(live, live.primary):
             self._finish(live, "length")
             return
-        if alpha and any(len(session.streams[role]) > self._limit(live, role) for role in roles):
+        if guided and min(self._room(live, role) for role in roles) < 0:
             if self._config.beyond_context == "error":
                 self._finish(live, "length")
                 return
-            live.past_context, alpha = True, 0.0
+            live.past_context, guided, roles = True, False, (live.primary,)
         live.row_since = time.monotonic()
-        self._exchange.begin(live, alpha)
+        plan = self._planner.plan(live, guided, min(self._room(live, role) for role in roles), len(self._lives))
+        self._exchange.begin(live, guided, plan.guesses, plan.drafts)
+        if not guided and session.generated and session.alpha(LEAD_TOKENS):
+            self._read_ahead(live)
+
+    def _roles(self, live: Live, guided: bool) -> tuple[Role, ...]:
+        """The roles that take part in the next window."""
+        if guided:
+            return GUIDED
+        return (live.primary, "guider") if self._planner.drafter(live, guided) == "guider" else (live.primary,)
+
+    def _read_ahead(self, live: Live) -> None:
+        """Guidance starts soon: let the small models read in the background, where somebody plays them."""
+        for role in GUIDED[1:]:
+            if not live.past_context and self._bind(live, role) and self._room(live, role) >= 0:
+                self._exchange.read(live, role)
+
+    def _room(self, live: Live, role: Role) -> int:
+        """Tokens that a role can read after the session's newest."""
+        return self._limit(live, role) - len(live.session.streams[role])
 
     def _limit(self, live: Live, role: Role) -> int:
         """Positions that a role's model computes for one session."""
-        replica = live.replicas.get(role)
-        return replica.welcome.max_position if replica is not None else 1 << 31
+        return live.replicas[role].welcome.max_position
 
     def _bind(self, live: Live, role: Role) -> bool:
         """Give the session a replica of the role; False if nobody plays it now."""
@@ -235,41 +263,54 @@ class Coordinator:
             live.session.streams[role].reseed(replica.welcome.hash_seed)
         return True
 
-    def _decide(self, lives: list[Live]) -> None:
-        """Take complete rows to their tokens, or look at them more widely first."""
-        if not lives:
-            return
-        for live, verdict in zip(lives, self._decider.decide(lives), strict=True):
+    def _follow(self, window: Window, judged: Sequence[Judged]) -> bool:
+        """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
+        live = window.live
+        for one in judged:
+            if one.alpha != live.session.alpha():
+                return True  # the thinking has just ended: decided anew
+            row = window.rows[window.next]
+            verdict = self._decider.verdict(row, one)
             if isinstance(verdict, Wider):
-                self._exchange.widen(live, verdict.k)
-            elif isinstance(verdict, Stuck):
+                self._exchange.widen(row, verdict.k)
+                return False
+            if isinstance(verdict, Stuck):
                 self._finish(live, "error", "the request's bans and biases leave no token to choose")
-            else:
-                self._commit(live, verdict)
+                return False
+            live.events.emit(live.session.commit(verdict.token, one.alpha, verdict.changed))
+            live.faults = live.misses = 0
+            window.next += 1
+            if live.over or not window.goes_on():
+                self._close(window)
+                return False
+        return window.ready()
 
-    def _commit(self, live: Live, chosen: Chosen) -> None:
-        live.events.emit(live.session.commit(chosen.token, live.alpha, chosen.changed))
-        live.faults = live.misses = 0
+    def _close(self, window: Window) -> None:
+        """A window is over: what it taught is kept, and the session ends or goes on with the next one."""
+        live = window.live
+        self._planner.learn(window)
+        window.settle()
         self._exchange.drop(live)
         if live.over:
             self._end(live)
         else:
-            self._next_row(live)
+            self._next_window(live)
 
     # -- faults --------------------------------------------------------------------------------------------------
 
     def _hear(self, replica: Replica, message: Message) -> None:
-        if isinstance(message, Rows):
+        if isinstance(message, Rows | Drafted):
             replica.heard_at = time.monotonic()
-        self._inbox.append(message)
+        self._inbox.append((replica, message))
         self._wake()
 
     def _mend(self, fault: Fault) -> None:
         """A model refused an item: re-send, wait, or give up; the session's choices are the same in the end."""
-        live, role = self._lives.get(fault.live.key), fault.role
-        if live is None:
+        live, role = fault.live, fault.role
+        window = live.window
+        if live.key not in self._lives or window is None:
             return
-        held = {Refusal.KV_MISS: fault.detail, Refusal.ROW_GONE: len(live.session.streams[role])}.get(fault.code, 0)
+        held = {Refusal.KV_MISS: fault.detail, Refusal.ROW_GONE: window.first[role]}.get(fault.code, 0)
         if fault.code in (Refusal.SUPERSEDED, Refusal.BAD_ITEM):
             self._finish(live, "error", f"the {role} model refused the request ({fault.code.name.lower()})")
             return
@@ -281,16 +322,16 @@ class Coordinator:
         if live.faults > MAX_FAULTS:
             self._finish(live, "error", f"the {role} model failed {live.faults} times in a row")
         elif delay := fault.pause():
-            asyncio.get_running_loop().call_later(delay, self._again, live, role, held, live.session.generated)
+            asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
         else:
-            self._again(live, role, held, live.session.generated)
+            self._again(window, role, held)
 
-    def _again(self, live: Live, role: Role, held: int, generated: int) -> None:
-        """Ask a role for its part of the row anew, unless the session has gone on in the meantime."""
-        if live.key in self._lives and role in live.parts and role in live.replicas and not live.over:
-            if live.session.generated == generated:
-                self._exchange.again(live, role, held)
-                self._wake()
+    def _again(self, window: Window, role: Role, held: int) -> None:
+        """Ask a role for its part of the window anew, unless the session has gone on in the meantime."""
+        live = window.live
+        if live.window is window and role in live.replicas:
+            self._exchange.again(live, role, held)
+            self._wake()
 
     def _lose(self, replica: Replica) -> None:
         """A connection is gone: its sessions start their row anew, with another replica or the restarted one."""
@@ -299,15 +340,13 @@ class Coordinator:
             for role in lost:
                 del live.replicas[role]
             if lost and not live.over and live not in self._stranded:
-                self._restart_row(live)
+                self._restart(live)
         self._wake()
 
-    def _restart_row(self, live: Live) -> None:
+    def _restart(self, live: Live) -> None:
+        """Begin the window anew."""
         self._exchange.drop(live)
-        for role in live.replicas:
-            stream = live.session.streams[role]
-            stream.held = min(stream.held, len(stream) - 1)
-        self._next_row(live)
+        self._next_window(live)
 
     async def _watch(self) -> None:
         """Hold every wait against its deadline."""

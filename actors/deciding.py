@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.config import Exchange as ExchangeConfig
-from actors.decoding.decision import Decisions, Row, compare, decide
-from actors.live import Live
+from actors.decoding.candidates import Block
+from actors.decoding.decision import Decisions, Question, compare, decide
+from actors.window import Row, Window
 from actors.wire.messages import WHOLE
 
 
@@ -22,6 +23,15 @@ class Counts:
     audited_rows: int = 0
     audits_differing: int = 0  # audited rows whose slices chose another token than the whole rows
     audited_variation: float = 0.0  # total variation, summed over audited rows
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One row among decided ones, and the alpha that it was decided with."""
+
+    decisions: Decisions
+    index: int
+    alpha: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +65,49 @@ class Decider:
         self._since_audit = 0
         self.counts = Counts()
 
-    def decide(self, lives: Sequence[Live]) -> list[Verdict]:
-        """The verdict on each complete row; all of them guided, or none."""
-        rows, guided = [live.row() for live in lives], bool(lives[0].alpha)
-        decisions = decide(rows, guided)
-        return [self._verdict(live, row, decisions, i) for i, (live, row) in enumerate(zip(lives, rows, strict=True))]
+    def judge(self, windows: Sequence[Window]) -> list[list[Judged]]:
+        """Per window its next rows, decided: all that are complete if nothing about them depends on earlier tokens."""
+        groups: dict[tuple[Block, bool], list[tuple[int, Row, Question]]] = {}
+        judged: list[list[Judged]] = [[] for _ in windows]
+        for number, window in enumerate(windows):
+            for row, question in _questions(window):
+                assert row.block is not None
+                groups.setdefault((row.block, window.guided), []).append((number, row, question))
+        for (block, guided), asked in groups.items():
+            primary = windows[asked[0][0]].live.primary
+            questions = [question for _, _, question in asked]
+            decisions = decide(block, [row.at for _, row, _ in asked], questions, primary, guided)
+            for index, (number, _, question) in enumerate(asked):
+                judged[number].append(Judged(decisions, index, question.alpha))
+        return judged
 
-    def _verdict(self, live: Live, row: Row, decisions: Decisions, index: int) -> Verdict:
-        if live.audited is not None:
-            return self._audit(live, row)
-        if live.k != WHOLE:
+    def verdict(self, row: Row, judged: Judged) -> Verdict:
+        """What becomes of a row, now that those before it have become tokens."""
+        decisions, index = judged.decisions, judged.index
+        if row.audited is not None:
+            return self._audit(row, judged)
+        if row.k != WHOLE:
             if decisions.stuck[index] or self._unseen(decisions, index):
-                return self._wider(live)
-            if live.alpha and self._audit_due():
-                live.audited = decide([row], guided=True)
+                return self._wider(row)
+            if judged.alpha and self._audit_due():
+                row.audited = decisions.row(index)
                 return Wider(WHOLE)
         elif decisions.stuck[index]:
             return Stuck()
-        return self._chosen(live, decisions, index)
+        return self._chosen(row, decisions, index)
 
     def _unseen(self, decisions: Decisions, index: int) -> bool:
         limit = self._config.widen_above
         return limit < 1 and bool(decisions.outside[index] > limit)
 
-    def _wider(self, live: Live) -> Wider:
+    def _wider(self, row: Row) -> Wider:
         """One wider slice, then the whole row. A rule of the row alone, so that nothing else changes its token."""
-        if live.k == self._config.k:
+        live = row.window.live
+        if row.k == self._config.k:
             live.session.widened += 1
             self.counts.widened_rows += 1
         wider = self._config.k * self._config.widen_factor
-        fits = live.k < wider < live.replicas[live.primary].welcome.width
+        fits = row.k < wider < live.replicas[live.primary].welcome.width
         return Wider(wider if fits else WHOLE)
 
     def _audit_due(self) -> bool:
@@ -94,22 +117,38 @@ class Decider:
         self._since_audit = 0
         return True
 
-    def _audit(self, live: Live, row: Row) -> Chosen:
+    def _audit(self, row: Row, judged: Judged) -> Chosen:
         """The whole rows of an audited step are here. What the slices chose stands: an audit only measures."""
-        sliced, live.audited = live.audited, None
+        sliced, row.audited = row.audited, None
         assert sliced is not None
-        distance, differs = compare([row], sliced, decide([row], guided=True))
+        whole = judged.decisions.row(judged.index)
+        distance, differs = compare(sliced, whole, row.window.live.session.request.sampling)
         self.counts.audited_rows += 1
-        self.counts.audits_differing += bool(differs[0])
-        self.counts.audited_variation += float(distance[0])
-        return self._chosen(live, sliced, 0)
+        self.counts.audits_differing += differs
+        self.counts.audited_variation += distance
+        return self._chosen(row, sliced, 0)
 
-    def _chosen(self, live: Live, decisions: Decisions, index: int) -> Chosen:
+    def _chosen(self, row: Row, decisions: Decisions, index: int) -> Chosen:
         self.counts.tokens += 1
-        if live.alpha:
+        if row.window.guided:
             uncovered = max(0.0, float(decisions.uncovered[index]))
-            live.session.uncovered += uncovered
+            row.window.live.session.uncovered += uncovered
             self.counts.uncovered_mass += uncovered
             self.counts.guided_rows += 1
         token = decisions.tokens[index]
         return Chosen(int(token), bool(token != decisions.alone[index]))
+
+
+def _questions(window: Window) -> list[tuple[Row, Question]]:
+    """What is wanted of a window's next rows, as far as they can be decided together."""
+    session = window.live.session
+    request, plain = session.request, session.plain
+    found: list[tuple[Row, Question]] = []
+    for ahead, row in enumerate(window.rows[window.next :]):
+        alpha = session.alpha(ahead)
+        if not row.complete or bool(alpha) != window.guided or (ahead and not plain):
+            break
+        adjust = None if plain else session.adjust
+        position = len(session.primary) + ahead
+        found.append((row, Question(alpha, request.sampling, request.seed, position, adjust)))
+    return found

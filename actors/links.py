@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from actors.directory import HEARTBEAT_S, Endpoint
 from actors.outbox import Outbox
+from actors.pace import Pace
 from actors.requests import ROLES, Role
 from actors.wire.client import Connection
 from actors.wire.errors import WireError
@@ -28,6 +29,7 @@ class Replica:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.outbox = Outbox()
+        self.pace = Pace()
         self.connection: Connection | None = None
         self.heard_at = time.monotonic()  # when it last finished a forward, or connected
 
@@ -44,9 +46,9 @@ class Replica:
 
     def flush(self) -> None:
         """Send what has been collected, in one piece."""
-        messages = self.outbox.take()
-        if messages and self.connection is not None:
-            self.connection.send(*messages)
+        if self.connection is not None:
+            if messages := self.outbox.take(self.welcome.width):
+                self.connection.send(*messages)
 
 
 class Links:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.wire.messages import EXTEND_ITEM, LOOKUP_ITEM, WIDEN_ITEM, Extend, Lookup, Message, Widen
+from actors.wire.ids import split_ids
+from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, I32, LOOKUP_ITEM, WIDEN_ITEM, Extend, Lookup, Message, Widen
 
 
 @dataclass(slots=True)
@@ -18,28 +19,42 @@ class Outbox:
     extends: list[tuple[int, ...]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     know: list[NDArray[Any]] = field(default_factory=list)
+    drafting: list[tuple[float, ...]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     lookups: list[tuple[int, ...]] = field(default_factory=list)
     ids: list[NDArray[Any]] = field(default_factory=list)
     widens: list[tuple[int, ...]] = field(default_factory=list)
 
-    def take(self) -> list[Message]:
-        """The frames to send now, in order; the outbox is empty afterwards."""
+    def take(self, width: int) -> list[Message]:
+        """The frames to send now, in order; the outbox is empty afterwards. width: of the model's rows."""
         messages: list[Message] = []
         if not (self.extends or self.released or self.lookups or self.widens):
             return messages
         if self.extends or self.released:
-            items = np.array(self.extends, EXTEND_ITEM)
+            items, drafting = np.array(self.extends, EXTEND_ITEM), np.array(self.drafting, DRAFT_ITEM)
             released = np.array(self.released, "<u8")
-            messages.append(Extend(items, np.array(self.tokens, "<i4"), _joined(self.know), released))
+            messages.append(Extend(items, np.array(self.tokens, I32), _joined(self.know), released, drafting))
         if self.lookups:
-            messages.append(Lookup(np.array(self.lookups, LOOKUP_ITEM), _joined(self.ids)))
+            items = np.array(self.lookups, LOOKUP_ITEM)
+            messages.append(Lookup(items, *split_ids(_joined(self.ids), items["ids"], width)))
         if self.widens:
             messages.append(Widen(np.array(self.widens, WIDEN_ITEM)))
-        for column in (self.extends, self.tokens, self.know, self.released, self.lookups, self.ids, self.widens):
+        columns = (
+            self.extends,
+            self.tokens,
+            self.know,
+            self.drafting,
+            self.released,
+            self.lookups,
+            self.ids,
+            self.widens,
+        )
+        for column in columns:
             column.clear()
         return messages
 
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate(arrays).astype("<i4") if arrays else np.zeros(0, "<i4")
+    if len(arrays) == 1:
+        return arrays[0].astype(I32, copy=False)
+    return np.concatenate(arrays).astype(I32, copy=False) if arrays else np.zeros(0, I32)

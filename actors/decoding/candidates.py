@@ -1,4 +1,4 @@
-"""Which ids a row is decided over, and what each role knows of them.
+"""Which ids rows are decided over, and what each role knows of them.
 
 A row's candidates are what its roles put forward: the ids of the target's and of the guider's slice, and the events
 that every row must know. They are a function of that row's slices alone, in id order.
@@ -6,154 +6,190 @@ that every row must know. They are a function of that row's slices alone, in id 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.decoding.vocabulary import Known
+from actors.requests import Role
+
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]
-NONE: Ids = np.zeros(0, np.int64)
 PADDING = 1 << 32  # above every id, so that it sorts last
 
 
-@dataclass(slots=True)
-class Lookup:
-    """Ids asked of a role beside its slice, and the answer.
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """What one role said of one row, in the primary's ids.
 
-    places: where they stand among the candidates once these are known; -1 for an id that is none.
+    ids, logits [k]: the slice; -1 where the primary has no such id; empty for a role that puts nothing forward.
+    folded [g]: logits of the events that the row must know.
     """
 
     ids: Ids
-    places: Ids | None = None
-    values: NDArray[Any] | None = None
+    logits: NDArray[Any]
+    folded: NDArray[Any]
+    logsumexp: float
 
 
-@dataclass(slots=True)
-class Part:
-    """What is known of one row in one role, in the primary's ids.
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """One row's part of a block: what its roles must know, and what they said so far.
 
-    events [g]: ids that every row knows, with their folded logits. ids, logits [k]: the slice; -1 where the primary
-    has no such id. places [g + k]: where events and slice stand among the row's candidates (-1 for an id of -1).
+    early [k]: the target's logits at the guider's ids, as far as they were asked for before the target answered: NaN
+    for those still on their way; asked [k]: which ids these are.
     """
 
-    events: Ids = field(default_factory=lambda: NONE)
-    folded: Floats = field(default_factory=lambda: np.zeros(0))
-    ids: Ids = field(default_factory=lambda: NONE)
-    logits: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
-    places: Ids | None = None
-    lookups: list[Lookup] = field(default_factory=list)
-    logsumexp: float = 0.0
-    ceiling: float = np.inf  # no id outside the slice has a higher logit
-    arrived: bool = False
-    waiting: int = 0  # lookups on their way
+    known: Mapping[Role, Known]
+    slices: Mapping[Role, Slice]
+    early: Floats | None = None
+    asked: NDArray[np.bool_] | None = None
 
     @property
-    def complete(self) -> bool:
-        """Whether all that was asked of this role has come."""
-        return self.arrived and not self.waiting
-
-    def arrive(self, folded: Floats, ids: Ids, logits: NDArray[Any], logsumexp: float) -> None:
-        """Take in the row's own reply: the folded events and the slice."""
-        self.folded, self.logsumexp, self.arrived = folded, logsumexp, True
-        self.widen(ids, logits)
-
-    def widen(self, ids: Ids, logits: NDArray[Any]) -> None:
-        """Take in a slice in the place of a narrower one."""
-        self.ids, self.logits = ids, logits
-        self.ceiling = float(logits.min()) if len(logits) else np.inf
-
-    def missing(self, count: int) -> Ids:
-        """Places of those of the row's `count` candidates that this role was not asked for yet."""
-        assert self.places is not None
-        lacking = np.ones(count + 1, np.bool_)  # the last one takes what is no candidate
-        lacking[self.places] = False
-        for lookup in self.lookups:
-            lacking[lookup.places] = False
-        return np.flatnonzero(lacking[:count])
-
-    def values(self, count: int) -> Floats:
-        """[count]: logits at the row's candidates, NaN where the role has no such id. Folded events come first."""
-        assert self.places is not None
-        out = np.full(count + 1, np.nan)
-        for lookup in self.lookups:
-            out[lookup.places] = lookup.values
-        events = len(self.events)
-        out[self.places[events:]] = self.logits
-        out[self.places[:events]] = self.folded
-        return out[:count]
+    def shape(self) -> tuple[object, ...]:
+        """Rows of one shape make a block."""
+        kinds = [(role, len(needed.events), role in self.slices) for role, needed in self.known.items()]
+        return (*kinds, *(len(part.ids) for part in self.slices.values()), self.early is None)
 
 
-def join(rows: Sequence[Sequence[Part]]) -> list[Ids]:
-    """The candidates of each row from its roles' parts, ascending; sets the places of all that is known so far."""
-    shapes: dict[tuple[int, ...], list[int]] = {}
-    for index, parts in enumerate(rows):
-        shapes.setdefault(tuple(len(ids) for part in parts for ids in (part.events, part.ids)), []).append(index)
-    found: dict[int, Ids] = {}
-    for lengths, indices in shapes.items():
-        flat = [ids for index in indices for part in rows[index] for ids in (part.events, part.ids)]
-        together = np.concatenate(flat).reshape(len(indices), sum(lengths))
-        ids, places = _rank(together)
-        for at, index in enumerate(indices):
-            found[index] = ids[at]
-            _place(rows[index], ids[at], places[at])
-    return [found[index] for index in range(len(rows))]
+class Block:
+    """B rows side by side.
+
+    ids [B, W]: each row's candidates, ascending, then PADDING; inside [B, W]: where they are real. values: per role its
+    logits [B, W]; NaN where they are not known (yet), or the role has no such id. logsumexp: per role [B]. ceiling [B]:
+    above it lies no logit of the target's outside its slice.
+    """
+
+    def __init__(self, rows: Sequence[Proposal]) -> None:
+        """All rows are of one shape."""
+        first = rows[0]
+        self._roles = tuple(first.known)
+        columns: list[Ids] = []
+        self._columns: dict[tuple[str, Role], slice] = {}
+        for role in self._roles:
+            parts = [("events", [row.known[role].events for row in rows])]
+            if role in first.slices:
+                parts.append(("slice", [row.slices[role].ids for row in rows]))
+            for kind, arrays in parts:
+                begin = sum(column.shape[1] for column in columns)
+                columns.append(_stacked(arrays))
+                self._columns[kind, role] = slice(begin, begin + columns[-1].shape[1])
+        self.ids, self.inside, self._places = rank(np.concatenate(columns, axis=1))
+        self._lacking = {role: self._unproposed() for role in self._roles}
+        self._values = {role: np.full((len(rows), self.width + 1), np.nan) for role in self._roles}
+        self.logsumexp = {role: np.zeros(len(rows)) for role in self._roles}
+        if first.early is not None:
+            self._take_early(rows)
+        for role in self._roles:
+            self._expect(role)
+            if role in first.slices:
+                self._take(role, [row.slices[role] for row in rows])
+        proposed = [row.slices[self._roles[0]].logits for row in rows]
+        self.ceiling = _stacked(proposed).min(1) if len(proposed[0]) else np.full(len(rows), np.inf)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return int(self.ids.shape[1])
+
+    def values(self, role: Role) -> Floats:
+        """[B, W]."""
+        return self._values[role][:, :-1]
+
+    def arrive(self, role: Role, row: int, part: Slice) -> None:
+        """Take in what a role that puts nothing forward said of one row after the block was made."""
+        self.logsumexp[role][row] = part.logsumexp
+        self._values[role][row, self._places[row, self._columns["events", role]]] = part.folded
+
+    def early(self, row: int, slots: Ids, values: NDArray[Any]) -> None:
+        """The target's logits at so many of the guider's slice come after the block was made."""
+        self._values["target"][row, self._places[row, self._columns["slice", "guider"]][slots]] = values
+
+    def missing(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
+        """Rows [n], places [n] and the role's ids [n] of the candidates that a role has and was not asked for.
+
+        theirs: the primary's ids as the role's, -1 where it has none.
+        """
+        rows, places = np.nonzero(self._lacking[role])
+        ids = theirs[self.ids[rows, places]]
+        if len(ids) and ids.min() < 0:
+            there = ids >= 0
+            rows, places, ids = rows[there], places[there], ids[there]
+        return rows, places, ids
+
+    def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
+        """Take in what was looked up."""
+        self._values[role][rows, places] = values
+
+    def _unproposed(self) -> NDArray[np.bool_]:
+        lacking: NDArray[np.bool_] = np.ones((len(self.ids), self.width + 1), np.bool_)
+        lacking[:, :-1] = self.inside
+        lacking[:, -1] = False
+        return lacking
+
+    def _expect(self, role: Role) -> None:
+        """What a role says of its own accord need not be asked for."""
+        for kind in ("events", "slice"):
+            if (kind, role) in self._columns:
+                np.put_along_axis(self._lacking[role], self._places[:, self._columns[kind, role]], False, 1)
+
+    def _take(self, role: Role, parts: Sequence[Slice]) -> None:
+        """Slices first, then events: a folded event stands above the logit of its first id."""
+        out = self._values[role]
+        if ("slice", role) in self._columns:
+            logits = _stacked([part.logits for part in parts])
+            np.put_along_axis(out, self._places[:, self._columns["slice", role]], logits, 1)
+        if parts[0].folded.size:
+            folded = _stacked([part.folded for part in parts])
+            np.put_along_axis(out, self._places[:, self._columns["events", role]], folded, 1)
+        self.logsumexp[role][:] = [part.logsumexp for part in parts]
+        out[:, -1] = np.nan
+
+    def _take_early(self, rows: Sequence[Proposal]) -> None:
+        asked = _stacked([row.asked for row in rows if row.asked is not None])
+        values = _stacked([row.early for row in rows if row.early is not None])
+        places = np.where(asked, self._places[:, self._columns["slice", "guider"]], self.width)
+        np.put_along_axis(self._values["target"], places, values, 1)
+        np.put_along_axis(self._lacking["target"], places, False, 1)
 
 
-def _rank(together: Ids) -> tuple[list[Ids], Ids]:
-    """[B, N] ids -> per row its distinct ids ascending, and [B, N] where among them each one stands (-1: nowhere)."""
+def blocks(rows: Sequence[Proposal]) -> list[tuple[Block, list[int]]]:
+    """Blocks that hold all of `rows`, each with the indices of its rows in their order."""
+    shapes: dict[tuple[object, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        shapes.setdefault(row.shape, []).append(index)
+    return [(Block([rows[index] for index in indices]), indices) for indices in shapes.values()]
+
+
+def rank(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
+    """[B, N] ids -> [B, W] each row's distinct ids ascending (then PADDING), where they are real, and [B, N] places.
+
+    An id of -1 is nowhere: its place is W.
+    """
     keyed = np.where(together < 0, PADDING, together)
-    order = np.argsort(keyed, axis=1, kind="stable")
+    order = np.argsort(keyed, axis=1)
     ranked = np.take_along_axis(keyed, order, 1)
     first = np.ones(ranked.shape, np.bool_)
     np.not_equal(ranked[:, 1:], ranked[:, :-1], out=first[:, 1:])
     real = ranked < PADDING
-    standing = np.where(real, np.cumsum(first, 1) - 1, -1)
+    standing = np.cumsum(first & real, 1) - 1
+    width = max(int(standing[:, -1].max(initial=0)) + 1, 1)
+    standing = np.where(real, standing, width)
+    ids = np.full((len(together), width + 1), PADDING, np.int64)
+    np.put_along_axis(ids, standing, ranked, 1)
     places = np.empty_like(order)
     np.put_along_axis(places, order, standing, 1)
-    return [row[keep] for row, keep in zip(ranked, first & real, strict=True)], places
+    return ids[:, :width], ids[:, :width] < PADDING, places
 
 
-def _place(parts: Sequence[Part], ids: Ids, places: Ids) -> None:
-    begin = 0
-    for part in parts:
-        end = begin + len(part.events) + len(part.ids)
-        part.places = places[begin:end]
-        begin = end
-        for lookup in part.lookups:
-            lookup.places = _find(ids, lookup.ids)
-
-
-def _find(ids: Ids, wanted: Ids) -> Ids:
-    """Where the wanted ids stand among a row's candidates; -1 for what is none, as after another slice came."""
-    if not len(ids):
-        return np.full(len(wanted), -1)
-    places = ids.searchsorted(wanted)
-    found = ids.take(places, mode="clip") == wanted
-    return places if found.all() else np.where(found, places, -1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """Candidates of B rows side by side: ids [B, W] ascending, then PADDING; `inside` [B, W]: where they are real."""
-
-    ids: NDArray[np.int64]
-    inside: NDArray[np.bool_]
-
-    def values(self, parts: Sequence[Part], counts: Sequence[int]) -> Floats:
-        """[B, W]: one role's logits at the candidates; NaN where it has no such id, and in the padding."""
-        out = np.full(self.ids.shape, np.nan)
-        for row, part, count in zip(out, parts, counts, strict=True):
-            row[:count] = part.values(count)
-        return out
-
-
-def side_by_side(rows: Sequence[Ids]) -> Dense:
-    """Rows of candidates as one array."""
-    width = max(map(len, rows), default=1) or 1
-    ids = np.full((len(rows), width), PADDING, np.int64)
-    for out, row in zip(ids, rows, strict=True):
-        out[: len(row)] = row
-    return Dense(ids, ids < PADDING)
+def _stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """[n] B times -> [B, n]."""
+    if len(arrays) == 1:
+        return arrays[0][None]
+    return np.concatenate(arrays).reshape(len(arrays), -1)

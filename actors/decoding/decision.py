@@ -10,30 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.decoding.arithmetic import Floats, RoleRows, combine, outside_estimate, total_variation
-from actors.decoding.candidates import Dense, Ids, Part, side_by_side
+from actors.decoding.candidates import Block
 from actors.decoding.parameters import Sampling
-from actors.decoding.sampling import choose
+from actors.decoding.sampling import choose_by, noise_of
+from actors.requests import Role
 
 Adjust = Callable[[NDArray[np.int64], Floats], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row to decide: its candidates, what each role knows of them, alpha, and what the request wants.
+class Question:
+    """What a request wants of one row. seed and position feed the noise.
 
-    seed and position feed the noise. adjust: changes the row's logits in place by the request's history
-    (`penalties.adjust`).
+    adjust: changes the row's logits in place by the request's history (`penalties.adjust`); None if nothing does.
     """
 
-    ids: Ids
-    target: Part
-    guider: Part | None
-    guider_base: Part | None
     alpha: float
     sampling: Sampling
     seed: int
     position: int
-    adjust: Adjust
+    adjust: Adjust | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +38,7 @@ class Decisions:
 
     tokens [B], and alone [B]: what the target by itself had chosen. outside [B]: estimated mass outside the
     candidates. uncovered [B]: the largest exactly known uncovered mass of a single model. stuck [B]: no candidate may
-    be chosen. dense and logits [B, W]: the candidates and their adjusted combined logits.
+    be chosen. ids, logits [B, W]: candidates and their adjusted combined logits; inside [B, W]: where they are real.
     """
 
     tokens: NDArray[Any]
@@ -50,67 +46,72 @@ class Decisions:
     outside: Floats
     uncovered: Floats
     stuck: NDArray[np.bool_]
-    dense: Dense
+    ids: NDArray[Any]
     logits: Floats
+    inside: NDArray[np.bool_]
+
+    def row(self, index: int) -> Decisions:
+        """One row of them."""
+        at = slice(index, index + 1)
+        return Decisions(
+            self.tokens[at],
+            self.alone[at],
+            self.outside[at],
+            self.uncovered[at],
+            self.stuck[at],
+            self.ids[at],
+            self.logits[at],
+            self.inside[at],
+        )
 
 
-def decide(rows: Sequence[Row], guided: bool) -> Decisions:
-    """Decide rows that are all guided, or all decoded by the target alone."""
-    alpha = np.array([row.alpha for row in rows])
-    dense, counts = side_by_side([row.ids for row in rows]), [len(row.ids) for row in rows]
-    target = _role_rows(dense, [row.target for row in rows], counts)
-    smalls = [_role_rows(dense, parts, counts) for parts in _small_parts(rows)] if guided else []
-    own = np.where(dense.inside, target.logits, -np.inf)
-    logits = combine(target, smalls[0], smalls[1], alpha) if guided else own.copy()
-    for row, count, ids, combined, alone in zip(rows, counts, dense.ids, logits, own, strict=True):
-        row.adjust(ids[:count], combined[:count])
-        row.adjust(ids[:count], alone[:count])
+def decide(block: Block, rows: Sequence[int], questions: Sequence[Question], primary: Role, guided: bool) -> Decisions:
+    """Decide some rows of a block, all of them guided or all decoded by `primary` alone."""
+    at = slice(None) if list(rows) == list(range(len(block))) else list(rows)
+    ids, inside = block.ids[at], block.inside[at]
+    alpha = np.array([question.alpha for question in questions])
+    models = [
+        RoleRows(block.values(role)[at], inside, block.logsumexp[role][at])
+        for role in ((primary, "guider", "guider_base") if guided else (primary,))
+    ]
+    own = np.where(inside, models[0].logits, -np.inf)
+    logits = combine(models[0], models[1], models[2], alpha) if guided else own.copy()
+    for index, question in enumerate(questions):
+        if question.adjust is not None:
+            count = int(np.count_nonzero(inside[index]))
+            question.adjust(ids[index, :count], logits[index, :count])
+            question.adjust(ids[index, :count], own[index, :count])
     stuck: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
-    logits[stuck] = own[stuck] = 0.0  # decided by nobody: the caller widens the row or gives up
-    temperature = np.array([row.sampling.temperature for row in rows])
-    ceiling = np.array([row.target.ceiling for row in rows])
-    estimate = outside_estimate(logits, alpha, target, *smalls, temperature=temperature, ceiling=ceiling)
+    if stuck.any():
+        logits[stuck] = own[stuck] = 0.0  # decided by nobody: the caller widens the row or gives up
+    temperature = np.array([question.sampling.temperature for question in questions])
+    estimate = outside_estimate(logits, alpha, *models, temperature=temperature, ceiling=block.ceiling[at])
     outside = np.where(stuck, 1.0, estimate)
-    uncovered = np.max([model.uncovered for model in (target, *smalls)], axis=0)
-    tokens, alone_tokens = _choose(rows, dense, logits, own, guided)
-    return Decisions(tokens, alone_tokens, outside, uncovered, stuck, dense, logits)
+    uncovered = np.max([model.uncovered for model in models], axis=0)
+    tokens, alone = _choose(questions, ids, logits, own, guided)
+    return Decisions(tokens, alone, outside, uncovered, stuck, ids, logits, inside)
 
 
-def compare(rows: Sequence[Row], sliced: Decisions, whole: Decisions) -> tuple[Floats, NDArray[np.bool_]]:
-    """Hold decisions from slices against those from whole rows: total variation [B], and whether the choice differs."""
+def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[float, bool]:
+    """Hold one row's decision from slices against that from whole rows: total variation, and whether they differ."""
+    inside = sliced.inside[0]
     spread = np.full(whole.logits.shape, -np.inf)
-    for index in range(len(rows)):
-        inside = sliced.dense.inside[index]
-        place = np.searchsorted(whole.dense.ids[index], sliced.dense.ids[index, inside])
-        spread[index, place] = sliced.logits[index, inside]
-    temperature = np.array([row.sampling.temperature or 1.0 for row in rows])
-    return total_variation(spread, whole.logits, temperature), sliced.tokens != whole.tokens
-
-
-def _small_parts(rows: Sequence[Row]) -> tuple[list[Part], list[Part]]:
-    return [row.guider for row in rows if row.guider], [row.guider_base for row in rows if row.guider_base]
-
-
-def _role_rows(dense: Dense, parts: Sequence[Part], counts: Sequence[int]) -> RoleRows:
-    logsumexp = np.array([part.logsumexp for part in parts], np.float64)
-    return RoleRows(dense.values(parts, counts), dense.inside, logsumexp)
+    spread[0, np.searchsorted(whole.ids[0], sliced.ids[0, inside])] = sliced.logits[0, inside]
+    distance = total_variation(spread, whole.logits, np.array([sampling.temperature or 1.0]))
+    return float(distance[0]), bool(sliced.tokens[0] != whole.tokens[0])
 
 
 def _choose(
-    rows: Sequence[Row], dense: Dense, logits: Floats, own: Floats, guided: bool
+    questions: Sequence[Question],
+    ids: NDArray[Any],
+    logits: Floats,
+    own: Floats,
+    guided: bool,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The combined choice and the target's own, by one pass over both."""
-    parameters = [row.sampling for row in rows]
-    seeds = np.array([row.seed for row in rows], np.uint64)
-    positions = np.array([row.position for row in rows], np.uint64)
-    if not guided:
-        tokens = choose(dense.ids, logits, parameters, seeds, positions)
-        return tokens, tokens
-    twice = choose(
-        np.concatenate([dense.ids, dense.ids]),
-        np.concatenate([logits, own]),
-        [*parameters, *parameters],
-        np.concatenate([seeds, seeds]),
-        np.concatenate([positions, positions]),
-    )
-    return twice[: len(rows)], twice[len(rows) :]
+    """The combined choice and the target's own, with the same noise."""
+    parameters = [question.sampling for question in questions]
+    seeds = np.array([question.seed for question in questions], np.uint64)
+    positions = np.array([question.position for question in questions], np.uint64)
+    noise = noise_of(ids, parameters, seeds, positions)
+    tokens = choose_by(noise, ids, logits, parameters)
+    return tokens, choose_by(noise, ids, own, parameters) if guided else tokens

@@ -50,13 +50,13 @@ def filter_logits(logits: Floats, parameters: Sequence[Sampling]) -> Floats:
     """
     temperature = np.array([p.temperature or 1.0 for p in parameters])
     scaled: Floats = logits / temperature[:, None]
-    top_p = np.array([p.top_p for p in parameters])
-    min_p = np.array([p.min_p for p in parameters])
-    top_k = np.array([p.top_k or np.iinfo(np.int64).max for p in parameters])
     width = logits.shape[1]
-    active = np.array([p.temperature > 0 for p in parameters]) & ((top_p < 1) | (min_p > 0) | (top_k < width))
-    if active.any():
-        scaled[active] = _filter(scaled[active], top_k[active], top_p[active], min_p[active])
+    active = [p.temperature > 0 and (p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < width) for p in parameters]
+    if any(active):
+        filtered = [p for p, is_active in zip(parameters, active, strict=True) if is_active]
+        top_k = np.array([p.top_k or np.iinfo(np.int64).max for p in filtered])
+        top_p, min_p = np.array([p.top_p for p in filtered]), np.array([p.min_p for p in filtered])
+        scaled[active] = _filter(scaled[active], top_k, top_p, min_p)
     return scaled
 
 
@@ -79,9 +79,21 @@ def _filter(scaled: Floats, top_k: Ints, top_p: Floats, min_p: Floats) -> Floats
 
 def choose(ids: Ints, logits: Floats, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Ints:
     """The chosen id of each row, [B]. ids, logits: [B, W]; ties go to the lowest id. A row must have a finite logit."""
+    return choose_by(noise_of(ids, parameters, seeds, positions), ids, logits, parameters)
+
+
+def noise_of(ids: Ints, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Floats | None:
+    """The noise [B, W] that choices among `ids` are made with; None if every row is greedy."""
+    return gumbel(seeds, positions, ids) if any(p.temperature > 0 for p in parameters) else None
+
+
+def choose_by(noise: Floats | None, ids: Ints, logits: Floats, parameters: Sequence[Sampling]) -> Ints:
+    """`choose`, with the noise at hand."""
     scores = filter_logits(logits, parameters)
-    sampled = np.array([p.temperature > 0 for p in parameters])
-    if sampled.any():
-        noise = gumbel(seeds[sampled], positions[sampled], ids[sampled])
-        scores[sampled] += np.where(np.isfinite(scores[sampled]), noise, 0.0)
+    if noise is not None:
+        sampled = [p.temperature > 0 for p in parameters]
+        if all(sampled):
+            scores += noise  # what is filtered out stays at -inf
+        else:
+            scores[sampled] += noise[sampled]
     return np.asarray(np.take_along_axis(ids, np.argmax(scores, 1)[:, None], 1)[:, 0])

@@ -91,6 +91,7 @@ class Session:
         self.prompt = frozenset(self.primary.tokens)
         self.output: Counter[int] = Counter()
         self.generated = self.reasoning_tokens = self.guided = self.changed = self.widened = 0
+        self.drafted = self.accepted = 0  # drafts that were checked, and those that came to be tokens
         self.uncovered = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -107,9 +108,20 @@ class Session:
         """The stream that the answer is read from."""
         return self.streams[self.request.primary]
 
-    def alpha(self) -> float:
-        """Alpha for the next token."""
-        return self.request.guidance.alpha_at(self.generated, self._end_seen)
+    def alpha(self, ahead: int = 0) -> float:
+        """Alpha for the next token, or `ahead` tokens later as far as it can be told now."""
+        return self.request.guidance.alpha_at(self.generated + ahead, self._end_seen)
+
+    @property
+    def lifts(self) -> bool:
+        """Whether what was said makes itself likelier, so that every token adds to what the next row must know."""
+        sampling = self.request.sampling
+        return sampling.presence_penalty < 0 or sampling.frequency_penalty < 0 or sampling.repetition_penalty < 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether no token so far has a say in how the next ones are chosen."""
+        return self.generated >= self.request.sampling.min_tokens and not touches(self.request.sampling)
 
     def must_know(self) -> set[int]:
         """Primary ids that the next row must know exactly, beside the folded events."""
@@ -160,6 +172,8 @@ class Session:
             changed_tokens=self.changed,
             widened_rows=self.widened,
             uncovered_mass=self.uncovered / self.guided if self.guided else 0.0,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
 
     def _read_by_each(self, token: int) -> dict[Role, tuple[int, ...]]:

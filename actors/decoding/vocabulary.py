@@ -45,13 +45,14 @@ class VocabularyMap:
 
     to_role [primary width] and to_primary [role width] hold -1 where there is no counterpart. spelled: primary ids
     that a role reads as several of its ids. folds: role ids that mean the same event to the primary, by primary id;
-    their probabilities add up.
+    their probabilities add up. ascending: ascending ids of one model are ascending ids of the other.
     """
 
     to_role: Ids
     to_primary: Ids
     spelled: dict[int, tuple[int, ...]] = field(default_factory=dict)
     folds: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    ascending: bool = True
 
     def tokens(self, token: int) -> tuple[int, ...]:
         """What the role reads when the primary emits `token`."""
@@ -90,7 +91,8 @@ def map_vocabulary(
     spelled = {i: tuple(spell(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
     spelled |= {i: (role.eos_ids[0],) for i in primary.eos_ids[1:] if role.eos_ids}
     folds = {primary.eos_ids[0]: role.eos_ids} if primary.eos_ids and role.eos_ids else {}
-    return VocabularyMap(to_role, to_primary, spelled, folds)
+    ascending = bool(np.all(np.diff(to_role[to_role >= 0]) > 0))
+    return VocabularyMap(to_role, to_primary, spelled, folds, ascending)
 
 
 def marker_fold(
@@ -145,6 +147,8 @@ class Known:
 
     def fold(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """[rows, n] logits at `ids` -> [rows, g]: each group's logsumexp."""
+        if len(self.ids) == len(self.events):
+            return values.astype(np.float64)
         folded: NDArray[np.float64] = np.logaddexp.reduceat(values.astype(np.float64), self.starts, axis=1)
         return folded
 

@@ -187,7 +187,8 @@ class Rows:
 
     `logsumexp` has one value a row; `ids` and `logits` k a row, ids ascending (a whole row has no ids and `width`
     logits); `known` has the values asked for by `know`, row after row. `ids` and `pages` are the ids of all slices,
-    each a row, as `actors.wire.ids` writes them.
+    each a row, as `actors.wire.ids` writes them. `packed`: tokens in the forward that they come from, `micros`: how
+    long it took; 0 where rows did not need one.
     """
 
     tag: ClassVar[int] = 8
@@ -197,6 +198,8 @@ class Rows:
     pages: Array = column(U16)
     logits: Array = column(F32)
     known: Array = column(F32)
+    packed: int = 0
+    micros: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,8 +239,7 @@ class Failure:
 
 Message = Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows | Values | Refused | Failure | Drafted
 MESSAGES: dict[int, type[Message]] = {
-    t.tag: t
-    for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure, Drafted)
+    t.tag: t for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure, Drafted)
 }
 _SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
 

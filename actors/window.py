@@ -1,0 +1,124 @@
+"""The rows of one session that are in flight together: that of its newest token, and those of the drafts behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from actors.decoding.candidates import Block, Floats, Proposal, Slice
+from actors.decoding.decision import Decisions
+from actors.decoding.vocabulary import Known
+from actors.live import Live
+from actors.requests import Role
+from actors.wire.messages import WHOLE
+
+
+@dataclass(slots=True, eq=False)
+class Early:
+    """What was asked of the target about several rows before it answered, by the guider's slices.
+
+    asked, values [B, k]: NaN where the answer is on its way.
+    """
+
+    asked: Floats
+    values: Floats
+
+
+class Row:
+    """One row of a window on its way to a token."""
+
+    __slots__ = ("at", "audited", "block", "early", "early_at", "index", "k", "slices", "waiting", "window")
+
+    def __init__(self, window: Window, index: int, k: int) -> None:
+        self.window, self.index = window, index
+        self.k = k  # width of its slices; WHOLE: whole rows
+        self.slices: dict[Role, Slice] = {}
+        self.early: Early | None = None
+        self.early_at = 0
+        self.block: Block | None = None  # once its candidates are known
+        self.at = 0  # which row of the block it is
+        self.waiting = 0  # lookups on their way
+        self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
+
+    @property
+    def joinable(self) -> bool:
+        """Whether all that put candidates forward have answered."""
+        needed = ("target", "guider") if self.window.guided and self.k != WHOLE else self.window.roles
+        return all(role in self.slices for role in needed)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was asked has come."""
+        return self.block is not None and not self.waiting and len(self.slices) == len(self.window.roles)
+
+    def name(self, role: Role) -> tuple[int, int]:
+        """What names it to a replica: the position of its token, and the running hash up to it."""
+        return self.window.first[role] + self.index, self.window.hashes[role][self.index]
+
+    def proposal(self) -> Proposal:
+        """What is known of it, for a block."""
+        if self.early is None:
+            return Proposal(self.window.known, self.slices)
+        values, asked = self.early.values[self.early_at], self.early.asked[self.early_at]
+        return Proposal(self.window.known, self.slices, values, asked)
+
+    def restart(self) -> None:
+        """Forget its candidates: a role answers anew."""
+        self.block, self.early, self.waiting = None, None, 0
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """Rows in flight. Row i may be decided when the rows before it came to the drafts that it was computed after."""
+
+    live: Live
+    guided: bool  # whether the small models take part in its decisions
+    known: Mapping[Role, Known]  # what every row must know, by each role that takes part; the primary first
+    drafter: Role | None = None  # who drafts; None: nobody, or the session's own text
+    wanted: int = 0  # drafts asked of the drafter
+    first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
+    tails: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
+    hashes: dict[Role, list[int]] = field(default_factory=dict)  # of each row's tokens, its own included
+    rows: list[Row] = field(default_factory=list)  # empty while the drafter drafts
+    next: int = 0  # the row to be decided now
+    answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles whose rows are needed."""
+        return tuple(self.known)
+
+    @property
+    def drafts(self) -> int:
+        """How many drafts are checked."""
+        return max(0, len(self.rows) - 1)
+
+    def ready(self) -> bool:
+        """Whether the row to be decided now is complete."""
+        return self.next < len(self.rows) and self.rows[self.next].complete
+
+    def goes_on(self) -> bool:
+        """Whether the session's tokens are those that the next row was computed after, and it is guided as before."""
+        session = self.live.session
+        if self.next >= len(self.rows) or bool(session.alpha()) != self.guided:
+            return False
+        for role in self.known:
+            stream, length = session.streams[role], self.first[role] + self.next + 1
+            if len(stream) != length or stream.hash_before(length) != self.hashes[role][self.next]:
+                return False
+        return True
+
+    def settle(self) -> None:
+        """The window is over: note how far what each replica holds is what the session came to."""
+        for role, hashes in self.hashes.items():
+            stream, first = self.live.session.streams[role], self.first[role]
+            held = min(stream.held, first)
+            if role in self.answered or role == self.drafter:
+                # The drafter's last token may still be on its way into its cache.
+                certain = len(hashes) - (role not in self.answered)
+                for index in range(certain - 1, -1, -1):
+                    length = first + index + 1
+                    if length <= len(stream) and stream.hash_before(length) == hashes[index]:
+                        held = length
+                        break
+            stream.held = held
