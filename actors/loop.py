@@ -1,0 +1,332 @@
+"""The decode loop: many sessions, three models, one turn after another. Plain asyncio, without Ray.
+
+A turn: admit -> absorb replies -> ask what rows lack -> decide complete rows -> commit tokens -> extend -> send.
+A session's rows in flight are a window: the row of its newest token, and those of drafts, which are checked with it.
+Readiness is per session: a long prefill or a slow replica holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from actors.asked import Fault
+from actors.config import ServiceConfig
+from actors.deciding import Counts, Decider, Judged, Stuck, Wider
+from actors.drafting import Planner
+from actors.exchange import GUIDED, Exchange
+from actors.languages import Languages
+from actors.links import Links, Locate, Replica
+from actors.live import Live
+from actors.requests import Finished, FinishReason, Role
+from actors.window import Window
+from actors.wire.messages import Drafted, Message, Refusal, Rows
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5  # how often deadlines are looked at
+MAX_FAULTS = 8  # refusals without a token in between, after which a session is given up
+LEAD_TOKENS = 16  # so long before guidance starts the small models begin to read what was said
+
+
+class DecodeLoop:
+    """The sessions of one coordinator. Call from one event loop only."""
+
+    def __init__(
+        self, config: ServiceConfig, languages: Languages, secret: bytes, locate: Locate, tls: ssl.SSLContext | None
+    ) -> None:
+        self._config = config
+        self._exchange = Exchange(config.exchange, languages)
+        self._decider = Decider(config.exchange)
+        self.planner = Planner(config.speculation)
+        self._links = Links(
+            secret,
+            locate,
+            on_message=self._hear,
+            on_lost=self._lose,
+            on_found=lambda replica: self._wake(),
+            connect_s=config.deadlines.connect_s,
+            tls=tls,
+        )
+        self._waiting: deque[Live] = deque()
+        self._lives: dict[int, Live] = {}
+        self._stranded: list[Live] = []
+        self._inbox: list[tuple[Replica, Message]] = []
+        self._awake = self._stopped = False
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to follow the directory and to decode."""
+        self._links.start()
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def stop(self) -> None:
+        """End every session with an error and close the connections."""
+        for live in [*self._lives.values(), *self._waiting]:
+            self.finish(live, "error", "the coordinator was stopped")
+        self._stopped = True
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+        await self._links.stop()
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that are being decoded."""
+        return len(self._lives)
+
+    @property
+    def waiting(self) -> int:
+        """Sessions that wait for a place."""
+        return len(self._waiting)
+
+    @property
+    def counts(self) -> Counts:
+        """What was decided since the start."""
+        return self._decider.counts
+
+    def missing_roles(self) -> tuple[Role, ...]:
+        """Roles that no connected replica plays."""
+        return self._links.missing_roles()
+
+    def add(self, live: Live) -> None:
+        """Decode a session as soon as there is a place for it."""
+        self._waiting.append(live)
+        self._wake()
+
+    def release(self, live: Live) -> None:
+        """Forget a session, finished or not, here and at the models."""
+        if not live.over:
+            live.session.finish("abort")
+        self._exchange.drop(live)
+        self._lives.pop(live.key, None)
+        for queue in (self._waiting, self._stranded):
+            if live in queue:
+                queue.remove(live)
+        for replica in live.replicas.values():
+            replica.outbox.released.append(live.key)
+        live.replicas = {}
+        self._wake()
+
+    def _wake(self) -> None:
+        """Take a turn soon; what arrives until then is part of it."""
+        if not (self._awake or self._stopped):
+            self._awake = True
+            asyncio.get_running_loop().call_soon(self._guarded_turn)
+
+    def _guarded_turn(self) -> None:
+        self._awake = False
+        if self._stopped:
+            return
+        try:
+            self._turn()
+        except Exception:  # a fault of this program: end what was in the turn, keep the others
+            log.exception("a turn failed; its sessions are ended")
+            for live in list(self._lives.values()):
+                if live.window.ready() if live.window is not None else live not in self._stranded:
+                    self.finish(live, "error", "internal error while decoding")
+            self._links.flush()
+
+    def _turn(self) -> None:
+        self._admit()
+        messages, self._inbox = self._inbox, []
+        for fault in self._exchange.absorb(messages):
+            self._mend(fault)
+        windows = self._exchange.advance()
+        while windows:
+            judged = self._decider.judge(windows)
+            windows = [window for window, rows in zip(windows, judged, strict=True) if self._follow(window, rows)]
+        self._links.flush()
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._lives) < self._config.coordinator.max_sessions:
+            live = self._waiting.popleft()
+            self._lives[live.key] = live
+            self._next_window(live)
+        stranded, self._stranded = self._stranded, []
+        for live in stranded:
+            self._next_window(live)
+
+    def _next_window(self, live: Live) -> None:
+        """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
+        session = live.session
+        guided = not live.past_context and bool(session.alpha())
+        roles = self._roles(live, guided)
+        if not all([self._bind(live, role) for role in roles]):
+            live.stranded_since = live.stranded_since or time.monotonic()
+            self._stranded.append(live)
+            return
+        live.stranded_since = None
+        if len(session.primary) >= self._limit(live, live.primary):
+            self.finish(live, "length")
+            return
+        if guided and min(self._room(live, role) for role in roles) < 0:
+            if self._config.beyond_context == "error":
+                self.finish(live, "length")
+                return
+            live.past_context, guided, roles = True, False, (live.primary,)
+        live.row_since = time.monotonic()
+        plan = self.planner.plan(live, guided, min(self._room(live, role) for role in roles), len(self._lives))
+        self._exchange.begin(live, guided, plan.guesses, plan.drafts)
+        if not guided and session.generated and session.alpha(LEAD_TOKENS):
+            self._read_ahead(live)
+
+    def _roles(self, live: Live, guided: bool) -> tuple[Role, ...]:
+        """The roles that take part in the next window."""
+        if guided:
+            return GUIDED
+        return (live.primary, "guider") if self.planner.drafter(live, guided) == "guider" else (live.primary,)
+
+    def _read_ahead(self, live: Live) -> None:
+        """Guidance starts soon: let the small models read in the background, where somebody plays them."""
+        for role in GUIDED[1:]:
+            if not live.past_context and self._bind(live, role) and self._room(live, role) >= 0:
+                self._exchange.read(live, role)
+
+    def _room(self, live: Live, role: Role) -> int:
+        """Tokens that a role can read after the session's newest."""
+        return self._limit(live, role) - len(live.session.streams[role])
+
+    def _limit(self, live: Live, role: Role) -> int:
+        """Positions that a role's model computes for one session."""
+        return live.replicas[role].welcome.max_position
+
+    def _bind(self, live: Live, role: Role) -> bool:
+        """Give the session a replica of the role; False if nobody plays it now."""
+        if role not in live.replicas:
+            replica = self._links.pick(role)
+            if replica is None:
+                return False
+            live.replicas[role] = replica
+            live.session.streams[role].reseed(replica.welcome.hash_seed)
+        return True
+
+    def _follow(self, window: Window, judged: Sequence[Judged]) -> bool:
+        """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
+        live = window.live
+        for one in judged:
+            if one.alpha != live.session.alpha():
+                return True  # the thinking has just ended: decided anew
+            row = window.rows[window.next]
+            verdict = self._decider.verdict(row, one)
+            if isinstance(verdict, Wider):
+                self._exchange.widen(row, verdict.k)
+                return False
+            if isinstance(verdict, Stuck):
+                self.finish(live, "error", "the request's bans and biases leave no token to choose")
+                return False
+            live.events.emit(live.session.commit(verdict.token, one.alpha, verdict.changed))
+            live.faults = live.misses = 0
+            window.next += 1
+            if live.over or not window.goes_on():
+                self._close(window)
+                return False
+        return window.ready()
+
+    def _close(self, window: Window) -> None:
+        """A window is over: what it taught is kept, and the session ends or goes on with the next one."""
+        live = window.live
+        self.planner.learn(window)
+        window.settle()
+        self._exchange.drop(live)
+        if live.over:
+            self._end(live)
+        else:
+            self._next_window(live)
+
+    # -- faults ------------------------------------------------------------------------------------------------
+
+    def _hear(self, replica: Replica, message: Message) -> None:
+        if isinstance(message, Rows | Drafted):
+            replica.heard_at = time.monotonic()
+        self._inbox.append((replica, message))
+        self._wake()
+
+    def _mend(self, fault: Fault) -> None:
+        """A model refused an item: re-send, wait, or give up; the session's choices are the same in the end."""
+        live, role = fault.live, fault.role
+        window = live.window
+        if live.key not in self._lives or window is None:
+            return
+        held = {Refusal.KV_MISS: fault.detail, Refusal.ROW_GONE: window.first[role]}.get(fault.code, 0)
+        if fault.code in (Refusal.SUPERSEDED, Refusal.BAD_ITEM):
+            self.finish(live, "error", f"the {role} model refused the request ({fault.code.name.lower()})")
+            return
+        if fault.code in (Refusal.FULL, Refusal.KV_MISS):
+            live.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
+            live.row_since = time.monotonic() + fault.detail * (fault.code == Refusal.FULL) / 1000
+        else:
+            live.faults += 1
+        if live.faults > MAX_FAULTS:
+            self.finish(live, "error", f"the {role} model failed {live.faults} times in a row")
+        elif delay := fault.pause():
+            asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
+        else:
+            self._again(window, role, held)
+
+    def _again(self, window: Window, role: Role, held: int) -> None:
+        """Ask a role for its part of the window anew, unless the session has gone on in the meantime."""
+        live = window.live
+        if live.window is window and role in live.replicas:
+            self._exchange.again(live, role, held)
+            self._wake()
+
+    def _lose(self, replica: Replica) -> None:
+        """A connection is gone: its sessions start their row anew, with another replica or the restarted one."""
+        for live in list(self._lives.values()):
+            lost = [role for role, bound in live.replicas.items() if bound is replica]
+            for role in lost:
+                del live.replicas[role]
+            if lost and not live.over and live not in self._stranded:
+                self._restart(live)
+        self._wake()
+
+    def _restart(self, live: Live) -> None:
+        """Begin the window anew."""
+        self._exchange.drop(live)
+        self._next_window(live)
+
+    async def _watch(self) -> None:
+        """Hold every wait against its deadline."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now, limits = time.monotonic(), self._config.deadlines
+            for live in list(self._stranded):
+                if live.stranded_since is not None and now - live.stranded_since > limits.role_missing_s:
+                    away = ", ".join(self.missing_roles())
+                    self.finish(live, "error", f"no replica of {away} came back within {limits.role_missing_s:.0f} s")
+            for live in list(self._lives.values()):
+                if any(live.tickets.values()) and now - live.row_since > limits.step_s:
+                    self._hang(live)
+            if self._stranded or self._waiting:
+                self._wake()
+
+    def _hang(self, live: Live) -> None:
+        """A row is overdue: give up the models that owe an answer and are silent; losing them restarts the row."""
+        limit, now = self._config.deadlines.step_s, time.monotonic()
+        owing = [live.replicas[role] for role, owed in live.tickets.items() if owed]
+        silent = [replica for replica in owing if now - replica.heard_at > limit]
+        live.faults += bool(silent)
+        if live.faults > MAX_FAULTS:
+            self.finish(live, "error", "the models did not answer in time")
+            return
+        for replica in silent:
+            self._links.drop(replica, TimeoutError(f"no answer in {limit:g} s"))
+
+    def finish(self, live: Live, reason: FinishReason, error: str | None = None) -> None:
+        """End a session from outside its own tokens."""
+        if not live.over:
+            live.events.emit(live.session.finish(reason))
+            self._end(live, error)
+
+    def _end(self, live: Live, error: str | None = None) -> None:
+        session = live.session
+        assert session.finish_reason is not None
+        live.events.emit(Finished(session.finish_reason, session.usage(), session.stop_reason, error))
+        self.release(live)
