@@ -179,7 +179,7 @@ def rank(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
     np.not_equal(ranked[:, 1:], ranked[:, :-1], out=first[:, 1:])
     real = ranked < PADDING
     standing = np.cumsum(first & real, 1) - 1
-    width = max(int(standing[:, -1].max(initial=0)) + 1, 1)
+    width = max(int(standing.max(initial=0)) + 1, 1)
     standing = np.where(real, standing, width)
     ids = np.full((len(together), width + 1), PADDING, np.int64)
     np.put_along_axis(ids, standing, ranked, 1)

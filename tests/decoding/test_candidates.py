@@ -2,220 +2,181 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
-from actors.decoding.candidates import NONE, PADDING, Ids, Lookup, Part, join, side_by_side
+from actors.decoding.candidates import PADDING, Block, Proposal, Slice, blocks, rank
+from actors.decoding.vocabulary import Known
+from actors.requests import Role
 
 IDS = 200
+EVERY_ID = np.arange(IDS)
 
 
-def array(ids: Sequence[int]) -> Ids:
-    return np.array(ids, np.int64)
+def needed(events: list[int]) -> Known:
+    """Single ids that a row must know."""
+    return Known(np.array(events, np.int32), np.arange(len(events)), np.array(events, np.int64))
 
 
-def part(slice_: dict[int, float] | None = None, folded: dict[int, float] | None = None) -> Part:
-    """A part whose row has come: its slice and its folded events as {id: logit}."""
-    folded, slice_ = folded or {}, slice_ or {}
-    out = Part(events=array([*folded]))
-    out.arrive(
-        np.array([*folded.values()], np.float64), array([*slice_]), np.array([*slice_.values()], np.float32), 0.5
-    )
-    return out
+def part(draw: np.random.Generator, k: int, events: int) -> Slice:
+    """A slice of k ids, a fifth of them without a counterpart."""
+    ids = draw.choice(IDS, k, replace=False)
+    ids = np.where(draw.random(k) < 0.2, -1, np.sort(ids))
+    return Slice(ids, draw.normal(size=k).astype(np.float32), draw.normal(size=events), float(draw.normal()))
 
 
-def table(role: Part, ids: Ids) -> dict[int, float]:
-    """What a role knows of the row's candidates, as {id: logit}."""
-    values = role.values(len(ids))
-    return {int(i): float(z) for i, z in zip(ids, values, strict=True) if not np.isnan(z)}
+def guided(draw: np.random.Generator, with_base: bool, early: bool) -> Proposal:
+    """A row of which target and guider have answered, and perhaps the base; perhaps with early lookups."""
+    k, events = int(draw.integers(1, 12)), int(draw.integers(1, 3))
+    chosen = draw.choice(IDS, events, replace=False).tolist()
+    slices: dict[Role, Slice] = {"target": part(draw, k, events), "guider": part(draw, k, events)}
+    if with_base:
+        slices["guider_base"] = Slice(np.zeros(0, np.int64), np.zeros(0), draw.normal(size=events), 0.25)
+    known: dict[Role, Known] = {role: needed(chosen) for role in ("target", "guider", "guider_base")}
+    if not early:
+        return Proposal(known, slices)
+    ids = slices["guider"].ids
+    asked = (ids >= 0) & ~np.isin(ids, chosen)
+    values = np.where(asked, draw.normal(size=k), np.nan)
+    own = {int(i): float(z) for i, z in zip(slices["target"].ids, slices["target"].logits, strict=True)}
+    values = np.array([own.get(int(i), v) if a else v for i, v, a in zip(ids, values, asked, strict=True)])
+    return Proposal(known, slices, values, asked)
 
 
-def random_part(draw: np.random.Generator) -> Part:
-    """A slice of up to 12 ids, some without a counterpart, and up to 3 events, some of them in the slice."""
-    ids = draw.choice(IDS, int(draw.integers(0, 12)), replace=False)
-    events = draw.choice(IDS, int(draw.integers(0, 4)), replace=False)
-    if len(ids) and len(events) and draw.random() < 0.5 and ids[0] not in events:
-        events[0] = ids[0]
-    out = Part(events=events)
-    slice_ = np.where(draw.random(len(ids)) < 0.2, -1, ids)
-    out.arrive(draw.normal(size=len(events)), slice_, draw.normal(size=len(ids)).astype(np.float32), 0.0)
-    return out
-
-
-def random_rows(rows: int, seed: int) -> list[list[Part]]:
-    """Rows of two or three roles: their shapes differ."""
+def many(seed: int, count: int = 17) -> list[Proposal]:
     draw = np.random.default_rng(seed)
-    return [[random_part(draw) for _ in range(int(draw.integers(2, 4)))] for _ in range(rows)]
+    return [guided(draw, bool(draw.random() < 0.5), bool(draw.random() < 0.5)) for _ in range(count)]
 
 
-def proposed(parts: Sequence[Part]) -> set[int]:
-    return {int(i) for p in parts for ids in (p.events, p.ids) for i in ids if i >= 0}
+def proposed(row: Proposal) -> list[int]:
+    events = {int(i) for known in row.known.values() for i in known.events}
+    return sorted(events | {int(i) for part in row.slices.values() for i in part.ids if i >= 0})
 
 
-def told(role: Part) -> dict[int, float]:
-    """By brute force: what a role was told, the events last."""
-    known: dict[int, float] = {}
-    for lookup in role.lookups:
-        assert lookup.values is not None
-        known |= dict(zip(lookup.ids.tolist(), lookup.values.tolist(), strict=True))
-    known |= {int(i): float(z) for i, z in zip(role.ids, role.logits, strict=True) if i >= 0}
-    return known | dict(zip(role.events.tolist(), role.folded.tolist(), strict=True))
+def told(row: Proposal, role: Role) -> dict[int, float]:
+    """By brute force: what a role said of its own accord or when asked early, the events last."""
+    found: dict[int, float] = {}
+    if role == "target" and row.early is not None and row.asked is not None:
+        asked = zip(row.slices["guider"].ids, row.early, row.asked, strict=True)
+        found |= {int(i): float(z) for i, z, is_asked in asked if is_asked}
+    if role in row.slices:
+        mine = row.slices[role]
+        found |= {int(i): float(z) for i, z in zip(mine.ids, mine.logits, strict=True) if i >= 0}
+        found |= dict(zip(row.known[role].events.tolist(), mine.folded.tolist(), strict=True))
+    return found
 
 
-def look_up(role: Part, ids: Ids, draw: np.random.Generator) -> None:
-    role.lookups.append(Lookup(ids, values=draw.normal(size=len(ids)).astype(np.float32)))
+def table(block: Block, at: int, role: Role) -> dict[int, float]:
+    """What a block says that a role knows of a row's candidates."""
+    pairs = zip(block.ids[at].tolist(), block.values(role)[at].tolist(), strict=True)
+    return {i: z for i, z in pairs if not np.isnan(z)}
 
 
-# -- the candidates of a row
+def each(rows: list[Proposal]) -> Mapping[int, tuple[Block, int]]:
+    """Row number -> its block and its place there."""
+    return {number: (block, at) for block, numbers in blocks(rows) for at, number in enumerate(numbers)}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_candidates_are_what_anyone_put_forward_in_id_order(seed: int) -> None:
-    rows = random_rows(17, seed)
-    for ids, parts in zip(join(rows), rows, strict=True):
-        assert ids.tolist() == sorted(proposed(parts))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_rows_candidates_and_values_are_the_same_in_any_company(seed: int) -> None:
-    rows = random_rows(23, seed)
-    assert len({tuple(len(p.ids) for p in parts) for parts in rows}) > 1  # shapes differ
-    together = join(rows)
-    values = [[role.values(len(ids)) for role in parts] for ids, parts in zip(together, rows, strict=True)]
-    for ids, parts, known in zip(together, rows, values, strict=True):
-        (alone,) = join([parts])
-        assert alone.tobytes() == ids.tobytes()
-        assert [role.values(len(ids)).tobytes() for role in parts] == [z.tobytes() for z in known]
-
-
-def test_rows_do_not_mix_even_at_the_largest_ids() -> None:
-    largest = np.iinfo(np.int32).max
-    rows = [[part({0: 0.0, largest: 1.0})], [part({0: 0.0, 1: 1.0})], [part({largest: 0.0})]]
-    assert [ids.tolist() for ids in join(rows)] == [[0, largest], [0, 1], [largest]]
-    assert join([]) == []
-
-
-def test_what_is_looked_up_is_no_candidate_by_that() -> None:
-    target, base = part({3: 1.0}), part()
-    look_up(base, array([3]), np.random.default_rng(0))
-    assert join([[target, base]])[0].tolist() == [3]
-
-
-# -- what a role knows of them
+    rows = many(seed)
+    found = each(rows)
+    assert sorted(found) == list(range(len(rows)))
+    for number, (block, at) in found.items():
+        assert block.ids[at, block.inside[at]].tolist() == proposed(rows[number])
+        assert (block.ids[at, ~block.inside[at]] == PADDING).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_values_are_what_was_told_and_nothing_where_it_was_not(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    rows = random_rows(11, seed)
-    for parts in rows:
-        for role, other in zip(parts, parts[1:] + parts[:1], strict=True):
-            look_up(role, other.ids[other.ids >= 0], draw)
-    for ids, parts in zip(join(rows), rows, strict=True):
-        for role in parts:
-            assert table(role, ids) == told(role)
-
-
-def test_lookups_asked_before_the_candidates_are_known_find_their_places() -> None:
-    target, guider = Part(), part({5: 0.5, 9: 0.75, -1: 0.0})
-    target.lookups.append(Lookup(array([9, 5])))
-    target.waiting = 1
-    target.lookups[0].values = np.array([0.25, 0.125], np.float32)  # in the order asked
-    target.waiting = 0
-    target.arrive(np.zeros(0), array([7, 5]), np.array([2.0, 0.125], np.float32), 1.0)
-    (ids,) = join([[target, guider]])
-    assert table(target, ids) == {5: 0.125, 7: 2.0, 9: 0.25}
-    assert table(guider, ids) == {5: 0.5, 9: 0.75}
-    assert target.missing(len(ids)).tolist() == []
-
-
-def test_a_lookup_of_what_is_no_candidate_any_more_changes_nothing() -> None:
-    # The guider's slice was looked up in the target, then its replica was lost and another one likes other ids.
-    target, guider = part({3: 1.0}), part({7: 0.5})
-    look_up(target, array([7, 5, 900]), np.random.default_rng(0))
-    (ids,) = join([[target, guider]])
-    assert ids.tolist() == [3, 7]
-    assert table(target, ids) == {3: 1.0, 7: told(target)[7]}
-    assert target.missing(2).tolist() == []
-    gone = part()
-    look_up(gone, array([5]), np.random.default_rng(0))
-    assert [len(ids) for ids in join([[gone]])] == [0]
-    assert len(gone.values(0)) == 0
-
-
-def test_folded_events_override_the_slice_and_lookups_of_the_same_id() -> None:
-    role = part({3: 1.0, 7: 2.0}, folded={7: 2.5, 8: 0.0})
-    look_up(role, array([7, 3]), np.random.default_rng(0))
-    (ids,) = join([[role]])
-    assert table(role, ids) == {3: 1.0, 7: 2.5, 8: 0.0}
-
-
-def test_a_widened_slice_keeps_folded_events_and_what_lookups_brought() -> None:
-    target, guider = part({3: 1.0}, folded={7: 2.5}), part({4: 0.5})
-    look_up(target, array([4]), np.random.default_rng(0))
-    brought = told(target)[4]
-    join([[target, guider]])
-    target.widen(array([3, 7, 8]), np.array([1.0, 2.0, 0.5], np.float32))
-    (ids,) = join([[target, guider]])
-    assert ids.tolist() == [3, 4, 7, 8]
-    assert table(target, ids) == {3: 1.0, 4: brought, 7: 2.5, 8: 0.5}
-    assert target.ceiling == 0.5
-    assert target.missing(len(ids)).tolist() == []
+    rows = many(seed)
+    for number, (block, at) in each(rows).items():
+        for role in rows[number].known:
+            assert table(block, at, role) == told(rows[number], role)
+            if role in rows[number].slices:
+                assert block.logsumexp[role][at] == rows[number].slices[role].logsumexp
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_is_missing_is_never_what_slice_events_or_lookups_bring(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    rows = random_rows(13, seed)
-    for parts in rows:
-        others = parts[1].ids[parts[1].ids >= 0]
-        look_up(parts[0], others[: len(others) // 2], draw)
-    for ids, parts in zip(join(rows), rows, strict=True):
-        for role in parts:
-            assert ids[role.missing(len(ids))].tolist() == [i for i in ids.tolist() if i not in told(role)]
+def test_company_changes_neither_candidates_nor_values(seed: int) -> None:
+    rows = many(seed, 23)
+    for number, (block, at) in each(rows).items():
+        alone = Block([rows[number]])
+        width = alone.width
+        assert block.ids[at, :width].tolist() == alone.ids[0].tolist()
+        for role in rows[number].known:
+            assert block.values(role)[at, :width].tobytes() == alone.values(role)[0].tobytes()
 
 
-def test_what_was_asked_for_and_has_not_come_is_not_asked_again() -> None:
-    target, base = part({3: 1.0, 4: 2.0}), part()
-    (ids,) = join([[target, base]])
-    places = base.missing(2)
-    base.lookups.append(Lookup(ids[places], places))
-    assert places.tolist() == [0, 1]
-    assert base.missing(2).tolist() == []
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_missing_is_never_what_slice_events_or_early_lookups_bring(seed: int) -> None:
+    rows = many(seed)
+    found = each(rows)
+    for block, numbers in blocks(rows):
+        for role in rows[numbers[0]].known:
+            at_rows, places, ids = block.missing(role, EVERY_ID)
+            assert (block.ids[at_rows, places] == ids).all()
+            for at, number in enumerate(numbers):
+                brings = set(told(rows[number], role)) | {int(i) for i in rows[number].known[role].events}
+                assert ids[at_rows == at].tolist() == [i for i in proposed(rows[number]) if i not in brings]
+    assert found
 
 
-def test_a_part_is_complete_when_all_that_was_asked_has_come() -> None:
-    row = part({1: 0.0})
-    before = row.complete
-    row.waiting += 1
-    assert (before, row.complete, Part().complete) == (True, False, False)
+def test_ids_that_a_role_does_not_have_are_not_asked_of_it() -> None:
+    (row,) = many(1, 1)
+    theirs = np.where(EVERY_ID % 2 == 0, EVERY_ID + 1_000, -1)
+    block = Block([row])
+    every, (_, _, ids) = block.missing("guider_base", EVERY_ID)[2], block.missing("guider_base", theirs)
+    assert ids.tolist() == [i + 1_000 for i in every.tolist() if i % 2 == 0]
+
+
+def test_a_base_that_answers_after_the_block_was_made_leaves_the_same_values() -> None:
+    draw = np.random.default_rng(0)
+    whole = guided(draw, with_base=True, early=False)
+    base = whole.slices["guider_base"]
+    late = Proposal(whole.known, {role: part for role, part in whole.slices.items() if role != "guider_base"})
+    block, at_once = Block([late]), Block([whole])
+    assert not table(block, 0, "guider_base")
+    block.arrive("guider_base", 0, base)
+    assert table(block, 0, "guider_base") == table(at_once, 0, "guider_base")
+    assert block.missing("guider_base", EVERY_ID)[2].tolist() == at_once.missing("guider_base", EVERY_ID)[2].tolist()
+    assert block.logsumexp["guider_base"][0] == base.logsumexp
+
+
+def test_early_answers_that_come_after_the_block_was_made_find_their_places() -> None:
+    draw = np.random.default_rng(3)
+    whole = guided(draw, with_base=True, early=True)
+    assert whole.early is not None
+    assert whole.asked is not None
+    pending = Proposal(whole.known, whole.slices, np.full_like(whole.early, np.nan), whole.asked)
+    block, at_once = Block([pending]), Block([whole])
+    assert block.missing("target", EVERY_ID)[2].tolist() == at_once.missing("target", EVERY_ID)[2].tolist()
+    slots = np.flatnonzero(whole.asked)
+    block.early(0, slots, whole.early[slots])
+    assert table(block, 0, "target") == table(at_once, 0, "target")
+
+
+def test_folded_events_stand_above_the_slice() -> None:
+    known: dict[Role, Known] = {"target": needed([7, 8])}
+    row = Proposal(known, {"target": Slice(np.array([3, 7]), np.array([1.0, 2.0]), np.array([2.5, 0.0]), 0.0)})
+    assert table(Block([row]), 0, "target") == {3: 1.0, 7: 2.5, 8: 0.0}
 
 
 def test_nothing_outside_a_slice_is_above_its_lowest_logit() -> None:
-    assert part({1: 3.0, 2: -1.0}).ceiling == -1.0
-    assert part().ceiling == np.inf
+    known: dict[Role, Known] = {"target": needed([])}
+    none = np.zeros(0)
+    row = Proposal(known, {"target": Slice(np.array([1, 2]), np.array([3.0, -1.0]), none, 0.0)})
+    empty = Proposal(known, {"target": Slice(np.zeros(0, np.int64), none, none, 0.0)})
+    assert Block([row]).ceiling.tolist() == [-1.0]
+    assert Block([empty]).ceiling.tolist() == [np.inf]
+    assert Block([empty]).ids.tolist() == [[PADDING]]
 
 
-# -- rows side by side
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_side_by_side_are_the_rows_and_padding_behind(seed: int) -> None:
-    rows = random_rows(9, seed)
-    candidates = join(rows)
-    dense = side_by_side(candidates)
-    firsts = [parts[0] for parts in rows]
-    values = dense.values(firsts, [len(ids) for ids in candidates])
-    for row, (ids, role) in enumerate(zip(candidates, firsts, strict=True)):
-        assert dense.ids[row, : len(ids)].tolist() == ids.tolist()
-        assert (dense.ids[row, len(ids) :] == PADDING).all()
-        assert dense.inside[row].tolist() == [place < len(ids) for place in range(dense.ids.shape[1])]
-        np.testing.assert_array_equal(values[row, : len(ids)], role.values(len(ids)))
-        assert np.isnan(values[row, len(ids) :]).all()
-
-
-def test_a_row_without_candidates_is_padding_alone() -> None:
-    dense = side_by_side([NONE])
-    assert (dense.ids.tolist(), dense.inside.tolist()) == ([[PADDING]], [[False]])
+def test_ranking_puts_equal_ids_in_one_place_even_at_the_largest() -> None:
+    largest = np.iinfo(np.int32).max
+    ids, inside, places = rank(np.array([[largest, 0, -1, largest], [1, 0, 1, 5]]))
+    assert ids.tolist() == [[0, largest, PADDING], [0, 1, 5]]
+    assert inside.tolist() == [[True, True, False], [True] * 3]
+    assert places.tolist() == [[1, 0, 3, 1], [1, 0, 1, 2]]

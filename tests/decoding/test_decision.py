@@ -4,64 +4,77 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.decoding.candidates import NONE, Ids, Lookup, Part, join
-from actors.decoding.decision import Row, compare, decide
+from actors.decoding.candidates import Block, Proposal, Slice
+from actors.decoding.decision import Decisions, Question, compare, decide
 from actors.decoding.parameters import Sampling
 from actors.decoding.penalties import adjust
 from actors.decoding.sampling import choose
+from actors.decoding.vocabulary import Known
+from actors.requests import ROLES, Role
 
 VOCABULARY = 300
+NOTHING = Known(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+Rows = list[tuple[NDArray[np.float32], Question]]
 
 
-def unchanged(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
-    """No penalties."""
+def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> Block:
+    """Candidates of whole rows [3, V] and what the roles know of them; k None: all ids."""
+    proposals = []
+    for whole, _ in rows:
+        slices: dict[Role, Slice] = {}
+        for role, z in zip(ROLES, whole, strict=True):
+            mine = np.sort(np.argsort(-z, kind="stable")[: k or VOCABULARY]) if role != "guider_base" else []
+            at = np.array(mine, np.int64)
+            slices[role] = Slice(at, z[at], np.zeros(0), float(np.logaddexp.reduce(z.astype(np.float64))))
+        proposals.append(Proposal(dict.fromkeys(roles, NOTHING), {role: slices[role] for role in roles}))
+    block = Block(proposals)
+    for role in roles:
+        at_rows, places, ids = block.missing(role, np.arange(VOCABULARY))
+        table = np.stack([whole[ROLES.index(role)] for whole, _ in rows])
+        block.fill(role, at_rows, places, table[at_rows, ids])
+    return block
 
 
-def parts(whole: NDArray[np.float32], k: int | None) -> tuple[Ids, list[Part]]:
-    """Candidates and three parts [target, guider, guider base] of whole rows [3, V]; k None: all ids."""
-    out = []
-    for role, z in enumerate(whole):
-        part = Part()
-        mine = np.argsort(-z, kind="stable")[: k or VOCABULARY] if role < 2 else NONE
-        part.arrive(np.zeros(0), mine, z[mine], float(np.logaddexp.reduce(z.astype(np.float64))))
-        out.append(part)
-    (ids,) = join([out])
-    for part, z in zip(out, whole, strict=True):
-        places = part.missing(len(ids))
-        part.lookups.append(Lookup(ids[places], places, z[ids[places]]))
-    return ids, out
+def decided(rows: Rows, k: int | None, guided: bool = True) -> Decisions:
+    """Decide all rows of a block."""
+    roles: tuple[Role, ...] = ROLES if guided else ("target",)
+    questions = [question for _, question in rows]
+    return decide(block_of(rows, k, roles), range(len(rows)), questions, "target", guided)
 
 
-def rows(count: int, k: int | None, sampling: Sampling, spread: float = 3.0) -> list[Row]:
+def rows(count: int, sampling: Sampling, spread: float = 3.0) -> Rows:
     draw = np.random.default_rng(count)
-    out = []
-    for i in range(count):
-        whole = draw.normal(0, spread, (3, VOCABULARY)).astype(np.float32)
-        ids, (target, guider, base) = parts(whole, k)
-        out.append(Row(ids, target, guider, base, 0.25 * (i % 7), sampling, 1_000 + i, i, unchanged))
-    return out
+    return [
+        (
+            draw.normal(0, spread, (3, VOCABULARY)).astype(np.float32),
+            Question(0.25 * (i % 7), sampling, 1_000 + i, i, None),
+        )
+        for i in range(count)
+    ]
 
 
-def table(part: Part) -> NDArray[np.float64]:
-    """[V] what a part of a whole row knows."""
-    return part.values(VOCABULARY)
+def changed(row: tuple[NDArray[np.float32], Question], **changes: Any) -> tuple[NDArray[np.float32], Question]:
+    return row[0], replace(row[1], **changes)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7, top_p=0.9)])
 def test_whole_rows_are_decided_by_the_formula(sampling: Sampling) -> None:
-    many = rows(12, None, sampling)
-    decisions = decide(many, guided=True)
-    for i, row in enumerate(many):
-        assert row.guider is not None
-        assert row.guider_base is not None
-        target = table(row.target)
-        z = target + row.alpha * (table(row.guider) - table(row.guider_base))
-        ids, seed, position = np.arange(VOCABULARY)[None], np.array([row.seed], np.uint64), np.array([i], np.uint64)
+    many = rows(12, sampling)
+    decisions = decided(many, None)
+    for i, (whole, question) in enumerate(many):
+        target, guider, base = whole.astype(np.float64)
+        z = target + question.alpha * (guider - base)
+        ids, seed, position = (
+            np.arange(VOCABULARY)[None],
+            np.array([question.seed], np.uint64),
+            np.array([i], np.uint64),
+        )
         assert decisions.tokens[i] == choose(ids, z[None], [sampling], seed, position)[0]
         assert decisions.alone[i] == choose(ids, target[None], [sampling], seed, position)[0]
     assert not decisions.stuck.any()
@@ -69,38 +82,47 @@ def test_whole_rows_are_decided_by_the_formula(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("k", [4, 20, None])
 def test_company_changes_no_decision_and_no_bit_of_its_estimates(k: int | None) -> None:
-    many = rows(9, k, Sampling(temperature=0.9, top_p=0.95))
-    together = decide(many, guided=True)
+    many = rows(9, Sampling(temperature=0.9, top_p=0.95))
+    together = decided(many, k)
     for i, row in enumerate(many):
-        alone = decide([row], guided=True)
+        alone = decided([row], k)
         assert alone.tokens[0] == together.tokens[i]
         assert alone.alone[0] == together.alone[i]
         assert alone.outside[0] == together.outside[i]
         assert alone.uncovered[0] == together.uncovered[i]
 
 
+def test_some_rows_of_a_block_are_decided_as_all_of_them_are() -> None:
+    many = rows(7, Sampling(temperature=1.0))
+    block, questions = block_of(many, 20), [question for _, question in many]
+    whole = decide(block, range(7), questions, "target", guided=True)
+    some = decide(block, [5, 2], [questions[5], questions[2]], "target", guided=True)
+    assert some.tokens.tolist() == whole.tokens[[5, 2]].tolist()
+    assert some.outside.tobytes() == whole.outside[[5, 2]].tobytes()
+    assert whole.row(3).tokens.tolist() == [whole.tokens[3]]
+
+
 def test_decoding_alone_needs_no_small_models() -> None:
-    many = [replace(row, guider=None, guider_base=None) for row in rows(5, None, Sampling(temperature=0))]
-    decisions = decide(many, guided=False)
-    assert decisions.tokens.tolist() == [int(np.argmax(table(row.target))) for row in many]
+    many = rows(5, Sampling(temperature=0))
+    decisions = decided(many, None, guided=False)
+    assert decisions.tokens.tolist() == [int(np.argmax(whole[0])) for whole, _ in many]
     assert decisions.alone.tolist() == decisions.tokens.tolist()
 
 
 def test_alpha_zero_decides_as_the_target_alone() -> None:
-    many = [replace(row, alpha=0.0) for row in rows(9, None, Sampling(temperature=1.0))]
-    decisions = decide(many, guided=True)
+    decisions = decided([changed(row, alpha=0.0) for row in rows(9, Sampling(temperature=1.0))], None)
     assert decisions.tokens.tolist() == decisions.alone.tolist()
 
 
 def test_both_choices_are_made_under_the_requests_history() -> None:
-    (row,) = rows(1, None, Sampling(temperature=0))
-    first = decide([row], guided=True)
+    (row,) = rows(1, Sampling(temperature=0))
+    first = decided([row], None)
     banned = [int(first.tokens[0]), int(first.alone[0])]
 
     def ban(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
-        adjust(ids, logits, row.sampling, (), Counter(), banned)
+        adjust(ids, logits, row[1].sampling, (), Counter(), banned)
 
-    second = decide([replace(row, adjust=ban)], guided=True)
+    second = decided([changed(row, adjust=ban)], None)
     assert second.tokens[0] not in banned
     assert second.alone[0] not in banned
 
@@ -109,31 +131,28 @@ def test_a_row_in_which_nothing_may_be_chosen_is_stuck_and_its_neighbours_are_no
     def ban_all(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
         logits[:] = -np.inf
 
-    many = rows(3, 8, Sampling(temperature=1.0, top_p=0.9))
-    free = decide(many, guided=True)
-    many[1] = replace(many[1], adjust=ban_all)
-    decisions = decide(many, guided=True)
+    many = rows(3, Sampling(temperature=1.0, top_p=0.9))
+    free = decided(many, 8)
+    many[1] = changed(many[1], adjust=ban_all)
+    decisions = decided(many, 8)
     assert decisions.stuck.tolist() == [False, True, False]
     assert decisions.tokens[[0, 2]].tolist() == free.tokens[[0, 2]].tolist()
     assert decisions.outside[1] == 1
 
 
 def test_slices_held_against_whole_rows_lose_what_they_did_not_see() -> None:
-    flat = 0.5
-    many, whole = rows(6, 20, Sampling(), flat), rows(6, None, Sampling(), flat)
-    sliced, complete = decide(many, guided=True), decide(whole, guided=True)
-    distance, differs = compare(many, sliced, complete)
+    many = rows(6, Sampling(), spread=0.5)
+    sliced, complete = decided(many, 20), decided(many, None)
     for i in range(6):
+        distance, differs = compare(sliced.row(i), complete.row(i), Sampling())
         p = np.exp(complete.logits[i] - complete.logits[i].max())
         p /= p.sum()
-        inside = sliced.dense.ids[i][sliced.dense.inside[i]]
-        assert distance[i] == pytest.approx(1 - p[inside].sum())  # the candidates' own proportions are right
-    assert differs.tolist() == (sliced.tokens != complete.tokens).tolist()
+        inside = sliced.ids[i][sliced.inside[i]]
+        assert distance == pytest.approx(1 - p[inside].sum())  # the candidates' own proportions are right
+        assert differs == (sliced.tokens[i] != complete.tokens[i])
 
 
 def test_slices_that_see_everything_differ_in_nothing() -> None:
-    many = rows(4, None, Sampling())
-    once, again = decide(many, guided=True), decide(many, guided=True)
-    distance, differs = compare(many, once, again)
-    assert distance.tolist() == [0] * 4
-    assert not differs.any()
+    many = rows(4, Sampling())
+    once, again = decided(many, None), decided(many, None)
+    assert [compare(once.row(i), again.row(i), Sampling()) for i in range(4)] == [(0.0, False)] * 4

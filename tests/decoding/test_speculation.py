@@ -1,0 +1,75 @@
+"""How far to guess ahead: the expected yield, the best length, and what a text says by itself."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from actors.decoding.speculation import Acceptance, TextIndex, best_length, expected_tokens
+
+
+@pytest.mark.parametrize(("acceptance", "drafts"), [(0.0, 4), (0.5, 1), (0.8, 4), (0.95, 8), (1.0, 3)])
+def test_the_expected_yield_is_that_of_drafts_judged_one_by_one(acceptance: float, drafts: int) -> None:
+    by_hand = sum(acceptance**kept for kept in range(drafts + 1))
+    assert expected_tokens(acceptance, drafts) == pytest.approx(by_hand)
+
+
+def test_free_drafts_are_made_to_the_limit_and_dear_ones_not_at_all() -> None:
+    assert best_length(0.8, 7, lambda n: 1.0) == 7
+    assert best_length(0.8, 7, lambda n: 1.0 + n) == 0
+    assert best_length(0.0, 7, lambda n: 1.0) == 0
+
+
+def test_the_better_the_drafts_the_more_are_made() -> None:
+    lengths = [best_length(p / 20, 7, lambda n: 30 + 2.0 * n + 1.5 * n) for p in range(20)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] == 0
+    assert lengths[-1] == 7
+
+
+def test_acceptance_converges_to_the_share_of_judged_drafts_that_are_kept() -> None:
+    draw = random.Random(0)
+    acceptance = Acceptance(prior=0.2)
+    assert acceptance.rate == pytest.approx(0.2)
+    rates = []
+    for _ in range(500):
+        kept = next((i for i in range(4) if draw.random() > 0.8), 4)
+        acceptance.judge(4, kept)
+        rates.append(acceptance.rate)
+    assert sum(rates[100:]) / 400 == pytest.approx(0.8, abs=0.03)
+
+
+def test_drafts_after_the_first_rejected_one_say_nothing() -> None:
+    one, many = Acceptance(0.5), Acceptance(0.5)
+    one.judge(2, 1)
+    many.judge(8, 1)
+    assert one.rate == many.rate
+
+
+def test_drafting_that_does_not_pay_is_tried_ever_more_rarely() -> None:
+    acceptance = Acceptance(0.1)
+    tries = [number for number in range(2_000) if not acceptance.rest()]
+    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    assert gaps == sorted(gaps)
+    assert (tries[0], gaps[-1]) == (7, 128)
+
+
+def test_a_text_guesses_what_followed_the_same_words_before() -> None:
+    assert TextIndex().guesses([1, 2, 3, 4, 9, 1, 2, 3, 4], 3) == [9, 1, 2]
+    assert TextIndex().guesses([1, 2, 3, 4], 3) == []
+    assert TextIndex().guesses([5, 6, 7, 5, 6], 8) == [7, 5, 6]
+
+
+def test_a_longer_match_stands_above_a_later_one() -> None:
+    tokens = [1, 2, 3, 4, 10, 7, 3, 4, 11, 1, 2, 3, 4]
+    assert TextIndex().guesses(tokens, 1) == [10]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_index_that_grows_with_its_text_guesses_as_a_new_one(seed: int) -> None:
+    draw = random.Random(seed)
+    growing, tokens = TextIndex(), list[int]()
+    for _ in range(200):
+        tokens.append(draw.randrange(3))
+        assert growing.guesses(tokens, 4) == TextIndex().guesses(tokens, 4)
