@@ -66,9 +66,7 @@ class Planner:
         drafts = window.drafts
         if not drafts:
             return
-        live, kept = window.live, min(window.next, drafts)
-        if not live.over and window.next <= drafts:
-            kept = window.next - 1
+        live, kept = window.live, window.next - 1
         live.session.drafted += drafts
         live.session.accepted += kept
         self.drafted += drafts
