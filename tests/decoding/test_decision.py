@@ -29,8 +29,8 @@ def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> Bloc
     for whole, _ in rows:
         slices: dict[Role, Slice] = {}
         for role, z in zip(ROLES, whole, strict=True):
-            mine = np.sort(np.argsort(-z, kind="stable")[: k or VOCABULARY]) if role != "guider_base" else []
-            at = np.array(mine, np.int64)
+            width = 0 if role == "guider_base" else k or VOCABULARY
+            at = np.sort(np.argsort(-z, kind="stable")[:width])
             slices[role] = Slice(at, z[at], np.zeros(0), float(np.logaddexp.reduce(z.astype(np.float64))))
         proposals.append(Proposal(dict.fromkeys(roles, NOTHING), {role: slices[role] for role in roles}))
     block = Block(proposals)
