@@ -88,6 +88,14 @@ class Exchange(_Section):
     audit_every: int = Field(1_000, ge=0)  # hold one guided row in so many against whole rows; 0: never
 
 
+class Speculation(_Section):
+    """Drafts: tokens guessed ahead and checked together. They never change an answer, only its speed."""
+
+    drafts: int = Field(7, ge=0, le=8)  # tokens drafted ahead of one check at most; 0: never
+    adapt: bool = True  # to each session's acceptance and to what a draft and a check cost; false: always `drafts`
+    lookup: bool = True  # where nothing guides, guess from the session's own text (prompt lookup)
+
+
 class CoordinatorConfig(_Section):
     """The coordinators: replicas that each decode many sessions."""
 
@@ -128,6 +136,7 @@ class ServiceConfig(_Section):
     thinking: Thinking = Thinking()
     sampling: Sampling = Sampling()
     exchange: Exchange = Exchange()
+    speculation: Speculation = Speculation()
     coordinator: CoordinatorConfig = CoordinatorConfig()
     router: RouterConfig = RouterConfig()
     deadlines: Deadlines = Deadlines()

@@ -20,6 +20,8 @@ class Generate:
     primary: the role whose vocabulary the answer is in: "target", or a small role decoded alone.
     prompts: token ids per role, each in its own vocabulary; a role that is absent cannot guide.
     seed: of this sequence's choices alone (derived from the request's seed and the choice's index).
+    drafts: tokens drafted ahead at most, 0 for none; None: as the service is configured.
+    drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
     """
 
     request_id: str
@@ -30,6 +32,8 @@ class Generate:
     thinking: Thinking
     seed: int
     explain: bool = False
+    drafts: int | None = None
+    drafter: Literal["auto", "guider"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts of one sequence. Masses are means over guided rows."""
+    """Counts of one sequence. Masses are means over guided rows. drafted_tokens: those that were checked."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -71,6 +75,8 @@ class Usage:
     changed_tokens: int
     widened_rows: int
     uncovered_mass: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
