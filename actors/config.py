@@ -41,6 +41,7 @@ class ModelConfig(_Section):
     path: str = Field(min_length=1)  # a local folder or a Hugging Face hub id
     revision: str | None = None
     trust_remote_code: bool = False
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the config.json alone, to measure with
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_map: str | dict[str, int | str] | None = None  # accelerate's: over the GPUs of one node

@@ -34,6 +34,7 @@ def load_role(
         quantization=model.quantization,
         adapter=model.adapter,
         trust_remote_code=model.trust_remote_code,
+        load_format=model.load_format,
     )
     backend = None if model.attention == "auto" else model.attention
     return load_engine(source, model.cache_tokens, exact=config.exact, backend=backend, report=report)

@@ -63,7 +63,7 @@ def require_sound(config: ServiceConfig) -> None:
 
 def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
     """Everything worth saying about models that are there, errors first."""
-    found = [*_exactness(config)]
+    found = [*_exactness(config), *_dummies(config)]
     for role in SMALL_ROLES:
         found += _vocabulary(role, tokenizers)
         found += _positions(config, role, tokenizers)
@@ -93,6 +93,16 @@ def _exactness(config: ServiceConfig) -> Iterator[Finding]:
             yield Finding(
                 "error", role, "exact is true, which needs dtype float32, device cpu, num_gpus 0 and no quantization"
             )
+
+
+def _dummies(config: ServiceConfig) -> Iterator[Finding]:
+    for role in ROLES:
+        model = config.models.role(role)
+        if model.load_format != "dummy":
+            continue
+        yield Finding("warning", role, "load_format is dummy: its weights are random, its answers mean nothing")
+        if model.quantization is not None or model.device_map is not None:
+            yield Finding("error", role, "load_format: dummy goes without quantization and device_map")
 
 
 def _vocabulary(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:

@@ -69,7 +69,7 @@ def fetch(config: ServiceConfig, console: Console) -> None:
     load_tokenizers(config)  # explains a gated or misspelt model before gigabytes are asked for
     for role in ROLES:
         model = config.models.role(role)
-        if Path(model.path).expanduser().is_dir():
+        if model.load_format == "dummy" or Path(model.path).expanduser().is_dir():
             continue
         console.print(f"{role}: {model.path}", highlight=False)
         try:

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from actors.config import ModelConfig, ServiceConfig
-from actors.engine.sizing import cache_bytes_per_token
+from actors.engine.sizing import cache_bytes_per_token, weight_bytes
 from actors.preflight import Finding, position_limit
 from actors.requests import Role
 from actors.tokenizer import RoleTokenizer
@@ -56,7 +56,8 @@ def estimate(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> tup
     model = config.models.role(role)
     settings = _model_config(model)
     dtype = "float32" if config.exact else model.dtype
-    here, size, stored_dtype, found = _weights(model, role, dtype)
+    dummy = model.load_format == "dummy"
+    here, size, stored_dtype, found = _dummy_weights(role, settings, dtype) if dummy else _weights(model, role, dtype)
     try:
         token_bytes = cache_bytes_per_token(settings, dtype)
     except ValueError as error:
@@ -143,6 +144,14 @@ def _weights(model: ModelConfig, role: Role, dtype: str) -> tuple[bool, int, str
         return True, 0, "unknown", [Finding("error", role, str(error))]
     loaded = weights.stored_bytes if model.quantization else weights.bytes_as(dtype)
     return True, loaded, weights.dtype, []
+
+
+def _dummy_weights(role: Role, settings: Mapping[str, Any], dtype: str) -> tuple[bool, int, str, list[Finding]]:
+    """As `_weights`, of random ones: they are made at the start, so none is missing."""
+    try:
+        return True, weight_bytes(settings, dtype), "dummy", []
+    except ValueError as error:
+        return True, 0, "dummy", [Finding("error", role, str(error))]
 
 
 def _unreachable(model: ModelConfig) -> str:

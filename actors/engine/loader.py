@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.engine.compat import refuse_config
+from actors.engine.dummy import dummy_model
 from actors.engine.errors import LoadError
 from actors.engine.selfcheck import verify_engine
 from actors.engine.step_engine import StepEngine
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("auto", "dummy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,19 @@ class ModelSource:
     quantization: dict[str, Any] | None = None  # a transformers quantization config, with its `quant_method`
     adapter: str | None = None  # a PEFT adapter's folder or hub id
     trust_remote_code: bool = False  # for a hub id only with a pinned revision
+    load_format: str = "auto"  # of LOAD_FORMATS; "dummy" needs no checkpoint, its weights are random
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise LoadError(self.path, f"dtype {self.dtype!r} is unknown", f"Known are {', '.join(DTYPES)}.")
         if self.device not in DEVICES:
             raise LoadError(self.path, f"device {self.device!r} is unknown", f"Known are {', '.join(DEVICES)}.")
+        if self.load_format not in LOAD_FORMATS:
+            known = ", ".join(LOAD_FORMATS)
+            raise LoadError(self.path, f"load_format {self.load_format!r} is unknown", f"Known are {known}.")
+        if self.load_format == "dummy" and (self.quantization is not None or self.device_map is not None):
+            out = "Leave quantization and device_map unset."
+            raise LoadError(self.path, "load_format: dummy makes plain weights on one device", out)
         if self.trust_remote_code and self.revision is None and not self.local:
             out = "Set revision: to the commit whose code you have read."
             raise LoadError(self.path, "trust_remote_code without a pinned revision", out)
@@ -108,9 +117,19 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     refuse_config(config.to_dict(), source.path)
-    quantization = _quantization_config(source)
-    placement = _placement(source)
     _tell(report, source, began, "weights", _bytes_on_disk(source))
+    model = _dummy(source, config) if source.load_format == "dummy" else _checkpoint(source, config)
+    if source.adapter is not None:
+        _tell(report, source, began, "adapter", 0)
+        plain = source.quantization is None and getattr(config, "quantization_config", None) is None
+        model = _with_adapter(model, source, merge=plain)
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    _tell(report, source, began, "loaded", size)
+    return LoadedModel(model.eval(), size)
+
+
+def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
+    quantization, placement = _quantization_config(source), _placement(source)
     with _explained(source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -123,21 +142,26 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
             output_loading_info=True,
         )
     _refuse_missing(source, sorted(info["missing_keys"]))
-    if source.adapter is not None:
-        _tell(report, source, began, "adapter", 0)
-        plain = quantization is None and getattr(config, "quantization_config", None) is None
-        model = _with_adapter(model, source, merge=plain)
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    _tell(report, source, began, "loaded", size)
-    return LoadedModel(model.eval(), size)
+    plain: PreTrainedModel = model
+    return plain
+
+
+def _dummy(source: ModelSource, config: Any) -> PreTrainedModel:
+    device = _device(source)
+    with _explained(source):
+        return dummy_model(config, device, source.dtype, trust_remote_code=source.trust_remote_code)
 
 
 def _placement(source: ModelSource) -> str | dict[str, Any]:
     if source.device_map is not None:
         return source.device_map
+    return {"": _device(source)}
+
+
+def _device(source: ModelSource) -> str:
     if source.device == "cuda" and not torch.cuda.is_available():
         raise LoadError(source.path, "device: cuda, but torch sees no GPU", "Set device: cpu, or give the role a GPU.")
-    return {"": ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device}
+    return ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device
 
 
 def _refuse_missing(source: ModelSource, missing: list[str]) -> None:
@@ -205,7 +229,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _bytes_on_disk(source: ModelSource) -> int:
-    return sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors")) if source.local else 0
+    if source.load_format == "dummy" or not source.local:
+        return 0
+    return sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
 
 
 def _tell(report: Report | None, source: ModelSource, began: float, stage: str, size: int) -> None:

@@ -1,4 +1,4 @@
-"""How many bytes of cache a token costs, from a model's config.json alone: no torch, no weights."""
+"""How many bytes a model's cache and weights take, from its config.json alone: no torch, no weights."""
 
 from __future__ import annotations
 
@@ -21,6 +21,25 @@ def cache_bytes_per_token(config: Mapping[str, Any], dtype: str = "auto") -> int
         raise ValueError("config.json names no num_hidden_layers or num_attention_heads: not an attention model")
     per_layer = _latent_width(text) if text.get("kv_lora_rank") else _grouped_width(text)
     return layers * per_layer * _item_bytes(config, text, dtype)
+
+
+def weight_bytes(config: Mapping[str, Any], dtype: str = "auto") -> int:
+    """Bytes of the weights of a gated decoder (Llama, Qwen and their kin), to about 1 %: norms and biases are left out.
+
+    config, dtype: as in `cache_bytes_per_token`. Raises ValueError for a config that is not such a model's.
+    """
+    text = text_config(config)
+    hidden, layers = _first(text, "hidden_size", "n_embd"), _first(text, "num_hidden_layers", "n_layer")
+    heads, vocabulary = _first(text, "num_attention_heads", "n_head"), _first(text, "vocab_size")
+    if not (hidden and layers and heads and vocabulary):
+        raise ValueError("config.json names no hidden_size, layers, heads or vocab_size: its weights cannot be counted")
+    head_dim = _first(text, "head_dim") or hidden // heads
+    attention = hidden * (2 * heads * head_dim + _grouped_width(text))
+    experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts") or 1
+    inner = _first(text, *(("moe_intermediate_size",) if experts > 1 else ()), "intermediate_size", "n_inner")
+    tables = 1 if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) else 2
+    count = vocabulary * hidden * tables + layers * (attention + 3 * hidden * (inner or 4 * hidden) * experts)
+    return count * _item_bytes(config, text, dtype)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -96,6 +96,23 @@ def test_damaged_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not a whole safetensors file" in capsys.readouterr().out
 
 
+def test_dummy_weights_are_not_asked_for_and_said_to_mean_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(tmp_path, "target")
+    (folder / "model.safetensors").unlink()
+    file = written(tmp_path, target=folder)
+    assert main([str(file)]) == 1
+    args = yaml.safe_load(file.read_text(encoding="utf-8"))
+    args["applications"][0]["args"]["models"]["target"]["load_format"] = "dummy"
+    file.write_text(yaml.safe_dump(args), encoding="utf-8")
+    capsys.readouterr()
+    assert main([str(file)]) == 0
+    assert "its weights are random" in capsys.readouterr().out
+    monkeypatch.setattr("cluster.check.download", lambda path, revision: pytest.fail("weights were asked for"))
+    fetch(read_service_config(file), Console(quiet=True))
+
+
 def test_download_fetches_what_is_no_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_service_config(written(tmp_path, guider="some/guider"))
     fetched: list[tuple[str, str | None]] = []

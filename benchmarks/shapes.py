@@ -1,0 +1,117 @@
+"""The sizes of models that decoding is measured with, and the configuration of a service of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+from actors.config import ServiceConfig, load_config
+from actors.requests import ROLES, Role
+from benchmarks.local import WEIGHTS
+
+POSITIONS = 1 << 17
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Qwen2 models of a target's and a small model's sizes; without sizes, the embedded trio.
+
+    together: whether service and baselines fit side by side. Else the baselines are measured before the service.
+    """
+
+    name: str
+    target: Sizes | None = None  # fields of a Qwen2Config
+    small: Sizes | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    together: bool = True
+
+    def sizes(self, role: Role) -> Sizes | None:
+        """The fields of a role's Qwen2Config."""
+        return self.target if role == "target" else self.small
+
+    @property
+    def common(self) -> int:
+        """Tokens that all roles have."""
+        assert self.target is not None
+        assert self.small is not None
+        return min(self.target["vocab_size"], self.small["vocab_size"])
+
+
+def _sizes(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int) -> Sizes:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("tiny", _sizes(2, 96, 128, 4, 2, 1_009), _sizes(1, 48, 64, 4, 2, 1_001)),
+        Shape("laptop", _sizes(12, 768, 3_072, 12, 4, 32_000), _sizes(4, 256, 1_024, 4, 2, 32_000)),
+        Shape("trio"),
+        Shape(  # Qwen2.5-32B and Qwen2.5-1.5B
+            "qwen32b",
+            _sizes(64, 5_120, 27_648, 40, 8, 152_064),
+            _sizes(28, 1_536, 8_960, 12, 2, 151_936),
+            dtype="bfloat16",
+            device="cuda",
+            together=False,
+        ),
+    )
+}
+
+
+def service_config(
+    shape: Shape, folder: Path, *, cache_tokens: int, sessions: int, speculate: bool, adapt: bool = True
+) -> ServiceConfig:
+    """The configuration of a service of this shape; made-up words of its vocabulary are written into `folder`."""
+    if shape.target is None:
+        paths = {role: WEIGHTS / role for role in ROLES}
+    else:
+        paths = {role: _vocabulary(folder / role, shape, role) for role in ROLES}
+    each = {"cache_tokens": cache_tokens, "dtype": shape.dtype, "device": shape.device}
+    return load_config(
+        {
+            "version": 1,
+            "models": {role: each | {"path": str(path)} for role, path in paths.items()},
+            "beyond_context": "continue",
+            "speculation": {"drafts": 7 if speculate else 0, "adapt": adapt},
+            "coordinator": {"max_sessions": sessions, "max_waiting": sessions},
+            "exchange": {"audit_every": 0},  # whole rows at chance times would be noise here
+        }
+    )
+
+
+def _vocabulary(folder: Path, shape: Shape, role: Role) -> Path:
+    sizes = shape.sizes(role)
+    assert sizes is not None
+    folder.mkdir()
+    words = {f"<{token:x}>": token for token in range(shape.common)}
+    Tokenizer(models.WordLevel(words, unk_token="<0>")).save(str(folder / "tokenizer.json"))  # noqa: S106
+    settings: dict[str, Any] = {"vocab_size": sizes["vocab_size"], "max_position_embeddings": POSITIONS}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def cache_tokens(sessions: int, context: int, tokens: int) -> int:
+    """A cache that holds `sessions` of at most so many prompt and answer tokens, with room to move them."""
+    return 2 * sessions * (context + tokens + 64)
+
+
+def spread(mean: int, count: int) -> Sequence[int]:
+    """`count` lengths from half of `mean` to one and a half of it, evenly; only `mean` for one."""
+    if count == 1:
+        return [mean]
+    return [max(1, round(mean * (0.5 + index / (count - 1)))) for index in range(count)]

@@ -1,0 +1,48 @@
+"""What is decoded: made-up prompts and answers of mixed length, or the trio's questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from actors.config import ServiceConfig
+from actors.preflight import load_tokenizers
+from actors.requests import ROLES
+from benchmarks.baselines import Task
+from benchmarks.shapes import Shape, spread
+from cluster.demo.accuracy import TOKENS_A_HOP
+from cluster.demo.task import questions
+
+HOPS = (2, 3, 4, 5)
+ANSWER = 3  # tokens of a question's answer around its hops, about
+
+
+def tasks(shape: Shape, config: ServiceConfig, sessions: int, context: int, tokens: int) -> list[Task]:
+    """One task a session; lengths of prompts and answers are mixed where there are several, `context` and `tokens`
+    being their means. The trio is asked its questions, and answers as long as they need."""
+    if shape.target is None:
+        return _questions(config, sessions)
+    draw = np.random.default_rng(sessions)
+    prompts, answers = (draw.permutation(spread(mean, sessions)).tolist() for mean in (context, tokens))
+    return [
+        Task(dict.fromkeys(ROLES, draw.integers(shape.common, size=prompt).tolist()), answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _questions(config: ServiceConfig, sessions: int) -> list[Task]:
+    tokenizers = load_tokenizers(config)
+    made = []
+    for number in range(sessions):
+        hops = HOPS[number % len(HOPS)]
+        question = questions("held_out", hops, sessions)[number]
+        messages = [{"role": "user", "content": question.text}]
+        prompts = {role: tokenizer.encode(tokenizer.render(messages)) for role, tokenizer in tokenizers.items()}
+        made.append(Task(prompts, TOKENS_A_HOP * hops + ANSWER))
+    return made
+
+
+def first(tasks: Sequence[Task], tokens: int) -> list[Task]:
+    """The same tasks with answers of at most `tokens` tokens."""
+    return [Task(task.prompts, min(task.tokens, tokens)) for task in tasks]
