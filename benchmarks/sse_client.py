@@ -10,11 +10,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
 import uvloop
+
+DEADLINE_S = 300.0  # of all streams of a round
 
 
 class StreamFailed(RuntimeError):
@@ -49,10 +52,9 @@ class _Reader(asyncio.Protocol):
     transport: asyncio.BaseTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         self.parser, self.transport = httptools.HttpResponseParser(self), transport
         self.asked = time.perf_counter()
-        transport.write(self.request)
+        cast(asyncio.WriteTransport, transport).write(self.request)  # uvloop's is one without being its subclass
 
     def data_received(self, data: bytes) -> None:
         self.parser.feed_data(data)
@@ -93,14 +95,13 @@ class _Reader(asyncio.Protocol):
 
 
 async def read_streams(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
-    """Ask for all of `bodies` at once. Raises StreamFailed when one is not answered in full."""
+    """Ask for all of `bodies` at once. Raises StreamFailed when one is not answered in full, TimeoutError."""
     loop = asyncio.get_running_loop()
     where = urlsplit(url)
     readers = [_Reader(_request(where.netloc, body), loop.create_future()) for body in bodies]
-    await asyncio.gather(
-        *(loop.create_connection(lambda reader=reader: reader, where.hostname, where.port) for reader in readers)
-    )
-    await asyncio.gather(*(reader.done for reader in readers))
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.gather(*(loop.create_connection(partial(_same, r), where.hostname, where.port) for r in readers))
+        await asyncio.gather(*(reader.done for reader in readers))
     return [reader.stream() for reader in readers]
 
 
@@ -108,6 +109,10 @@ def read_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
     """`read_streams` on a loop of its own, for a process that does nothing else."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(read_streams(url, bodies))
+
+
+def _same(reader: _Reader) -> _Reader:
+    return reader
 
 
 def _request(host: str, body: dict[str, Any]) -> bytes:
