@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
-def busy_seconds() -> Counter[str]:
+def busy_seconds() -> dict[str, float]:
     """Seconds of CPU, user and system, since each process began; processes of one name are added up."""
     parents: dict[int, int] = {}
     seconds: dict[int, float] = {}
@@ -21,10 +20,11 @@ def busy_seconds() -> Counter[str]:
             continue
         parents[int(folder.name)] = int(fields[1])
         seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) * _TICK_S
-    busy: Counter[str] = Counter()
+    busy: dict[str, float] = {}
     for pid in parents:
         if _descends(pid, os.getpid(), parents):
-            busy[_name(pid)] += seconds[pid]
+            name = _name(pid)
+            busy[name] = busy.get(name, 0.0) + seconds[pid]
     return busy
 
 

@@ -136,9 +136,10 @@ def tables(results: Sequence[Measured]) -> list[Table]:
         for d in (measured.details() for measured in results)
     ]
     for title, lines in (("through HTTP", rows), ("messages of an answer; CPU µs of each process for a token", spent)):
-        table = Table(*dict.fromkeys(name for line in lines for name in line), title=title)
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        table = Table(*names, title=title)
         for line in lines:
-            table.add_row(*(f"{line.get(column.header, 0):,}" for column in table.columns))
+            table.add_row(*(f"{line.get(name, 0):,}" for name in names))
         shown.append(table)
     return shown
 

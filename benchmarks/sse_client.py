@@ -98,9 +98,12 @@ async def read_streams(url: str, bodies: Sequence[dict[str, Any]]) -> list[Strea
     """Ask for all of `bodies` at once. Raises StreamFailed when one is not answered in full, TimeoutError."""
     loop = asyncio.get_running_loop()
     where = urlsplit(url)
+    if where.hostname is None or where.port is None:
+        raise ValueError(f"{url} names no host and port")
+    host, port = where.hostname, where.port
     readers = [_Reader(_request(where.netloc, body), loop.create_future()) for body in bodies]
     async with asyncio.timeout(DEADLINE_S):
-        await asyncio.gather(*(loop.create_connection(partial(_same, r), where.hostname, where.port) for r in readers))
+        await asyncio.gather(*(loop.create_connection(partial(_same, r), host, port) for r in readers))
         await asyncio.gather(*(reader.done for reader in readers))
     return [reader.stream() for reader in readers]
 
