@@ -104,7 +104,7 @@ class Coordinator:
     async def _news(self, live: Live, deadline: float) -> list[Event]:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                return await live.events.batch()
+                return await live.events.batch(self._loop.sessions)
         except TimeoutError:
             self._loop.finish(live, "error", f"not finished within {self._config.deadlines.request_s:.0f} s")
             return await live.events.batch()

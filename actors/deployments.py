@@ -10,8 +10,8 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
@@ -21,6 +21,7 @@ from ray.util import get_node_ip_address
 from actors.config import ServiceConfig
 from actors.coordinator import Coordinator, CoordinatorLoad
 from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading
+from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
 from actors.requests import Event, Generate, Role
@@ -30,7 +31,6 @@ from actors.wire.tls import client_context
 
 if TYPE_CHECKING:
     from actors.engine.loader import LoadProgress
-    from actors.engine.step_engine import StepEngine
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ SECRET_BYTES = 32
 DRAIN_S = 20.0  # a replica that is told to go may take so long to let its sessions move or end
 TELL_S = 2.0  # one message to the directory; a lost one is repeated by the next heartbeat
 _NAMESPACE = "thinklogit"
+
+Load: TypeAlias = "Callable[[ServiceConfig, Role, Callable[[LoadProgress], None]], Engine]"
 
 
 def application_secret(application: str) -> bytes:
@@ -111,14 +113,15 @@ class ModelShell:
     """One replica of a model role: loads its weights, listens on its node's address, tells the directory."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, so that sockets open on the loop that serves them
-        self, config: ServiceConfig, role: Role, directory: DeploymentHandle
+        self, config: ServiceConfig, role: Role, directory: DeploymentHandle, load: Load = load_role
     ) -> None:
+        """load: makes the role's engine, in a thread; it reports how far it is."""
         show_logs()
         self._role, self._directory = role, directory
         self._incarnation = secrets.token_hex(8)
         self._stopping = False
         secret = await _own_secret()
-        engine = await self._load(config)
+        engine = await self._load(config, load)
         model = config.models.role(role)
         tokenizer = await asyncio.to_thread(RoleTokenizer.load, model.path, model.revision)
         self._replica = serve_role(
@@ -133,13 +136,13 @@ class ModelShell:
         self._host, self._port = await self._replica.start()
         self._beat = asyncio.create_task(self._keep_telling())
 
-    async def _load(self, config: ServiceConfig) -> StepEngine:
+    async def _load(self, config: ServiceConfig, load: Load) -> Engine:
         """The engine, built in a thread so that the directory hears of the progress meanwhile."""
         starting = _Starting(self._role, self._incarnation)
         telling = asyncio.create_task(self._tell_progress(starting))
         try:
             async with asyncio.timeout(config.deadlines.model_load_s):
-                return await asyncio.to_thread(load_role, config, self._role, starting.report)
+                return await asyncio.to_thread(load, config, self._role, starting.report)
         except TimeoutError:
             raise TimeoutError(
                 f"{self._role}: {config.models.role(self._role).path} did not load within "

@@ -1,20 +1,29 @@
-"""What a consumer has still to hear of a session, in as few messages as it bears."""
+"""What one consumer has still to hear of its answer, coalesced by time and by how many listen."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 
 from actors.requests import Delta, Event
 
 COALESCE_S = 0.05  # a stream's messages are at least this far apart, but for the first and the last
+MESSAGES_PER_S = 500  # of one coordinator: a message costs about a millisecond on its way through router and proxy
+MOST_S = 0.5  # what a reader still takes for a flow
+
+
+def coalesce_s(streams: int) -> float:
+    """Seconds between two messages of a stream when so many are open: wider once all together would be too many."""
+    return min(max(COALESCE_S, streams / MESSAGES_PER_S), MOST_S)
 
 
 class Events:
-    """What one consumer has still to hear. Made for one reader."""
+    """A queue for one reader whose neighbouring deltas are joined."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._events: list[Event] = []
         self._news = asyncio.Event()
         self._urgent = asyncio.Event()  # the end is among them
@@ -27,26 +36,44 @@ class Events:
         if not isinstance(event, Delta):
             self._urgent.set()
 
-    async def batch(self) -> list[Event]:
-        """What has come, neighbouring deltas joined: the first at once, then at most one batch per COALESCE_S."""
+    async def batch(self, streams: int = 1) -> list[Event]:
+        """What has come: the first at once, the end at once, else a batch every `coalesce_s(streams)`.
+
+        streams: how many are open beside this one, itself included. A cancelled call loses nothing.
+        """
         await self._news.wait()
-        pause = self._sent + COALESCE_S - time.monotonic()
-        if pause > 0:
+        pause = self._sent + coalesce_s(streams) - self._clock()
+        if pause > 0 and not self._urgent.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._urgent.wait()
-        self._sent = time.monotonic()
+        self._sent = self._clock()
         self._news.clear()
         events, self._events = self._events, []
         return _joined(events)
 
 
 def _joined(events: list[Event]) -> list[Event]:
+    """Each run of deltas as one, in their order. Joined once: adding one by one would copy the run for each."""
     joined: list[Event] = []
+    run: list[Delta] = []
     for event in events:
-        last = joined[-1] if joined else None
-        if isinstance(event, Delta) and isinstance(last, Delta):
-            joined[-1] = last + event
-        else:
-            joined.append(event)
-    return joined
+        if isinstance(event, Delta):
+            run.append(event)
+            continue
+        if run:
+            joined.append(_one(run))
+            run = []
+        joined.append(event)
+    return [*joined, _one(run)] if run else joined
+
+
+def _one(run: list[Delta]) -> Delta:
+    if len(run) == 1:
+        return run[0]
+    return Delta(
+        "".join(delta.reasoning for delta in run),
+        "".join(delta.content for delta in run),
+        [token for delta in run for token in delta.tokens],
+        [note for delta in run for note in delta.notes],
+    )

@@ -12,6 +12,8 @@ import ray
 from ray import serve
 
 from actors.config import ServiceConfig
+from actors.deployments import Load
+from actors.model import load_role
 from router.app import bind
 
 LOOPBACK = "127.0.0.1"
@@ -26,16 +28,22 @@ class LaunchError(RuntimeError):
 
 @contextmanager
 def running_service(
-    config: ServiceConfig, num_cpus: int | None = None, num_gpus: int | None = None, *, dashboard: bool = False
+    config: ServiceConfig,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    *,
+    dashboard: bool = False,
+    load: Load = load_role,
 ) -> Iterator[str]:
     """The base URL of a service that answers on the loopback interface; every process of it ends with the context.
 
     num_cpus, num_gpus: what Ray takes this machine to have; default: what it has, and two CPUs at least.
     dashboard: start Ray's dashboard too, whose server answers Ray's state API.
+    load: makes the engine of a role, in the process of its replica.
 
     Raises ConfigError when the models are missing or do not fit, LaunchError when Ray or Serve do not start.
     """
-    application = bind(config)  # refuses before anything is started
+    application = bind(config, load)  # refuses before anything is started
     with local_ray(num_cpus or max(2, os.cpu_count() or 2), num_gpus, dashboard=dashboard):
         port = free_port()
         try:

@@ -12,7 +12,8 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from actors.config import CoordinatorConfig, ModelConfig, Replicas, RouterConfig, ServiceConfig, load_config
-from actors.deployments import DRAIN_S, CoordinatorShell, DirectoryShell, ModelShell, show_logs
+from actors.deployments import DRAIN_S, CoordinatorShell, DirectoryShell, Load, ModelShell, show_logs
+from actors.model import load_role
 from actors.preflight import load_tokenizers, require_sound
 from actors.requests import Event, Generate, Role
 from router.api import create_app
@@ -89,8 +90,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     return bind(load_config(args))
 
 
-def bind(config: ServiceConfig) -> serve.Application:
-    """The application of a configuration. Raises ConfigError when its models are missing or do not fit."""
+def bind(config: ServiceConfig, load: Load = load_role) -> serve.Application:
+    """The application of a configuration. Raises ConfigError when its models are missing or do not fit.
+
+    load: makes the engine of a role, in the process of its replica.
+    """
     require_sound(config)
     directory = serve.deployment(
         DirectoryShell,
@@ -99,7 +103,7 @@ def bind(config: ServiceConfig) -> serve.Application:
         logging_config={"enable_access_log": False},  # heartbeats
         **_SETTINGS,
     ).bind()
-    models = [_model(config, role).bind(config, role, directory) for role in MODEL_NAMES]
+    models = [_model(config, role).bind(config, role, directory, load) for role in MODEL_NAMES]
     coordinator = serve.deployment(
         CoordinatorShell,
         name="Coordinator",

@@ -21,7 +21,7 @@ from actors.requests import ROLES, Generate, Role
 from router.backend import BadRequest, NotFound
 from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
 from router.context import Budget, answer_tokens, limits
-from router.schema import ChatRequest, CompletionRequest
+from router.schema import ChatRequest, CompletionRequest, SpeculationFields
 
 COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
 
@@ -97,6 +97,7 @@ def _plan(
     bounds = limits(service, tokenizers, model.primary, model.roles)
     seed = request.seed if request.seed is not None else secrets.randbits(53)  # exact as a JSON number everywhere
     unique = f"{request_id}.{secrets.token_hex(4)}"  # a client may use its own id twice
+    speculation = request.speculation or SpeculationFields()
     sequences: list[Generate] = []
     for prompt in prompts:
         if not all(prompt.values()):
@@ -115,6 +116,8 @@ def _plan(
                     thinking=thinking,
                     seed=derive_seed(seed, index),
                     explain=request.explain,
+                    drafts=speculation.drafts,
+                    drafter=speculation.drafter or "auto",
                 )
             )
     return Plan(sequences, seed, request.n)

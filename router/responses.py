@@ -112,16 +112,27 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
     completion = sum(usage.completion_tokens for usage in usages)
     guided = sum(usage.guided_tokens for usage in usages)
     mass = sum(usage.uncovered_mass * usage.guided_tokens for usage in usages)
+    drafted = sum(usage.drafted_tokens for usage in usages)
+    accepted = sum(usage.accepted_tokens for usage in usages)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
-        "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(usage.reasoning_tokens for usage in usages),
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
         "guidance": {
             "guided_tokens": guided,
             "changed_tokens": sum(usage.changed_tokens for usage in usages),
             "widened_rows": sum(usage.widened_rows for usage in usages),
             "uncovered_mass": mass / guided if guided else 0.0,
+        },
+        "speculation": {
+            "drafted_tokens": drafted,
+            "accepted_tokens": accepted,
+            "acceptance": accepted / drafted if drafted else 0.0,
         },
     }
 

@@ -77,6 +77,13 @@ class ThinkingFields(_Body):
     wait: str = ""
 
 
+class SpeculationFields(_Body):
+    """Overrides of the service's speculation. drafts: tokens drafted ahead at most, 0 for none, null as configured."""
+
+    drafts: int | None = Field(None, ge=0, le=8)
+    drafter: Literal["auto", "guider"] | None = None
+
+
 class StreamOptions(_Body):
     """include_usage: a last chunk with the counts. continuous_usage_stats is vLLM's and not served."""
 
@@ -131,6 +138,7 @@ class _Request(_Body):
     stream_options: StreamOptions | None = None
     guidance: GuidanceFields | None = None
     thinking: ThinkingFields | None = None
+    speculation: SpeculationFields | None = None
 
     @property
     def explain(self) -> bool:

@@ -85,6 +85,9 @@ def test_every_sampling_field_arrives() -> None:
         ({"guidance": {"warmup_tokens": -1}}, "guidance.warmup_tokens"),
         ({"guidance": {"schedule": [[5, 1], [2, 1]]}}, "guidance.schedule"),
         ({"thinking": {"min_tokens": -1}}, "thinking.min_tokens"),
+        ({"speculation": {"drafts": 9}}, "speculation.drafts"),
+        ({"speculation": {"drafts": -1}}, "speculation.drafts"),
+        ({"speculation": {"drafter": "target"}}, "speculation.drafter"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -174,3 +177,18 @@ def test_completions_are_16_tokens_and_chats_what_is_left_of_the_context() -> No
     left = {role: (TOKENIZERS[role].max_position or 0) - len(asked.prompts[role]) for role in ROLES}
     assert asked.sampling.max_tokens == min(left.values())
     assert first(completion(config(sampling={"max_tokens": 20}))).sampling.max_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("body", "drafts", "drafter"),
+    [
+        ({}, None, "auto"),
+        ({"speculation": None}, None, "auto"),
+        ({"speculation": {"drafts": None, "drafter": None}}, None, "auto"),
+        ({"speculation": {"drafts": 0}}, 0, "auto"),
+        ({"speculation": {"drafts": 8, "drafter": "guider"}}, 8, "guider"),
+    ],
+)
+def test_speculation_is_the_requests_where_it_says_so(body: dict[str, Any], drafts: int | None, drafter: str) -> None:
+    for sequence in (*chat(n=2, **body).sequences, *completion(**body).sequences):
+        assert (sequence.drafts, sequence.drafter) == (drafts, drafter)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from actors.requests import Delta, Finished, TokenNote, Usage
 from router.responses import Answer, ChatShape, CompletionShape, usage_body
 
@@ -8,12 +10,23 @@ END = Finished("stop", COUNTS, "END")
 def test_a_prompt_counts_once_and_masses_are_weighted_by_guided_tokens() -> None:
     body = usage_body([COUNTS, Usage(9, 6, 0, 1, 0, 0, 0.1)], prompt_tokens=9)
     assert (body["prompt_tokens"], body["completion_tokens"], body["total_tokens"]) == (9, 10, 19)
-    assert body["completion_tokens_details"] == {"reasoning_tokens": 2}
+    assert body["completion_tokens_details"]["reasoning_tokens"] == 2
     assert body["guidance"] == {"guided_tokens": 4, "changed_tokens": 1, "widened_rows": 2, "uncovered_mass": 0.4}
 
 
 def test_an_unguided_answer_has_no_uncovered_mass() -> None:
     assert usage_body([Usage(9, 4, 0, 0, 0, 0, 0.0)], 9)["guidance"]["uncovered_mass"] == 0.0
+
+
+def test_drafts_that_were_not_kept_are_the_rejected_ones() -> None:
+    body = usage_body([replace(COUNTS, drafted_tokens=6, accepted_tokens=3), replace(COUNTS, drafted_tokens=2)], 9)
+    details = body["completion_tokens_details"]
+    assert (details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]) == (3, 5)
+    assert body["speculation"] == {"drafted_tokens": 8, "accepted_tokens": 3, "acceptance": 0.375}
+
+
+def test_an_answer_without_drafts_has_no_acceptance() -> None:
+    assert usage_body([COUNTS], 9)["speculation"] == {"drafted_tokens": 0, "accepted_tokens": 0, "acceptance": 0.0}
 
 
 def test_thinking_is_returned_under_both_of_its_names() -> None:

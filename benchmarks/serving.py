@@ -1,0 +1,186 @@
+"""What clients see over HTTP: tokens a second, time to the first token and between tokens.
+
+    python -m benchmarks.serving [--models null|trio] [--streams 1 8 32 256] [--tokens 128] [--rounds 3]
+                                 [--alpha 1.0] [--save]
+
+The whole service on Ray Serve, and a client in a process of its own that asks for `streams` answers at once. `null`:
+models that compute nothing behind the trio's tokenizers, so that what remains is the service itself. The time between
+tokens is a stream's time from its first message to its last, shared equally by the tokens after the first: messages
+hold several tokens under load. The last line is a JSON list with one object for each number of streams.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+from rich.table import Table
+
+from actors.config import ServiceConfig
+from actors.forward import Engine
+from actors.model import load_role
+from actors.requests import Role
+from actors.tokenizer import RoleTokenizer
+from benchmarks.cpu_time import busy_seconds
+from benchmarks.local import trio_config
+from benchmarks.null_engine import NullEngine
+from benchmarks.report import arguments, console, progress, publish
+from benchmarks.sse_client import Stream, read_all
+from cluster.launch import running_service
+
+if TYPE_CHECKING:
+    from actors.engine.loader import LoadProgress
+
+STREAMS = (1, 8, 32, 256)
+QUESTION = "Who is the mentor of the rival of the doctor of Ada?"
+READY_S = 120.0
+WARM_TOKENS = 16
+
+
+def load_null(config: ServiceConfig, role: Role, report: Callable[[LoadProgress], None]) -> Engine:
+    """An engine that computes nothing, as wide as the role's vocabulary."""
+    model = config.models.role(role)
+    return NullEngine(RoleTokenizer.load(model.path).width, role, model.cache_tokens)
+
+
+@dataclass(slots=True)
+class Measured:
+    """All answers of one number of streams, and what their rounds took."""
+
+    streams: int
+    answers: list[Stream] = field(default_factory=list)
+    seconds: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)  # CPU seconds by process
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers together."""
+        return sum(answer.tokens for answer in self.answers)
+
+    def add(self, answers: Sequence[Stream], busy: dict[str, float]) -> None:
+        """Take in one round."""
+        self.answers += answers
+        self.seconds += max(answer.last for answer in answers) - min(answer.asked for answer in answers)
+        for name, seconds in busy.items():
+            self.busy[name] = self.busy.get(name, 0.0) + seconds
+
+    def result(self) -> dict[str, Any]:
+        """The benchmark's JSON object."""
+        return {
+            "streams": self.streams,
+            "tokens_per_s": round(self.tokens / self.seconds),
+            "ttft_ms_p50": _ms([answer.first - answer.asked for answer in self.answers]),
+            "inter_token_ms_p50": _ms([answer.inter_token_s for answer in self.answers]),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Messages of an answer, and CPU microseconds of each process for a token."""
+        return {
+            "streams": self.streams,
+            "messages_per_answer": round(sum(answer.messages for answer in self.answers) / len(self.answers), 1),
+            "cpu_us_per_token": {name: round(1e6 * s / self.tokens) for name, s in sorted(self.busy.items())},
+        }
+
+
+def measure(
+    url: str, name: str, streams: Sequence[int], tokens: int, rounds: int, alpha: float, done: Callable[[], None]
+) -> list[Measured]:
+    """`rounds` rounds of each number of streams in turn."""
+    results = [Measured(count) for count in streams]
+    with ProcessPoolExecutor(1, get_context("spawn")) as client:
+
+        def ask(count: int, length: int) -> list[Stream]:
+            bodies = [_body(name, seed, length, alpha) for seed in range(count)]
+            return client.submit(read_all, url, bodies).result()
+
+        for measured in results:  # what is slow once is not measured
+            ask(measured.streams, WARM_TOKENS)
+        for _ in range(rounds):
+            for measured in results:
+                before = busy_seconds()
+                answers = ask(measured.streams, tokens)
+                after = busy_seconds()
+                measured.add(answers, {name: after[name] - before.get(name, 0.0) for name in after})
+                done()
+    return results
+
+
+def run(models: str, streams: Sequence[int], tokens: int, rounds: int, alpha: float) -> list[Measured]:
+    """Everything, in a Ray of its own that is gone afterwards."""
+    config = serving_config(models, max(streams))
+    load = load_null if models == "null" else load_role
+    with running_service(config, load=load) as url, progress(console()) as bar:
+        _await_ready(url)
+        task = bar.add_task("rounds", total=rounds * len(streams))
+        return measure(url, config.name, streams, tokens, rounds, alpha, lambda: bar.advance(task))
+
+
+def serving_config(models: str, streams: int) -> ServiceConfig:
+    """Every stream is decoded at once. With models that compute nothing, nothing is widened and nothing audited."""
+    exchange = {"widen_above": 1, "audit_every": 0} if models == "null" else {}
+    return trio_config(exact=False, coordinator={"max_sessions": streams}, exchange=exchange)
+
+
+def tables(results: Sequence[Measured]) -> list[Table]:
+    """Every figure by number of streams, and where the time went."""
+    shown = []
+    rows = [measured.result() for measured in results]
+    spent = [
+        {"streams": d["streams"], "messages": d["messages_per_answer"]} | d["cpu_us_per_token"]
+        for d in (measured.details() for measured in results)
+    ]
+    for title, lines in (("through HTTP", rows), ("messages of an answer; CPU µs of each process for a token", spent)):
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        table = Table(*names, title=title)
+        for line in lines:
+            table.add_row(*(f"{line.get(name, 0):,}" for name in names))
+        shown.append(table)
+    return shown
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--models", choices=("null", "trio"), default="null", help="null: they compute nothing (null)")
+    parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS), help="answers at once (1 8 32 256)")
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer (128)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each number of streams (3)")
+    parser.add_argument("--alpha", type=float, default=1.0, help="0: the target alone (1.0)")
+    options = parser.parse_args()
+    results = run(options.models, options.streams, options.tokens, options.rounds, options.alpha)
+    console().print(*tables(results))
+    publish("serving", [m.result() for m in results], options.save, [m.details() for m in results])
+
+
+def _body(model: str, seed: int, tokens: int, alpha: float) -> dict[str, Any]:
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "seed": seed,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "guidance": {"alpha": alpha},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def _await_ready(url: str) -> None:
+    until = time.monotonic() + READY_S
+    while httpx.get(f"{url}/ready").status_code != 200:
+        if time.monotonic() > until:
+            raise TimeoutError(f"the service at {url} was not ready within {READY_S:g} s")
+        time.sleep(0.1)
+
+
+def _ms(seconds: Sequence[float]) -> float:
+    return round(1_000 * float(np.median(seconds)), 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A client that keeps up with the service: many streams of server-sent events, in a process of its own.
+
+It notes when bytes come and parses them after the last stream has ended, so that it is not what is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+import uvloop
+
+DEADLINE_S = 300.0  # of all streams of a round
+
+
+class StreamFailed(RuntimeError):
+    """A stream did not bring a whole answer; the message says what came instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One answer as its reader saw it. Times are seconds of one clock."""
+
+    asked: float
+    first: float  # when its first text came
+    last: float  # when its last text came
+    tokens: int
+    messages: int
+
+    @property
+    def inter_token_s(self) -> float:
+        """The mean time from one token to the next: a message's tokens share the time since the one before."""
+        return (self.last - self.first) / max(1, self.tokens - 1)
+
+
+@dataclass(slots=True)
+class _Reader(asyncio.Protocol):
+    """One request. httptools calls `on_body` and `on_message_complete`."""
+
+    request: bytes
+    done: asyncio.Future[None]
+    asked: float = 0.0
+    bodies: list[tuple[float, bytes]] = field(default_factory=list)
+    parser: Any = None
+    transport: asyncio.BaseTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.parser, self.transport = httptools.HttpResponseParser(self), transport
+        self.asked = time.perf_counter()
+        cast(asyncio.WriteTransport, transport).write(self.request)  # uvloop's is one without being its subclass
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self.bodies.append((time.perf_counter(), body))
+
+    def on_message_complete(self) -> None:
+        assert self.transport is not None
+        self.transport.close()
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(StreamFailed(f"the connection was lost: {exc}"))
+
+    def stream(self) -> Stream:
+        """What was read. Raises StreamFailed unless it is a whole answer."""
+        if self.parser.get_status_code() != 200:
+            raise StreamFailed(b"".join(body for _, body in self.bodies).decode())
+        times: list[float] = []
+        usage: dict[str, Any] | None = None
+        rest = b""
+        for at, body in self.bodies:
+            *events, rest = (rest + body).split(b"\n\n")
+            for event in events:
+                if event == b"data: [DONE]":
+                    continue
+                chunk = json.loads(event.removeprefix(b"data: "))
+                if "error" in chunk:
+                    raise StreamFailed(chunk["error"]["message"])
+                usage = chunk.get("usage") or usage
+                times += [at] * bool(chunk["choices"])
+        if usage is None:
+            raise StreamFailed("the stream ended without its usage")
+        return Stream(self.asked, times[0], times[-1], usage["completion_tokens"], len(times))
+
+
+async def read_streams(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
+    """Ask for all of `bodies` at once. Raises StreamFailed when one is not answered in full, TimeoutError."""
+    loop = asyncio.get_running_loop()
+    where = urlsplit(url)
+    if where.hostname is None or where.port is None:
+        raise ValueError(f"{url} names no host and port")
+    host, port = where.hostname, where.port
+    readers = [_Reader(_request(where.netloc, body), loop.create_future()) for body in bodies]
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.gather(*(loop.create_connection(partial(_same, r), host, port) for r in readers))
+        await asyncio.gather(*(reader.done for reader in readers))
+    return [reader.stream() for reader in readers]
+
+
+def read_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
+    """`read_streams` on a loop of its own, for a process that does nothing else."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(read_streams(url, bodies))
+
+
+def _same(reader: _Reader) -> _Reader:
+    return reader
+
+
+def _request(host: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
