@@ -49,4 +49,5 @@ def join_ids(low: Array, pages: Array, counts: Array | Sequence[int], width: int
     if len(each) and each[:, columns].min() < 0:
         raise ValueError("a row has more ids on its pages than it has ids")
     high = np.tile(np.arange(0, (columns + 1) * PAGE, PAGE, dtype="<i4"), len(counts))
-    return low + np.repeat(high, each.reshape(-1))
+    ids: Array = low + np.repeat(high, each.reshape(-1))
+    return ids
