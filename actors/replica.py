@@ -318,8 +318,7 @@ class ModelReplica:
             log.warning("an item of %s is refused: %s", peer.name, wrong)
             self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
         else:
-            how = sampling_of(item.draft) if item.draft is not None else None
-            owned.queue.append(Pending(peer, item, item.prefix, how))
+            owned.queue.append(Pending(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
 
     def _wrong(self, item: ExtendItem) -> str | None:
         """What makes an item one that can never succeed."""
@@ -330,11 +329,11 @@ class ModelReplica:
             return f"ids to know must lie in [0, {width})"
         if end > self._settings.max_position:
             return f"{end} tokens are more than the {self._settings.max_position} of this model"
-        drafts = item.draft.drafts if item.draft is not None else 0
-        if item.draft is not None and (why := wrong_draft(item.rows, item.draft)):
+        rows = item.rows + (item.draft.drafts if item.draft else 0)
+        if item.draft and (why := wrong_draft(item.rows, item.draft)):
             return why
-        if answer_bytes(item.rows + drafts, width_of(item.k, width), len(item.know), width) > self._answer_limit:
-            return f"{item.rows} rows of k = {item.k} do not fit a frame: ask in blocks"
+        if answer_bytes(rows, width_of(item.k, width), len(item.know), width) > self._answer_limit:
+            return f"{rows} rows of k = {item.k} do not fit a frame: ask in blocks"
         extend = EngineExtend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age)
         try:
             self._engine.check_extend(extend)
