@@ -22,7 +22,7 @@ class Waiter(NamedTuple):
     peer: Recipient
     item: RowItem
     ids: NDArray[np.int32] | None
-    since: float  # in the event loop's time
+    since: float  # time.monotonic()
 
 
 @dataclass(slots=True, eq=False)

@@ -31,14 +31,15 @@ class Drawn(NamedTuple):
 def answer_all(engine: Engine, done: Sequence[Pending]) -> list[Answer | Drawn]:
     """The answers to extends whose rows were just made, in their order; rows of one k are reduced together."""
     groups: dict[tuple[int, bool], list[int]] = {}
-    answers: list[Answer | Drawn] = [_nothing(pending.item.k) for pending in done]
+    answers: dict[int, Answer | Drawn] = {}
     for place, pending in enumerate(done):
         if pending.item.rows:
             groups.setdefault((width_of(pending.item.k, engine.width), pending.draws), []).append(place)
+        else:
+            answers[place] = _nothing(pending.item.k)
     for (k, draws), places in groups.items():
-        for place, answer in zip(places, _answer(engine, k, draws, [done[place] for place in places]), strict=True):
-            answers[place] = answer
-    return answers
+        answers.update(zip(places, _answer(engine, k, draws, [done[place] for place in places]), strict=True))
+    return [answers[place] for place in range(len(done))]
 
 
 def _answer(engine: Engine, k: int, draws: bool, group: Sequence[Pending]) -> Iterator[Answer | Drawn]:
@@ -76,13 +77,17 @@ def _known(engine: Engine, group: Sequence[Pending]) -> NDArray[np.float32]:
     rows, counts, ids = [], [], []
     for pending in group:
         item = pending.item
-        if len(item.know):
+        know, made = len(item.know), item.rows
+        if know:
             held = engine.rows(item.session)
             assert held is not None, "rows are held until the session's next extend"
-            rows += [(held, row) for row in range(held.size - item.rows, held.size)]
-            counts += [len(item.know)] * item.rows
-            ids += [item.know] * item.rows
-    return engine.values(rows, counts, np.concatenate(ids)) if rows else _NOTHING.reshape(-1)
+            for row in range(held.size - made, held.size):
+                rows.append((held, row))
+                counts.append(know)
+                ids.append(item.know)
+    if not rows:
+        return _NOTHING.reshape(-1)
+    return engine.values(rows, counts, ids[0] if len(ids) == 1 else np.concatenate(ids))
 
 
 def width_of(k: int, width: int) -> int:

@@ -246,8 +246,7 @@ class ModelReplica:
         if owned is None or owned.running is not pending:
             return None
         owned.running = None
-        peer, ticket = pending.peer, pending.item.ticket
-        gone = Refusal.ROW_GONE
+        peer, ticket, gone = pending.peer, pending.item.ticket, Refusal.ROW_GONE
         match result:
             case Held():
                 pending.advance(part.tokens)
@@ -300,8 +299,9 @@ class ModelReplica:
         for session in message.released.tolist():
             if self._ledger.release(peer, session, self._replies):
                 self._closing.add(session)
+        sound = within(message.know, self._engine.width)
         for item in items:
-            self._admit(peer, item)
+            self._admit(peer, item, sound=sound)
         self._replies.flush()
         if self._ledger.owns_any(peer):
             self._window.arrived(peer, time.monotonic())
@@ -309,23 +309,23 @@ class ModelReplica:
             self._window.forget(peer)
         self._wake()
 
-    def _admit(self, peer: Peer, item: ExtendItem) -> None:
+    def _admit(self, peer: Peer, item: ExtendItem, *, sound: bool) -> None:
         owned = self._ledger.claim(peer, item, self._replies)
         if owned is None:
             return
-        wrong = self._wrong(item)
+        wrong = self._wrong(item, sound=sound)
         if wrong:
             log.warning("an item of %s is refused: %s", peer.name, wrong)
             self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
         else:
             owned.queue.append(Pending(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
 
-    def _wrong(self, item: ExtendItem) -> str | None:
+    def _wrong(self, item: ExtendItem, *, sound: bool) -> str | None:
         """What makes an item one that can never succeed."""
         width, end = self._engine.width, item.position + len(item.tokens)
         if item.k < WHOLE:
             return f"k = {item.k}"
-        if not within(item.know, width):
+        if not sound and not within(item.know, width):
             return f"ids to know must lie in [0, {width})"
         if end > self._settings.max_position:
             return f"{end} tokens are more than the {self._settings.max_position} of this model"

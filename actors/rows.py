@@ -7,6 +7,7 @@ of a frame, and those that a forward sets free, are read from the rows together.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -150,15 +151,13 @@ class RowDesk:
             self._replies.refuse(peer, item.ticket, Refusal.ROW_GONE)
             return
         self.waited += 1
-        loop = asyncio.get_running_loop()
-        owned.waiters.append(Waiter(peer, item, ids, loop.time()))
+        owned.waiters.append(Waiter(peer, item, ids, time.monotonic()))
         if self._sweep is None:
-            self._sweep = loop.call_later(self._wait_s, self._give_up)
+            self._sweep = asyncio.get_running_loop().call_later(self._wait_s, self._give_up)
 
     def _give_up(self) -> None:
         """Answer those that have waited long enough, and come again when the next ones have."""
-        loop = asyncio.get_running_loop()
-        now, oldest = loop.time(), None
+        now, oldest = time.monotonic(), None
         for owned in self._ledger.waiters():
             late = [waiter for waiter in owned.waiters if waiter.since + self._wait_s <= now]
             for waiter in late:
@@ -166,5 +165,7 @@ class RowDesk:
             owned.waiters = owned.waiters[len(late) :]  # in the order of arrival
             if owned.waiters and (oldest is None or owned.waiters[0].since < oldest):
                 oldest = owned.waiters[0].since
-        self._sweep = None if oldest is None else loop.call_at(oldest + self._wait_s, self._give_up)
+        self._sweep = None
+        if oldest is not None:
+            self._sweep = asyncio.get_running_loop().call_later(oldest + self._wait_s - now, self._give_up)
         self._replies.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -127,8 +128,13 @@ class Replies:
 
 def answer_bytes(rows: int, k: int, know: int, width: int) -> int:
     """The bytes that an answer takes in a frame."""
-    row = F32.itemsize * (1 + know + (width if k == WHOLE else max(k, 0))) + U16.itemsize * max(k, 0)
-    return ROWS_ITEM.itemsize + rows * (row + U16.itemsize * page_counts(width))
+    return ROWS_ITEM.itemsize + rows * _row_bytes(k, know, width)
+
+
+@lru_cache(256)
+def _row_bytes(k: int, know: int, width: int) -> int:
+    ids = max(k, 0) + page_counts(width)
+    return F32.itemsize * (1 + know + (width if k == WHOLE else max(k, 0))) + U16.itemsize * ids
 
 
 class _Run:
