@@ -1,108 +1,90 @@
-"""How many drafts a session's next check gets, from its own acceptance and from what the models' forwards take."""
+"""Extends that go on by drafting: one token a forward, each drawn from the row of the one before it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
 
-from actors.config import Speculation
-from actors.decoding.speculation import Acceptance, best_length
-from actors.live import Live
-from actors.requests import Role
-from actors.window import Window
+from actors.decoding.parameters import Sampling
+from actors.engine.errors import EngineError
+from actors.engine.verbs import Engine
+from actors.pending import Part, Pending
+from actors.reducing import Drawn
+from actors.wire.columns import Draft
+from actors.wire.replies import Answer, Replies
 
-Source = Literal["guider", "text"]
-SOURCES: tuple[Source, ...] = ("guider", "text")
-_FIRST_GUESS: dict[Source, float] = {"guider": 0.7, "text": 0.3}  # acceptance before anything is known
-_SMOOTHING = 0.02  # weight of one more check in what new sessions expect
-_FEW = 8  # more tokens than this to catch up with are a prefill, which nothing is drafted behind
+MAX_DRAFTS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The next check: drafts to ask of the guider, or guesses (in the primary's ids) that are there already."""
+class Drafter:
+    """Carries drafts on, and answers them: `Drafted` when the last token is drawn, `Rows` when its row is there.
 
-    drafts: int = 0
-    guesses: tuple[int, ...] = ()
+    max_position: tokens of one session, beyond which no draft goes.
+    """
 
+    def __init__(self, engine: Engine, replies: Replies, max_position: int) -> None:
+        self._engine, self._replies, self._max_position = engine, replies, max_position
 
-class Planner:
-    """Plans the drafts of one coordinator's sessions, and learns what becomes of them."""
+    def goes_on(self, pending: Pending, tokens: int, drawn: Drawn, *, alone: bool) -> bool:
+        """Take in the row of the last `tokens` tokens; whether the token drawn from it is the next to compute.
 
-    def __init__(self, config: Speculation) -> None:
-        self._config = config
-        self._expected = dict(_FIRST_GUESS)
-        self.drafted = self.accepted = 0
-
-    def acceptance(self) -> dict[str, Acceptance]:
-        """What a new session begins with, by source."""
-        return {source: Acceptance(self._expected[source]) for source in SOURCES}
-
-    def drafter(self, live: Live, guided: bool) -> Source:
-        """Who guesses for a session now."""
-        always = live.session.request.drafter == "guider" and "guider" in live.session.streams
-        return "guider" if guided or always else "text"
-
-    def plan(self, live: Live, guided: bool, room: int, crowd: int) -> Plan:
-        """The drafts of the session's next check.
-
-        room: tokens that may follow before some model's positions end. crowd: sessions that are decoded together.
+        Not so where the model cannot take it, and not when the session has been asked for something newer.
         """
-        source, most = self.drafter(live, guided), self._most(live, room)
-        if most < 1 or self._behind(live, source):
-            return Plan()
-        if source == "guider":
-            return Plan(drafts=self._length(live, source, guided, most, crowd))
-        if not self._config.lookup:
-            return Plan()
-        guesses = live.text.guesses(live.session.primary.tokens, most)
-        if not guesses:
-            return Plan()
-        length = self._length(live, source, guided, len(guesses), crowd)
-        return Plan(guesses=tuple(guesses[:length]))
+        pending.answers.append(drawn.answer)
+        pending.advance(tokens)
+        if not alone or pending.end >= self._max_position:
+            return False
+        pending.drafted.append(drawn.token)
+        try:
+            self._engine.check_extend(Part(pending, 1).extend())
+        except EngineError:
+            pending.drafted.pop()
+            return False
+        if not pending.draws:
+            self._tell(pending)
+        return True
 
-    def learn(self, window: Window) -> None:
-        """A window is over: the session, and those to come, know more."""
-        drafts = window.drafts
-        if not drafts:
-            return
-        live, kept = window.live, window.next - 1
-        live.session.drafted += drafts
-        live.session.accepted += kept
-        self.drafted += drafts
-        self.accepted += kept
-        source: Source = "guider" if window.drafter == "guider" else "text"
-        live.acceptance[source].judge(kept if live.over else drafts, kept)
-        self._expected[source] += _SMOOTHING * (live.acceptance[source].rate - self._expected[source])
+    def finish(self, pending: Pending) -> None:
+        """Answer with the drafts that were computed."""
+        self._tell(pending)
+        self._replies.rows(pending.peer, pending.item.ticket, pending.answers)
 
-    def _most(self, live: Live, room: int) -> int:
-        session, configured = live.session, self._config.drafts
-        wanted = session.request.drafts
-        most = configured if wanted is None else min(wanted, configured)
-        limit = session.request.sampling.max_tokens
-        left = room if limit is None else min(room, limit - session.generated - 1)
-        return 0 if session.lifts else min(most, left)
+    def complete(self, pending: Pending, last: Answer) -> None:
+        """The row of the last draft is there: answer with all."""
+        pending.answers.append(last)
+        self._replies.rows(pending.peer, pending.item.ticket, pending.answers)
 
-    @staticmethod
-    def _behind(live: Live, source: Source) -> bool:
-        """Whether a model has a prompt to catch up with first."""
-        roles = {live.primary, *(("guider",) if source == "guider" else ())}
-        return any(len(live.session.streams[role]) - live.session.streams[role].held > _FEW for role in roles)
+    def ends_early(self, pending: Pending) -> bool:
+        """Answer without a draft that the cache did not take; False if that is not possible any more, or yet."""
+        if not pending.is_drafting or not pending.draws:
+            return False
+        pending.drafted.pop()
+        self.finish(pending)
+        return True
 
-    def _length(self, live: Live, source: Source, guided: bool, most: int, crowd: int) -> int:
-        if not self._config.adapt:
-            return most
-        acceptance = live.acceptance[source]
+    def _tell(self, pending: Pending) -> None:
+        self._replies.drafted(pending.peer, pending.item.ticket, pending.drafted)
 
-        def takes(role: Role, tokens: int) -> float:
-            return live.replicas[role].pace.seconds(tokens)
 
-        def seconds(drafts: int) -> float:
-            check = takes(live.primary, crowd * (drafts + 1))
-            if source == "text":
-                return check
-            drafting = takes("guider", crowd)
-            return max(check, drafting if guided else 0.0) + drafts * drafting
+def wrong_draft(rows: int, draft: Draft) -> str | None:
+    """What makes a draft one that can never be made."""
+    if rows != 1:
+        return f"drafts go on from one row, not {rows}"
+    if not 1 <= draft.drafts <= MAX_DRAFTS:
+        return f"{draft.drafts} drafts, 1 to {MAX_DRAFTS} can be asked for"
+    if draft.position < 0:
+        return f"position {draft.position} of a draft is negative"
+    try:
+        sampling_of(draft)
+    except ValueError as error:
+        return str(error)
+    return None
 
-        length = best_length(acceptance.rate, most, seconds)
-        return length or int(not acceptance.rest())
+
+def sampling_of(draft: Draft) -> Sampling:
+    """How a draft is drawn. Raises ValueError."""
+    return _sampling(draft.temperature, draft.top_p)
+
+
+@lru_cache(256)
+def _sampling(temperature: float, top_p: float) -> Sampling:
+    return Sampling(temperature=temperature, top_p=top_p)

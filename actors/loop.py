@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from actors.asked import Fault
 from actors.config import ServiceConfig
 from actors.deciding import Counts, Decider, Judged, Stuck, Wider
-from actors.drafting import Planner
 from actors.exchange import GUIDED, Exchange
 from actors.languages import Languages
 from actors.links import Links, Locate, Replica
 from actors.live import Live
+from actors.planning import Planner
 from actors.requests import Finished, FinishReason, Role
 from actors.window import Window
 from actors.wire.messages import Drafted, Message, Refusal, Rows

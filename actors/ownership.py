@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from actors.forward import Pending
-from actors.wire.columns import ExtendItem, Recipient, Replies, RowItem
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.pending import Pending
+from actors.wire.columns import ExtendItem, RowItem
 from actors.wire.messages import Refusal
+from actors.wire.replies import Recipient, Replies
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiter:
-    """A lookup or widening whose row is still being made."""
+class Waiter(NamedTuple):
+    """A lookup (of `ids`) or widening (None) whose row is still being made."""
 
     peer: Recipient
     item: RowItem
-    deadline: asyncio.TimerHandle
+    ids: NDArray[np.int32] | None
+    since: float  # time.monotonic()
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +45,6 @@ class Owned:
         for pending in self.queue:
             replies.refuse(pending.peer, pending.item.ticket, code, detail)
         for waiter in self.waiters:
-            waiter.deadline.cancel()
             replies.refuse(waiter.peer, waiter.item.ticket, code, detail)
         self.queue.clear()
         self.waiters.clear()
@@ -69,6 +72,10 @@ class Ledger:
     def idle(self) -> bool:
         """Whether no extend waits or runs."""
         return not any(owned.queue for owned in self._sessions.values())
+
+    def waiters(self) -> Iterator[Owned]:
+        """Sessions for whose rows something waits."""
+        return (owned for owned in self._sessions.values() if owned.waiters)
 
     def heads(self) -> Iterator[tuple[Owned, Pending]]:
         """The first extend of each session that has one."""

@@ -18,24 +18,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from actors.drafting import Drafter, sampling_of, wrong_draft
 from actors.engine.errors import EngineError
+from actors.engine.verbs import Engine, Full, Held, KVMiss
 from actors.engine.verbs import Extend as EngineExtend
-from actors.engine.verbs import Full, Held, KVMiss
-from actors.forward import Engine, Failed, ForwardThread, Part, Pending, Result, choose, width_of, within
+from actors.forward import Failed, ForwardThread, Result
 from actors.gathering import GatherWindow
-from actors.ownership import Ledger
+from actors.ownership import Ledger, Owned
+from actors.pending import Part, Pending, choose
+from actors.reducing import Drawn, width_of, within
 from actors.rows import RowDesk
-from actors.wire.columns import (
-    Answer,
-    ExtendItem,
-    Replies,
-    answer_bytes,
-    extend_items,
-    lookup_items,
-    widen_items,
-)
+from actors.wire.columns import ExtendItem, extend_items
 from actors.wire.link import Limits, cancel
 from actors.wire.messages import WHOLE, Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen
+from actors.wire.replies import Answer, Replies, answer_bytes
 from actors.wire.server import Peer, Server
 
 log = logging.getLogger(__name__)
@@ -123,7 +119,8 @@ class ModelReplica:
         self._thread = ForwardThread(f"engine-{role}")
         self._window = GatherWindow(settings.gather_share, settings.gather_cap_s)
         self._ledger = Ledger()
-        self._replies = Replies(self._answer_limit)
+        self._replies = Replies(self._answer_limit, engine.width)
+        self._drafter = Drafter(engine, self._replies, settings.max_position)
         self._rows = RowDesk(engine, self._ledger, self._replies, settings.row_wait_s)
         self._closing: set[int] = set()  # sessions whose cache goes before the next forward
         self._due: asyncio.Handle | None = None  # the next turn of the loop
@@ -143,6 +140,7 @@ class ModelReplica:
         """Close every connection and the engine's thread; a forward that runs ends on its own."""
         self._over = True
         cancel(self._due)
+        self._rows.close()
         await self._server.close()
         self._thread.stop()
 
@@ -217,9 +215,9 @@ class ModelReplica:
             self._stats.failures += 1
             outcome = [Failed()] * len(parts)
         if parts:
-            self._count([p for p, r in zip(parts, outcome, strict=True) if isinstance(r, Answer | Held)], took)
-        for part, result in zip(parts, outcome, strict=True):
-            self._conclude(part, result)
+            self._count([p for p, r in zip(parts, outcome, strict=True) if isinstance(r, Answer | Drawn | Held)], took)
+        concluded = [self._conclude(part, result) for part, result in zip(parts, outcome, strict=True)]
+        self._rows.settle(each for each in concluded if each is not None)
         self._answer()
         self._turn()
 
@@ -238,29 +236,40 @@ class ModelReplica:
         self._stats.tokens += sum(part.tokens for part in parts)
         self._stats.forward_s += took
 
-    def _conclude(self, part: Part, result: Result) -> None:
-        """Answer a part whose forward is over, unless its session was released or taken over meanwhile."""
+    def _conclude(self, part: Part, result: Result) -> tuple[Owned, Refusal] | None:
+        """Answer a part whose forward is over, unless its session was released or taken over meanwhile.
+
+        The session if it may have new rows, and what to say of those that it has not.
+        """
         pending = part.pending
         owned = self._ledger.get(pending.item.session)
         if owned is None or owned.running is not pending:
-            return
+            return None
         owned.running = None
-        gone = Refusal.ROW_GONE
+        peer, ticket, gone = pending.peer, pending.item.ticket, Refusal.ROW_GONE
         match result:
             case Held():
                 pending.advance(part.tokens)
-                return
+                return None
+            case Drawn() if self._drafter.goes_on(pending, part.tokens, result, alone=len(owned.queue) == 1):
+                return owned, gone
+            case Drawn():
+                self._drafter.finish(pending)
+            case Answer() if pending.item.draft is not None:
+                self._drafter.complete(pending, result)
             case Answer():
-                self._replies.rows(pending.peer, pending.item.ticket, result)
+                self._replies.rows(peer, ticket, [result])
+            case KVMiss() | Full() if self._drafter.ends_early(pending):
+                pass
             case KVMiss():
-                self._replies.refuse(pending.peer, pending.item.ticket, Refusal.KV_MISS, result.held)
+                self._replies.refuse(peer, ticket, Refusal.KV_MISS, result.held)
             case Full():
-                self._replies.refuse(pending.peer, pending.item.ticket, Refusal.FULL, self._retry_ms())
+                self._replies.refuse(peer, ticket, Refusal.FULL, self._retry_ms())
             case Failed():
                 gone = Refusal.FAILED
-                self._replies.refuse(pending.peer, pending.item.ticket, gone)
+                self._replies.refuse(peer, ticket, gone)
         owned.queue.popleft()
-        self._rows.settle(owned, gone)
+        return owned, gone
 
     def _retry_ms(self) -> int:
         """After how long it may be worth trying again: a few forwards."""
@@ -279,10 +288,9 @@ class ModelReplica:
             case Extend():
                 self._on_extend(peer, message)
             case Lookup():
-                sound = within(message.ids, self._engine.width)
-                self._rows.ask(peer, lookup_items(message), sound=sound)
+                self._rows.look_up(peer, message)
             case Widen():
-                self._rows.ask(peer, widen_items(message))
+                self._rows.widen(peer, message)
             case _:
                 raise ProtocolError(f"a model does not take {type(message).__name__}")
 
@@ -291,8 +299,9 @@ class ModelReplica:
         for session in message.released.tolist():
             if self._ledger.release(peer, session, self._replies):
                 self._closing.add(session)
+        sound = within(message.know, self._engine.width)
         for item in items:
-            self._admit(peer, item)
+            self._admit(peer, item, sound=sound)
         self._replies.flush()
         if self._ledger.owns_any(peer):
             self._window.arrived(peer, time.monotonic())
@@ -300,28 +309,31 @@ class ModelReplica:
             self._window.forget(peer)
         self._wake()
 
-    def _admit(self, peer: Peer, item: ExtendItem) -> None:
+    def _admit(self, peer: Peer, item: ExtendItem, *, sound: bool) -> None:
         owned = self._ledger.claim(peer, item, self._replies)
         if owned is None:
             return
-        wrong = self._wrong(item)
+        wrong = self._wrong(item, sound=sound)
         if wrong:
             log.warning("an item of %s is refused: %s", peer.name, wrong)
             self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
         else:
-            owned.queue.append(Pending(peer, item, item.prefix))
+            owned.queue.append(Pending(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
 
-    def _wrong(self, item: ExtendItem) -> str | None:
+    def _wrong(self, item: ExtendItem, *, sound: bool) -> str | None:
         """What makes an item one that can never succeed."""
         width, end = self._engine.width, item.position + len(item.tokens)
         if item.k < WHOLE:
             return f"k = {item.k}"
-        if not within(item.know, width):
+        if not sound and not within(item.know, width):
             return f"ids to know must lie in [0, {width})"
         if end > self._settings.max_position:
             return f"{end} tokens are more than the {self._settings.max_position} of this model"
-        if answer_bytes(item.rows, width_of(item.k, width), len(item.know), width) > self._answer_limit:
-            return f"{item.rows} rows of k = {item.k} do not fit a frame: ask in blocks"
+        rows = item.rows + (item.draft.drafts if item.draft else 0)
+        if item.draft and (why := wrong_draft(item.rows, item.draft)):
+            return why
+        if answer_bytes(rows, width_of(item.k, width), len(item.know), width) > self._answer_limit:
+            return f"{rows} rows of k = {item.k} do not fit a frame: ask in blocks"
         extend = EngineExtend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age)
         try:
             self._engine.check_extend(extend)

@@ -18,16 +18,20 @@ from actors.decoding.decision import Decisions, decide
 from actors.decoding.session import Session
 from actors.directory import Endpoint
 from actors.exchange import Exchange
-from actors.forward import Engine, Part, Pending, run_forward
+from actors.forward import Engine, run_forward
 from actors.languages import Languages
 from actors.links import Replica
 from actors.live import Live
+from actors.ownership import Ledger
+from actors.pending import Part, Pending
 from actors.requests import Generate, Role
+from actors.rows import RowDesk
 from actors.tokenizer import RoleTokenizer
-from actors.wire.columns import Answer, Replies, RowItem, extend_items, lookup_items, widen_items
+from actors.wire.columns import extend_items
 from actors.wire.framing import HEADER, MAC_BYTES
 from actors.wire.link import Limits
-from actors.wire.messages import WHOLE, Extend, Lookup, Message, Welcome, Widen, decode, encode
+from actors.wire.messages import Extend, Lookup, Message, Welcome, Widen, decode, encode
+from actors.wire.replies import Answer, Replies
 
 _ORDER: tuple[Role, ...] = ("guider", "guider_base", "target")  # the small models answer first
 
@@ -37,12 +41,13 @@ class StandIn:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._replies = Replies(Limits().frame)
+        self._replies = Replies(Limits().frame, engine.width)
+        self._desk = RowDesk(engine, Ledger(), self._replies, wait_s=0.0)
         self._outgoing: list[Message] = []
         self.bytes = 0
 
     def send(self, *messages: Message) -> None:
-        """What the engine's side says (`actors.wire.columns.Recipient`)."""
+        """What the engine's side says (`actors.wire.replies.Recipient`)."""
         self._outgoing += map(self._carried, messages)
 
     def answer(self, messages: Sequence[Message]) -> list[Message]:
@@ -52,9 +57,9 @@ class StandIn:
                 case Extend():
                     self._extend(message)
                 case Lookup():
-                    self._serve(list(lookup_items(message)))
+                    self._desk.look_up(self, message)
                 case Widen():
-                    self._serve(list(widen_items(message)))
+                    self._desk.widen(self, message)
             self._replies.flush()
         replies, self._outgoing = self._outgoing, []
         return replies
@@ -69,21 +74,7 @@ class StandIn:
         results = run_forward(self._engine, parts, message.released.tolist())
         for part, result in zip(parts, results, strict=True):
             assert isinstance(result, Answer), result
-            self._replies.rows(self, part.pending.item.ticket, result)
-
-    def _serve(self, items: Sequence[RowItem]) -> None:
-        for item in items:
-            held = self._engine.rows(item.session)
-            row = held.index(item.position, item.row) if held is not None else None
-            assert held is not None
-            assert row is not None, "in step, every row is there when it is asked for"
-            if item.ids is not None:
-                self._replies.values(self, item.ticket, held.at(row, item.ids))
-                continue
-            k = item.k if item.k == WHOLE else min(item.k, self._engine.width)
-            slices = held.slices(max(k, 0), [row])
-            logits = held.whole([row]) if k == WHOLE else slices.logits
-            self._replies.rows(self, item.ticket, Answer(k, slices.logsumexp, slices.ids, logits, logits[:, :0]))
+            self._replies.rows(self, part.pending.item.ticket, [result])
 
 
 class _Neighbour(Replica):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ PUBLISHED_WIDTH = 152_064  # of the published target
 
 @dataclass(frozen=True, slots=True)
 class NullSlices:
-    """R rows reduced to k, by logit descending and id ascending."""
+    """R rows reduced to k, ids ascending; ties at the k-th place went to the lowest ids."""
 
     ids: NDArray[np.int32]  # [R, k]
     logits: NDArray[np.float32]  # [R, k]
@@ -44,26 +45,35 @@ class RowBank:
         self.logsumexp = (peak[:, 0] + np.log(np.exp((self.logits - peak).astype(np.float64)).sum(-1))).astype(
             np.float32
         )
+        self._heads: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}  # by k
 
     def slices(self, rows: Sequence[int], k: int) -> NullSlices:
         """Rows of the bank, reduced to k."""
         index = np.asarray(rows, np.int64)
-        ids = self.order[index, :k]
-        return NullSlices(ids, self.logits[index[:, None], ids], self.logsumexp[index])
+        ids, logits = self._head(k)
+        return NullSlices(ids[index], logits[index], self.logsumexp[index])
+
+    def _head(self, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The k likeliest ids [size, k] of every row, ascending, and their logits."""
+        if k not in self._heads:
+            ids = np.sort(self.order[:, :k], axis=1)
+            self._heads[k] = ids, np.take_along_axis(self.logits, ids, 1)
+        return self._heads[k]
 
 
 @dataclass(frozen=True, slots=True)
 class NullRows:
-    """The rows of a session's last extend."""
+    """The rows of a session's last extend and of those that it kept."""
 
     bank: RowBank
     position: int
     hashes: tuple[int, ...]
+    fresh: int  # how many are the last extend's own
 
     @property
-    def numbers(self) -> list[int]:
-        """Which rows of the bank they are."""
-        return [prefix % len(self.bank.logits) for prefix in self.hashes]
+    def size(self) -> int:
+        """Rows held."""
+        return len(self.hashes)
 
     def index(self, position: int, prefix: int) -> int | None:
         row = position - self.position
@@ -76,13 +86,16 @@ class NullRows:
         taken: NDArray[np.float32] = self.bank.logits[self._numbers(rows)]
         return taken
 
-    def at(self, row: int, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = self.bank.logits[self.numbers[row], ids]
-        return values
+    def number(self, row: int) -> int:
+        """Which row of the bank it is."""
+        return self.hashes[row] % len(self.bank.logits)
+
+    def fresh_numbers(self) -> list[int]:
+        """Which rows of the bank the last extend's own are."""
+        return self._numbers(range(len(self.hashes) - self.fresh, len(self.hashes)))
 
     def _numbers(self, rows: Sequence[int] | None) -> list[int]:
-        numbers = self.numbers
-        return numbers if rows is None else [numbers[row] for row in rows]
+        return [self.number(row) for row in (range(len(self.hashes)) if rows is None else rows)]
 
 
 class NullEngine:
@@ -115,12 +128,20 @@ class NullEngine:
     def rows(self, session: int) -> NullRows | None:
         return self._rows.get(session)
 
+    def values(
+        self, rows: Sequence[tuple[NullRows, int]], counts: Sequence[int], ids: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        """The logits [N] of held rows at ids [N], of which `counts` belong to each row in turn."""
+        numbers = np.array([held.number(row) for held, row in rows], np.int64)
+        values: NDArray[np.float32] = self._bank.logits.take(np.repeat(numbers * self.width, counts) + ids)
+        return values
+
     def reduce(self, sessions: Sequence[int], k: int) -> NullSlices:
-        """The slices of all rows of `sessions`, in their order."""
+        """The slices of the rows that the last extends of `sessions` gave, in their order."""
         return self._bank.slices(self._numbers(sessions), k)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
-        """The whole rows [R, width] of `sessions`, in their order."""
+        """The whole rows [R, width] that the last extends of `sessions` gave, in their order."""
         rows: NDArray[np.float32] = self._bank.logits[self._numbers(sessions)]
         return rows
 
@@ -144,8 +165,12 @@ class NullEngine:
         after = extend_hashes(extend.prefix, extend.tokens)
         hashes[extend.position + 1 :] = after
         named = tuple(after[len(after) - extend.rows :])
-        self._rows[extend.session] = NullRows(self._bank, extend.end - extend.rows, named)
+        before = self._rows.get(extend.session) if extend.keep else None
+        kept = before.hashes if before is not None else ()
+        self._rows[extend.session] = NullRows(
+            self._bank, extend.end - extend.rows - len(kept), kept + named, extend.rows
+        )
         return Held(extend.session, extend.end, extend.rows)
 
     def _numbers(self, sessions: Sequence[int]) -> list[int]:
-        return [number for session in sessions for number in self._rows[session].numbers]
+        return [number for session in sessions for number in self._rows[session].fresh_numbers()]

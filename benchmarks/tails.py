@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,18 +45,19 @@ class WholeRow:
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self.logits = logits
-        self._top: dict[int, NDArray[np.int32]] = {}
+        self._heads: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
 
     @cached_property
     def logsumexp(self) -> np.float32:
         wide = self.logits.astype(np.float64)
         return np.float32(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
 
-    def top(self, k: int) -> NDArray[np.int32]:
-        """[k]: the likeliest ids, in that order."""
-        if k not in self._top:
-            self._top[k] = self._find_top(k)
-        return self._top[k]
+    def head(self, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The k likeliest ids, ascending, and their logits; ties at the k-th place go to the lowest ids."""
+        if k not in self._heads:
+            ids = np.sort(self._find_top(k))
+            self._heads[k] = ids, self.logits[ids]
+        return self._heads[k]
 
     def _find_top(self, k: int) -> NDArray[np.int32]:
         least = np.partition(self.logits, -k)[-k] if 0 < k < len(self.logits) else -np.inf
@@ -105,31 +107,50 @@ def _ranks(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True, slots=True)
-class TailRow:
-    """The row of a session's last token."""
+class TailRows:
+    """The row of a session's last token, and those that its extend kept."""
 
     stream: TailStream
     role: Role
-    position: int
-    prefix: int
+    position: int  # of the first row
+    hashes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Rows held."""
+        return len(self.hashes)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the session holds."""
+        return self.position + len(self.hashes)
 
     def index(self, position: int, prefix: int) -> int | None:
-        return 0 if (position, prefix) == (self.position, self.prefix) else None
+        row = position - self.position
+        return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> NullSlices:
-        row = self._row()
-        ids = row.top(k)
-        return NullSlices(ids[None], row.logits[ids][None], np.array([row.logsumexp], np.float32))
+        return side_by_side([self.row(row) for row in self._rows(rows)], k)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
-        return self._row().logits[None]
+        return np.stack([self.row(row).logits for row in self._rows(rows)])
 
-    def at(self, row: int, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = self._row().logits[ids]
-        return values
+    def row(self, row: int) -> WholeRow:
+        """One of them."""
+        return self.stream.at(self.position + row)[self.role]
 
-    def _row(self) -> WholeRow:
-        return self.stream.at(self.position)[self.role]
+    def _rows(self, rows: Sequence[int] | None) -> Sequence[int]:
+        return range(len(self.hashes)) if rows is None else rows
+
+
+def side_by_side(rows: Sequence[WholeRow], k: int) -> NullSlices:
+    """The slices of some rows."""
+    heads = [row.head(k) for row in rows]
+    return NullSlices(
+        np.array([ids for ids, _ in heads], np.int32).reshape(len(rows), -1),
+        np.array([logits for _, logits in heads], np.float32).reshape(len(rows), -1),
+        np.array([row.logsumexp for row in rows], np.float32),
+    )
 
 
 class TailEngine:
@@ -141,7 +162,7 @@ class TailEngine:
         self._stream, self._role, self._cache_tokens = stream, role, cache_tokens
         self.width = stream.width
         self.hash_seed = derive_seed(stream.width, ROLES.index(role))
-        self._held: dict[int, TailRow] = {}
+        self._held: dict[int, TailRows] = {}
 
     def check_extend(self, extend: Extend) -> None:
         """Every extend can be done."""
@@ -150,33 +171,51 @@ class TailEngine:
         """Take the tokens of every extend that goes on where the session stands; outcomes in their order."""
         return [self._extend_one(extend) for extend in batch]
 
-    def rows(self, session: int) -> TailRow | None:
+    def rows(self, session: int) -> TailRows | None:
         return self._held.get(session)
 
+    def values(
+        self, rows: Sequence[tuple[TailRows, int]], counts: Sequence[int], ids: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        """The logits [N] of held rows at ids [N], of which `counts` belong to each row in turn."""
+        numbers: dict[int, tuple[int, WholeRow]] = {}  # the different ones among the rows
+        which = []
+        for held, place in rows:
+            row = held.row(place)
+            which.append(numbers.setdefault(id(row), (len(numbers), row))[0])
+        if len(numbers) == 1:
+            return row.logits.take(ids)
+        owner, values = np.repeat(which, counts), np.empty(len(ids), np.float32)
+        for number, row in numbers.values():
+            mine = owner == number
+            values[mine] = row.logits[ids[mine]]
+        return values
+
     def reduce(self, sessions: Sequence[int], k: int) -> NullSlices:
-        """The slices of the rows of `sessions`, in their order."""
-        slices = [self._held[session].slices(k) for session in sessions]
-        return NullSlices(
-            np.concatenate([part.ids for part in slices]),
-            np.concatenate([part.logits for part in slices]),
-            np.concatenate([part.logsumexp for part in slices]),
-        )
+        """The slices of the last rows of `sessions`, in their order."""
+        return side_by_side([self._last(session) for session in sessions], k)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
-        """The whole rows [R, width] of `sessions`, in their order."""
-        return np.concatenate([self._held[session].whole() for session in sessions])
+        """The whole last rows [R, width] of `sessions`, in their order."""
+        return np.stack([self._last(session).logits for session in sessions])
 
     def close(self, session: int) -> None:
         self._held.pop(session, None)
 
     def cache_stats(self) -> CacheStats:
-        return CacheStats(self._cache_tokens, sum(row.position + 1 for row in self._held.values()), len(self._held))
+        return CacheStats(self._cache_tokens, sum(rows.length for rows in self._held.values()), len(self._held))
+
+    def _last(self, session: int) -> WholeRow:
+        held = self._held[session]
+        return held.row(held.size - 1)
 
     def _extend_one(self, extend: Extend) -> Outcome:
         held = self._held.get(extend.session)
-        length = held.position + 1 if held is not None else 0
+        length = held.length if held is not None else 0
         if extend.position > length:
             return KVMiss(extend.session, length)
-        prefix = extend_hashes(extend.prefix, extend.tokens)[-1]
-        self._held[extend.session] = TailRow(self._stream, self._role, extend.end - 1, prefix)
+        named = extend_hashes(extend.prefix, extend.tokens)[-1:]
+        kept = list(held.hashes) if held is not None and extend.keep else []
+        hashes = tuple(kept + named)
+        self._held[extend.session] = TailRows(self._stream, self._role, extend.end - len(hashes), hashes)
         return Held(extend.session, extend.end, extend.rows)

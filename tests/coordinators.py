@@ -17,14 +17,15 @@ from actors.engine.verbs import Extend as EngineExtend
 from actors.engine.verbs import Outcome
 from actors.replica import ModelReplica, ReplicaSettings
 from actors.wire.client import Connection
+from actors.wire.columns import drafted_items, pack_lookups, rows_ids
 from actors.wire.link import Limits
 from actors.wire.messages import (
+    DRAFT_ITEM,
     EXTEND_ITEM,
-    LOOKUP_ITEM,
     WHOLE,
     WIDEN_ITEM,
+    Drafted,
     Extend,
-    Lookup,
     Message,
     Refusal,
     Refused,
@@ -108,6 +109,7 @@ class Coordinator:
         self._engine = engine
         self._tickets = itertools.count(1)
         self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self.drafted: dict[int, list[int]] = {}  # by ticket
         self.frames: list[Message] = []
         self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self.connection: Connection
@@ -128,12 +130,15 @@ class Coordinator:
         epoch: int = 1,
         age: int = 0,
         ticket: int | None = None,
+        draft: tuple[int, int, int, float, float] | None = None,
     ) -> asyncio.Future[Reply]:
-        """Extend a session that holds the tokens `before`."""
+        """Extend a session that holds the tokens `before`. draft: drafts, seed, position, temperature and top_p."""
         ticket, reply = self._expect(ticket)
         prefix = self.hash_of(before)
         item = (ticket, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(know))
-        self.connection.send(Extend(np.array([item], EXTEND_ITEM), np.array(tokens), np.array(know)))
+        drafting = np.array([] if draft is None else [(0, *draft)], DRAFT_ITEM)
+        items = np.array([item], EXTEND_ITEM)
+        self.connection.send(Extend(items, np.array(tokens), np.array(know), drafting=drafting))
         return reply
 
     def look_up(
@@ -142,7 +147,7 @@ class Coordinator:
         """Look up the row of the last of all the session's `tokens`."""
         ticket, reply = self._expect()
         item = (ticket, session, self.hash_of(tokens), epoch, len(tokens) - 1, len(ids))
-        self.connection.send(Lookup(np.array([item], LOOKUP_ITEM), np.array(ids)))
+        self.connection.send(pack_lookups([item], np.array(ids, np.int64), WIDTH))
         return reply
 
     def widen(self, session: int, tokens: Sequence[int], k: int) -> asyncio.Future[Reply]:
@@ -169,6 +174,8 @@ class Coordinator:
         match message:
             case Rows():
                 self._take_rows(message)
+            case Drafted():
+                self.drafted.update(drafted_items(message))
             case Values():
                 first = 0
                 for ticket, count in message.items.tolist():
@@ -179,19 +186,20 @@ class Coordinator:
                     self._replies.pop(ticket).set_result(No(Refusal(code), detail))
 
     def _take_rows(self, message: Rows) -> None:
+        ids = rows_ids(message, WIDTH)
         row = slot = value = known = 0
         for ticket, rows, k, know in message.items.tolist():
             slots, values = (0, WIDTH) if k == WHOLE else (k, k)
             answer = Answered(
                 message.logsumexp[row : row + rows].tolist(),
-                message.ids[slot : slot + rows * slots].reshape(rows, slots),
+                ids[slot : slot + rows * slots].reshape(rows, slots),
                 message.logits[value : value + rows * values].reshape(rows, values),
                 message.known[known : known + rows * know].reshape(rows, know),
             )
             row, slot, value, known = row + rows, slot + rows * slots, value + rows * values, known + rows * know
             self._replies.pop(ticket).set_result(answer)
         assert (row, slot, value, known) == tuple(
-            len(part) for part in (message.logsumexp, message.ids, message.logits, message.known)
+            len(part) for part in (message.logsumexp, ids, message.logits, message.known)
         )
 
 

@@ -1,138 +1,180 @@
-"""How many drafts a session's next check gets."""
+"""Extends that go on by drafting."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import asyncio
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 
-from actors.config import Speculation
-from actors.decoding.guidance import Guidance
-from actors.decoding.parameters import Sampling, Thinking
-from actors.decoding.session import Session
-from actors.drafting import Plan, Planner
-from actors.languages import Languages
-from actors.live import Live
-from actors.pace import Pace
-from actors.preflight import load_tokenizers
-from actors.requests import ROLES, Generate, Role
-from actors.window import Row, Window
-from benchmarks.local import trio_config
+from actors.decoding.parameters import Sampling
+from actors.decoding.sampling import choose
+from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, Drafted, Extend, Message, Refusal, Rows
+from tests.coordinators import WIDTH, Coordinator, No, Reply, rows_of, stage, within
 
-FAR = 1_000
-TOKENS = [20, 21, 22, 23]
+SEED = 2**63 + 5
 
 
-class Replica:
-    """The part of a replica that the planner reads."""
-
-    def __init__(self, seconds: float, per_token: float = 0.0) -> None:
-        self.pace = Pace()
-        for tokens in range(1, 129):
-            self.pace.observe(tokens, seconds + per_token * tokens)
-
-
-@pytest.fixture(scope="module")
-def languages() -> Languages:
-    return Languages(load_tokenizers(trio_config()))
+async def drafts_of(c: Coordinator, reply: asyncio.Future[Reply]) -> list[int]:
+    """The tokens that came with the rows of the last draft."""
+    answer = await rows_of(reply)
+    drafted = c.drafted[max(c.drafted)]
+    assert len(answer.logsumexp) == 1 + len(drafted)
+    kinds = [type(frame) for frame in c.frames if isinstance(frame, Drafted | Rows)]
+    assert kinds.index(Drafted) <= len(kinds) - 1 - kinds[::-1].index(Rows)
+    return drafted
 
 
-def session_of(
-    planner: Planner,
-    languages: Languages,
-    *,
-    target: Replica | None = None,
-    guider: Replica | None = None,
-    sampling: Sampling | None = None,
-    **request: Any,
-) -> Live:
-    """A session in the middle of its answer: everything but its newest token is in every cache."""
-    prompts: dict[Role, list[int]] = {role: list(TOKENS) for role in ROLES}
-    one = Generate("r", "target", prompts, sampling or Sampling(), Guidance(), Thinking(), 1, **request)
-    session = Session(one, languages.language("target", ROLES, one.thinking), dict.fromkeys(ROLES, 0))
-    live = Live(session, 1, 1, planner.acceptance())
-    for stream in session.streams.values():
-        stream.held = len(stream) - 1
-    replicas = {"target": target or Replica(0.03), "guider": guider or Replica(0.002), "guider_base": Replica(0.002)}
-    live.replicas = cast(Any, replicas)
-    return live
+async def by_hand(
+    c: Coordinator, session: int, before: Sequence[int], count: int, sampling: Sampling, position: int
+) -> list[int]:
+    """What a coordinator chooses that asks for one token after another."""
+    text: list[int] = []
+    for index in range(count):
+        new = list(before) if not text else text[-1:]
+        answer = await rows_of(c.ask(session, new, before=[*before, *text[:-1]] if text else (), k=WIDTH))
+        chosen = choose(
+            answer.ids,
+            answer.logits.astype(np.float64),
+            [sampling],
+            np.array([SEED], np.uint64),
+            np.array([position + index]),
+        )
+        text += chosen.tolist()
+    return text
 
 
-def checked(planner: Planner, live: Live, drafts: int, kept: int) -> None:
-    """A check of drafts is over, of which the first `kept` were kept."""
-    window = Window(live, True, {}, "guider", drafts)
-    window.rows = [Row(window, index, 8) for index in range(drafts + 1)]
-    window.next = kept + 1
-    planner.learn(window)
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.5, 0.75)])
+@pytest.mark.parametrize("k", [0, WIDTH])
+async def test_drafts_are_what_is_chosen_token_by_token(temperature: float, top_p: float, k: int) -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        expected = await by_hand(c, 1, [1, 2, 3], 8, Sampling(temperature=temperature, top_p=top_p), 40)
+        reply = c.ask(2, [1, 2, 3], k=k, draft=(8, SEED, 40, temperature, top_p))
+        assert await drafts_of(c, reply) == expected
+        assert s.engine.batches[-9:] == [{2: 3}, *[{2: 1}] * 8]
 
 
-def test_cheap_drafts_that_are_kept_grow_long_and_those_that_are_not_cease(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    good, bad = session_of(planner, languages), session_of(planner, languages)
-    for _ in range(40):
-        checked(planner, good, 7, 7)
-        checked(planner, bad, 2, 0)
-    assert planner.plan(good, True, FAR, 1).drafts == 7
-    plans = [planner.plan(bad, True, FAR, 1).drafts for _ in range(7)]
-    assert plans.count(0) >= 6
+async def test_all_rows_of_drafts_are_found_until_the_next_extend() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        drafted = await drafts_of(c, c.ask(1, [1, 2], k=0, know=[7], draft=(3, SEED, 0, 1.0, 1.0)))
+        text = [1, 2, *drafted]
+        held = s.engine.rows(1)
+        assert held is not None
+        for row in range(4):
+            assert await within(c.look_up(1, text[: 2 + row], [5, 9])) == held.whole()[row, [5, 9]].tolist()
+            assert (await rows_of(c.widen(1, text[: 2 + row], 8))).ids.shape == (1, 8)
+        await rows_of(c.ask(1, [9], before=text[:3]))
+        assert await within(c.look_up(1, text[:3], [5])) == No(Refusal.ROW_GONE)
 
 
-def test_a_guider_as_slow_as_its_target_drafts_less_than_a_fast_one(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    fast = session_of(planner, languages, guider=Replica(0.002))
-    slow = session_of(planner, languages, guider=Replica(0.03))
-    assert planner.plan(fast, True, FAR, 1).drafts > planner.plan(slow, True, FAR, 1).drafts == 0
+async def test_drafts_are_told_before_their_last_row_and_its_lookup_waits() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            reply = c.ask(1, [1], k=0, draft=(1, SEED, 0, 0.0, 1.0))
+            await s.engine.entered()
+        with s.engine.held():
+            await s.engine.entered()
+            await c.heard()
+            (drafted,) = c.drafted.values()
+            lookup = c.look_up(1, [1, *drafted], [5])
+            await c.heard()
+            assert not lookup.done()
+            assert not reply.done()
+        assert isinstance(await within(lookup), list)
+        assert len((await rows_of(reply)).logsumexp) == 2
 
 
-def test_where_each_token_of_a_check_costs_a_crowd_drafts_less_than_one(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    live = session_of(planner, languages, target=Replica(0.03, per_token=0.003))
-    alone, crowded = planner.plan(live, True, FAR, 1).drafts, planner.plan(live, True, FAR, 32).drafts
-    assert alone > crowded
+async def test_others_decode_and_draft_between_the_tokens_of_a_draft() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            first = c.ask(1, [1], k=0, draft=(3, SEED, 0, 0.0, 1.0))
+            await s.engine.entered()
+            others = [c.ask(2, [1], k=0, draft=(2, SEED, 0, 0.0, 1.0)), c.ask(3, list(range(20)))]
+            await c.heard()
+        for reply in (first, *others):
+            await rows_of(reply)
+        assert s.engine.batches == [{1: 1}, {1: 1, 2: 1, 3: 16}, {1: 1, 2: 1, 3: 4}, {1: 1, 2: 1}]
 
 
-@pytest.mark.parametrize(("configured", "asked", "drafts"), [(7, None, 7), (7, 3, 3), (2, 8, 2), (0, 8, 0), (7, 0, 0)])
-def test_request_and_configuration_bound_the_drafts(
-    languages: Languages, configured: int, asked: int | None, drafts: int
-) -> None:
-    planner = Planner(Speculation(drafts=configured, adapt=False))
-    assert planner.plan(session_of(planner, languages, drafts=asked), True, FAR, 1) == Plan(drafts=drafts)
+async def test_a_newer_extend_ends_the_drafting() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            reply = c.ask(1, [1], k=0, draft=(8, SEED, 0, 0.0, 1.0))
+            await s.engine.entered()
+            newer = c.ask(1, [2], before=[1])
+            await c.heard()
+        assert await drafts_of(c, reply) == []
+        await rows_of(newer)
 
 
-def test_nothing_is_drafted_past_the_answers_end_or_the_last_position(languages: Languages) -> None:
-    planner = Planner(Speculation(adapt=False))
-    live = session_of(planner, languages, sampling=Sampling(max_tokens=4))
-    assert planner.plan(live, True, FAR, 1).drafts == 3
-    assert planner.plan(live, True, 2, 1).drafts == 2
-    assert planner.plan(live, True, 0, 1).drafts == 0
+async def test_drafts_end_at_the_last_position_and_where_the_cache_is_full() -> None:
+    async with stage(max_position=5) as s:
+        c = await s.coordinator()
+        assert len(await drafts_of(c, c.ask(1, [1, 2, 3], k=0, draft=(8, SEED, 0, 0.0, 1.0)))) == 2
+    async with stage(cache_tokens=10) as s:
+        c = await s.coordinator()
+        await rows_of(c.ask(2, [1] * 4))
+        assert len(await drafts_of(c, c.ask(1, [1, 2, 3], k=0, draft=(8, SEED, 0, 0.0, 1.0)))) == 3
 
 
-def test_nothing_is_drafted_behind_a_prompt_or_for_words_that_lift_themselves(languages: Languages) -> None:
-    planner = Planner(Speculation(adapt=False))
-    live = session_of(planner, languages)
-    live.session.streams["guider"].append([30] * 20)
-    assert planner.plan(live, True, FAR, 1) == Plan()
-    lifting = session_of(planner, languages, sampling=Sampling(presence_penalty=-1))
-    assert planner.plan(lifting, True, FAR, 1) == Plan()
+async def test_a_draft_whose_forward_fails_is_refused_as_any_extend() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            reply = c.ask(1, [1], k=0, draft=(4, SEED, 0, 0.0, 1.0))
+            await s.engine.entered()
+        with s.engine.held():
+            await s.engine.entered()
+            s.engine.failure = RuntimeError("out of memory")
+        assert await within(reply) == No(Refusal.FAILED)
+        assert await within(c.ask(1, [3], before=[1])) == No(Refusal.KV_MISS, 0)
 
 
-def test_without_guidance_the_text_guesses_unless_the_guider_is_asked_for(languages: Languages) -> None:
-    planner = Planner(Speculation(adapt=False))
-    live = session_of(planner, languages)
-    live.session.streams["target"].append([50, 51, 52, 50, 51])
-    live.session.streams["target"].held = len(live.session.primary) - 1
-    assert planner.plan(live, False, FAR, 1) == Plan(guesses=(52, 50, 51))
-    assert planner.plan(session_of(planner, languages), False, FAR, 1) == Plan()
-    assert planner.plan(session_of(planner, languages, drafter="guider"), False, FAR, 1) == Plan(drafts=7)
-    assert Planner(Speculation(lookup=False)).plan(live, False, FAR, 1) == Plan()
+async def test_a_draft_whose_session_is_released_is_over() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            reply = c.ask(1, [1], k=0, draft=(4, SEED, 0, 0.0, 1.0))
+            await s.engine.entered()
+            c.release(1)
+            await c.heard()
+        assert await within(reply) == No(Refusal.ROW_GONE)
+        await rows_of(c.ask(2, [1]))
+        assert s.replica.load().cache_used == 1
 
 
-def test_what_becomes_of_drafts_is_counted_and_taught_to_later_sessions(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    live = session_of(planner, languages)
-    before = planner.acceptance()["guider"].rate
-    for _ in range(100):
-        checked(planner, live, 4, 0)
-    assert (live.session.drafted, live.session.accepted) == (400, 0)
-    assert (planner.drafted, planner.accepted) == (400, 0)
-    assert planner.acceptance()["guider"].rate < before
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda c: c.ask(1, [1, 2], rows=2, draft=(1, SEED, 0, 0.0, 1.0)),
+        lambda c: c.ask(1, [1], draft=(0, SEED, 0, 0.0, 1.0)),
+        lambda c: c.ask(1, [1], draft=(9, SEED, 0, 0.0, 1.0)),
+        lambda c: c.ask(1, [1], draft=(1, SEED, -1, 0.0, 1.0)),
+        lambda c: c.ask(1, [1], draft=(1, SEED, 0, float("nan"), 1.0)),
+        lambda c: c.ask(1, [1], draft=(1, SEED, 0, -1.0, 1.0)),
+        lambda c: c.ask(1, [1], draft=(1, SEED, 0, 0.0, 0.0)),
+        lambda c: c.ask(1, [1], draft=(1, SEED, 0, 0.0, 1.5)),
+    ],
+)
+async def test_a_draft_that_cannot_be_made_is_a_bad_item(ask: Callable[[Coordinator], asyncio.Future[Reply]]) -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        assert await within(ask(c)) == No(Refusal.BAD_ITEM)
+        await rows_of(c.ask(1, [1]))
+
+
+@pytest.mark.parametrize("places", [[1], [0, 0]])
+async def test_a_draft_of_no_item_or_two_of_one_close_the_connection(places: list[int]) -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        drafting = np.array([(place, 1, SEED, 0, 0.0, 1.0) for place in places], DRAFT_ITEM)
+        item = np.array([(1, 1, 0, c.hash_of([]), 1, 0, 1, 1, 0, 0)], EXTEND_ITEM)
+        frame: Message = Extend(item, np.array([1]), drafting=drafting)
+        c.connection.send(frame)
+        assert await asyncio.wait_for(c.ended, 10) is not None

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from actors.engine.verbs import Extend, Outcome
-from actors.forward import ForwardThread, Part, Pending, Result, choose
-from actors.wire.columns import Answer, ExtendItem
+from actors.forward import ForwardThread, Result
+from actors.pending import Part, Pending, choose
+from actors.wire.columns import ExtendItem
 from actors.wire.messages import Message
+from actors.wire.replies import Answer
 from benchmarks.null_engine import NullEngine
 
 
@@ -19,7 +21,7 @@ class Nobody:
 
 def pending(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> Pending:
     item = ExtendItem(1, age, age, 5, 1, 0, list(range(tokens)), rows, 4, np.zeros(0, np.int32))
-    return Pending(Nobody(), item, 5, done)
+    return Pending(Nobody(), item, 5, done=done)
 
 
 def taken(parts: list[Part]) -> list[tuple[int, int]]:

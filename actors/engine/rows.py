@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,21 +18,39 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RowSlices:
-    """R rows reduced to their k largest logits, sorted by (logit descending, id ascending)."""
+    """R rows reduced to their k largest logits, ids ascending; ties at the k-th place went to the lowest ids."""
 
     ids: NDArray[np.int32]  # [R, k]
     logits: NDArray[np.float32]  # [R, k]
     logsumexp: NDArray[np.float32]  # [R], over the whole row
 
 
+class Place(NamedTuple):
+    """Where a row lies: in the logits [B, V] of one forward."""
+
+    block: Tensor
+    row: int
+
+
 @dataclass(frozen=True, slots=True)
 class HeldRows:
-    """The rows of one session's last extend: a snapshot that nothing changes, safe to read from any thread."""
+    """The rows of one session's last extend and of those that it kept: a snapshot, safe to read from any thread."""
 
     position: int  # of the first row's token in the session
     hashes: tuple[int, ...]  # per row the running hash including the row's own token
-    logits: Tensor  # [m, V] float32, on the device of the model's head
+    places: tuple[Place, ...]  # per row, float32 on the device of the model's head
     alone: bool  # reduce every row by itself, so that its company cannot change a bit (`exact` mode)
+    fresh: int  # how many of the last rows are the last extend's own
+
+    @property
+    def size(self) -> int:
+        """Rows held; the last extend's own are the last `fresh` of them."""
+        return len(self.hashes)
+
+    @property
+    def logits(self) -> Tensor:
+        """[m, V]"""
+        return gather_rows(self.places)
 
     def index(self, position: int, prefix: int) -> int | None:
         """Which row is at `position` with running hash `prefix` (its own token included), or None."""
@@ -40,24 +58,60 @@ class HeldRows:
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> RowSlices:
-        """The slices of `rows` (all if None); k = 0 gives only the logsumexp, k > V the whole sorted row."""
+        """The slices of `rows` (all if None); k = 0 gives only the logsumexp, k > V the whole row in id order."""
         return reduce_rows(self._select(rows), k, self.alone)
-
-    def at(self, row: int, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
-        """The exact logits [len(ids)] of one row at `ids`; IndexError for an id outside the row."""
-        wanted = np.asarray(ids, dtype=np.int64)
-        width = self.logits.shape[-1]
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= width):
-            raise IndexError(f"ids must lie in [0, {width})")
-        picked = self.logits[row].index_select(0, torch.from_numpy(wanted).to(self.logits.device))
-        return _to_host(picked)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """The whole logits [m, V] of `rows` (all if None), read-only."""
         return _to_host(self._select(rows))
 
     def _select(self, rows: Sequence[int] | None) -> Tensor:
-        return self.logits if rows is None else self.logits[list(rows)]
+        return gather_rows(self.places if rows is None else [self.places[row] for row in rows])
+
+    def and_then(self, later: HeldRows) -> HeldRows:
+        """These rows and those of an extend that went on where they end; only the later ones if it did not."""
+        if self.position + len(self.hashes) != later.position:
+            return later
+        hashes, places = self.hashes + later.hashes, self.places + later.places
+        return HeldRows(self.position, hashes, places, self.alone, later.fresh)
+
+
+def gather_rows(places: Sequence[Place]) -> Tensor:
+    """The rows [len(places), V] side by side: a view if one forward made them in this order."""
+    block, first = places[0]
+    if all(place.block is block for place in places):
+        rows = [place.row for place in places]
+        if rows == list(range(first, first + len(rows))):
+            return block[first : first + len(rows)]
+        return block[rows]
+    return torch.stack([block[row] for block, row in places])
+
+
+@torch.inference_mode()
+def values_at(places: Sequence[Place], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
+    """The exact logits [N] of rows at ids [N], of which `counts` belong to each row in turn; one copy a forward.
+
+    IndexError for an id outside the rows.
+    """
+    out = np.empty(len(ids), np.float32)
+    if not len(ids):
+        return out
+    width = places[0].block.shape[-1]
+    if ids.min() < 0 or ids.max() >= width:
+        raise IndexError(f"ids must lie in [0, {width})")
+    flat = np.repeat(np.array([place.row for place in places], np.int64) * width, counts) + ids
+    blocks = {id(place.block): place.block for place in places}
+    if len(blocks) == 1:
+        return _take(places[0].block, flat)
+    owner = np.repeat([id(place.block) for place in places], counts)
+    for key, block in blocks.items():
+        mine = owner == key
+        out[mine] = _take(block, flat[mine])
+    return out
+
+
+def _take(block: Tensor, flat: NDArray[np.int64]) -> NDArray[np.float32]:
+    return _to_host(block.take(torch.from_numpy(flat).to(block.device)))
 
 
 @torch.inference_mode()
@@ -76,7 +130,7 @@ def reduce_rows(logits: Tensor, k: int, alone: bool) -> RowSlices:
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids [R, k] of the largest logits [R, V], ties to the lowest id at every place, the k-th included.
+    """Values and ids [R, k] of the largest logits [R, V], ids ascending, ties at the k-th place to the lowest id.
 
     `torch.topk` leaves open which of several equal logits it takes, and devices differ. So rows in which more logits
     equal the k-th value than were taken (rare in float32, common in rounded rows) take theirs again in id order.
@@ -91,8 +145,7 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         level = (logits[row] == edge[row]).nonzero().flatten()
         ids[row] = torch.cat([above, level[: k - len(above)]])
     ids = ids.sort(-1).values
-    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, order)
+    return logits.gather(-1, ids), ids
 
 
 @dataclass(slots=True)
@@ -109,7 +162,7 @@ class RowStore:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._rows: dict[int, HeldRows] = {}
-        self._block_of: dict[int, int] = {}
+        self._blocks_of: dict[int, list[int]] = {}
         self._blocks: dict[int, _Block] = {}  # by forward, in order
         self._forwards = 0
 
@@ -124,8 +177,7 @@ class RowStore:
     def drop(self, session: int) -> None:
         """Let go of a session's rows; nothing happens if it has none."""
         self._rows.pop(session, None)
-        number = self._block_of.pop(session, None)
-        if number is not None:
+        for number in self._blocks_of.pop(session, ()):
             block = self._blocks[number]
             block.sessions.discard(session)
             if not block.sessions:
@@ -139,19 +191,22 @@ class RowStore:
                 self.drop(session)
 
     def hold(self, rows: Mapping[int, HeldRows], size: int) -> None:
-        """Keep what one forward of `size` rows, padding included, gave to each session."""
+        """Keep what one forward of `size` rows, padding included, gave to each session, beside what it still holds."""
         self._forwards += 1
         if rows:
             self._blocks[self._forwards] = _Block(size, set(rows))
         for session, held in rows.items():
-            assert session not in self._rows
+            before = self._rows.get(session)
+            if before is not None:
+                held = before.and_then(held)
             self._rows[session] = held
-            self._block_of[session] = self._forwards
+            self._blocks_of.setdefault(session, []).append(self._forwards)
 
     def check(self) -> None:
         """Prove that sessions and blocks agree and the budget is kept; AssertionError if not."""
-        owners = [session for block in self._blocks.values() for session in block.sessions]
-        assert sorted(owners) == sorted(self._rows) == sorted(self._block_of)
+        owners = sorted((session, number) for number, block in self._blocks.items() for session in block.sessions)
+        assert owners == sorted((session, number) for session, of in self._blocks_of.items() for number in of)
+        assert self._rows.keys() == self._blocks_of.keys()
         assert self.size <= self.budget, f"{self.size} rows are held, {self.budget} allowed"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from actors.engine.digest import model_digest
 from actors.engine.errors import BadExtend, EngineError, LoadError, RowGone, StepFailed
 from actors.engine.heads import widen_head
 from actors.engine.kv_pool import KVPool
-from actors.engine.rows import HeldRows, RowSlices, RowStore, reduce_rows
+from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, values_at
 from actors.engine.sessions import SessionTable, seniority
 from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
 
@@ -123,13 +123,19 @@ class StepEngine:
         """The rows of the session's last extend, or None if they are gone. From any thread."""
         return self._store.get(session)
 
+    def values(
+        self, rows: Sequence[tuple[HeldRows, int]], counts: Sequence[int], ids: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        """The logits [N] of held rows at ids [N], of which `counts` belong to each row in turn. From any thread."""
+        return values_at([held.places[row] for held, row in rows], counts, ids)
+
     def reduce(self, sessions: Sequence[int], k: int) -> RowSlices:
-        """The slices of all held rows of `sessions`, in their order, reduced together; RowGone if one has none."""
-        return reduce_rows(self._gather_rows(sessions), k, self.exact)
+        """The slices of the rows that the last extends of `sessions` gave, in their order; RowGone if one has none."""
+        return reduce_rows(self._fresh_rows(sessions), k, self.exact)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
-        """The whole held rows [R, V] of `sessions`, in their order; RowGone if one has none."""
-        array: NDArray[np.float32] = self._gather_rows(sessions).cpu().numpy()
+        """The whole rows [R, V] that the last extends of `sessions` gave, in their order; RowGone if one has none."""
+        array: NDArray[np.float32] = self._fresh_rows(sessions).cpu().numpy()
         return array
 
     def plain_logits(self, tokens: Sequence[int]) -> Tensor:
@@ -184,15 +190,16 @@ class StepEngine:
 
     def _run(self, admitted: Sequence[Extend]) -> None:
         sessions = [extend.session for extend in admitted]
-        for session in sessions:
-            self._store.drop(session)
+        for extend in admitted:
+            if not extend.keep:
+                self._store.drop(extend.session)
         self._store.make_room(self._padded(sum(extend.rows for extend in admitted)))
         try:
             logits = self._forward_extends(admitted)
         except BaseException as error:
             # Their pools may be half written.
             for session in sessions:
-                self._table.evict(session)
+                self.close(session)
             if isinstance(error, Exception):
                 raise StepFailed(sessions, error) from error
             raise
@@ -248,19 +255,19 @@ class StepEngine:
         for extend in admitted:
             if extend.rows:
                 hashes = tuple(self._table.sessions[extend.session].hashes[-extend.rows :])
-                rows = logits[first : first + extend.rows]
-                held[extend.session] = HeldRows(extend.end - extend.rows, hashes, rows, self.exact)
+                places = tuple(Place(logits, row) for row in range(first, first + extend.rows))
+                held[extend.session] = HeldRows(extend.end - extend.rows, hashes, places, self.exact, extend.rows)
                 first += extend.rows
         self._store.hold(held, len(logits))
 
-    def _gather_rows(self, sessions: Sequence[int]) -> Tensor:
-        parts = []
+    def _fresh_rows(self, sessions: Sequence[int]) -> Tensor:
+        places: list[Place] = []
         for session in sessions:
             held = self._store.get(session)
             if held is None:
                 raise RowGone(session)
-            parts.append(held.logits)
-        return torch.cat(parts) if parts else torch.zeros(0, self.width)
+            places += held.places[-held.fresh :]
+        return gather_rows(places) if places else torch.zeros(0, self.width)
 
     def _padded(self, count: int) -> int:
         return -(-count // _EXACT_TILE) * _EXACT_TILE if self.exact else count

@@ -1,14 +1,16 @@
-"""The one verb of a model, `Extend`, and its answers. No torch here: any process may name them."""
+"""The one verb of a model, `Extend`, its answers, and what an engine is. No torch here: any process may name them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class Extend:
+class Extend(NamedTuple):
     """Append `tokens` at `position` of a session and hold the logits of the last `rows` of them.
 
     A position smaller than what is held rewinds to there first; a larger one is a `KVMiss`.
@@ -20,6 +22,7 @@ class Extend:
     tokens: Sequence[int]  # at least one
     rows: int  # 0 .. len(tokens)
     age: int  # admission age: a smaller one is older and may evict a larger one
+    keep: bool = False  # the session's held rows stay, the new ones join them: it goes on where they end
 
     @property
     def end(self) -> int:
@@ -27,25 +30,22 @@ class Extend:
         return self.position + len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Success: the session holds `length` tokens, and `rows` rows until its next extend."""
+class Held(NamedTuple):
+    """Success: the session holds `length` tokens, and `rows` new rows until its next extend that keeps none."""
 
     session: int
     length: int
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class KVMiss:
+class KVMiss(NamedTuple):
     """The cache ends before `position` or was built from other tokens: send again from position `held`."""
 
     session: int
     held: int
 
 
-@dataclass(frozen=True, slots=True)
-class Full:
+class Full(NamedTuple):
     """No room for this session now. Nothing of it was computed: try again later."""
 
     session: int
@@ -61,3 +61,54 @@ class CacheStats:
     tokens_total: int
     tokens_used: int  # in the allocator's units, what sessions need rounded up
     sessions: int  # sessions that hold at least one token
+
+
+class Slices(Protocol):
+    """R rows reduced to k: ids ascending; ties at the k-th place went to the lowest ids."""
+
+    @property
+    def ids(self) -> NDArray[np.int32]: ...  # [R, k]
+    @property
+    def logits(self) -> NDArray[np.float32]: ...  # [R, k]
+    @property
+    def logsumexp(self) -> NDArray[np.float32]: ...  # [R]
+
+
+class SessionRows(Protocol):
+    """The rows of a session's last extend and of those that it kept: a snapshot that any thread may read."""
+
+    @property
+    def size(self) -> int:
+        """Rows held; the last extend's own are the last."""
+
+    def index(self, position: int, prefix: int) -> int | None:
+        """Which row is at `position`, built from tokens with this running hash, its own token included."""
+
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> Slices: ...
+    def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]: ...
+
+
+class Engine(Protocol):
+    """A model that extends sessions: `actors.engine.step_engine.StepEngine`, or one that computes nothing.
+
+    `rows`, `values` and `check_extend` may be called from any thread, everything else from one.
+    """
+
+    width: int  # logits in a row
+    hash_seed: int
+    exact: bool
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]: ...
+    def check_extend(self, extend: Extend) -> None:
+        """Raise for an extend that can never succeed."""
+
+    def rows(self, session: int) -> SessionRows | None: ...
+    def values(self, rows: Sequence[tuple[Any, int]], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
+        """The logits [N] of rows (what `rows` gave, and which of them) at ids [N], `counts` of each row in turn."""
+
+    def reduce(self, sessions: Sequence[int], k: int) -> Slices:
+        """The slices of the rows that the last extends of `sessions` gave."""
+
+    def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]: ...
+    def close(self, session: int) -> None: ...
+    def cache_stats(self) -> CacheStats: ...

@@ -86,6 +86,33 @@ def test_eviction_and_forks_leave_no_bit_changed(alone: tuple[str, dict[int, tor
             assert torch.equal(run.logits(session)[0], reference[session][step])
 
 
+def test_rows_of_drafts_have_the_bits_of_decoding_and_a_rejection_leaves_no_trace(
+    alone: tuple[str, dict[int, torch.Tensor]],
+) -> None:
+    architecture, reference = alone
+    engine = StepEngine(ARCHITECTURES[architecture](), 2048, exact=True)
+    run, draw = Driver(engine), random.Random(5)
+    engine.extend([run.make(session, PROMPTS[session], rows=0) for session in range(SESSIONS)])
+    at = 0
+    while at < 20:
+        good, wrong = draw.randint(1, 3), draw.randint(0, 3)
+        for step in range(good + wrong):
+            batch = []
+            for session in range(SESSIONS):
+                token = TEXTS[session][at + step] if step < good else draw.randrange(VOCABULARY)
+                position = len(PROMPTS[session]) + at + step
+                batch.append(run.make(session, [token], at=position)._replace(keep=step > 0))
+            engine.extend(batch)
+        for session in range(SESSIONS):
+            held = engine.rows(session)
+            assert held is not None
+            assert held.size == good + wrong
+            assert torch.equal(held.logits[:good], reference[session][at : at + good])
+            assert engine.reduce([session], 8).ids.shape == (1, 8)
+        at += good
+    engine.check()
+
+
 def test_slices_do_not_depend_on_company() -> None:
     engine = StepEngine(qwen2(), 2048, exact=True)
     run = Driver(engine)

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine.rows import HeldRows, RowStore, reduce_rows, top_k
+from actors.engine.rows import HeldRows, Place, RowStore, reduce_rows, top_k, values_at
 
 
 def held(logits: torch.Tensor, position: int = 0) -> HeldRows:
-    return HeldRows(position, tuple(range(100, 100 + len(logits))), logits, alone=True)
+    places = tuple(Place(logits, row) for row in range(len(logits)))
+    return HeldRows(position, tuple(range(100, 100 + len(logits))), places, alone=True, fresh=len(logits))
 
 
 def reference_top_k(row: torch.Tensor, k: int) -> list[int]:
-    return sorted(range(len(row)), key=lambda index: (-float(row[index]), index))[:k]
+    return sorted(sorted(range(len(row)), key=lambda index: (-float(row[index]), index))[:k])
 
 
 @pytest.mark.parametrize("k", [1, 5, 128, 509])
@@ -34,7 +35,7 @@ def test_slices_are_sorted_and_carry_the_logsumexp_of_the_whole_row() -> None:
     assert slices.logits.dtype == slices.logsumexp.dtype == np.float32
     assert slices.ids.shape == slices.logits.shape == (3, 7)
     np.testing.assert_allclose(slices.logsumexp, np.log(np.exp(logits.numpy()).sum(-1)), rtol=1e-5)
-    assert np.all(np.diff(slices.logits, axis=1) <= 0)
+    assert np.all(np.diff(slices.ids, axis=1) > 0)
 
 
 def test_k_zero_gives_only_the_logsumexp_and_a_large_k_the_whole_row() -> None:
@@ -54,14 +55,16 @@ def test_a_row_reduced_alone_has_the_same_bits_in_any_company() -> None:
 
 
 def test_lookups_are_exact_and_refuse_ids_outside_the_row() -> None:
-    logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(3))
-    rows = held(logits)
-    assert np.array_equal(rows.at(1, [19, 0, 3]), logits[1, [19, 0, 3]].numpy())
-    assert rows.at(0, []).shape == (0,)
-    with pytest.raises(IndexError, match=r"\[0, 20\)"):
-        rows.at(0, [20])
-    with pytest.raises(IndexError):
-        rows.at(0, [-1])
+    one, other = (torch.randn(3, 20, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    places = [Place(one, 2), Place(other, 0), Place(one, 0)]
+    values = values_at(places, [2, 0, 1], np.array([19, 0, 3]))
+    assert values.tolist() == [float(one[2, 19]), float(one[2, 0]), float(one[0, 3])]
+    mixed = values_at(places, [1, 2, 1], np.array([4, 5, 6, 7]))
+    assert mixed.tolist() == [float(v) for v in (one[2, 4], other[0, 5], other[0, 6], one[0, 7])]
+    assert values_at(places, [0, 0, 0], np.zeros(0, np.int32)).shape == (0,)
+    for outside in (20, -1):
+        with pytest.raises(IndexError, match=r"\[0, 20\)"):
+            values_at(places, [1, 0, 0], np.array([outside]))
 
 
 def test_whole_rows_cannot_be_written() -> None:

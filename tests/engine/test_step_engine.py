@@ -260,7 +260,7 @@ def test_rows_can_be_read_from_another_thread_while_a_forward_runs(monkeypatch: 
         assert own is None  # its next extend has begun
         assert other is not None
         assert np.array_equal(other.whole(), before.numpy())
-        assert np.array_equal(other.at(4, [1, 2]), before[4, [1, 2]].numpy())
+        assert np.array_equal(run.engine.values([(other, 4)], [2], np.array([1, 2])), before[4, [1, 2]].numpy())
         go_on.set()
         assert forward.result(timeout=20) == [Held(1, 6, 1)]
     assert np.array_equal(other.whole(), before.numpy())

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from actors.wire.columns import Answer, Replies, answer_bytes, extend_items, lookup_items, pack_rows, widen_items
+from actors.wire.columns import extend_items, lookup_items, pack_lookups, rows_ids, widen_items
 from actors.wire.messages import (
     EXTEND_ITEM,
     LOOKUP_ITEM,
@@ -19,6 +19,9 @@ from actors.wire.messages import (
     decode,
     encode,
 )
+from actors.wire.replies import Answer, Reduced, Replies, answer_bytes, pack_rows
+
+WIDTH = 152_064
 
 
 class Mailbox:
@@ -33,13 +36,14 @@ class Mailbox:
 
 def answer(rows: int, k: int, know: int = 0, width: int = 10) -> Answer:
     ids = 0 if k == WHOLE else k
-    return Answer(
+    reduced = Reduced(
         k,
         np.arange(rows, dtype=np.float32),
         np.ones((rows, ids), np.int32),
         np.full((rows, width if k == WHOLE else k), 2, np.float32),
-        np.full((rows, know), 3, np.float32),
+        np.full(rows * know, 3, np.float32),
     )
+    return Answer(reduced, 0, rows, 0, know)
 
 
 def test_items_of_an_extend_carry_their_part_of_the_flat_columns() -> None:
@@ -51,29 +55,30 @@ def test_items_of_an_extend_carry_their_part_of_the_flat_columns() -> None:
 
 
 def test_items_of_lookups_and_widenings_name_their_row() -> None:
-    (lookup,) = lookup_items(Lookup(np.array([(1, 2, 3, 4, 5, 2)], LOOKUP_ITEM), np.array([8, 9])))
-    assert lookup.ids is not None
-    assert (lookup.session, lookup.row, lookup.epoch, lookup.position, lookup.ids.tolist()) == (2, 3, 4, 5, [8, 9])
+    (lookup,), ids = lookup_items(pack_lookups([(1, 2, 3, 4, 5, 2)], np.array([8, 70_000]), WIDTH), WIDTH)
+    assert (lookup.session, lookup.row, lookup.epoch, lookup.position, lookup.size) == (2, 3, 4, 5, 2)
+    assert ids.tolist() == [8, 70_000]
     (widen,) = widen_items(Widen(np.array([(1, 2, 3, 4, 5, 64)], WIDEN_ITEM)))
-    assert (widen.row, widen.ids, widen.k) == (3, None, 64)
+    assert (widen.row, widen.size) == (3, 64)
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 2), (-1, 4), (2**31 - 1, 2**31 - 1)])
 def test_counts_that_are_not_what_the_column_has_are_refused_before_the_first_item(counts: tuple[int, int]) -> None:
     items = np.array([(i, 2, 3, 4, 5, count) for i, count in enumerate(counts)], LOOKUP_ITEM)
-    with pytest.raises(ProtocolError, match=r"Lookup\.ids"):
-        lookup_items(Lookup(items, np.array([1, 2, 3])))
+    with pytest.raises(ProtocolError, match="Lookup"):
+        lookup_items(Lookup(items, np.array([1, 2, 3])), 100)
 
 
 def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
-    replies, a, b = Replies(1 << 20), Mailbox(), Mailbox()
-    replies.values(a, 3, np.array([7], np.float32))
-    replies.rows(a, 1, answer(2, 4, know=1))
-    replies.rows(a, 2, answer(1, WHOLE))
+    replies, a, b = Replies(1 << 20, 10), Mailbox(), Mailbox()
+    replies.values(a, [(3, 1)], np.array([7], np.float32))
+    replies.rows(a, 1, [answer(2, 4, know=1)])
+    replies.rows(a, 2, [answer(1, WHOLE)])
     replies.refuse(a, 4, Refusal.KV_MISS, 12)
-    replies.values(a, 5, np.array([8, 9], np.float32))
-    replies.rows(b, 9, answer(1, 4))
-    assert replies.flush() == [a, b]
+    replies.values(a, [(5, 2)], np.array([8, 9], np.float32))
+    replies.rows(b, 9, [answer(1, 4)])
+    replies.drafted(c := Mailbox(), 1, [4])
+    assert replies.flush() == [a, b]  # who only hears of drafts asks for nothing yet
     rows, values, refused = a.frames
     assert isinstance(rows, Rows)
     assert rows.items.tolist() == [(1, 2, 4, 1), (2, 1, WHOLE, 0)]
@@ -82,15 +87,15 @@ def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
     assert (values.items.tolist(), values.values.tolist()) == ([(3, 1), (5, 2)], [7, 8, 9])
     assert isinstance(refused, Refused)
     assert refused.items.tolist() == [(4, Refusal.KV_MISS, 12)]
-    assert len(b.frames) == 1
+    assert len(b.frames) == len(c.frames) == 1
     assert (a.writes, b.writes) == (1, 1)
     assert replies.flush() == []
 
 
 def test_rows_that_are_too_long_for_one_frame_go_out_in_several() -> None:
-    replies, peer = Replies(2 * answer_bytes(1, WHOLE, 0, 10)), Mailbox()
+    replies, peer = Replies(2 * answer_bytes(1, WHOLE, 0, 10), 10), Mailbox()
     for ticket in range(5):
-        replies.rows(peer, ticket, answer(1, WHOLE))
+        replies.rows(peer, ticket, [answer(1, WHOLE)])
     replies.flush()
     sizes = [len(frame.items) for frame in peer.frames if isinstance(frame, Rows)]
     assert sizes == [2, 2, 1]
@@ -98,6 +103,23 @@ def test_rows_that_are_too_long_for_one_frame_go_out_in_several() -> None:
 
 @pytest.mark.parametrize(("rows", "k", "know"), [(3, 4, 2), (2, WHOLE, 0), (1, 0, 0), (0, 4, 1)])
 def test_the_bytes_of_an_answer_are_known_before_it_is_made(rows: int, k: int, know: int) -> None:
-    message = pack_rows([(1, answer(rows, k, know))])
-    columns = (message.items, message.logsumexp, message.ids, message.logits, message.known)
+    message = pack_rows([(1, [answer(rows, k, know)])], 10)
+    columns = (message.items, message.logsumexp, message.ids, message.pages, message.logits, message.known)
     assert answer_bytes(rows, k, know, 10) == sum(column.nbytes for column in columns)
+
+
+def test_rows_of_one_reduction_and_of_several_come_out_as_they_went_in() -> None:
+    ids = np.sort(np.random.default_rng(0).integers(0, WIDTH, (6, 4)), 1).astype(np.int32)
+    sums, values = np.arange(6, dtype=np.float32), np.arange(24, dtype=np.float32).reshape(6, 4)
+    one = Reduced(4, sums, ids, values, np.arange(8, dtype=np.float32))
+    other = Reduced(4, sums + 10, ids[::-1], values + 100, np.zeros(0, np.float32))
+    first, second, last = Answer(one, 0, 2, 0, 2), Answer(one, 2, 1, 4, 2), Answer(one, 5, 1, 6, 2)
+    message = pack_rows([(1, [first]), (2, [second]), (3, [last]), (4, [Answer(other, 0, 1, 0, 0)] * 2)], WIDTH)
+    assert message.items.tolist() == [(1, 2, 4, 2), (2, 1, 4, 2), (3, 1, 4, 2), (4, 2, 4, 0)]
+    assert message.logsumexp.tolist() == [0, 1, 2, 5, 10, 10]
+    taken = np.concatenate([ids[:3], ids[5:], ids[5:], ids[5:]])
+    assert rows_ids(message, WIDTH).tolist() == taken.reshape(-1).tolist()
+    assert (
+        message.logits.tolist() == np.concatenate([values[:3], values[5:], [values[0] + 100] * 2]).reshape(-1).tolist()
+    )
+    assert message.known.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]

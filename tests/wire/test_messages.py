@@ -34,7 +34,13 @@ EXAMPLES: list[Message] = [
         np.array([9], "<i4"),
         np.array([2**63], "<u8"),
     ),
-    Rows(np.array([(1, 1, 2, 0)], ROWS_ITEM), np.array([0.5], "<f4"), np.array([3, 1], "<i4"), np.ones(2, "<f4")),
+    Rows(
+        np.array([(1, 1, 2, 0)], ROWS_ITEM),
+        np.array([0.5], "<f4"),
+        np.array([3, 1], "<u2"),
+        np.array([1, 1], "<u2"),
+        np.ones(2, "<f4"),
+    ),
     Refused(np.array([(1, Refusal.KV_MISS, 12)], Refused().items.dtype)),
 ]
 
@@ -62,8 +68,8 @@ def test_every_tag_names_one_kind_of_message() -> None:
         [1, 1, b"nonce", "incarnation"],  # a field is missing
         [1, "1", b"nonce", "incarnation", "peer"],  # a number as text
         [1, True, b"nonce", "incarnation", "peer"],  # a flag for a number
-        [5, b"x" * 7, b"", b"", b""],  # half an item
-        [5, [1, 2], b"", b"", b""],  # a list for a column
+        [5, b"x" * 7, b"", b"", b"", b""],  # half an item
+        [5, [1, 2], b"", b"", b"", b""],  # a list for a column
     ],
 )
 def test_what_is_no_message_is_a_protocol_error(parts: Any) -> None:
