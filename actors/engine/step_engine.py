@@ -22,6 +22,7 @@ from actors.engine.digest import model_digest
 from actors.engine.errors import BadExtend, EngineError, LoadError, RowGone, StepFailed
 from actors.engine.heads import widen_head
 from actors.engine.kv_pool import KVPool
+from actors.engine.packed import pack_linears
 from actors.engine.rows import HeldRows, RowSlices, RowStore, reduce_rows
 from actors.engine.sessions import SessionTable, seniority
 from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
@@ -75,6 +76,8 @@ class StepEngine:
         self.hash_seed = model_digest(model)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
         widen_head(model)
+        if not exact:
+            pack_linears(model)
         self._model = model.eval()
         self._pool = KVPool(cache_tokens)
         self._table = SessionTable(self._pool, self.hash_seed)
