@@ -22,7 +22,7 @@ DECODE_TOKENS = 8  # an extend of so many tokens or fewer is a decode step or a 
 
 
 class Slices(Protocol):
-    """R rows reduced to k: by logit descending, then id ascending."""
+    """R rows reduced to their k largest logits, ids ascending."""
 
     @property
     def ids(self) -> NDArray[np.int32]: ...  # [R, k]

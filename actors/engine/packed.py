@@ -63,4 +63,4 @@ def _packable(module: nn.Module, smallest: int) -> bool:
 
 def _supported() -> bool:
     machine = platform.machine().lower()
-    return torch.backends.mkldnn.is_available() and machine in ("x86_64", "amd64")
+    return torch._C._has_mkldnn and machine in ("x86_64", "amd64")
