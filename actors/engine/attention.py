@@ -8,7 +8,7 @@ is built outside.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -54,7 +54,7 @@ class Ragged:
     spans: tuple[Span, ...]
     tokens: int  # T, padding included
     write: Tensor  # [T] pool rows of the new tokens
-    varlen: Varlen  # the spans, on the device of `write`
+    read_varlen: Callable[[], Varlen]  # the spans on the device of `write`, for back ends that take them so
     memo: dict[Hashable, Any] = field(default_factory=dict)  # what a back end derives once for all layers
 
     def write_on(self, device: torch.device) -> Tensor:
@@ -64,10 +64,12 @@ class Ragged:
         return self.memo.setdefault(("write", device), self.write.to(device))  # type: ignore[no-any-return]
 
     def varlen_on(self, device: torch.device) -> Varlen:
-        """The spans on the device of a layer."""
-        if self.write.device == device:
-            return self.varlen
-        return self.memo.setdefault(("varlen", device), self.varlen.to(device))  # type: ignore[no-any-return]
+        """The spans on the device of a layer, read once a step."""
+        key = ("varlen", device)
+        if key not in self.memo:
+            self.memo[key] = self.read_varlen().to(device)
+        varlen: Varlen = self.memo[key]
+        return varlen
 
 
 @dataclass(frozen=True, slots=True)

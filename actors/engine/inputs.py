@@ -71,12 +71,16 @@ class Layout(NamedTuple):
         return flat
 
     def read(self, flat: Tensor) -> Inputs:
-        """The parts of a flat int64 tensor [size], on its device and without waiting for it."""
-        n, s = self.tokens, self.sequences
-        ids, positions, write, keep, *rest = torch.split(flat, [n, n, n, self.rows, s + 1, s + 1, s, 1])
-        cu_q, starts, lengths = (part.to(torch.int32) for part in rest[:3])
-        padding = torch.arange(n, device=flat.device) >= rest[3]
-        return Inputs(ids, positions, write, keep, Varlen(cu_q, starts, lengths, self.max_q, self.max_k, padding))
+        """The parts of a flat int64 tensor [size] that a model's forward takes, as views."""
+        return Inputs(*torch.split(flat[: 3 * self.tokens + self.rows], [*[self.tokens] * 3, self.rows]))
+
+    def read_varlen(self, flat: Tensor) -> Varlen:
+        """Its parts that kernels of variable length take, without waiting for the device."""
+        rest = flat[3 * self.tokens + self.rows :]
+        cu_q, starts, lengths, real = torch.split(rest, [self.sequences + 1, self.sequences + 1, self.sequences, 1])
+        padding = torch.arange(self.tokens, device=flat.device) >= real
+        cu_q, starts, lengths = (part.to(torch.int32) for part in (cu_q, starts, lengths))
+        return Varlen(cu_q, starts, lengths, self.max_q, self.max_k, padding)
 
 
 class Inputs(NamedTuple):
@@ -86,7 +90,6 @@ class Inputs(NamedTuple):
     positions: Tensor  # [T]
     write: Tensor  # [T]
     keep: Tensor  # [rows]
-    varlen: Varlen
 
 
 def upload(numbers: list[int], device: torch.device) -> Tensor:

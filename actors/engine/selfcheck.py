@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -73,10 +75,14 @@ def verify_backend(engine: StepEngine) -> None:
             query = torch.randn(layout.tokens, heads, keys[1], generator=generator).to(engine.device, engine.dtype)
             real = sum(span.count for span in spans)
             batch = Batch([0] * real, [0] * real, [_TRASH] * real, spans, [])
-            inputs = layout.read(upload(layout.flatten(batch, _TRASH), engine.device))
-            step = Ragged(spans, layout.tokens, inputs.write, inputs.varlen)
+            flat = upload(layout.flatten(batch, _TRASH), engine.device)
+            step = Ragged(spans, layout.tokens, layout.read(flat).write, partial(layout.read_varlen, flat))
             call = LayerCall(scale, window, None, None)
-            ours = backend.attend(step, query, key_pool, value_pool, call).float()
+            try:
+                ours = backend.attend(step, query, key_pool, value_pool, call).float()
+            except (RuntimeError, TypeError) as error:
+                out = "Set attention: gathered."
+                raise LoadError(f"attention back end {backend.name!r}", f"it raised {error}", out) from error
             theirs = Gathered().attend(step, query, key_pool, value_pool, call).float()
             apart = (ours - theirs)[:real].flatten(1).norm(dim=-1) / theirs[:real].flatten(1).norm(dim=-1)
             error_size = float(apart.max())

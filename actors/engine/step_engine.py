@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -254,7 +255,8 @@ class StepEngine:
     def _compute(self, layout: Layout, flat: Tensor, spans: Sequence[Span]) -> Tensor:
         """Logits [rows, V] float32 of inputs on the device; with a static back end nothing depends on `spans`."""
         inputs = layout.read(flat)
-        self._attention.step = Ragged(tuple(spans), layout.tokens, inputs.write, inputs.varlen)
+        read_varlen = partial(layout.read_varlen, flat)
+        self._attention.step = Ragged(tuple(spans), layout.tokens, inputs.write, read_varlen)
         try:
             output = self._model(
                 input_ids=inputs.ids[None],

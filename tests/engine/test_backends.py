@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,9 @@ def test_attention_is_the_formula(
     query = torch.randn(8, 4, 8, generator=generator)
     sink = torch.randn(4, generator=generator) if sinks else None
     spans = (Span(0, 3, 32, 10), Span(3, 1, 0, 1), Span(4, 3, 16, 3))  # and one token of padding
-    flat = torch.tensor(Layout(8, 0, 3, 3, 10).flatten(Batch([0] * 7, [0] * 7, [64] * 7, spans, []), 64))
-    inputs = Layout(8, 0, 3, 3, 10).read(flat)
-    step = Ragged(spans, 8, inputs.write, inputs.varlen)
+    layout = Layout(8, 0, 3, 3, 10)
+    flat = torch.tensor(layout.flatten(Batch([0] * 7, [0] * 7, [64] * 7, spans, []), 64))
+    step = Ragged(spans, 8, layout.read(flat).write, partial(layout.read_varlen, flat))
     out = backend.attend(step, query, keys, values, LayerCall(0.3, window, softcap, sink))
     assert out.shape == (8, 4, 8)
     assert torch.count_nonzero(out[7]) == 0
