@@ -1,9 +1,10 @@
-"""Buckets as plain calls, through the emulated operator: capture and replay themselves need a GPU."""
+"""Buckets as plain calls, through the emulated operator, and a stand-in for CUDA's capture, which needs a GPU."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from actors.engine.attention import Span
 from actors.engine.flash import FlashAttention
-from actors.engine.graphs import MAX_SEQUENCES, CaptureFailed, GraphBuckets, PlainRunner, bucket
+from actors.engine.graphs import MAX_SEQUENCES, CapturedRunner, CaptureFailed, GraphBuckets, PlainRunner, bucket
 from actors.engine.inputs import Batch, Layout
 from actors.engine.registry import BACKENDS, BackendEntry
 from actors.engine.step_engine import StepEngine
@@ -95,6 +96,84 @@ def test_padded_buckets_give_the_rows_of_unpadded_steps(backend: str, window: in
     assert [(layout.sequences, layout.max_q) for layout in runner.layouts] == [(4, 1), (4, 8), (2, 8), (1, 1), (8, 4)]
     assert all(pool.isfinite().all() for pools in padded.engine.cache_layers for pool in pools)
     padded.engine.check()
+
+
+class Recorder:
+    """Stands in for CUDA's graphs: a replay runs what was captured again, on the inputs and spans of the capture."""
+
+    def __init__(self, compute: Any) -> None:
+        self.compute = compute
+        self.captures: list[Layout] = []
+        self.replays = 0
+        self.capturing: Recording | None = None
+
+    def run(self, layout: Layout, flat: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        output: torch.Tensor = self.compute(layout, flat, spans)
+        if self.capturing is not None:
+            self.captures.append(layout)
+            self.capturing.redo = lambda: output.copy_(self.compute(layout, flat, spans))
+            output.zero_()  # a capture computes nothing
+        return output
+
+    @contextmanager
+    def capture(self, graph: Recording, **options: Any) -> Iterator[None]:
+        assert options == {"pool": "the pool", "capture_error_mode": "thread_local"}
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+
+class Recording:
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.redo: Any = None
+
+    def replay(self) -> None:
+        self.recorder.replays += 1
+        self.redo()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("most", [64, 2])
+def test_a_graph_is_captured_once_a_bucket_and_replayed_on_new_inputs(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    plain = Driver(StepEngine(wide_heads(6), 1024, backend="per_session"))
+    replayed = Driver(StepEngine(wide_heads(6), 1024, backend="flash"))
+    engine = replayed.engine
+    recorder = Recorder(engine._compute)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(recorder))
+    monkeypatch.setattr(torch.cuda, "graph", recorder.capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    engine.graphs = GraphBuckets(CapturedRunner(recorder.run, engine.device, most), engine._pool.trash)
+    for number, step in enumerate([*steps(), *list(steps())[1:]]):
+        for run in (plain, replayed):
+            run.engine.extend([run.make(session, tokens(count, 10 * number + session)) for session, count in step])
+        for session in plain.tokens:
+            torch.testing.assert_close(replayed.logits(session), plain.logits(session), rtol=1e-4, atol=1e-4)
+    if most == 64:
+        assert len(set(recorder.captures)) == len(recorder.captures) == recorder.replays == 5
+    else:
+        assert len(recorder.captures) == 10  # five buckets in turn, of which two are kept
+
+
+def test_a_capture_that_raises_gives_its_graphs_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def broken(graph: Any, **options: Any) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = StepEngine(wide_heads(), 256, backend="flash")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    engine.graphs = GraphBuckets(CapturedRunner(engine._compute, engine.device), engine._pool.trash)
+    run = Driver(engine)
+    run.extend(1, [4])
+    run.extend(1, [5])
+    assert engine.graphs.runner is None
+    torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5])[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_a_bucket_lie_in_memory_of_their_own() -> None:

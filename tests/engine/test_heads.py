@@ -39,3 +39,8 @@ def test_a_float32_head_stays() -> None:
     widen_head(model)
     assert type(model.lm_head) is torch.nn.Linear
     assert model.lm_head.out_features == VOCABULARY
+
+
+def test_torch_has_a_product_of_16_bit_factors_in_float32() -> None:
+    """What a head on a GPU calls; a CPU has no kernel for it."""
+    assert "out_dtype" in str(torch.ops.aten.mm.dtype._schema)
