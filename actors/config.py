@@ -47,7 +47,7 @@ class ModelConfig(_Section):
     device_map: str | dict[str, int | str] | None = None  # accelerate's: over the GPUs of one node
     quantization: dict[str, Any] | None = None  # passed to transformers as quantization_config
     adapter: str | None = None  # a PEFT adapter on top
-    attention: Literal["auto", "per_session", "gathered"] = "auto"  # auto: by device and dtype
+    attention: Literal["auto", "flash", "per_session", "gathered"] = "auto"  # auto: by device and dtype
     cache_tokens: int = Field(65_536, ge=64)  # tokens of all sessions together
     prefill_chunk: int = Field(2_048, ge=1)  # prompt tokens in one forward at most
     max_position: int | None = Field(None, ge=1)  # tokens of one session; default: what the model was built for

@@ -8,9 +8,9 @@ is built outside.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,22 @@ class Span:
     length: int  # tokens of the session in the pool, these included
 
 
+class Varlen(NamedTuple):
+    """Spans as kernels of variable length read them, all on one device. A padding sequence has length 0."""
+
+    cu_q: Tensor  # [B + 1] int32, sequence b's new tokens are [cu_q[b], cu_q[b + 1])
+    starts: Tensor  # [B + 1] int32, the pool row of its first token
+    lengths: Tensor  # [B] int32, its tokens in the pool
+    max_q: int
+    max_k: int
+    padding: Tensor  # [T] bool, tokens of no session
+
+    def to(self, device: torch.device) -> Varlen:
+        """The same on another device."""
+        cu_q, starts, lengths = (part.to(device) for part in (self.cu_q, self.starts, self.lengths))
+        return Varlen(cu_q, starts, lengths, self.max_q, self.max_k, self.padding.to(device))
+
+
 @dataclass(frozen=True, slots=True)
 class Ragged:
     """What one forward attends to."""
@@ -38,6 +54,7 @@ class Ragged:
     spans: tuple[Span, ...]
     tokens: int  # T, padding included
     write: Tensor  # [T] pool rows of the new tokens
+    read_varlen: Callable[[], Varlen]  # the spans on the device of `write`, for back ends that take them so
     memo: dict[Hashable, Any] = field(default_factory=dict)  # what a back end derives once for all layers
 
     def write_on(self, device: torch.device) -> Tensor:
@@ -45,6 +62,14 @@ class Ragged:
         if self.write.device == device:
             return self.write
         return self.memo.setdefault(("write", device), self.write.to(device))  # type: ignore[no-any-return]
+
+    def varlen_on(self, device: torch.device) -> Varlen:
+        """The spans on the device of a layer, read once a step."""
+        key = ("varlen", device)
+        if key not in self.memo:
+            self.memo[key] = self.read_varlen().to(device)
+        varlen: Varlen = self.memo[key]
+        return varlen
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +86,7 @@ class AttentionBackend(Protocol):
     """One way to attend. `name` is what a configuration forces it by."""
 
     name: str
+    static: bool  # a captured step may be replayed: nothing on the host depends on the spans
 
     def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         """query [T, heads, d], key and value pools [rows, kv_heads, d] -> [T, heads, d_v]; padding's rows are zero."""

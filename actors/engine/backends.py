@@ -1,26 +1,21 @@
-"""The back ends of attention and the choice among them.
-
-A new one (a fused kernel for one device) is a class with `attend` and one line in `BACKENDS`.
-"""
+"""The back ends of attention that are built on SDPA, and run wherever it does."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.engine.attention import AttentionBackend, LayerCall, Ragged, Span
-from actors.engine.errors import LoadError
+from actors.engine.attention import LayerCall, Ragged, Span
 
 
 class PerSession:
     """Each span by itself on zero-copy views of its extent: the shapes of a forward of that session alone."""
 
     name = "per_session"
+    static = False
 
     def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         parts = []
@@ -56,6 +51,7 @@ class Gathered:
     """Spans of equal count in one call, their keys gathered to [B, L]: works wherever SDPA does."""
 
     name = "gathered"
+    static = False
 
     def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         out = query.new_zeros(step.tokens, query.shape[1], values.shape[-1])
@@ -143,28 +139,3 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: LayerCal
         scores = torch.cat([scores, sinks.expand(len(scores), -1, -1, -1).to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(weights[..., : k.shape[2]], v)
-
-
-@dataclass(frozen=True, slots=True)
-class BackendEntry:
-    """One way to attend, and where it may be used."""
-
-    build: Callable[[], AttentionBackend]
-    supports: Callable[[torch.device, torch.dtype], bool]
-
-
-# In order of preference.
-BACKENDS: dict[str, BackendEntry] = {
-    PerSession.name: BackendEntry(PerSession, lambda device, dtype: device.type == "cpu"),
-    Gathered.name: BackendEntry(Gathered, lambda device, dtype: True),
-}
-
-
-def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> AttentionBackend:
-    """The back end called `name`, or the first that supports the device and dtype; LoadError if it cannot be used."""
-    if name is not None and name not in BACKENDS:
-        raise LoadError(f"attention back end {name!r}", "unknown", f"Known are: {', '.join(BACKENDS)}.")
-    for candidate in BACKENDS if name is None else [name]:
-        if BACKENDS[candidate].supports(device, dtype):
-            return BACKENDS[candidate].build()
-    raise LoadError(f"attention back end {name!r}", f"it does not run on {device} in {dtype}", "Leave it unset.")

@@ -18,9 +18,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RowSlices:
-    """R rows reduced to their k largest logits, ids ascending; ties at the k-th place went to the lowest ids."""
+    """R rows reduced to their k largest logits, of equal ones the lowest ids."""
 
-    ids: NDArray[np.int32]  # [R, k]
+    ids: NDArray[np.int32]  # [R, k], ascending
     logits: NDArray[np.float32]  # [R, k]
     logsumexp: NDArray[np.float32]  # [R], over the whole row
 
@@ -58,7 +58,7 @@ class HeldRows:
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> RowSlices:
-        """The slices of `rows` (all if None); k = 0 gives only the logsumexp, k > V the whole row in id order."""
+        """The slices of `rows` (all if None); k = 0 gives only the logsumexp, k > V the whole row."""
         return reduce_rows(self._select(rows), k, self.alone)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
@@ -116,7 +116,7 @@ def _take(block: Tensor, flat: NDArray[np.int64]) -> NDArray[np.float32]:
 
 @torch.inference_mode()
 def reduce_rows(logits: Tensor, k: int, alone: bool) -> RowSlices:
-    """Reduce logits [R, V] on their device and bring the result to the host in one copy each.
+    """Reduce logits [R, V] on their device and bring the result to the host in one copy.
 
     With `alone` each logsumexp runs over a fresh copy of its row: vectorised kernels treat the last lanes of a
     *tensor* differently, so that a row's bits would depend on the rows around it. Top-k compares and never rounds.
@@ -125,12 +125,16 @@ def reduce_rows(logits: Tensor, k: int, alone: bool) -> RowSlices:
         sums = torch.stack([row.clone().logsumexp(-1) for row in logits]) if len(logits) else logits.new_zeros(0)
     else:
         sums = logits.logsumexp(-1)
-    values, ids = top_k(logits, min(k, logits.shape[-1]))
-    return RowSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums))
+    k = min(k, logits.shape[-1])
+    if logits.device.type == "cpu":
+        values, ids = top_k(logits, k)
+        return RowSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums))
+    values, ids = top_k_on_device(logits, k)
+    return unpack_slices(_to_host(pack_slices(ids, values, sums)), len(logits), k)
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids [R, k] of the largest logits [R, V], ids ascending, ties at the k-th place to the lowest id.
+    """Values and ids [R, k] of the largest logits [R, V], ids ascending; of equal ones at the k-th place the lowest.
 
     `torch.topk` leaves open which of several equal logits it takes, and devices differ. So rows in which more logits
     equal the k-th value than were taken (rare in float32, common in rounded rows) take theirs again in id order.
@@ -146,6 +150,32 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ids[row] = torch.cat([above, level[: k - len(above)]])
     ids = ids.sort(-1).values
     return logits.gather(-1, ids), ids
+
+
+def top_k_on_device(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same as `top_k` of float32 logits, without waiting for the device; on the CPU it is slower.
+
+    Each logit's order-preserving 32 bits stand above its reversed id in one integer, so that no two keys are equal.
+    """
+    width = logits.shape[-1]
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 and 0.0 are one value
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    reversed_ids = torch.arange(width - 1, -1, -1, device=logits.device)
+    best = ((ordered << 32) + reversed_ids).topk(k, dim=-1, sorted=False).values
+    ids = (width - 1 - (best & 0xFFFFFFFF)).sort(-1).values
+    return logits.gather(-1, ids), ids
+
+
+def pack_slices(ids: Tensor, values: Tensor, sums: Tensor) -> Tensor:
+    """ids and values [R, k], sums [R] as one int32 tensor: one copy to the host costs as much as a small part of it."""
+    parts = (ids.to(torch.int32), values.contiguous().view(torch.int32), sums.view(torch.int32))
+    return torch.cat([part.flatten() for part in parts])
+
+
+def unpack_slices(packed: NDArray[np.int32], rows: int, k: int) -> RowSlices:
+    """What `pack_slices` packed, as views."""
+    ids, values, sums = np.split(packed, [rows * k, 2 * rows * k])
+    return RowSlices(ids.reshape(rows, k), values.view(np.float32).reshape(rows, k), sums.view(np.float32))
 
 
 @dataclass(slots=True)
@@ -211,6 +241,13 @@ class RowStore:
 
 
 def _to_host(tensor: Tensor) -> NDArray[Any]:
-    array = tensor.cpu().numpy()
+    """A read-only copy in the host's memory, through pinned memory from a GPU; a view of what is there already."""
+    if tensor.device.type == "cuda":
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+    else:
+        host = tensor.cpu()
+    array = host.numpy()
     array.setflags(write=False)  # on the CPU it may share memory with the held rows
     return array

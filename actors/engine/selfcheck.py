@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from actors.decoding.hashing import extend_hashes
+from actors.engine.attention import LayerCall, Ragged, Span
+from actors.engine.backends import Gathered, PerSession
 from actors.engine.errors import LoadError
+from actors.engine.inputs import Batch, Layout, upload
 from actors.engine.step_engine import StepEngine
 from actors.engine.verbs import Extend, Held
 
 _LENGTHS = {-1: 5, -2: 43}  # session keys and their tokens: ragged, and several tiles of exact mode together
 _CHUNKS = 2
+_CHECK = 4  # tokens of a check of drafts, which runs in a bucket where there are graphs
+# A pool with sequences at odd starts, not in their order: a chunk of a prompt, decoding, checks; padding behind.
+_TRASH = 320
+_SPANS = (
+    Span(0, 17, 3, 90),
+    Span(17, 1, 131, 130),
+    Span(18, 8, 301, 8),
+    Span(26, 1, 95, 1),
+    Span(27, 5, 97, 33),
+)
+_DECODING = (Span(0, 1, 131, 130), Span(1, 1, 3, 90), Span(2, 1, 95, 1))
+_LAYOUTS = ((_SPANS, Layout(40, 0, 7, 17, 130)), (_DECODING, Layout(4, 0, 4, 1, 1024)))
 # Relative error of a row around its mean. Sound models stay far below; state that leaks is of the order of 1.
 _TOLERANCE_FLOAT32 = 1e-3
 _TOLERANCE_ROUNDED = 5e-2  # 16-bit and quantised arithmetic
@@ -20,22 +37,90 @@ _TOLERANCE_ROUNDED = 5e-2  # 16-bit and quantised arithmetic
 def verify_engine(engine: StepEngine, name: str) -> None:
     """Raise LoadError if two short ragged sequences differ from plain eager forwards of the model called `name`.
 
+    Before that a fused back end of attention is held against SDPA, and where there are graphs a replay against both.
     In exact mode decoding alone, token by token, must moreover give the same bits as the ragged run.
     """
     if engine.layers != engine.hidden_layers:
         why = f"attention ran in {engine.layers} of its {engine.hidden_layers} layers"
         raise LoadError(name, why, "Choose a model in which every layer attends through transformers' interface.")
+    verify_backend(engine)
     ragged = _ragged_rows(engine)
+    if engine.graphs is not None:
+        _verify_graphs(engine, ragged[min(_LENGTHS)], name)
     alone = {key: _rows_alone(engine, key) for key in _LENGTHS} if engine.exact else ragged
     for key, rows in ragged.items():
         if not torch.equal(rows, alone[key]):
             why = "its bits depend on the company of a session on this CPU and torch build"
             raise LoadError(f"exact mode of {name}", why, "Leave exact unset, or use another dtype or machine.")
         error_size = relative_error(rows, engine.plain_logits(_tokens(engine, key)).cpu())
-        limit = _TOLERANCE_FLOAT32 if engine.dtype == torch.float32 else _TOLERANCE_ROUNDED
+        limit = _tolerance(engine)
         if not error_size <= limit:  # a NaN is refused too
             why = f"packed sessions differ from plain forwards by {error_size:.1e}, {limit:.0e} is allowed"
             raise LoadError(name, why, "The engine would be silently wrong: choose another model.")
+
+
+@torch.inference_mode()
+def verify_backend(engine: StepEngine) -> None:
+    """Raise LoadError if a back end that is not built on SDPA differs from the gathered one on the same pool."""
+    backend = engine.attention
+    if isinstance(backend, Gathered | PerSession):
+        return
+    for heads, keys, values, scale, window in _attention_shapes(engine):
+        generator = torch.Generator().manual_seed(0)
+        key_pool, value_pool = (
+            torch.randn(_TRASH + 1, *part, generator=generator).to(engine.device, engine.dtype)
+            for part in (keys, values)
+        )
+        for spans, layout in _LAYOUTS:
+            query = torch.randn(layout.tokens, heads, keys[1], generator=generator).to(engine.device, engine.dtype)
+            real = sum(span.count for span in spans)
+            batch = Batch([0] * real, [0] * real, [_TRASH] * real, spans, [])
+            flat = upload(layout.flatten(batch, _TRASH), engine.device)
+            step = Ragged(spans, layout.tokens, layout.read(flat).write, partial(layout.read_varlen, flat))
+            call = LayerCall(scale, window, None, None)
+            try:
+                ours = backend.attend(step, query, key_pool, value_pool, call).float()
+            except (RuntimeError, TypeError) as error:
+                out = "Set attention: gathered."
+                raise LoadError(f"attention back end {backend.name!r}", f"it raised {error}", out) from error
+            theirs = Gathered().attend(step, query, key_pool, value_pool, call).float()
+            apart = (ours - theirs)[:real].flatten(1).norm(dim=-1) / theirs[:real].flatten(1).norm(dim=-1)
+            error_size = float(apart.max())
+            if not error_size <= _tolerance(engine) or bool(ours[real:].count_nonzero()):
+                why = f"it differs from SDPA by {error_size:.1e} on this device and torch build"
+                raise LoadError(f"attention back end {backend.name!r}", why, "Set attention: gathered.")
+
+
+def _attention_shapes(
+    engine: StepEngine,
+) -> list[tuple[int, tuple[int, int], tuple[int, int], float, int | None]]:
+    """Query heads, shape of a key and of a value, scale and window, with and without a window, per kind of layer."""
+    kinds = {(keys.shape[1:], values.shape[1:]) for keys, values in engine.cache_layers}
+    return [
+        (engine.heads, (keys[0], keys[1]), (values[0], values[1]), keys[1] ** -0.5, window)
+        for keys, values in kinds
+        for window in (None, 7)
+    ]
+
+
+def _verify_graphs(engine: StepEngine, rows: Tensor, name: str) -> None:
+    """Captured and replayed steps must give the rows [n, V] of the longest sequence again."""
+    key = min(_LENGTHS)
+    for _ in range(2):  # a bucket is captured when first met
+        parts = []
+        for start in range(0, len(rows) - _CHECK, _CHECK):
+            parts.append(_run(engine, [_extend(engine, key, start, start + _CHECK)])[key])
+        parts.append(_run(engine, [_extend(engine, key, _CHECK * len(parts), _CHECK * len(parts) + 1)])[key])
+        engine.close(key)
+        again = torch.cat(parts)
+        error_size = relative_error(again, rows[: len(again)])
+        if not error_size <= _tolerance(engine):
+            why = f"steps in buckets differ from ragged ones by {error_size:.1e}"
+            raise LoadError(f"CUDA graphs of {name}", why, "Set attention: gathered, which runs without them.")
+
+
+def _tolerance(engine: StepEngine) -> float:
+    return _TOLERANCE_FLOAT32 if engine.dtype == torch.float32 else _TOLERANCE_ROUNDED
 
 
 def relative_error(rows: Tensor, reference: Tensor) -> float:

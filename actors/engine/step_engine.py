@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.engine.attention import Ragged, Span, StepAttention
-from actors.engine.backends import choose_backend
+from actors.engine.attention import AttentionBackend, Ragged, Span, StepAttention
 from actors.engine.digest import model_digest
 from actors.engine.errors import BadExtend, EngineError, LoadError, RowGone, StepFailed
+from actors.engine.graphs import CapturedRunner, GraphBuckets, PlainRunner
 from actors.engine.heads import widen_head
+from actors.engine.inputs import Batch, Layout, upload
 from actors.engine.kv_pool import KVPool
+from actors.engine.packed import pack_linears
+from actors.engine.registry import choose_backend
 from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, values_at
 from actors.engine.sessions import SessionTable, seniority
 from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
@@ -54,7 +58,8 @@ class StepEngine:
     cache_tokens: tokens of all sessions together. max_held_rows: rows in memory for lookups, width x 4 bytes each.
     exact: one thread, token and logit counts padded to a multiple of 8 and every token attended as its own row;
     then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone, token
-    by token, on one CPU type and torch build. backend: force an attention back end by name.
+    by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small steps to
+    buckets, captured as CUDA graphs where that can be (None: only there).
     Raises LoadError for a model, device or back end that cannot be served so.
     """
 
@@ -66,7 +71,9 @@ class StepEngine:
         exact: bool = False,
         backend: str | None = None,
         max_held_rows: int = 1024,
+        graphs: bool | None = None,
     ) -> None:
+        assert not (exact and graphs), "a bucket pads in another way than exact mode"
         _require_kept_logits(model)
         if exact:
             _require_exact(model)
@@ -75,6 +82,8 @@ class StepEngine:
         self.hash_seed = model_digest(model)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
         widen_head(model)
+        if not exact:
+            pack_linears(model)
         self._model = model.eval()
         self._pool = KVPool(cache_tokens)
         self._table = SessionTable(self._pool, self.hash_seed)
@@ -82,10 +91,14 @@ class StepEngine:
         self._attention = StepAttention(self._pool, choose_backend(model.device, model.dtype, backend))
         weakref.finalize(self, self._attention.unregister)
         model.set_attn_implementation(self._attention.name)
-        self.width = int(self._forward([0], [0], [self._pool.trash], [], [0]).shape[-1])  # also makes the pools
+        self.graphs: GraphBuckets | None = None
+        self.width = int(self._forward(Batch([0], [0], [self._pool.trash], [], [0])).shape[-1])  # also makes the pools
+        self.graphs = self._graphs(graphs)  # the pools must be there before a capture
         self.layers = len(self._pool.layers)  # that attended
         self.hidden_layers = int(model.config.get_text_config().num_hidden_layers)
+        self.heads = int(model.config.get_text_config().num_attention_heads)  # of queries
         self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
         """Run one forward for all extends that can run now, at most one of each session; outcomes in their order.
@@ -118,6 +131,15 @@ class StepEngine:
             raise BadExtend(extend.session, f"{extend.end} tokens do not fit a cache of {total}")
         if self._padded(extend.rows) > self._store.budget:
             raise BadExtend(extend.session, f"{extend.rows} rows, at most {self._store.budget} are held")
+
+    @property
+    def attention(self) -> AttentionBackend:
+        return self._attention.backend
+
+    @property
+    def cache_layers(self) -> Collection[tuple[Tensor, Tensor]]:
+        """The pools [rows, kv_heads, head_dim] of keys and values of each layer."""
+        return self._pool.layers.values()
 
     def rows(self, session: int) -> HeldRows | None:
         """The rows of the session's last extend, or None if they are gone. From any thread."""
@@ -224,31 +246,45 @@ class StepEngine:
                 spans += [Span(first + i, 1, start, extend.position + i + 1) for i in range(count)]
             else:
                 spans.append(Span(first, count, start, extend.end))
-        return self._forward(ids, positions, write, spans, keep)
+        return self._forward(Batch(ids, positions, write, spans, keep))
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Logits [R, V] float32 of the tokens to keep, R and T padded in exact mode."""
+        if self.graphs is not None:
+            logits = self.graphs.run(batch)
+            if logits is not None:
+                return logits
+        tokens, rows = self._padded(len(batch.ids)), self._padded(len(batch.keep))
+        layout = Layout(tokens, rows, len(batch.spans), batch.max_q, batch.max_k)
+        return self._compute(layout, upload(layout.flatten(batch, self._pool.trash), self._model.device), batch.spans)
 
     @torch.inference_mode()
-    def _forward(
-        self, ids: list[int], positions: list[int], write: list[int], spans: list[Span], keep: list[int]
-    ) -> Tensor:
-        """Logits [R, V] float32 of the packed tokens `keep`, R and T padded in exact mode."""
-        padding = self._padded(len(ids)) - len(ids)
-        keep = keep + [0] * (self._padded(len(keep)) - len(keep))
-        device = self._model.device
-        index = torch.tensor(
-            [ids + [0] * padding, positions + [0] * padding, write + [self._pool.trash] * padding], device=device
-        )
-        self._attention.step = Ragged(tuple(spans), index.shape[1], index[2])
+    def _compute(self, layout: Layout, flat: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Logits [rows, V] float32 of inputs on the device; with a static back end nothing depends on `spans`."""
+        inputs = layout.read(flat)
+        read_varlen = partial(layout.read_varlen, flat)
+        self._attention.step = Ragged(tuple(spans), layout.tokens, inputs.write, read_varlen)
         try:
             output = self._model(
-                input_ids=index[None, 0],
-                position_ids=index[None, 1],
+                input_ids=inputs.ids[None],
+                position_ids=inputs.positions[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(keep, dtype=torch.long, device=device),
+                logits_to_keep=inputs.keep,
             )
         finally:
             self._attention.step = None
         logits: Tensor = output.logits[0].float()
         return logits
+
+    def _graphs(self, wanted: bool | None) -> GraphBuckets | None:
+        """Graphs for a static back end on one GPU; the same buckets as plain calls where they are forced elsewhere."""
+        device, backend = self._model.device, self._attention.backend
+        spread = {pools[0].device for pools in self._pool.layers.values()} != {device}
+        capture = device.type == "cuda" and backend.static and not spread
+        if not (capture if wanted is None else wanted):
+            return None
+        runner = CapturedRunner(self._compute, device) if capture else PlainRunner(self._compute, device)
+        return GraphBuckets(runner, self._pool.trash)
 
     def _hold(self, admitted: Sequence[Extend], logits: Tensor) -> None:
         held, first = {}, 0

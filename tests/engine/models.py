@@ -57,6 +57,13 @@ def mistral() -> Any:
     return _build(MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=WINDOW))
 
 
+def wide_heads(window: int | None = None) -> Any:
+    """Heads of 16, a width that fused kernels take; every layer slides if a window is given."""
+    if window is None:
+        return _build(LlamaForCausalLM, LlamaConfig(**_SHAPE, head_dim=16))
+    return _build(MistralForCausalLM, MistralConfig(**_SHAPE, head_dim=16, sliding_window=window))
+
+
 ARCHITECTURES = {"qwen2": qwen2, "llama": llama, "gemma2": gemma2, "mistral": mistral}
 
 

@@ -1,41 +1,31 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from actors.engine.attention import AttentionBackend, LayerCall, Ragged, Span
-from actors.engine.backends import BACKENDS, Gathered, PerSession, choose_backend
-from actors.engine.errors import LoadError
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+from actors.engine.backends import Gathered, PerSession
+from actors.engine.inputs import Batch, Layout
 
 
-def test_the_device_and_dtype_choose_the_back_end() -> None:
-    assert isinstance(choose_backend(CPU, torch.float32), PerSession)
-    assert isinstance(choose_backend(CUDA, torch.float32), Gathered)
-
-
-def test_a_back_end_can_be_forced_by_name() -> None:
-    assert isinstance(choose_backend(CPU, torch.float32, "gathered"), Gathered)
-    with pytest.raises(LoadError, match="Known are: per_session, gathered"):
-        choose_backend(CPU, torch.float32, "gatherd")
-    with pytest.raises(LoadError, match="does not run on cuda"):
-        choose_backend(CUDA, torch.bfloat16, "per_session")
-
-
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("backend", [PerSession(), Gathered()])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_attention_is_the_formula(name: str, window: int | None, softcap: float | None, sinks: bool) -> None:
+def test_attention_is_the_formula(
+    backend: AttentionBackend, window: int | None, softcap: float | None, sinks: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 65, 2, 8, generator=generator).unbind()
     query = torch.randn(8, 4, 8, generator=generator)
     sink = torch.randn(4, generator=generator) if sinks else None
     spans = (Span(0, 3, 32, 10), Span(3, 1, 0, 1), Span(4, 3, 16, 3))  # and one token of padding
-    step = Ragged(spans, 8, torch.zeros(8, dtype=torch.long))
-    backend: AttentionBackend = BACKENDS[name].build()
+    layout = Layout(8, 0, 3, 3, 10)
+    flat = torch.tensor(layout.flatten(Batch([0] * 7, [0] * 7, [64] * 7, spans, []), 64))
+    step = Ragged(spans, 8, layout.read(flat).write, partial(layout.read_varlen, flat))
     out = backend.attend(step, query, keys, values, LayerCall(0.3, window, softcap, sink))
     assert out.shape == (8, 4, 8)
     assert torch.count_nonzero(out[7]) == 0

@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from actors.engine.rows import HeldRows, Place, RowStore, reduce_rows, top_k, values_at
+from actors.engine.rows import (
+    HeldRows,
+    Place,
+    RowStore,
+    pack_slices,
+    reduce_rows,
+    top_k,
+    top_k_on_device,
+    unpack_slices,
+    values_at,
+)
 
 
 def held(logits: torch.Tensor, position: int = 0) -> HeldRows:
@@ -16,19 +28,22 @@ def reference_top_k(row: torch.Tensor, k: int) -> list[int]:
     return sorted(sorted(range(len(row)), key=lambda index: (-float(row[index]), index))[:k])
 
 
+@pytest.mark.parametrize("way", [top_k, top_k_on_device])
 @pytest.mark.parametrize("k", [1, 5, 128, 509])
-def test_ties_go_to_the_lowest_id_at_every_place(k: int) -> None:
+def test_of_equal_logits_the_lowest_ids_are_taken_in_id_order(way: Any, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(-9, 9, (24, 509), generator=generator) / 4
     logits[3] = 0.0
     logits[4, ::2] = -0.0  # equals 0.0
-    values, ids = top_k(logits, k)
+    logits[5] = torch.randn(509, generator=generator)
+    logits[6, 7:] = float("-inf")
+    values, ids = way(logits, k)
     for row in range(len(logits)):
         assert ids[row].tolist() == reference_top_k(logits[row], k)
         assert torch.equal(values[row], logits[row][ids[row]])
 
 
-def test_slices_are_sorted_and_carry_the_logsumexp_of_the_whole_row() -> None:
+def test_slices_are_in_id_order_and_carry_the_logsumexp_of_the_whole_row() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     slices = held(logits).slices(7)
     assert slices.ids.dtype == np.int32
@@ -36,6 +51,18 @@ def test_slices_are_sorted_and_carry_the_logsumexp_of_the_whole_row() -> None:
     assert slices.ids.shape == slices.logits.shape == (3, 7)
     np.testing.assert_allclose(slices.logsumexp, np.log(np.exp(logits.numpy()).sum(-1)), rtol=1e-5)
     assert np.all(np.diff(slices.ids, axis=1) > 0)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(3, 7), (0, 7), (2, 0)])
+def test_slices_travel_to_the_host_in_one_piece(rows: int, k: int) -> None:
+    logits = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1))
+    values, ids = top_k_on_device(logits, k)
+    packed = pack_slices(ids, values, logits.logsumexp(-1))
+    assert packed.shape == (rows * (2 * k + 1),)
+    one, other = unpack_slices(packed.numpy(), rows, k), reduce_rows(logits, k, alone=False)
+    assert np.array_equal(one.ids, other.ids)
+    assert np.array_equal(one.logits, other.logits)
+    assert np.array_equal(one.logsumexp, other.logsumexp)
 
 
 def test_k_zero_gives_only_the_logsumexp_and_a_large_k_the_whole_row() -> None:

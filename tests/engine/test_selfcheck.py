@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from actors.engine.errors import LoadError
+from actors.engine.flash import FlashAttention
+from actors.engine.registry import BACKENDS, BackendEntry
 from actors.engine.selfcheck import verify_engine
 from actors.engine.step_engine import StepEngine
-from tests.engine.models import ARCHITECTURES, qwen2
+from tests.engine.models import ARCHITECTURES, qwen2, wide_heads
+from tests.engine.varlen import emulated_flash
 
 
 @pytest.mark.parametrize("options", [{}, {"exact": True}, {"backend": "gathered"}])
@@ -57,3 +60,50 @@ def test_bits_that_depend_on_company_are_refused_in_exact_mode(monkeypatch: pyte
 def test_a_cache_too_small_for_two_short_sequences_is_refused() -> None:
     with pytest.raises(LoadError, match="cache_tokens: 64 tokens do not hold"):
         verify_engine(StepEngine(qwen2(), 64), "tiny")
+
+
+def _flash(monkeypatch: pytest.MonkeyPatch, op: Any, model: Any) -> StepEngine:
+    monkeypatch.setitem(BACKENDS, "flash", BackendEntry(lambda: FlashAttention(op), lambda device, dtype: True))
+    return StepEngine(model, 128, backend="flash", graphs=True)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_fused_back_end_that_keeps_the_semantics_passes(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    engine = _flash(monkeypatch, emulated_flash, wide_heads(window))
+    verify_engine(engine, "tiny")
+    assert engine.attention.static
+    assert engine.cache_stats().sessions == 0
+
+
+@pytest.mark.parametrize("change", ["starts", "window", "lengths", "scale"])
+def test_a_fused_back_end_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """As one would that takes differences of starts for lengths, or ignores what it was told."""
+
+    def other(*arguments: Any, **named: Any) -> Any:
+        query, keys, values, cu_q, starts, *rest = arguments
+        if change == "starts":
+            starts = starts.sort().values
+        elif change == "window":
+            named["window_size_left"] = None
+        elif change == "lengths":
+            named["seqused_k"] = (named["seqused_k"] - 1).clamp(min=0)
+        else:
+            named["scale"] = 1.0
+        return emulated_flash(query, keys, values, cu_q, starts, *rest, **named)
+
+    with pytest.raises(LoadError, match=r"differs from SDPA.*Set attention: gathered"):
+        verify_engine(_flash(monkeypatch, other, wide_heads()), "tiny")
+
+
+def test_buckets_that_give_other_rows_are_refused() -> None:
+    engine = StepEngine(qwen2(), 128, graphs=True)
+    assert engine.graphs is not None
+    run = engine.graphs.run
+
+    def stale(batch: Any) -> torch.Tensor | None:
+        rows = run(batch)
+        return None if rows is None else rows.roll(1, 0) + 0.1 * torch.arange(rows.shape[1])
+
+    engine.graphs.run = stale  # type: ignore[method-assign]
+    with pytest.raises(LoadError, match="steps in buckets differ"):
+        verify_engine(engine, "tiny")

@@ -1,0 +1,42 @@
+"""The choice among the back ends of attention.
+
+A new one (a fused kernel for one device) is a class with `attend` and one line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from actors.engine.attention import AttentionBackend
+from actors.engine.backends import Gathered, PerSession
+from actors.engine.errors import LoadError
+from actors.engine.flash import FlashAttention, flash_supported
+
+
+@dataclass(frozen=True, slots=True)
+class BackendEntry:
+    """One way to attend, and where it may be used."""
+
+    build: Callable[[], AttentionBackend]
+    supports: Callable[[torch.device, torch.dtype], bool]
+
+
+# In order of preference.
+BACKENDS: dict[str, BackendEntry] = {
+    FlashAttention.name: BackendEntry(FlashAttention, flash_supported),
+    PerSession.name: BackendEntry(PerSession, lambda device, dtype: device.type == "cpu"),
+    Gathered.name: BackendEntry(Gathered, lambda device, dtype: True),
+}
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> AttentionBackend:
+    """The back end called `name`, or the first that supports the device and dtype; LoadError if it cannot be used."""
+    if name is not None and name not in BACKENDS:
+        raise LoadError(f"attention back end {name!r}", "unknown", f"Known are: {', '.join(BACKENDS)}.")
+    for candidate in BACKENDS if name is None else [name]:
+        if BACKENDS[candidate].supports(device, dtype):
+            return BACKENDS[candidate].build()
+    raise LoadError(f"attention back end {name!r}", f"it does not run on {device} in {dtype}", "Set attention: auto.")

@@ -1,0 +1,206 @@
+"""Buckets as plain calls, through the emulated operator, and a stand-in for CUDA's capture, which needs a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from actors.engine.attention import Span
+from actors.engine.flash import FlashAttention
+from actors.engine.graphs import MAX_SEQUENCES, CapturedRunner, CaptureFailed, GraphBuckets, PlainRunner, bucket
+from actors.engine.inputs import Batch, Layout
+from actors.engine.registry import BACKENDS, BackendEntry
+from actors.engine.step_engine import StepEngine
+from tests.engine.models import Driver, qwen2, tokens, wide_heads
+from tests.engine.varlen import emulated_flash
+
+
+@pytest.fixture(autouse=True)
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = BackendEntry(lambda: FlashAttention(emulated_flash), lambda device, dtype: True)
+    monkeypatch.setitem(BACKENDS, "flash", entry)
+
+
+def batch_of(*counts: int, length: int = 20) -> Batch:
+    spans, first = [], 0
+    for count in counts:
+        spans.append(Span(first, count, 0, length))
+        first += count
+    return Batch([0] * first, [0] * first, [0] * first, spans, range(first))
+
+
+@pytest.mark.parametrize(
+    ("batch", "layout"),
+    [
+        (batch_of(1), Layout(1, 1, 1, 1, 1024)),
+        (batch_of(1, 1, 1), Layout(4, 4, 4, 1, 1024)),
+        (batch_of(2), Layout(4, 4, 1, 4, 1024)),
+        (batch_of(5), Layout(8, 8, 1, 8, 1024)),
+        (batch_of(8, *[1] * 30), Layout(64, 64, 32, 8, 1024)),
+        (batch_of(1, length=1025), Layout(1, 1, 1, 1, 4096)),
+        (batch_of(9), None),
+        (batch_of(*[1] * (MAX_SEQUENCES + 1)), None),
+        (batch_of(1, length=300_000), None),
+        (batch_of(), None),
+    ],
+)
+def test_a_batch_takes_the_smallest_bucket_that_holds_it(batch: Batch, layout: Layout | None) -> None:
+    assert bucket(batch) == layout
+
+
+def steps() -> Iterator[list[tuple[int, int]]]:
+    """Sessions and their new tokens: prompts, decoding and checks in changing company."""
+    yield [(1, 30), (2, 3), (3, 1)]
+    yield [(1, 1), (2, 1), (3, 1)]
+    yield [(1, 5), (2, 1), (3, 3)]
+    yield [(3, 8), (4, 2)]
+    yield [(1, 1)]
+    yield [(2, 2), (4, 1), (1, 1), (3, 1), (5, 4)]
+    yield [(5, 40), (1, 2)]
+
+
+class Counting(PlainRunner):
+    """A plain runner that spoils its last output before it runs again, as a replayed graph does."""
+
+    layouts: list[Layout]
+    last: torch.Tensor
+
+    def run(self, layout: Layout, numbers: list[int], spans: Sequence[Span]) -> torch.Tensor:
+        self.layouts.append(layout)
+        output = super().run(layout, numbers, spans)
+        if len(self.layouts) > 1:
+            self.last.fill_(float("nan"))
+        self.last = output
+        return output
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("backend", ["flash", "per_session", "gathered"])
+def test_padded_buckets_give_the_rows_of_unpadded_steps(backend: str, window: int | None) -> None:
+    plain = Driver(StepEngine(wide_heads(window), 1024, backend="per_session"))
+    padded = Driver(StepEngine(wide_heads(window), 1024, backend=backend, graphs=True))
+    runner = Counting(padded.engine._compute, padded.engine.device)
+    runner.layouts = []
+    padded.engine.graphs = GraphBuckets(runner, padded.engine._pool.trash)
+    for number, step in enumerate(steps()):
+        for run in (plain, padded):
+            run.engine.extend([run.make(session, tokens(count, 10 * number + session)) for session, count in step])
+        for session in plain.tokens:
+            torch.testing.assert_close(padded.logits(session), plain.logits(session), rtol=1e-4, atol=1e-4)
+    assert [(layout.sequences, layout.max_q) for layout in runner.layouts] == [(4, 1), (4, 8), (2, 8), (1, 1), (8, 4)]
+    assert all(pool.isfinite().all() for pools in padded.engine.cache_layers for pool in pools)
+    padded.engine.check()
+
+
+class Recorder:
+    """Stands in for CUDA's graphs: a replay runs what was captured again, on the inputs and spans of the capture."""
+
+    def __init__(self, compute: Any) -> None:
+        self.compute = compute
+        self.captures: list[Layout] = []
+        self.replays = 0
+        self.capturing: Recording | None = None
+
+    def run(self, layout: Layout, flat: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        output: torch.Tensor = self.compute(layout, flat, spans)
+        if self.capturing is not None:
+            self.captures.append(layout)
+            self.capturing.redo = lambda: output.copy_(self.compute(layout, flat, spans))
+            output.zero_()  # a capture computes nothing
+        return output
+
+    @contextmanager
+    def capture(self, graph: Recording, **options: Any) -> Iterator[None]:
+        assert options == {"pool": "the pool", "capture_error_mode": "thread_local"}
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+
+class Recording:
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.redo: Any = None
+
+    def replay(self) -> None:
+        self.recorder.replays += 1
+        self.redo()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("most", [64, 2])
+def test_a_graph_is_captured_once_a_bucket_and_replayed_on_new_inputs(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    plain = Driver(StepEngine(wide_heads(6), 1024, backend="per_session"))
+    replayed = Driver(StepEngine(wide_heads(6), 1024, backend="flash"))
+    engine = replayed.engine
+    recorder = Recorder(engine._compute)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(recorder))
+    monkeypatch.setattr(torch.cuda, "graph", recorder.capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    engine.graphs = GraphBuckets(CapturedRunner(recorder.run, engine.device, most), engine._pool.trash)
+    for number, step in enumerate([*steps(), *list(steps())[1:]]):
+        for run in (plain, replayed):
+            run.engine.extend([run.make(session, tokens(count, 10 * number + session)) for session, count in step])
+        for session in plain.tokens:
+            torch.testing.assert_close(replayed.logits(session), plain.logits(session), rtol=1e-4, atol=1e-4)
+    if most == 64:
+        assert len(set(recorder.captures)) == len(recorder.captures) == recorder.replays == 5
+    else:
+        assert len(recorder.captures) == 10  # five buckets in turn, of which two are kept
+
+
+def test_a_capture_that_raises_gives_its_graphs_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def broken(graph: Any, **options: Any) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = StepEngine(wide_heads(), 256, backend="flash")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    engine.graphs = GraphBuckets(CapturedRunner(engine._compute, engine.device), engine._pool.trash)
+    run = Driver(engine)
+    run.extend(1, [4])
+    run.extend(1, [5])
+    assert engine.graphs.runner is None
+    torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5])[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_bucket_lie_in_memory_of_their_own() -> None:
+    engine = StepEngine(wide_heads(), 256, backend="flash", graphs=True)
+    run = Driver(engine)
+    run.engine.extend([run.make(session, [session]) for session in (1, 2, 3)])
+    rows = engine.rows(3)
+    assert rows is not None
+    assert rows.logits.untyped_storage().nbytes() == 3 * engine.width * 4
+
+
+def test_a_capture_that_fails_leaves_plain_steps_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def run(self, layout: Layout, numbers: list[int], spans: Sequence[Span]) -> Any:
+            raise CaptureFailed("no memory")
+
+    engine = StepEngine(wide_heads(), 256, backend="flash", graphs=True)
+    engine.graphs = GraphBuckets(Broken(), engine._pool.trash)
+    run = Driver(engine)
+    with caplog.at_level(logging.WARNING, logger="actors.engine.graphs"):
+        for token in (4, 5, 6):
+            run.extend(1, [token])
+    assert len(caplog.records) == 1
+    torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5, 6])[2:], rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_cpu_there_are_no_buckets_unless_they_are_asked_for() -> None:
+    assert StepEngine(qwen2(), 64).graphs is None
+    assert StepEngine(qwen2(), 64, exact=True).graphs is None
+    assert StepEngine(qwen2(), 64, graphs=True).graphs is not None
