@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from actors.engine.compat import refuse_config
 from actors.engine.errors import LoadError
 from actors.engine.selfcheck import verify_engine
+from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import StepEngine
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class ModelSource:
     quantization: dict[str, Any] | None = None  # a transformers quantization config, with its `quant_method`
     adapter: str | None = None  # a PEFT adapter's folder or hub id
     trust_remote_code: bool = False  # for a hub id only with a pinned revision
+    tensor_parallel: int = 1  # ranks; above 1 this process is one of them, in a process group
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -108,6 +111,8 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     refuse_config(config.to_dict(), source.path)
+    if source.tensor_parallel > 1:
+        refuse_ranks(config.to_dict(), source.tensor_parallel, source.path)
     quantization = _quantization_config(source)
     placement = _placement(source)
     _tell(report, source, began, "weights", _bytes_on_disk(source))
@@ -118,7 +123,7 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             dtype=source.dtype,
-            device_map=placement,
+            **placement,
             quantization_config=quantization,
             output_loading_info=True,
         )
@@ -132,9 +137,14 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
     return LoadedModel(model.eval(), size)
 
 
-def _placement(source: ModelSource) -> str | dict[str, Any]:
-    if source.device_map is not None:
-        return source.device_map
+def _placement(source: ModelSource) -> dict[str, Any]:
+    """What tells transformers where the weights go."""
+    if source.tensor_parallel > 1:
+        return {"distributed_config": DistributedConfig(tp_size=source.tensor_parallel)}
+    return {"device_map": source.device_map if source.device_map is not None else _device(source)}
+
+
+def _device(source: ModelSource) -> dict[str, str]:
     if source.device == "cuda" and not torch.cuda.is_available():
         raise LoadError(source.path, "device: cuda, but torch sees no GPU", "Set device: cpu, or give the role a GPU.")
     return {"": ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device}
