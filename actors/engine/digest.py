@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAMPLES = 64  # values read of every parameter: enough to tell checkpoints apart without reading them whole
-_PRIVATE = ("_name_or_path", "transformers_version", "_attn_implementation", "distributed_config")  # where and how it is run
+_PRIVATE = (
+    "_name_or_path",
+    "transformers_version",
+    "_attn_implementation",
+    "distributed_config",
+)  # where and how it is run
 
 
 def model_digest(model: PreTrainedModel) -> int:

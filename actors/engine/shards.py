@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.tensor import DTensor, Shard
 
 from actors.engine.errors import LoadError
@@ -49,7 +50,7 @@ def device_kind(device: str, name: str) -> str:
     return "cuda" if cuda else "cpu"
 
 
-def join_group(store: dist.Store, rank: int, ranks: int, kind: str, timeout_s: float) -> None:
+def join_group(store: Store, rank: int, ranks: int, kind: str, timeout_s: float) -> None:
     """Join the process group of the ranks: nccl on GPUs, gloo on the CPU, both over loopback.
 
     A collective that waits longer than `timeout_s` raises (gloo), or ends the process (nccl's watchdog).

@@ -236,8 +236,7 @@ class Failure:
 
 Message = Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows | Values | Refused | Failure | Drafted
 MESSAGES: dict[int, type[Message]] = {
-    t.tag: t
-    for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure, Drafted)
+    t.tag: t for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure, Drafted)
 }
 _SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
 

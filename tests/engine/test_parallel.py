@@ -8,15 +8,24 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from actors.engine.errors import LoadError
 from actors.engine.loader import ModelSource, load_engine
-from actors.engine.parallel import FOLLOWED, FollowerProcess, ParallelEngine, RanksLost, Recipe, Rendezvous, load_parallel
+from actors.engine.parallel import (
+    FOLLOWED,
+    FollowerProcess,
+    ParallelEngine,
+    RanksLost,
+    Recipe,
+    Rendezvous,
+    load_parallel,
+)
 from actors.engine.shards import refuse_ranks
-from actors.engine.step_engine import Full, Held, KVMiss, StepEngine
+from actors.engine.step_engine import Held, KVMiss, Outcome, StepEngine
 from tests.engine.models import Driver, llama, qwen2, tokens
 
 # The loopback sockets of the process group are torch's own, and so are its warnings about them.
@@ -51,12 +60,14 @@ def recipe(folder: Path, dtype: str = "float32", ranks: int = 2) -> Recipe:
     return Recipe(ModelSource(str(folder), dtype=dtype, device="cpu", tensor_parallel=ranks), CACHE)
 
 
-def story(engine: StepEngine) -> tuple[list[object], list[torch.Tensor]]:
+def story(engine: StepEngine) -> tuple[list[Outcome], list[torch.Tensor]]:
     """Prefill in chunks, ragged decoding of two sessions, a rewind, a fork, a refusal and an eviction."""
-    run, outcomes, rows = Driver(engine), [], []
+    run = Driver(engine)
+    outcomes: list[Outcome] = []
+    rows: list[torch.Tensor] = []
 
-    def step(*extends: object) -> None:
-        batch = [run.make(**extend) for extend in extends]  # type: ignore[arg-type]
+    def step(*extends: dict[str, Any]) -> None:
+        batch = [run.make(**extend) for extend in extends]
         outcomes.extend(engine.extend(batch))
         rows.extend(run.logits(extend.session) for extend in batch if extend.rows)
 
@@ -80,25 +91,76 @@ def story(engine: StepEngine) -> tuple[list[object], list[torch.Tensor]]:
     return outcomes, rows
 
 
-@pytest.mark.parametrize(("make", "dtype"), [(qwen2, "float32"), (llama, "float32"), (qwen2, "bfloat16")])
-def test_two_ranks_give_the_tokens_of_one(make: object, dtype: str, tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path)  # type: ignore[operator]
-    source = ModelSource(str(tmp_path), dtype=dtype, device="cpu")
-    alone = load_engine(source, CACHE)
+def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
+    qwen2().save_pretrained(tmp_path)
+    alone = load_engine(ModelSource(str(tmp_path), device="cpu"), CACHE)
     started = Started()
-    engine = load_parallel(recipe(tmp_path, dtype), started, load_s=60, step_s=20)
+    engine = load_parallel(recipe(tmp_path), started, load_s=90, step_s=20)
     try:
         assert engine.hash_seed == alone.hash_seed  # the digest of the whole
         pools = [next(iter(each._pool.layers.values()))[0] for each in (engine, alone)]
         assert [pool.shape[1] for pool in pools] == [1, 2]  # a rank's share of the heads
         expected, outcomes = story(alone), story(engine)
+        engine.check_health()
     finally:
         engine.stop()
     assert not any(follower.alive() for follower in started.followers)
     assert outcomes[0] == expected[0]
     assert {type(outcome) for outcome in outcomes[0]} == {Held, KVMiss}
     for mine, theirs in zip(outcomes[1], expected[1], strict=True):
-        assert mine.dtype == torch.float32
-        if dtype == "float32":
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-            assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
+    with pytest.raises(RanksLost, match="stopped"):
+        engine.close(1)
+
+
+def lost(engine: ParallelEngine) -> bool:
+    try:
+        engine.check_health()
+    except RanksLost:
+        return True
+    return False
+
+
+def test_a_killed_rank_is_noticed_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)  # a head of its own, in 16 bits
+    started = Started()
+    engine = load_parallel(recipe(tmp_path, "bfloat16"), started, load_s=90, step_s=20)
+    try:
+        run = Driver(engine)
+        run.extend(1, tokens(5))
+        assert run.logits(1).dtype == torch.float32
+        pid = started.followers[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        while not lost(engine):
+            assert time.monotonic() < began + 10
+            time.sleep(0.01)
+        with pytest.raises(RanksLost, match="rank 1"):
+            run.extend(1, [3])
+        assert time.monotonic() < began + 10
+    finally:
+        engine.stop()
+    assert not started.followers[0].alive()
+
+
+def test_a_follower_that_does_not_start_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    missing = Recipe(ModelSource(str(tmp_path / "nowhere"), device="cpu", tensor_parallel=2), CACHE)
+    started = Started()
+    with pytest.raises(LoadError, match="nowhere"):
+        load_parallel(missing, started, load_s=90, step_s=20)
+    assert not any(follower.alive() for follower in started.followers)
+
+
+def test_heads_that_cannot_be_shared_are_refused_with_what_can_be_set() -> None:
+    config = {"num_attention_heads": 12, "num_key_value_heads": 2}
+    refuse_ranks(config, 2, "some/model")
+    with pytest.raises(LoadError, match=r"2 key and value heads .* 4 ranks. Set tensor_parallel: to 1 or 2\."):
+        refuse_ranks(config, 4, "some/model")
+
+
+def test_every_verb_of_an_engine_is_followed_by_all_ranks_or_known_to_be_rank_0s_alone() -> None:
+    verbs = {name for name, _ in inspect.getmembers(StepEngine, inspect.isfunction) if not name.startswith("_")}
+    assert verbs == FOLLOWED | ALONE
+    assert FOLLOWED <= ParallelEngine.__dict__.keys()
