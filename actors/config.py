@@ -45,6 +45,7 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_map: str | dict[str, int | str] | None = None  # accelerate's: over the GPUs of one node
+    tensor_parallel: int = Field(1, ge=1)  # ranks of one node that share the model; num_cpus and num_gpus are a rank's
     quantization: dict[str, Any] | None = None  # passed to transformers as quantization_config
     adapter: str | None = None  # a PEFT adapter on top
     attention: Literal["auto", "flash", "per_session", "gathered"] = "auto"  # auto: by device and dtype
@@ -63,6 +64,22 @@ class ModelConfig(_Section):
             raise ValueError(
                 "trust_remote_code runs code from the model's repository: pin a revision (a commit hash) beside it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shareable(self) -> Self:
+        if self.tensor_parallel == 1:
+            return self
+        others = [name for name in ("device_map", "quantization", "adapter") if getattr(self, name)]
+        if others:
+            raise ValueError(f"tensor_parallel cannot be combined with {' or '.join(others)}: leave one of them out")
+        if self.num_gpus and not 0.5 < self.num_gpus <= 1:
+            raise ValueError(
+                f"num_gpus ({self.num_gpus:g}) is per rank of tensor_parallel: above 0.5, so that no two ranks share "
+                "a GPU, and at most 1, or 0 for ranks on the CPU"
+            )
+        if not self.num_gpus and not self.num_cpus:
+            raise ValueError("tensor_parallel needs num_cpus or num_gpus above 0 for each rank")
         return self
 
 

@@ -11,14 +11,17 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.handle import DeploymentHandle
-from ray.util import get_node_ip_address
+from ray.util import get_current_placement_group, get_node_ip_address
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.config import ServiceConfig
+from actors.config import ModelConfig, ServiceConfig
 from actors.coordinator import Coordinator, CoordinatorLoad
 from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading
 from actors.forward import Engine
@@ -31,6 +34,7 @@ from actors.wire.tls import client_context
 
 if TYPE_CHECKING:
     from actors.engine.loader import LoadProgress
+    from actors.engine.parallel import Recipe, Rendezvous, StartFollower
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ DRAIN_S = 20.0  # a replica that is told to go may take so long to let its sessi
 TELL_S = 2.0  # one message to the directory; a lost one is repeated by the next heartbeat
 _NAMESPACE = "thinklogit"
 
-Load: TypeAlias = "Callable[[ServiceConfig, Role, Callable[[LoadProgress], None]], Engine]"
+Load: TypeAlias = "Callable[[ServiceConfig, Role, Callable[[LoadProgress], None], StartFollower], Engine]"
 
 
 def application_secret(application: str) -> bytes:
@@ -115,13 +119,13 @@ class ModelShell:
     async def __init__(  # type: ignore[misc]  # Serve awaits it, so that sockets open on the loop that serves them
         self, config: ServiceConfig, role: Role, directory: DeploymentHandle, load: Load = load_role
     ) -> None:
-        """load: makes the role's engine, in a thread; it reports how far it is."""
+        """load: makes the role's engine, in a thread; it reports how far it is, and may start other ranks."""
         show_logs()
         self._role, self._directory = role, directory
         self._incarnation = secrets.token_hex(8)
         self._stopping = False
         secret = await _own_secret()
-        engine = await self._load(config, load)
+        self._engine = engine = await self._load(config, load)
         model = config.models.role(role)
         tokenizer = await asyncio.to_thread(RoleTokenizer.load, model.path, model.revision)
         self._replica = serve_role(
@@ -142,7 +146,8 @@ class ModelShell:
         telling = asyncio.create_task(self._tell_progress(starting))
         try:
             async with asyncio.timeout(config.deadlines.model_load_s):
-                return await asyncio.to_thread(load, config, self._role, starting.report)
+                start = partial(_FollowerActor, config.models.role(self._role))
+                return await asyncio.to_thread(load, config, self._role, starting.report, start)
         except TimeoutError:
             raise TimeoutError(
                 f"{self._role}: {config.models.role(self._role).path} did not load within "
@@ -177,6 +182,7 @@ class ModelShell:
     async def check_health(self) -> None:
         """Serve's health check: raises when the replica cannot go on, or no longer says that it is there."""
         self._replica.check_health()
+        self._engine.check_health()
         if self._beat.done():
             raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._beat.exception()
 
@@ -198,6 +204,34 @@ class ModelShell:
         self._beat.cancel()
         await self._replica.stop()
         await _told(self._directory.leave.remote(self._incarnation))
+
+
+class _Rank:
+    """Any rank but the first of a tensor-parallel model, as an actor."""
+
+    def follow(self, recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
+        """See actors.engine.parallel.follow."""
+        from actors.engine.parallel import follow  # loads torch
+
+        show_logs()
+        follow(recipe, rendezvous, rank)
+
+
+class _FollowerActor:
+    """The handle of a rank that runs in its own bundle of the replica's placement group, and ends with the replica."""
+
+    def __init__(self, model: ModelConfig, recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
+        bundle = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_bundle_index=rank)
+        options = {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus, "resources": model.resources}
+        self._actor = ray.remote(_Rank).options(scheduling_strategy=bundle, **options).remote()
+        self._run = self._actor.follow.remote(recipe, rendezvous, rank)
+
+    def alive(self) -> bool:
+        ended, _ = ray.wait([self._run], timeout=0)
+        return not ended
+
+    def stop(self) -> None:
+        ray.kill(self._actor)
 
 
 class _Starting:

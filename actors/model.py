@@ -15,13 +15,20 @@ from actors.wire.tls import server_context
 
 if TYPE_CHECKING:
     from actors.engine.loader import LoadProgress
+    from actors.engine.parallel import StartFollower
     from actors.engine.step_engine import StepEngine
 
 
 def load_role(
-    config: ServiceConfig, role: Role, report: Callable[[LoadProgress], None] = lambda progress: None
+    config: ServiceConfig,
+    role: Role,
+    report: Callable[[LoadProgress], None] = lambda progress: None,
+    start: StartFollower | None = None,
 ) -> StepEngine:
-    """The engine of a role, its weights loaded. Blocks. Raises LoadError with what mends it."""
+    """The engine of a role, its weights loaded. Blocks. Raises LoadError with what mends it.
+
+    start: how the other ranks of a tensor-parallel model come to be; as child processes if None.
+    """
     from actors.engine.loader import ModelSource, load_engine  # loads torch, which only model processes need
 
     model = config.models.role(role)
@@ -35,8 +42,15 @@ def load_role(
         adapter=model.adapter,
         trust_remote_code=model.trust_remote_code,
         load_format=model.load_format,
+        tensor_parallel=model.tensor_parallel,
     )
     backend = None if model.attention == "auto" else model.attention
+    if model.tensor_parallel > 1:
+        from actors.engine.parallel import FollowerProcess, Recipe, load_parallel
+
+        recipe, deadlines = Recipe(source, model.cache_tokens, backend), config.deadlines
+        start = start or FollowerProcess
+        return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
     return load_engine(source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
 
 

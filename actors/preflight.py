@@ -93,6 +93,8 @@ def _exactness(config: ServiceConfig) -> Iterator[Finding]:
             yield Finding(
                 "error", role, "exact is true, which needs dtype float32, device cpu, num_gpus 0 and no quantization"
             )
+        if model.tensor_parallel > 1:
+            yield Finding("error", role, "exact is true, which needs tensor_parallel 1")
 
 
 def _dummies(config: ServiceConfig) -> Iterator[Finding]:

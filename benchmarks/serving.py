@@ -43,7 +43,7 @@ READY_S = 120.0
 WARM_TOKENS = 16
 
 
-def load_null(config: ServiceConfig, role: Role, report: Callable[[LoadProgress], None]) -> Engine:
+def load_null(config: ServiceConfig, role: Role, report: Callable[[LoadProgress], None], start: object) -> Engine:
     """An engine that computes nothing, as wide as the role's vocabulary."""
     model = config.models.role(role)
     return NullEngine(RoleTokenizer.load(model.path).width, role, model.cache_tokens)

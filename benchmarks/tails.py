@@ -202,6 +202,9 @@ class TailEngine:
     def close(self, session: int) -> None:
         self._held.pop(session, None)
 
+    def check_health(self) -> None:
+        """It is always well."""
+
     def cache_stats(self) -> CacheStats:
         return CacheStats(self._cache_tokens, sum(rows.length for rows in self._held.values()), len(self._held))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ USABLE = 0.92  # of a GPU: the rest is the CUDA context, activations and rows in
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One role's costs. here: whether its weights are on this machine; gpus: of one replica."""
+    """One role's costs. here: whether its weights are on this machine; gpus: of one rank of a replica.
+
+    Weights and cache are of all ranks together, each of which holds its share of both.
+    """
 
     role: Role
     path: str
@@ -35,11 +38,17 @@ class Estimate:
     cache_tokens: int
     position_limit: int
     gpus: float
+    ranks: int = 1  # of tensor_parallel
 
     @property
     def cache_bytes(self) -> int:
         """Of the whole cache."""
         return self.cache_tokens * self.cache_token_bytes
+
+    @property
+    def share(self) -> str:
+        """Of GPUs, for a person: 0.7, or 2 x 1 for two ranks of one each."""
+        return f"{self.gpus:g}" if self.ranks == 1 else f"{self.ranks} x {self.gpus:g}"
 
     def sessions(self, context: int) -> int:
         """How many sessions of `context` tokens the configured cache holds."""
@@ -47,7 +56,7 @@ class Estimate:
 
     def fitting_tokens(self, gpu_bytes: int) -> int:
         """Cache tokens that this role's share of GPUs of `gpu_bytes` each has room for, beside its weights."""
-        room = int(self.gpus * gpu_bytes * USABLE) - self.weights_bytes
+        room = int(self.ranks * self.gpus * gpu_bytes * USABLE) - self.weights_bytes
         return max(0, room // max(1, self.cache_token_bytes))
 
 
@@ -65,7 +74,8 @@ def estimate(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> tup
         found.append(Finding("error", role, f"{model.path}: {error}"))
     limit = position_limit(config, role, tokenizer)
     shown = stored_dtype if dtype == "auto" else dtype
-    return Estimate(role, model.path, here, size, shown, token_bytes, model.cache_tokens, limit, model.num_gpus), found
+    costs = Estimate(role, model.path, here, size, shown, token_bytes, model.cache_tokens, limit, model.num_gpus)
+    return replace(costs, ranks=model.tensor_parallel), found
 
 
 def memory_findings(estimates: Sequence[Estimate], gpus: Sequence[int]) -> list[Finding]:
@@ -75,7 +85,7 @@ def memory_findings(estimates: Sequence[Estimate], gpus: Sequence[int]) -> list[
         if not costs.gpus:
             continue
         gpu = min(gpus)
-        room = int(costs.gpus * gpu * USABLE)
+        room = int(costs.ranks * costs.gpus * gpu * USABLE)
         if costs.weights_bytes + costs.cache_bytes > room:
             found.append(
                 Finding(
@@ -83,7 +93,7 @@ def memory_findings(estimates: Sequence[Estimate], gpus: Sequence[int]) -> list[
                     costs.role,
                     f"{size(costs.weights_bytes)} of weights and {costs.cache_tokens:,} tokens x "
                     f"{size(costs.cache_token_bytes)} = {size(costs.cache_bytes)} of cache exceed its share of "
-                    f"{size(room)} ({costs.gpus:g} x {size(gpu)} x {USABLE}); " + _way_out(costs.fitting_tokens(gpu)),
+                    f"{size(room)} ({costs.share} x {size(gpu)} x {USABLE}); " + _way_out(costs.fitting_tokens(gpu)),
                 )
             )
     return found

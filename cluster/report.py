@@ -41,7 +41,7 @@ def costs_table(estimates: Sequence[Estimate]) -> Table:
         "cache per token": lambda costs: size(costs.cache_token_bytes),
         "cache": lambda costs: f"{costs.cache_tokens:,} tokens, {size(costs.cache_bytes)}",
         "positions": lambda costs: f"{costs.position_limit:,}",
-        "GPUs": lambda costs: f"{costs.gpus:g}",
+        "GPUs": lambda costs: costs.share,
         "sessions x context": lambda costs: _sessions(costs.cache_tokens, costs.position_limit),
     }
     for name, words in rows.items():
@@ -57,7 +57,7 @@ def fit_table(estimates: Sequence[Estimate], gpu: int) -> Table:
     for costs in estimates:
         if costs.gpus:
             tokens = costs.fitting_tokens(gpu)
-            table.add_row(costs.role, f"{costs.gpus:g}", f"{tokens:,}", _sessions(tokens, costs.position_limit))
+            table.add_row(costs.role, costs.share, f"{tokens:,}", _sessions(tokens, costs.position_limit))
     return table
 
 

@@ -125,10 +125,29 @@ def _model(config: ServiceConfig, role: Role) -> serve.Deployment:
     return serve.deployment(
         ModelShell,
         name=MODEL_NAMES[role],
-        ray_actor_options=_placement(model),
+        **_ranks(model),
         **_replicas(model.replicas, policy={"policy_function": "actors.scaling:replicas_wanted"}),
         **_SETTINGS,
     )
+
+
+def _ranks(model: ModelConfig) -> dict[str, Any]:
+    """Where a model's ranks go: one alone like any replica, several in one placement group on one node.
+
+    The replica is the first rank and takes the first bundle; it starts the others in theirs.
+    """
+    options = _placement(model)
+    if model.tensor_parallel == 1:
+        return {"ray_actor_options": options}
+    labels = options.pop("label_selector", None)
+    amounts = {"CPU": model.num_cpus, "GPU": model.num_gpus, **model.resources}
+    bundle = {name: amount for name, amount in amounts.items() if amount}
+    group: dict[str, Any] = {
+        "ray_actor_options": options,
+        "placement_group_bundles": [dict(bundle) for _ in range(model.tensor_parallel)],
+        "placement_group_strategy": "STRICT_PACK",
+    }
+    return group | ({"placement_group_bundle_label_selector": [labels]} if labels else {})
 
 
 def _placement(section: ModelConfig | CoordinatorConfig | RouterConfig) -> dict[str, Any]:

@@ -143,3 +143,22 @@ def test_decoding_defaults_are_taken_from_the_file() -> None:
     assert config.sampling.stop == ("END",)
     assert config.thinking.end == "</think>"
     assert ServiceConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"device_map": "auto"}, "cannot be combined with device_map"),
+        ({"quantization": {"quant_method": "bitsandbytes"}}, "cannot be combined with quantization"),
+        ({"adapter": "some/adapter"}, "cannot be combined with adapter"),
+        ({"num_gpus": 2}, "per rank"),
+        ({"num_gpus": 0.5}, "no two ranks share a GPU"),
+        ({"num_cpus": 0}, "num_cpus or num_gpus above 0"),
+    ],
+)
+def test_what_ranks_cannot_have_is_refused(settings: dict[str, Any], said: str) -> None:
+    args = with_value("models.target.tensor_parallel", 2)
+    args["models"]["target"].update(settings)
+    assert said in refusal(args)
+    args["models"]["target"]["tensor_parallel"] = 1
+    load_config(args)

@@ -21,7 +21,10 @@ EVERYTHING = ("actors", "router", "cluster", "benchmarks")
 BOTTOM = ("actors.config", "actors.requests", "actors.decoding")
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "peft")
 # Processes other than a model's must start without torch, so the engine is imported where it is loaded.
-LAZY = {"actors.model": {"actors.engine.loader", "actors.engine.step_engine"}}
+LAZY = {
+    "actors.model": {"actors.engine.loader", "actors.engine.parallel", "actors.engine.step_engine"},
+    "actors.deployments": {"actors.engine.parallel"},
+}
 # What a model says and is told, as plain data: no torch behind it.
 VERBS = ("actors.engine.verbs", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
 MAY_USE_TORCH = ("actors.engine", "cluster.demo.train", "cluster.demo.accuracy", "benchmarks")

@@ -7,18 +7,28 @@ import json
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAMPLES = 64  # values read of every parameter: enough to tell checkpoints apart without reading them whole
-_PRIVATE = ("_name_or_path", "transformers_version", "_attn_implementation")  # where and how it is run
+_PRIVATE = (
+    "_name_or_path",
+    "transformers_version",
+    "_attn_implementation",
+    "distributed_config",
+)  # where and how it is run
 
 
 def model_digest(model: PreTrainedModel) -> int:
     """64 bits of a transformers model's config, adapters and weights; the same after every restart.
 
-    Of each parameter the name, shape, dtype and 64 values spread over it are read.
+    Of each parameter the name, shape, dtype and 64 values spread over it are read. Where parameters are spread over
+    ranks, all ranks call this together, and the digest is that of the whole model.
     """
     digest = hashlib.blake2b(digest_size=8)
     config = {key: value for key, value in model.config.to_dict().items() if key not in _PRIVATE}
@@ -26,8 +36,23 @@ def model_digest(model: PreTrainedModel) -> int:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.numel() and not parameter.is_meta:
-            flat = parameter.detach().flatten()
-            spread = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64)
-            values = flat[spread.long().to(flat.device)].contiguous()
-            digest.update(values.view(torch.uint8).cpu().numpy().tobytes())
+            count = parameter.numel()
+            spread = torch.linspace(0, count - 1, min(_SAMPLES, count), dtype=torch.float64).long()
+            digest.update(_bits(parameter.detach(), spread).cpu().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little")
+
+
+def _bits(parameter: Tensor, index: Tensor) -> Tensor:
+    """The bytes of a parameter's values at flat indices, of whichever rank holds them."""
+    if not isinstance(parameter, DTensor):
+        return parameter.flatten()[index.to(parameter.device)].contiguous().view(torch.uint8)
+    local = parameter.to_local()
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    places = [at - start for at, start in zip(torch.unravel_index(index, parameter.shape), offset, strict=True)]
+    mine = torch.stack([(0 <= at) & (at < size) for at, size in zip(places, local.shape, strict=True)]).all(0)
+    values = torch.zeros(len(index), dtype=local.dtype, device=local.device)
+    values[mine.to(local.device)] = local[tuple(at[mine].to(local.device) for at in places)]
+    # As integers: one rank's bits and zeros of the others, which a sum of floats could change.
+    bits = values.view(torch.uint8).int()
+    dist.all_reduce(bits)
+    return bits.to(torch.uint8)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from actors.engine.compat import refuse_config
 from actors.engine.dummy import dummy_model
 from actors.engine.errors import LoadError
 from actors.engine.selfcheck import verify_engine
+from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import StepEngine
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class ModelSource:
     adapter: str | None = None  # a PEFT adapter's folder or hub id
     trust_remote_code: bool = False  # for a hub id only with a pinned revision
     load_format: str = "auto"  # of LOAD_FORMATS; "dummy" needs no checkpoint, its weights are random
+    tensor_parallel: int = 1  # ranks; above 1 this process is one of them, in a process group
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -52,7 +55,8 @@ class ModelSource:
         if self.load_format not in LOAD_FORMATS:
             known = ", ".join(LOAD_FORMATS)
             raise LoadError(self.path, f"load_format {self.load_format!r} is unknown", f"Known are {known}.")
-        if self.load_format == "dummy" and (self.quantization is not None or self.device_map is not None):
+        elsewhere = self.quantization is not None or self.device_map is not None or self.tensor_parallel > 1
+        if self.load_format == "dummy" and elsewhere:
             out = "Leave quantization and device_map unset."
             raise LoadError(self.path, "load_format: dummy makes plain weights on one device", out)
         if self.trust_remote_code and self.revision is None and not self.local:
@@ -117,6 +121,8 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     refuse_config(config.to_dict(), source.path)
+    if source.tensor_parallel > 1:
+        refuse_ranks(config.to_dict(), source.tensor_parallel, source.path)
     _tell(report, source, began, "weights", _bytes_on_disk(source))
     model = _dummy(source, config) if source.load_format == "dummy" else _checkpoint(source, config)
     if source.adapter is not None:
@@ -137,7 +143,7 @@ def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             dtype=source.dtype,
-            device_map=placement,
+            **placement,
             quantization_config=quantization,
             output_loading_info=True,
         )
@@ -152,10 +158,11 @@ def _dummy(source: ModelSource, config: Any) -> PreTrainedModel:
         return dummy_model(config, device, source.dtype, trust_remote_code=source.trust_remote_code)
 
 
-def _placement(source: ModelSource) -> str | dict[str, Any]:
-    if source.device_map is not None:
-        return source.device_map
-    return {"": _device(source)}
+def _placement(source: ModelSource) -> dict[str, Any]:
+    """What tells transformers where the weights go."""
+    if source.tensor_parallel > 1:
+        return {"distributed_config": DistributedConfig(tp_size=source.tensor_parallel)}
+    return {"device_map": source.device_map if source.device_map is not None else {"": _device(source)}}
 
 
 def _device(source: ModelSource) -> str:

@@ -60,6 +60,7 @@ class StepEngine:
     then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone, token
     by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small steps to
     buckets, captured as CUDA graphs where that can be (None: only there).
+    digest: of the whole model, where `model` is one rank's share.
     Raises LoadError for a model, device or back end that cannot be served so.
     """
 
@@ -72,6 +73,7 @@ class StepEngine:
         backend: str | None = None,
         max_held_rows: int = 1024,
         graphs: bool | None = None,
+        digest: int | None = None,
     ) -> None:
         assert not (exact and graphs), "a bucket pads in another way than exact mode"
         _require_kept_logits(model)
@@ -79,7 +81,7 @@ class StepEngine:
             _require_exact(model)
             torch.set_num_threads(1)
         self.exact = exact
-        self.hash_seed = model_digest(model)
+        self.hash_seed = model_digest(model) if digest is None else digest
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
         widen_head(model)
         if not exact:
@@ -106,15 +108,19 @@ class StepEngine:
         Raises BadExtend (nothing is changed) for an extend that can never succeed, and StepFailed when the forward
         raises: then every session of this step is dropped and answers `KVMiss(0)`.
         """
-        if len({extend.session for extend in batch}) < len(batch):
-            raise BadExtend(batch[0].session, "a session may be extended once in a step")
-        for extend in batch:
-            self.check_extend(extend)
+        self.check_batch(batch)
         answers = self._table.admit(self._within_row_budget(batch))
         admitted = [extend for extend in batch if isinstance(self._outcome(extend, answers), Held)]
         if admitted:
             self._run(admitted)
         return [self._outcome(extend, answers) for extend in batch]
+
+    def check_batch(self, batch: Sequence[Extend]) -> None:
+        """Raise BadExtend for a batch of which an extend can never succeed, or that names a session twice."""
+        if len({extend.session for extend in batch}) < len(batch):
+            raise BadExtend(batch[0].session, "a session may be extended once in a step")
+        for extend in batch:
+            self.check_extend(extend)
 
     def check_extend(self, extend: Extend) -> None:
         """Raise BadExtend for an extend that can never succeed: an edge refuses it before it meets others."""
@@ -190,6 +196,9 @@ class StepEngine:
 
     def cache_stats(self) -> CacheStats:
         return CacheStats(self._pool.extents.total, self._pool.used, len(self._table.sessions))
+
+    def check_health(self) -> None:
+        """Raise if the engine cannot go on: one process can as long as it lives."""
 
     def check(self) -> None:
         """Prove that free + used = all and that every extent, hash and row is consistent; AssertionError if not."""

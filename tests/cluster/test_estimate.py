@@ -39,6 +39,12 @@ def test_weights_that_alone_exceed_the_share_need_more_gpus() -> None:
     assert "lower cache_tokens" not in finding.message
 
 
+def test_ranks_have_a_share_each_of_weights_and_cache() -> None:
+    assert memory_findings([replace(TARGET, ranks=2)], [80 * GB]) == []
+    (finding,) = memory_findings([replace(TARGET, ranks=2)], [40 * GB])
+    assert "(2 x 1 x 40.0 GB x 0.92)" in finding.message
+
+
 def test_without_gpus_here_or_asked_for_nothing_is_said_of_them() -> None:
     assert memory_findings([TARGET], []) == []
     assert memory_findings([replace(TARGET, gpus=0)], [8 * GB]) == []

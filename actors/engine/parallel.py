@@ -1,0 +1,209 @@
+"""Tensor parallelism: one engine over several ranks of one node, each with its share of the heads, weights and cache.
+
+Rank 0 decides and holds the rows. What becomes of a verb is a function of the verbs before it, so every other rank
+follows by doing the same verbs in the same order on its own share; nothing but the verbs is sent to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Client, Connection
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import msgpack
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+from actors.engine.digest import model_digest
+from actors.engine.errors import EngineError, LoadError
+from actors.engine.loader import Report, load_model
+from actors.engine.ranks import Followers, RanksLost, Recipe, Rendezvous, StartFollower
+from actors.engine.selfcheck import verify_engine
+from actors.engine.shards import LOOPBACK, device_kind, join_group, use_local_shares
+from actors.engine.step_engine import StepEngine
+from actors.engine.verbs import Extend, Outcome
+
+__all__ = ["FOLLOWED", "FollowerProcess", "ParallelEngine", "RanksLost", "Recipe", "Rendezvous", "StartFollower"]
+__all__ += ["follow", "load_parallel"]
+
+T = TypeVar("T")
+
+# What changes a session or runs a forward, and so must be done by every rank; the rest is rank 0's alone.
+FOLLOWED = frozenset({"extend", "close", "evict", "fork", "plain_logits"})
+_GRACE_S = 5.0  # a follower without a leader ends itself after so long, whatever it computes
+
+
+class FollowerProcess:
+    """A follower as a child process, where there is no Ray."""
+
+    def __init__(self, recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
+        self._process = get_context("spawn").Process(
+            target=follow, args=(recipe, rendezvous, rank), name=f"rank-{rank}", daemon=True
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def stop(self) -> None:
+        self._process.join(_GRACE_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+class ParallelEngine(StepEngine):
+    """Rank 0: a step engine whose verbs the other ranks follow. `stop` when done."""
+
+    def __init__(self, followers: Followers, *arguments: Any, **options: Any) -> None:
+        self._followers: Followers | None = None  # until all are built, every rank runs the same code by itself
+        super().__init__(*arguments, **options)
+        self._followers = followers
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
+        self.check_batch(batch)  # refused before anybody hears of it
+        return self._all("extend", super().extend, batch, wire=[_packed(extend) for extend in batch])
+
+    def close(self, session: int) -> None:
+        self._all("close", super().close, session)
+
+    def evict(self, session: int) -> None:
+        self._all("evict", super().evict, session)
+
+    def fork(self, source: int, session: int, length: int) -> bool:
+        return self._all("fork", super().fork, source, session, length)
+
+    def plain_logits(self, tokens: Sequence[int]) -> Tensor:
+        return self._all("plain_logits", super().plain_logits, list(tokens))
+
+    def check_health(self) -> None:
+        """Raise RanksLost once a rank has died or fallen out of step."""
+        if self._followers is not None:
+            self._followers.check()
+
+    def stop(self) -> None:
+        """End the other ranks."""
+        if self._followers is not None:
+            self._followers.stop()
+
+    def _all(self, verb: str, here: Callable[..., T], *arguments: Any, wire: Any = None) -> T:
+        """Do a verb on every rank. An error, but for ValueError, leaves the ranks out of step for good."""
+        assert self._followers is not None
+        self._followers.tell(verb, *(arguments if wire is None else [wire]))
+        try:
+            return here(*arguments)
+        except ValueError:
+            raise  # refused by the session table, on every rank alike
+        except Exception as error:
+            raise self._followers.lose(f"rank 0: {error}") from error
+
+
+class FollowingEngine(StepEngine):
+    """Any other rank: it computes its share and holds no rows."""
+
+    def _hold(self, admitted: Sequence[Extend], logits: Tensor) -> None:
+        pass
+
+
+def load_parallel(
+    recipe: Recipe,
+    start: StartFollower = FollowerProcess,
+    *,
+    load_s: float = 1_800.0,
+    step_s: float = 60.0,
+    report: Report | None = None,
+) -> ParallelEngine:
+    """Start the other ranks, load every rank's share and hold the whole against a plain forward.
+
+    load_s: for every rank to start, and again to load. step_s: for one collective. LoadError if any of it cannot be.
+    """
+    kind = device_kind(recipe.source.device, recipe.source.path)
+    followers = Followers(recipe, start, load_s, step_s)
+    try:
+        join_group(followers.store, 0, recipe.ranks, kind, step_s)
+        loaded = load_model(recipe.source, report)
+        followers.wait_for_all("load")
+        followers.tell("build")
+        options = _options(recipe, loaded.model)
+        engine = ParallelEngine(followers, loaded.model, recipe.cache_tokens, **options)
+        verify_engine(engine, recipe.source.path)
+    except BaseException as error:
+        followers.stop()
+        if isinstance(error, RuntimeError) and not isinstance(error, LoadError):
+            raise LoadError(recipe.source.path, f"its ranks failed: {error}", "Look at their logs.") from error
+        raise
+    return engine
+
+
+def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
+    """Be rank `rank` until the leader is gone. Raises what ended it; the leader hears of it first."""
+    pipe = Client((LOOPBACK, rendezvous.verbs_port), authkey=rendezvous.key)
+    verbs: SimpleQueue[bytes | None] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, verbs), name="leader", daemon=True).start()
+    pipe.send_bytes(msgpack.packb(rank))
+    try:
+        store = TCPStore(LOOPBACK, rendezvous.store_port, recipe.ranks, False, timedelta(seconds=rendezvous.load_s))
+        kind = device_kind(recipe.source.device, recipe.source.path)
+        join_group(store, rank, recipe.ranks, kind, rendezvous.step_s)
+        model = load_model(recipe.source).model
+        pipe.send_bytes(msgpack.packb(""))  # loaded; what comes now is done together
+        if verbs.get() is None:
+            return
+        engine = FollowingEngine(model, recipe.cache_tokens, **_options(recipe, model))
+        while (message := verbs.get()) is not None:
+            obey(engine, message)
+    except Exception as error:
+        pipe.send_bytes(msgpack.packb(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.close()
+
+
+def obey(engine: StepEngine, message: bytes) -> None:
+    """Do one verb that the leader has sent."""
+    verb, *arguments = msgpack.unpackb(message)
+    if verb not in FOLLOWED:
+        raise EngineError(f"{verb!r} is no verb of a follower")
+    if verb == "extend":
+        arguments = [[Extend(*values) for values in arguments[0]]]
+    with contextlib.suppress(ValueError):  # refused on every rank alike
+        getattr(engine, verb)(*arguments)
+
+
+def _options(recipe: Recipe, model: Any) -> Mapping[str, Any]:
+    """What every rank builds its engine with; all ranks call this together."""
+    digest = model_digest(model)
+    use_local_shares(model)
+    return {"backend": recipe.backend, "max_held_rows": recipe.max_held_rows, "digest": digest}
+
+
+def _packed(extend: Extend) -> tuple[Any, ...]:
+    """An extend's fields in their order, as msgpack takes them: tokens may be numpy's."""
+    tokens = [int(token) for token in extend.tokens]
+    return extend.session, extend.position, extend.prefix, tokens, extend.rows, extend.age
+
+
+def _receive(pipe: Connection, verbs: SimpleQueue[bytes | None]) -> None:
+    """Queue what the leader sends. When it is gone, even a rank that waits in a collective must end."""
+    try:
+        while True:
+            verbs.put(pipe.recv_bytes())
+    except (OSError, EOFError, TypeError):
+        verbs.put(None)
+    time.sleep(_GRACE_S)
+    if dist.is_initialized():
+        os._exit(1)

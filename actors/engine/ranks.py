@@ -1,0 +1,167 @@
+"""The leader's end of the other ranks of a model: how they are started, told what to do, and noticed when lost."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+import msgpack
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from actors.engine.errors import EngineError, LoadError
+from actors.engine.loader import ModelSource
+from actors.engine.shards import LOOPBACK
+
+log = logging.getLogger(__name__)
+
+_TURN_S = 0.1  # how often a wait looks whether those that it waits for still live
+
+
+class RanksLost(EngineError):
+    """A rank died or fell out of step: the engine cannot go on, and its process must be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What every rank needs to build its share of an engine."""
+
+    source: ModelSource
+    cache_tokens: int
+    backend: str | None = None
+    max_held_rows: int = 1024
+
+    @property
+    def ranks(self) -> int:
+        return self.source.tensor_parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where a follower finds its leader: loopback ports of the node that they share."""
+
+    verbs_port: int
+    store_port: int
+    key: bytes  # by which the two ends of a verb connection know each other
+    load_s: float  # the leader waits so long for its followers to load
+    step_s: float  # a collective that waits longer ends the ranks
+
+
+class Follower(Protocol):
+    """A process in which `follow` runs."""
+
+    def alive(self) -> bool: ...
+    def stop(self) -> None:
+        """End it, if it has not ended by itself."""
+
+
+StartFollower = Callable[[Recipe, Rendezvous, int], Follower]
+
+
+class Followers:
+    """The leader's end of every other rank: sends verbs, hears of failures."""
+
+    def __init__(self, recipe: Recipe, start: StartFollower, load_s: float, step_s: float) -> None:
+        """Start the followers and wait until each has called; raises LoadError if one does not in time."""
+        self._what = recipe.source.path
+        self._lost: str | None = None
+        self._stopping = False
+        self._ready: SimpleQueue[int] = SimpleQueue()
+        self._pipes: dict[int, Connection] = {}
+        self._handles: dict[int, Follower] = {}
+        self._load_s, key = load_s, secrets.token_bytes(32)
+        self._listener = Listener((LOOPBACK, 0), authkey=key)
+        plain = socket.create_server((LOOPBACK, 0))  # torch itself would listen on every address
+        port = plain.getsockname()[1]
+        self.store = TCPStore(
+            LOOPBACK, port, recipe.ranks, True, timedelta(seconds=load_s), False, master_listen_fd=plain.detach()
+        )
+        self.rendezvous = Rendezvous(self._listener.address[1], port, key, load_s, step_s)
+        try:
+            for rank in range(1, recipe.ranks):
+                self._handles[rank] = start(recipe, self.rendezvous, rank)
+            threading.Thread(target=self._accept, args=(recipe.ranks - 1,), name="ranks", daemon=True).start()
+            self.wait_for_all("start")
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait_for_all(self, what: str) -> None:
+        """Wait until every follower has said that it is so far; LoadError if one is lost or takes too long."""
+        until, missing = time.monotonic() + self._load_s, set(self._handles)
+        while missing:
+            try:
+                missing.discard(self._ready.get(timeout=_TURN_S))
+            except Empty:
+                dead = [rank for rank in missing if not self._handles[rank].alive()]
+                if self._lost or dead or time.monotonic() > until:
+                    why = self._lost or (f"rank {dead[0]} ended" if dead else f"ranks {sorted(missing)} are silent")
+                    out = "Look at the log of that rank; raise deadlines.model_load_s if it only needs longer."
+                    raise LoadError(f"{self._what} over {len(self._handles) + 1} ranks", why, out) from None
+
+    def tell(self, verb: str, *arguments: Any) -> None:
+        """Send a verb to every follower. Raises RanksLost."""
+        self.check()
+        message = msgpack.packb([verb, *arguments])
+        for rank, pipe in self._pipes.items():
+            try:
+                pipe.send_bytes(message)
+            except OSError as error:
+                raise self.lose(f"rank {rank} is gone: {error}") from error
+
+    def lose(self, why: str) -> RanksLost:
+        """The ranks are out of step from here on; the first reason stays."""
+        self._lost = self._lost or why
+        return RanksLost(f"{self._what}: {self._lost}")
+
+    def check(self) -> None:
+        """Raise RanksLost once a follower is lost."""
+        if self._lost:
+            raise RanksLost(f"{self._what}: {self._lost}")
+
+    def stop(self) -> None:
+        """End every follower and forget the process group."""
+        self._stopping = True
+        self._lost = self._lost or "it was stopped"
+        self._listener.close()
+        for pipe in self._pipes.values():
+            pipe.close()
+        for handle in self._handles.values():
+            handle.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _accept(self, count: int) -> None:
+        while len(self._pipes) < count and not self._stopping:
+            try:
+                pipe = self._listener.accept()
+                rank = msgpack.unpackb(pipe.recv_bytes())
+            except AuthenticationError:
+                continue
+            except (OSError, EOFError):
+                return  # the listener was closed; a follower that died in between is noticed by its handle
+            self._pipes[rank] = pipe
+            threading.Thread(target=self._listen, args=(rank, pipe), name=f"rank-{rank}", daemon=True).start()
+            self._ready.put(rank)
+
+    def _listen(self, rank: int, pipe: Connection) -> None:
+        try:
+            while True:
+                failure = msgpack.unpackb(pipe.recv_bytes())
+                if failure:
+                    self.lose(f"rank {rank}: {failure}")
+                else:
+                    self._ready.put(rank)
+        except (OSError, EOFError, TypeError):  # TypeError: closed by `stop` while it was read
+            if not self._stopping:
+                log.error("%s", self.lose(f"rank {rank} ended"))
