@@ -31,6 +31,7 @@ bench: .venv/ready ## each prints a table and, last, one line of JSON
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.exchange
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.decode
 
 train: .venv/ready ## rebuild the embedded trio from its seed
 	$(BIN)/python -m cluster.demo.train

@@ -73,6 +73,11 @@ class Plan:
         """What is run through the service; guided comes first."""
         return ("guided", "guided_plain", "target", "target_drafted") if self.speculate else ("guided_plain", "target")
 
+    @property
+    def set_agreement(self) -> float | None:
+        """The agreement of dummy weights; None for the trio, which has its own."""
+        return self.agreement if self.shape.target is not None else None
+
     def config(self, folder: Path) -> ServiceConfig:
         """The service's configuration; its vocabulary is written into `folder`."""
         most = max(self.sessions)
@@ -89,7 +94,7 @@ class Rounds:
 
     sessions: int
     tasks: list[Task]
-    agreement: float
+    agreement: float | None  # as it was set; the trio's cannot be
     rates: dict[str, list[float]] = field(default_factory=dict)
     phases: dict[Mode, list[Phases]] = field(default_factory=dict)
     drafted: int = 0  # while guided
@@ -189,7 +194,7 @@ async def measure(plan: Plan, done: Callable[[], None]) -> list[Rounds]:
     with tempfile.TemporaryDirectory() as folder:
         config = plan.config(Path(folder))
         results = [
-            Rounds(count, tasks(plan.shape, config, count, plan.context, plan.tokens), plan.agreement)
+            Rounds(count, tasks(plan.shape, config, count, plan.context, plan.tokens), plan.set_agreement)
             for count in plan.sessions
         ]
         parts = [("service", "baselines")] if plan.shape.together else [("baselines",), ("service",)]
