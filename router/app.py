@@ -39,7 +39,9 @@ class ServeBackend:
     """The API's backend: coordinators and the directory behind Serve's handles."""
 
     def __init__(self, coordinator: DeploymentHandle, directory: DeploymentHandle) -> None:
-        self._coordinator = coordinator.options(stream=True)
+        # Over gRPC whatever process bound the handle: Serve's setting for it counts only where Serve was imported
+        # under it, and a streamed event costs 0.5 ms by reference, 0.1 ms so.
+        self._coordinator = coordinator.options(stream=True, _by_reference=False)
         self._directory = directory
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
