@@ -20,9 +20,10 @@ from actors.decoding.vocabulary import VocabularyMap
 from actors.languages import Languages
 from actors.links import Replica
 from actors.live import Live
-from actors.replies import read_rows
+from actors.readrows import read_rows
 from actors.requests import Role
 from actors.window import Early, Row, Window
+from actors.wire.columns import drafted_items
 from actors.wire.messages import WHOLE, Drafted, Message, Refusal, Refused, Rows, Values
 
 GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base only answers for what the others put forward
@@ -206,10 +207,8 @@ class Exchange:
         self._touched[row] = None
 
     def _take_drafts(self, message: Drafted) -> None:
-        begin = 0
-        for ticket, count in message.items.tolist():
-            asked, tokens = self._asked.get(ticket), message.tokens[begin : begin + count].tolist()
-            begin += count
+        for ticket, tokens in drafted_items(message):
+            asked = self._asked.get(ticket)
             if asked is not None and not asked.window.rows:
                 window = asked.window
                 guesses = self._common(window, tokens)

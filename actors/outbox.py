@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.wire.ids import split_ids
-from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, I32, LOOKUP_ITEM, WIDEN_ITEM, Extend, Lookup, Message, Widen
+from actors.wire.columns import pack_lookups
+from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, I32, WIDEN_ITEM, Extend, Message, Widen
 
 
 @dataclass(slots=True)
@@ -35,8 +35,7 @@ class Outbox:
             released = np.array(self.released, "<u8")
             messages.append(Extend(items, np.array(self.tokens, I32), _joined(self.know), released, drafting))
         if self.lookups:
-            items = np.array(self.lookups, LOOKUP_ITEM)
-            messages.append(Lookup(items, *split_ids(_joined(self.ids), items["ids"], width)))
+            messages.append(pack_lookups(self.lookups, _joined(self.ids), width))
         if self.widens:
             messages.append(Widen(np.array(self.widens, WIDEN_ITEM)))
         columns = (

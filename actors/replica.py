@@ -214,11 +214,11 @@ class ModelReplica:
             log.error("a forward over %d sessions failed", len(parts), exc_info=outcome)
             self._stats.failures += 1
             outcome = [Failed()] * len(parts)
-        if parts:
-            self._count([p for p, r in zip(parts, outcome, strict=True) if isinstance(r, Answer | Drawn | Held)], took)
+        done = [p for p, r in zip(parts, outcome, strict=True) if isinstance(r, Answer | Drawn | Held)]
+        packed = self._count(done, took) if parts else 0
         concluded = [self._conclude(part, result) for part, result in zip(parts, outcome, strict=True)]
         self._rows.settle(each for each in concluded if each is not None)
-        self._answer()
+        self._answer(packed, took)
         self._turn()
 
     def _choose(self) -> list[Part]:
@@ -229,12 +229,15 @@ class ModelReplica:
             owned.running = pending if pending in chosen else None
         return parts
 
-    def _count(self, parts: Sequence[Part], took: float) -> None:
+    def _count(self, parts: Sequence[Part], took: float) -> int:
+        """The tokens that went through a forward."""
+        packed = sum(part.tokens for part in parts)
         self._window.forward_took(took)
         self._stats.forwards += 1
         self._stats.items += len(parts)
-        self._stats.tokens += sum(part.tokens for part in parts)
+        self._stats.tokens += packed
         self._stats.forward_s += took
+        return packed
 
     def _conclude(self, part: Part, result: Result) -> tuple[Owned, Refusal] | None:
         """Answer a part whose forward is over, unless its session was released or taken over meanwhile.
@@ -275,10 +278,10 @@ class ModelReplica:
         """After how long it may be worth trying again: a few forwards."""
         return round(min(max(4_000 * self._window.forward_s, 5), 1_000))
 
-    def _answer(self) -> None:
-        """Send what was answered."""
+    def _answer(self, packed: int, took: float) -> None:
+        """Send what a forward over `packed` tokens answered."""
         now = time.monotonic()
-        for recipient in self._replies.flush():
+        for recipient in self._replies.flush(packed, round(took * 1e6)):
             self._window.answered(recipient, now)
 
     # -- what coordinators ask

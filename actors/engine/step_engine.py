@@ -28,6 +28,7 @@ from actors.engine.packed import pack_linears
 from actors.engine.registry import choose_backend
 from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, values_at
 from actors.engine.sessions import SessionTable, seniority
+from actors.engine.tiles import TILE, tile_linears
 from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ __all__ = [
     "StepEngine",
     "StepFailed",
 ]
-
-_EXACT_TILE = 8  # matrix products of a multiple of 8 rows give each row the same bits, whatever the multiple
 
 
 class StepEngine:
@@ -84,8 +83,7 @@ class StepEngine:
         self.hash_seed = model_digest(model) if digest is None else digest
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
         widen_head(model)
-        if not exact:
-            pack_linears(model)
+        (tile_linears if exact else pack_linears)(model)
         self._model = model.eval()
         self._pool = KVPool(cache_tokens)
         self._table = SessionTable(self._pool, self.hash_seed)
@@ -315,7 +313,7 @@ class StepEngine:
         return gather_rows(places) if places else torch.zeros(0, self.width)
 
     def _padded(self, count: int) -> int:
-        return -(-count // _EXACT_TILE) * _EXACT_TILE if self.exact else count
+        return -(-count // TILE) * TILE if self.exact else count
 
 
 def _require_kept_logits(model: PreTrainedModel) -> None:

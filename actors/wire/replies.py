@@ -88,8 +88,11 @@ class Replies:
     def refuse(self, peer: Recipient, ticket: int, code: Refusal, detail: int = 0) -> None:
         self._of(peer).refused.append((ticket, code, detail))
 
-    def flush(self) -> list[Recipient]:
-        """Send everything; who got rows or a refusal, and may ask for the next."""
+    def flush(self, packed: int = 0, micros: int = 0) -> list[Recipient]:
+        """Send everything; who got rows or a refusal, and may ask for the next.
+
+        packed, micros: tokens in the forward that rows come from, and how long it took.
+        """
         mail, self._mail = self._mail, {}
         for peer, box in mail.items():
             messages: list[Message] = [_pack_drafted(box.drafted)] if box.drafted else []
@@ -97,7 +100,7 @@ class Replies:
                 if messages and isinstance(messages[-1], Rows):
                     peer.send(*messages)
                     messages = []
-                messages.append(pack_rows(answers, self._width))
+                messages.append(pack_rows(answers, self._width, packed, micros))
             if box.values:
                 messages.append(_pack_values(box.values))
             if box.refused:
@@ -155,7 +158,7 @@ class _Run:
         return True
 
 
-def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int) -> Rows:
+def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed: int = 0, micros: int = 0) -> Rows:
     """One message from (ticket, answers) pairs."""
     table = []
     runs: list[_Run] = []
@@ -165,14 +168,16 @@ def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int) -> Rows
                 runs.append(_Run(answer))
                 runs[-1].takes(answer)
         table.append((ticket, sum(answer.rows for answer in answers), answers[0].reduced.k, answers[0].know))
-    packed = np.array(table, ROWS_ITEM)
+    columns = np.array(table, ROWS_ITEM)
     ids = _flat([run.reduced.ids[run.first : run.last] for run in runs])
     return Rows(
-        packed,
+        columns,
         _flat([run.reduced.logsumexp[run.first : run.last] for run in runs]),
-        *split_ids(ids, np.repeat(np.maximum(packed["k"], 0), packed["rows"]), width),
+        *split_ids(ids, np.repeat(np.maximum(columns["k"], 0), columns["rows"]), width),
         _flat([run.reduced.logits[run.first : run.last] for run in runs]),
         _flat([run.reduced.known[run.known : run.known_end] for run in runs]),
+        packed,
+        micros,
     )
 
 

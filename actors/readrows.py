@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from actors.asked import Asked
@@ -13,7 +12,7 @@ from actors.decoding.candidates import Slice
 from actors.decoding.vocabulary import VocabularyMap
 from actors.live import Live
 from actors.requests import Role
-from actors.wire.ids import join_ids
+from actors.wire.columns import rows_ids
 from actors.wire.messages import WHOLE, Rows
 
 MapOf = Callable[[Live, Role], VocabularyMap]
@@ -26,8 +25,7 @@ def read_rows(
 
     width: logits in a whole row of this model.
     """
-    widths = np.maximum(message.items["k"], 0)
-    ids = join_ids(message.ids, message.pages, np.repeat(widths, message.items["rows"]), width)
+    ids = rows_ids(message, width)
     sums, ours, reader = message.logsumexp.tolist(), dict[int, NDArray[Any]](), _Reader(message)
     for one, (_, rows, k, know) in zip(asked, message.items.tolist(), strict=True):
         at = reader.next(rows, max(k, 0), width if k == WHOLE else k, know)
