@@ -145,7 +145,7 @@ def _questions(window: Window) -> list[tuple[Row, Question]]:
     request, plain = session.request, session.plain
     found: list[tuple[Row, Question]] = []
     for ahead, row in enumerate(window.rows[window.next :]):
-        alpha = session.alpha(ahead)
+        alpha = window.live.alpha(ahead)
         if not row.complete or bool(alpha) != window.guided or (ahead and not plain):
             break
         adjust = None if plain else session.adjust

@@ -86,14 +86,11 @@ class Exchange:
 
     def widen(self, row: Row, k: int) -> None:
         """Ask for wider slices of a row (WHOLE: for the whole row of every role)."""
-        window, live = row.window, row.window.live
         row.k = k
         row.restart()
-        for role in window.roles:
-            if role != "guider_base" or role == live.primary or k == WHOLE:
-                position, prefix = row.name(role)
-                ticket = self._ticketed(Asked("widen", window, role, row=row, before=row.slices.pop(role)))
-                live.replicas[role].outbox.widens.append((ticket, live.key, prefix, live.epoch, position, k))
+        for role in row.window.roles:
+            if self._too_narrow(row, role):
+                self._widen(row, role, row.slices.pop(role))
 
     def drop(self, live: Live) -> None:
         """The session's window is over, or is started anew: forget what was asked for it."""
@@ -103,6 +100,18 @@ class Exchange:
             for row in live.window.rows:
                 self._touched.pop(row, None)
             live.window = None
+
+    def _too_narrow(self, row: Row, role: Role) -> bool:
+        """Whether the slice that an extend gives of a row is not what the row is decided by."""
+        if row.k == self._width(row.window, row.window.live.primary):
+            return False
+        return row.k == WHOLE or not (role == "guider_base" and row.window.guided)
+
+    def _widen(self, row: Row, role: Role, before: Slice) -> None:
+        live = row.window.live
+        position, prefix = row.name(role)
+        ticket = self._ticketed(Asked("widen", row.window, role, row=row, before=before))
+        live.replicas[role].outbox.widens.append((ticket, live.key, prefix, live.epoch, position, row.k))
 
     def _ask_drafts(self, window: Window) -> None:
         """Let the guider append the session's newest tokens and go on by itself."""
@@ -197,7 +206,9 @@ class Exchange:
                 self._check(window, [])  # it drafted nothing
             if role in window.known:
                 for row, part in zip(window.rows, slices):  # noqa: B905  # drafts may have been cut
-                    if row.index >= window.next:
+                    if row.index >= window.next and self._too_narrow(row, role):
+                        self._widen(row, role, part)  # it had been widened when the role began anew
+                    elif row.index >= window.next:
                         self._arrive(row, role, part)
 
     def _arrive(self, row: Row, role: Role, part: Slice) -> None:

@@ -37,6 +37,10 @@ class Live:
         """The role whose vocabulary the answer is in."""
         return self.session.request.primary
 
+    def alpha(self, ahead: int = 0) -> float:
+        """Alpha for the next token, or `ahead` tokens later as far as it can be told now."""
+        return 0.0 if self.past_context else self.session.alpha(ahead)
+
     @property
     def over(self) -> bool:
         """Whether the answer is finished."""

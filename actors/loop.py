@@ -156,7 +156,7 @@ class DecodeLoop:
     def _next_window(self, live: Live) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
         session = live.session
-        guided = not live.past_context and bool(session.alpha())
+        guided = bool(live.alpha())
         roles = self._roles(live, guided)
         if not all([self._bind(live, role) for role in roles]):
             live.stranded_since = live.stranded_since or time.monotonic()
@@ -174,7 +174,7 @@ class DecodeLoop:
         live.row_since = time.monotonic()
         plan = self.planner.plan(live, guided, min(self._room(live, role) for role in roles), len(self._lives))
         self._exchange.begin(live, guided, plan.guesses, plan.drafts)
-        if not guided and session.generated and session.alpha(LEAD_TOKENS):
+        if not guided and session.generated and live.alpha(LEAD_TOKENS):
             self._read_ahead(live)
 
     def _roles(self, live: Live, guided: bool) -> tuple[Role, ...]:
@@ -186,7 +186,7 @@ class DecodeLoop:
     def _read_ahead(self, live: Live) -> None:
         """Guidance starts soon: let the small models read in the background, where somebody plays them."""
         for role in GUIDED[1:]:
-            if not live.past_context and self._bind(live, role) and self._room(live, role) >= 0:
+            if self._bind(live, role) and self._room(live, role) >= 0:
                 self._exchange.read(live, role)
 
     def _room(self, live: Live, role: Role) -> int:
@@ -211,7 +211,7 @@ class DecodeLoop:
         """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
         live = window.live
         for one in judged:
-            if one.alpha != live.session.alpha():
+            if one.alpha != live.alpha():
                 return True  # the thinking has just ended: decided anew
             row = window.rows[window.next]
             verdict = self._decider.verdict(row, one)

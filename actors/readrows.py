@@ -26,16 +26,17 @@ def read_rows(
     width: logits in a whole row of this model.
     """
     ids = rows_ids(message, width)
-    sums, ours, reader = message.logsumexp.tolist(), dict[int, NDArray[Any]](), _Reader(message)
+    sums, ours, reader = message.logsumexp.tolist(), dict[tuple[int, bool], NDArray[Any]](), _Reader(message)
     for one, (_, rows, k, know) in zip(asked, message.items.tolist(), strict=True):
         at = reader.next(rows, max(k, 0), width if k == WHOLE else k, know)
         if one is None:
             yield None, []
             continue
         mapping = map_of(one.window.live, one.role)
-        if id(mapping) not in ours:
-            ours[id(mapping)] = mapping.to_primary[:width] if k == WHOLE else mapping.to_primary[ids]
-        theirs = ours[id(mapping)]
+        key = (id(mapping), k == WHOLE)
+        if key not in ours:
+            ours[key] = mapping.to_primary[:width] if k == WHOLE else mapping.to_primary[ids]
+        theirs = ours[key]
         values = message.known[at.known].reshape(rows, know)
         folded = one.known.fold(values) if one.known is not None else values
         slices = []

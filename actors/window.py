@@ -100,7 +100,7 @@ class Window:
     def goes_on(self) -> bool:
         """Whether the session's tokens are those that the next row was computed after, and it is guided as before."""
         session = self.live.session
-        if self.next >= len(self.rows) or bool(session.alpha()) != self.guided:
+        if self.next >= len(self.rows) or bool(self.live.alpha()) != self.guided:
             return False
         for role in self.known:
             stream, length = session.streams[role], self.first[role] + self.next + 1

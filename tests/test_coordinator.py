@@ -15,6 +15,7 @@ from actors.coordinator import Coordinator
 from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.forward import Engine
+from actors.loop import LEAD_TOKENS
 from actors.requests import ROLES, Delta, Event, Finished, Generate, Rejected, Role
 from benchmarks.local import WEIGHTS, decode, local_service, trio_config
 from tests.trio import (
@@ -147,15 +148,20 @@ async def test_alpha_zero_asks_nothing_of_the_small_models(trio: Trio) -> None:
         assert trio.extended() == {"target": len(answer.tokens), "guider": 0, "guider_base": 0}
 
 
-async def test_the_small_models_are_asked_when_guidance_starts(trio: Trio) -> None:
-    async with local_service(trio_config(), trio.engines) as service:
-        one = request(service.tokenizers, TEXT, guidance=Guidance(1.0, warmup_tokens=6), sampling=LONG)
-        one = replace(one, sampling=replace(LONG, max_tokens=10))
+async def test_the_small_models_read_ahead_shortly_before_guidance_starts(trio: Trio) -> None:
+    async with local_service(trio_config(speculation={"drafts": 0}), trio.engines) as service:
+        warmup = LEAD_TOKENS + 6
+        one = request(service.tokenizers, TEXT, guidance=Guidance(1.0, warmup_tokens=warmup), sampling=LONG)
+        one = replace(one, sampling=replace(LONG, max_tokens=warmup + 4))
         answer = await decode(service.coordinators[0], one)
-        assert len(answer.tokens) == 10
+        assert len(answer.tokens) == warmup + 4
         for role in ("guider", "guider_base"):
-            first, *others = trio.watched[role].extends
-            assert (first.position, first.end) == (0, len(one.prompts["target"]) + 6)
+            extends = trio.watched[role].extends
+            first, *others = [extend for extend in extends if extend.rows]
+            before = [extend for extend in extends if not extend.rows]
+            assert (before[0].position, before[0].end) == (0, len(one.prompts["target"]) + 6)
+            assert sum(len(extend.tokens) for extend in extends) == len(one.prompts["target"]) + warmup + 3
+            assert len(first.tokens) == 1 or first.position >= before[0].end
             assert [len(extend.tokens) for extend in others] == [1, 1, 1]
         assert finished(answer).usage.guided_tokens == 4
 
