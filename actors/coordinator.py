@@ -30,6 +30,7 @@ class CoordinatorLoad:
     counts: Counts
     drafted: int = 0  # drafts that were checked
     accepted: int = 0
+    turns_s: float = 0.0  # that its turns took
 
 
 class Coordinator:
@@ -66,7 +67,7 @@ class Coordinator:
         """What is being decoded, and counts since the start."""
         loop = self._loop
         drafted, accepted = loop.planner.drafted, loop.planner.accepted
-        return CoordinatorLoad(loop.sessions, loop.waiting, replace(loop.counts), drafted, accepted)
+        return CoordinatorLoad(loop.sessions, loop.waiting, replace(loop.counts), drafted, accepted, loop.turns_s)
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         """Decode one sequence: deltas and at last Finished, or only Rejected. Closing the iterator cancels it."""

@@ -58,6 +58,7 @@ class DecodeLoop:
         self._stranded: list[Live] = []
         self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
+        self.turns_s = 0.0  # that turns took so far
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -124,6 +125,7 @@ class DecodeLoop:
         self._awake = False
         if self._stopped:
             return
+        began = time.perf_counter()
         try:
             self._turn()
         except Exception:  # a fault of this program: end what was in the turn, keep the others
@@ -132,6 +134,7 @@ class DecodeLoop:
                 if live.window.ready() if live.window is not None else live not in self._stranded:
                     self.finish(live, "error", "internal error while decoding")
             self._links.flush()
+        self.turns_s += time.perf_counter() - began
 
     def _turn(self) -> None:
         self._admit()

@@ -84,7 +84,7 @@ class Tally:
         return cls([], [], [], [])
 
     def add(self, decided: Decisions, whole: Floats, temperature: float, widened: bool, size: int) -> None:
-        ids = decided.dense.ids[0]
+        ids = decided.ids[0]
         self.agree.append(bool(ids[np.argmax(decided.logits[0])] == np.argmax(whole)))
         self.distance.append(distance(ids, decided.logits[0], whole, temperature) if temperature else 0.0)
         self.widened.append(widened)

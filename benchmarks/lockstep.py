@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.config import ServiceConfig
-from actors.deciding import Chosen, Decider, Wider
+from actors.deciding import Chosen, Decider, Judged, Wider
 from actors.decoding.arithmetic import Floats
-from actors.decoding.decision import Decisions, decide
+from actors.decoding.decision import Decisions
 from actors.decoding.session import Session
 from actors.directory import Endpoint
 from actors.exchange import Exchange
@@ -24,9 +24,11 @@ from actors.links import Replica
 from actors.live import Live
 from actors.ownership import Ledger
 from actors.pending import Part, Pending
+from actors.planning import Planner
 from actors.requests import Generate, Role
 from actors.rows import RowDesk
 from actors.tokenizer import RoleTokenizer
+from actors.window import Window
 from actors.wire.columns import extend_items
 from actors.wire.framing import HEADER, MAC_BYTES
 from actors.wire.link import Limits
@@ -112,6 +114,7 @@ class Lockstep:
         self._languages = Languages(tokenizers)
         self._exchange = Exchange(config.exchange, self._languages)
         self._decider = Decider(config.exchange)
+        self._planner = Planner(config.speculation)
         self._stand_ins = {role: StandIn(engine) for role, engine in engines.items()}
         self._replicas = {role: _Neighbour(role, engine) for role, engine in engines.items()}
         self._sessions = 0
@@ -122,29 +125,39 @@ class Lockstep:
         language = self._languages.language(request.primary, roles, request.thinking)
         self._sessions += 1
         seeds = {role: self._engines[role].hash_seed for role in roles}
-        live = Live(Session(request, language, seeds), self._sessions, self._sessions)
+        session = Session(request, language, seeds)
+        live = Live(session, self._sessions, self._sessions, self._planner.acceptance())
         live.replicas.update((role, self._replicas[role]) for role in roles)
         return live
 
     def step(self, live: Live) -> Step:
         """Decode one token of a session."""
         before = self._bytes()
-        self._exchange.begin(live, live.session.alpha())
+        self._exchange.begin(live, guided=True)
         self._settle()
-        narrow = final = decide([live.row()], guided=True)
+        assert live.window is not None
+        (row,) = live.window.rows
+        narrow = final = self._judge(live.window)
         narrow_bytes = self._bytes() - before
-        (verdict,) = self._decider.decide([live])
+        verdict = self._decider.verdict(row, final)
         while isinstance(verdict, Wider):
-            self._exchange.widen(live, verdict.k)
+            self._exchange.widen(row, verdict.k)
             self._settle()
-            final = decide([live.row()], guided=True)
-            (verdict,) = self._decider.decide([live])
+            final = self._judge(live.window)
+            verdict = self._decider.verdict(row, final)
         assert isinstance(verdict, Chosen), verdict
-        return Step(narrow, final, verdict, final is not narrow, narrow_bytes, self._bytes() - before)
+        sizes = narrow_bytes, self._bytes() - before
+        return Step(narrow.decisions, final.decisions, verdict, final is not narrow, *sizes)
+
+    def _judge(self, window: Window) -> Judged:
+        ((judged,),) = self._decider.judge([window])
+        return judged
 
     def commit(self, live: Live, step: Step) -> None:
         """Take a step's token."""
-        live.session.commit(step.chosen.token, live.alpha, step.chosen.changed)
+        assert live.window is not None
+        live.session.commit(step.chosen.token, live.alpha(), step.chosen.changed)
+        live.window.settle()
         self._exchange.drop(live)
 
     def close(self, live: Live) -> None:
@@ -158,7 +171,7 @@ class Lockstep:
         rows = {role: self._read(live, role) for role in self._engines}
         with np.errstate(invalid="ignore"):
             delta = rows["guider"] - rows["guider_base"]
-        combined = rows[primary] + live.alpha * delta
+        combined = rows[primary] + live.alpha() * delta
         assert not np.isnan(delta[~np.isnan(rows[primary])]).any(), "the roles' vocabularies are the same here"
         return np.where(np.isnan(combined), -np.inf, combined)
 
@@ -177,9 +190,11 @@ class Lockstep:
         while True:
             silent = True
             for role in _ORDER:
-                messages = self._replicas[role].outbox.take()
+                replica = self._replicas[role]
+                messages = replica.outbox.take(replica.welcome.width)
                 silent = silent and not messages
-                faults = self._exchange.absorb(self._stand_ins[role].answer(messages))
+                answers = self._stand_ins[role].answer(messages)
+                faults = self._exchange.absorb((replica, answer) for answer in answers)
                 assert not faults, faults
                 self._exchange.advance()
             if silent:

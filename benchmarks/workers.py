@@ -62,35 +62,22 @@ class Served:
     phases: Phases
 
 
-class TimedCoordinator(Coordinator):
-    """Adds up the seconds of its turns."""
-
-    turns_s = 0.0
-
-    def _turn(self) -> None:
-        began = time.perf_counter()
-        try:
-            super()._turn()
-        finally:
-            self.turns_s += time.perf_counter() - began
-
-
 @dataclass(frozen=True, slots=True)
 class Service:
     """A coordinator that is connected to its models."""
 
-    coordinator: TimedCoordinator
+    coordinator: Coordinator
     models: dict[Role, Worker]
 
     async def run(self, mode: Mode, tasks: Sequence[Task], temperature: float) -> Served:
         """Decode all tasks at once. Raises Unfinished."""
-        before, turns_s = await self._stats(), self.coordinator.turns_s
+        before, turns_s = await self._stats(), self.coordinator.load().turns_s
         began = time.perf_counter()
         requests = [request(mode, task, number, temperature) for number, task in enumerate(tasks)]
         answers = await asyncio.gather(*(decode(self.coordinator, each) for each in requests))
         seconds = time.perf_counter() - began
         usages = [_usage(answer.end) for answer in answers]
-        phases = _phases(before, await self._stats(), self.coordinator.turns_s - turns_s, seconds)
+        phases = _phases(before, await self._stats(), self.coordinator.load().turns_s - turns_s, seconds)
         return Served(
             Decoded([answer.tokens for answer in answers], seconds),
             sum(usage.drafted_tokens for usage in usages),
@@ -114,7 +101,7 @@ async def service(
     async def locate() -> Sequence[Endpoint]:
         return endpoints
 
-    coordinator = TimedCoordinator(config, load_tokenizers(config), secret, locate)
+    coordinator = Coordinator(config, load_tokenizers(config), secret, locate)
     await coordinator.start()
     try:
         await connected(coordinator)

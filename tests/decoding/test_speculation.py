@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -50,7 +51,7 @@ def test_drafts_after_the_first_rejected_one_say_nothing() -> None:
 def test_drafting_that_does_not_pay_is_tried_ever_more_rarely() -> None:
     acceptance = Acceptance(0.1)
     tries = [number for number in range(2_000) if not acceptance.rest()]
-    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(tries)]
     assert gaps == sorted(gaps)
     assert (tries[0], gaps[-1]) == (7, 128)
 
