@@ -63,9 +63,6 @@ class Exchange:
         stream.held = min(held, stream.held, len(stream) - 1)
         self._forget(live, role)
         window.answered.discard(role)
-        if role == window.drafter and not window.rows:
-            self._ask_drafts(window)
-            return
         for row in window.rows[window.next :]:
             row.slices.pop(role, None)
             row.restart()

@@ -177,8 +177,8 @@ class DecodeLoop:
         live.row_since = time.monotonic()
         plan = self.planner.plan(live, guided, min(self._room(live, role) for role in roles), len(self._lives))
         self._exchange.begin(live, guided, plan.guesses, plan.drafts)
-        if not guided and session.generated and live.alpha(LEAD_TOKENS):
-            self._read_ahead(live)
+        if not guided and session.generated:
+            self._read_ahead(live, GUIDED[1:] if live.alpha(LEAD_TOKENS) else roles[1:])
 
     def _roles(self, live: Live, guided: bool) -> tuple[Role, ...]:
         """The roles that take part in the next window."""
@@ -186,11 +186,12 @@ class DecodeLoop:
             return GUIDED
         return (live.primary, "guider") if self.planner.drafter(live, guided) == "guider" else (live.primary,)
 
-    def _read_ahead(self, live: Live) -> None:
-        """Guidance starts soon: let the small models read in the background, where somebody plays them."""
-        for role in GUIDED[1:]:
-            if self._bind(live, role) and self._room(live, role) >= 0:
-                self._exchange.read(live, role)
+    def _read_ahead(self, live: Live, roles: Sequence[Role]) -> None:
+        """Guidance or drafting starts soon: small models read in the background, where somebody plays them."""
+        for role in roles:
+            if (live.window is None or role != live.window.drafter) and self._bind(live, role):
+                if self._room(live, role) >= 0:
+                    self._exchange.read(live, role)
 
     def _room(self, live: Live, role: Role) -> int:
         """Tokens that a role can read after the session's newest."""
@@ -276,9 +277,16 @@ class DecodeLoop:
     def _again(self, window: Window, role: Role, held: int) -> None:
         """Ask a role for its part of the window anew, unless the session has gone on in the meantime."""
         live = window.live
-        if live.window is window and role in live.replicas:
+        if live.window is not window or role not in live.replicas:
+            return
+        if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
+            stream = live.session.streams[role]
+            stream.held = min(held, stream.held)
+            self._exchange.drop(live)
+            self._exchange.begin(live, window.guided)
+        else:
             self._exchange.again(live, role, held)
-            self._wake()
+        self._wake()
 
     def _lose(self, replica: Replica) -> None:
         """A connection is gone: its sessions start their row anew, with another replica or the restarted one."""

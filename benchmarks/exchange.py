@@ -186,8 +186,9 @@ async def measure(folder: Path, width: int, rounds: int, done: Callable[[], None
 
 
 def null_config(folder: Path, width: int) -> ServiceConfig:
-    """Nothing is widened and nothing audited: every step is the same exchange."""
-    return wide_config(folder, width, exchange={"widen_above": 1, "audit_every": 0})
+    """Nothing is drafted, widened or audited: every step is the same exchange."""
+    exchange = {"widen_above": 1, "audit_every": 0}
+    return wide_config(folder, width, exchange=exchange, speculation={"drafts": 0})
 
 
 async def connected(coordinator: Coordinator) -> None:

@@ -39,7 +39,7 @@ class Recipe:
     source: ModelSource
     cache_tokens: int
     backend: str | None = None
-    max_held_rows: int = 1024
+    max_held_rows: int = 8192
 
     @property
     def ranks(self) -> int:

@@ -70,7 +70,7 @@ class StepEngine:
         *,
         exact: bool = False,
         backend: str | None = None,
-        max_held_rows: int = 1024,
+        max_held_rows: int = 8192,
         graphs: bool | None = None,
         digest: int | None = None,
     ) -> None:
