@@ -67,19 +67,19 @@ class Decider:
 
     def judge(self, windows: Sequence[Window]) -> list[list[Judged]]:
         """Per window its next rows, decided: all that are complete if nothing about them depends on earlier tokens."""
-        groups: dict[tuple[Block, bool], list[tuple[int, Row, Question]]] = {}
-        judged: list[list[Judged]] = [[] for _ in windows]
-        for number, window in enumerate(windows):
-            for row, question in _questions(window):
+        asked = [_questions(window) for window in windows]
+        groups: dict[Block, list[tuple[Row, Question]]] = {}
+        for each in asked:
+            for row, question in each:
                 assert row.block is not None
-                groups.setdefault((row.block, window.guided), []).append((number, row, question))
-        for (block, guided), asked in groups.items():
-            primary = windows[asked[0][0]].live.primary
-            questions = [question for _, _, question in asked]
-            decisions = decide(block, [row.at for _, row, _ in asked], questions, primary, guided)
-            for index, (number, _, question) in enumerate(asked):
-                judged[number].append(Judged(decisions, index, question.alpha))
-        return judged
+                groups.setdefault(row.block, []).append((row, question))
+        judged: dict[Row, Judged] = {}
+        for block, members in groups.items():
+            window, questions = members[0][0].window, [question for _, question in members]
+            decisions = decide(block, [row.at for row, _ in members], questions, window.live.primary, window.guided)
+            for index, (row, question) in enumerate(members):
+                judged[row] = Judged(decisions, index, question.alpha)
+        return [[judged[row] for row, _ in each] for each in asked]
 
     def verdict(self, row: Row, judged: Judged) -> Verdict:
         """What becomes of a row, now that those before it have become tokens."""
