@@ -3,8 +3,8 @@
     python -m benchmarks.decode [--shape laptop] [--sessions 1 32] [--agreement 0.8] [--no-speculation]
         [--launcher processes] [--context 32] [--tokens 48] [--threads N] [--rounds 5] [--sweep agreement] [--save]
 
-Three model processes and a coordinator in this one; baselines in a process of their own; every model computes with the
-same number of threads. A round runs every variant once, in an order that rotates, so that all of them see the same
+Three model processes and a coordinator in this one; baselines in a process of their own; the target and
+the baselines compute with the same number of threads, the service's small models with half of it. A round runs every variant once, in an order that rotates, so that all of them see the same
 machine. A rate is a median over the rounds in tokens per second from request to last token, prompts included; a ratio
 is the median of the rounds' ratios. Shapes other than the trio have dummy weights that agree as often as
 `--agreement` says; the trio agrees as it does. The last line is a JSON object, or a list of them for several
@@ -257,7 +257,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--launcher", choices=["processes", "ray"], default="processes")
     parser.add_argument("--context", type=int, default=32, help="mean tokens of a prompt (32)")
     parser.add_argument("--tokens", type=int, default=48, help="mean tokens of an answer (48)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every model (all cores)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count(),
+        help="of the target and of every baseline (all cores); small models get half",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of every number of sessions (5)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of every choice (0)")
     parser.add_argument("--no-baselines", action="store_true", help="only what runs through the service")

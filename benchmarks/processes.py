@@ -1,6 +1,6 @@
 """Objects in processes of their own, plain ones or Ray actors, and what serves a model in one.
 
-Every process gets the same number of threads, and threads that wait sleep instead of spinning: three models and a
+Small models get half of the target's threads, and threads that wait sleep instead of spinning: three models and a
 coordinator that share few cores would otherwise keep each other from computing.
 """
 
@@ -49,7 +49,7 @@ class ModelWorker:
     ) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads if role == "target" else max(1, threads // 2))
         self._role, self._incarnation = role, secrets.token_hex(8)
         model = config.models.role(role)
         if shape.target is None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.decoding.hashing import derive_seed, extend_hashes
+from actors.engine.errors import BadExtend
 from actors.engine.verbs import CacheStats, Extend, Held, KVMiss, Outcome
 from actors.requests import ROLES, Role
 from benchmarks.null_engine import PUBLISHED_WIDTH, NullSlices
@@ -165,7 +166,9 @@ class TailEngine:
         self._held: dict[int, TailRows] = {}
 
     def check_extend(self, extend: Extend) -> None:
-        """Every extend can be done."""
+        """Raise BadExtend for more rows than one."""
+        if extend.rows > 1:
+            raise BadExtend(extend.session, "a tail engine gives one row an extend: switch drafts off")
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
         """Take the tokens of every extend that goes on where the session stands; outcomes in their order."""
