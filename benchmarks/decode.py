@@ -3,8 +3,9 @@
     python -m benchmarks.decode [--shape laptop] [--sessions 1 32] [--agreement 0.8] [--no-speculation]
         [--launcher processes] [--context 32] [--tokens 48] [--threads N] [--rounds 5] [--sweep agreement] [--save]
 
-Three model processes and a coordinator in this one; baselines in a process of their own; the target and
-the baselines compute with the same number of threads, the service's small models with half of it. A round runs every variant once, in an order that rotates, so that all of them see the same
+Three model processes and a coordinator in this one; baselines in a process of their own. The target and the baselines
+compute with the same number of threads, the service's small models with half of it. A round runs every variant once, in
+an order that rotates, so that all of them see the same
 machine. A rate is a median over the rounds in tokens per second from request to last token, prompts included; a ratio
 is the median of the rounds' ratios. Shapes other than the trio have dummy weights that agree as often as
 `--agreement` says; the trio agrees as it does. The last line is a JSON object, or a list of them for several
