@@ -203,7 +203,7 @@ def _engines(tail: Tail, tokenizers: Mapping[Role, RoleTokenizer]) -> dict[Role,
 async def bytes_per_token(folder: Path, mode: str, sessions: int, tokens: int, width: int | None = None) -> float:
     """Both directions of all sockets, framing included, for each token of `sessions` sessions side by side."""
     exchange = {"mode": mode, "k": K, "widen_above": 1, "audit_every": 0}
-    config = wide_config(folder, *([width] if width else []), exchange=exchange)
+    config = wide_config(folder, *([width] if width else []), exchange=exchange, speculation={"drafts": 0})
     engines = _engines(Tail(STEEP), load_tokenizers(config))
     async with local_service(config, engines) as service:
         opened = _bytes(service.replicas.values())

@@ -9,6 +9,7 @@ from torch import nn
 from actors.engine.packed import PackedLinear, pack_linears
 from actors.engine.selfcheck import verify_engine
 from actors.engine.step_engine import StepEngine
+from actors.engine.tiles import TiledLinear
 from tests.engine.models import ARCHITECTURES, Driver, qwen2, tokens
 
 pytestmark = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch without oneDNN")
@@ -65,6 +66,6 @@ def test_the_engine_packs_unless_bits_are_promised(exact: bool) -> None:
     model.model.layers[0].mlp.gate_proj = nn.Linear(48, 1 << 15, bias=False)
     model.model.layers[0].mlp.down_proj = nn.Linear(1 << 15, 48, bias=False)
     StepEngine(model, 64, exact=exact)
-    kind = nn.Linear if exact else PackedLinear
-    assert type(model.model.layers[0].mlp.up_proj) is kind
-    assert type(model.model.layers[1].mlp.up_proj) is nn.Linear
+    large, small = (TiledLinear, TiledLinear) if exact else (PackedLinear, nn.Linear)
+    assert type(model.model.layers[0].mlp.up_proj) is large
+    assert type(model.model.layers[1].mlp.up_proj) is small
