@@ -23,7 +23,13 @@ class Failed:
     """The forward raised: the session's cache is dropped."""
 
 
-Result: TypeAlias = Answer | Drawn | Held | KVMiss | Full | Failed  # Held: a chunk is done and more is to come
+@dataclass(frozen=True, slots=True)
+class Unshared:
+    """What was to be forked is gone, or there is no room for it: nothing was computed, it must go on by itself."""
+
+
+# Held: a chunk is done and more is to come.
+Result: TypeAlias = Answer | Drawn | Held | KVMiss | Full | Unshared | Failed
 
 
 class ForwardThread:
@@ -79,16 +85,23 @@ class _Job:
 
 
 def run_forward(engine: Engine, parts: Sequence[Part], closing: Sequence[int]) -> list[Result]:
-    """Close sessions, run one forward, reduce its rows and draw drafts; results in the order of `parts`.
+    """Fork and close sessions, run one forward, reduce its rows and draw drafts; results in the order of `parts`.
 
     If the engine raises, the sessions of all parts are dropped.
     """
-    for session in closing:
+    anew = {part.pending.item.session for part in parts}.intersection(closing)
+    for session in anew:
         engine.close(session)
-    if not parts:
-        return []
     try:
-        results: list[Result] = list(engine.extend([part.extend() for part in parts]))
+        results: list[Result] = [Unshared()] * len(parts)
+        begun = [place for place, part in enumerate(parts) if not part.forked or _fork(engine, part)]
+        for session in closing:  # a session that goes could still be forked from
+            if session not in anew:
+                engine.close(session)
+        if not begun:
+            return results
+        for place, outcome in zip(begun, engine.extend([parts[place].extend() for place in begun]), strict=True):
+            results[place] = outcome
         done = [place for place, part in enumerate(parts) if part.is_last and isinstance(results[place], Held)]
         for place, answer in zip(done, answer_all(engine, [parts[place].pending for place in done]), strict=True):
             results[place] = answer
@@ -97,3 +110,8 @@ def run_forward(engine: Engine, parts: Sequence[Part], closing: Sequence[int]) -
             engine.close(part.pending.item.session)
         raise
     return results
+
+
+def _fork(engine: Engine, part: Part) -> bool:
+    item = part.pending.item
+    return engine.fork(item.session, item.tokens[: part.forked], part.forked_blocks, item.age)

@@ -22,11 +22,12 @@ from actors.drafting import Drafter, sampling_of, wrong_draft
 from actors.engine.errors import EngineError
 from actors.engine.verbs import Engine, Full, Held, KVMiss
 from actors.engine.verbs import Extend as EngineExtend
-from actors.forward import Failed, ForwardThread, Result
+from actors.forward import Failed, ForwardThread, Result, Unshared
 from actors.gathering import GatherWindow
 from actors.ownership import Ledger, Owned
 from actors.pending import Part, Pending, choose
 from actors.reducing import Drawn, width_of, within
+from actors.replica_stats import ReplicaLoad, ReplicaStats
 from actors.rows import RowDesk
 from actors.wire.columns import ExtendItem, extend_items
 from actors.wire.link import Limits, cancel
@@ -49,37 +50,6 @@ class ReplicaSettings:
     gather_cap_s: float = 0.01
     row_wait_s: float = 30.0  # a lookup waits so long for its row
     stuck_s: float = 120.0  # a forward that takes longer makes the replica unwell
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaLoad:
-    """How busy a replica is, for placement and autoscaling."""
-
-    sessions: int
-    waiting: int  # extends that wait or run
-    cache_total: int  # tokens
-    cache_used: int
-    forward_s: float  # a usual forward
-
-    @property
-    def cache_free(self) -> int:
-        """Tokens that still fit."""
-        return self.cache_total - self.cache_used
-
-
-@dataclass(slots=True)
-class ReplicaStats:
-    """Totals since the start."""
-
-    forwards: int = 0
-    items: int = 0  # parts of extends that went through a forward
-    tokens: int = 0
-    lookups: int = 0  # rows looked up or widened
-    lookups_waited: int = 0  # of these, rows that were still being made
-    failures: int = 0  # forwards that raised
-    forward_s: float = 0.0
-    bytes_received: int = 0
-    bytes_sent: int = 0
 
 
 class ReplicaUnwell(RuntimeError):
@@ -223,7 +193,8 @@ class ModelReplica:
 
     def _choose(self) -> list[Part]:
         heads = list(self._ledger.heads())
-        parts = choose([pending for _, pending in heads], self._settings.prefill_chunk)
+        # No forward runs, so the engine may be asked from this thread.
+        parts = choose([pending for _, pending in heads], self._settings.prefill_chunk, self._engine.shared)
         chosen = {part.pending for part in parts}
         for owned, pending in heads:
             owned.running = pending if pending in chosen else None
@@ -236,6 +207,7 @@ class ModelReplica:
         self._stats.forwards += 1
         self._stats.items += len(parts)
         self._stats.tokens += packed
+        self._stats.forked_tokens += sum(part.forked for part in parts)
         self._stats.forward_s += took
         return packed
 
@@ -252,9 +224,12 @@ class ModelReplica:
         peer, ticket, gone = pending.peer, pending.item.ticket, Refusal.ROW_GONE
         match result:
             case Held():
-                pending.advance(part.tokens)
+                pending.advance(part.taken)
                 return None
-            case Drawn() if self._drafter.goes_on(pending, part.tokens, result, alone=len(owned.queue) == 1):
+            case Unshared():
+                pending.blocks = ()
+                return None
+            case Drawn() if self._drafter.goes_on(pending, part.taken, result, alone=len(owned.queue) == 1):
                 return owned, gone
             case Drawn():
                 self._drafter.finish(pending)

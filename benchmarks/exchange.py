@@ -29,7 +29,8 @@ from rich.table import Table
 from actors.config import ServiceConfig
 from actors.coordinator import Coordinator
 from actors.directory import Endpoint
-from actors.replica import ModelReplica, ReplicaSettings, ReplicaStats
+from actors.replica import ModelReplica, ReplicaSettings
+from actors.replica_stats import ReplicaStats
 from actors.requests import ROLES, Finished, Role
 from actors.tokenizer import RoleTokenizer, TextStream
 from benchmarks.local import decode

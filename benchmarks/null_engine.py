@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actors.decoding.hashing import derive_seed, extend_hashes
 from actors.engine.errors import BadExtend
-from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
+from actors.engine.verbs import BLOCK, CacheStats, Extend, Full, Held, KVMiss, Outcome
 
 PUBLISHED_WIDTH = 152_064  # of the published target
 
@@ -124,6 +124,24 @@ class NullEngine:
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
         """Take the tokens of every extend that matches what is held; outcomes in their order."""
         return [self._extend_one(extend) for extend in batch]
+
+    def shared(self, blocks: Sequence[int]) -> int:
+        """How many of a sequence's first blocks some session holds."""
+        held = {block for hashes in self._hashes.values() for block in hashes[BLOCK::BLOCK]}
+        return next((count for count, block in enumerate(blocks) if block not in held), len(blocks))
+
+    def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
+        """Let a session hold `tokens`, whole blocks that some session holds; False if none does, or without room."""
+        end = len(tokens)
+        source = next((of for of in self._hashes.values() if len(of) > end and of[end] == blocks[-1]), None)
+        room = self._cache_tokens - self._used + len(self._hashes.get(session, [0])) - 1
+        if source is None or end > room:
+            return False
+        source = source[: end + 1]
+        self.close(session)
+        self._hashes[session] = source
+        self._used += end
+        return True
 
     def rows(self, session: int) -> NullRows | None:
         return self._rows.get(session)

@@ -22,7 +22,7 @@ import uvloop
 from actors.config import ServiceConfig
 from actors.directory import Endpoint
 from actors.model import load_role, serve_role
-from actors.replica import ReplicaStats
+from actors.replica_stats import ReplicaStats
 from actors.requests import Role
 from actors.tokenizer import RoleTokenizer
 from benchmarks.shapes import Shape

@@ -174,6 +174,14 @@ class TailEngine:
         """Take the tokens of every extend that goes on where the session stands; outcomes in their order."""
         return [self._extend_one(extend) for extend in batch]
 
+    def shared(self, blocks: Sequence[int]) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
+        """Nothing is forked."""
+        return False
+
     def rows(self, session: int) -> TailRows | None:
         return self._held.get(session)
 

@@ -16,7 +16,7 @@ from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.directory import Endpoint
 from actors.preflight import load_tokenizers
-from actors.replica import ReplicaStats
+from actors.replica_stats import ReplicaStats
 from actors.requests import ROLES, Finished, Generate, Role, Usage
 from benchmarks.baselines import Decoded, Task
 from benchmarks.exchange import Unfinished, connected

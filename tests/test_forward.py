@@ -40,10 +40,10 @@ def test_prompts_share_the_budget_by_age() -> None:
 
 
 def test_the_last_chunk_has_all_tokens_that_give_rows() -> None:
-    assert pending(40, rows=10).chunk(16) == 16
-    assert pending(40, rows=10, done=16).chunk(16) == 14
-    assert pending(40, rows=10, done=30).chunk(16) == 10
-    assert pending(40, rows=1, done=32).chunk(16) == 8
+    assert pending(40, rows=10).part(16).tokens == 16
+    assert pending(40, rows=10, done=16).part(16).tokens == 14
+    assert pending(40, rows=10, done=30).part(16).tokens == 10
+    assert pending(40, rows=1, done=32).part(16).tokens == 8
 
 
 def test_rows_beyond_the_budget_go_alone_and_wait_while_an_older_prompt_uses_it() -> None:

@@ -96,7 +96,7 @@ async def test_the_prefill_budget_goes_to_the_oldest_and_what_is_left_to_the_nex
         with s.engine.held():
             opener = c.ask(9, [1])
             await s.engine.entered()
-            young, old = c.ask(1, PROMPT[:20], age=5), c.ask(2, PROMPT[:20], age=3)
+            young, old = c.ask(1, PROMPT[:20], age=5), c.ask(2, PROMPT[20:], age=3)
             await c.heard()
         for reply in (opener, young, old):
             await rows_of(reply)
@@ -426,7 +426,7 @@ async def test_a_forward_that_hangs_makes_the_replica_unwell() -> None:
 async def test_a_loop_that_ends_sends_its_coordinators_away_and_is_unwell(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stage() as s:
         c = await s.coordinator()
-        monkeypatch.setattr("actors.replica.choose", lambda waiting, budget: 1 / 0)
+        monkeypatch.setattr("actors.replica.choose", lambda waiting, budget, shared: 1 / 0)
         c.ask(1, [1])
         assert await asyncio.wait_for(c.ended, 10) is not None
         with pytest.raises(ReplicaUnwell, match="ZeroDivisionError"):

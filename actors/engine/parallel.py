@@ -82,8 +82,8 @@ class ParallelEngine(StepEngine):
     def evict(self, session: int) -> None:
         self._all("evict", super().evict, session)
 
-    def fork(self, source: int, session: int, length: int) -> bool:
-        return self._all("fork", super().fork, source, session, length)
+    def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
+        return self._all("fork", super().fork, session, list(tokens), list(blocks), age)
 
     def plain_logits(self, tokens: Sequence[int]) -> Tensor:
         return self._all("plain_logits", super().plain_logits, list(tokens))

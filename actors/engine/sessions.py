@@ -6,12 +6,13 @@ Admission goes by age: an older session may evict younger ones, so the oldest al
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from actors.decoding.hashing import extend_hashes
 from actors.engine.kv_pool import KVPool
-from actors.engine.verbs import Extend, Full, KVMiss
+from actors.engine.verbs import BLOCK, Extend, Full, KVMiss
 
 
 @dataclass(slots=True)
@@ -20,6 +21,7 @@ class Session:
 
     age: int
     hashes: array[int]  # 64-bit running hash after 0, 1, 2 ... tokens
+    tokens: array[int]
 
     @property
     def length(self) -> int:
@@ -37,6 +39,7 @@ class SessionTable:
     def __init__(self, pool: KVPool, seed: int) -> None:
         self.pool, self.seed = pool, seed
         self.sessions: dict[int, Session] = {}
+        self._holders: dict[int, set[int]] = {}  # by the hash after each whole block: the sessions that hold it
 
     def admit(self, batch: Sequence[Extend]) -> dict[int, KVMiss | Full | None]:
         """Reserve room for every extend that can run now: per session None if it can, else why not.
@@ -57,25 +60,41 @@ class SessionTable:
 
     def commit(self, extend: Extend) -> None:
         """The forward wrote this extend's keys and values: lengths and hashes follow."""
-        session = self.sessions.setdefault(extend.session, Session(extend.age, array("Q", [self.seed])))
+        session = self.sessions.setdefault(extend.session, Session(extend.age, array("Q", [self.seed]), array("i")))
         session.age = extend.age
+        self._forget(extend.session, extend.position)
         del session.hashes[extend.position + 1 :]
+        del session.tokens[extend.position :]
         session.hashes.extend(extend_hashes(extend.prefix, extend.tokens))
+        session.tokens.extend(extend.tokens)
+        self._note(extend.session, extend.position)
         self.pool.commit(extend.session, extend.end)
 
     def evict(self, session: int) -> None:
         """Drop the cache of a session; its next extend answers `KVMiss(0)`."""
-        self.sessions.pop(session, None)
+        if session in self.sessions:
+            self._forget(session, 0)
+            del self.sessions[session]
         self.pool.drop(session)
 
-    def fork(self, source: int, session: int, length: int) -> bool:
-        """Begin `session` with the first `length` tokens of `source`; False without room or so many tokens."""
-        if session in self.sessions:
-            raise ValueError(f"session {session} exists: close it before forking to it")
-        if not 0 < length <= self.pool.length(source) or not self.pool.fork(source, session, length):
+    def shared(self, blocks: Sequence[int]) -> int:
+        """How many of the first blocks, named by the running hash after each, a session holds."""
+        return bisect_left(blocks, True, key=lambda block: block not in self._holders)  # who holds one holds all before
+
+    def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
+        """Begin `session` with `tokens`, whole blocks that a session holds; False without such a one or room."""
+        holders = self._holders.get(blocks[-1], set())
+        source = session if session in holders else next(iter(holders), None)
+        length = len(tokens)
+        if source is None or self.sessions[source].tokens[:length] != array("i", tokens):
             return False
-        origin = self.sessions[source]
-        self.sessions[session] = Session(origin.age, origin.hashes[: length + 1])
+        if source != session:
+            self.evict(session)
+            if not self.pool.fork(source, session, length):
+                return False
+            origin = self.sessions[source]
+            self.sessions[session] = Session(age, origin.hashes[: length + 1], origin.tokens[:length])
+            self._note(session, 0)
         return True
 
     def check(self) -> None:
@@ -85,6 +104,22 @@ class SessionTable:
         for key, session in self.sessions.items():
             assert session.length == self.pool.length(key), f"session {key}: {session.length} hashes"
             assert session.hashes[0] == self.seed
+            assert list(session.hashes[1:]) == extend_hashes(self.seed, session.tokens)
+        held = {(block, key) for key, session in self.sessions.items() for block in session.hashes[BLOCK::BLOCK]}
+        assert held == {(block, key) for block, keys in self._holders.items() for key in keys}
+        assert all(self._holders.values())
+
+    def _note(self, key: int, position: int) -> None:
+        """A session holds more tokens than the first `position`."""
+        for block in self.sessions[key].hashes[_block_after(position) :: BLOCK]:
+            self._holders.setdefault(block, set()).add(key)
+
+    def _forget(self, key: int, position: int) -> None:
+        """A session goes back to its first `position` tokens."""
+        for block in self.sessions[key].hashes[_block_after(position) :: BLOCK]:
+            self._holders[block].remove(key)
+            if not self._holders[block]:
+                del self._holders[block]
 
     def _match(self, extend: Extend) -> KVMiss | None:
         """A miss unless what is held before `position` is what the sender means."""
@@ -124,3 +159,8 @@ class SessionTable:
             if (session.age, key) > seniority(extend) and key not in answers
         ]
         return [key for _, _, key in sorted(younger, reverse=True)]
+
+
+def _block_after(position: int) -> int:
+    """Where the first whole block ends that is not within the first `position` tokens."""
+    return (position // BLOCK + 1) * BLOCK

@@ -184,13 +184,17 @@ class StepEngine:
         """Drop a session's cache, so that its next extend answers `KVMiss(0)`; its held rows stay readable."""
         self._table.evict(session)
 
-    def fork(self, source: int, session: int, length: int) -> bool:
-        """Begin `session` with the first `length` tokens of `source`: one copy per layer, no forward.
+    def shared(self, blocks: Sequence[int]) -> int:
+        """How many of a sequence's first blocks, named by the running hash after each, some session holds."""
+        return self._table.shared(blocks)
 
-        The caller has compared real tokens, a hash is not enough. False if `source` holds fewer tokens or there is no
-        room (nothing is evicted for a fork); ValueError if `session` exists.
+    def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
+        """Let `session` hold `tokens` that some session holds: one copy per layer, no forward.
+
+        tokens: whole blocks from the first token on, compared one by one; blocks: the running hash after each.
+        False if no session holds them or there is no room: nobody else is evicted for a fork.
         """
-        return self._table.fork(source, session, length)
+        return self._table.fork(session, tokens, blocks, age)
 
     def cache_stats(self) -> CacheStats:
         return CacheStats(self._pool.extents.total, self._pool.used, len(self._table.sessions))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+BLOCK = 16  # tokens: caches are shared in whole blocks from the first token on
+
 
 class Extend(NamedTuple):
     """Append `tokens` at `position` of a session and hold the logits of the last `rows` of them.
@@ -91,7 +93,7 @@ class SessionRows(Protocol):
 class Engine(Protocol):
     """A model that extends sessions: `actors.engine.step_engine.StepEngine`, or one that computes nothing.
 
-    `rows`, `values` and `check_extend` may be called from any thread, everything else from one.
+    `rows`, `values` and `check_extend` may be called from any thread, everything else from one at a time.
     """
 
     width: int  # logits in a row
@@ -101,6 +103,15 @@ class Engine(Protocol):
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]: ...
     def check_extend(self, extend: Extend) -> None:
         """Raise for an extend that can never succeed."""
+
+    def shared(self, blocks: Sequence[int]) -> int:
+        """How many of a sequence's first blocks, named by the running hash after each, some session holds."""
+
+    def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
+        """Let a session hold `tokens`, whole blocks that some session holds, without a forward; False if it cannot.
+
+        It then holds nothing, or what it held.
+        """
 
     def rows(self, session: int) -> SessionRows | None: ...
     def values(self, rows: Sequence[tuple[Any, int]], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:

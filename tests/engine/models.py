@@ -19,6 +19,7 @@ from transformers import (
 
 from actors.decoding.hashing import extend_hashes
 from actors.engine.step_engine import Extend, Outcome, StepEngine
+from actors.engine.verbs import BLOCK
 
 VOCABULARY = 509  # not a multiple of a vector's width: the tail of a row is computed in another way
 WINDOW = 6
@@ -109,6 +110,10 @@ class Driver:
     def extend(self, session: int, new: Sequence[int], rows: int | None = None, at: int | None = None) -> Outcome:
         """Extend one session by itself."""
         return self.engine.extend([self.make(session, new, rows, at)])[0]
+
+    def blocks(self, session: int) -> list[int]:
+        """The running hash after each whole block of the session's tokens."""
+        return extend_hashes(self.engine.hash_seed, self.tokens[session])[BLOCK - 1 :: BLOCK]
 
     def logits(self, session: int) -> torch.Tensor:
         """The held logits [m, V] of the session."""

@@ -11,6 +11,7 @@ import torch
 
 from actors.engine.errors import LoadError
 from actors.engine.step_engine import Held, KVMiss, StepEngine
+from actors.engine.verbs import BLOCK
 from tests.engine.models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 
 SESSIONS = 5
@@ -76,11 +77,13 @@ def test_eviction_and_forks_leave_no_bit_changed(alone: tuple[str, dict[int, tor
                 assert run.extend(session, whole, rows=0, at=0) == Held(session, len(whole), 0)
         if step == 8:
             for session in (1, 3):
-                held = len(run.tokens[session])
-                assert engine.fork(session, session + 50, held)
+                whole, blocks = list(run.tokens[session]), run.blocks(session)
+                head = len(blocks) * BLOCK
+                assert engine.fork(session + 50, whole[:head], blocks, 0)
                 engine.close(session)
-                assert engine.fork(session + 50, session, held)
+                assert engine.fork(session, whole[:head], blocks, 0)
                 engine.close(session + 50)
+                assert run.extend(session, whole[head:], rows=0, at=head) == Held(session, len(whole), 0)
         engine.extend([run.make(session, [TEXTS[session][step]]) for session in range(SESSIONS)])
         for session in range(SESSIONS):
             assert torch.equal(run.logits(session)[0], reference[session][step])

@@ -32,7 +32,7 @@ from tests.engine.models import Driver, llama, qwen2, tokens
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 CACHE = 128  # four units: eviction happens
-ALONE = {"check", "check_batch", "check_extend", "check_health", "cache_stats", "reduce", "rows", "whole"}
+ALONE = {"check", "check_batch", "check_extend", "check_health", "cache_stats", "reduce", "rows", "shared", "whole"}
 
 
 class Started:
@@ -77,8 +77,8 @@ def story(engine: StepEngine) -> tuple[list[Outcome], list[torch.Tensor]]:
         chosen = [int(run.logits(session)[-1].argmax()) for session in (1, 2)]
         step(*({"session": session, "new": [token]} for session, token in zip((1, 2), chosen, strict=True)))
     step({"session": 1, "new": tokens(4, 3), "at": 15})
-    run.tokens[3] = run.tokens[1][:10]
-    assert engine.fork(1, 3, 10)
+    run.tokens[3] = run.tokens[1][:16]
+    assert engine.fork(3, run.tokens[3], run.blocks(3), 3)
     step({"session": 3, "new": tokens(3, 4)}, {"session": 2, "new": [7, 8]})
     outcomes += engine.extend([run.make(1, tokens(80, 5), rows=1)])  # 3, the youngest, must go
     rows.append(run.logits(1))

@@ -88,17 +88,48 @@ def test_an_evicted_session_is_a_miss_and_its_rows_stay_readable() -> None:
 
 
 def test_a_fork_continues_as_its_source() -> None:
-    run, text = driver(), tokens(12)
+    run, text = driver(), tokens(40)
     run.extend(1, text)
-    run.tokens[2] = text[:8]
-    assert run.engine.fork(1, 2, 8)
-    assert not run.engine.fork(1, 3, 13)
-    assert not run.engine.fork(9, 3, 1)
-    with pytest.raises(ValueError, match="exists"):
-        run.engine.fork(1, 2, 4)
-    assert run.extend(2, [5, 6]) == Held(2, 10, 2)
-    reference = run.engine.plain_logits([*text[:8], 5, 6])[8:]
+    blocks = run.blocks(1)
+    run.tokens[2] = text[:32]
+    assert run.engine.shared(blocks) == 2
+    assert run.engine.fork(2, text[:32], blocks, 2)
+    assert run.extend(2, [5, 6]) == Held(2, 34, 2)
+    reference = run.engine.plain_logits([*text[:32], 5, 6])[32:]
     torch.testing.assert_close(run.logits(2), reference, rtol=1e-4, atol=1e-4)
+    run.engine.check()
+
+
+def test_what_a_session_no_longer_holds_is_not_shared() -> None:
+    run, text = driver(), tokens(40)
+    run.extend(1, text)
+    blocks = run.blocks(1)
+    run.extend(1, [3], at=31)
+    assert run.engine.shared(blocks) == 1
+    assert not run.engine.fork(2, text[:32], blocks, 2)
+    run.engine.check()
+    run.engine.evict(1)
+    assert run.engine.shared(blocks) == 0
+    assert not run.engine.fork(2, text[:16], blocks[:1], 2)
+    run.engine.check()
+
+
+def test_a_hash_alone_shares_nothing() -> None:
+    run, text = driver(), tokens(16)
+    run.extend(1, text)
+    assert not run.engine.fork(2, [*text[:-1], text[-1] ^ 1], run.blocks(1), 2)
+    assert run.engine.fork(2, text, run.blocks(1), 2)
+    run.engine.check()
+
+
+def test_a_fork_evicts_nobody_else_and_a_session_keeps_what_it_holds() -> None:
+    run, text = driver(cache_tokens=64), tokens(40)  # two units
+    run.extend(1, text)
+    blocks = run.blocks(1)
+    assert not run.engine.fork(2, text[:32], blocks, 0)
+    assert run.engine.fork(1, text[:32], blocks, 1)  # its own prompt, sent anew
+    assert run.extend(1, text[32:], at=32) == Held(1, 40, 8)
+    assert run.engine.cache_stats().sessions == 1
     run.engine.check()
 
 
