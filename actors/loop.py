@@ -175,7 +175,9 @@ class DecodeLoop:
                 return
             live.past_context, guided, roles = True, False, (live.primary,)
         live.row_since = time.monotonic()
-        plan = self.planner.plan(live, guided, min(self._room(live, role) for role in roles), len(self._lives))
+        # The primary's last position ends an answer; a small model's last row still gives a token.
+        room = min(self._room(live, role) - (role == live.primary) for role in roles)
+        plan = self.planner.plan(live, guided, room, len(self._lives))
         self._exchange.begin(live, guided, plan.guesses, plan.drafts)
         if not guided and session.generated:
             self._read_ahead(live, GUIDED[1:] if live.alpha(LEAD_TOKENS) else roles[1:])

@@ -15,7 +15,7 @@ from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.forward import Engine
 from actors.requests import ROLES, Generate, Role
-from benchmarks.local import LocalService, decode, local_service, trio_config
+from benchmarks.local import WEIGHTS, LocalService, decode, local_service, trio_config
 from tests.trio import LONG, TEXT, chat_prompts, decode_all, finished, request, tokens
 from tests.watched import Trio, WatchedEngine, until, watched
 
@@ -129,6 +129,18 @@ async def test_notes_and_counts_are_those_without_drafts(trio: Trio) -> None:
         assert (plain.drafted_tokens, plain.accepted_tokens) == (0, 0)
         assert drafted.drafted_tokens >= drafted.accepted_tokens > 0
         assert replace(drafted, drafted_tokens=0, accepted_tokens=0) == plain
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("rule", ["error", "stop_guidance"])
+async def test_the_last_position_of_a_model_ends_the_same_answer(trio: Trio, role: Role, rule: str) -> None:
+    models: dict[str, dict[str, Any]] = {each: {"path": str(WEIGHTS / each)} for each in ROLES}
+    models[role]["max_position"] = 40
+    async with local_service(drafting(models=models, beyond_context=rule), trio.engines) as service:
+        one = request(service.tokenizers, TEXT, sampling=replace(LONG, max_tokens=40))
+        (expected,) = await answers(service, [replace(one, drafts=0)])
+        for drafts in (3, 8):
+            assert await answers(service, [replace(one, drafts=drafts)]) == [expected]
 
 
 # -- who drafts
