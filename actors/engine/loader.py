@@ -95,7 +95,7 @@ def load_engine(
     *,
     exact: bool = False,
     backend: str | None = None,
-    max_held_rows: int = 1024,
+    max_held_rows: int | None = None,
     report: Report | None = None,
 ) -> StepEngine:
     """Load a model, make its engine and hold it against a plain forward; LoadError if any of it cannot be."""
