@@ -14,6 +14,7 @@ from actors.config import ServiceConfig
 from actors.coordinator import Coordinator
 from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
+from actors.engine.verbs import BLOCK
 from actors.forward import Engine
 from actors.loop import LEAD_TOKENS
 from actors.requests import ROLES, Delta, Event, Finished, Generate, Rejected, Role
@@ -94,6 +95,24 @@ async def test_more_sessions_than_places_wait_and_all_come_to_the_same_end(trio:
         expected = await alone(service, requests)
     async with local_service(trio_config(coordinator={"max_sessions": 2}), trio.engines) as service:
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+
+
+async def test_choices_of_one_prompt_come_out_as_alone_and_the_prompt_is_computed_once(trio: Trio) -> None:
+    async with local_service(trio_config(speculation={"drafts": 0}), trio.engines) as service:
+        requests = [request(service.tokenizers, TEXT, sampling=SAMPLED, seed=seed) for seed in range(6)]
+        target = service.replicas["target"]
+        expected = []
+        for one in requests:
+            await until(lambda: set(trio.held().values()) == {0})  # nothing is left to fork from
+            expected += tokens([await decode(service.coordinators[0], one)])
+        by_itself = target.stats()
+        assert by_itself.forked_tokens == 0
+        await until(lambda: set(trio.held().values()) == {0})
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+        stats = target.stats()
+        shared = (len(requests[0].prompts["target"]) - 1) // BLOCK * BLOCK
+        assert stats.forked_tokens == 5 * shared > 0
+        assert stats.tokens - by_itself.tokens == by_itself.tokens - 5 * shared
 
 
 async def test_two_coordinators_share_the_models(trio: Trio) -> None:

@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from actors.engine.errors import EngineError, LoadError
 from actors.engine.loader import ModelSource
+from actors.engine.rows import MAX_ROWS
 from actors.engine.shards import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,11 @@ class Recipe:
     source: ModelSource
     cache_tokens: int
     backend: str | None = None
+<<<<<<< HEAD
     max_held_rows: int = 8192
+=======
+    max_held_rows: int = MAX_ROWS  # not by memory: admission hangs on it and must be the same at every rank
+>>>>>>> model
 
     @property
     def ranks(self) -> int:

@@ -6,6 +6,7 @@ alone would mix a rejected draft's row with its successor's.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+MAX_ROWS = 4_096  # a session that drafts holds up to 9
+MIN_ROWS = 256  # however wide: what one extend may ask for
+_ROWS_SHARE = 1 / 32  # of the memory; three roles may share a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +189,15 @@ class _Block:
 
     size: int  # rows, padding included
     sessions: set[int] = field(default_factory=set)
+
+
+def row_budget(width: int, device: torch.device) -> int:
+    """How many rows [width] float32 may be held on a device: MAX_ROWS, or what fits a share of its memory."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(MIN_ROWS, min(MAX_ROWS, int(memory * _ROWS_SHARE) // (4 * width)))
 
 
 class RowStore:

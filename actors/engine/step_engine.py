@@ -26,7 +26,7 @@ from actors.engine.inputs import Batch, Layout, upload
 from actors.engine.kv_pool import KVPool
 from actors.engine.packed import pack_linears
 from actors.engine.registry import choose_backend
-from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, values_at
+from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, row_budget, values_at
 from actors.engine.sessions import SessionTable, seniority
 from actors.engine.tiles import TILE, tile_linears
 from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
@@ -54,7 +54,8 @@ __all__ = [
 class StepEngine:
     """Extends sessions of one causal language model. One thread calls it; `rows` may be called from any.
 
-    cache_tokens: tokens of all sessions together. max_held_rows: rows in memory for lookups, width x 4 bytes each.
+    cache_tokens: tokens of all sessions together. max_held_rows: rows in memory for lookups, width x 4 bytes each; None
+    as many as 450 sessions that draft hold, within a share of the memory.
     exact: one thread, token and logit counts padded to a multiple of 8 and every token attended as its own row;
     then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone, token
     by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small steps to
@@ -70,7 +71,7 @@ class StepEngine:
         *,
         exact: bool = False,
         backend: str | None = None,
-        max_held_rows: int = 8192,
+        max_held_rows: int | None = None,
         graphs: bool | None = None,
         digest: int | None = None,
     ) -> None:
@@ -87,12 +88,12 @@ class StepEngine:
         self._model = model.eval()
         self._pool = KVPool(cache_tokens)
         self._table = SessionTable(self._pool, self.hash_seed)
-        self._store = RowStore(max_held_rows)
         self._attention = StepAttention(self._pool, choose_backend(model.device, model.dtype, backend))
         weakref.finalize(self, self._attention.unregister)
         model.set_attn_implementation(self._attention.name)
         self.graphs: GraphBuckets | None = None
         self.width = int(self._forward(Batch([0], [0], [self._pool.trash], [], [0])).shape[-1])  # also makes the pools
+        self._store = RowStore(max_held_rows or row_budget(self.width, model.device))
         self.graphs = self._graphs(graphs)  # the pools must be there before a capture
         self.layers = len(self._pool.layers)  # that attended
         self.hidden_layers = int(model.config.get_text_config().num_hidden_layers)

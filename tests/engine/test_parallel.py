@@ -32,7 +32,18 @@ from tests.engine.models import Driver, llama, qwen2, tokens
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 CACHE = 128  # four units: eviction happens
-ALONE = {"check", "check_batch", "check_extend", "check_health", "cache_stats", "reduce", "rows", "shared", "whole"}
+ALONE = {
+    "check",
+    "check_batch",
+    "check_extend",
+    "check_health",
+    "cache_stats",
+    "reduce",
+    "rows",
+    "shared",
+    "values",
+    "whole",
+}
 
 
 class Started:

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from actors.engine.rows import (
+    MAX_ROWS,
+    MIN_ROWS,
     HeldRows,
     Place,
     RowStore,
     pack_slices,
     reduce_rows,
+    row_budget,
     top_k,
     top_k_on_device,
     unpack_slices,
@@ -22,6 +25,12 @@ from actors.engine.rows import (
 def held(logits: torch.Tensor, position: int = 0) -> HeldRows:
     places = tuple(Place(logits, row) for row in range(len(logits)))
     return HeldRows(position, tuple(range(100, 100 + len(logits))), places, alone=True, fresh=len(logits))
+
+
+def test_as_many_rows_are_held_as_fit_a_share_of_the_memory_within_bounds() -> None:
+    budgets = [row_budget(width, torch.device("cpu")) for width in (2_000, 150_000, 10**9)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert (budgets[0], budgets[-1]) == (MAX_ROWS, MIN_ROWS)
 
 
 def reference_top_k(row: torch.Tensor, k: int) -> list[int]:
