@@ -95,11 +95,7 @@ def load_engine(
     *,
     exact: bool = False,
     backend: str | None = None,
-<<<<<<< HEAD
-    max_held_rows: int = 8192,
-=======
     max_held_rows: int | None = None,
->>>>>>> model
     report: Report | None = None,
 ) -> StepEngine:
     """Load a model, make its engine and hold it against a plain forward; LoadError if any of it cannot be."""

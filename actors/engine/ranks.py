@@ -40,11 +40,7 @@ class Recipe:
     source: ModelSource
     cache_tokens: int
     backend: str | None = None
-<<<<<<< HEAD
-    max_held_rows: int = 8192
-=======
     max_held_rows: int = MAX_ROWS  # not by memory: admission hangs on it and must be the same at every rank
->>>>>>> model
 
     @property
     def ranks(self) -> int:
