@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from actors.decoding.candidates import Block, Floats, Proposal, Slice
 from actors.decoding.decision import Decisions
 from actors.decoding.vocabulary import Known
@@ -17,10 +20,10 @@ from actors.wire.messages import WHOLE
 class Early:
     """What was asked of the target about several rows before it answered, by the guider's slices.
 
-    asked, values [B, k]: NaN where the answer is on its way.
+    asked [B, k]: which ids. values [B, k]: NaN where the answer is on its way.
     """
 
-    asked: Floats
+    asked: NDArray[np.bool_]
     values: Floats
 
 
