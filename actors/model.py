@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from actors.config import ServiceConfig
+from actors.engine.teams import on_passing_thread, spin_briefly
 from actors.forward import Engine
 from actors.preflight import session_limit
 from actors.replica import ModelReplica, ReplicaSettings
@@ -29,6 +31,7 @@ def load_role(
 
     start: how the other ranks of a tensor-parallel model come to be; as child processes if None.
     """
+    spin_briefly()
     from actors.engine.loader import ModelSource, load_engine  # loads torch, which only model processes need
 
     model = config.models.role(role)
@@ -51,7 +54,8 @@ def load_role(
         recipe, deadlines = Recipe(source, model.cache_tokens, backend), config.deadlines
         start = start or FollowerProcess
         return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
-    return load_engine(source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
+    load = partial(load_engine, source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
+    return on_passing_thread(load)
 
 
 def serve_role(

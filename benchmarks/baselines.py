@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from actors.engine.teams import on_passing_thread
 from actors.requests import ROLES, Role
 from benchmarks.agreement import agreeing_model
 from benchmarks.local import WEIGHTS
@@ -52,8 +54,9 @@ class Baselines:
 
     def __init__(self, shape: Shape, agreement: float, threads: int, alpha: float = 1.0) -> None:
         torch.set_num_threads(threads)
-        self._threads = ThreadPoolExecutor(len(ROLES), "model", torch.set_num_threads, (threads,))
-        self._models: dict[Role, PreTrainedModel] = {role: _model(shape, role, agreement) for role in ROLES}
+        self._models: dict[Role, PreTrainedModel] = {
+            role: on_passing_thread(partial(_model, shape, role, agreement)) for role in ROLES
+        }
         self._alpha = alpha
 
     def loop(self, tasks: Sequence[Task], temperature: float) -> Decoded:
@@ -75,11 +78,12 @@ class Baselines:
     def _batch(self, tasks: Sequence[Task], roles: Sequence[Role], temperature: float) -> list[list[int]]:
         longest = max(task.tokens for task in tasks)
         batches = [PaddedBatch(self._models[role], [task.prompts[role] for task in tasks], longest) for role in roles]
-        rows = list(self._threads.map(PaddedBatch.prefill, batches))
-        chosen = [choose(combine(rows, self._alpha), temperature)]
-        while len(chosen) < longest:
-            rows = list(self._threads.map(PaddedBatch.step, batches, [chosen[-1]] * len(batches)))
-            chosen.append(choose(combine(rows, self._alpha), temperature))
+        with ThreadPoolExecutor(len(roles), "model") as threads:  # anew, so that unused ones are in nobody's way
+            rows = list(threads.map(PaddedBatch.prefill, batches))
+            chosen = [choose(combine(rows, self._alpha), temperature)]
+            while len(chosen) < longest:
+                rows = list(threads.map(PaddedBatch.step, batches, [chosen[-1]] * len(batches)))
+                chosen.append(choose(combine(rows, self._alpha), temperature))
         answers: list[list[int]] = torch.stack(chosen, dim=1).tolist()
         return [answer[: task.tokens] for answer, task in zip(answers, tasks, strict=True)]
 

@@ -5,11 +5,10 @@
 
 Three model processes and a coordinator in this one; baselines in a process of their own. The target and the baselines
 compute with the same number of threads, the service's small models with half of it. A round runs every variant once, in
-an order that rotates, so that all of them see the same
-machine. A rate is a median over the rounds in tokens per second from request to last token, prompts included; a ratio
-is the median of the rounds' ratios. Shapes other than the trio have dummy weights that agree as often as
-`--agreement` says; the trio agrees as it does. The last line is a JSON object, or a list of them for several
-numbers of sessions or `--sweep`:
+an order that rotates, so that all of them see the same machine; every round has prompts of its own. A rate is a median
+over the rounds in tokens per second from request to last token, prompts included; a ratio is the median of the rounds'
+ratios. Shapes other than the trio have dummy weights that agree as often as `--agreement` says; the trio agrees as it
+does. The last line is a JSON object, or a list of them for several numbers of sessions or `--sweep`:
 
 guided, target: through the service, with drafts and without. guided_plain: without drafts. target_drafted: the target
 alone with the guider's drafts. loop: the published code's way, one sequence after another. static: a padded batch.
@@ -85,6 +84,10 @@ class Plan:
         cache = cache_tokens(most, 3 * self.context // 2, 3 * self.tokens // 2)
         return service_config(self.shape, folder, cache_tokens=cache, sessions=most, speculate=self.speculate)
 
+    def tasks(self, config: ServiceConfig, sessions: int, number: int) -> list[Task]:
+        """What is decoded in a round."""
+        return tasks(self.shape, config, sessions, self.context, self.tokens, number)
+
 
 Variant = Callable[[Sequence[Task]], Awaitable[Decoded]]
 
@@ -94,7 +97,7 @@ class Rounds:
     """What the rounds with one number of sessions measured: tokens per second of every variant, by round."""
 
     sessions: int
-    tasks: list[Task]
+    tasks: list[list[Task]]  # by round
     agreement: float | None  # as it was set; the trio's cannot be
     rates: dict[str, list[float]] = field(default_factory=dict)
     phases: dict[Mode, list[Phases]] = field(default_factory=dict)
@@ -168,15 +171,15 @@ class Bench:
     async def warm(self, rounds: Rounds) -> None:
         """Run every variant once, briefly: what is slow once is not measured."""
         for variant in self.variants.values():
-            await variant(first(rounds.tasks, WARM_TOKENS))
+            await variant(first(rounds.tasks[0], WARM_TOKENS))
 
-    async def round(self, rounds: Rounds) -> None:
-        """Run every variant once."""
+    async def round(self, rounds: Rounds, number: int) -> None:
+        """Run every variant once on the tasks of this round."""
         names = list(self.variants)
         start = self._turn % len(names)
         self._now = rounds
         for name in names[start:] + names[:start]:
-            rounds.took(name, await self.variants[name](rounds.tasks))
+            rounds.took(name, await self.variants[name](rounds.tasks[number]))
         self._now = None
         self._turn += 1
 
@@ -195,7 +198,7 @@ async def measure(plan: Plan, done: Callable[[], None]) -> list[Rounds]:
     with tempfile.TemporaryDirectory() as folder:
         config = plan.config(Path(folder))
         results = [
-            Rounds(count, tasks(plan.shape, config, count, plan.context, plan.tokens), plan.set_agreement)
+            Rounds(count, [plan.tasks(config, count, number) for number in range(plan.rounds)], plan.set_agreement)
             for count in plan.sessions
         ]
         parts = [("service", "baselines")] if plan.shape.together else [("baselines",), ("service",)]
@@ -218,9 +221,9 @@ async def _baselines(plan: Plan, launch: Launch) -> Worker:
 async def _rounds(plan: Plan, bench: Bench, results: Sequence[Rounds], done: Callable[[], None]) -> None:
     for rounds in results:
         await bench.warm(rounds)
-    for _ in range(plan.rounds):
+    for number in range(plan.rounds):
         for rounds in results:
-            await bench.round(rounds)
+            await bench.round(rounds, number)
             done()
 
 

@@ -1,7 +1,7 @@
 """Objects in processes of their own, plain ones or Ray actors, and what serves a model in one.
 
-Small models get half of the target's threads, and threads that wait sleep instead of spinning: three models and a
-coordinator that share few cores would otherwise keep each other from computing.
+Small models get half of the target's threads: three models and a coordinator that share few cores would otherwise keep
+each other from computing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import uvloop
 
 from actors.config import ServiceConfig
 from actors.directory import Endpoint
+from actors.engine.teams import SPIN, on_passing_thread
 from actors.model import load_role, serve_role
 from actors.replica_stats import ReplicaStats
 from actors.requests import Role
@@ -58,7 +59,7 @@ class ModelWorker:
             from actors.engine.step_engine import StepEngine
             from benchmarks.agreement import agreeing_model
 
-            engine = StepEngine(agreeing_model(shape, role, agreement), model.cache_tokens)
+            engine = on_passing_thread(lambda: StepEngine(agreeing_model(shape, role, agreement), model.cache_tokens))
         tokenizer = RoleTokenizer.load(model.path)
         self._replica = serve_role(config, role, engine, tokenizer, incarnation=self._incarnation, secret=secret)
 
@@ -85,11 +86,12 @@ async def launcher(name: LauncherName, threads: int) -> AsyncIterator[Launch]:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """What makes the libraries below torch use so many threads that sleep while they wait."""
+    """What makes the libraries below torch use so many threads."""
+    spin, rounds = SPIN
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+        spin: os.environ.get(spin, rounds),
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -18,25 +18,28 @@ HOPS = (2, 3, 4, 5)
 ANSWER = 3  # tokens of a question's answer around its hops, about
 
 
-def tasks(shape: Shape, config: ServiceConfig, sessions: int, context: int, tokens: int) -> list[Task]:
+def tasks(
+    shape: Shape, config: ServiceConfig, sessions: int, context: int, tokens: int, variety: int = 0
+) -> list[Task]:
     """One task a session; lengths of prompts and answers are mixed where there are several, `context` and `tokens`
-    being their means. The trio is asked its questions, and answers as long as they need."""
+    being their means. The trio is asked its questions, and answers as long as they need. Another `variety` gives other
+    texts of the same lengths."""
     if shape.target is None:
-        return _questions(config, sessions)
-    draw = np.random.default_rng(sessions)
-    prompts, answers = (draw.permutation(spread(mean, sessions)).tolist() for mean in (context, tokens))
+        return _questions(config, sessions, variety)
+    lengths, draw = np.random.default_rng(sessions), np.random.default_rng((sessions, variety))
+    prompts, answers = (lengths.permutation(spread(mean, sessions)).tolist() for mean in (context, tokens))
     return [
         Task(dict.fromkeys(ROLES, draw.integers(shape.common, size=prompt).tolist()), answer)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
-def _questions(config: ServiceConfig, sessions: int) -> list[Task]:
+def _questions(config: ServiceConfig, sessions: int, variety: int) -> list[Task]:
     tokenizers = load_tokenizers(config)
     made = []
     for number in range(sessions):
         hops = HOPS[number % len(HOPS)]
-        question = questions("held_out", hops, sessions)[number]
+        question = questions("held_out", hops, sessions, seed=variety)[number]
         messages = [{"role": "user", "content": question.text}]
         prompts = {role: tokenizer.encode(tokenizer.render(messages)) for role, tokenizer in tokenizers.items()}
         made.append(Task(prompts, TOKENS_A_HOP * hops + ANSWER))

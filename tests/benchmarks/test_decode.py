@@ -55,14 +55,14 @@ async def test_service_and_baselines_decode_the_same_tokens(served: Service, mix
 
 
 async def test_a_result_has_every_figure_the_benchmark_promises(served: Service, mixed: list[Task]) -> None:
-    bench, rounds = Bench(PLAN), Rounds(3, mixed, PLAN.agreement)
+    bench, rounds = Bench(PLAN), Rounds(3, [mixed] * 2, PLAN.agreement)
     bench.add_service(served)
     bench.add_baselines(HereWorker(Baselines(PLAN.shape, PLAN.agreement, 1)))
     await bench.warm(rounds)
     assert not rounds.rates
     assert not rounds.phases
-    for _ in range(2):
-        await bench.round(rounds)
+    for number in range(2):
+        await bench.round(rounds, number)
     result = rounds.result()
     rates = ("guided", "guided_plain", "target", "target_drafted", "loop", "static", "target_plain")
     assert {f"{name}_tps" for name in rates} <= result.keys()
