@@ -21,10 +21,10 @@ import uvloop
 
 from actors.config import ServiceConfig
 from actors.directory import Endpoint
-from actors.engine.teams import SPIN, on_passing_thread
 from actors.model import load_role, serve_role
 from actors.replica_stats import ReplicaStats
 from actors.requests import Role
+from actors.teams import SPIN, on_passing_thread
 from actors.tokenizer import RoleTokenizer
 from benchmarks.shapes import Shape
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from actors.engine.teams import SPIN, on_passing_thread, spin_briefly
+from actors.teams import SPIN, on_passing_thread, spin_briefly
 
 
 def test_the_thread_that_makes_is_gone_when_what_it_made_is_there() -> None:
