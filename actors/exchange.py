@@ -8,7 +8,7 @@ are the same in any order of arrival. What rows of one shape need is done for al
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from actors.asked import Asked, Fault, Lookups
 from actors.config import Exchange as ExchangeConfig
 from actors.decoding.candidates import Ids, Slice, blocks
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.vocabulary import VocabularyMap
+from actors.decoding.vocabulary import Known, VocabularyMap
 from actors.languages import Languages
 from actors.links import Replica
 from actors.live import Live
@@ -45,15 +45,24 @@ class Exchange:
 
         guesses: drafts that are known already, in the primary's ids. drafts: how many to ask of the guider instead.
         """
-        roles = GUIDED if guided else (live.primary,)
-        forced = tuple(sorted(live.session.must_know() & self._languages.legal(live.primary)))
-        end = live.session.request.thinking.end
-        known = {role: self._languages.known(live.primary, role, end, forced) for role in roles}
+        known = self._known(live, guided)
         window = live.window = Window(live, guided, known, "guider" if drafts else None, drafts)
         if drafts:
             self._ask_drafts(window)
         else:
             self._check(window, guesses)
+
+    def _known(self, live: Live, guided: bool) -> Mapping[Role, Known]:
+        """What the rows of the session's next window must know, by role."""
+        lifted = live.session.must_know()
+        if not lifted and guided in live.known:
+            return live.known[guided]
+        forced = tuple(sorted(lifted & self._languages.legal(live.primary)))
+        end, roles = live.session.request.thinking.end, GUIDED if guided else (live.primary,)
+        known = {role: self._languages.known(live.primary, role, end, forced) for role in roles}
+        if not lifted:
+            live.known[guided] = known
+        return known
 
     def again(self, live: Live, role: Role, held: int) -> None:
         """Ask one role for its part of the window anew, from what its replica holds."""

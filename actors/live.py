@@ -11,6 +11,7 @@ from actors.events import Events
 from actors.requests import Role
 
 if TYPE_CHECKING:
+    from actors.decoding.vocabulary import Known
     from actors.links import Replica
     from actors.window import Window
 
@@ -25,6 +26,7 @@ class Live:
         self.epoch = 1
         self.replicas: dict[Role, Replica] = {}
         self.window: Window | None = None
+        self.known: dict[bool, Mapping[Role, Known]] = {}  # what rows must know, guided or not, where no history adds
         self.tickets: dict[Role, set[int]] = {}  # of what was asked for the window
         self.row_since = 0.0
         self.faults = 0  # refusals since the last token

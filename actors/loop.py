@@ -169,14 +169,15 @@ class DecodeLoop:
         if len(session.primary) >= self._limit(live, live.primary):
             self.finish(live, "length")
             return
-        if guided and min(self._room(live, role) for role in roles) < 0:
+        # The primary's last position ends an answer; a small model's last row still gives a token.
+        room = min([self._room(live, role) - (role == live.primary) for role in roles])
+        if guided and room < 0:
             if self._config.beyond_context == "error":
                 self.finish(live, "length")
                 return
             live.past_context, guided, roles = True, False, (live.primary,)
+            room = self._room(live, live.primary) - 1
         live.row_since = time.monotonic()
-        # The primary's last position ends an answer; a small model's last row still gives a token.
-        room = min(self._room(live, role) - (role == live.primary) for role in roles)
         plan = self.planner.plan(live, guided, room, len(self._lives))
         self._exchange.begin(live, guided, plan.guesses, plan.drafts)
         if not guided and session.generated:

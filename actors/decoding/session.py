@@ -95,6 +95,7 @@ class Session:
         self.uncovered = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
+        self._lifting = self.lifts or any(bias > 0 for _, bias in request.sampling.logit_bias)
         self._last_run = (-1, 0)
         self._text = language.text(self.primary.tokens)
         thinking_end = request.thinking.end if request.thinking.start else None
@@ -125,6 +126,8 @@ class Session:
 
     def must_know(self) -> set[int]:
         """Primary ids that the next row must know exactly, beside the folded events."""
+        if not self._lifting:
+            return set()
         return must_know(self.request.sampling, self.prompt, self.output)
 
     def adjust(self, ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
@@ -195,7 +198,7 @@ class Session:
         taken: list[tuple[int, str]] = []
         shown = Shown()
         for token in ids[self.request.primary]:
-            self.primary.append([token])
+            self.primary.append((token,))
             self.output[token] += 1
             self.generated += 1
             self.reasoning_tokens += self._answer.thinking
@@ -203,7 +206,8 @@ class Session:
             text = self._text.push(token)
             self._look_for_end(token, text)
             taken.append((token, text))
-            shown = shown + self._show(token, text)
+            more = self._show(token, text)
+            shown = shown + more if len(taken) > 1 else more
             if self.finish_reason is not None:
                 break
         return taken, shown
