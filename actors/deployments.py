@@ -27,6 +27,7 @@ from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading
 from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
+from actors.process import collect_rarely
 from actors.requests import Event, Generate, Role
 from actors.scaling import CACHE_USED, WAITING
 from actors.tokenizer import RoleTokenizer
@@ -138,6 +139,7 @@ class ModelShell:
             host=get_node_ip_address(),  # the node's address in the cluster and nowhere else
         )
         self._host, self._port = await self._replica.start()
+        collect_rarely()
         self._beat = asyncio.create_task(self._keep_telling())
 
     async def _load(self, config: ServiceConfig, load: Load) -> Engine:
@@ -277,6 +279,7 @@ class CoordinatorShell:
         tokenizers = await asyncio.to_thread(load_tokenizers, config)
         self._coordinator = Coordinator(config, tokenizers, await _own_secret(), locate, tls=client_context())
         await self._coordinator.start()
+        collect_rarely()
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
         """See Coordinator.generate."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from actors.config import ServiceConfig
 from actors.forward import Engine
 from actors.preflight import session_limit
+from actors.process import on_passing_thread, spin_briefly
 from actors.replica import ModelReplica, ReplicaSettings
 from actors.requests import Role
-from actors.teams import on_passing_thread, spin_briefly
 from actors.tokenizer import RoleTokenizer
 from actors.wire.tls import server_context
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from actors.process import on_passing_thread
 from actors.requests import ROLES, Role
-from actors.teams import on_passing_thread
 from benchmarks.agreement import agreeing_model
 from benchmarks.local import WEIGHTS
 from benchmarks.shapes import Shape

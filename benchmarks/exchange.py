@@ -29,6 +29,7 @@ from rich.table import Table
 from actors.config import ServiceConfig
 from actors.coordinator import Coordinator
 from actors.directory import Endpoint
+from actors.process import collect_rarely
 from actors.replica import ModelReplica, ReplicaSettings
 from actors.replica_stats import ReplicaStats
 from actors.requests import ROLES, Finished, Role
@@ -64,6 +65,7 @@ class NullModel:
 
     async def start(self) -> Endpoint:
         """Listen on the loopback interface."""
+        collect_rarely()
         host, port = await self._replica.start()
         return Endpoint(self._role, host, port, self._incarnation)
 
@@ -165,6 +167,7 @@ async def measure(folder: Path, width: int, rounds: int, done: Callable[[], None
     assert isinstance(tokenizer, StampedTokenizer)
     coordinator = Coordinator(config, dict.fromkeys(ROLES, tokenizer), secret, locate)
     await coordinator.start()
+    collect_rarely()
     try:
         await connected(coordinator)
         bench = Bench(

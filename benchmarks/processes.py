@@ -22,9 +22,9 @@ import uvloop
 from actors.config import ServiceConfig
 from actors.directory import Endpoint
 from actors.model import load_role, serve_role
+from actors.process import SPIN, collect_rarely, on_passing_thread
 from actors.replica_stats import ReplicaStats
 from actors.requests import Role
-from actors.teams import SPIN, on_passing_thread
 from actors.tokenizer import RoleTokenizer
 from benchmarks.shapes import Shape
 
@@ -66,6 +66,7 @@ class ModelWorker:
     async def start(self) -> Endpoint:
         """Listen on the loopback interface."""
         host, port = await self._replica.start()
+        collect_rarely()
         return Endpoint(self._role, host, port, self._incarnation)
 
     async def stats(self) -> ReplicaStats:

@@ -16,6 +16,7 @@ from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.directory import Endpoint
 from actors.preflight import load_tokenizers
+from actors.process import collect_rarely
 from actors.replica_stats import ReplicaStats
 from actors.requests import ROLES, Finished, Generate, Role, Usage
 from benchmarks.baselines import Decoded, Task
@@ -103,6 +104,7 @@ async def service(
 
     coordinator = Coordinator(config, load_tokenizers(config), secret, locate)
     await coordinator.start()
+    collect_rarely()
     try:
         await connected(coordinator)
         yield Service(coordinator, models)

@@ -15,6 +15,7 @@ from actors.config import CoordinatorConfig, ModelConfig, Replicas, RouterConfig
 from actors.deployments import DRAIN_S, CoordinatorShell, DirectoryShell, Load, ModelShell, show_logs
 from actors.model import load_role
 from actors.preflight import load_tokenizers, require_sound
+from actors.process import collect_rarely
 from actors.requests import Event, Generate, Role
 from router.api import create_app
 from router.backend import Overloaded, Status, Unavailable
@@ -79,6 +80,7 @@ class RouterShell:
         self._config = config
         self._tokenizers = await asyncio.to_thread(load_tokenizers, config)
         self._backend = ServeBackend(coordinator, directory)
+        collect_rarely()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._config, self._tokenizers, self._backend)

@@ -1,13 +1,14 @@
-"""Where models are loaded, and how helpers wait."""
+"""Where models are loaded, how helpers wait, and how often Python looks for garbage."""
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 
 import pytest
 
-from actors.teams import SPIN, on_passing_thread, spin_briefly
+from actors.process import COLLECT, SPIN, collect_rarely, on_passing_thread, spin_briefly
 
 
 def test_the_thread_that_makes_is_gone_when_what_it_made_is_there() -> None:
@@ -39,3 +40,14 @@ def test_how_long_helpers_wait_awake(
         monkeypatch.setenv(name, value)
     spin_briefly()
     assert os.environ.get(SPIN[0]) == set_to
+
+
+def test_garbage_is_looked_for_rarely_and_what_is_there_not_at_all() -> None:
+    before = gc.get_threshold()
+    try:
+        collect_rarely()
+        assert gc.get_threshold() == COLLECT
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)

@@ -1,7 +1,11 @@
-"""Threads of libgomp, which computes for torch on the CPU: teams of helpers, one of each thread that has computed."""
+"""What a process of the service sets for itself: how its helpers wait, and how often Python looks for garbage.
+
+Helpers are threads of libgomp, which computes for torch on the CPU: a team of them for each thread that has computed.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +18,21 @@ T = TypeVar("T")
 # cores: asleep between pieces the large one alone takes 1.3 times as long; libgomp's own choice, thirty times more
 # rounds, takes the cores from the small ones.
 SPIN = ("GOMP_SPINCOUNT", "10000")
+
+
+# Objects made before Python looks for cycles among the youngest, and how many such looks before it looks at older ones.
+COLLECT = (50_000, 20, 100)
+
+
+def collect_rarely() -> None:
+    """Look for cyclic garbage less often; what is there already is never looked at again.
+
+    A coordinator makes dozens of small objects a token. Looking after every 700, as Python does, costs it a tenth of
+    its time; between two looks some megabytes wait.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT)
 
 
 def spin_briefly() -> None:
