@@ -45,6 +45,11 @@ class Workload:
                         for number in range(task.samples):
                             yield Item(task, problem, arm, seed, number)
 
+    def totals(self) -> dict[Arm, int]:
+        """Samples by arm."""
+        each = sum(len(asked) * task.samples for task, asked in self.tasks) * len(self.evaluation.seeds)
+        return dict.fromkeys(self.arms, each)
+
     def problem_rows(self) -> list[ProblemRow]:
         """Questions and right answers, as the results keep them."""
         return [
