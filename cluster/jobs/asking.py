@@ -1,4 +1,4 @@
-"""Puts the samples of an evaluation to a service: as a client would ask, with seeds of their own, until each is answered.
+"""Puts the samples of an evaluation to a service as a client would, with seeds of their own, until each is answered.
 
 Whoever decodes is a `Backend`: the coordinators behind Serve's handles, or one coordinator in this process.
 """
@@ -168,6 +168,7 @@ def _sequence(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTok
         "top_p": task.top_p,
         "max_tokens": task.max_tokens,
         "stop": list(task.stop),
+        "stop_on_repeat": task.stop_on_repeat,
         "guidance": _guidance(item.arm),
     }
     if task.style == "raw":

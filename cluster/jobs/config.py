@@ -1,15 +1,15 @@
 """What an evaluation runs: tasks x modes x settings of guidance x seeds, as one YAML file says it.
 
-    run: runs/demo                # the folder of the results; the same command goes on where it was interrupted
-    service: ray_config.yaml      # what to bring up where no service runs
-    tasks:
-      - multihop                  # a shipped task's name, or the path of a task file
-      - {task: math500, limit: 100, samples: 4, max_tokens: 8192}
-    modes: [target, guider, guider_base, guided]
-    alpha: [0.5, 1.0]             # x warmup_tokens: the settings of the guided mode
-    warmup_tokens: [0, 100]
-    schedules: {fading: [[0, 1.5], [500, 0.5]]}
-    seeds: [0, 1]
+run: runs/demo                # the folder of the results; the same command goes on where it was interrupted
+service: ray_config.yaml      # what to bring up where no service runs
+tasks:
+  - multihop                  # a shipped task's name, or the path of a task file
+  - {task: math500, limit: 100, samples: 4, max_tokens: 8192}
+modes: [target, guider, guider_base, guided]
+alpha: [0.5, 1.0]             # x warmup_tokens: the settings of the guided mode
+warmup_tokens: [0, 100]
+schedules: {fading: [[0, 1.5], [500, 0.5]]}
+seeds: [0, 1]
 """
 
 from __future__ import annotations

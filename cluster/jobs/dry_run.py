@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
 from actors.config import ConfigError, ModelConfig, ServiceConfig
 from actors.requests import ROLES
 from cluster.jobs.config import Evaluation
-from cluster.jobs.tasks import Task, check_task
+from cluster.jobs.tasks import Task, TaskError, check_task
 from cluster.jobs.workload import chosen_task
 from cluster.serve_file import read_service_config
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def dry_run(evaluation: Evaluation, console: Console) -> dict[str, Any]:
@@ -54,8 +55,8 @@ def _tasks(evaluation: Evaluation, wrong: list[str]) -> list[Task]:
     for choice in evaluation.tasks:
         try:
             task = chosen_task(choice)
-            check_task(task)
-        except ConfigError as error:
+            check_task(task, evaluation.data)
+        except TaskError as error:
             wrong += [f"tasks: {choice.task}: {line}" for line in str(error).splitlines()]
             continue
         if any(task.name == other.name for other in found):
@@ -83,11 +84,7 @@ def _models(evaluation: Evaluation, wrong: list[str]) -> dict[str, str]:
 def _where(model: ModelConfig) -> str:
     if Path(model.path).expanduser().is_dir():
         return f"{model.path}, a folder here"
-    try:
-        validate_repo_id(model.path)
-    except HFValidationError:
-        raise ConfigError(f"{model.path} is neither a folder here nor the name of a model on the hub") from None
-    if model.path.startswith((".", "~")) or "/" not in model.path:
+    if not _HUB_NAME.fullmatch(model.path):
         raise ConfigError(f"{model.path} is neither a folder here nor the name of a model on the hub")
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
     return f"{model.path}, {'in the cache' if isinstance(cached, str) else 'to be downloaded from the hub'}"

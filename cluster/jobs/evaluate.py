@@ -15,9 +15,9 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -28,16 +28,21 @@ from cluster.jobs.config import Evaluation, load_evaluation
 from cluster.jobs.connecting import Connection, connected, ready
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.grading import grade
+from cluster.jobs.math_process import GradingError
 from cluster.jobs.progress import Progress
 from cluster.jobs.report import write_report
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.sample import Sample, Timing
-from cluster.jobs.verdict import verdict
+from cluster.jobs.tasks import TaskError
+from cluster.jobs.verdict import gains, verdict
 from cluster.jobs.workload import MAY_DIFFER, Workload, load_workload
 from cluster.launch import LaunchError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+REFUSALS = (ConfigError, GradingError, LaunchError, RunError, TaskError, Unanswered)  # each says what to do
 COPIED = "working_dir_files"  # where Ray keeps the copy of a submitted job's working directory
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -64,7 +69,7 @@ async def answer_all(items: Iterator[Item], asker: Asker, results: Results, prog
         async with asyncio.TaskGroup() as group:
             for _ in range(at_once):
                 group.create_task(worker())
-    except* (Unanswered, ConfigError) as errors:
+    except* REFUSALS as errors:
         raise errors.exceptions[0] from None
 
 
@@ -93,9 +98,7 @@ async def evaluate(
     evaluation, service = workload.evaluation, connection.service
     coordinator = service.coordinator
     progress = Progress(console, workload.totals())
-    asker = Asker(
-        connection.backend, service, load_tokenizers(service), drafts=evaluation.drafts, heard=progress.heard
-    )
+    asker = Asker(connection.backend, service, load_tokenizers(service), drafts=evaluation.drafts, heard=progress.heard)
     workload.check(asker)
     config, rows = workload.resolved(service), workload.problem_rows()
     with Results(folder).writing(config, rows, resume=resume, may_differ=MAY_DIFFER) as results:
@@ -111,8 +114,8 @@ async def evaluate(
         results.finish()
 
 
-async def until_stopped(work: Any) -> None:
-    """Await `work`, which a signal cancels. Raises Stopped then."""
+async def until_stopped(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which a signal cancels. Raises Stopped then."""
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     received: list[int] = []
 
@@ -123,7 +126,7 @@ async def until_stopped(work: Any) -> None:
     for number in STOPPING:
         loop.add_signal_handler(number, stop, number)
     try:
-        await task
+        return await task
     except asyncio.CancelledError:
         if not received:
             raise
@@ -145,8 +148,21 @@ def run(evaluation: Evaluation, console: Console, *, resume: bool = True) -> dic
         asyncio.run(until_stopped(evaluate(workload, connection, evaluation.run, console, resume=resume)))
     result = write_report(evaluation.run)
     if evaluation.expect is not None:
-        result |= verdict(evaluation.expect, Results(evaluation.run), console)
+        result |= verdict(evaluation.expect, gains(Results(evaluation.run).samples()), console)
     return result
+
+
+def guarded(work: Callable[[], dict[str, Any]], console: Console) -> tuple[int, dict[str, Any]]:
+    """The exit status of a job, and what it returned; what stopped it is said in a sentence."""
+    try:
+        return 0, work()
+    except REFUSALS as error:
+        console.print("[bold red]error[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1, {}
+    except (Stopped, KeyboardInterrupt) as stopped:
+        console.print("stopped; what is finished is kept, and the same command goes on from there")
+        return (stopped.status if isinstance(stopped, Stopped) else 130), {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,22 +174,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="resolve every name and field; download and ask nothing")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    try:
+
+    def work() -> dict[str, Any]:
         evaluation = load_evaluation(options.config)
         if options.run is not None:
             evaluation = evaluation.model_copy(update={"run": options.run})
-        result = dry_run(evaluation, console) if options.dry_run else run(
-            evaluation, console, resume=not options.no_resume
-        )
-    except (ConfigError, LaunchError, RunError, Unanswered) as error:
-        console.print("[bold red]error[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        return 1
-    except (Stopped, KeyboardInterrupt) as stopped:
-        console.print("stopped; what is finished is kept, and the same command goes on from there")
-        return stopped.status if isinstance(stopped, Stopped) else 130
-    print(json.dumps(result), flush=True)
-    return 0
+        if options.dry_run:
+            return dry_run(evaluation, console)
+        return run(evaluation, console, resume=not options.no_resume)
+
+    status, result = guarded(work, console)
+    if status == 0:
+        print(json.dumps(result), flush=True)
+    return status
 
 
 if __name__ == "__main__":

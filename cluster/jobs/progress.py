@@ -98,9 +98,7 @@ class Progress:
 
     def _say_plainly(self) -> None:
         self._said = self._clock()
-        shares = [
-            f"{name} {self._right[name]}/{self._done[name]} right" for name in self._totals if self._done[name]
-        ]
+        shares = [f"{name} {self._right[name]}/{self._done[name]} right" for name in self._totals if self._done[name]]
         self._console.print(f"{self.summary}; {', '.join(shares)}", highlight=False, soft_wrap=True)
 
 

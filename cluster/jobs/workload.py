@@ -67,7 +67,7 @@ class Workload:
         }
 
     def check(self, asker: Asker) -> None:
-        """Make the request of every problem in every mode once. Raises ConfigError naming the first that does not fit."""
+        """Make the request of every problem in every mode once. Raises ConfigError for the first that does not fit."""
         first: Mapping[str, Arm] = {arm.mode: arm for arm in reversed(self.arms)}
         for task, asked in self.tasks:
             for problem in asked:
@@ -76,14 +76,14 @@ class Workload:
 
 
 def chosen_task(choice: TaskChoice) -> Task:
-    """The task of a choice with what the choice overrides. Raises ConfigError."""
+    """The task of a choice with what the choice overrides. Raises TaskError."""
     changed = choice.model_dump(include={"samples", "max_tokens"}, exclude_none=True)
     return load_task(choice.task).model_copy(update=changed)
 
 
 def load_workload(evaluation: Evaluation) -> Workload:
-    """The problems of every task. Raises ConfigError for a task that does not exist or comes twice."""
-    loaded = []
+    """The problems of every task. Raises TaskError for a task that does not exist, ConfigError for one named twice."""
+    loaded: list[tuple[Task, tuple[Problem, ...]]] = []
     for choice in evaluation.tasks:
         task = chosen_task(choice)
         if any(task.name == other.name for other, _ in loaded):

@@ -16,6 +16,7 @@ from cluster.jobs.config import UNGUIDED, Arm, checked
 from cluster.jobs.sample import ALONE
 from cluster.jobs.tasks import Problem, Task
 from router.backend import Overloaded, Status, Unavailable
+from tests.watched import until
 
 CONFIG = trio_config()
 TOKENIZERS = load_tokenizers(CONFIG)
@@ -177,8 +178,7 @@ async def test_cancelling_closes_the_generation() -> None:
 
     backend = Endless()
     asking_ = asyncio.create_task(asker(backend).ask(item()))
-    while not backend.asked:
-        await asyncio.sleep(0.001)
+    await until(lambda: backend.asked > 0)
     asking_.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking_

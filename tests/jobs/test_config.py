@@ -81,7 +81,9 @@ def test_every_shipped_config_resolves_without_a_download(file: Path, monkeypatc
     assert any(arm.startswith("guided") for arm in result["arms"])
 
 
-@pytest.mark.parametrize("file", [file for file in CONFIGS if file.stem.startswith("paper")], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [file for file in CONFIGS if file.stem.startswith("paper")], ids=lambda file: file.stem
+)
 def test_the_papers_trio_fits_the_machine_that_its_config_names(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     made = load_evaluation(file)
@@ -96,11 +98,17 @@ def test_the_papers_trio_fits_the_machine_that_its_config_names(file: Path, monk
         assert model.cache_tokens >= longest, role
 
 
-def test_a_dry_run_names_every_model_and_task_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_names_every_model_and_task_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     service = yaml.safe_load((Path(__file__).parents[2] / "ray_config.yaml").read_text(encoding="utf-8"))
     service["applications"][0]["args"]["models"]["guider"]["path"] = "/nowhere/guider"
     (tmp_path / "service.yaml").write_text(yaml.safe_dump(service), encoding="utf-8")
-    config = {"run": str(tmp_path / "run"), "service": str(tmp_path / "service.yaml"), "tasks": ["aime2034", "multihop"]}
+    config = {
+        "run": str(tmp_path / "run"),
+        "service": str(tmp_path / "service.yaml"),
+        "tasks": ["aime2034", "multihop"],
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert main([str(tmp_path / "config.yaml"), "--dry-run"]) == 1
     said = capsys.readouterr().err

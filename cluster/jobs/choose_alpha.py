@@ -1,0 +1,149 @@
+"""Which alpha, if any, helps on your own data: a small sweep against the service, every problem in every setting.
+
+    python -m cluster.jobs.choose_alpha --data mine.jsonl [--grader exact] [--prompt "Answer in one word. {question}"]
+
+Each line of the data is a JSON object with a question and its right answer (--question and --answer name the columns).
+The alpha is chosen by accuracy; the gain over the target is paired by problem, with a bootstrap interval and a p that
+is adjusted for how many alphas were tried. Where no gain is sure it says so, and chooses 0. The last line is one JSON
+object. It is an evaluation like any other: interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.jobs.config import Evaluation, checked
+from cluster.jobs.evaluate import guarded, run
+from cluster.jobs.grading import GRADERS
+from cluster.jobs.results import Results
+from cluster.jobs.verdict import Gain, gains
+
+ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def task_file(options: argparse.Namespace) -> Path:
+    """The task that the options describe, written beside the results."""
+    task = {
+        "name": options.data.stem,
+        "data": {"file": str(options.data.resolve())},
+        "columns": {"question": options.question, "answer": options.answer},
+        "prompt": options.prompt,
+        "style": options.style,
+        "grader": options.grader,
+        "samples": options.samples,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+    }
+    options.run.mkdir(parents=True, exist_ok=True)
+    path: Path = options.run / "task.yaml"
+    path.write_text(yaml.safe_dump(task, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def sweep(options: argparse.Namespace) -> Evaluation:
+    """The evaluation that the options describe. Raises ConfigError."""
+    return checked(
+        {
+            "run": str(options.run),
+            "service": str(options.service),
+            "tasks": [{"task": str(task_file(options)), "limit": options.limit}],
+            "modes": ["target", "guided"],
+            "alpha": options.alpha,
+            "warmup_tokens": [options.warmup],
+        }
+    )
+
+
+def choose(found: Sequence[Gain]) -> Gain:
+    """The most accurate setting; of equals the first, so that the weaker guidance wins."""
+    return max(found, key=lambda gain: gain.accuracy)
+
+
+def tell(found: Sequence[Gain], evaluation: Evaluation, console: Console) -> dict[str, Any]:
+    """Say what to choose and why; the same for the last line."""
+    table = Table("setting", "right", "over the target", "95 % interval", "p (Holm)")
+    for gain in found:
+        over = gain.difference
+        table.add_row(
+            gain.setting,
+            f"{gain.accuracy:.1%}",
+            f"{over.value:+.1%}",
+            f"{over.low:+.1%} to {over.high:+.1%}",
+            f"{gain.p:.3g}",
+        )
+    console.print(table)
+    best = choose(found)
+    over, count = best.difference, best.problems
+    interval = f"{over.value:+.1%} [{over.low:+.1%}, {over.high:+.1%}] over the target's {best.target:.1%}"
+    alpha = evaluation.settings()[best.setting].alpha
+    if best.helps:
+        words = f"choose alpha {alpha:g}: {interval}, on {count} problems"
+    elif over.high <= 0:
+        words = f"guidance does not help here: even the best setting, {best.setting}, is no better: {interval}; leave alpha 0"
+    else:
+        words = (
+            f"no gain is sure on these {count} problems: the best setting, {best.setting}, has {interval}; "
+            "leave alpha 0, or try more problems or samples"
+        )
+    console.print(words, highlight=False, soft_wrap=True)
+    return {
+        "alpha": alpha if best.helps else 0.0,
+        "helps": best.helps,
+        "best": best.result(),
+        "settings": [gain.result() for gain in found],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Sweep and choose; the exit status as of `cluster.jobs.evaluate`."""
+    options = _options(arguments)
+    console = Console(stderr=True)
+
+    def work() -> dict[str, Any]:
+        evaluation = sweep(options)
+        run(evaluation, console)
+        found = sorted(
+            gains(Results(options.run).samples()), key=lambda gain: evaluation.settings()[gain.setting].alpha
+        )
+        return tell(found, evaluation, console)
+
+    status, result = guarded(work, console)
+    if status == 0:
+        print(json.dumps(result), flush=True)
+    return status
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="JSONL, a problem a line")
+    parser.add_argument("--question", default="question", help="the column of the question")
+    parser.add_argument("--answer", default="answer", help="the column of the right answer")
+    parser.add_argument("--prompt", default="{question}", help="what is asked, with {question} in it")
+    parser.add_argument("--style", choices=("chat", "raw"), default="chat", help="a user's message, or raw text")
+    parser.add_argument("--grader", choices=[name for name in GRADERS if name != "multihop"], default="exact")
+    parser.add_argument("--alpha", type=float, nargs="+", default=list(ALPHAS), help="what is tried")
+    parser.add_argument("--warmup", type=int, default=0, help="tokens before guidance begins")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each problem in each setting")
+    parser.add_argument("--limit", type=int, help="the first problems only")
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--service", type=Path, default=Path("ray_config.yaml"), help="the Serve config file")
+    parser.add_argument("--run", type=Path, help="the folder of the results (runs/choose_alpha-NAME)")
+    options = parser.parse_args(arguments)
+    options.run = options.run or Path("runs") / f"choose_alpha-{options.data.stem}"
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
