@@ -24,8 +24,9 @@ from rich.table import Table
 from cluster.jobs.config import Evaluation, checked
 from cluster.jobs.evaluate import guarded, run
 from cluster.jobs.grading import GRADERS
+from cluster.jobs.reproduction import helps, percent
 from cluster.jobs.results import Results
-from cluster.jobs.verdict import Gain, gains
+from cluster.jobs.summary import Score, Summary, summarise
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -64,43 +65,47 @@ def sweep(options: argparse.Namespace) -> Evaluation:
     )
 
 
-def choose(found: Sequence[Gain]) -> Gain:
-    """The most accurate setting; of equals the first, so that the weaker guidance wins."""
-    return max(found, key=lambda gain: gain.accuracy)
+def choose(summary: Summary, evaluation: Evaluation) -> Score:
+    """The guided variant that is right most often; of equals the one of the weakest guidance."""
+    alphas = {name: abs(guidance.alpha) for name, guidance in evaluation.settings().items()}
+    guided = [score for score in summary.overall if score.variant.mode == "guided"]
+    return max(guided, key=lambda score: (score.pass_at_1.value, -alphas[score.variant.setting]))
 
 
-def tell(found: Sequence[Gain], evaluation: Evaluation, console: Console) -> dict[str, Any]:
+def tell(summary: Summary, evaluation: Evaluation, console: Console) -> dict[str, Any]:
     """Say what to choose and why; the same for the last line."""
-    table = Table("setting", "right", "over the target", "95 % interval", "p (Holm)")
-    for gain in found:
-        over = gain.difference
-        table.add_row(
-            gain.setting,
-            f"{gain.accuracy:.1%}",
-            f"{over.value:+.1%}",
-            f"{over.low:+.1%} to {over.high:+.1%}",
-            f"{gain.p:.3g}",
-        )
+    table = Table("", "right", "over the target", "p (Holm)")
+    for score in summary.overall:
+        gain = percent(score.difference) if score.difference else ""
+        p = "" if score.p is None else f"{score.p:.3g}"
+        table.add_row(str(score.variant), f"{score.pass_at_1.value:.1%}", gain, p)
     console.print(table)
-    best = choose(found)
-    over, count = best.difference, best.problems
-    interval = f"{over.value:+.1%} [{over.low:+.1%}, {over.high:+.1%}] over the target's {best.target:.1%}"
-    alpha = evaluation.settings()[best.setting].alpha
-    if best.helps:
-        words = f"choose alpha {alpha:g}: {interval}, on {count} problems"
-    elif over.high <= 0:
-        words = f"guidance does not help here: even the best setting, {best.setting}, is no better: {interval}; leave alpha 0"
+    best = choose(summary, evaluation)
+    alpha, over = evaluation.settings()[best.variant.setting].alpha, best.difference
+    assert over is not None, "the target is part of every sweep"
+    sure = helps(best)
+    if sure:
+        words = (
+            f"Choose alpha {alpha:g}: its accuracy is {percent(over)} over the target's, on {best.problems} problems."
+        )
+    elif over.value <= 0:
+        words = (
+            f"Guidance does not help here: the best alpha, {alpha:g}, is {percent(over)} over the target. Leave it out."
+        )
     else:
         words = (
-            f"no gain is sure on these {count} problems: the best setting, {best.setting}, has {interval}; "
-            "leave alpha 0, or try more problems or samples"
+            f"No gain is sure on these {best.problems} problems: the best alpha, {alpha:g}, is {percent(over)} over "
+            "the target, which chance alone may do. Leave guidance out, or try more problems or samples."
         )
     console.print(words, highlight=False, soft_wrap=True)
     return {
-        "alpha": alpha if best.helps else 0.0,
-        "helps": best.helps,
-        "best": best.result(),
-        "settings": [gain.result() for gain in found],
+        "alpha": alpha if sure else 0.0,
+        "helps": sure,
+        "best": alpha,
+        "difference": [over.value, over.low, over.high],
+        "p": best.p,
+        "problems": best.problems,
+        "words": words,
     }
 
 
@@ -112,10 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> dict[str, Any]:
         evaluation = sweep(options)
         run(evaluation, console)
-        found = sorted(
-            gains(Results(options.run).samples()), key=lambda gain: evaluation.settings()[gain.setting].alpha
-        )
-        return tell(found, evaluation, console)
+        return tell(summarise(Results(options.run)), evaluation, console)
 
     status, result = guarded(work, console)
     if status == 0:

@@ -22,6 +22,7 @@ from actors.config import ServiceConfig
 from cluster.launch import LaunchError, running_service
 from cluster.serve_file import read_service_config
 from router.app import ServeBackend, bind
+from router.backend import Backend
 
 ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
 POLL_S = 0.5
@@ -32,7 +33,7 @@ Say = Callable[[str], None]
 class Connection:
     """A service that can be asked, and what it was built from."""
 
-    backend: ServeBackend
+    backend: Backend
     service: ServiceConfig
 
 
@@ -56,7 +57,7 @@ def connected(file: Path, say: Say) -> Iterator[Connection]:
         ray.shutdown()
 
 
-async def ready(backend: ServeBackend, deadline_s: float, say: Say) -> None:
+async def ready(backend: Backend, deadline_s: float, say: Say) -> None:
     """Return once every role is there; says what is awaited whenever that changes. Raises LaunchError."""
     until, said = time.monotonic() + deadline_s, ""
     while (status := await backend.status()).missing:

@@ -28,18 +28,28 @@ from cluster.jobs.config import Evaluation, load_evaluation
 from cluster.jobs.connecting import Connection, connected, ready
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.grading import grade
+from cluster.jobs.lines import UnreadableLine
 from cluster.jobs.math_process import GradingError
 from cluster.jobs.progress import Progress
 from cluster.jobs.report import write_report
+from cluster.jobs.reproduction import reproduced
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.sample import Sample, Timing
+from cluster.jobs.summary import summarise
 from cluster.jobs.tasks import TaskError
-from cluster.jobs.verdict import gains, verdict
 from cluster.jobs.workload import MAY_DIFFER, Workload, load_workload
 from cluster.launch import LaunchError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-REFUSALS = (ConfigError, GradingError, LaunchError, RunError, TaskError, Unanswered)  # each says what to do
+REFUSALS = (
+    ConfigError,
+    GradingError,
+    LaunchError,
+    RunError,
+    TaskError,
+    Unanswered,
+    UnreadableLine,
+)  # each says what to do
 COPIED = "working_dir_files"  # where Ray keeps the copy of a submitted job's working directory
 
 T = TypeVar("T")
@@ -146,9 +156,10 @@ def run(evaluation: Evaluation, console: Console, *, resume: bool = True) -> dic
     workload = load_workload(evaluation)
     with connected(evaluation.service, console.print) as connection:
         asyncio.run(until_stopped(evaluate(workload, connection, evaluation.run, console, resume=resume)))
-    result = write_report(evaluation.run)
+    result: dict[str, Any] = write_report(evaluation.run)
     if evaluation.expect is not None:
-        result |= verdict(evaluation.expect, gains(Results(evaluation.run).samples()), console)
+        result["reproduced"], words = reproduced(evaluation.expect, summarise(Results(evaluation.run)))
+        console.print(words, highlight=False, soft_wrap=True)
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,10 @@ class Workload:
 
     def check(self, asker: Asker) -> None:
         """Make the request of every problem in every mode once. Raises ConfigError for the first that does not fit."""
-        first: Mapping[str, Arm] = {arm.mode: arm for arm in reversed(self.arms)}
+        kinds = {(arm.mode, arm.guidance.never_guides()): arm for arm in self.arms}
         for task, asked in self.tasks:
             for problem in asked:
-                for arm in first.values():
+                for arm in kinds.values():
                     asker.request(Item(task, problem, arm, self.evaluation.seeds[0], 0))
 
 
