@@ -63,7 +63,7 @@ class Interruption(Exception):
     """Whatever ends a run at a random place."""
 
 
-def task_files(folder: Path) -> list[str]:
+def task_files(folder: Path, temperature: float = 0) -> list[str]:
     """A task for each hop count, whose answers may be as long as the benchmark allows."""
     paths = []
     for hops in HOPS:
@@ -71,7 +71,7 @@ def task_files(folder: Path) -> list[str]:
             "name": f"hops{hops}",
             "data": {"demo": {"hops": [hops], "split": "held_out", "n": PER_HOP}},
             "grader": "multihop",
-            "temperature": 0,
+            "temperature": temperature,
             "top_p": 1,
             "max_tokens": TOKENS_A_HOP * hops + TOKENS_AROUND,
         }
@@ -134,25 +134,19 @@ async def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
     keys: dict[str, Any] = {"alpha": [1.0], "seeds": [0], "concurrency": 5}
-    whole, broken = (
-        workload(tmp_path / "a" / "run", **keys) if (tmp_path / "a").mkdir() is None else None,
-        tmp_path / "b",
-    )
-    broken.mkdir()
-    parts = workload(broken / "run", **keys)
-    assert whole is not None
+    whole, parts = workload(tmp_path / "whole", **keys), workload(tmp_path / "parts", **keys)
     total = await run(whole, trio_engines)
     asked = 0
     for stop_after in (7, 1, 20):
         with pytest.raises(ExceptionGroup) as caught:
             await run(parts, trio_engines, stop_after)
         assert caught.group_contains(Interruption)
-        kept = Results(broken / "run").done()
+        kept = Results(tmp_path / "parts").done()
         assert asked <= len(kept) <= asked + stop_after
         asked = len(kept)
     assert await run(parts, trio_engines) == total - asked
     assert await run(parts, trio_engines) == 0
-    first, second = (folder / "run" / "samples.jsonl" for folder in (tmp_path / "a", broken))
+    first, second = (tmp_path / folder / "samples.jsonl" for folder in ("whole", "parts"))
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -188,9 +182,8 @@ async def test_a_problem_that_does_not_fit_is_refused_before_anything_is_asked(
 async def test_sampled_answers_of_one_problem_differ_and_repeat_with_the_run(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
-    path = Path(task_files(tmp_path)[0])
-    path.write_text(path.read_text(encoding="utf-8").replace("temperature: 0", "temperature: 1.0"), encoding="utf-8")
-    keys: dict[str, Any] = {"tasks": [{"task": str(path), "samples": 4}], "alpha": [1.0], "modes": ["target", "guided"]}
+    path = task_files(tmp_path, temperature=1.0)[0]
+    keys: dict[str, Any] = {"tasks": [{"task": path, "samples": 4}], "alpha": [1.0], "modes": ["target", "guided"]}
 
     async def texts(folder: str) -> dict[Key, str]:
         made = load_workload(checked({"run": str(tmp_path / folder), "seeds": [0, 1]} | keys))
@@ -251,7 +244,7 @@ async def test_a_replayed_request_shows_where_the_modes_part(trio_engines: Mappi
         "guidance": {"alpha": 1.0},
         "stream": True,
     }
-    async with connection(trio_engines) as (connected, backend, service):
+    async with connection(trio_engines) as (_, backend, service):
         asked = requests(body, service.config, service.tokenizers)
         replayed = await replay(Asker(backend, service.config, service.tokenizers), asked, service.tokenizers)
     assert [each.mode for each in replayed] == list(MODES)
