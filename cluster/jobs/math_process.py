@@ -149,7 +149,7 @@ def equal(gold: str, given: str) -> bool:
 
 
 def parsed(answer: str) -> list[object]:
-    """What math-verify makes of LaTeX: an expression where it can, and the text that it read, which it falls back to."""
+    """What math-verify makes of LaTeX: an expression where it can, and the text that it read, to fall back to."""
     from math_verify import LatexExtractionConfig, parse
 
     rules = [LatexExtractionConfig(boxed_match_priority=0)]
