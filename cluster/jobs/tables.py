@@ -105,7 +105,7 @@ def verdict(summary: Summary) -> str:
         return f"{_name(best)} is right in {_rate_interval(best.pass_at_1)} % of answers; the target alone did not run."
     shown = (
         f"{_name(best)} is right in {_rate_interval(best.pass_at_1)} % of answers, the target alone in "
-        f"{_rate_interval(target.pass_at_1)} %: {gain(best.gain)} relative, p = {p_value(best.p)}."
+        f"{_rate_interval(target.pass_at_1)} %: {gain(best.gain)} relative, p {p_value(best.p, equal='= ')}."
     )
     settings = sum(score.variant.mode == "guided" for score in summary.overall)
     if settings > 1:
@@ -129,9 +129,9 @@ def gain(value: Interval | None) -> str:
     return f"{100 * value.value:+.1f} % [{_signed(100 * value.low)}, {_signed(100 * value.high)}]"
 
 
-def p_value(p: float) -> str:
-    """Three digits; smaller ones as a bound."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def p_value(p: float, equal: str = "") -> str:
+    """Three digits; smaller ones as a bound. equal: what stands before a figure that is no bound."""
+    return "< 0.001" if p < 0.001 else f"{equal}{p:.3f}"
 
 
 def task_title(task: str, summary: Summary) -> str:
