@@ -2,11 +2,11 @@ r"""Whether an answer is right: what is read from a text, and what it is held ag
 
     math       the last \boxed{} after the thinking, equal to the gold answer as math-verify sees it
     letter     the last \boxed{} after the thinking, which names one option: B, (B), \text{B}, B. because ...
-    exact      the last \boxed{} after the thinking, else all that follows the thinking, word for word
+    exact      the last \boxed{} after the thinking, else the last line, word for word
     multihop   the embedded task's own: "The answer is Ben."
 
-A text that never closed a thinking which it opened has no answer. One that marks no thinking, as base models write, is
-read as a whole, as in the published evaluation.
+The thinking ends at the last </think>. A text without one, as base models write, is read as a whole, as in the
+published evaluation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from cluster.jobs.math_process import MathProcesses
 Grader: TypeAlias = Literal["math", "letter", "multihop", "exact"]
 GRADERS: tuple[Grader, ...] = get_args(Grader)
 
-_THINK_START, _THINK_END = "<think>", "</think>"
+_THINK_END = "</think>"
 _BOXES = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _STYLE = re.compile(r"\\(?:text|textbf|textrm|textit|mbox|mathrm|mathbf|mathsf|bold)\s*\{([^{}]*)\}")
-_TEXT_ANSWER = re.compile(r"\s*\\(?:text|textbf|textrm|mbox|mathrm)\s*\{[^{}\d]*\}\s*")
+_WORDS = re.compile(r"\s*\\(?:text|textbf|textrm|mbox|mathrm)\s*\{[^{}\d]*\}\s*")
 _BASED = re.compile(r"\s*[0-9A-Fa-f]+\s*_\s*(?:\{\s*(\d+)\s*\}|(\d))\s*")
 _LETTER = re.compile(r"(?:option|choice|answer)?[\s:]*\(?([A-Z])\)?\s*(?:[.:)].*)?", re.IGNORECASE | re.DOTALL)
 _MATH = MathProcesses()
@@ -55,13 +55,18 @@ def extract(grader: Grader, text: str) -> str | None:
     """The answer that `grader` reads in `text`, None where there is none."""
     if grader == "multihop":
         return answer_in(text)
-    final = _after_thinking(text)
+    final = text.rpartition(_THINK_END)[2]
     box = last_box(final)
     if grader == "math":
         return box
     if grader == "letter":
         return _letter(box) if box else None
-    return _words(box or final) or None
+    return _words(box or final.rstrip().rpartition("\n")[2]) or None
+
+
+def is_words(gold: str) -> bool:
+    r"""Whether a gold answer is \text{of words}, which "math" holds against words rather than against mathematics."""
+    return _WORDS.fullmatch(gold) is not None
 
 
 def last_box(text: str) -> str | None:
@@ -79,11 +84,6 @@ def last_box(text: str) -> str | None:
                 return text[starts[-1] : place].strip() or None
         place += 1
     return None
-
-
-def _after_thinking(text: str) -> str:
-    before, mark, after = text.rpartition(_THINK_END)
-    return "" if _THINK_START in after else after if mark else before + after
 
 
 def _letter(box: str) -> str | None:
@@ -109,7 +109,7 @@ def _plain(text: str) -> str:
 
 def _same_math(gold: str, given: str) -> bool:
     """Words are held against words, and 52_8 is not 52_9, though math-verify drops the base."""
-    if _TEXT_ANSWER.fullmatch(gold):
+    if is_words(gold):
         return _plain(gold) == _plain(given)
     bases = [_base(gold), _base(given)]
     if None not in bases and bases[0] != bases[1]:

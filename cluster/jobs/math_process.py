@@ -11,6 +11,7 @@ The child is `python -m cluster.jobs.math_process`: a line of JSON in, one byte 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from typing import BinaryIO
 
 CPU_S = 10.0  # processor time of one comparison; nearly all take milliseconds
 WALL_S = 300.0  # a child that says nothing for so long is not computing: the machine is at fault
-MEMORY = 4 << 30  # bytes of address space of a child
+MEMORY = 2 << 30  # bytes of address space of a child
 _ROOT = Path(__file__).resolve().parents[2]
 _READY, _EQUAL, _DIFFERENT = b"?", b"1", b"0"
 # What ends a child through its own doing: out of time, out of stack, out of memory within the limit.
@@ -143,11 +144,12 @@ def equal(gold: str, given: str) -> bool:
     from sympy.core.random import seed
 
     seed(0)  # sympy tests some identities at random points
-    right = _parsed(gold)
-    return bool(verify(right, _parsed(given), float_rounding=_decimals(right), timeout_seconds=None))
+    right = parsed(gold)
+    return bool(verify(right, parsed(given), float_rounding=_decimals(right), timeout_seconds=None))
 
 
-def _parsed(answer: str) -> list[object]:
+def parsed(answer: str) -> list[object]:
+    """What math-verify makes of LaTeX: an expression where it can, and the text that it read, to fall back to."""
     from math_verify import LatexExtractionConfig, parse
 
     rules = [LatexExtractionConfig(boxed_match_priority=0)]
@@ -183,7 +185,8 @@ def main() -> None:
 
     logging.disable(logging.WARNING)  # that its own limit is off, once for each process
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with contextlib.suppress(ValueError, OSError):  # macOS knows the limit and refuses it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     replies = os.dup(1)
     os.dup2(2, 1)  # what a parser prints is not a reply
     with os.fdopen(replies, "wb", buffering=0) as out:

@@ -102,9 +102,10 @@ class Summary:
 
     @property
     def best(self) -> Score | None:
-        """The guided variant that is right most often overall."""
+        """The guided variant that is right most often overall, above the target where that ran: in a run that goes on
+        variants have answered other problems, and only differences are fair."""
         guided = [score for score in self.overall if score.variant.mode == "guided"]
-        return max(guided, key=lambda score: score.pass_at_1.value, default=None)
+        return max(guided, key=lambda score: (score.difference or score.pass_at_1).value, default=None)
 
 
 @dataclass(slots=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from actors.requests import ROLES
 from cluster.jobs.statistics import Interval
@@ -26,28 +27,38 @@ class Table:
 
 def tables(summary: Summary) -> list[Table]:
     """All of a report's, in their order."""
-    return [accuracy(summary), costs(summary), behaviour(summary)]
+    found = [accuracy(summary), several(summary), costs(summary), behaviour(summary)]
+    return [table for table in found if len(table.header) > 2]  # one answer a problem: there are no several
 
 
 def accuracy(summary: Summary) -> Table:
-    """pass@1 with its interval, pass@k and maj@k at the k that all have samples for, gain and significance."""
-    ks = _ks(summary)
-    columns: dict[str, Callable[[Score], str]] = {"pass@1 [95 %]": lambda score: _rate_interval(score.pass_at_1)}
-    for k in ks:
-        columns[f"pass@{k}"] = lambda score, k=k: _percent(score.pass_at.get(k))  # type: ignore[misc]
-    for k in ks[1:]:  # of two votes the second never decides
-        columns[f"maj@{k}"] = lambda score, k=k: _percent(score.majority_at.get(k))  # type: ignore[misc]
-    columns |= {
+    """pass@1 with its interval, what that is against the target, and how surely."""
+    columns: dict[str, Callable[[Score], str]] = {
+        "pass@1 [95 %]": lambda score: _rate_interval(score.pass_at_1),
         "gain over target [95 %]": lambda score: gain(score.gain),
         "points [95 %]": lambda score: _points(score.difference),
         "p": lambda score: UNKNOWN if score.p is None else p_value(score.p),
     }
     notes = [
-        "Intervals: bootstrap over problems, paired with the target for gain and points. pass@k is unbiased; maj@k is "
-        "the expected verdict of a vote, ties shared. Gain is relative and of averages.",
-        "p: paired permutation test over problems, two-sided, adjusted (Holm) for all guided settings.",
+        "Intervals: bootstrap over problems, paired with the target for gain and points. Gain is relative, and of "
+        "averages. p: paired permutation test over problems, two-sided, adjusted (Holm) for all guided settings.",
     ]
     return _table(summary, "Right answers, in %", columns, notes)
+
+
+def several(summary: Summary) -> Table:
+    """pass@k and maj@k for every k that all problems of a task have samples for."""
+    ks = sorted({k for scores in summary.scores.values() for score in scores for k in score.pass_at if k > 1})
+    columns: dict[str, Callable[[Score], str]] = {}
+    for k in ks:
+        columns[f"pass@{k}"] = partial(_at, "pass_at", k)
+    for k in ks:
+        columns[f"maj@{k}"] = partial(_at, "majority_at", k)
+    notes = [
+        "pass@k: one of k answers is right (unbiased). maj@k: the most frequent of k answers is right, ties shared, "
+        "expected over all draws of k."
+    ]
+    return _table(summary, "Right with several answers, in %", columns, notes)
 
 
 def costs(summary: Summary) -> Table:
@@ -94,7 +105,7 @@ def verdict(summary: Summary) -> str:
         return f"{_name(best)} is right in {_rate_interval(best.pass_at_1)} % of answers; the target alone did not run."
     shown = (
         f"{_name(best)} is right in {_rate_interval(best.pass_at_1)} % of answers, the target alone in "
-        f"{_rate_interval(target.pass_at_1)} %: {gain(best.gain)} relative, p = {p_value(best.p)}."
+        f"{_rate_interval(target.pass_at_1)} %: {gain(best.gain)} relative, p {p_value(best.p, equal='= ')}."
     )
     settings = sum(score.variant.mode == "guided" for score in summary.overall)
     if settings > 1:
@@ -118,9 +129,9 @@ def gain(value: Interval | None) -> str:
     return f"{100 * value.value:+.1f} % [{_signed(100 * value.low)}, {_signed(100 * value.high)}]"
 
 
-def p_value(p: float) -> str:
-    """Three digits; smaller ones as a bound."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def p_value(p: float, equal: str = "") -> str:
+    """Three digits; smaller ones as a bound. equal: what stands before a figure that is no bound."""
+    return "< 0.001" if p < 0.001 else f"{equal}{p:.3f}"
 
 
 def task_title(task: str, summary: Summary) -> str:
@@ -142,10 +153,9 @@ def _name(score: Score) -> str:
     return name[0].upper() + name[1:]
 
 
-def _ks(summary: Summary) -> list[int]:
-    """The largest k beyond 1 of each task: what a table has room for."""
-    most = {max(score.pass_at) for scores in summary.scores.values() for score in scores}
-    return sorted(most - {1})
+def _at(field: str, k: int, score: Score) -> str:
+    by_k: Mapping[int, float] = getattr(score, field)
+    return _percent(by_k.get(k))
 
 
 def _on_gpu(summary: Summary) -> bool:

@@ -27,7 +27,6 @@ from pydantic import (
     model_validator,
 )
 
-from actors.decoding.parameters import Sampling
 from cluster.demo.task import MAX_HOPS, Split
 from cluster.jobs.grading import Grader
 
@@ -115,7 +114,7 @@ class Task(_Section):
     grader: Grader
     samples: int = Field(1, ge=1)
     max_tokens: int = Field(8_192, ge=1)
-    temperature: float = Field(0.6, ge=0)
+    temperature: float = Field(0.6, ge=0, le=100)
     top_p: float = Field(0.95, gt=0, le=1)
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = ()
     stop_on_repeat: int = Field(0, ge=0)
@@ -129,23 +128,14 @@ class Task(_Section):
             raise ValueError("columns.wrong makes the answer a letter: it needs grader letter and no boxed_answer")
         if (self.grader == "multihop") != (self.data.demo is not None):
             raise ValueError("grader multihop grades the embedded task, data.demo, and nothing else does")
-        self.sampling()
+        if self.stop_on_repeat == 1:
+            raise ValueError("stop_on_repeat must be 0, for never, or at least 2")
         return self
 
     @property
     def folder(self) -> Path:
         """What a relative path in it is relative to."""
         return self._folder
-
-    def sampling(self) -> Sampling:
-        """The sampling parameters of every request of the task."""
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_tokens=self.max_tokens,
-            stop=self.stop,
-            stop_on_repeat=self.stop_on_repeat,
-        )
 
 
 def shipped() -> list[str]:
