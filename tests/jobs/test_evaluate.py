@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,10 +21,11 @@ from rich.console import Console
 
 from actors.config import ConfigError
 from actors.forward import Engine
-from actors.requests import Event, Generate, Role
+from actors.requests import Role
 from benchmarks.effect import MODES, measure
 from benchmarks.local import LocalService, local_service, trio_config
 from cluster.demo.accuracy import TOKENS_A_HOP, TOKENS_AROUND
+from cluster.demo.task import questions
 from cluster.jobs import choose_alpha, evaluate
 from cluster.jobs.asking import Asker
 from cluster.jobs.config import checked
@@ -29,38 +36,13 @@ from cluster.jobs.results import OtherRun, Results
 from cluster.jobs.sample import ALONE, Key
 from cluster.jobs.summary import Variant, summarise
 from cluster.jobs.workload import Workload, load_workload
-from router.backend import Status
+from tests.jobs.local_backend import Interruption, LocalBackend
+from tests.local_ray import READY_S, ROOT, wait_until
 
 HOPS = (2, 3)
 PER_HOP = 6
 ALPHAS = (0.0, 0.5, 1.0, 1.5)
 CONSOLE = Console(quiet=True)
-
-
-class CoordinatorBackend:
-    """A local service as the job's backend. `fail_after`: so many requests are taken on before one raises."""
-
-    def __init__(self, service: LocalService, stop_after: int | None = None) -> None:
-        self._service, self._left = service, stop_after
-        self.asked = 0
-
-    async def generate(self, request: Generate) -> AsyncIterator[Event]:
-        self.asked += 1
-        if self._left is not None and self.asked > self._left:
-            raise Interruption
-        events = self._service.coordinators[0].generate(request)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
-
-    async def status(self) -> Status:
-        return Status()
-
-
-class Interruption(Exception):
-    """Whatever ends a run at a random place."""
 
 
 def task_files(folder: Path, temperature: float = 0) -> list[str]:
@@ -89,9 +71,9 @@ def workload(folder: Path, **keys: Any) -> Workload:
 @asynccontextmanager
 async def connection(
     engines: Mapping[Role, Engine], stop_after: int | None = None
-) -> AsyncIterator[tuple[Any, CoordinatorBackend, LocalService]]:
+) -> AsyncIterator[tuple[Any, LocalBackend, LocalService]]:
     async with local_service(trio_config(), engines) as service:
-        backend = CoordinatorBackend(service, stop_after)
+        backend = LocalBackend(service, stop_after)
         yield Connection(backend, service.config), backend, service
 
 
@@ -150,6 +132,36 @@ async def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_run_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+    chance = random.Random(5)
+    for folder, kills in (("whole", 0), ("killed", 5)):
+        given = {"run": str(tmp_path / folder), "tasks": task_files(tmp_path), "alpha": [1.0], "concurrency": 6}
+        config = tmp_path / f"{folder}.yaml"
+        config.write_text(yaml.safe_dump(given), encoding="utf-8")
+        kept = 0
+        for _ in range(kills):
+            kept = killed(config, tmp_path / folder, kept + chance.randint(1, 8), chance.uniform(0, 0.05))
+        assert 0 < kept < 4 * len(HOPS) * PER_HOP or not kills
+        subprocess.run(command(config), cwd=ROOT, capture_output=True, timeout=READY_S, check=True)
+    whole, broken = (tmp_path / folder / "samples.jsonl" for folder in ("whole", "killed"))
+    assert whole.read_bytes() == broken.read_bytes()
+    assert len(whole.read_bytes().splitlines()) == 4 * len(HOPS) * PER_HOP
+
+
+def command(config: Path) -> list[str]:
+    return [sys.executable, "-m", "tests.jobs.evaluating", str(config)]
+
+
+def killed(config: Path, folder: Path, enough: int, later_s: float) -> int:
+    """Run until so many samples are there and a moment more, then SIGKILL; how many are there."""
+    with subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: process.poll() is not None or len(Results(folder).done()) >= enough, "the next samples")
+        time.sleep(later_s)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    return len(Results(folder).done())
+
+
 async def test_a_folder_is_not_shared_by_two_configurations_until_it_is_started_over(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
@@ -199,8 +211,6 @@ async def test_sampled_answers_of_one_problem_differ_and_repeat_with_the_run(
 
 def own_data(folder: Path, rows: int) -> Path:
     """Multi-hop questions as somebody's own data."""
-    from cluster.demo.task import questions
-
     path = folder / "mine.jsonl"
     asked = [question for hops in HOPS for question in questions("held_out", hops, rows)]
     lines = [json.dumps({"q": question.text, "gold": question.direct_answer}) for question in asked]
@@ -268,9 +278,6 @@ def test_a_relative_folder_of_a_submitted_job_is_refused(tmp_path: Path, monkeyp
 
 
 async def test_a_signal_ends_the_work_and_says_which(tmp_path: Path) -> None:
-    import os
-    import signal
-
     async def work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(60)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.effect import MODES
@@ -97,3 +98,4 @@ def test_a_submitted_job_is_stopped_submitted_again_and_succeeds(dashboard: str,
     result = json.loads(next(line for line in reversed(logs.splitlines()) if line.startswith("{")))
     assert result["samples"] == result["expected"] == total
     assert (folder / "report.html").is_file()
+    wait_until(lambda: not serve.status().applications, "the end of the service that the job brought up")
