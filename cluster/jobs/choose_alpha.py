@@ -24,7 +24,7 @@ from rich.table import Table
 from cluster.jobs.config import Evaluation, checked
 from cluster.jobs.evaluate import guarded, run
 from cluster.jobs.grading import GRADERS
-from cluster.jobs.reproduction import helps, percent
+from cluster.jobs.reproduction import helps, points
 from cluster.jobs.results import Results
 from cluster.jobs.summary import Score, Summary, summarise
 
@@ -76,7 +76,7 @@ def tell(summary: Summary, evaluation: Evaluation, console: Console) -> dict[str
     """Say what to choose and why; the same for the last line."""
     table = Table("", "right", "over the target", "p (Holm)")
     for score in summary.overall:
-        gain = percent(score.difference) if score.difference else ""
+        gain = points(score.difference) if score.difference else ""
         p = "" if score.p is None else f"{score.p:.3g}"
         table.add_row(str(score.variant), f"{score.pass_at_1.value:.1%}", gain, p)
     console.print(table)
@@ -86,15 +86,19 @@ def tell(summary: Summary, evaluation: Evaluation, console: Console) -> dict[str
     sure = helps(best)
     if sure:
         words = (
-            f"Choose alpha {alpha:g}: its accuracy is {percent(over)} over the target's, on {best.problems} problems."
+            f"Choose alpha {alpha:g}: its accuracy is {points(over)} over the target's, on {best.problems} problems."
         )
+        if len(evaluation.settings()) > 1:
+            words += (
+                f" It is the best of {len(evaluation.settings())}, which flatters it: confirm it on other problems."
+            )
     elif over.value <= 0:
         words = (
-            f"Guidance does not help here: the best alpha, {alpha:g}, is {percent(over)} over the target. Leave it out."
+            f"Guidance does not help here: the best alpha, {alpha:g}, is {points(over)} over the target. Leave it out."
         )
     else:
         words = (
-            f"No gain is sure on these {best.problems} problems: the best alpha, {alpha:g}, is {percent(over)} over "
+            f"No gain is sure on these {best.problems} problems: the best alpha, {alpha:g}, is {points(over)} over "
             "the target, which chance alone may do. Leave guidance out, or try more problems or samples."
         )
     console.print(words, highlight=False, soft_wrap=True)

@@ -26,6 +26,11 @@ def reproduced(expected: Expectation, summary: Summary) -> tuple[bool, str]:
     return inside and sure, f"{word}: {expected.setting} gains {percent(score.gain)} over the target{doubt}; {range_}"
 
 
+def points(interval: Interval) -> str:
+    """Of a difference of accuracies, as +12.3 [+4.5, +20.1] points."""
+    return f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}] points"
+
+
 def percent(interval: Interval) -> str:
-    """As +12.3% [+4.5%, +20.1%]."""
+    """Of a relative gain, as +12.3% [+4.5%, +20.1%]."""
     return f"{interval.value:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"
