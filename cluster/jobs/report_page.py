@@ -23,6 +23,7 @@ body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 84rem; background: 
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+figure { margin: 0; max-width: 100%; }
 .verdict { font-size: 1.05rem; max-width: 60rem; }
 .dim, .notes { color: var(--dim); font-size: .85rem; max-width: 60rem; }
 .notes p { margin: .3rem 0; }
@@ -33,11 +34,12 @@ th { color: var(--dim); font-weight: 600; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 tr.first td { border-top: 2px solid var(--line); }
 tr.guided td { background: var(--band); }
+.plots { display: flex; flex-wrap: wrap; column-gap: 3rem; }
 svg { max-width: 100%; height: auto; color: var(--ink); }
 details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; }
 summary { padding: .5rem .8rem; cursor: pointer; }
 details > div { padding: 0 .8rem .8rem; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .8rem; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; }
 .sides h3 { font-size: .9rem; margin: .4rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--band); border-radius: 6px; padding: .7rem;
   margin: 0; max-height: 28rem; overflow-y: auto; font: 12.5px/1.45 ui-monospace, monospace; }
@@ -54,7 +56,9 @@ def page(name: str, summary: Summary, differing: Sequence[Contrast]) -> str:
         f'<p class="verdict">{escape(verdict(summary))}</p>',
         f'<p class="dim">{escape(completeness(summary))}</p>',
         _table(accuracy),
-        *(f'<h2>{title}</h2>\n<div class="wide">{svg}</div>' for title, svg in plots if svg),
+        '<div class="plots">',
+        *(f"<figure><h2>{title}</h2>\n{svg}</figure>" for title, svg in plots if svg),
+        "</div>",
         *(_table(table) for table in others),
         _contrasts(differing),
     ]

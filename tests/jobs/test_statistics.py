@@ -143,7 +143,8 @@ def test_what_is_best_of_many_must_be_surer() -> None:
 
 
 def test_behaviours_are_counted_as_whole_words_in_any_inflection() -> None:
-    text = "Wait, that is wrong. Alternatively, let me double-check: verifying\nwaiter; another  way. Checked."
+    text = "Wait, that is wrong. Alternatively, let me double-check: verifying\\nwaiter; another  way. Checked."
     assert behaviours(text) == Behaviours(words=13, branching=2, backtracking=2, verification=3)
+    assert behaviours("Try again, try\nagain: it isn’t right!").backtracking == 3
     assert behaviours("") == Behaviours()
     assert (behaviours("wait and see") + behaviours("see")).per_mille(1) == 250.0
