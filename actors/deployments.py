@@ -276,6 +276,7 @@ class CoordinatorShell:
                 endpoints: tuple[Endpoint, ...] = await directory.snapshot.remote()
             return endpoints
 
+        self._config = config
         tokenizers = await asyncio.to_thread(load_tokenizers, config)
         self._coordinator = Coordinator(config, tokenizers, await _own_secret(), locate, tls=client_context())
         await self._coordinator.start()
@@ -286,6 +287,10 @@ class CoordinatorShell:
         async with contextlib.aclosing(self._coordinator.generate(request)) as events:
             async for event in events:
                 yield event
+
+    async def config(self) -> ServiceConfig:
+        """What the service was built from."""
+        return self._config
 
     async def missing_roles(self) -> tuple[Role, ...]:
         """See Coordinator.missing_roles."""

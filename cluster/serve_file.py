@@ -36,7 +36,7 @@ def read_service_config(path: Path) -> ServiceConfig:
 
     Raises ConfigError that names every key that is wrong, unknown keys of Ray's own part included.
     """
-    file = _read(path)
+    file = read_mapping(path)
     problems = [*_unknown_keys(ServeDeploySchema, file), *_invalid_values(file)]
     applications = [a for a in _list(file.get("applications")) if isinstance(a, dict)]
     ours = [(i, a) for i, a in enumerate(applications) if a.get("import_path") == IMPORT_PATH]
@@ -58,7 +58,8 @@ def read_service_config(path: Path) -> ServiceConfig:
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file whose mappings say each key once. Raises ConfigError."""
     try:
         file = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
@@ -66,7 +67,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(file, dict):
-        raise ConfigError(f"{path} is not a Serve config file: its top level is not a mapping")
+        raise ConfigError(f"{path} does not hold a mapping at its top level")
     return file
 
 

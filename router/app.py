@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from actors.config import CoordinatorConfig, ModelConfig, Replicas, RouterConfig, ServiceConfig, load_config
@@ -55,7 +55,7 @@ class ServeBackend:
             raise Overloaded("too many requests are waiting; try again later") from error
         except RayTaskError:
             raise  # a fault in the coordinator's program, not its loss
-        except RayError as error:
+        except (RayError, DeploymentUnavailableError) as error:
             raise Unavailable("the coordinator of this request was lost; send it again") from error
         finally:
             response.cancel()  # nothing happens where the stream has ended

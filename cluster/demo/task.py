@@ -167,12 +167,16 @@ def _shuffled(hops: int, seed: int) -> Iterator[Question]:
         yield Question(PEOPLE[person], tuple(relations))
 
 
-def grade(text: str, question: Question) -> bool:
-    """Whether `text`, a whole reply with or without its thinking, ends in the right answer.
+def answer_in(text: str) -> str | None:
+    """The name that `text`, a whole reply with or without its thinking, ends in; None where it ends in no answer.
 
     Only what follows the last ``</think>`` counts, and it must be one finished answer ("The answer is Ben." or
-    "Ben."), so a reply that was cut off, is still thinking, or names several people is wrong.
+    "Ben."), so a reply that was cut off, is still thinking, or names several people has none.
     """
-    final = text.rpartition(_THINK_END)[2]
-    found = _ANSWER.fullmatch(final)
-    return found is not None and found.group(1) == question.answer
+    found = _ANSWER.fullmatch(text.rpartition(_THINK_END)[2])
+    return found.group(1) if found else None
+
+
+def grade(text: str, question: Question) -> bool:
+    """Whether `text`, a whole reply with or without its thinking, ends in the right answer (see `answer_in`)."""
+    return answer_in(text) == question.answer

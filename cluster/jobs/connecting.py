@@ -1,0 +1,118 @@
+"""The service that a job asks: the one that runs in its cluster, or one that it brings up and takes down again.
+
+Ray is looked for where RAY_ADDRESS says, else on this machine; RAY_ADDRESS=local, or no Ray at all, means one of the
+job's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray import serve
+
+from actors.config import ServiceConfig
+from cluster.launch import LaunchError, running_service
+from cluster.serve_file import read_service_config
+from router.app import ServeBackend, bind
+from router.backend import Backend
+
+ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
+POLL_S = 0.5
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A service that can be asked, and what it was built from."""
+
+    backend: Backend
+    service: ServiceConfig
+
+
+@contextmanager
+def connected(file: Path, say: Say) -> Iterator[Connection]:
+    """A connection to the service that `file` describes.
+
+    Of a service that runs already the name counts, and what it says of itself. Raises ConfigError for a file or models
+    that are not sound, LaunchError where nothing comes up.
+    """
+    wanted = read_service_config(file)
+    if not _joined():
+        say("no Ray runs here: starting one, and the service in it ...")
+        with running_service(wanted):
+            yield _connection(wanted.name)
+        return
+    try:
+        with _application(wanted, say) as name:
+            yield _connection(name)
+    finally:
+        ray.shutdown()
+
+
+async def ready(backend: Backend, deadline_s: float, say: Say) -> None:
+    """Return once every role is there; says what is awaited whenever that changes. Raises LaunchError."""
+    until, said = time.monotonic() + deadline_s, ""
+    while (status := await backend.status()).missing:
+        awaited = "; ".join(status.awaited) or ", ".join(status.missing)
+        if time.monotonic() > until:
+            raise LaunchError(f"the service is not complete after {deadline_s:g} s: {awaited}")
+        if awaited != said:
+            say(f"waiting for {awaited}")
+            said = awaited
+        await asyncio.sleep(POLL_S)
+
+
+def _joined() -> bool:
+    """Join the Ray that there is; False where this job needs one of its own."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        return False
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        if address:
+            raise LaunchError(f"no Ray answers at RAY_ADDRESS={address}: {error}") from error
+        return False
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return True
+
+
+@contextmanager
+def _application(wanted: ServiceConfig, say: Say) -> Iterator[str]:
+    """The name of the application that is asked. One of the job's own has no HTTP address, and ends with it."""
+    running = serve.status().applications
+    own = f"{wanted.name}-jobs"
+    if wanted.name in running:
+        say(f"asking the service {wanted.name}, which runs in this cluster")
+        yield wanted.name
+        return
+    if own not in running:
+        say(f"no service {wanted.name} runs in this cluster: bringing it up as {own} ...")
+        serve.start(proxy_location="Disabled")
+        try:
+            serve.run(bind(wanted), name=own, route_prefix=None)
+        except RuntimeError as error:  # what Serve raises when a deployment fails
+            serve.delete(own)
+            raise LaunchError(f"Ray Serve did not start {own}: {error}") from error
+    try:
+        yield own
+    finally:
+        serve.delete(own)
+
+
+def _connection(application: str) -> Connection:
+    coordinator = serve.get_deployment_handle("Coordinator", application)
+    directory = serve.get_deployment_handle("Directory", application)
+    try:
+        service: ServiceConfig = coordinator.config.remote().result(timeout_s=ANSWER_S)
+    except TimeoutError as error:
+        raise LaunchError(f"the coordinator of {application} does not answer within {ANSWER_S:g} s") from error
+    return Connection(ServeBackend(coordinator, directory), service)

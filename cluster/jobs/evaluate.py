@@ -1,0 +1,204 @@
+"""Runs an evaluation: tasks x modes x settings x seeds against the service, resumable at any moment.
+
+    python -m cluster.jobs.evaluate CONFIG.yaml [--run FOLDER] [--no-resume] [--dry-run]
+    ray job submit --working-dir . -- python -m cluster.jobs.evaluate CONFIG.yaml --run /shared/FOLDER
+
+It asks the service that runs in the cluster, or brings one up as the config's `service` file says. Every sample is
+kept as it finishes: after Ctrl-C, `ray job stop` or a kill the same command does what is missing. The last line is one
+JSON object. Exit status 0: finished. 1: it could not go on, the message says why. 130, 143: stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from actors.config import ConfigError
+from actors.preflight import load_tokenizers
+from cluster.jobs.asking import Answer, Asker, Item, Unanswered
+from cluster.jobs.config import Evaluation, load_evaluation
+from cluster.jobs.connecting import Connection, connected, ready
+from cluster.jobs.dry_run import dry_run
+from cluster.jobs.grading import grade
+from cluster.jobs.lines import UnreadableLine
+from cluster.jobs.math_process import GradingError
+from cluster.jobs.progress import Progress
+from cluster.jobs.report import write_report
+from cluster.jobs.reproduction import reproduced
+from cluster.jobs.results import Results, RunError
+from cluster.jobs.sample import Sample, Timing
+from cluster.jobs.summary import summarise
+from cluster.jobs.tasks import TaskError
+from cluster.jobs.workload import MAY_DIFFER, Workload, load_workload
+from cluster.launch import LaunchError
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+REFUSALS = (
+    ConfigError,
+    GradingError,
+    LaunchError,
+    RunError,
+    TaskError,
+    Unanswered,
+    UnreadableLine,
+)  # each says what to do
+COPIED = "working_dir_files"  # where Ray keeps the copy of a submitted job's working directory
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """A signal asked the job to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+async def answer_all(items: Iterator[Item], asker: Asker, results: Results, progress: Progress, at_once: int) -> None:
+    """Ask, grade and keep every item, `at_once` together. Raises what `Asker.ask` raises; what is kept stays."""
+
+    async def worker() -> None:
+        for item in items:
+            answer = await asker.ask(item)
+            sample = await asyncio.to_thread(graded, item, answer)
+            usage = answer.usage
+            timing = Timing(item.key, answer.seconds, usage.drafted_tokens, usage.accepted_tokens)
+            results.append(sample, timing)
+            progress.finished(item.arm, sample)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(worker())
+    except* REFUSALS as errors:
+        raise errors.exceptions[0] from None
+
+
+def graded(item: Item, answer: Answer) -> Sample:
+    """The sample of an answer."""
+    found = grade(item.task.grader, answer.text, item.problem.answer)
+    usage = answer.usage
+    return Sample(
+        key=item.key,
+        text=answer.text,
+        extracted=found.extracted,
+        right=found.right,
+        finish=answer.end.reason,
+        prompt_tokens=usage.prompt_tokens,
+        tokens=usage.completion_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        guided_tokens=usage.guided_tokens,
+        changed_tokens=usage.changed_tokens,
+    )
+
+
+async def evaluate(
+    workload: Workload, connection: Connection, folder: Path, console: Console, *, resume: bool = True
+) -> None:
+    """Do what is missing in `folder`, and sort it. Raises ConfigError, RunError, Unanswered, LaunchError."""
+    evaluation, service = workload.evaluation, connection.service
+    coordinator = service.coordinator
+    progress = Progress(console, workload.totals())
+    asker = Asker(connection.backend, service, load_tokenizers(service), drafts=evaluation.drafts, heard=progress.heard)
+    workload.check(asker)
+    config, rows = workload.resolved(service), workload.problem_rows()
+    with Results(folder).writing(config, rows, resume=resume, may_differ=MAY_DIFFER) as results:
+        arms = {(arm.mode, arm.setting): arm for arm in workload.arms}
+        for sample in results.samples():
+            progress.resumed(arms[sample.key.mode, sample.key.setting], sample)
+        done = results.done()
+        missing = (item for item in workload.items() if item.key not in done)
+        await ready(connection.backend, service.deadlines.model_load_s, console.print)
+        with progress:
+            at_once = evaluation.concurrency or coordinator.max_sessions * coordinator.replicas.max
+            await answer_all(missing, asker, results, progress, at_once)
+        results.finish()
+
+
+async def until_stopped(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which a signal cancels. Raises Stopped then."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in STOPPING:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        raise Stopped(received[0]) from None
+    finally:
+        for number in STOPPING:
+            loop.remove_signal_handler(number)
+
+
+def run(evaluation: Evaluation, console: Console, *, resume: bool = True) -> dict[str, Any]:
+    """The whole evaluation with its report; what the last line says."""
+    if not evaluation.run.is_absolute() and COPIED in Path.cwd().parts:
+        raise ConfigError(
+            f"run: {evaluation.run} would lie in the copy of the working directory that ends with the job: "
+            "give a folder that stays, by an absolute path (--run)"
+        )
+    workload = load_workload(evaluation)
+    with connected(evaluation.service, console.print) as connection:
+        asyncio.run(until_stopped(evaluate(workload, connection, evaluation.run, console, resume=resume)))
+    result: dict[str, Any] = write_report(evaluation.run)
+    if evaluation.expect is not None:
+        result["reproduced"], words = reproduced(evaluation.expect, summarise(Results(evaluation.run)))
+        console.print(words, highlight=False, soft_wrap=True)
+    return result
+
+
+def guarded(work: Callable[[], dict[str, Any]], console: Console) -> tuple[int, dict[str, Any]]:
+    """The exit status of a job, and what it returned; what stopped it is said in a sentence."""
+    try:
+        return 0, work()
+    except REFUSALS as error:
+        console.print("[bold red]error[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1, {}
+    except (Stopped, KeyboardInterrupt) as stopped:
+        console.print("stopped; what is finished is kept, and the same command goes on from there")
+        return (stopped.status if isinstance(stopped, Stopped) else 130), {}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, or with --dry-run only resolve, one evaluation; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="the evaluation's YAML file")
+    parser.add_argument("--run", type=Path, help="the folder of the results, instead of the file's `run`")
+    parser.add_argument("--no-resume", action="store_true", help="throw away what the folder holds, and start over")
+    parser.add_argument("--dry-run", action="store_true", help="resolve every name and field; download and ask nothing")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+
+    def work() -> dict[str, Any]:
+        evaluation = load_evaluation(options.config)
+        if options.run is not None:
+            evaluation = evaluation.model_copy(update={"run": options.run})
+        if options.dry_run:
+            return dry_run(evaluation, console)
+        return run(evaluation, console, resume=not options.no_resume)
+
+    status, result = guarded(work, console)
+    if status == 0:
+        print(json.dumps(result), flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

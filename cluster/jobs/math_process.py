@@ -1,0 +1,197 @@
+"""Whether two answers are mathematically equal, asked of processes that may be killed.
+
+math-verify hands whatever a model wrote to a computer algebra system, which may take for ever, fill the memory, or
+overflow the stack; its own time limit is a signal that only a main thread can set and that arithmetic in C does not
+heed. So each comparison runs in a child that the kernel ends when it has used up its processor time. Processor time
+rather than seconds, so that a verdict does not depend on how busy the machine is.
+
+The child is `python -m cluster.jobs.math_process`: a line of JSON in, one byte out.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+CPU_S = 10.0  # processor time of one comparison; nearly all take milliseconds
+WALL_S = 300.0  # a child that says nothing for so long is not computing: the machine is at fault
+MEMORY = 2 << 30  # bytes of address space of a child
+_ROOT = Path(__file__).resolve().parents[2]
+_READY, _EQUAL, _DIFFERENT = b"?", b"1", b"0"
+# What ends a child through its own doing: out of time, out of stack, out of memory within the limit.
+_UNDECIDED = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGABRT)
+
+
+class GradingError(RuntimeError):
+    """Answers cannot be compared on this machine; the message says why. It is no verdict on an answer."""
+
+
+class MathProcesses:
+    """Up to `count` children, started when they are needed. Any thread may ask; each call has a child to itself."""
+
+    def __init__(self, count: int | None = None, cpu_s: float = CPU_S) -> None:
+        self._cpu_s = cpu_s
+        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # last in, first out: few stay warm
+        for _ in range(count or min(4, os.cpu_count() or 1)):
+            self._idle.put(None)
+        atexit.register(self.close)
+
+    def equal(self, gold: str, given: str) -> bool:
+        """Whether `given` equals the right answer `gold`, both LaTeX; False too where that cannot be decided in time.
+
+        Raises GradingError where children cannot be started or are killed from outside.
+        """
+        child = self._idle.get()
+        try:
+            child = _alive(child) or _Child(self._cpu_s)
+            return child.equal(gold, given)
+        finally:
+            self._idle.put(_alive(child))
+
+    def close(self) -> None:
+        """End the children that are idle. A later question starts new ones."""
+        for _ in range(self._idle.qsize()):
+            try:
+                child = self._idle.get_nowait()
+            except queue.Empty:
+                return
+            if child:
+                child.stop()
+            self._idle.put(None)
+
+
+class _Child:
+    """One process that compares. Used by one thread at a time."""
+
+    def __init__(self, cpu_s: float) -> None:
+        # A session of its own: Ctrl-C is for the job, which still has answers to grade when it hears it.
+        self._process = subprocess.Popen(  # noqa: S603 - this module, run by this interpreter
+            [sys.executable, "-m", "cluster.jobs.math_process", str(cpu_s)],
+            cwd=_ROOT,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+        if self._reply() != _READY:
+            self.stop()
+            raise GradingError("the process that compares answers did not start; what it printed says why")
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def equal(self, gold: str, given: str) -> bool:
+        assert self._process.stdin is not None
+        line = json.dumps({"gold": gold, "given": given}).encode() + b"\n"
+        try:
+            self._process.stdin.write(line)
+        except BrokenPipeError:
+            raise GradingError("the process that compares answers was ended from outside") from None
+        reply = self._reply()
+        if reply:
+            return reply == _EQUAL
+        status = self._process.wait(WALL_S)
+        if status not in _UNDECIDED:
+            raise GradingError(f"the process that compares answers ended with status {status}")
+        return False
+
+    def stop(self) -> None:
+        """End the process and close its pipes."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _reply(self) -> bytes:
+        """One byte of the child's, or none when it ended."""
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        poll = select.poll()  # unlike select() it knows descriptors above 1,023
+        poll.register(descriptor, select.POLLIN)
+        if not poll.poll(WALL_S * 1000):
+            self._process.kill()
+            raise GradingError(f"the process that compares answers said nothing for {WALL_S:g} s")
+        return os.read(descriptor, 1)
+
+
+def _alive(child: _Child | None) -> _Child | None:
+    """`child`, or None where it ended, its pipes closed."""
+    if child and child.ended:
+        child.stop()
+        return None
+    return child
+
+
+def equal(gold: str, given: str) -> bool:
+    """math-verify's verdict, to be asked in a process that may be ended.
+
+    Numbers are compared to six significant places rather than six decimals, which .0000672 and .0000673 share.
+    """
+    from math_verify import verify
+    from sympy.core.random import seed
+
+    seed(0)  # sympy tests some identities at random points
+    right = parsed(gold)
+    return bool(verify(right, parsed(given), float_rounding=_decimals(right), timeout_seconds=None))
+
+
+def parsed(answer: str) -> list[object]:
+    """What math-verify makes of LaTeX: an expression where it can, and the text that it read, to fall back to."""
+    from math_verify import LatexExtractionConfig, parse
+
+    rules = [LatexExtractionConfig(boxed_match_priority=0)]
+    parsed: list[object] = parse(f"\\boxed{{{answer}}}", extraction_config=rules, parsing_timeout=None)
+    return parsed
+
+
+def _decimals(parsed: list[object]) -> int:
+    """Decimals that six significant places of a number below 1 need; 6 for anything else."""
+    from sympy import Float, Rational  # a Number might also be infinite
+
+    small = [number for number in parsed if isinstance(number, Float | Rational) and 0 < abs(number) < 1]
+    return 6 + len(str(int(1 / abs(small[0])))) - 1 if small else 6
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO, cpu_s: float) -> None:
+    replies.write(_READY)
+    for line in requests:
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        request = json.loads(line)
+        try:
+            verdict = equal(request["gold"], request["given"])
+        except (MemoryError, RecursionError):
+            verdict = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(_EQUAL if verdict else _DIFFERENT)
+
+
+def main() -> None:
+    import resource
+
+    import math_verify  # noqa: F401 - its import is no part of a comparison's time
+
+    logging.disable(logging.WARNING)  # that its own limit is off, once for each process
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    with contextlib.suppress(ValueError, OSError):  # macOS knows the limit and refuses it
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    replies = os.dup(1)
+    os.dup2(2, 1)  # what a parser prints is not a reply
+    with os.fdopen(replies, "wb", buffering=0) as out:
+        _serve(sys.stdin.buffer, out, float(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""How far an evaluation is: a live line per setting in a terminal, plain lines now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+
+from cluster.jobs.config import Arm
+from cluster.jobs.sample import Sample
+
+PLAIN_EVERY_S = 10.0
+ALL = "all"
+
+
+class Progress:
+    """Counts samples by arm, and tokens. `before`: samples that an earlier run finished.
+
+    with Progress(console, totals, before) as progress: ...
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        totals: Mapping[Arm, int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._clock = console, clock
+        self._totals = {str(arm): count for arm, count in totals.items()}
+        self._totals[ALL] = sum(totals.values())
+        self._done, self._right = Counter[str](), Counter[str]()
+        self._before = self._tokens = 0
+        self._began = self._said = clock()
+        self._bars = Bars(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._lines: dict[str, TaskID] = {
+            name: self._bars.add_task(name, total=total, note="") for name, total in self._totals.items()
+        }
+
+    def __enter__(self) -> Self:
+        self._began = self._said = self._clock()
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+        if not self._console.is_terminal:
+            self._say_plainly()
+
+    @property
+    def summary(self) -> str:
+        """Done, tokens a second, time left."""
+        return f"{self._done[ALL]} of {self._totals[ALL]} samples, {self._rates()}"
+
+    def resumed(self, arm: Arm, sample: Sample) -> None:
+        """A sample that was there already."""
+        self._before += 1
+        self._count(arm, sample)
+
+    def heard(self, tokens: int) -> None:
+        """Tokens have come."""
+        self._tokens += tokens
+        if not self._console.is_terminal and self._clock() - self._said >= PLAIN_EVERY_S:
+            self._say_plainly()
+
+    def finished(self, arm: Arm, sample: Sample) -> None:
+        """A sample was written."""
+        self._count(arm, sample)
+
+    def _count(self, arm: Arm, sample: Sample) -> None:
+        for name in (str(arm), ALL):
+            self._done[name] += 1
+            self._right[name] += sample.right
+            note = self._rates() if name == ALL else f"{self._right[name] / self._done[name]:.1%} right"
+            self._bars.update(self._lines[name], completed=self._done[name], note=note)
+
+    def _rates(self) -> str:
+        elapsed = max(self._clock() - self._began, 1e-9)
+        here = self._done[ALL] - self._before
+        left = self._totals[ALL] - self._done[ALL]
+        eta = "?" if left and not here else _duration(left * elapsed / max(here, 1))
+        return f"{self._tokens / elapsed:,.0f} tokens/s, {eta} left"
+
+    def _say_plainly(self) -> None:
+        self._said = self._clock()
+        shares = [f"{name} {self._right[name]}/{self._done[name]} right" for name in self._totals if self._done[name]]
+        self._console.print(f"{self.summary}; {', '.join(shares)}", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -1,0 +1,184 @@
+"""Repeats a logged request in all modes, with the same seed, and shows where their answers part.
+
+    python -m cluster.jobs.replay REQUEST.json [--service ray_config.yaml]
+
+The file holds the JSON body of POST /v1/chat/completions or /v1/completions; its own model and guidance are what the
+guided mode repeats. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from actors.config import ConfigError, ServiceConfig
+from actors.preflight import load_tokenizers
+from actors.requests import Generate, Role
+from actors.tokenizer import RoleTokenizer
+from cluster.jobs.asking import Answer, Asker
+from cluster.jobs.connecting import Connection, connected, ready
+from cluster.jobs.evaluate import guarded, until_stopped
+from cluster.jobs.sample import MODES, Mode
+from router.backend import ApiError
+from router.convert import plan_chat, plan_completion
+from router.schema import ChatRequest, CompletionRequest, parse
+
+BEFORE, AFTER = 12, 12  # tokens shown on either side of the place where two answers part
+GUIDED_ONLY = ("guidance",)  # fields that a role alone refuses
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """One mode's answer as the texts of its tokens."""
+
+    mode: Mode
+    pieces: tuple[str, ...]
+    answer: Answer
+
+    @property
+    def text(self) -> str:
+        """The whole answer, special tokens included."""
+        return "".join(self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """Where a mode leaves the target's answer. after: tokens that are the same; None where it never does."""
+
+    mode: Mode
+    after: int | None
+    shared: str = ""  # the end of what both said
+    target: str = ""  # how the target went on
+    other: str = ""  # how the mode went on
+
+
+def requests(
+    body: Mapping[str, Any], service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]
+) -> dict[Mode, Generate]:
+    """The request in every mode, its first choice. Raises ConfigError where the service would refuse it."""
+    seed = body.get("seed")
+    given = dict(body) | {"seed": secrets.randbits(53) if seed is None else seed, "n": 1}
+    made: dict[Mode, Generate] = {}
+    for mode in MODES:
+        name = next(name for name, served in service.served_names.items() if served == mode)
+        own = {key: value for key, value in given.items() if mode == "guided" or key not in GUIDED_ONLY}
+        own["model"] = name
+        try:
+            if "messages" in own:
+                plan = plan_chat(parse(ChatRequest, own), service, tokenizers, f"replay-{mode}")
+            else:
+                plan = plan_completion(parse(CompletionRequest, own), service, tokenizers, f"replay-{mode}")
+        except ApiError as error:
+            raise ConfigError(f"the service refuses this request as {name}: {error.message}") from None
+        made[mode] = plan.sequences[0]
+    return made
+
+
+async def replay(
+    asker: Asker, asked: Mapping[Mode, Generate], tokenizers: Mapping[Role, RoleTokenizer]
+) -> list[Replayed]:
+    """All modes at once, in their order. Raises what `Asker.answer` raises."""
+    answers = await asyncio.gather(*(asker.answer(request) for request in asked.values()))
+    return [
+        Replayed(mode, _pieces(tokenizers[request.primary], answer.tokens), answer)
+        for (mode, request), answer in zip(asked.items(), answers, strict=True)
+    ]
+
+
+def partings(replayed: Sequence[Replayed]) -> list[Parting]:
+    """Every mode against the target, by the texts of tokens: the roles' ids may differ."""
+    target = next(each for each in replayed if each.mode == "target")
+    return [_parting(target.pieces, each) for each in replayed if each.mode != "target"]
+
+
+def show(replayed: Sequence[Replayed], parted: Sequence[Parting], console: Console) -> None:
+    """The answers, and below them how each leaves the target's."""
+    for each in replayed:
+        usage = each.answer.usage
+        changed = f", {usage.changed_tokens} of {usage.guided_tokens} changed" if usage.guided_tokens else ""
+        console.rule(f"{each.mode}: {usage.completion_tokens} tokens, {each.answer.end.reason}{changed}")
+        console.print(Text(each.text))
+    console.rule("where they part from the target")
+    for parting in parted:
+        if parting.after is None:
+            console.print(Text(f"{parting.mode}: the same answer"))
+            continue
+        console.print(Text.assemble(f"{parting.mode}, after {parting.after} tokens: ...", parting.shared))
+        console.print(Text.assemble("    target went on:  ", (parting.target or "(the end)", "red")))
+        console.print(Text.assemble(f"    {parting.mode} went on:  ", (parting.other or "(the end)", "green")))
+
+
+async def replay_on(connection: Connection, body: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Replay on a connected service, show it, and return it for the last line."""
+    service = connection.service
+    tokenizers = load_tokenizers(service)
+    asked = requests(body, service, tokenizers)
+    await ready(connection.backend, service.deadlines.model_load_s, console.print)
+    replayed = await replay(Asker(connection.backend, service, tokenizers), asked, tokenizers)
+    parted = partings(replayed)
+    show(replayed, parted, console)
+    modes = {each.mode: {"tokens": len(each.answer.tokens), "text": each.answer.text} for each in replayed}
+    return {"modes": modes, "parts_from_target_after": {parting.mode: parting.after for parting in parted}}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replay one request; the exit status as of `cluster.jobs.evaluate`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("request", type=Path, help="the request's JSON body")
+    parser.add_argument("--service", type=Path, default=Path("ray_config.yaml"), help="the Serve config file")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+
+    def work() -> dict[str, Any]:
+        body = _body(options.request)
+        with connected(options.service, console.print) as connection:
+            return asyncio.run(until_stopped(replay_on(connection, body, console)))
+
+    status, result = guarded(work, console)
+    if status == 0:
+        print(json.dumps(result), flush=True)
+    return status
+
+
+def _body(file: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f"{file} does not hold a JSON object, the body of a request")
+    return body
+
+
+def _pieces(tokenizer: RoleTokenizer, tokens: Sequence[int]) -> tuple[str, ...]:
+    stream = tokenizer.stream(skip_special=False)
+    pieces = [stream.push(token) for token in tokens]
+    return (*pieces[:-1], pieces[-1] + stream.flush()) if pieces else ()
+
+
+def _parting(target: Sequence[str], other: Replayed) -> Parting:
+    same = 0
+    for one, two in zip(target, other.pieces, strict=False):
+        if one != two:
+            break
+        same += 1
+    if same == len(target) == len(other.pieces):
+        return Parting(other.mode, None)
+    parts = (target[max(0, same - BEFORE) : same], target[same : same + AFTER], other.pieces[same : same + AFTER])
+    return Parting(other.mode, same, *("".join(part) for part in parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

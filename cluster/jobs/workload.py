@@ -1,0 +1,92 @@
+"""Everything that an evaluation asks, and what is kept beside the answers to know it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from actors.config import ConfigError, ServiceConfig
+from actors.requests import ROLES
+from cluster.jobs.asking import Asker, Item
+from cluster.jobs.config import Arm, Evaluation, TaskChoice
+from cluster.jobs.results import ProblemRow
+from cluster.jobs.tasks import Problem, Task, load_task, problems
+
+# What changes no sample: a run goes on under another of these.
+_PLACEMENT = ("cache_tokens", "prefill_chunk", "num_cpus", "num_gpus", "resources", "label_selector", "replicas")
+MAY_DIFFER = frozenset(
+    [
+        *(f"evaluation.{key}" for key in ("run", "service", "concurrency", "drafts", "data", "machine", "expect")),
+        *(f"service.{key}" for key in ("name", "speculation", "coordinator", "router", "deadlines", "guidance")),
+        *(f"service.models.{role}.{key}" for role in ROLES for key in _PLACEMENT),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The tasks of an evaluation with their problems, in the order in which they are asked."""
+
+    evaluation: Evaluation
+    tasks: tuple[tuple[Task, tuple[Problem, ...]], ...]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The modes and settings that every problem is asked in."""
+        return self.evaluation.arms()
+
+    def items(self) -> Iterator[Item]:
+        """Every sample: problem by problem, so that all arms go forward together and prompts share their prefill."""
+        for task, asked in self.tasks:
+            for problem in asked:
+                for arm in self.arms:
+                    for seed in self.evaluation.seeds:
+                        for number in range(task.samples):
+                            yield Item(task, problem, arm, seed, number)
+
+    def totals(self) -> dict[Arm, int]:
+        """Samples by arm."""
+        each = sum(len(asked) * task.samples for task, asked in self.tasks) * len(self.evaluation.seeds)
+        return dict.fromkeys(self.arms, each)
+
+    def problem_rows(self) -> list[ProblemRow]:
+        """Questions and right answers, as the results keep them."""
+        return [
+            ProblemRow(task.name, problem.id, problem.question, problem.answer)
+            for task, asked in self.tasks
+            for problem in asked
+        ]
+
+    def resolved(self, service: ServiceConfig) -> dict[str, Any]:
+        """The configuration as it is kept beside the results."""
+        return {
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "tasks": {task.name: task.model_dump(mode="json") for task, _ in self.tasks},
+            "service": service.model_dump(mode="json"),
+        }
+
+    def check(self, asker: Asker) -> None:
+        """Make the request of every problem in every mode once. Raises ConfigError for the first that does not fit."""
+        kinds = {(arm.mode, arm.guidance.never_guides()): arm for arm in self.arms}
+        for task, asked in self.tasks:
+            for problem in asked:
+                for arm in kinds.values():
+                    asker.request(Item(task, problem, arm, self.evaluation.seeds[0], 0))
+
+
+def chosen_task(choice: TaskChoice) -> Task:
+    """The task of a choice with what the choice overrides. Raises TaskError."""
+    changed = choice.model_dump(include={"samples", "max_tokens"}, exclude_none=True)
+    return load_task(choice.task).model_copy(update=changed)
+
+
+def load_workload(evaluation: Evaluation) -> Workload:
+    """The problems of every task. Raises TaskError for a task that does not exist, ConfigError for one named twice."""
+    loaded: list[tuple[Task, tuple[Problem, ...]]] = []
+    for choice in evaluation.tasks:
+        task = chosen_task(choice)
+        if any(task.name == other.name for other, _ in loaded):
+            raise ConfigError(f"tasks: {task.name} comes twice; give a task file another name")
+        loaded.append((task, tuple(problems(task, limit=choice.limit, data_dir=evaluation.data))))
+    return Workload(evaluation, tuple(loaded))

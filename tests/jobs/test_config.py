@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from actors.config import ConfigError
+from actors.decoding.guidance import Guidance
+from actors.requests import ROLES
+from cluster.estimate import USABLE
+from cluster.jobs.config import Evaluation, checked, load_evaluation
+from cluster.jobs.dry_run import dry_run
+from cluster.jobs.evaluate import main
+from cluster.jobs.sample import ALONE
+from cluster.serve_file import read_service_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "cluster" / "jobs" / "configs").glob("*.yaml"))
+# Bytes in bf16 of Qwen2.5-32B's weights and of the larger 1.5B model's, and of a cached token of each.
+WEIGHTS = {"target": 65.5e9, "guider": 3.6e9, "guider_base": 3.6e9}
+TOKEN = {"target": 262_144, "guider": 28_672, "guider_base": 28_672}
+
+
+def evaluation(**keys: Any) -> Evaluation:
+    return checked({"run": "runs/x", "tasks": ["multihop"]} | keys)
+
+
+def test_settings_are_named_after_alpha_and_warm_up_and_schedules_after_themselves() -> None:
+    made = evaluation(alpha=[0, 0.5], warmup_tokens=[0, 100], schedules={"fading": [[0, 1.5], [500, 0.5]]})
+    assert made.settings() == {
+        "a0": Guidance(0.0),
+        "a0-w100": Guidance(0.0, 100),
+        "a0.5": Guidance(0.5),
+        "a0.5-w100": Guidance(0.5, 100),
+        "fading": Guidance(schedule=((0, 1.5), (500, 0.5))),
+    }
+
+
+def test_only_the_guided_mode_runs_once_for_each_setting() -> None:
+    arms = evaluation(alpha=[0.5, 1]).arms()
+    assert [(arm.mode, arm.setting) for arm in arms] == [
+        ("target", ALONE),
+        ("guider", ALONE),
+        ("guider_base", ALONE),
+        ("guided", "a0.5"),
+        ("guided", "a1"),
+    ]
+    assert all(arm.guidance.never_guides() for arm in arms if arm.mode != "guided")
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"alhpa": [1]}, "alhpa: unknown key"),
+        ({"tasks": [{"task": "aime2024", "limits": 3}]}, r"tasks\.0\.limits: unknown key"),
+        ({"tasks": []}, "tasks: "),
+        ({"modes": ["guided", "guided"]}, "modes names something twice"),
+        ({"alpha": []}, "needs an alpha or a schedule"),
+        ({"alpha": [float("nan")]}, "finite"),
+        ({"warmup_tokens": [-1]}, "warmup_tokens must be 0 or more"),
+        ({"schedules": {"late": [[5, 1.0]]}}, r"schedules\.late must begin at token 0"),
+        ({"schedules": {"a1": [[0, 1.0]]}}, "a1 is a setting's name already"),
+        ({"expect": {"setting": "a2", "gain": [0, 1], "source": "hope"}}, "the settings are a1"),
+        ({"drafts": 9}, "drafts: "),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(keys: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        evaluation(**keys)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_config_resolves_without_a_download(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = dry_run(load_evaluation(file), Console(quiet=True))
+    assert result["models"].keys() == set(ROLES)
+    assert result["tasks"]
+    assert any(arm.startswith("guided") for arm in result["arms"])
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in CONFIGS if file.stem.startswith("paper")], ids=lambda file: file.stem
+)
+def test_the_papers_trio_fits_the_machine_that_its_config_names(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    made = load_evaluation(file)
+    assert made.machine is not None
+    service = read_service_config(made.service)
+    models = {role: service.models.role(role) for role in ROLES}
+    assert sum(model.num_gpus for model in models.values()) <= made.machine.gpus
+    for role, model in models.items():
+        share = model.num_gpus * made.machine.gpu_memory_gb * 2**30 * USABLE
+        assert WEIGHTS[role] + model.cache_tokens * TOKEN[role] < share, role
+        longest = max(choice.max_tokens or 0 for choice in made.tasks)
+        assert model.cache_tokens >= longest, role
+
+
+def test_a_dry_run_names_every_model_and_task_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = yaml.safe_load((Path(__file__).parents[2] / "ray_config.yaml").read_text(encoding="utf-8"))
+    service["applications"][0]["args"]["models"]["guider"]["path"] = "/nowhere/guider"
+    (tmp_path / "service.yaml").write_text(yaml.safe_dump(service), encoding="utf-8")
+    config = {
+        "run": str(tmp_path / "run"),
+        "service": str(tmp_path / "service.yaml"),
+        "tasks": ["aime2034", "multihop"],
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert main([str(tmp_path / "config.yaml"), "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert "aime2034" in said
+    assert "/nowhere/guider" in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,287 @@
+"""A whole evaluation of the embedded trio, through replicas, sockets and a coordinator in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from actors.config import ConfigError
+from actors.forward import Engine
+from actors.requests import Role
+from benchmarks.effect import MODES, measure
+from benchmarks.local import LocalService, local_service, trio_config
+from cluster.demo.accuracy import TOKENS_A_HOP, TOKENS_AROUND
+from cluster.demo.task import questions
+from cluster.jobs import choose_alpha, evaluate
+from cluster.jobs.asking import Asker
+from cluster.jobs.config import checked
+from cluster.jobs.connecting import Connection
+from cluster.jobs.replay import partings, replay, requests
+from cluster.jobs.report import write_report
+from cluster.jobs.results import OtherRun, Results
+from cluster.jobs.sample import ALONE, Key
+from cluster.jobs.summary import Variant, summarise
+from cluster.jobs.workload import Workload, load_workload
+from tests.jobs.local_backend import Interruption, LocalBackend
+from tests.local_ray import READY_S, ROOT, wait_until
+
+HOPS = (2, 3)
+PER_HOP = 6
+ALPHAS = (0.0, 0.5, 1.0, 1.5)
+CONSOLE = Console(quiet=True)
+
+
+def task_files(folder: Path, temperature: float = 0) -> list[str]:
+    """A task for each hop count, whose answers may be as long as the benchmark allows."""
+    paths = []
+    for hops in HOPS:
+        task = {
+            "name": f"hops{hops}",
+            "data": {"demo": {"hops": [hops], "split": "held_out", "n": PER_HOP}},
+            "grader": "multihop",
+            "temperature": temperature,
+            "top_p": 1,
+            "max_tokens": TOKENS_A_HOP * hops + TOKENS_AROUND,
+        }
+        path = folder / f"hops{hops}.yaml"
+        path.write_text(yaml.safe_dump(task), encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+def workload(folder: Path, **keys: Any) -> Workload:
+    given = {"run": str(folder), "tasks": task_files(folder.parent), "alpha": ALPHAS, "seeds": [0, 1]}
+    return load_workload(checked(given | keys))
+
+
+@asynccontextmanager
+async def connection(
+    engines: Mapping[Role, Engine], stop_after: int | None = None
+) -> AsyncIterator[tuple[Any, LocalBackend, LocalService]]:
+    async with local_service(trio_config(), engines) as service:
+        backend = LocalBackend(service, stop_after)
+        yield Connection(backend, service.config), backend, service
+
+
+async def run(work: Workload, engines: Mapping[Role, Engine], stop_after: int | None = None, **keys: Any) -> int:
+    """One evaluation to its end; how many requests it made."""
+    async with connection(engines, stop_after) as (connected, backend, _):
+        await evaluate.evaluate(work, connected, work.evaluation.run, CONSOLE, **keys)
+    return backend.asked
+
+
+async def test_the_job_finds_what_the_benchmark_finds_in_every_mode_at_every_alpha_and_seed(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    work = workload(tmp_path / "run")
+    async with connection(trio_engines) as (connected, _, service):
+        await evaluate.evaluate(work, connected, tmp_path / "run", CONSOLE)
+        effects = {alpha: await measure(service, HOPS, PER_HOP, alpha, lambda: None) for alpha in ALPHAS}
+    samples = list(Results(tmp_path / "run").samples())
+    assert len(samples) == (len(MODES) - 1 + len(ALPHAS)) * len(HOPS) * PER_HOP * 2
+    for alpha, effect in effects.items():
+        for hops in HOPS:
+            for mode in MODES:
+                setting = f"a{alpha:g}" if mode == "guided" else ALONE
+                for seed in (0, 1):
+                    place = (f"hops{hops}", mode, setting, seed)
+                    mine = [s.right for s in samples if (s.key.task, s.key.mode, s.key.setting, s.key.seed) == place]
+                    assert len(mine) == PER_HOP
+                    assert round(sum(mine) / PER_HOP, 4) == effect.by_hops[hops][mode], place
+    overall = summarise(Results(tmp_path / "run"))
+    guided, target = overall.score(Variant("guided", "a1")), overall.score(Variant("target"))
+    assert guided is not None
+    assert target is not None
+    assert guided.pass_at_1.value > target.pass_at_1.value
+    figures = write_report(tmp_path / "run")
+    assert figures["samples"] == figures["expected"] == len(samples)
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+async def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"alpha": [1.0], "seeds": [0], "concurrency": 5}
+    whole, parts = workload(tmp_path / "whole", **keys), workload(tmp_path / "parts", **keys)
+    total = await run(whole, trio_engines)
+    asked = 0
+    for stop_after in (7, 1, 20):
+        with pytest.raises(ExceptionGroup) as caught:
+            await run(parts, trio_engines, stop_after)
+        assert caught.group_contains(Interruption)
+        kept = Results(tmp_path / "parts").done()
+        assert asked <= len(kept) <= asked + stop_after
+        asked = len(kept)
+    assert await run(parts, trio_engines) == total - asked
+    assert await run(parts, trio_engines) == 0
+    first, second = (tmp_path / folder / "samples.jsonl" for folder in ("whole", "parts"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_run_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+    chance = random.Random(5)
+    for folder, kills in (("whole", 0), ("killed", 5)):
+        given = {"run": str(tmp_path / folder), "tasks": task_files(tmp_path), "alpha": [1.0], "concurrency": 6}
+        config = tmp_path / f"{folder}.yaml"
+        config.write_text(yaml.safe_dump(given), encoding="utf-8")
+        kept = 0
+        for _ in range(kills):
+            kept = killed(config, tmp_path / folder, kept + chance.randint(1, 8), chance.uniform(0, 0.05))
+        assert 0 < kept < 4 * len(HOPS) * PER_HOP or not kills
+        subprocess.run(command(config), cwd=ROOT, capture_output=True, timeout=READY_S, check=True)
+    whole, broken = (tmp_path / folder / "samples.jsonl" for folder in ("whole", "killed"))
+    assert whole.read_bytes() == broken.read_bytes()
+    assert len(whole.read_bytes().splitlines()) == 4 * len(HOPS) * PER_HOP
+
+
+def command(config: Path) -> list[str]:
+    return [sys.executable, "-m", "tests.jobs.evaluating", str(config)]
+
+
+def killed(config: Path, folder: Path, enough: int, later_s: float) -> int:
+    """Run until so many samples are there and a moment more, then SIGKILL; how many are there."""
+    with subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: process.poll() is not None or len(Results(folder).done()) >= enough, "the next samples")
+        time.sleep(later_s)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    return len(Results(folder).done())
+
+
+async def test_a_folder_is_not_shared_by_two_configurations_until_it_is_started_over(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"modes": ["guided"], "seeds": [0]}
+    await run(workload(tmp_path / "run", alpha=[1.0], **keys), trio_engines)
+    other = workload(tmp_path / "run", alpha=[0.5], **keys)
+    with pytest.raises(OtherRun, match=r"evaluation\.alpha"):
+        await run(other, trio_engines)
+    await run(other, trio_engines, resume=False)
+    assert {sample.key.setting for sample in Results(tmp_path / "run").samples()} == {"a0.5"}
+
+
+async def test_concurrency_and_placement_may_change_between_two_starts(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"modes": ["target"], "seeds": [0]}
+    await run(workload(tmp_path / "run", concurrency=2, **keys), trio_engines)
+    assert await run(workload(tmp_path / "run", concurrency=3, **keys), trio_engines) == 0
+
+
+async def test_a_problem_that_does_not_fit_is_refused_before_anything_is_asked(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    choices = [{"task": task, "max_tokens": 10_000_000} for task in task_files(tmp_path)]
+    with pytest.raises(ConfigError, match=r"hops2, problem 2-0000, target: .*ask for at most"):
+        await run(workload(tmp_path / "run", tasks=choices), trio_engines)
+    assert not (tmp_path / "run").exists()
+
+
+async def test_sampled_answers_of_one_problem_differ_and_repeat_with_the_run(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    path = task_files(tmp_path, temperature=1.0)[0]
+    keys: dict[str, Any] = {"tasks": [{"task": path, "samples": 4}], "alpha": [1.0], "modes": ["target", "guided"]}
+
+    async def texts(folder: str) -> dict[Key, str]:
+        made = load_workload(checked({"run": str(tmp_path / folder), "seeds": [0, 1]} | keys))
+        await run(made, trio_engines)
+        return {sample.key: sample.text for sample in Results(tmp_path / folder).samples()}
+
+    once, twice = await texts("once"), await texts("twice")
+    assert once == twice
+    problem = [text for key, text in once.items() if key.problem == "2-0000" and key.mode == "target"]
+    assert len(problem) == 8
+    assert len(set(problem)) > 1
+
+
+def own_data(folder: Path, rows: int) -> Path:
+    """Multi-hop questions as somebody's own data."""
+    path = folder / "mine.jsonl"
+    asked = [question for hops in HOPS for question in questions("held_out", hops, rows)]
+    lines = [json.dumps({"q": question.text, "gold": question.direct_answer}) for question in asked]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def alpha_options(folder: Path, rows: int, *more: str) -> Any:
+    data = own_data(folder, rows)
+    given = ["--data", str(data), "--question", "q", "--answer", "gold", "--run", str(folder / "run")]
+    return choose_alpha._options([*given, "--temperature", "0", "--max-tokens", "48", *more])
+
+
+async def test_the_alpha_that_helps_is_chosen_for_a_users_own_data(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    evaluation = choose_alpha.sweep(alpha_options(tmp_path, 12, "--alpha", "0.5", "1", "8"))
+    await run(load_workload(evaluation), trio_engines)
+    said = choose_alpha.tell(summarise(Results(tmp_path / "run")), evaluation, CONSOLE)
+    assert said["helps"]
+    assert said["alpha"] in (0.5, 1.0)
+    assert said["words"].startswith(f"Choose alpha {said['alpha']:g}")
+    assert 0 < said["difference"][1] <= said["difference"][0] <= said["difference"][2]
+
+
+async def test_guidance_that_does_not_help_is_not_chosen(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
+    evaluation = choose_alpha.sweep(alpha_options(tmp_path, 6, "--alpha", "8"))
+    await run(load_workload(evaluation), trio_engines)
+    said = choose_alpha.tell(summarise(Results(tmp_path / "run")), evaluation, CONSOLE)
+    assert not said["helps"]
+    assert said["alpha"] == 0
+    assert said["words"].startswith("Guidance does not help here")
+
+
+async def test_a_replayed_request_shows_where_the_modes_part(trio_engines: Mapping[Role, Engine]) -> None:
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Who is the mentor of the rival of Ada?"}],
+        "temperature": 0,
+        "max_tokens": 48,
+        "guidance": {"alpha": 1.0},
+        "stream": True,
+    }
+    async with connection(trio_engines) as (_, backend, service):
+        asked = requests(body, service.config, service.tokenizers)
+        replayed = await replay(Asker(backend, service.config, service.tokenizers), asked, service.tokenizers)
+    assert [each.mode for each in replayed] == list(MODES)
+    texts = {each.mode: each.pieces for each in replayed}
+    for parting in partings(replayed):
+        if parting.after is None:
+            assert texts[parting.mode] == texts["target"]
+            continue
+        assert texts[parting.mode][: parting.after] == texts["target"][: parting.after]
+        assert texts[parting.mode][parting.after :][:1] != texts["target"][parting.after :][:1]
+        assert parting.target != parting.other
+    assert any(parting.mode == "guided" and parting.after is not None for parting in partings(replayed))
+
+
+def test_a_relative_folder_of_a_submitted_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / evaluate.COPIED / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match="ends with the job"):
+        evaluate.run(checked({"run": "runs/x", "tasks": ["multihop"]}), CONSOLE)
+
+
+async def test_a_signal_ends_the_work_and_says_which(tmp_path: Path) -> None:
+    async def work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+
+    with pytest.raises(evaluate.Stopped) as stopped:
+        await evaluate.until_stopped(work())
+    assert stopped.value.status == 143

@@ -1,0 +1,193 @@
+"""A run's folder holds whole samples, each once, whatever happens to its writer."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.jobs.lines import UnreadableLine
+from cluster.jobs.results import InUse, OtherRun, ProblemRow, Results, RunError
+from cluster.jobs.sample import Key
+from tests.jobs.writer import CONFIG, KEYS, PROBLEMS, sample, timing
+
+ROOT = Path(__file__).parents[2]
+FIRST, SECOND, *_ = sorted(KEYS)
+FILES = ("samples.jsonl", "timings.jsonl", "problems.jsonl", "config.yaml")
+
+
+def writer(folder: Path, seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "tests.jobs.writer", str(folder), str(seconds)], cwd=ROOT)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def written(folder: Path, config: Mapping[str, Any] = CONFIG, keys: tuple[Key, ...] = (FIRST,)) -> Results:
+    """A folder that holds some samples, open."""
+    results = Results(folder).writing(config, PROBLEMS)
+    for key in keys:
+        results.append(sample(key), timing(key))
+    return results
+
+
+def test_a_run_that_was_killed_five_times_ends_with_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
+    random_ = random.Random(3)
+    kills = 0
+    file = tmp_path / "killed" / "samples.jsonl"
+    while kills < 5:
+        child = writer(tmp_path / "killed", 0.01)
+        before = file.stat().st_size if file.exists() else 0
+        deadline = time.monotonic() + 60
+        while (not file.exists() or file.stat().st_size == before) and time.monotonic() < deadline:
+            time.sleep(0.002)  # until it writes
+        time.sleep(random_.uniform(0, 0.15))
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, "the writer was done before it was killed"
+        kills += 1
+        with file.open("ab") as torn:  # half a line, as a kill in the middle of a write leaves it
+            torn.write(b'{"task": "su')
+    assert 0 < len(Results(tmp_path / "killed").done()) < len(KEYS)
+    assert writer(tmp_path / "killed", 0).wait(60) == 0
+    assert writer(tmp_path / "undisturbed", 0).wait(60) == 0
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "undisturbed")
+    assert [row.key for row in Results(tmp_path / "killed").samples()] == sorted(KEYS)
+
+
+def test_a_sample_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    with written(tmp_path, keys=(SECOND, FIRST)) as results:
+        assert list(results.samples()) == [sample(SECOND), sample(FIRST)]
+        assert list(results.timings()) == [timing(SECOND), timing(FIRST)]
+        assert results.done() == {FIRST, SECOND}
+    assert list(Results(tmp_path).problems()) == list(PROBLEMS)
+    assert Results(tmp_path).config() == CONFIG
+
+
+def test_a_timing_whose_sample_was_lost_does_not_count(tmp_path: Path) -> None:
+    with written(tmp_path) as results:
+        results._timings.append({**SECOND._asdict(), "seconds": 9.0, "drafted_tokens": 0, "accepted_tokens": 0})
+    with Results(tmp_path).writing(CONFIG, PROBLEMS) as results:
+        assert results.done() == {FIRST}
+        results.finish()
+        assert list(results.timings()) == [timing(FIRST)]
+        results.append(sample(SECOND), timing(SECOND))
+        assert list(results.timings()) == [timing(FIRST), timing(SECOND)]
+
+
+def test_no_sample_is_counted_twice(tmp_path: Path) -> None:
+    with written(tmp_path) as results, pytest.raises(ValueError, match="already"):
+        results.append(sample(FIRST), timing(FIRST))
+    with Results(tmp_path).writing(CONFIG, PROBLEMS) as results, pytest.raises(ValueError, match="already"):
+        results.append(sample(FIRST), timing(FIRST))
+    with written(tmp_path, keys=()) as results, pytest.raises(ValueError, match="timing is of"):
+        results.append(sample(SECOND), timing(FIRST))
+
+
+def test_a_reader_sees_no_half_line_while_another_writes(tmp_path: Path) -> None:
+    with written(tmp_path), (tmp_path / "samples.jsonl").open("ab") as torn:
+        torn.write(b'{"task": "sums", "pro')
+        torn.flush()
+        assert Results(tmp_path).done() == {FIRST}
+
+
+def test_a_disk_that_is_full_leaves_no_half_line(tmp_path: Path) -> None:
+    with written(tmp_path) as results:
+        before = bytes_of(tmp_path)["samples.jsonl"]
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+        try:
+            with pytest.raises(OSError, match="large"):
+                results._samples.append({"text": "x" * 100})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert bytes_of(tmp_path)["samples.jsonl"] == before
+        results.append(sample(SECOND), timing(SECOND))
+        assert results.done() == {FIRST, SECOND}
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with written(tmp_path), pytest.raises(InUse, match="this process"):
+        Results(tmp_path).writing(CONFIG, PROBLEMS)
+    child = writer(tmp_path, 1)
+    try:
+        deadline = time.monotonic() + 60
+        while len(Results(tmp_path).done()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(InUse, match="another process"):
+            Results(tmp_path).writing(CONFIG, PROBLEMS)
+    finally:
+        child.kill()
+        child.wait()
+    Results(tmp_path).writing(CONFIG, PROBLEMS).close()
+
+
+def test_a_forked_child_that_outlives_the_writer_holds_no_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from tests.jobs.writer import *\n"
+        "results = Results(Path(sys.argv[1])).writing(CONFIG, PROBLEMS)\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True); os._exit(0)\n"
+        "os.close(1); os.close(2); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, check=True)
+    try:
+        Results(tmp_path).writing(CONFIG, PROBLEMS).close()
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
+def test_a_folder_of_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+    written(tmp_path).close()
+    other = {**CONFIG, "seeds": [1], "concurrency": 9, "alpha": [2.0]}
+    with pytest.raises(OtherRun) as refused:
+        Results(tmp_path).writing(other, PROBLEMS)
+    assert "seeds: there [1, 2], here [1]" in str(refused.value)
+    assert "concurrency: there 8, here 9" in str(refused.value)
+    assert "alpha: there null, here [2.0]" in str(refused.value)
+    assert "tasks" not in str(refused.value)
+
+
+def test_what_changes_no_sample_may_differ(tmp_path: Path) -> None:
+    written(tmp_path).close()
+    with Results(tmp_path).writing({**CONFIG, "concurrency": 9}, PROBLEMS, may_differ=("concurrency",)) as results:
+        assert results.done() == {FIRST}
+
+
+def test_answers_to_other_problems_are_refused_with_the_first(tmp_path: Path) -> None:
+    written(tmp_path).close()
+    changed = (*PROBLEMS[:4], ProblemRow("sums", "04", "What is 4 + 1?", "6"), *PROBLEMS[5:])
+    with pytest.raises(OtherRun, match="1 differ, the first is sums 04"):
+        Results(tmp_path).writing(CONFIG, changed)
+
+
+def test_starting_over_throws_away_what_was_there(tmp_path: Path) -> None:
+    written(tmp_path).close()
+    with Results(tmp_path).writing({**CONFIG, "seeds": [1]}, PROBLEMS, resume=False) as results:
+        assert results.done() == set()
+        assert list(results.timings()) == []
+
+
+def test_a_line_that_no_kill_explains_is_named(tmp_path: Path) -> None:
+    written(tmp_path).close()
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write(b"[]\n")
+    with pytest.raises(UnreadableLine, match="line 2"):
+        Results(tmp_path).writing(CONFIG, PROBLEMS)
+    Results(tmp_path / "other").writing(CONFIG, PROBLEMS).close()
+
+
+def test_a_folder_that_is_no_runs_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no config\.yaml"):
+        Results(tmp_path).config()
