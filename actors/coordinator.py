@@ -79,7 +79,7 @@ class Coordinator:
         deadline = time.monotonic() + self._config.deadlines.request_s
         try:
             while True:
-                for event in await self._news(live, deadline):
+                for event in await self._news(live, deadline, request.interval_s):
                     yield event
                     if isinstance(event, Finished):
                         return
@@ -102,10 +102,10 @@ class Coordinator:
         self._loop.add(live)
         return live
 
-    async def _news(self, live: Live, deadline: float) -> list[Event]:
+    async def _news(self, live: Live, deadline: float, interval_s: float) -> list[Event]:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                return await live.events.batch(self._loop.sessions)
+                return await live.events.batch(self._loop.sessions, interval_s)
         except TimeoutError:
             self._loop.finish(live, "error", f"not finished within {self._config.deadlines.request_s:.0f} s")
             return await live.events.batch()

@@ -36,13 +36,14 @@ class Events:
         if not isinstance(event, Delta):
             self._urgent.set()
 
-    async def batch(self, streams: int = 1) -> list[Event]:
-        """What has come: the first at once, the end at once, else a batch every `coalesce_s(streams)`.
+    async def batch(self, streams: int = 1, interval_s: float = 0.0) -> list[Event]:
+        """What has come: the first at once, the end at once, else a batch every `coalesce_s(streams)`, or `interval_s`
+        if that is longer.
 
         streams: how many are open beside this one, itself included. A cancelled call loses nothing.
         """
         await self._news.wait()
-        pause = self._sent + coalesce_s(streams) - self._clock()
+        pause = self._sent + max(coalesce_s(streams), interval_s) - self._clock()
         if pause > 0 and not self._urgent.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):

@@ -21,6 +21,7 @@ class Generate:
     prompts: token ids per role, each in its own vocabulary; a role that is absent cannot guide.
     seed: of this sequence's choices alone (derived from the request's seed and the choice's index).
     drafts: tokens drafted ahead at most, 0 for none; None: as the service is configured.
+    interval_s: seconds between two deltas at least, where the reader is in no hurry; each message costs CPU time.
     drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
     """
 
@@ -34,6 +35,7 @@ class Generate:
     explain: bool = False
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
+    interval_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,23 @@ async def test_tokens_within_the_interval_are_one_message() -> None:
     )
 
 
+async def test_a_reader_in_no_hurry_gets_fewer_messages_and_the_end_at_once() -> None:
+    clock = Clock()
+    events = Events(clock)
+    events.emit(token(0))
+    await events.batch(interval_s=30.0)
+    events.emit(token(1))
+    clock.now += 20  # beyond what any number of streams asks for
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(COALESCE_S / 5):
+            await events.batch(interval_s=30.0)
+    events.emit(END)
+    async with asyncio.timeout(COALESCE_S / 5):
+        last = await events.batch(interval_s=30.0)
+    assert ids(last) == [1]
+    assert last[-1] == END
+
+
 async def test_the_end_goes_at_once_with_all_that_is_left() -> None:
     events = Events(Clock())
     events.emit(token(0))
