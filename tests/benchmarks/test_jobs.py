@@ -1,0 +1,36 @@
+"""What a job costs beside the decoding that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from actors.forward import Engine
+from actors.requests import Role
+from benchmarks.jobs import Rates, direct, evaluation, job
+from benchmarks.local import local_service, trio_config
+from cluster.jobs.asking import Asker
+from cluster.jobs.connecting import Connection
+from cluster.jobs.results import Results
+from cluster.jobs.workload import load_workload
+from tests.jobs.local_backend import LocalBackend
+
+
+async def test_a_job_answers_every_prompt_that_is_asked_directly(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    workload = load_workload(evaluation(tmp_path, "multihop", None, limit=3, tokens=64, sessions=2))
+    async with local_service(trio_config(), trio_engines) as service:
+        connection = Connection(LocalBackend(service), service.config)
+        assert await job(workload, connection) > 0
+        asker = Asker(connection.backend, service.config, service.tokenizers)
+        requests = [asker.request(item) for item in workload.items()]
+        assert await direct(service.coordinators[0], requests, 2) > 0
+        texts = [sample.text for sample in Results(workload.evaluation.run).samples()]
+    assert len(texts) == len(requests) == 3
+    assert all(texts)
+
+
+def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    result = Rates(job=[80.0, 90.0, 10.0], direct=[100.0, 100.0, 100.0]).result(sessions=4, prompts=7)
+    assert result == {"sessions": 4, "prompts": 7, "job_tps": 80.0, "direct_tps": 100.0, "job_over_direct": 0.8}
