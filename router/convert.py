@@ -23,6 +23,7 @@ from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_p
 from router.context import Budget, answer_tokens, limits
 from router.schema import ChatRequest, CompletionRequest, SpeculationFields
 
+WHOLE_S = 1.0  # between two messages of an answer that is not streamed: nobody reads it before its end
 COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
 
 _RENAMED = ("logit_bias", "stop", "stop_token_ids", "top_k", "max_tokens")  # those that _sampling gives another form
@@ -118,6 +119,7 @@ def _plan(
                     explain=request.explain,
                     drafts=speculation.drafts,
                     drafter=speculation.drafter or "auto",
+                    interval_s=0.0 if request.stream else WHOLE_S,
                 )
             )
     return Plan(sequences, seed, request.n)

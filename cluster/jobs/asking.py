@@ -26,7 +26,6 @@ from router.schema import ChatMessage, ChatRequest, CompletionRequest, GuidanceF
 
 PATIENCE_S = 900.0  # a service that takes nothing on for so long is gone; a replica that loads a model takes minutes
 LOSSES = 5  # attempts at one sample that may be lost after they had begun
-INTERVAL_S = 1.0  # between two messages of an answer, which nobody reads as it comes
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 
 
@@ -96,7 +95,7 @@ class Asker:
         except ApiError as error:
             raise ConfigError(f"{item.task.name}, problem {item.problem.id}, {item.arm}: {error.message}") from None
         unique = "-".join(map(str, item.key))
-        return replace(sequence, request_id=unique, seed=item.choice_seed, drafts=self._drafts, interval_s=INTERVAL_S)
+        return replace(sequence, request_id=unique, seed=item.choice_seed, drafts=self._drafts)
 
     async def ask(self, item: Item) -> Answer:
         """The answer to one sample, asked for again while the service is full, away or loses it.

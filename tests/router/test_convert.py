@@ -7,7 +7,7 @@ from actors.config import ServiceConfig
 from actors.decoding.hashing import derive_seed
 from actors.requests import ROLES, Generate
 from router.backend import ApiError, BadRequest, NotFound
-from router.convert import Plan, plan_chat, plan_completion
+from router.convert import WHOLE_S, Plan, plan_chat, plan_completion
 from router.schema import ChatRequest, CompletionRequest, parse
 from tests.router.service import config, tokenizers
 
@@ -119,6 +119,11 @@ def test_each_choice_has_a_seed_and_an_id_of_its_own() -> None:
     plan = chat(n=3, seed=11)
     assert [sequence.seed for sequence in plan.sequences] == [derive_seed(11, index) for index in range(3)]
     assert len({sequence.request_id for sequence in plan.sequences + chat(n=3).sequences}) == 6
+
+
+def test_an_answer_that_is_not_streamed_comes_in_few_messages() -> None:
+    assert first(chat(stream=True)).interval_s == first(completion(stream=True)).interval_s == 0
+    assert first(chat()).interval_s == first(completion()).interval_s == WHOLE_S
 
 
 def test_a_seed_is_drawn_when_none_is_given() -> None:
