@@ -177,5 +177,5 @@ def load_config(args: dict[str, Any]) -> ServiceConfig:
 def _sentence(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "args"
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: unknown key; check its spelling against the README"
+        return f"{where}: unknown key; the keys are those of ray_config.yaml and actors/config.py"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}"

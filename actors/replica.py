@@ -11,6 +11,7 @@ exchange would wait for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
@@ -37,6 +38,7 @@ from actors.wire.server import Peer, Server
 
 log = logging.getLogger(__name__)
 
+_FAREWELL_S = 1.0  # how long the end waits for a forward that runs
 _ENVELOPE = 1 << 10  # bytes of a frame around its columns, at most
 
 
@@ -107,12 +109,17 @@ class ModelReplica:
         return self._host, await self._server.start(self._host)
 
     async def stop(self) -> None:
-        """Close every connection and the engine's thread; a forward that runs ends on its own."""
+        """Close every connection, every session's cache and the engine's thread; a forward that hangs is left to it."""
         self._over = True
         cancel(self._due)
         self._rows.close()
         await self._server.close()
+        closed = asyncio.Event()
+        self._thread.run(self._engine, (), list(self._closing), lambda outcome: closed.set())
         self._thread.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await closed.wait()
 
     def load(self) -> ReplicaLoad:
         """How busy this replica is now."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
 
 import pytest
 
@@ -15,3 +16,13 @@ from benchmarks.local import load_engines, trio_config
 def trio_engines() -> Mapping[Role, Engine]:
     """The trio's engines in exact mode. They keep no session once a service has released it."""
     return load_engines(trio_config())
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_looked_for_as_before() -> Iterator[None]:
+    """What a service sets for its own processes ends with the test that ran it in this one."""
+    before = gc.get_threshold()
+    yield
+    if gc.get_threshold() != before:
+        gc.set_threshold(*before)
+        gc.unfreeze()

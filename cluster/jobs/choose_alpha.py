@@ -31,6 +31,10 @@ from cluster.jobs.summary import Score, Summary, summarise
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The module's words as they are, and the defaults."""
+
+
 def task_file(options: argparse.Namespace) -> Path:
     """The task that the options describe, written beside the results."""
     task = {
@@ -72,8 +76,20 @@ def choose(summary: Summary, evaluation: Evaluation) -> Score:
     return max(guided, key=lambda score: (score.pass_at_1.value, -alphas[score.variant.setting]))
 
 
-def tell(summary: Summary, evaluation: Evaluation, console: Console) -> dict[str, Any]:
+def unread(results: Results) -> str:
+    """How the first answer was read, for data whose grader or prompt does not fit."""
+    gold = {(row.task, row.problem): row.answer for row in results.problems()}
+    sample = next(iter(results.samples()))
+    right = gold[sample.key.task, sample.key.problem]
+    return (
+        f"The grader read {sample.extracted!r} where {right!r} is right: if it reads answers wrongly, choose "
+        "another --grader or a --prompt that asks for the answer in \\boxed{}."
+    )
+
+
+def tell(results: Results, evaluation: Evaluation, console: Console) -> dict[str, Any]:
     """Say what to choose and why; the same for the last line."""
+    summary = summarise(results)
     table = Table("", "right", "over the target", "p (Holm)")
     for score in summary.overall:
         gain = points(score.difference) if score.difference else ""
@@ -84,14 +100,14 @@ def tell(summary: Summary, evaluation: Evaluation, console: Console) -> dict[str
     alpha, over = evaluation.settings()[best.variant.setting].alpha, best.difference
     assert over is not None, "the target is part of every sweep"
     sure = helps(best)
-    if sure:
+    if not any(score.pass_at_1.value for score in summary.overall):
+        words = f"No answer is right in any setting, so nothing can be chosen. {unread(results)}"
+    elif sure:
         words = (
             f"Choose alpha {alpha:g}: its accuracy is {points(over)} over the target's, on {best.problems} problems."
         )
-        if len(evaluation.settings()) > 1:
-            words += (
-                f" It is the best of {len(evaluation.settings())}, which flatters it: confirm it on other problems."
-            )
+        if len(summary.steered) > 1:
+            words += f" It is the best of {len(summary.steered)}, which flatters it: confirm it on other problems."
     elif over.value <= 0:
         words = (
             f"Guidance does not help here: the best alpha, {alpha:g}, is {points(over)} over the target. Leave it out."
@@ -120,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> dict[str, Any]:
         evaluation = sweep(options)
-        run(evaluation, console)
-        return tell(summarise(Results(options.run)), evaluation, console)
+        run(evaluation, console, resume=not options.no_resume)
+        return tell(Results(options.run), evaluation, console)
 
     status, result = guarded(work, console)
     if status == 0:
@@ -130,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("--data", type=Path, required=True, help="JSONL, a problem a line")
     parser.add_argument("--question", default="question", help="the column of the question")
     parser.add_argument("--answer", default="answer", help="the column of the right answer")
@@ -146,6 +162,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--service", type=Path, default=Path("ray_config.yaml"), help="the Serve config file")
     parser.add_argument("--run", type=Path, help="the folder of the results (runs/choose_alpha-NAME)")
+    parser.add_argument("--no-resume", action="store_true", help="throw away what the folder holds, and start over")
     options = parser.parse_args(arguments)
     options.run = options.run or Path("runs") / f"choose_alpha-{options.data.stem}"
     return options

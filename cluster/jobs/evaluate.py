@@ -31,7 +31,7 @@ from cluster.jobs.grading import grade
 from cluster.jobs.lines import UnreadableLine
 from cluster.jobs.math_process import GradingError
 from cluster.jobs.progress import Progress
-from cluster.jobs.report import write_report
+from cluster.jobs.report import remove_report, write_report
 from cluster.jobs.reproduction import reproduced
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.sample import Sample, Timing
@@ -112,6 +112,8 @@ async def evaluate(
     workload.check(asker)
     config, rows = workload.resolved(service), workload.problem_rows()
     with Results(folder).writing(config, rows, resume=resume, may_differ=MAY_DIFFER) as results:
+        if not resume:
+            remove_report(folder)
         arms = {(arm.mode, arm.setting): arm for arm in workload.arms}
         for sample in results.samples():
             progress.resumed(arms[sample.key.mode, sample.key.setting], sample)

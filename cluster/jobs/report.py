@@ -25,6 +25,13 @@ from cluster.jobs.summary import Score, Summary, summarise
 from cluster.jobs.tables import Table, completeness, tables, verdict
 
 _EXCERPT = 100  # characters of a question in a Markdown table
+FILES = ("report.html", "report.md")
+
+
+def remove_report(folder: Path) -> None:
+    """Take away what was said of answers that are gone."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -32,8 +39,8 @@ def write_report(folder: Path) -> dict[str, Any]:
     results = Results(folder)
     summary = summarise(results)
     differing = contrasts(results, summary.best.variant) if summary.best is not None else []
+    html, text = (folder / file for file in FILES)
     name = folder.resolve().name
-    html, text = folder / "report.html", folder / "report.md"
     replace(html, page(name, summary, differing).encode())
     replace(text, markdown(name, summary, differing).encode())
     return {**figures(summary), "html": str(html), "markdown": str(text)}

@@ -229,5 +229,5 @@ def _hold_problems(path: Path, problems: Iterable[ProblemRow]) -> None:
     if found:
         raise OtherRun(
             f"{path.parent} holds answers to other problems ({len(found)} differ, the first is {found[0]}): "
-            "the task's data changed; choose another folder, or start it over without resuming"
+            "the task's data changed; choose another folder (--run), or start over (--no-resume)"
         )

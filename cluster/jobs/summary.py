@@ -79,6 +79,11 @@ class Score:
         """What an answer takes, as what a right answer takes; None where nothing is right."""
         return None if amount is None or not self.pass_at_1.value else amount / self.pass_at_1.value
 
+    @property
+    def steered(self) -> bool:
+        """Whether guidance took part in any token."""
+        return self.cost.guided > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -101,11 +106,15 @@ class Summary:
         return next((score for score in scores if score.variant == variant), None)
 
     @property
+    def steered(self) -> list[Score]:
+        """The variants in which guidance took part; at alpha 0 it does not, and nothing is tried."""
+        return [score for score in self.overall if score.steered]
+
+    @property
     def best(self) -> Score | None:
         """The guided variant that is right most often overall, above the target where that ran: in a run that goes on
         variants have answered other problems, and only differences are fair."""
-        guided = [score for score in self.overall if score.variant.mode == "guided"]
-        return max(guided, key=lambda score: (score.difference or score.pass_at_1).value, default=None)
+        return max(self.steered, key=lambda score: (score.difference or score.pass_at_1).value, default=None)
 
 
 @dataclass(slots=True)
@@ -232,7 +241,7 @@ def _score(variant: Variant, tallies: _Tallies, on_gpu: bool) -> Score:
     own = [row[variant] for row in tallies.values() if variant in row]
     passed, voted = zip(*(tally.at_k() for tally in own), strict=True)
     rates, baseline = _paired(variant, tallies)
-    compared = bool(rates) and variant != TARGET
+    compared, cost = bool(rates) and variant != TARGET, _mean_cost([tally.cost(on_gpu) for tally in own])
     return Score(
         variant=variant,
         problems=sum(len(tally.answers) for tally in own),
@@ -242,8 +251,8 @@ def _score(variant: Variant, tallies: _Tallies, on_gpu: bool) -> Score:
         majority_at=_common_means(voted),
         gain=relative_gain(rates, baseline) if compared else None,
         difference=difference(rates, baseline) if compared else None,
-        p=significance(rates, baseline) if compared and variant.mode == "guided" else None,
-        cost=_mean_cost([tally.cost(on_gpu) for tally in own]),
+        p=significance(rates, baseline) if compared and cost.guided else None,
+        cost=cost,
         behaviours=sum((tally.behaviours for tally in own), Behaviours()),
     )
 

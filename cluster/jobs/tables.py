@@ -65,7 +65,7 @@ def costs(summary: Summary) -> Table:
     """Tokens, time and GPU time a problem and a right answer."""
     columns: dict[str, Callable[[Score], str]] = {
         "tokens": lambda score: _amount(score.cost.tokens),
-        "of them thinking": lambda score: _amount(score.cost.reasoning_tokens),
+        "of them thinking": lambda score: _amount(score.cost.reasoning_tokens or None),
         "truncated": lambda score: _percent(score.cost.truncated),
         "guided": lambda score: _percent(score.cost.guided),
         "changed": lambda score: _percent(score.cost.changed),
@@ -107,7 +107,7 @@ def verdict(summary: Summary) -> str:
         f"{_name(best)} is right in {_rate_interval(best.pass_at_1)} % of answers, the target alone in "
         f"{_rate_interval(target.pass_at_1)} %: {gain(best.gain)} relative, p {p_value(best.p, equal='= ')}."
     )
-    settings = sum(score.variant.mode == "guided" for score in summary.overall)
+    settings = len(summary.steered)
     if settings > 1:
         shown += f" It is the best of {settings} settings on these problems, which flatters it: confirm it on others."
     if best.p >= SURE:

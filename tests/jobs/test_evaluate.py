@@ -229,7 +229,7 @@ async def test_the_alpha_that_helps_is_chosen_for_a_users_own_data(
 ) -> None:
     evaluation = choose_alpha.sweep(alpha_options(tmp_path, 12, "--alpha", "0.5", "1", "8"))
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.tell(summarise(Results(tmp_path / "run")), evaluation, CONSOLE)
+    said = choose_alpha.tell(Results(tmp_path / "run"), evaluation, CONSOLE)
     assert said["helps"]
     assert said["alpha"] in (0.5, 1.0)
     assert said["words"].startswith(f"Choose alpha {said['alpha']:g}")
@@ -239,10 +239,28 @@ async def test_the_alpha_that_helps_is_chosen_for_a_users_own_data(
 async def test_guidance_that_does_not_help_is_not_chosen(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
     evaluation = choose_alpha.sweep(alpha_options(tmp_path, 6, "--alpha", "8"))
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.tell(summarise(Results(tmp_path / "run")), evaluation, CONSOLE)
+    said = choose_alpha.tell(Results(tmp_path / "run"), evaluation, CONSOLE)
     assert not said["helps"]
     assert said["alpha"] == 0
     assert said["words"].startswith("Guidance does not help here")
+
+
+async def test_where_no_answer_is_right_nothing_is_said_of_guidance(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    options = alpha_options(tmp_path, 2, "--alpha", "0", "1")
+    rows = [json.loads(line) | {"gold": "Nobody"} for line in options.data.read_text(encoding="utf-8").splitlines()]
+    options.data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    evaluation = choose_alpha.sweep(options)
+    await run(load_workload(evaluation), trio_engines)
+    said = choose_alpha.tell(Results(tmp_path / "run"), evaluation, CONSOLE)
+    assert said["words"].startswith("No answer is right in any setting")
+    assert "'Nobody' is right" in said["words"]
+    summary = summarise(Results(tmp_path / "run"))
+    assert [str(score.variant) for score in summary.steered] == ["guided a1"], "alpha 0 tries nothing"
+    untried = summary.score(Variant("guided", "a0"))
+    assert untried is not None
+    assert untried.p is None
 
 
 async def test_a_replayed_request_shows_where_the_modes_part(trio_engines: Mapping[Role, Engine]) -> None:
