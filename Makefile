@@ -1,5 +1,6 @@
 # Every target sets up .venv by itself, once; it is renewed when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
+CONFIG ?= ray_config.yaml
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
@@ -9,9 +10,9 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo
 
-serve: .venv/ready ## the service of ray_config.yaml in the foreground, on this machine
-	$(BIN)/python -m cluster.check ray_config.yaml
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run --working-dir . ray_config.yaml
+serve: .venv/ready ## the service of $(CONFIG) in the foreground, on this machine
+	$(BIN)/python -m cluster.check $(CONFIG)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run --working-dir . $(CONFIG)
 
 test: export OMP_NUM_THREADS = 1
 test: .venv/ready ## one thread: the trio is so small that more would only wait for one another

@@ -50,7 +50,7 @@ class Machine(_Section):
 
     def __str__(self) -> str:
         low, high = self.hours
-        gpus = f"{self.gpus} GPUs of {self.gpu_memory_gb:g} GB" if self.gpus else "no GPU"
+        gpus = f"{self.gpus} GPU{'s' * (self.gpus > 1)} of {self.gpu_memory_gb:g} GB" if self.gpus else "no GPU"
         cost = self.usd_per_gpu_hour * self.gpus
         return f"{gpus}, {low:g} to {high:g} h" + (f", {low * cost:.0f} to {high * cost:.0f} USD" if cost else "")
 
