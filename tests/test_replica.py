@@ -379,6 +379,16 @@ async def test_released_sessions_are_closed_without_another_extend() -> None:
         assert s.replica.load().cache_used == 1
 
 
+async def test_a_replica_that_stops_leaves_no_cache() -> None:
+    async with stage() as s:
+        c = await s.coordinator()
+        for session in (1, 2):
+            await rows_of(c.ask(session, [1]))
+        assert s.engine.cache_stats().tokens_used == 2
+    assert sorted(s.engine.closed) == [1, 2]
+    assert s.engine.cache_stats().tokens_used == 0
+
+
 async def test_a_forward_that_fails_fails_its_items_alone_and_the_replica_lives() -> None:
     async with stage() as s:
         c = await s.coordinator()

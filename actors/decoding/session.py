@@ -95,7 +95,6 @@ class Session:
         self.uncovered = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
-        self._lifting = self.lifts or any(bias > 0 for _, bias in request.sampling.logit_bias)
         self._last_run = (-1, 0)
         self._text = language.text(self.primary.tokens)
         thinking_end = request.thinking.end if request.thinking.start else None
@@ -126,8 +125,6 @@ class Session:
 
     def must_know(self) -> set[int]:
         """Primary ids that the next row must know exactly, beside the folded events."""
-        if not self._lifting:
-            return set()
         return must_know(self.request.sampling, self.prompt, self.output)
 
     def adjust(self, ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
@@ -206,8 +203,7 @@ class Session:
             text = self._text.push(token)
             self._look_for_end(token, text)
             taken.append((token, text))
-            more = self._show(token, text)
-            shown = shown + more if len(taken) > 1 else more
+            shown = shown + self._show(token, text)
             if self.finish_reason is not None:
                 break
         return taken, shown

@@ -71,7 +71,7 @@ class Score:
     majority_at: Mapping[int, float]  # by k
     gain: Interval | None  # relative: 0.1 is 10 % more right answers
     difference: Interval | None  # absolute, in [-1, 1]
-    p: float | None  # of guided variants, two-sided, adjusted (Holm) for all guided variants of the run
+    p: float | None  # of variants that were steered, two-sided, adjusted (Holm) for all of them in the run
     cost: Cost
     behaviours: Behaviours
 

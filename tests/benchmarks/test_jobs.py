@@ -22,10 +22,13 @@ async def test_a_job_answers_every_prompt_that_is_asked_directly(
     workload = load_workload(evaluation(tmp_path, "multihop", None, limit=3, tokens=64, sessions=2))
     async with local_service(trio_config(), trio_engines) as service:
         connection = Connection(LocalBackend(service), service.config)
+        coordinator = service.coordinators[0]
         assert await job(workload, connection) > 0
+        asked = coordinator.load().counts.tokens
         asker = Asker(connection.backend, service.config, service.tokenizers)
         requests = [asker.request(item) for item in workload.items()]
-        assert await direct(service.coordinators[0], requests, 2) > 0
+        assert await direct(coordinator, requests, 2) > 0
+        assert coordinator.load().counts.tokens == 2 * asked, "each was asked once in either way"
         texts = [sample.text for sample in Results(workload.evaluation.run).samples()]
     assert len(texts) == len(requests) == 3
     assert all(texts)

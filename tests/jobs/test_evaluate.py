@@ -170,7 +170,10 @@ async def test_a_folder_is_not_shared_by_two_configurations_until_it_is_started_
     other = workload(tmp_path / "run", alpha=[0.5], **keys)
     with pytest.raises(OtherRun, match=r"evaluation\.alpha"):
         await run(other, trio_engines)
+    write_report(tmp_path / "run")
     await run(other, trio_engines, resume=False)
+    left = {path.suffix for path in (tmp_path / "run").iterdir()}
+    assert not left & {".html", ".md"}, "they tell of answers that are gone"
     assert {sample.key.setting for sample in Results(tmp_path / "run").samples()} == {"a0.5"}
 
 
