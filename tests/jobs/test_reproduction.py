@@ -24,7 +24,9 @@ def run(folder: Path, target: int, guided: int) -> Results:
         for mode, setting, right in arms:
             for number, row in enumerate(rows):
                 key = Key("t", row.problem, mode, setting, 0, 0)
-                results.append(Sample(key, "text", "!", number < right, "stop", 1, 1, 0, 0, 0), Timing(key, 1.0, 0, 0))
+                steered = int(mode == "guided")  # tokens: a variant that nothing guided is not held against the target
+                sample = Sample(key, "text", "!", number < right, "stop", 1, 1, 0, steered, 0)
+                results.append(sample, Timing(key, 1.0, 0, 0))
     return results
 
 
