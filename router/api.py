@@ -248,16 +248,20 @@ def _event(body: dict[str, Any]) -> bytes:
 def _explained(request_id: str) -> Iterator[None]:
     """Turn what goes wrong into an error for the client; what nobody foresaw goes to the log, not to the client."""
     try:
-        yield
-    except (ApiError, ClientGone):
+        try:
+            yield
+        except (ApiError, ClientGone):
+            raise
+        except TimeoutError as error:
+            raise DeadlinePassed("the service's deadline for one request has passed: ask for fewer tokens") from error
+        except ClientDisconnect:
+            raise ClientGone from None
+        except Exception as error:
+            log.exception("%s failed", request_id)
+            raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error
+    except ApiError as error:
+        error.request_id = request_id
         raise
-    except TimeoutError as error:
-        raise DeadlinePassed("the service's deadline for one request has passed: ask for fewer tokens") from error
-    except ClientDisconnect:
-        raise ClientGone from None
-    except Exception as error:
-        log.exception("%s failed", request_id)
-        raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error
 
 
 async def _refused(request: Request, error: Exception) -> Response:
