@@ -156,7 +156,7 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": _event(error.body), "more_body": True})
+            await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -248,25 +248,21 @@ def _event(body: dict[str, Any]) -> bytes:
 def _explained(request_id: str) -> Iterator[None]:
     """Turn what goes wrong into an error for the client; what nobody foresaw goes to the log, not to the client."""
     try:
-        try:
-            yield
-        except (ApiError, ClientGone):
-            raise
-        except TimeoutError as error:
-            raise DeadlinePassed("the service's deadline for one request has passed: ask for fewer tokens") from error
-        except ClientDisconnect:
-            raise ClientGone from None
-        except Exception as error:
-            log.exception("%s failed", request_id)
-            raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error
-    except ApiError as error:
-        error.request_id = request_id
+        yield
+    except (ApiError, ClientGone):
         raise
+    except TimeoutError as error:
+        raise DeadlinePassed("the service's deadline for one request has passed: ask for fewer tokens") from error
+    except ClientDisconnect:
+        raise ClientGone from None
+    except Exception as error:
+        log.exception("%s failed", request_id)
+        raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return JSONResponse(error.body(request.scope["request_id"]), error.status, headers=error.headers)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -277,4 +273,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _refused_by_routing(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refusal = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(refusal.body, error.status_code, headers=error.headers)
+    return JSONResponse(refusal.body(request.scope["request_id"]), error.status_code, headers=error.headers)

@@ -68,7 +68,6 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.retry_after_s = message, param, code, retry_after_s
-        self.request_id: str | None = None
         self.so_far: list[list[int]] = []  # token ids of each choice, where generating had begun
 
     @property
@@ -76,15 +75,14 @@ class ApiError(Exception):
         """The headers of the response beside its body."""
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON body of the response."""
+    def body(self, request_id: str) -> dict[str, Any]:
+        """The JSON body of the response, or of the event that ends a stream; with the tokens so far, if there are any."""
         error: dict[str, Any] = {
             "message": self.message,
             "type": self.type,
             "param": self.param,
             "code": self.code,
-            "request_id": self.request_id,
+            "request_id": request_id,
         }
         if self.so_far:
             error["choices"] = [{"index": index, "token_ids": ids} for index, ids in enumerate(self.so_far)]

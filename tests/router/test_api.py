@@ -128,7 +128,8 @@ async def test_every_refusal_has_the_form_of_openais(
         response = await http.request(method, path, content=body)
     assert response.status_code == status
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    assert set(error) == {"message", "type", "param", "code", "request_id"}
+    assert error["request_id"] == response.headers["x-request-id"]
     assert word in error["message"]
     assert error["type"] == "invalid_request_error"
 
