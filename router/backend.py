@@ -76,7 +76,7 @@ class ApiError(Exception):
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """The JSON body of the response, or of the event that ends a stream; with the tokens so far, if there are any."""
+        """The JSON body of the response, or of the event that ends a stream; with the tokens so far, if any."""
         error: dict[str, Any] = {
             "message": self.message,
             "type": self.type,

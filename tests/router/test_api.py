@@ -176,6 +176,8 @@ async def test_an_error_within_a_stream_is_its_last_event() -> None:
     last = json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))
     assert response.status_code == 200
     assert last["error"]["message"] == "the target's memory is full"
+    assert last["error"]["request_id"] == response.headers["x-request-id"]
+    assert last["error"]["choices"] == [{"index": 0, "token_ids": [0, 1, 2, 3]}]
     assert "[DONE]" not in response.text
 
 
