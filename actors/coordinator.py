@@ -81,16 +81,13 @@ class Coordinator:
             while True:
                 for event in await self._news(live, deadline, request.interval_s):
                     yield event
-                    if isinstance(event, Finished):
+                    if isinstance(event, Finished | Rejected):
                         return
         finally:
             self._loop.release(live)
 
     def _refusal(self, request: Generate) -> Rejected | None:
-        room = self._config.coordinator.max_sessions + self._config.coordinator.max_waiting
-        if self._loop.sessions + self._loop.waiting >= room:
-            return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=1.0)
-        return admission.refusal(request, self._languages)
+        return admission.refusal(request, self._languages) or self._loop.refusal(request)
 
     def _accept(self, request: Generate) -> Live:
         roles = tuple(request.prompts)

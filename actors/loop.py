@@ -12,9 +12,9 @@ import contextlib
 import logging
 import ssl
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from actors import admission
 from actors.asked import Fault
 from actors.config import ServiceConfig
 from actors.deciding import Counts, Decider, Judged, Stuck, Wider
@@ -23,7 +23,8 @@ from actors.languages import Languages
 from actors.links import Links, Locate, Replica
 from actors.live import Live
 from actors.planning import Planner
-from actors.requests import Finished, FinishReason, Role
+from actors.requests import Finished, FinishReason, Generate, Rejected, Role
+from actors.waiting import Waiting
 from actors.window import Window
 from actors.wire.messages import Drafted, Message, Refusal, Rows
 
@@ -49,12 +50,12 @@ class DecodeLoop:
             locate,
             on_message=self._hear,
             on_lost=self._lose,
-            on_found=lambda replica: self._wake(),
+            on_found=lambda replica: self._look_again(),
             connect_s=config.deadlines.connect_s,
             tls=tls,
         )
-        self._waiting: deque[Live] = deque()
         self._lives: dict[int, Live] = {}
+        self._waiting = Waiting(config.coordinator, self._lives.values, self._links.candidates)
         self._stranded: list[Live] = []
         self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
@@ -98,8 +99,19 @@ class DecodeLoop:
 
     def add(self, live: Live) -> None:
         """Decode a session as soon as there is a place for it."""
-        self._waiting.append(live)
+        out = self._waiting.add(live)
+        if out is not None:
+            out.events.emit(self._waiting.overloaded())
+            self.release(out)
         self._wake()
+
+    def refusal(self, request: Generate) -> Rejected | None:
+        """Why a request finds no place here; None if it does, at once or later."""
+        caches = {
+            role: max((replica.welcome.cache_tokens for replica in self._links.candidates(role)), default=None)
+            for role in request.prompts
+        }
+        return admission.too_long(request, caches, self._config.beyond_context) or self._waiting.refusal(request)
 
     def release(self, live: Live) -> None:
         """Forget a session, finished or not, here and at the models."""
@@ -107,12 +119,17 @@ class DecodeLoop:
             live.session.finish("abort")
         self._exchange.drop(live)
         self._lives.pop(live.key, None)
-        for queue in (self._waiting, self._stranded):
-            if live in queue:
-                queue.remove(live)
+        self._waiting.remove(live)
+        if live in self._stranded:
+            self._stranded.remove(live)
         for replica in live.replicas.values():
             replica.outbox.released.append(live.key)
         live.replicas = {}
+        self._wake()
+
+    def _look_again(self) -> None:
+        """There may be room now."""
+        self._waiting.stir()
         self._wake()
 
     def _wake(self) -> None:
@@ -137,10 +154,10 @@ class DecodeLoop:
         self.turns_s += time.perf_counter() - began
 
     def _turn(self) -> None:
-        self._admit()
         messages, self._inbox = self._inbox, []
         for fault in self._exchange.absorb(messages):
             self._mend(fault)
+        self._admit()
         windows = self._exchange.advance()
         while windows:
             judged = self._decider.judge(windows)
@@ -148,13 +165,17 @@ class DecodeLoop:
         self._links.flush()
 
     def _admit(self) -> None:
-        while self._waiting and len(self._lives) < self._config.coordinator.max_sessions:
-            live = self._waiting.popleft()
-            self._lives[live.key] = live
-            self._next_window(live)
+        self._waiting.admit(self._begin, lambda live: self._roles(live, bool(live.alpha())))
         stranded, self._stranded = self._stranded, []
         for live in stranded:
             self._next_window(live)
+
+    def _begin(self, live: Live, places: Mapping[Role, Replica]) -> None:
+        """A session has its place."""
+        self._lives[live.key] = live
+        for role, replica in places.items():
+            self._attach(live, role, replica)
+        self._next_window(live)
 
     def _next_window(self, live: Live) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
@@ -210,9 +231,12 @@ class DecodeLoop:
             replica = self._links.pick(role)
             if replica is None:
                 return False
-            live.replicas[role] = replica
-            live.session.streams[role].reseed(replica.welcome.hash_seed)
+            self._attach(live, role, replica)
         return True
+
+    def _attach(self, live: Live, role: Role, replica: Replica) -> None:
+        live.replicas[role] = replica
+        live.session.streams[role].reseed(replica.welcome.hash_seed)
 
     def _follow(self, window: Window, judged: Sequence[Judged]) -> bool:
         """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
@@ -272,6 +296,10 @@ class DecodeLoop:
             live.faults += 1
         if live.faults > MAX_FAULTS:
             self.finish(live, "error", f"the {role} model failed {live.faults} times in a row")
+        elif fault.code == Refusal.FULL or (fault.code == Refusal.KV_MISS and not held):
+            delay = fault.pause()
+            self._waiting.park(window, role, delay, lambda: self._again(window, role, held))
+            asyncio.get_running_loop().call_later(delay, self._look_again)
         elif delay := fault.pause():
             asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
         else:
@@ -282,6 +310,7 @@ class DecodeLoop:
         live = window.live
         if live.window is not window or role not in live.replicas:
             return
+        live.row_since = time.monotonic()
         if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
             stream = live.session.streams[role]
             stream.held = min(held, stream.held)
@@ -318,7 +347,8 @@ class DecodeLoop:
             for live in list(self._lives.values()):
                 if any(live.tickets.values()) and now - live.row_since > limits.step_s:
                     self._hang(live)
-            if self._stranded or self._waiting:
+            self._waiting.tick()
+            if self._stranded or self._waiting or self._waiting.parked:
                 self._wake()
 
     def _hang(self, live: Live) -> None:

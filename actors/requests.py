@@ -22,6 +22,7 @@ class Generate:
     seed: of this sequence's choices alone (derived from the request's seed and the choice's index).
     drafts: tokens drafted ahead at most, 0 for none; None: as the service is configured.
     interval_s: seconds between two deltas at least, where the reader is in no hurry; each message costs CPU time.
+    client: who asks, for fairness between clients; "" for all who do not say.
     drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
     """
 
@@ -36,6 +37,12 @@ class Generate:
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0
+    client: str = ""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether another coordinator began it: its client has part of the answer already."""
+        return getattr(self, "resume", None) is not None
 
 
 @dataclass(frozen=True, slots=True)
