@@ -67,7 +67,7 @@ class Coordinator:
         """What is being decoded, and counts since the start."""
         loop = self._loop
         drafted, accepted = loop.planner.drafted, loop.planner.accepted
-        return CoordinatorLoad(loop.sessions, loop.waiting, replace(loop.counts), drafted, accepted, loop.turns_s)
+        return CoordinatorLoad(loop.sessions, len(loop.waiting), replace(loop.counts), drafted, accepted, loop.turns_s)
 
     async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
         """Decode one sequence: deltas and at last Finished, or only Rejected. Closing the iterator cancels it."""
@@ -87,7 +87,7 @@ class Coordinator:
             self._loop.release(live)
 
     def _refusal(self, request: Generate) -> Rejected | None:
-        return admission.refusal(request, self._languages) or self._loop.refusal(request)
+        return admission.refusal(request, self._languages) or self._loop.waiting.refusal(request)
 
     def _accept(self, request: Generate) -> Live:
         roles = tuple(request.prompts)

@@ -50,6 +50,19 @@ class Live:
         """Whether another coordinator began it: its client has part of the answer already."""
         return self.session.request.resumed
 
+    def bind(self, role: Role, replica: Replica) -> None:
+        """From now on this replica plays the role; it holds nothing yet."""
+        self.replicas[role] = replica
+        self.session.streams[role].reseed(replica.welcome.hash_seed)
+
+    def limit(self, role: Role) -> int:
+        """Positions that a role's model computes for one session."""
+        return self.replicas[role].welcome.max_position
+
+    def room(self, role: Role) -> int:
+        """Tokens that a role can read after the session's newest."""
+        return self.limit(role) - len(self.session.streams[role])
+
     def alpha(self, ahead: int = 0) -> float:
         """Alpha for the next token, or `ahead` tokens later as far as it can be told now."""
         return 0.0 if self.past_context else self.session.alpha(ahead)

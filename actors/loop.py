@@ -12,9 +12,8 @@ import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from actors import admission
 from actors.asked import Fault
 from actors.config import ServiceConfig
 from actors.deciding import Counts, Decider, Judged, Stuck, Wider
@@ -23,7 +22,7 @@ from actors.languages import Languages
 from actors.links import Links, Locate, Replica
 from actors.live import Live
 from actors.planning import Planner
-from actors.requests import Finished, FinishReason, Generate, Rejected, Role
+from actors.requests import Finished, FinishReason, Role
 from actors.waiting import Waiting
 from actors.window import Window
 from actors.wire.messages import Drafted, Message, Refusal, Rows
@@ -50,12 +49,12 @@ class DecodeLoop:
             locate,
             on_message=self._hear,
             on_lost=self._lose,
-            on_found=lambda replica: self._look_again(),
+            on_found=lambda replica: self._wake(),
             connect_s=config.deadlines.connect_s,
             tls=tls,
         )
         self._lives: dict[int, Live] = {}
-        self._waiting = Waiting(config.coordinator, self._lives.values, self._links.candidates)
+        self.waiting = Waiting(config, self._lives.values, self._links.candidates)
         self._stranded: list[Live] = []
         self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
@@ -69,7 +68,7 @@ class DecodeLoop:
 
     async def stop(self) -> None:
         """End every session with an error and close the connections."""
-        for live in [*self._lives.values(), *self._waiting]:
+        for live in [*self._lives.values(), *self.waiting]:
             self.finish(live, "error", "the coordinator was stopped")
         self._stopped = True
         if self._watching is not None:
@@ -84,11 +83,6 @@ class DecodeLoop:
         return len(self._lives)
 
     @property
-    def waiting(self) -> int:
-        """Sessions that wait for a place."""
-        return len(self._waiting)
-
-    @property
     def counts(self) -> Counts:
         """What was decided since the start."""
         return self._decider.counts
@@ -99,19 +93,8 @@ class DecodeLoop:
 
     def add(self, live: Live) -> None:
         """Decode a session as soon as there is a place for it."""
-        out = self._waiting.add(live)
-        if out is not None:
-            out.events.emit(self._waiting.overloaded())
-            self.release(out)
+        self.waiting.add(live)
         self._wake()
-
-    def refusal(self, request: Generate) -> Rejected | None:
-        """Why a request finds no place here; None if it does, at once or later."""
-        caches = {
-            role: max((replica.welcome.cache_tokens for replica in self._links.candidates(role)), default=None)
-            for role in request.prompts
-        }
-        return admission.too_long(request, caches, self._config.beyond_context) or self._waiting.refusal(request)
 
     def release(self, live: Live) -> None:
         """Forget a session, finished or not, here and at the models."""
@@ -119,17 +102,12 @@ class DecodeLoop:
             live.session.finish("abort")
         self._exchange.drop(live)
         self._lives.pop(live.key, None)
-        self._waiting.remove(live)
+        self.waiting.remove(live)
         if live in self._stranded:
             self._stranded.remove(live)
         for replica in live.replicas.values():
             replica.outbox.released.append(live.key)
         live.replicas = {}
-        self._wake()
-
-    def _look_again(self) -> None:
-        """There may be room now."""
-        self._waiting.stir()
         self._wake()
 
     def _wake(self) -> None:
@@ -165,17 +143,12 @@ class DecodeLoop:
         self._links.flush()
 
     def _admit(self) -> None:
-        self._waiting.admit(self._begin, lambda live: self._roles(live, bool(live.alpha())))
+        for live in self.waiting.admit(lambda live: self._roles(live, bool(live.alpha()))):
+            self._lives[live.key] = live
+            self._next_window(live)
         stranded, self._stranded = self._stranded, []
         for live in stranded:
             self._next_window(live)
-
-    def _begin(self, live: Live, places: Mapping[Role, Replica]) -> None:
-        """A session has its place."""
-        self._lives[live.key] = live
-        for role, replica in places.items():
-            self._attach(live, role, replica)
-        self._next_window(live)
 
     def _next_window(self, live: Live) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
@@ -187,17 +160,17 @@ class DecodeLoop:
             self._stranded.append(live)
             return
         live.stranded_since = None
-        if len(session.primary) >= self._limit(live, live.primary):
+        if len(session.primary) >= live.limit(live.primary):
             self.finish(live, "length")
             return
         # The primary's last position ends an answer; a small model's last row still gives a token.
-        room = min([self._room(live, role) - (role == live.primary) for role in roles])
+        room = min([live.room(role) - (role == live.primary) for role in roles])
         if guided and room < 0:
             if self._config.beyond_context == "error":
                 self.finish(live, "length")
                 return
             live.past_context, guided, roles = True, False, (live.primary,)
-            room = self._room(live, live.primary) - 1
+            room = live.room(live.primary) - 1
         live.row_since = time.monotonic()
         plan = self.planner.plan(live, guided, room, len(self._lives))
         self._exchange.begin(live, guided, plan.guesses, plan.drafts)
@@ -214,16 +187,8 @@ class DecodeLoop:
         """Guidance or drafting starts soon: small models read in the background, where somebody plays them."""
         for role in roles:
             if (live.window is None or role != live.window.drafter) and self._bind(live, role):
-                if self._room(live, role) >= 0:
+                if live.room(role) >= 0:
                     self._exchange.read(live, role)
-
-    def _room(self, live: Live, role: Role) -> int:
-        """Tokens that a role can read after the session's newest."""
-        return self._limit(live, role) - len(live.session.streams[role])
-
-    def _limit(self, live: Live, role: Role) -> int:
-        """Positions that a role's model computes for one session."""
-        return live.replicas[role].welcome.max_position
 
     def _bind(self, live: Live, role: Role) -> bool:
         """Give the session a replica of the role; False if nobody plays it now."""
@@ -231,12 +196,8 @@ class DecodeLoop:
             replica = self._links.pick(role)
             if replica is None:
                 return False
-            self._attach(live, role, replica)
+            live.bind(role, replica)
         return True
-
-    def _attach(self, live: Live, role: Role, replica: Replica) -> None:
-        live.replicas[role] = replica
-        live.session.streams[role].reseed(replica.welcome.hash_seed)
 
     def _follow(self, window: Window, judged: Sequence[Judged]) -> bool:
         """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
@@ -298,8 +259,8 @@ class DecodeLoop:
             self.finish(live, "error", f"the {role} model failed {live.faults} times in a row")
         elif fault.code == Refusal.FULL or (fault.code == Refusal.KV_MISS and not held):
             delay = fault.pause()
-            self._waiting.park(window, role, delay, lambda: self._again(window, role, held))
-            asyncio.get_running_loop().call_later(delay, self._look_again)
+            self.waiting.park(window, role, delay, lambda: self._again(window, role, held))
+            asyncio.get_running_loop().call_later(delay, self._wake)
         elif delay := fault.pause():
             asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
         else:
@@ -347,8 +308,8 @@ class DecodeLoop:
             for live in list(self._lives.values()):
                 if any(live.tickets.values()) and now - live.row_since > limits.step_s:
                     self._hang(live)
-            self._waiting.tick()
-            if self._stranded or self._waiting or self._waiting.parked:
+            self.waiting.tick()
+            if self._stranded or self.waiting or self.waiting.parked:
                 self._wake()
 
     def _hang(self, live: Live) -> None:

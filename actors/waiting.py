@@ -12,12 +12,14 @@ meets a plain bounded queue.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from actors.config import CoordinatorConfig
+from actors.admission import too_long
+from actors.config import ServiceConfig
 from actors.links import Replica
 from actors.live import Live
 from actors.requests import Generate, Rejected, Role
@@ -119,7 +121,7 @@ class Waiting:
 
     def __init__(
         self,
-        config: CoordinatorConfig,
+        config: ServiceConfig,
         lives: Callable[[], Collection[Live]],
         candidates: Callable[[Role], Sequence[Replica]],
         clock: Callable[[], float] = time.monotonic,
@@ -131,6 +133,7 @@ class Waiting:
         self._resumed: list[Live] = []  # moved here from another coordinator
         self._parked: list[Parked] = []
         self._stirred = self._blocked = False  # whether room may have come free; whether the head found none
+        self._due = math.inf  # when the next pause is over
 
     def __len__(self) -> int:
         return len(self._resumed) + len(self._queue)
@@ -146,27 +149,32 @@ class Waiting:
 
     def refusal(self, request: Generate) -> Rejected | None:
         """Why one more session cannot wait; None if it can, or another makes way for it."""
+        caches = {
+            role: max((replica.welcome.cache_tokens for replica in self._candidates(role)), default=None)
+            for role in request.prompts
+        }
+        if (refusal := too_long(request, caches, self._config.beyond_context)) is not None:
+            return refusal
         if request.resumed or not self._full or self._queue.displaced_by(request.client) is not None:
             return None
-        return self.overloaded()
+        return self._overloaded()
 
-    def overloaded(self) -> Rejected:
-        """What is said to who cannot wait."""
+    def _overloaded(self) -> Rejected:
         again = self._turnover.wait_s(1 + len(self))
         return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=again)
 
-    def add(self, live: Live) -> Live | None:
-        """Let a session wait. Whoever made way for it, if the queue was full."""
+    def add(self, live: Live) -> None:
+        """Let a session wait. If the queue is full, another is turned away for it."""
         self._stirred = True
         if live.resumed:
             self._resumed.append(live)
             self._resumed.sort(key=lambda each: each.age)
-            return None
+            return
         out = self._queue.displaced_by(live.client) if self._full else None
         if out is not None:
             self._queue.remove(out)
+            out.events.emit(self._overloaded())
         self._queue.push(live)
-        return out
 
     def remove(self, live: Live) -> None:
         """A session is over, whether it waited, ran or was parked."""
@@ -190,24 +198,17 @@ class Waiting:
         self._room.note()
         self._stirred = True
 
-    def stir(self) -> None:
-        """Look again at the next turn: a pause is over, or a replica has come."""
-        self._stirred = True
-
-    def admit(
-        self, begin: Callable[[Live, dict[Role, Replica]], None], roles: Callable[[Live], Sequence[Role]]
-    ) -> None:
+    def admit(self, roles: Callable[[Live], Sequence[Role]]) -> Iterator[Live]:
         """Let go on who can: parked sessions, oldest first, then resumed ones, then new ones, clients in turn.
 
-        roles: that a session needs now. begin: called with a session and the replicas that it is bound to, before the
-        next one is looked at; a role that nobody plays is left out.
+        roles: that a session needs now. Who begins is bound to a replica of each, but for roles that nobody plays.
         """
-        if not self._stirred or not (self._parked or len(self)):
+        if not (self._parked or len(self)) or not (self._stirred or self._clock() >= self._due):
             return
         self._stirred = False
         look = self._room.look()
         self._unpark(look)
-        while (live := self._head()) is not None and len(self._lives()) < self._config.max_sessions:
+        while (live := self._head()) is not None and len(self._lives()) < self._config.coordinator.max_sessions:
             places = self._places(live, roles(live), look)
             self._blocked = places is None
             if places is None:
@@ -218,15 +219,17 @@ class Waiting:
                 self._queue.pop()
                 live.age = time.time_ns()  # who is older evicts, and waiting earns nobody that
             for role, replica in places.items():
+                live.bind(role, replica)
                 look.take(live, role, replica)
             self._turnover.began(live)
-            begin(live, places)
+            yield live
         self._blocked = False
 
     @property
     def _full(self) -> bool:
-        places = 0 if self._blocked else max(0, self._config.max_sessions - len(self._lives()) - len(self._resumed))
-        return len(self._queue) >= self._config.max_waiting + places
+        config, taken = self._config.coordinator, len(self._lives()) + len(self._resumed)
+        places = 0 if self._blocked else max(0, config.max_sessions - taken)
+        return len(self._queue) >= config.max_waiting + places
 
     def _head(self) -> Live | None:
         return self._resumed[0] if self._resumed else self._queue.head()
@@ -258,3 +261,4 @@ class Waiting:
             else:
                 self._parked.append(each)
                 look.shut.add(replica)
+        self._due = min((each.not_before for each in self._parked if each.not_before > now), default=math.inf)
