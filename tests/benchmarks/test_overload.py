@@ -27,9 +27,10 @@ def test_only_what_comes_while_it_is_measured_counts() -> None:
 def test_ratios_are_of_rounds_and_counts_of_all() -> None:
     measured = Measured()
     measured.phases["capacity"] = [phase(answered(12, 14, tokens)) for tokens in (100, 50, 200)]
+    others = (Asked("", "hung"), Asked("", "failed"), Asked("", "refused"))
     measured.phases["overloaded"] = [
-        phase(answered(12, 14, tokens), Asked("", "refused"), Asked("", fate))
-        for tokens, fate in ((90, "hung"), (50, "failed"), (100, "refused"))
+        phase(answered(12, 14, tokens), Asked("", "refused"), other)
+        for tokens, other in zip((90, 50, 100), others, strict=True)
     ]
     measured.phases["obeying"] = measured.phases["capacity"]
     result = measured.result()
