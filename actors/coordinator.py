@@ -74,7 +74,7 @@ class Coordinator:
         """What is being decoded, and counts since the start."""
         loop = self._loop
         drafted, accepted = loop.planner.drafted, loop.planner.accepted
-        return CoordinatorLoad(loop.sessions, loop.waiting, replace(loop.counts), drafted, accepted, loop.turns_s)
+        return CoordinatorLoad(loop.sessions, len(loop.waiting), replace(loop.counts), drafted, accepted, loop.turns_s)
 
     async def generate(self, request: Generate) -> AsyncGenerator[Told, None]:
         """Decode one sequence: deltas and at last Finished or Moved, or only Rejected. Closing the iterator cancels it.
@@ -107,10 +107,7 @@ class Coordinator:
             self._loop.release(live)
 
     def _refusal(self, request: Generate) -> Rejected | None:
-        room = self._config.coordinator.max_sessions + self._config.coordinator.max_waiting
-        if self._loop.sessions + self._loop.waiting >= room:
-            return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=1.0)
-        return admission.refusal(request, self._languages)
+        return admission.refusal(request, self._languages) or self._loop.waiting.refusal(request)
 
     async def _begin(self, request: Generate) -> Live:
         roles = tuple(request.prompts)

@@ -25,7 +25,7 @@ class Endpoint:
     port: int
     incarnation: str
     sessions: int = 0
-    cache_free: int = 0  # tokens
+    cache_free: int | None = None  # tokens; None: not told
     stopping: bool = False  # finishes what it has, takes no new session
 
 

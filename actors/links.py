@@ -95,11 +95,15 @@ class Links:
 
     def pick(self, role: Role) -> Replica | None:
         """A replica for a new session: of two drawn at random the one with the more free cache. None: nobody there."""
-        there = [r for r in self._replicas.values() if r.role == role and r.connection is not None]
-        choice = [r for r in there if not r.endpoint.stopping] or there
+        choice = self.candidates(role)
         if not choice:
             return None
-        return max(random.sample(choice, min(2, len(choice))), key=lambda r: r.endpoint.cache_free)
+        return max(random.sample(choice, min(2, len(choice))), key=lambda r: r.endpoint.cache_free or 0)
+
+    def candidates(self, role: Role) -> list[Replica]:
+        """Where a session of the role may go: to nobody who is about to leave, unless only such are there."""
+        there = [r for r in self._replicas.values() if r.role == role and r.connection is not None]
+        return [r for r in there if not r.endpoint.stopping] or there
 
     def stays(self, role: Role) -> bool:
         """Whether somebody connected plays the role who is not about to go."""

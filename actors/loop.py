@@ -12,7 +12,6 @@ import contextlib
 import logging
 import ssl
 import time
-from collections import deque
 from collections.abc import Sequence
 
 from actors.config import ServiceConfig
@@ -24,6 +23,7 @@ from actors.live import Live
 from actors.mending import Mender
 from actors.planning import Planner
 from actors.requests import Finished, FinishReason, Moved, Role
+from actors.waiting import Waiting
 from actors.window import Window
 from actors.wire.messages import Drafted, Message, Rows
 
@@ -53,9 +53,9 @@ class DecodeLoop:
             deadlines=config.deadlines,
             tls=tls,
         )
-        self._mender = Mender(self, self._exchange, config.deadlines, self._links.drop)
-        self._waiting: deque[Live] = deque()
         self._lives: dict[int, Live] = {}
+        self.waiting = Waiting(config, self._lives.values, self._links.candidates)
+        self._mender = Mender(self, self._exchange, self.waiting, config.deadlines, self._links.drop)
         self._stranded: list[Live] = []
         self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
@@ -69,7 +69,7 @@ class DecodeLoop:
 
     def hand_over(self) -> None:
         """Send every session to another coordinator."""
-        for live in [*self._lives.values(), *self._waiting]:
+        for live in [*self._lives.values(), *self.waiting]:
             live.events.emit(Moved())
             self.release(live)
 
@@ -90,11 +90,6 @@ class DecodeLoop:
         return len(self._lives)
 
     @property
-    def waiting(self) -> int:
-        """Sessions that wait for a place."""
-        return len(self._waiting)
-
-    @property
     def counts(self) -> Counts:
         """What was decided since the start."""
         return self._decider.counts
@@ -108,7 +103,7 @@ class DecodeLoop:
         if live.over:  # all that was left of a resumed one was to say so
             self._end(live)
             return
-        self._waiting.append(live)
+        self.waiting.add(live)
         self.wake()
 
     def release(self, live: Live) -> None:
@@ -117,9 +112,9 @@ class DecodeLoop:
             live.session.finish("abort")
         self._exchange.drop(live)
         self._lives.pop(live.key, None)
-        for queue in (self._waiting, self._stranded):
-            if live in queue:
-                queue.remove(live)
+        self.waiting.remove(live)
+        if live in self._stranded:
+            self._stranded.remove(live)
         for replica in live.replicas.values():
             replica.outbox.released.append(live.key)
         live.replicas = {}
@@ -162,10 +157,10 @@ class DecodeLoop:
         self._links.flush()
 
     def _turn(self) -> None:
-        self._admit()
         messages, self._inbox = self._inbox, []
         for fault in self._exchange.absorb(messages):
             self._mender.mend(fault)
+        self._admit()
         windows = self._exchange.advance()
         while windows:
             judged = self._decider.judge(windows)
@@ -173,8 +168,7 @@ class DecodeLoop:
         self._links.flush()
 
     def _admit(self) -> None:
-        while self._waiting and len(self._lives) < self._config.coordinator.max_sessions:
-            live = self._waiting.popleft()
+        for live in self.waiting.admit(lambda live: self._roles(live, bool(live.alpha()))):
             self._lives[live.key] = live
             self._next_window(live)
         stranded, self._stranded = self._stranded, []
@@ -191,17 +185,17 @@ class DecodeLoop:
             self._stranded.append(live)
             return
         live.stranded_since = None
-        if len(session.primary) >= self._limit(live, live.primary):
+        if len(session.primary) >= live.limit(live.primary):
             self.finish(live, "length")
             return
         # The primary's last position ends an answer; a small model's last row still gives a token.
-        room = min([self._room(live, role) - (role == live.primary) for role in roles])
+        room = min([live.room(role) - (role == live.primary) for role in roles])
         if guided and room < 0:
             if self._config.beyond_context == "error":
                 self.finish(live, "length")
                 return
             live.past_context, guided, roles = True, False, (live.primary,)
-            room = self._room(live, live.primary) - 1
+            room = live.room(live.primary) - 1
         live.row_since = time.monotonic()
         plan = self.planner.plan(live, guided, room, len(self._lives))
         self._exchange.begin(live, guided, plan.guesses, plan.drafts)
@@ -218,16 +212,8 @@ class DecodeLoop:
         """Guidance or drafting starts soon: small models read in the background, where somebody plays them."""
         for role in roles:
             if (live.window is None or role != live.window.drafter) and self._bind(live, role):
-                if self._room(live, role) >= 0:
+                if live.room(role) >= 0:
                     self._exchange.read(live, role)
-
-    def _room(self, live: Live, role: Role) -> int:
-        """Tokens that a role can read after the session's newest."""
-        return self._limit(live, role) - len(live.session.streams[role])
-
-    def _limit(self, live: Live, role: Role) -> int:
-        """Positions that a role's model computes for one session."""
-        return live.replicas[role].welcome.max_position
 
     def _bind(self, live: Live, role: Role) -> bool:
         """Give the session a replica of the role; False if nobody plays it now."""
@@ -235,8 +221,7 @@ class DecodeLoop:
             replica = self._links.pick(role)
             if replica is None:
                 return False
-            live.replicas[role] = replica
-            live.session.streams[role].reseed(replica.welcome.hash_seed)
+            live.bind(role, replica)
         return True
 
     def _follow(self, window: Window, judged: Sequence[Judged]) -> bool:
@@ -316,7 +301,8 @@ class DecodeLoop:
                     away = ", ".join(self.missing_roles())
                     self.fail(live, f"no replica of {away} came back within {limits.missing_s:g} s")
             self._mender.overdue(list(self._lives.values()))
-            if self._stranded or self._waiting:
+            self.waiting.tick()
+            if self._stranded or self.waiting or self.waiting.parked:
                 self.wake()
 
     def decodes(self, live: Live) -> bool:

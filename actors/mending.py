@@ -16,6 +16,7 @@ from actors.exchange import Exchange
 from actors.links import Replica
 from actors.live import Live
 from actors.requests import Role
+from actors.waiting import Waiting
 from actors.window import Window
 from actors.wire.messages import Refusal
 
@@ -40,10 +41,12 @@ class Mender:
         self,
         sessions: Sessions,
         exchange: Exchange,
+        waiting: Waiting,
         deadlines: Deadlines,
         drop: Callable[[Replica, Exception], None],
     ) -> None:
-        self._sessions, self._exchange, self._deadlines, self._drop = sessions, exchange, deadlines, drop
+        self._sessions, self._exchange, self._waiting = sessions, exchange, waiting
+        self._deadlines, self._drop = deadlines, drop
 
     def mend(self, fault: Fault) -> None:
         """A model refused an item: re-send, wait, or give up."""
@@ -62,6 +65,10 @@ class Mender:
             live.faults += 1
         if live.faults > MAX_FAULTS:
             self._sessions.fail(live, f"the {role} model failed {live.faults} times in a row")
+        elif fault.code == Refusal.FULL or (fault.code == Refusal.KV_MISS and not held):
+            delay = fault.pause()
+            self._waiting.park(window, role, delay, lambda: self._again(window, role, held))
+            asyncio.get_running_loop().call_later(delay, self._sessions.wake)
         elif delay := fault.pause():
             asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
         else:
@@ -78,6 +85,7 @@ class Mender:
         live = window.live
         if live.window is not window or role not in live.replicas:
             return
+        live.row_since = time.monotonic()
         if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
             stream = live.session.streams[role]
             stream.held = min(held, stream.held)

@@ -23,9 +23,10 @@ class Generate:
     seed: of this sequence's choices alone (derived from the request's seed and the choice's index).
     drafts: tokens drafted ahead at most, 0 for none; None: as the service is configured.
     interval_s: seconds between two deltas at least, where the reader is in no hurry; each message costs CPU time.
+    client: who asks, for fairness between clients; "" for all who do not say.
     drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
-    arrived: when the service was asked, in nanoseconds since the epoch. Where room is short, older ones go first; a
-    sequence that moves keeps its age.
+    arrived: when the service was asked, in nanoseconds since the epoch. Where room is short, older ones go first; one
+    that was moved counts from here, others from when they were admitted.
     resume: how far another coordinator has brought the sequence; what it had said is not said again.
     """
 
@@ -40,8 +41,14 @@ class Generate:
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0
+    client: str = ""
     arrived: int = field(default_factory=time.time_ns)
     resume: Resume | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether another coordinator began it: its client has part of the answer already."""
+        return self.resume is not None
 
 
 @dataclass(frozen=True, slots=True)

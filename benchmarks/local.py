@@ -9,6 +9,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,11 @@ class LocalService:
             await replica.stop()
 
     async def _locate(self) -> Sequence[Endpoint]:
-        return tuple(self._endpoints.values())
+        loads = {role: replica.load() for role, replica in self.replicas.items()}
+        return tuple(
+            replace(endpoint, sessions=loads[role].sessions, cache_free=loads[role].cache_free)
+            for role, endpoint in self._endpoints.items()
+        )
 
 
 @asynccontextmanager
