@@ -47,6 +47,8 @@ class LocalService:
         self.coordinators: list[Coordinator] = []
         self._secret = secrets.token_bytes(32)
         self._endpoints: dict[Role, Endpoint] = {}
+        self.others: list[Endpoint] = []  # replicas that a caller runs beside these
+        self.stopping: set[Role] = set()  # roles whose replica here is about to go
 
     async def start_replica(self, role: Role) -> None:
         """Start the replica of a role, or another in its place."""
@@ -77,11 +79,11 @@ class LocalService:
             await replica.stop()
 
     async def _locate(self) -> Sequence[Endpoint]:
-        loads = {role: replica.load() for role, replica in self.replicas.items()}
-        return tuple(
-            replace(endpoint, sessions=loads[role].sessions, cache_free=loads[role].cache_free)
-            for role, endpoint in self._endpoints.items()
-        )
+        return (*(self._endpoint(role) for role in self._endpoints), *self.others)
+
+    def _endpoint(self, role: Role) -> Endpoint:
+        load, stopping = self.replicas[role].load(), role in self.stopping
+        return replace(self._endpoints[role], sessions=load.sessions, cache_free=load.cache_free, stopping=stopping)
 
 
 @asynccontextmanager

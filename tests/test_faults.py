@@ -90,7 +90,7 @@ async def test_a_model_that_always_fails_ends_its_sessions_with_an_error(trio: T
 async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
     trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
-    crowded = with_cache("target", 256, deadlines={"step_s": 0.2})
+    crowded = with_cache("target", 256, deadlines={"step_s": 0.5})
     endless = replace(LONG, max_tokens=220)
     async with local_service(trio_config(), trio.engines) as service:
         requests = [

@@ -303,7 +303,7 @@ async def test_a_full_coordinator_refuses_newcomers_and_not_what_was_taken_on_el
 
 @pytest.mark.parametrize("role", ROLES)
 async def test_sessions_leave_a_model_replica_that_stops_before_it_is_gone(
-    trio_engines: Mapping[Role, Engine], role: Role, monkeypatch: pytest.MonkeyPatch
+    trio_engines: Mapping[Role, Engine], role: Role
 ) -> None:
     config = trio_config()
     async with local_service(config, trio_engines, coordinators=1) as service:
@@ -314,10 +314,9 @@ async def test_sessions_leave_a_model_replica_that_stops_before_it_is_gone(
         host, port = await second.start()
         running = asyncio.create_task(decode_all(service.coordinators[0], requests))
         await working(service.coordinators[0])
-        first, replica = service._endpoints[role], service.replicas[role]
-        there = [replace(first, stopping=True), Endpoint(role, host, port, "second")]
-        others = [endpoint for endpoint in service._endpoints.values() if endpoint.role != role]
-        monkeypatch.setattr(service, "_endpoints", {e.incarnation: e for e in [*others, *there]})
+        replica = service.replicas[role]
+        service.others.append(Endpoint(role, host, port, "second"))
+        service.stopping.add(role)
         await until(lambda: replica.load().sessions == 0 and second.load().sessions > 0)
         await replica.stop()
         assert tokens(await running) == expected
