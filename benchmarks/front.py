@@ -57,7 +57,6 @@ class Front(CoordinatorWorker):
         self._server = uvicorn.Server(
             uvicorn.Config(app, host=LOOPBACK, port=port, log_level="warning", lifespan="off", backlog=4_096)
         )
-        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         self._serving = asyncio.get_running_loop().create_task(self._server.serve())
         while not self._server.started:  # noqa: ASYNC110 - nobody announces it
             await asyncio.sleep(0.01)
