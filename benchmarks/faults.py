@@ -4,13 +4,13 @@
 
 Three nodes on this machine in `exact` mode (benchmarks.killing), `streams` streams over HTTP at any time, each held
 against the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random times:
-three quarters of them where two replicas of each model and of the coordinator live, the others where there is one (or all
-as --replicas says). A kind is killed only when all its processes serve, and nobody while a stream is silent; kills of
-different kinds fall into one another's recovery.
+three quarters of them where two replicas of each model and of the coordinator live, the others where there is one (or
+all as --replicas says). A kind is killed only when all its processes serve, and nobody while a stream is silent; kills
+of different kinds fall into one another's recovery.
 
 Recovery is the time from a kill until all streams flow again: the longest silence of any stream that holds a moment of
-the second after the kill, counted from the kill; the usual 0.1 s between two messages is part of it. A stream is lost if
-it ends without its whole answer, with an error, or says nothing for longer than the service's own deadlines. It is
+the second after the kill, counted from the kill; the usual 0.1 s between two messages is part of it. A stream is lost
+if it ends without its whole answer, with an error, or says nothing for longer than the service's own deadlines. It is
 identical if its tokens (or its text, where it does not ask for them), the end of its answer and the counts of its usage
 are those of the undisturbed one. Requests that are refused with 429 or 503 and Retry-After before they begin are sent
 again and counted apart. The last line is JSON.
@@ -195,9 +195,8 @@ def summary(results: dict[int, Disturbed], streams: int) -> dict[str, Any]:
         sum(one.refused for one in results.values()),
     )
     parts = {f"replicas_{replicas}": one.result() for replicas, one in results.items()}
-    recoveries = [seconds for one in results.values() for seconds in one.recoveries()]
     whole = {name: value for name, value in both.result().items() if name != "recovery_s"}
-    return {"streams": streams, **whole, **percentiles(recoveries), **parts}
+    return {"streams": streams, **whole, **parts}
 
 
 def table(results: dict[int, Disturbed]) -> Table:

@@ -1,8 +1,8 @@
 """The service on a cluster of three nodes on this machine, each of whose processes can be killed by its kind.
 
 The head has the router, the proxy of the clients and Serve's controller; two other nodes have the models, the
-coordinators and the directory, so that a whole node can be lost. With two replicas each node has one of each role. Nodes
-of one machine share its cores, its disk and its loopback interface, and nothing else.
+coordinators and the directory, so that a whole node can be lost. With two replicas each node has one of each role.
+Nodes of one machine share its cores, its disk and its loopback interface, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import ray
 from ray import serve
@@ -33,8 +33,17 @@ from router.app import MODEL_NAMES, bind
 
 Kind = Literal["target", "guider", "guider_base", "coordinator", "directory", "controller", "proxy", "node"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-DEPLOYMENTS: dict[Kind, str] = {**MODEL_NAMES, "coordinator": "Coordinator", "directory": "Directory"}
+DEPLOYMENTS: dict[Kind, str] = {
+    "target": MODEL_NAMES["target"],
+    "guider": MODEL_NAMES["guider"],
+    "guider_base": MODEL_NAMES["guider_base"],
+    "coordinator": "Coordinator",
+    "directory": "Directory",
+}
 WORKERS = 2
+# What Ray takes the nodes to have, whatever it is: the router fits the head alone, a coordinator a worker alone.
+HEAD_CPUS, ROUTER_CPUS, COORDINATOR_CPUS = 3, 2.5, 0.8
+WORKER = {"num_cpus": 1, "resources": dict.fromkeys(ROLES, 1), "object_store_memory": OBJECT_STORE_BYTES}
 READY_S = 180.0  # two busy cores start a dozen processes
 ASK_S = 20  # the state API and Serve's controller answer within this, or are asked again
 # Ray's own settings for finding a dead machine, 15 s by default: a node that answers nothing for 3 s is gone.
@@ -52,11 +61,9 @@ def service_config(replicas: int) -> ServiceConfig:
         role: {"path": str(WEIGHTS / role), "num_cpus": 0.01, "resources": {role: 1}, "replicas": count}
         for role in ROLES
     }
-    return trio_config(models=models, coordinator={"num_cpus": 0.8, "replicas": count}, router={"num_cpus": HEAD_CPUS})
-
-
-HEAD_CPUS = 2  # the router takes them all
-_WORKER = {"num_cpus": 1, "resources": dict.fromkeys(ROLES, 1), "object_store_memory": OBJECT_STORE_BYTES}
+    return trio_config(
+        models=models, coordinator={"num_cpus": COORDINATOR_CPUS, "replicas": count}, router={"num_cpus": ROUTER_CPUS}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,8 @@ class ServedCluster:
         self.config, self.url = config, url
         self._cluster = nodes
         self._changing = threading.Lock()  # Ray's cluster of nodes is not thread-safe
-        self._wanted = {kind: self._replicas(kind) for kind in DEPLOYMENTS}
+        self._wanted: dict[Kind, int] = {"coordinator": config.coordinator.replicas.min, "directory": 1}
+        self._wanted |= {role: config.models.role(role).replicas.min for role in ROLES}
 
     def whole(self) -> set[Kind]:
         """Kinds of which every process that should be there is there and serves, so that one may be killed.
@@ -104,11 +112,23 @@ class ServedCluster:
                 found.setdefault(kind, []).append(actor)
         return found
 
+    def check_caches(self) -> dict[str, int]:
+        """Sessions left in every model replica, once it has proved its cache's accounts; AssertionError if it fails."""
+        left: dict[str, int] = {}
+        for role in ROLES:
+            replica = serve.get_deployment_handle(DEPLOYMENTS[role], self.config.name)
+            seen: dict[str, int] = {}
+            while len(seen) < self._wanted[role]:  # Serve's handle asks one of the replicas, of its own choice
+                incarnation, sessions = replica.check_cache.remote().result(timeout_s=ASK_S)
+                seen[incarnation] = sessions
+            left |= {f"{role} {incarnation}": sessions for incarnation, sessions in seen.items()}
+        return left
+
     def _whole(self) -> set[Kind]:
         living = self.processes()
         status = serve.status()
         states = status.applications[self.config.name].deployments
-        served = {
+        served: set[Kind] = {
             kind
             for kind, name in DEPLOYMENTS.items()
             if len(living.get(kind, ())) == self._wanted[kind]
@@ -133,7 +153,7 @@ class ServedCluster:
                     os.kill(pid, signal.SIGKILL)
             killed = Killed("node", time.monotonic())
             self._cluster.remove_node(node, allow_graceful=False)
-            self._cluster.add_node(wait=True, **_WORKER)
+            self._cluster.add_node(wait=True, **WORKER)
         return killed
 
     def _kind(self, actor: ActorState) -> Kind | str | None:
@@ -145,15 +165,6 @@ class ServedCluster:
             return "head_proxy" if actor.node_id == self._cluster.head_node.node_id else "proxy"
         return "controller" if actor.class_name.startswith("ServeController") else None
 
-    def _replicas(self, kind: Kind) -> int:
-        if kind == "directory":
-            return 1
-        return (
-            self.config.coordinator.replicas.min
-            if kind == "coordinator"
-            else self.config.models.role(kind).replicas.min
-        )
-
 
 @contextlib.contextmanager
 def served_cluster(config: ServiceConfig) -> Iterator[ServedCluster]:
@@ -164,7 +175,7 @@ def served_cluster(config: ServiceConfig) -> Iterator[ServedCluster]:
         nodes = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": OBJECT_STORE_BYTES})
         try:
             for _ in range(WORKERS):
-                nodes.add_node(wait=True, **_WORKER)
+                nodes.add_node(wait=True, **WORKER)
             ray.init(address=nodes.address, log_to_driver=False, configure_logging=False)
             port = free_port()
             serve.start(proxy_location="EveryNode", http_options={"host": LOOPBACK, "port": port})
