@@ -1,15 +1,20 @@
-"""A TCP relay between a coordinator and a model, through which a test disturbs what flows."""
+"""A TCP relay between a coordinator and a model, through which a test disturbs what flows; a service behind relays."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from actors.config import ServiceConfig
+from actors.forward import Engine
+from actors.requests import ROLES, Role
 from actors.wire.framing import HEADER
+from benchmarks.local import LocalService, local_service
+from tests.watched import until
 
 Direction = Literal["to_model", "to_coordinator"]
 DIRECTIONS: tuple[Direction, ...] = ("to_model", "to_coordinator")
@@ -97,3 +102,21 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flow
             (length,) = HEADER.unpack(header)
             number += 1
             await flow.forward(header + await reader.readexactly(length), number, writer)
+
+
+@asynccontextmanager
+async def relayed(
+    config: ServiceConfig, engines: Mapping[Role, Engine]
+) -> AsyncIterator[tuple[LocalService, dict[Role, Relay]]]:
+    """A service whose first coordinator reaches the models straight, and the second each through a relay."""
+    async with AsyncExitStack() as stack:
+        service = await stack.enter_async_context(local_service(config, engines))
+        relays: dict[Role, Relay] = {}
+        for role in ROLES:
+            endpoint = service._endpoints[role]
+            relays[role] = relay = Relay(endpoint.host, endpoint.port)
+            host, port = await stack.enter_async_context(relay.listening())
+            service._endpoints[role] = replace(endpoint, host=host, port=port)
+        await service.start_coordinator()
+        await until(lambda: not service.coordinators[1].missing_roles())
+        yield service, relays
