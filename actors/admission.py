@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from actors.languages import Languages
-from actors.requests import ROLES, Generate, Rejected
+from actors.requests import ROLES, Generate, Rejected, Role
 
 
 def refusal(request: Generate, languages: Languages) -> Rejected | None:
@@ -26,6 +27,21 @@ def refusal(request: Generate, languages: Languages) -> Rejected | None:
     needed = (request.primary,) if request.guidance.never_guides() else ROLES
     if any(role not in request.prompts for role in needed):
         return Rejected("invalid", f"the request needs a prompt for each of {', '.join(needed)}")
+    return None
+
+
+def too_long(request: Generate, caches: Mapping[Role, int | None], beyond_context: str) -> Rejected | None:
+    """Why no replica ever has room for a prompt; None if one may. caches: tokens of each role's largest, None: unknown.
+
+    A small model that guidance can do without (`beyond_context: stop_guidance`) is not asked.
+    """
+    for role, tokens in request.prompts.items():
+        most = caches[role]
+        optional = role != request.primary and beyond_context == "stop_guidance"
+        if most is not None and len(tokens) > most and not optional:
+            return Rejected(
+                "invalid", f"the prompt has {len(tokens)} tokens, the {role}'s cache takes {most}: shorten it"
+            )
     return None
 
 

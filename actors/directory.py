@@ -25,8 +25,16 @@ class Endpoint:
     port: int
     incarnation: str
     sessions: int = 0
-    cache_free: int = 0  # tokens
+    cache_free: int | None = None  # tokens; None: not told
     stopping: bool = False  # finishes what it has, takes no new session
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a coordinator wants to know. leaving: Serve's ids of the replicas, of any kind, that it is stopping."""
+
+    endpoints: tuple[Endpoint, ...]
+    leaving: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,36 @@ class Live:
         self.faults = 0  # refusals since the last token
         self.misses = 0  # how often there was no room for the rows in flight, or their cache was gone
         self.stranded_since: float | None = None  # when it began to wait for a role that nobody plays
+        self.lacks: set[Role] = set()  # roles whose caches it lost, or found no room in, and waits for
         self.past_context = False  # a small model's positions are used up: the target goes on alone
 
     @property
     def primary(self) -> Role:
         """The role whose vocabulary the answer is in."""
         return self.session.request.primary
+
+    @property
+    def client(self) -> str:
+        """Who asked, for fairness."""
+        return self.session.request.client
+
+    @property
+    def resumed(self) -> bool:
+        """Whether another coordinator began it: its client has part of the answer already."""
+        return self.session.request.resumed
+
+    def bind(self, role: Role, replica: Replica) -> None:
+        """From now on this replica plays the role; it holds nothing yet."""
+        self.replicas[role] = replica
+        self.session.streams[role].reseed(replica.welcome.hash_seed)
+
+    def limit(self, role: Role) -> int:
+        """Positions that a role's model computes for one session."""
+        return self.replicas[role].welcome.max_position
+
+    def room(self, role: Role) -> int:
+        """Tokens that a role can read after the session's newest."""
+        return self.limit(role) - len(self.session.streams[role])
 
     def alpha(self, ahead: int = 0) -> float:
         """Alpha for the next token, or `ahead` tokens later as far as it can be told now."""

@@ -44,14 +44,11 @@ WORKERS = 2
 # What Ray takes the nodes to have, whatever it is: the router fits the head alone, a coordinator a worker alone.
 HEAD_CPUS, ROUTER_CPUS, COORDINATOR_CPUS = 3, 2.5, 0.8
 WORKER = {"num_cpus": 1, "resources": dict.fromkeys(ROLES, 1), "object_store_memory": OBJECT_STORE_BYTES}
+MISSING_S = 120.0  # below benchmarks.steady_streams.HANG_S, so that the service says itself what it has lost
 READY_S = 180.0  # two busy cores start a dozen processes
 ASK_S = 20  # the state API and Serve's controller answer within this, or are asked again
-# Ray's own settings for finding a dead machine, 15 s by default: a node that answers nothing for 3 s is gone.
-DEATH_OF_A_NODE = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_timeout_ms": "3000",
-}
+# Ray looks after its machines every 3 s by default, and takes one for dead after five times without an answer.
+DEATH_OF_A_NODE = {"RAY_health_check_period_ms": "1000"}
 
 
 def service_config(replicas: int) -> ServiceConfig:
@@ -62,7 +59,10 @@ def service_config(replicas: int) -> ServiceConfig:
         for role in ROLES
     }
     return trio_config(
-        models=models, coordinator={"num_cpus": COORDINATOR_CPUS, "replicas": count}, router={"num_cpus": ROUTER_CPUS}
+        deadlines={"missing_s": MISSING_S},
+        models=models,
+        coordinator={"num_cpus": COORDINATOR_CPUS, "replicas": count},
+        router={"num_cpus": ROUTER_CPUS},
     )
 
 

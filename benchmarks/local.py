@@ -9,6 +9,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
 from actors.replica import ModelReplica
-from actors.requests import ROLES, Delta, Finished, Generate, Rejected, Role
+from actors.requests import ROLES, Delta, Finished, Generate, Moved, Rejected, Role
 from actors.tokenizer import RoleTokenizer
 
 WEIGHTS = Path(__file__).parent.parent / "cluster" / "demo" / "weights"
@@ -76,7 +77,11 @@ class LocalService:
             await replica.stop()
 
     async def _locate(self) -> Sequence[Endpoint]:
-        return tuple(self._endpoints.values())
+        loads = {role: replica.load() for role, replica in self.replicas.items()}
+        return tuple(
+            replace(endpoint, sessions=loads[role].sessions, cache_free=loads[role].cache_free)
+            for role, endpoint in self._endpoints.items()
+        )
 
 
 @asynccontextmanager
@@ -103,7 +108,7 @@ class Answer:
     def __init__(self) -> None:
         self.reasoning = self.content = ""
         self.tokens: list[int] = []
-        self.end: Finished | Rejected | None = None
+        self.end: Finished | Rejected | Moved | None = None
 
 
 async def decode(coordinator: Coordinator, request: Generate) -> Answer:

@@ -41,12 +41,16 @@ class Stream:
 
 
 @dataclass(slots=True)
-class _Reader(asyncio.Protocol):
-    """One request. httptools calls `on_body` and `on_message_complete`."""
+class Reader(asyncio.Protocol):
+    """One request. httptools calls `on_header`, `on_body` and `on_message_complete`.
+
+    done: ends with the response, or with StreamFailed when the connection is lost before.
+    """
 
     request: bytes
     done: asyncio.Future[None]
     asked: float = 0.0
+    retry_after_s: float | None = None
     bodies: list[tuple[float, bytes]] = field(default_factory=list)
     parser: Any = None
     transport: asyncio.BaseTransport | None = None
@@ -58,6 +62,10 @@ class _Reader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.parser.feed_data(data)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after":
+            self.retry_after_s = float(value)
 
     def on_body(self, body: bytes) -> None:
         self.bodies.append((time.perf_counter(), body))
@@ -72,9 +80,14 @@ class _Reader(asyncio.Protocol):
         if not self.done.done():
             self.done.set_exception(StreamFailed(f"the connection was lost: {exc}"))
 
+    @property
+    def status(self) -> int:
+        """Of the response."""
+        return int(self.parser.get_status_code())
+
     def stream(self) -> Stream:
         """What was read. Raises StreamFailed unless it is a whole answer."""
-        if self.parser.get_status_code() != 200:
+        if self.status != 200:
             raise StreamFailed(b"".join(body for _, body in self.bodies).decode())
         times: list[float] = []
         usage: dict[str, Any] | None = None
@@ -101,9 +114,9 @@ async def read_streams(url: str, bodies: Sequence[dict[str, Any]]) -> list[Strea
     if where.hostname is None or where.port is None:
         raise ValueError(f"{url} names no host and port")
     host, port = where.hostname, where.port
-    readers = [_Reader(_request(where.netloc, body), loop.create_future()) for body in bodies]
+    readers = [Reader(http_request(where.netloc, body), loop.create_future()) for body in bodies]
     async with asyncio.timeout(DEADLINE_S):
-        await asyncio.gather(*(loop.create_connection(partial(_same, r), host, port) for r in readers))
+        await asyncio.gather(*(loop.create_connection(partial(same, r), host, port) for r in readers))
         await asyncio.gather(*(reader.done for reader in readers))
     return [reader.stream() for reader in readers]
 
@@ -114,11 +127,13 @@ def read_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
         return runner.run(read_streams(url, bodies))
 
 
-def _same(reader: _Reader) -> _Reader:
+def same(reader: Reader) -> Reader:
+    """A protocol that is there already, for a loop that asks who makes one."""
     return reader
 
 
-def _request(host: str, body: dict[str, Any]) -> bytes:
+def http_request(host: str, body: dict[str, Any]) -> bytes:
+    """A chat request as it goes over the wire."""
     content = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content

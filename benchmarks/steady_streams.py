@@ -21,7 +21,7 @@ from cluster.demo.task import questions
 from router.convert import plan_chat
 from router.schema import ChatRequest, parse
 
-HANG_S = 330.0  # without a message: longer than the service's own deadlines, after which it must have said something
+HANG_S = 150.0  # without a message, after which a stream counts as lost: longer than the service's own deadlines
 REFUSED_S = 0.5  # before a request that was refused is sent again
 _SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0},

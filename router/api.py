@@ -25,7 +25,7 @@ from actors.requests import Delta, Finished, Role
 from actors.tokenizer import RoleTokenizer
 from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, NotFound, TooLarge
 from router.context import limits
-from router.convert import Plan, plan_chat, plan_completion
+from router.convert import Plan, client_of, plan_chat, plan_completion
 from router.responses import Answer, ChatShape, CompletionShape, Shape
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.streams import ClientGone, Generations, joined, while_connected
@@ -104,6 +104,7 @@ class Endpoints:
                 body = parse(kind, await _json_body(request, self.service.router.max_request_bytes))
                 # A long prompt takes long to tokenise, and other streams must not wait for it.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
+                plan = plan.asked_by(client_of(request.headers.get("authorization"), body.user))
                 bodies = shape(request_id, body.model, plan.seed, body.explain)
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
@@ -156,7 +157,7 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": _event(error.body), "more_body": True})
+            await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -262,7 +263,7 @@ def _explained(request_id: str) -> Iterator[None]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return JSONResponse(error.body(request.scope["request_id"]), error.status, headers=error.headers)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -273,4 +274,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _refused_by_routing(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refusal = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(refusal.body, error.status_code, headers=error.headers)
+    return JSONResponse(refusal.body(request.scope["request_id"]), error.status_code, headers=error.headers)

@@ -5,6 +5,7 @@ A request's value stands above the service's default, field by field.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,20 @@ class Plan:
         """Tokens of the prompts, each counted once however many choices it has."""
         firsts = self.sequences[:: self.choices_per_prompt]
         return sum(len(sequence.prompts[sequence.primary]) for sequence in firsts)
+
+    def asked_by(self, client: str) -> Plan:
+        """The same, with who asks."""
+        return replace(self, sequences=[replace(sequence, client=client) for sequence in self.sequences])
+
+
+def client_of(authorization: str | None, user: str | None) -> str:
+    """Who asks, for fairness: all with one key are one client; without a key, all with one `user`; "" for all others.
+
+    Of a key only its hash goes on, so that it stands in no log.
+    """
+    if authorization:
+        return f"key:{hashlib.sha256(authorization.encode()).hexdigest()[:16]}"
+    return f"user:{user}" if user else ""
 
 
 @dataclass(frozen=True, slots=True)

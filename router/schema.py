@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from router.backend import BadRequest
 
 # Fields of the OpenAI API or of vLLM that are read and change nothing, as there.
-IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+IGNORED = ("metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 
 # Fields that are known and not served, with the values at which they ask for nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
@@ -117,6 +117,7 @@ class ChatMessage(_Body):
 
 class _Request(_Body):
     model: str
+    user: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     temperature: float | None = None

@@ -7,7 +7,7 @@ from actors.config import ServiceConfig
 from actors.decoding.hashing import derive_seed
 from actors.requests import ROLES, Generate
 from router.backend import ApiError, BadRequest, NotFound
-from router.convert import WHOLE_S, Plan, plan_chat, plan_completion
+from router.convert import WHOLE_S, Plan, client_of, plan_chat, plan_completion
 from router.schema import ChatRequest, CompletionRequest, parse
 from tests.router.service import config, tokenizers
 
@@ -197,3 +197,17 @@ def test_completions_are_16_tokens_and_chats_what_is_left_of_the_context() -> No
 def test_speculation_is_the_requests_where_it_says_so(body: dict[str, Any], drafts: int | None, drafter: str) -> None:
     for sequence in (*chat(n=2, **body).sequences, *completion(**body).sequences):
         assert (sequence.drafts, sequence.drafter) == (drafts, drafter)
+
+
+def test_one_key_is_one_client_whatever_user_it_names() -> None:
+    key = client_of("Bearer secret", "ada")
+    assert key == client_of("Bearer secret", None) != client_of("Bearer other", "ada")
+    assert "secret" not in key
+    assert client_of(None, "ada") != client_of(None, "eve")
+    assert client_of(None, key) != key  # nobody takes another's name
+    assert client_of("", None) == client_of(None, "") == ""
+
+
+def test_every_sequence_says_who_asks() -> None:
+    plan = chat(n=3).asked_by("ada")
+    assert [sequence.client for sequence in plan.sequences] == ["ada"] * 3

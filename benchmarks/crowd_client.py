@@ -1,0 +1,133 @@
+"""Clients that ask for more than a service can do, in a process of their own, and what becomes of each request."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from benchmarks.sse_client import Reader, Stream, StreamFailed, http_request, same
+
+Fate: TypeAlias = Literal["admitted", "refused", "hung", "failed"]
+RAMP_S = 2.0  # of load before anything is measured
+HUNG_S = 120.0  # without an end: nobody would have waited so long
+AGAIN_S = 1.0  # where a refusal names no time
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request. admitted: its whole answer came, `stream`. refused: with a 429. failed: anything else that ended."""
+
+    user: str
+    fate: Fate
+    stream: Stream | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """All requests of one load, and the time in between which throughput is measured: seconds of one clock."""
+
+    began: float
+    ended: float
+    asked: Sequence[Asked]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of what was admitted; an answer's tokens are spread evenly over the time in which they came."""
+        tokens = sum(self._share(each.stream) * each.stream.tokens for each in self.asked if each.stream is not None)
+        return tokens / (self.ended - self.began)
+
+    def fates(self, user: str | None = None) -> Counter[Fate]:
+        """How many requests, of one user or of all, ended in which way."""
+        return Counter(each.fate for each in self.asked if user in (None, each.user))
+
+    def _share(self, stream: Stream) -> float:
+        inside = min(self.ended, stream.last) - max(self.began, stream.first)
+        return max(0.0, inside) / max(stream.last - stream.first, 1e-9)
+
+
+class CrowdClient:
+    """Asks for answers of `tokens` tokens to one question after another. Loads run one at a time."""
+
+    def __init__(self, url: str, model: str, questions: Sequence[str], tokens: int, seconds: float) -> None:
+        self._where, self._seconds = urlsplit(url), seconds
+        assert self._where.hostname is not None
+        assert self._where.port is not None
+        self._host, self._port = self._where.hostname, self._where.port
+        self._model, self._questions, self._tokens = model, questions, tokens
+        self._number = 0
+        self._asked: list[Asked] = []
+
+    async def closed(self, clients: int) -> Phase:
+        """So many clients, each of which asks again when it has its answer, or waits as long as a 429 tells it."""
+        return await self._phase(*(self._repeating(f"client-{number}") for number in range(clients)))
+
+    async def opened(self, rates: dict[str, float]) -> Phase:
+        """Users who ask so often a second, at random times, whatever becomes of what they asked before."""
+        return await self._phase(*(self._pouring(user, rate) for user, rate in rates.items()))
+
+    async def _phase(self, *loads: Any) -> Phase:
+        self._asked = []
+        self._began = time.perf_counter() + RAMP_S
+        self._ends = self._began + self._seconds
+        await asyncio.gather(*loads)
+        return Phase(self._began, self._ends, self._asked)
+
+    async def _repeating(self, user: str) -> None:
+        while time.perf_counter() < self._ends:
+            reader = await self._ask(user)
+            if self._asked[-1].fate != "admitted" or reader.status != 200:
+                again = AGAIN_S if reader.retry_after_s is None else reader.retry_after_s
+                await asyncio.sleep(min(again, max(0.0, self._ends - time.perf_counter())))
+
+    async def _pouring(self, user: str, rate: float) -> None:
+        drawn, due = random.Random(user), time.perf_counter()
+        async with asyncio.TaskGroup() as asking:
+            while due < self._ends:
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                asking.create_task(self._ask(user))
+                due += drawn.expovariate(rate)
+
+    async def _ask(self, user: str) -> Reader:
+        self._number += 1
+        loop = asyncio.get_running_loop()
+        reader = Reader(http_request(self._where.netloc, self._body(user, self._number)), loop.create_future())
+        try:
+            async with asyncio.timeout(HUNG_S):
+                await loop.create_connection(partial(same, reader), self._host, self._port)
+                await reader.done
+        except TimeoutError:
+            self._asked.append(Asked(user, "hung"))
+        except (StreamFailed, OSError) as error:
+            self._asked.append(Asked(user, "failed", why=str(error)))
+        else:
+            self._asked.append(_became(user, reader))
+        return reader
+
+    def _body(self, user: str, number: int) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "user": user,
+            "messages": [{"role": "user", "content": self._questions[number % len(self._questions)]}],
+            "seed": number,
+            "max_tokens": self._tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+
+def _became(user: str, reader: Reader) -> Asked:
+    if reader.status == 429:
+        return Asked(user, "refused", why="" if reader.retry_after_s else "without Retry-After")
+    try:
+        return Asked(user, "admitted", reader.stream())
+    except StreamFailed as error:
+        return Asked(user, "failed", why=str(error))

@@ -1,0 +1,46 @@
+"""From which load on a second coordinator pays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.coordinators import Plan, Point, result
+from benchmarks.shapes import SHAPES
+
+
+def measured(plan: Plan, gains: dict[int, float]) -> Sequence[Point]:
+    """Points at which two coordinators gain so much by load, in each of two rounds."""
+    points = plan.points
+    for point in points:
+        gain = gains[point.sessions] if point.coordinators == 2 else 1.0
+        for alone in (100.0, 200.0):
+            point.rates.append(alone * gain)
+            point.coordinator_busy.append(0.5)
+            point.target_busy.append(0.75)
+    return points
+
+
+PLAN = Plan(SHAPES["trio"], sessions=64, coordinators=(1, 2, 4), sweep=(16, 64, 128, 256))
+
+
+def test_points_that_both_parts_need_are_measured_once() -> None:
+    points = [(point.sessions, point.coordinators) for point in PLAN.points]
+    assert len(points) == len(set(points)) == 3 + 2 * 3
+
+
+def test_a_second_coordinator_pays_where_it_gains_from_then_on() -> None:
+    told = result(PLAN, measured(PLAN, {16: 1.5, 64: 0.9, 128: 1.1, 256: 1.2}))
+    assert told["pays_from"] == 128
+    assert [point["over_one"] for point in told["spread"]] == [1.0, 0.9, 1.0]
+    assert told["sweep"][-1] == {
+        "sessions": 256,
+        "coordinators": 2,
+        "tokens_per_s": 180.0,
+        "coordinator_busy": 0.5,
+        "target_busy": 0.75,
+        "over_one": 1.2,
+    }
+
+
+def test_where_it_never_gains_it_never_pays() -> None:
+    assert result(PLAN, measured(PLAN, dict.fromkeys((16, 64, 128, 256), 1.01)))["pays_from"] is None
