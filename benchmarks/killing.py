@@ -41,9 +41,10 @@ DEPLOYMENTS: dict[Kind, str] = {
     "directory": "Directory",
 }
 WORKERS = 2
-# What Ray takes the nodes to have, whatever it is: the router fits the head alone, a coordinator a worker alone.
+# What Ray takes the nodes to have, whatever it is: the router fits the head alone, and a worker one coordinator.
 HEAD_CPUS, ROUTER_CPUS, COORDINATOR_CPUS = 3, 2.5, 0.8
-WORKER = {"num_cpus": 1, "resources": dict.fromkeys(ROLES, 1), "object_store_memory": OBJECT_STORE_BYTES}
+LABELS = {"thinklogit-node": "worker"}
+WORKER = {"num_cpus": 1, "resources": dict.fromkeys(ROLES, 1), "labels": LABELS}
 MISSING_S = 120.0  # below benchmarks.steady_streams.HANG_S, so that the service says itself what it has lost
 READY_S = 180.0  # two busy cores start a dozen processes
 ASK_S = 20  # the state API and Serve's controller answer within this, or are asked again
@@ -59,10 +60,10 @@ def service_config(replicas: int) -> ServiceConfig:
         for role in ROLES
     }
     return trio_config(
-        deadlines={"missing_s": MISSING_S},
         models=models,
-        coordinator={"num_cpus": COORDINATOR_CPUS, "replicas": count},
+        coordinator={"num_cpus": COORDINATOR_CPUS, "replicas": count, "label_selector": LABELS},
         router={"num_cpus": ROUTER_CPUS},
+        deadlines={"missing_s": MISSING_S},
     )
 
 
@@ -153,7 +154,7 @@ class ServedCluster:
                     os.kill(pid, signal.SIGKILL)
             killed = Killed("node", time.monotonic())
             self._cluster.remove_node(node, allow_graceful=False)
-            self._cluster.add_node(wait=True, **WORKER)
+            self._cluster.add_node(wait=True, **WORKER, object_store_memory=OBJECT_STORE_BYTES)
         return killed
 
     def _kind(self, actor: ActorState) -> Kind | str | None:
@@ -175,7 +176,7 @@ def served_cluster(config: ServiceConfig) -> Iterator[ServedCluster]:
         nodes = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": OBJECT_STORE_BYTES})
         try:
             for _ in range(WORKERS):
-                nodes.add_node(wait=True, **WORKER)
+                nodes.add_node(wait=True, **WORKER, object_store_memory=OBJECT_STORE_BYTES)
             ray.init(address=nodes.address, log_to_driver=False, configure_logging=False)
             port = free_port()
             serve.start(proxy_location="EveryNode", http_options={"host": LOOPBACK, "port": port})
