@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -171,9 +172,15 @@ class ServedCluster:
 def served_cluster(config: ServiceConfig) -> Iterator[ServedCluster]:
     """The service of `service_config`, answering and whole; all nodes and processes of it are gone afterwards."""
     settings = {**SETTINGS, **DEATH_OF_A_NODE, "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port())}
-    with environment(settings):
+    # Ray prints what it hears of processes that die, and standard output is the result's.
+    with environment(settings), contextlib.redirect_stdout(sys.stderr):
         head = {"num_cpus": HEAD_CPUS, "include_dashboard": True, "dashboard_port": free_port()}
-        nodes = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": OBJECT_STORE_BYTES})
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the nodes end with this
+        nodes = Cluster(
+            initialize_head=True,
+            head_node_args={**head, "object_store_memory": OBJECT_STORE_BYTES},
+            shutdown_at_exit=False,  # it sets signal handlers, which a thread that adds a node cannot
+        )
         try:
             for _ in range(WORKERS):
                 nodes.add_node(wait=True, **WORKER, object_store_memory=OBJECT_STORE_BYTES)
