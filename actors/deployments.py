@@ -218,6 +218,10 @@ class ModelShell:
         if self._beat.done():
             raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._beat.exception()
 
+    async def check_cache(self) -> tuple[str, int]:
+        """This replica's incarnation, and what ModelReplica.check_cache says of it."""
+        return self._incarnation, await self._replica.check_cache()
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `actors.scaling.replicas_wanted` decides by; Serve asks only where replicas may vary."""
         load = self._replica.load()

@@ -7,8 +7,9 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from actors.engine.verbs import Engine, Full, Held, KVMiss
 from actors.pending import Part
@@ -27,6 +28,8 @@ class Failed:
 class Unshared:
     """What was to be forked is gone, or there is no room for it: nothing was computed, it must go on by itself."""
 
+
+T = TypeVar("T")
 
 # Held: a chunk is done and more is to come.
 Result: TypeAlias = Answer | Drawn | Held | KVMiss | Full | Unshared | Failed
@@ -54,7 +57,18 @@ class ForwardThread:
         done: Callable[[list[Result] | Exception], None],
     ) -> None:
         """Run a forward (see `run_forward`); then `done` on the caller's event loop with what it gave or raised."""
-        self._jobs.put(_Job(asyncio.get_running_loop(), engine, parts, closing, done))
+        work = partial(run_forward, engine, parts, closing)
+        self._jobs.put(_Job(asyncio.get_running_loop(), work, done))
+
+    async def between(self, work: Callable[[], T]) -> T:
+        """What `work` gives or raises, run on the thread between two forwards. Never ends once the thread has."""
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[T | Exception] = loop.create_future()
+        self._jobs.put(_Job(loop, work, lambda result: None if outcome.done() else outcome.set_result(result)))
+        result = await outcome
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def stop(self) -> None:
         """End the thread after its last forward; waits for nothing."""
@@ -69,15 +83,12 @@ class ForwardThread:
 @dataclass(frozen=True, slots=True)
 class _Job:
     loop: asyncio.AbstractEventLoop
-    engine: Engine
-    parts: Sequence[Part]
-    closing: Sequence[int]
-    done: Callable[[list[Result] | Exception], None]
+    work: Callable[[], Any]
+    done: Callable[[Any], None]
 
     def do(self) -> None:
-        outcome: list[Result] | Exception
         try:
-            outcome = run_forward(self.engine, self.parts, self.closing)
+            outcome = self.work()
         except Exception as error:
             outcome = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -139,6 +139,11 @@ class ModelReplica:
             bytes_sent=self._stats.bytes_sent + sum(peer.bytes_sent for peer in open_now),
         )
 
+    async def check_cache(self) -> int:
+        """Sessions left in the cache, whose accounts are proved between two forwards; AssertionError if they fail."""
+        await self._thread.between(self._engine.check)
+        return self._engine.cache_stats().sessions
+
     def check_health(self) -> None:
         """Raise ReplicaUnwell if the loop ended or a forward hangs."""
         if self._broken is not None:

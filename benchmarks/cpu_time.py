@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -11,21 +12,30 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 def busy_seconds() -> dict[str, float]:
     """Seconds of CPU, user and system, since each process began; processes of one name are added up."""
-    parents: dict[int, int] = {}
-    seconds: dict[int, float] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents[int(folder.name)] = int(fields[1])
-        seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) * _TICK_S
+    fields = _fields()
+    parents = {pid: int(of[1]) for pid, of in fields.items()}
+    seconds = {pid: (int(of[11]) + int(of[12])) * _TICK_S for pid, of in fields.items()}
     busy: dict[str, float] = {}
     for pid in parents:
         if _descends(pid, os.getpid(), parents):
             name = _name(pid)
             busy[name] = busy.get(name, 0.0) + seconds[pid]
     return busy
+
+
+def descendants(ancestor: int) -> list[int]:
+    """The processes that a process started, and all that these did."""
+    parents = {pid: int(of[1]) for pid, of in _fields().items()}
+    return [pid for pid in parents if pid != ancestor and _descends(pid, ancestor, parents)]
+
+
+def _fields() -> dict[int, list[str]]:
+    """What /proc says of each process, from its state on."""
+    fields = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields[int(folder.name)] = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return fields
 
 
 def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:

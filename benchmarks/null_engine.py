@@ -170,6 +170,10 @@ class NullEngine:
     def check_health(self) -> None:
         """It is always well."""
 
+    def check(self) -> None:
+        """Prove that the tokens in use are those of the sessions."""
+        assert self._used == sum(len(hashes) - 1 for hashes in self._hashes.values())
+
     def cache_stats(self) -> CacheStats:
         return CacheStats(self._cache_tokens, self._used, len(self._hashes))
 

@@ -107,3 +107,15 @@ async def test_forwards_run_in_order_on_one_thread_and_come_back_on_the_loops() 
     assert threads == {threading.get_ident()}
     assert len(engine.threads) == 1
     assert engine.threads != threads
+
+
+async def test_work_between_forwards_runs_on_their_thread_and_its_error_comes_back() -> None:
+    def wrong() -> None:
+        raise AssertionError("an extent is owned twice")
+
+    thread = ForwardThread("engine")
+    thread.start()
+    assert await thread.between(threading.get_ident) == thread._thread.ident
+    with pytest.raises(AssertionError, match="owned twice"):
+        await thread.between(wrong)
+    thread.stop()
