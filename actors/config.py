@@ -171,8 +171,9 @@ class Deadlines(_Section):
     """Seconds after which a wait ends with an error instead of hanging."""
 
     model_load_s: float = Field(1_800, gt=0)
-    role_missing_s: float = Field(60, gt=0)  # a session waits so long for a role that is away
+    missing_s: float = Field(300, gt=0)  # a session waits so long for a model or a coordinator that is away
     step_s: float = Field(60, gt=0)  # one answer of a model
+    silent_s: float = Field(15, gt=0)  # a peer that says nothing at all for so long hangs or is cut off
     connect_s: float = Field(5, gt=0)
     request_s: float = Field(3_600, gt=0)
 

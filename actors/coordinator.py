@@ -17,7 +17,7 @@ from actors.languages import Languages
 from actors.links import Locate
 from actors.live import Live
 from actors.loop import DecodeLoop
-from actors.requests import Event, Finished, Generate, Rejected, Role
+from actors.requests import Delta, Generate, Moved, Rejected, Role, Told
 from actors.tokenizer import RoleTokenizer
 
 
@@ -50,14 +50,21 @@ class Coordinator:
         self._config = config
         self._languages = Languages(tokenizers)
         self._loop = DecodeLoop(config, self._languages, secret, locate, tls)
+        self._leaving = False
 
     async def start(self) -> None:
         """Begin to follow the directory and to decode."""
         await self._loop.start()
 
     async def stop(self) -> None:
-        """End every session with an error and close the connections."""
+        """Hand every session over and close the connections."""
+        self._leaving = True
         await self._loop.stop()
+
+    def hand_over(self) -> None:
+        """Send every session, and whoever still comes, to another coordinator. This one is about to go."""
+        self._leaving = True
+        self._loop.hand_over()
 
     def missing_roles(self) -> tuple[Role, ...]:
         """Roles that no connected replica plays."""
@@ -69,19 +76,32 @@ class Coordinator:
         drafted, accepted = loop.planner.drafted, loop.planner.accepted
         return CoordinatorLoad(loop.sessions, loop.waiting, replace(loop.counts), drafted, accepted, loop.turns_s)
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Event, None]:
-        """Decode one sequence: deltas and at last Finished, or only Rejected. Closing the iterator cancels it."""
+    async def generate(self, request: Generate) -> AsyncGenerator[Told, None]:
+        """Decode one sequence: deltas and at last Finished or Moved, or only Rejected. Closing the iterator cancels it.
+
+        Each delta carries what another coordinator needs to go on after it. One comes at least every third of
+        `deadlines.silent_s`, so that a reader can tell a slow answer from a coordinator that hangs.
+        """
         refusal = self._refusal(request)
         if refusal is not None:
             yield refusal
             return
-        live = self._accept(request)
+        live = await self._begin(request)
+        if self._leaving:
+            yield Moved()
+            return
         deadline = time.monotonic() + self._config.deadlines.request_s
+        told = len(live.session.choices)
+        self._loop.add(live)
         try:
             while True:
                 for event in await self._news(live, deadline, request.interval_s):
+                    if isinstance(event, Delta):
+                        session = live.session
+                        event = replace(event, choices=session.choices[told:], tally=session.tally())
+                        told = len(session.choices)
                     yield event
-                    if isinstance(event, Finished):
+                    if not isinstance(event, Delta):
                         return
         finally:
             self._loop.release(live)
@@ -92,20 +112,24 @@ class Coordinator:
             return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=1.0)
         return admission.refusal(request, self._languages)
 
-    def _accept(self, request: Generate) -> Live:
+    async def _begin(self, request: Generate) -> Live:
         roles = tuple(request.prompts)
         language = self._languages.language(request.primary, roles, request.thinking)
         request = admission.canonical(request, self._languages)
         seeds = dict.fromkeys(roles, 0)  # each stream is hashed anew when its replica is known
         session = Session(request, language, seeds)
-        live = Live(session, secrets.randbits(63), time.time_ns(), self._loop.planner.acceptance())
-        self._loop.add(live)
-        return live
+        if request.resume is not None:
+            await asyncio.to_thread(session.replay, request.resume)  # a long answer takes long, and others go on
+        return Live(session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance())
 
-    async def _news(self, live: Live, deadline: float, interval_s: float) -> list[Event]:
+    async def _news(self, live: Live, deadline: float, interval_s: float) -> list[Told]:
+        """What there is to tell; an empty delta if there is nothing for long."""
+        alive = time.monotonic() + self._config.deadlines.silent_s / 3
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, min(alive, deadline) - time.monotonic())):
                 return await live.events.batch(self._loop.sessions, interval_s)
         except TimeoutError:
-            self._loop.finish(live, "error", f"not finished within {self._config.deadlines.request_s:.0f} s")
+            if time.monotonic() < deadline:
+                return [Delta()]
+            self._loop.fail(live, f"not finished within {self._config.deadlines.request_s:.0f} s")
             return await live.events.batch()

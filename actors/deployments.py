@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import ModelConfig, ServiceConfig
 from actors.coordinator import Coordinator, CoordinatorLoad
-from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading
+from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading, Snapshot
 from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
 from actors.process import collect_rarely
-from actors.requests import Event, Generate, Role
+from actors.requests import Generate, Role, Told
 from actors.scaling import CACHE_USED, WAITING
 from actors.tokenizer import RoleTokenizer
 from actors.wire.tls import client_context
@@ -87,11 +88,40 @@ async def _awaited(call: Awaitable[Any]) -> Any:
     return await call  # Serve's responses are awaitable without being coroutines or futures
 
 
+async def application_details(application: str) -> dict[str, Any] | None:
+    """What Serve's controller knows of an application, in Serve's public schema ApplicationDetails; None if nothing."""
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    details = await controller.get_serve_instance_details.remote()
+    found: dict[str, Any] | None = details["applications"].get(application)
+    return found
+
+
+async def _stopping_replicas(application: str) -> frozenset[str]:
+    """Ids of the application's replicas that Serve is stopping.
+
+    Serve tells a replica nothing of it while a stream is open there, and kills it in the end; its controller knows.
+    """
+    details = await application_details(application) or {"deployments": {}}
+    replicas = [replica for deployment in details["deployments"].values() for replica in deployment["replicas"]]
+    return frozenset(replica["replica_id"] for replica in replicas if replica["state"] == "STOPPING")
+
+
 class DirectoryShell:
     """The directory as a deployment: one replica, whose loss costs a few seconds of freshness."""
 
-    def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc]  # awaited by Serve
         self._directory = Directory()
+        self._leaving: frozenset[str] = frozenset()
+        self._asking = asyncio.create_task(self._keep_asking(serve.get_replica_context().app_name))
+
+    async def _keep_asking(self, application: str) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(TELL_S):
+                    self._leaving = await _stopping_replicas(application)
+            except Exception as error:  # the controller may be away for any reason
+                log.info("the Serve controller does not answer: %s", type(error).__name__)
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def heartbeat(self, endpoint: Endpoint) -> None:
         """See Directory.heartbeat."""
@@ -105,9 +135,9 @@ class DirectoryShell:
         """See Directory.leave."""
         self._directory.leave(incarnation)
 
-    async def snapshot(self) -> tuple[Endpoint, ...]:
-        """See Directory.snapshot."""
-        return self._directory.snapshot()
+    async def snapshot(self) -> Snapshot:
+        """See Directory.snapshot; with the replicas that Serve is stopping."""
+        return Snapshot(self._directory.snapshot(), self._leaving)
 
     async def awaited(self) -> dict[Role, str]:
         """See Directory.awaited."""
@@ -270,11 +300,14 @@ class CoordinatorShell:
     ) -> None:
         """models: bound here so that they belong to the application; their sockets are found through the directory."""
         show_logs()
+        this = serve.get_replica_context().replica_tag
 
         async def locate() -> Sequence[Endpoint]:
             async with asyncio.timeout(TELL_S):
-                endpoints: tuple[Endpoint, ...] = await directory.snapshot.remote()
-            return endpoints
+                snapshot: Snapshot = await directory.snapshot.remote()
+            if this in snapshot.leaving:
+                self._coordinator.hand_over()
+            return snapshot.endpoints
 
         self._config = config
         tokenizers = await asyncio.to_thread(load_tokenizers, config)
@@ -282,7 +315,7 @@ class CoordinatorShell:
         await self._coordinator.start()
         collect_rarely()
 
-    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+    async def generate(self, request: Generate) -> AsyncIterator[Told]:
         """See Coordinator.generate."""
         async with contextlib.aclosing(self._coordinator.generate(request)) as events:
             async for event in events:

@@ -30,6 +30,14 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a coordinator wants to know. leaving: Serve's ids of the replicas, of any kind, that it is stopping."""
+
+    endpoints: tuple[Endpoint, ...]
+    leaving: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Loading:
     """A replica that is not ready yet: what it is doing, in words, and for how many seconds it has been starting."""
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from actors.config import Deadlines
 from actors.directory import HEARTBEAT_S, Endpoint
 from actors.outbox import Outbox
 from actors.pace import Pace
 from actors.requests import ROLES, Role
 from actors.wire.client import Connection
 from actors.wire.errors import WireError
+from actors.wire.link import Limits
 from actors.wire.messages import Message, Welcome
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Links:
     """Keeps a connection to every replica of every role, and hands them out to sessions.
 
     locate: asks the directory who is there; when it does not answer, what is known stays in use.
-    on_message, on_lost, on_found: called on the event loop with the replica concerned.
+    on_message, on_lost, on_found, on_stopping: called on the event loop with the replica concerned.
     """
 
     def __init__(
@@ -66,12 +67,15 @@ class Links:
         on_message: Callable[[Replica, Message], None],
         on_lost: Callable[[Replica], None],
         on_found: Callable[[Replica], None],
-        connect_s: float,
+        on_stopping: Callable[[Replica], None],
+        deadlines: Deadlines,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._secret, self._locate, self._tls, self._connect_s = secret, locate, tls, connect_s
-        self._on_message, self._on_lost, self._on_found = on_message, on_lost, on_found
+        self._secret, self._locate, self._tls, self._deadlines = secret, locate, tls, deadlines
+        self._on_message, self._on_lost = on_message, on_lost
+        self._on_found, self._on_stopping = on_found, on_stopping
         self._replicas: dict[str, Replica] = {}  # by incarnation
+        self._connecting: dict[str, asyncio.Task[None]] = {}  # one that does not answer holds up no other
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -80,10 +84,10 @@ class Links:
 
     async def stop(self) -> None:
         """Close every connection."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        tasks = [task for task in (self._task, *self._connecting.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for replica in list(self._replicas.values()):
             if replica.connection is not None:
                 await replica.connection.close()
@@ -96,6 +100,12 @@ class Links:
         if not choice:
             return None
         return max(random.sample(choice, min(2, len(choice))), key=lambda r: r.endpoint.cache_free)
+
+    def stays(self, role: Role) -> bool:
+        """Whether somebody connected plays the role who is not about to go."""
+        return any(
+            r.role == role and r.connection is not None and not r.endpoint.stopping for r in self._replicas.values()
+        )
 
     def missing_roles(self) -> tuple[Role, ...]:
         """Roles that nobody connected plays."""
@@ -119,23 +129,24 @@ class Links:
     async def _follow(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(self._connect_s):
+                async with asyncio.timeout(self._deadlines.connect_s):
                     endpoints = await self._locate()
             except Exception as error:  # the directory may be away for any reason; sessions go on meanwhile
                 log.warning("the directory does not answer, keeping what is known: %s", error)
             else:
-                await self._adopt(endpoints)
+                self._adopt(endpoints)
             await asyncio.sleep(HEARTBEAT_S if not self.missing_roles() else HEARTBEAT_S / 5)
 
-    async def _adopt(self, endpoints: Sequence[Endpoint]) -> None:
-        unknown = []
+    def _adopt(self, endpoints: Sequence[Endpoint]) -> None:
         for endpoint in endpoints:
             known = self._replicas.get(endpoint.incarnation)
-            if known is None:
-                unknown.append(endpoint)
-            else:
-                known.endpoint = endpoint
-        await asyncio.gather(*(self._connect(endpoint) for endpoint in unknown))
+            if known is not None:
+                known.endpoint, before = endpoint, known.endpoint
+                if endpoint.stopping and not before.stopping:
+                    self._on_stopping(known)
+            elif endpoint.incarnation not in self._connecting:
+                task = asyncio.get_running_loop().create_task(self._connect(endpoint))
+                self._connecting[endpoint.incarnation] = task
 
     async def _connect(self, endpoint: Endpoint) -> None:
         replica = Replica(endpoint)
@@ -146,14 +157,17 @@ class Links:
                 self._secret,
                 incarnation=endpoint.incarnation,
                 peer="coordinator",
-                deadline_s=self._connect_s,
+                deadline_s=self._deadlines.connect_s,
                 tls=self._tls,
+                limits=Limits(silent_s=self._deadlines.silent_s),
                 on_message=lambda message: self._on_message(replica, message),
                 on_closed=lambda error: self._closed(replica, error),
             )
         except WireError as error:
             log.warning("%s at %s:%d is not reachable: %s", endpoint.role, endpoint.host, endpoint.port, error)
             return
+        finally:
+            del self._connecting[endpoint.incarnation]
         self._replicas[endpoint.incarnation] = replica
         self._on_found(replica)
 

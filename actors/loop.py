@@ -15,22 +15,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from actors.asked import Fault
 from actors.config import ServiceConfig
 from actors.deciding import Counts, Decider, Judged, Stuck, Wider
 from actors.exchange import GUIDED, Exchange
 from actors.languages import Languages
 from actors.links import Links, Locate, Replica
 from actors.live import Live
+from actors.mending import Mender
 from actors.planning import Planner
-from actors.requests import Finished, FinishReason, Role
+from actors.requests import Finished, FinishReason, Moved, Role
 from actors.window import Window
-from actors.wire.messages import Drafted, Message, Refusal, Rows
+from actors.wire.messages import Drafted, Message, Rows
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5  # how often deadlines are looked at
-MAX_FAULTS = 8  # refusals without a token in between, after which a session is given up
 LEAD_TOKENS = 16  # so long before guidance starts the small models begin to read what was said
 
 
@@ -49,10 +48,12 @@ class DecodeLoop:
             locate,
             on_message=self._hear,
             on_lost=self._lose,
-            on_found=lambda replica: self._wake(),
-            connect_s=config.deadlines.connect_s,
+            on_found=lambda replica: self._relocate(),
+            on_stopping=lambda replica: self._relocate(),
+            deadlines=config.deadlines,
             tls=tls,
         )
+        self._mender = Mender(self, self._exchange, config.deadlines, self._links.drop)
         self._waiting: deque[Live] = deque()
         self._lives: dict[int, Live] = {}
         self._stranded: list[Live] = []
@@ -66,10 +67,16 @@ class DecodeLoop:
         self._links.start()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
-    async def stop(self) -> None:
-        """End every session with an error and close the connections."""
+    def hand_over(self) -> None:
+        """Send every session to another coordinator."""
         for live in [*self._lives.values(), *self._waiting]:
-            self.finish(live, "error", "the coordinator was stopped")
+            live.events.emit(Moved())
+            self.release(live)
+
+    async def stop(self) -> None:
+        """Hand every session over and close the connections."""
+        self.hand_over()
+        self._links.flush()
         self._stopped = True
         if self._watching is not None:
             self._watching.cancel()
@@ -98,8 +105,11 @@ class DecodeLoop:
 
     def add(self, live: Live) -> None:
         """Decode a session as soon as there is a place for it."""
+        if live.over:  # all that was left of a resumed one was to say so
+            self._end(live)
+            return
         self._waiting.append(live)
-        self._wake()
+        self.wake()
 
     def release(self, live: Live) -> None:
         """Forget a session, finished or not, here and at the models."""
@@ -113,9 +123,9 @@ class DecodeLoop:
         for replica in live.replicas.values():
             replica.outbox.released.append(live.key)
         live.replicas = {}
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         """Take a turn soon; what arrives until then is part of it."""
         if not (self._awake or self._stopped):
             self._awake = True
@@ -128,19 +138,34 @@ class DecodeLoop:
         began = time.perf_counter()
         try:
             self._turn()
-        except Exception:  # a fault of this program: end what was in the turn, keep the others
-            log.exception("a turn failed; its sessions are ended")
-            for live in list(self._lives.values()):
-                if live.window.ready() if live.window is not None else live not in self._stranded:
-                    self.finish(live, "error", "internal error while decoding")
-            self._links.flush()
+        except Exception:
+            log.exception("a turn failed")
+            self._after_failed_turn()
         self.turns_s += time.perf_counter() - began
+
+    def _after_failed_turn(self) -> None:
+        """A fault of this program: what it was about to decide ends, the others start their rows anew.
+
+        The replies that the turn had taken are lost, so nobody's rows can be waited for.
+        """
+        for live in list(self._lives.values()):
+            if live in self._stranded:
+                continue
+            try:
+                if live.window is None or live.window.ready():
+                    self.fail(live, "internal error while decoding")
+                else:
+                    self._restart(live)
+            except Exception:
+                log.exception("a session cannot be started anew")
+                self.fail(live, "internal error while decoding")
+        self._links.flush()
 
     def _turn(self) -> None:
         self._admit()
         messages, self._inbox = self._inbox, []
         for fault in self._exchange.absorb(messages):
-            self._mend(fault)
+            self._mender.mend(fault)
         windows = self._exchange.advance()
         while windows:
             judged = self._decider.judge(windows)
@@ -226,7 +251,7 @@ class DecodeLoop:
                 self._exchange.widen(row, verdict.k)
                 return False
             if isinstance(verdict, Stuck):
-                self.finish(live, "error", "the request's bans and biases leave no token to choose")
+                self.fail(live, "the request's bans and biases leave no token to choose")
                 return False
             live.events.emit(live.session.commit(verdict.token, one.alpha, verdict.changed))
             live.faults = live.misses = 0
@@ -253,43 +278,7 @@ class DecodeLoop:
         if isinstance(message, Rows | Drafted):
             replica.heard_at = time.monotonic()
         self._inbox.append((replica, message))
-        self._wake()
-
-    def _mend(self, fault: Fault) -> None:
-        """A model refused an item: re-send, wait, or give up; the session's choices are the same in the end."""
-        live, role = fault.live, fault.role
-        window = live.window
-        if live.key not in self._lives or window is None:
-            return
-        held = {Refusal.KV_MISS: fault.detail, Refusal.ROW_GONE: window.first[role]}.get(fault.code, 0)
-        if fault.code in (Refusal.SUPERSEDED, Refusal.BAD_ITEM):
-            self.finish(live, "error", f"the {role} model refused the request ({fault.code.name.lower()})")
-            return
-        if fault.code in (Refusal.FULL, Refusal.KV_MISS):
-            live.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
-            live.row_since = time.monotonic() + fault.detail * (fault.code == Refusal.FULL) / 1000
-        else:
-            live.faults += 1
-        if live.faults > MAX_FAULTS:
-            self.finish(live, "error", f"the {role} model failed {live.faults} times in a row")
-        elif delay := fault.pause():
-            asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
-        else:
-            self._again(window, role, held)
-
-    def _again(self, window: Window, role: Role, held: int) -> None:
-        """Ask a role for its part of the window anew, unless the session has gone on in the meantime."""
-        live = window.live
-        if live.window is not window or role not in live.replicas:
-            return
-        if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
-            stream = live.session.streams[role]
-            stream.held = min(held, stream.held)
-            self._exchange.drop(live)
-            self._exchange.begin(live, window.guided)
-        else:
-            self._exchange.again(live, role, held)
-        self._wake()
+        self.wake()
 
     def _lose(self, replica: Replica) -> None:
         """A connection is gone: its sessions start their row anew, with another replica or the restarted one."""
@@ -299,7 +288,18 @@ class DecodeLoop:
                 del live.replicas[role]
             if lost and not live.over and live not in self._stranded:
                 self._restart(live)
-        self._wake()
+        self.wake()
+
+    def _relocate(self) -> None:
+        """Replicas came or are about to go: sessions leave those that go for others, where there are any."""
+        for live in list(self._lives.values()):
+            leaving = [role for role, bound in live.replicas.items() if bound.endpoint.stopping]
+            moving = [role for role in leaving if self._links.stays(role)]
+            for role in moving:
+                live.replicas.pop(role).outbox.released.append(live.key)
+            if moving and live not in self._stranded:
+                self._restart(live)
+        self.wake()
 
     def _restart(self, live: Live) -> None:
         """Begin the window anew."""
@@ -312,26 +312,20 @@ class DecodeLoop:
             await asyncio.sleep(TICK_S)
             now, limits = time.monotonic(), self._config.deadlines
             for live in list(self._stranded):
-                if live.stranded_since is not None and now - live.stranded_since > limits.role_missing_s:
+                if live.stranded_since is not None and now - live.stranded_since > limits.missing_s:
                     away = ", ".join(self.missing_roles())
-                    self.finish(live, "error", f"no replica of {away} came back within {limits.role_missing_s:.0f} s")
-            for live in list(self._lives.values()):
-                if any(live.tickets.values()) and now - live.row_since > limits.step_s:
-                    self._hang(live)
+                    self.fail(live, f"no replica of {away} came back within {limits.missing_s:g} s")
+            self._mender.overdue(list(self._lives.values()))
             if self._stranded or self._waiting:
-                self._wake()
+                self.wake()
 
-    def _hang(self, live: Live) -> None:
-        """A row is overdue: give up the models that owe an answer and are silent; losing them restarts the row."""
-        limit, now = self._config.deadlines.step_s, time.monotonic()
-        owing = [live.replicas[role] for role, owed in live.tickets.items() if owed]
-        silent = [replica for replica in owing if now - replica.heard_at > limit]
-        live.faults += bool(silent)
-        if live.faults > MAX_FAULTS:
-            self.finish(live, "error", "the models did not answer in time")
-            return
-        for replica in silent:
-            self._links.drop(replica, TimeoutError(f"no answer in {limit:g} s"))
+    def decodes(self, live: Live) -> bool:
+        """Whether the session is being decoded."""
+        return live.key in self._lives
+
+    def fail(self, live: Live, error: str) -> None:
+        """End a session with an error, which is a sentence for the client."""
+        self.finish(live, "error", error)
 
     def finish(self, live: Live, reason: FinishReason, error: str | None = None) -> None:
         """End a session from outside its own tokens."""

@@ -13,6 +13,7 @@ from actors.process import on_passing_thread, spin_briefly
 from actors.replica import ModelReplica, ReplicaSettings
 from actors.requests import Role
 from actors.tokenizer import RoleTokenizer
+from actors.wire.link import Limits
 from actors.wire.tls import server_context
 
 if TYPE_CHECKING:
@@ -75,4 +76,5 @@ def serve_role(
         row_wait_s=config.deadlines.step_s,
         stuck_s=2 * config.deadlines.step_s,
     )
-    return ModelReplica(engine, role, incarnation, secret, settings, host=host, tls=server_context())
+    limits = Limits(silent_s=config.deadlines.silent_s)
+    return ModelReplica(engine, role, incarnation, secret, settings, host=host, tls=server_context(), limits=limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,9 @@ class Generate:
     drafts: tokens drafted ahead at most, 0 for none; None: as the service is configured.
     interval_s: seconds between two deltas at least, where the reader is in no hurry; each message costs CPU time.
     drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
+    arrived: when the service was asked, in nanoseconds since the epoch. Where room is short, older ones go first; a
+    sequence that moves keeps its age.
+    resume: how far another coordinator has brought the sequence; what it had said is not said again.
     """
 
     request_id: str
@@ -36,6 +40,31 @@ class Generate:
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0
+    arrived: int = field(default_factory=time.time_ns)
+    resume: Resume | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Counts of a sequence that its choices alone do not tell. uncovered: the sum over guided rows."""
+
+    guided: int = 0
+    changed: int = 0
+    widened: int = 0
+    uncovered: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """All that a sequence has come to: with its request, whoever has this goes on with the very same tokens.
+
+    choices: the tokens that were chosen. Forced ones are not among them, they follow from these.
+    """
+
+    choices: list[int] = field(default_factory=list)
+    tally: Tally = Tally()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +79,18 @@ class TokenNote:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More of an answer. `notes` is filled when the request asked for explanations."""
+    """More of an answer. One without anything says that the coordinator lives.
+
+    notes: filled when the request asked for explanations. choices, tally: for `Resume`; the choices since the last
+    delta, and the counts as of now.
+    """
 
     reasoning: str = ""
     content: str = ""
     tokens: list[int] = field(default_factory=list)
     notes: list[TokenNote] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
+    tally: Tally | None = None
 
     def __add__(self, later: Delta) -> Delta:
         return Delta(
@@ -63,6 +98,8 @@ class Delta:
             self.content + later.content,
             self.tokens + later.tokens,
             self.notes + later.notes,
+            self.choices + later.choices,
+            later.tally or self.tally,
         )
 
 
@@ -104,4 +141,10 @@ class Rejected:
     retry_after_s: float | None = None
 
 
-Event = Delta | Finished | Rejected
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The coordinator hands the sequence over: ask another one, with all that came before as `resume`."""
+
+
+Event = Delta | Finished | Rejected  # what the reader of an answer hears
+Told = Event | Moved  # what a coordinator says

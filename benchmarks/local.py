@@ -19,7 +19,7 @@ from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
 from actors.replica import ModelReplica
-from actors.requests import ROLES, Delta, Finished, Generate, Rejected, Role
+from actors.requests import ROLES, Delta, Finished, Generate, Moved, Rejected, Role
 from actors.tokenizer import RoleTokenizer
 
 WEIGHTS = Path(__file__).parent.parent / "cluster" / "demo" / "weights"
@@ -103,7 +103,7 @@ class Answer:
     def __init__(self) -> None:
         self.reasoning = self.content = ""
         self.tokens: list[int] = []
-        self.end: Finished | Rejected | None = None
+        self.end: Finished | Rejected | Moved | None = None
 
 
 async def decode(coordinator: Coordinator, request: Generate) -> Answer:

@@ -156,7 +156,7 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": _event(error.body), "more_body": True})
+            await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -262,7 +262,7 @@ def _explained(request_id: str) -> Iterator[None]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return JSONResponse(error.body(request.scope["request_id"]), error.status, headers=error.headers)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -273,4 +273,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 async def _refused_by_routing(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refusal = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(refusal.body, error.status_code, headers=error.headers)
+    return JSONResponse(refusal.body(request.scope["request_id"]), error.status_code, headers=error.headers)

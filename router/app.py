@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,27 @@ from actors.config import (
     ServiceConfig,
     load_config,
 )
-from actors.deployments import DRAIN_S, CoordinatorShell, DirectoryShell, Load, ModelShell, show_logs
+from actors.deployments import (
+    DRAIN_S,
+    CoordinatorShell,
+    DirectoryShell,
+    Load,
+    ModelShell,
+    application_details,
+    show_logs,
+)
 from actors.model import load_role
 from actors.preflight import load_tokenizers, require_sound
 from actors.process import collect_rarely
-from actors.requests import Event, Generate, Role
+from actors.requests import Generate, Role, Told
 from router.api import create_app
 from router.backend import Overloaded, Status, Unavailable
+from router.resume import Resuming
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+log = logging.getLogger(__name__)
 
 MODEL_NAMES: dict[Role, str] = {"target": "Target", "guider": "Guider", "guider_base": "GuiderBase"}
 MAX_ONGOING = 10_000  # above what the coordinators take, so that they and not Serve's queue refuse what is too much
@@ -46,17 +58,17 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-class ServeBackend:
-    """The API's backend: coordinators and the directory behind Serve's handles."""
+class ServedCoordinators:
+    """Coordinators and the directory behind Serve's handles; `Resuming` makes the API's backend of it."""
 
-    def __init__(self, coordinator: DeploymentHandle, directory: DeploymentHandle) -> None:
+    def __init__(self, application: str, coordinator: DeploymentHandle, directory: DeploymentHandle) -> None:
         # Over gRPC whatever process bound the handle: Serve's setting for it counts only where Serve was imported
         # under it, and a streamed event costs 0.5 ms by reference, 0.1 ms so.
         self._coordinator = coordinator.options(stream=True, _by_reference=False)
-        self._directory = directory
+        self._application, self._directory = application, directory
 
-    async def generate(self, request: Generate) -> AsyncIterator[Event]:
-        """See router.backend.Backend.generate."""
+    async def generate(self, request: Generate) -> AsyncIterator[Told]:
+        """See router.backend.Coordinators.generate."""
         response = self._coordinator.generate.remote(request)
         try:
             async for event in response:
@@ -66,18 +78,28 @@ class ServeBackend:
         except RayTaskError:
             raise  # a fault in the coordinator's program, not its loss
         except (RayError, DeploymentUnavailableError) as error:
-            raise Unavailable("the coordinator of this request was lost; send it again") from error
+            raise Unavailable("its coordinator was lost") from error
         finally:
             response.cancel()  # nothing happens where the stream has ended
 
     async def status(self) -> Status:
-        """See router.backend.Backend.status."""
+        """See router.backend.Coordinators.status."""
         try:
             async with asyncio.timeout(STATUS_S):
                 awaited: dict[Role, str] = await self._directory.awaited.remote()
         except TimeoutError:
             return Status(missing=tuple(MODEL_NAMES), awaited=("the directory does not answer",))
         return Status(tuple(awaited), tuple(f"{role}: {words}" for role, words in awaited.items()))
+
+    async def ending(self) -> bool:
+        """See router.backend.Coordinators.ending."""
+        try:
+            async with asyncio.timeout(STATUS_S):
+                details = await application_details(self._application)
+        except Exception as error:  # the controller may be away for any reason, and come back
+            log.info("the Serve controller does not answer: %s", type(error).__name__)
+            return False
+        return details is None or details["status"] == "DELETING"
 
 
 class RouterShell:
@@ -89,7 +111,8 @@ class RouterShell:
         show_logs()
         self._config = config
         self._tokenizers = await asyncio.to_thread(load_tokenizers, config)
-        self._backend = ServeBackend(coordinator, directory)
+        application = serve.get_replica_context().app_name
+        self._backend = Resuming(ServedCoordinators(application, coordinator, directory), config.deadlines)
         collect_rarely()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -130,7 +153,7 @@ def bind(config: ServiceConfig, load: Load = load_role) -> serve.Application:
         name="Router",
         ray_actor_options=_placement(config.router),
         **_replicas(config.router.replicas, target_ongoing_requests=config.router.target_ongoing),
-        **_SETTINGS,
+        **_SETTINGS | {"graceful_shutdown_timeout_s": config.deadlines.request_s},  # its streams cannot move
     ).bind(config, coordinator, directory)
 
 

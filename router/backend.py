@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.requests import Event, Generate, Rejected, Role
+from actors.requests import Event, Generate, Rejected, Role, Told
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,25 @@ class Backend(Protocol):
         ...
 
 
+class Coordinators(Protocol):
+    """Whoever decodes at the moment; any of them may go at any time."""
+
+    def generate(self, request: Generate) -> AsyncIterator[Told]:
+        """Deltas and then one Finished or Moved, or one Rejected alone. Closing the iterator cancels the generation.
+
+        Raises Unavailable when its coordinator is lost.
+        """
+        ...
+
+    async def status(self) -> Status:
+        """Whether every role is there."""
+        ...
+
+    async def ending(self) -> bool:
+        """Whether the service is being shut down, so that nobody will come back."""
+        ...
+
+
 class ApiError(Exception):
     """An error for the client, as the OpenAI API states errors. param: the request's field that is wrong.
 
@@ -49,16 +68,25 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.retry_after_s = message, param, code, retry_after_s
+        self.so_far: list[list[int]] = []  # token ids of each choice, where generating had begun
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of the response beside its body."""
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON body of the response."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+    def body(self, request_id: str) -> dict[str, Any]:
+        """The JSON body of the response, or of the event that ends a stream; with the tokens so far, if any."""
+        error: dict[str, Any] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+            "request_id": request_id,
+        }
+        if self.so_far:
+            error["choices"] = [{"index": index, "token_ids": ids} for index, ids in enumerate(self.so_far)]
+        return {"error": error}
 
 
 class BadRequest(ApiError):

@@ -50,6 +50,7 @@ class Generations:
         self._batch = Batch()
         self._running = len(sequences)
         self._failure: Exception | None = None
+        self._tokens: list[list[int]] = [[] for _ in sequences]
         self._news, self._over = asyncio.Event(), asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -67,7 +68,8 @@ class Generations:
     async def batches(self) -> AsyncIterator[Batch]:
         """The first event at once, then at most one batch per interval, until every sequence has finished.
 
-        Raises the first failure of any sequence, after what came before it was yielded.
+        Raises the first failure of any sequence, after what came before it was yielded; an ApiError tells the tokens
+        so far.
         """
         clock = asyncio.get_running_loop().time
         due = clock()
@@ -81,6 +83,8 @@ class Generations:
             if batch.deltas or batch.finished:
                 yield batch
             if self._failure is not None:
+                if isinstance(self._failure, ApiError) and any(self._tokens):
+                    self._failure.so_far = self._tokens
                 raise self._failure
             due = clock() + self._interval_s
 
@@ -95,6 +99,7 @@ class Generations:
                 self._batch.add(choice, event)
                 if isinstance(event, Finished):
                     break
+                self._tokens[choice] += event.tokens
                 self._news.set()
             else:
                 raise ApiError("the generation ended without saying why")

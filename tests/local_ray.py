@@ -20,6 +20,7 @@ from cluster.launch import OBJECT_STORE_BYTES, SETTINGS, free_port
 
 ROOT = Path(__file__).parent.parent
 APPLICATION = "thinklogit"
+REPLICA = f"ServeReplica:{APPLICATION}:"
 READY_S = 120.0  # two busy cores start six processes
 
 
@@ -62,7 +63,16 @@ def wait_until(reached: Callable[[], bool], what: str, deadline_s: float = READY
 
 def replicas() -> dict[str, ActorState]:
     """What Ray's state API knows of the application's replica actors, by deployment: pid, node and resources."""
-    prefix = f"ServeReplica:{APPLICATION}:"
+    return {actor.class_name.removeprefix(REPLICA): actor for actor in replicas_of("")}
+
+
+def replicas_of(deployment: str) -> list[ActorState]:
+    """All living replicas of a deployment; of all deployments for ""."""
+    return actors(REPLICA + deployment)
+
+
+def actors(kind: str) -> list[ActorState]:
+    """Living actors whose class name begins so."""
     here = ray.get_runtime_context().gcs_address  # other Rays may run on this machine
-    actors = list_actors(here, filters=[("state", "=", "ALIVE")], detail=True, timeout=int(READY_S))
-    return {a.class_name.removeprefix(prefix): a for a in actors if a.class_name.startswith(prefix)}
+    alive = list_actors(here, filters=[("state", "=", "ALIVE")], detail=True, timeout=int(READY_S), limit=1_000)
+    return [actor for actor in alive if actor.class_name.startswith(kind)]

@@ -18,7 +18,7 @@ import pytest
 from ray import serve
 
 from actors.config import load_config
-from actors.directory import Endpoint
+from actors.directory import Endpoint, Snapshot
 from cluster.launch import LOOPBACK, free_port
 from router.app import bind
 from tests.growing_ray import growing_cluster, nodes
@@ -33,9 +33,9 @@ pytestmark = [
 
 FAST = {"min": 1, "max": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "look_back_s": 1.5}
 CARD = "card"  # stands for a GPU, which exact mode does without
-CACHE_TOKENS = 8_192
-QUESTIONS = 3
-LONG, SHORT = 800, 200  # tokens of an answer
+CACHE_TOKENS = 4_096
+QUESTIONS = 2
+LONG, SHORT = 400, 150  # tokens of an answer
 BUSY = 8  # streams that are too much for one replica of anything
 
 
@@ -132,8 +132,8 @@ def running(deployment: str) -> int:
 def targets() -> list[Endpoint]:
     """What the replicas of the target say of themselves."""
     directory = serve.get_deployment_handle("Directory", APPLICATION)
-    snapshot: tuple[Endpoint, ...] = directory.snapshot.remote().result(timeout_s=READY_S)
-    return [endpoint for endpoint in snapshot if endpoint.role == "target" and not endpoint.stopping]
+    snapshot: Snapshot = directory.snapshot.remote().result(timeout_s=READY_S)
+    return [endpoint for endpoint in snapshot.endpoints if endpoint.role == "target" and not endpoint.stopping]
 
 
 async def test_coordinators_and_routers_come_and_go_with_the_open_streams(

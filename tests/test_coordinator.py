@@ -17,7 +17,7 @@ from actors.decoding.parameters import Sampling, Thinking
 from actors.engine.verbs import BLOCK
 from actors.forward import Engine
 from actors.loop import LEAD_TOKENS
-from actors.requests import ROLES, Delta, Event, Finished, Generate, Rejected, Role
+from actors.requests import ROLES, Delta, Finished, Generate, Rejected, Role, Told
 from benchmarks.local import WEIGHTS, decode, local_service, trio_config
 from tests.trio import (
     GREEDY,
@@ -50,7 +50,7 @@ def limited(role: Role, positions: int, **overrides: Any) -> ServiceConfig:
     return trio_config(models=models, **overrides)
 
 
-async def events(coordinator: Coordinator, one: Generate) -> list[Event]:
+async def events(coordinator: Coordinator, one: Generate) -> list[Told]:
     async with aclosing(coordinator.generate(one)) as stream:
         return [event async for event in stream]
 

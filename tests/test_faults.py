@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from actors.config import ServiceConfig
 from actors.decoding.guidance import Guidance
+from actors.exchange import Exchange
 from actors.forward import Engine
 from actors.model import load_role
 from actors.requests import ROLES, Finished, Role
@@ -162,7 +164,7 @@ async def test_a_replica_that_dies_and_is_replaced_changes_no_token(trio: Trio, 
 
 
 async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_it(trio: Trio) -> None:
-    async with local_service(trio_config(deadlines={"role_missing_s": 0.2}), trio.engines) as service:
+    async with local_service(trio_config(deadlines={"missing_s": 0.2}), trio.engines) as service:
         stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
         seen = [await anext(stream)]
         service._endpoints.pop("guider")
@@ -176,14 +178,23 @@ async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_
         assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
 
 
-async def test_a_stopped_coordinator_ends_its_streams_with_an_error(trio: Trio) -> None:
+async def test_a_turn_that_fails_loses_no_other_sessions_replies(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async with local_service(trio_config(), trio.engines) as service:
-        stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
-        seen = [await anext(stream)]
-        await service.coordinators.pop().stop()
-        seen += [event async for event in stream]
-        assert isinstance(seen[-1], Finished)
-        assert seen[-1].reason == "error"
+        requests = mixed_requests(service, 6)
+        expected = await alone(service, requests)
+        absorb, turns = Exchange.absorb, itertools.count()
+
+        def losing(exchange: Exchange, messages: Any) -> Any:
+            if messages and next(turns) % 10 == 9:  # the replies of this turn are gone
+                raise RuntimeError("a fault of the program")
+            return absorb(exchange, messages)
+
+        monkeypatch.setattr(Exchange, "absorb", losing)
+        answers = await decode_all(service.coordinators[0], requests)
+    assert "a turn failed" in caplog.text
+    assert tokens(answers) == expected
 
 
 async def test_a_request_that_takes_too_long_is_ended(trio: Trio) -> None:

@@ -14,7 +14,7 @@ from actors.decoding.answer import AnswerText, Shown
 from actors.decoding.hashing import prefix_hash
 from actors.decoding.penalties import adjust, must_know, touches
 from actors.decoding.vocabulary import VocabularyMap
-from actors.requests import Delta, FinishReason, Generate, Role, TokenNote, Usage
+from actors.requests import Delta, FinishReason, Generate, Resume, Role, Tally, TokenNote, Usage
 
 
 class TextStream(Protocol):
@@ -89,6 +89,7 @@ class Session:
         self.request, self.language = request, language
         self.streams = {role: Stream(hash_seeds[role], tokens) for role, tokens in request.prompts.items()}
         self.prompt = frozenset(self.primary.tokens)
+        self.choices: list[int] = []  # what was chosen; with the request they are the whole state
         self.output: Counter[int] = Counter()
         self.generated = self.reasoning_tokens = self.guided = self.changed = self.widened = 0
         self.drafted = self.accepted = 0  # drafts that were checked, and those that came to be tokens
@@ -137,6 +138,7 @@ class Session:
 
     def commit(self, token: int, alpha: float, changed: bool) -> Delta:
         """Take the chosen token; returns what there is to show. Sets `finish_reason` when the answer is over."""
+        self.choices.append(token)
         self.guided += alpha != 0
         self.changed += changed
         if self._ends_too_early(token):
@@ -161,6 +163,18 @@ class Session:
         else:
             shown = shown + self._answer.flush()
         return Delta(shown.reasoning, shown.content)
+
+    def replay(self, resume: Resume) -> None:
+        """Bring a new session to where another coordinator had brought it. What it shows has been shown."""
+        for token in resume.choices:
+            self.commit(token, 0.0, False)
+        tally = resume.tally
+        self.guided, self.changed, self.widened = tally.guided, tally.changed, tally.widened
+        self.uncovered, self.drafted, self.accepted = tally.uncovered, tally.drafted, tally.accepted
+
+    def tally(self) -> Tally:
+        """The counts that a replay cannot tell, so far."""
+        return Tally(self.guided, self.changed, self.widened, self.uncovered, self.drafted, self.accepted)
 
     def usage(self) -> Usage:
         """The counts so far."""

@@ -51,3 +51,9 @@ class PeerStalled(WireError):
     """The other end does not read what it is sent."""
 
     code = "stalled"
+
+
+class PeerSilent(WireError):
+    """The other end says nothing at all: it hangs, or the way to it is cut."""
+
+    code = "silent"

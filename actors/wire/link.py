@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from abc import ABC, abstractmethod
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from actors.wire.errors import ConnectionLost, PeerStalled, RemoteFailure, WireError
+from actors.wire.errors import ConnectionLost, PeerSilent, PeerStalled, RemoteFailure, WireError
 from actors.wire.framing import FrameBuffer, Seal, frame
-from actors.wire.messages import Failure, Message, ProtocolError, decode, encode
+from actors.wire.messages import Failure, Message, Ping, ProtocolError, decode, encode
 
 log = logging.getLogger(__name__)
+
+_BEATS = 5  # in `Limits.silent_s`
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class Limits:
     unsent: int = 256 << 20  # a peer that leaves more than this unread is closed
     handshake_s: float = 5.0
     stall_s: float = 30.0  # a peer that leaves much unread for so long is closed
+    silent_s: float = 15.0  # a peer that has proved itself and then sends nothing for so long is closed
     farewell_s: float = 1.0  # how long a closing connection tries to deliver its last frames
 
 
@@ -45,6 +49,8 @@ class Link(asyncio.Protocol, ABC):
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the farewell
         self._stall: asyncio.TimerHandle | None = None
+        self._pulse: asyncio.TimerHandle | None = None
+        self._silent_beats = 0
 
     @abstractmethod
     def _message(self, message: Message) -> None:
@@ -117,6 +123,7 @@ class Link(asyncio.Protocol, ABC):
             self._outgoing, self._incoming = outgoing, incoming
         self._frames.limit = self.limits.frame
         cancel(self._deadline)
+        self._beat_later()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -139,6 +146,7 @@ class Link(asyncio.Protocol, ABC):
     def connection_lost(self, exc: Exception | None) -> None:
         cancel(self._deadline)
         cancel(self._stall)
+        cancel(self._pulse)
         if not self.closing:
             self._reason = ConnectionLost(str(exc or "the peer closed the connection"))
         self.closing = True
@@ -158,8 +166,28 @@ class Link(asyncio.Protocol, ABC):
             message = decode(self._incoming.open(body) if self._incoming else body)
             if isinstance(message, Failure):
                 self.hang_up(RemoteFailure(message.code, message.message))
-            else:
+            elif not (isinstance(message, Ping) and self._pulse is not None):
                 self._message(message)
+
+    def _beat_later(self) -> None:
+        pause, loop = self.limits.silent_s / _BEATS, asyncio.get_running_loop()
+        self._pulse = loop.call_later(pause, self._beat, self.bytes_sent, self.bytes_received)
+
+    def _beat(self, sent: int, received: int) -> None:
+        """Say that this end lives if it has said nothing since the last beat; give up a peer that is silent.
+
+        Beats are counted rather than seconds, so that a pause of this very process is not the peer's silence.
+        """
+        if self.closing:
+            return
+        self._silent_beats = self._silent_beats + 1 if received == self.bytes_received else 0
+        if self._silent_beats >= _BEATS:
+            self._abort(PeerSilent(f"the peer said nothing for {self.limits.silent_s:g} s"))
+            return
+        if sent == self.bytes_sent:
+            with contextlib.suppress(WireError):  # it is closed then, and `_ended` tells
+                self.send(Ping())
+        self._beat_later()
 
     def _abort(self, reason: Exception) -> None:
         assert self._transport is not None

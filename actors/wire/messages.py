@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL = 2
+PROTOCOL = 3
 WHOLE = -1  # as `k`: send whole rows instead of slices
 
 
@@ -237,10 +237,17 @@ class Failure:
     message: str
 
 
-Message = Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows | Values | Refused | Failure | Drafted
-MESSAGES: dict[int, type[Message]] = {
-    t.tag: t for t in (Hello, Challenge, Proof, Welcome, Extend, Lookup, Widen, Rows, Values, Refused, Failure, Drafted)
-}
+@dataclass(frozen=True, slots=True, eq=False)
+class Ping:
+    """Either way: the sender lives, and has nothing else to say. Nobody answers."""
+
+    tag: ClassVar[int] = 13
+
+
+Message = (
+    Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows | Values | Refused | Failure | Drafted | Ping
+)
+MESSAGES: dict[int, type[Message]] = {kind.tag: kind for kind in get_args(Message)}
 _SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}
 
 

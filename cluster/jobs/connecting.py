@@ -21,8 +21,9 @@ from ray import serve
 from actors.config import ServiceConfig
 from cluster.launch import LaunchError, running_service
 from cluster.serve_file import read_service_config
-from router.app import ServeBackend, bind
+from router.app import ServedCoordinators, bind
 from router.backend import Backend
+from router.resume import Resuming
 
 ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
 POLL_S = 0.5
@@ -115,4 +116,5 @@ def _connection(application: str) -> Connection:
         service: ServiceConfig = coordinator.config.remote().result(timeout_s=ANSWER_S)
     except TimeoutError as error:
         raise LaunchError(f"the coordinator of {application} does not answer within {ANSWER_S:g} s") from error
-    return Connection(ServeBackend(coordinator, directory), service)
+    backend = ServedCoordinators(application, coordinator, directory)
+    return Connection(Resuming(backend, service.deadlines), service)

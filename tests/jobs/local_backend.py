@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from actors.requests import Event, Generate
+from actors.requests import Event, Generate, Moved
 from benchmarks.local import LocalService
 from router.backend import Status
 
@@ -28,6 +28,7 @@ class LocalBackend:
             raise Interruption
         async with aclosing(self._service.coordinators[0].generate(request)) as events:
             async for event in events:
+                assert not isinstance(event, Moved)  # this coordinator stays
                 yield event
 
     async def status(self) -> Status:

@@ -128,7 +128,8 @@ async def test_every_refusal_has_the_form_of_openais(
         response = await http.request(method, path, content=body)
     assert response.status_code == status
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    assert set(error) == {"message", "type", "param", "code", "request_id"}
+    assert error["request_id"] == response.headers["x-request-id"]
     assert word in error["message"]
     assert error["type"] == "invalid_request_error"
 
@@ -175,6 +176,8 @@ async def test_an_error_within_a_stream_is_its_last_event() -> None:
     last = json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))
     assert response.status_code == 200
     assert last["error"]["message"] == "the target's memory is full"
+    assert last["error"]["request_id"] == response.headers["x-request-id"]
+    assert last["error"]["choices"] == [{"index": 0, "token_ids": [0, 1, 2, 3]}]
     assert "[DONE]" not in response.text
 
 

@@ -1,0 +1,55 @@
+"""Both ends of an idle connection say that they live, and notice when the other does not."""
+
+from __future__ import annotations
+
+import asyncio
+
+from actors.wire.client import Connection
+from actors.wire.errors import PeerSilent
+from actors.wire.link import Limits
+from actors.wire.messages import Ping
+from tests.wire.peers import SECRET, Bare, Inbox, echo
+from tests.wire.test_server import lookup
+
+QUICK = Limits(silent_s=0.25)
+
+
+async def connected(port: int, limits: Limits) -> tuple[Connection, Inbox]:
+    inbox = Inbox()
+    connection = await Connection.open(
+        "127.0.0.1",
+        port,
+        SECRET,
+        on_message=inbox.messages.put_nowait,
+        on_closed=inbox.ended.set_result,
+        limits=limits,
+    )
+    return connection, inbox
+
+
+async def test_an_idle_connection_outlives_the_silence_limit_and_still_carries_messages() -> None:
+    async with echo(QUICK) as running:
+        connection, inbox = await connected(running.port, QUICK)
+        await asyncio.sleep(4 * QUICK.silent_s)
+        assert inbox.messages.empty()  # pings are nobody's messages
+        connection.send(lookup())
+        assert type(await inbox.next()) is type(lookup())
+        assert running.gone.empty()
+        await connection.close()
+
+
+async def test_a_model_gives_up_a_coordinator_that_says_nothing() -> None:
+    async with echo(QUICK) as running:
+        bare = await Bare.connect(running.port)
+        await bare.shake_hands()
+        async with asyncio.timeout(10):
+            await running.gone.get()
+        heard = [await bare.next() for _ in range(2)]
+        assert all(isinstance(message, Ping) for message in heard)
+        await bare.close()
+
+
+async def test_a_coordinator_gives_up_a_model_that_says_nothing() -> None:
+    async with echo(Limits(silent_s=3600)) as running:  # it will not say anything for an hour
+        _, inbox = await connected(running.port, QUICK)
+        assert isinstance(await inbox.end(), PeerSilent)
