@@ -219,7 +219,7 @@ class ModelShell:
             raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._beat.exception()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `actors.scaling.replicas_wanted` decides by; Serve asks only where replicas may vary."""
+        """What `actors.scaling.LoadPolicy` decides by; Serve asks only where replicas may vary."""
         load = self._replica.load()
         return {CACHE_USED: load.cache_used / load.cache_total, WAITING: float(load.waiting)}
 
