@@ -33,10 +33,11 @@ pytestmark = [
 
 FAST = {"min": 1, "max": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "look_back_s": 1.5}
 CARD = "card"  # stands for a GPU, which exact mode does without
-CACHE_TOKENS = 4_096
+CACHE_TOKENS = 8_192
 QUESTIONS = 2
-LONG, SHORT = 400, 150  # tokens of an answer
-BUSY = 8  # streams that are too much for one replica of anything
+LONG, SHORT = 400, 100  # tokens of an answer
+LASTING = 1_200  # of an answer that takes longer than a replica does to go
+BUSY = 16  # streams that are too much for one replica of anything
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One replica of each deployment on the head, whose only card the target has."""
-    args = trio_args() | {"exact": True}
+    args = trio_args() | {"exact": True, "speculation": {"drafts": 0, "lookup": False}}  # so that answers take long
     args["models"]["target"] |= {"resources": {CARD: 1}, "num_cpus": 0, "cache_tokens": CACHE_TOKENS}
-    args["models"]["target"]["replicas"] = FAST | {"target_cache": 0.3}
+    args["models"]["target"]["replicas"] = FAST | {"target_cache": 0.4}
     args["coordinator"] = {"replicas": FAST | {"target_ongoing": 5}}
     args["router"] = {"replicas": FAST | {"target_ongoing": 6}}
     folder, port = tmp_path_factory.mktemp("autoscaler"), free_port()
@@ -97,18 +98,23 @@ async def one_by_one(url: str) -> list[list[int]]:
 
 @contextlib.asynccontextmanager
 async def streams(client: httpx.AsyncClient, service: Service, count: int, length: int) -> AsyncIterator[None]:
-    """So many streams are open until the end of the context, and then end by themselves. None loses anything."""
+    """So many streams are open until the end of the context, and then end by themselves. None loses anything.
+
+    Their first answers are of different lengths, so that they end one by one and the load stays the same.
+    """
     questions = itertools.cycle(range(QUESTIONS))
     open_still = True
 
-    async def keep_asking() -> None:
-        while open_still:
+    async def keep_asking(first: int) -> None:
+        for tokens in itertools.chain([first], itertools.repeat(length)):
             question = next(questions)
-            assert await ask(client, question, length) == service.alone[question][:length]
+            assert await ask(client, question, tokens) == service.alone[question][:tokens]
+            if not open_still:
+                return
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(count):
-            group.create_task(keep_asking())
+        for nth in range(1, count + 1):
+            group.create_task(keep_asking(length * nth // count))
         yield
         open_still = False
 
@@ -153,13 +159,14 @@ async def test_a_node_comes_for_a_second_target_and_goes_with_it_while_the_guide
 ) -> None:
     assert nodes() == []
     async with streams(client, service, BUSY, LONG):
-        await eventually(
-            lambda: any(r["state"] == "STARTING" for r in replicas("Target")), "a target that awaits a GPU"
-        )
+        await eventually(lambda: len(replicas("Target")) == 2, "a target that awaits a card")
         await eventually(lambda: running("Target") == 2, "a second target")
         assert set(nodes()) < {replica["node_id"] for replica in replicas("Target")}
         await eventually(lambda: len([t for t in targets() if t.sessions]) == 2, "sessions on both targets")
         assert running("Guider") == running("GuiderBase") == 1
-    async with streams(client, service, 2, LONG):
-        await eventually(lambda: len(replicas("Target")) == 1, "the end of a target")
-        await eventually(lambda: nodes() == [], "the end of the node")
+    lasting = asyncio.gather(*(ask(client, question, LASTING) for question in range(QUESTIONS)))
+    await eventually(lambda: len(replicas("Target")) == 1, "the end of a target")
+    assert not lasting.done()
+    await eventually(lambda: nodes() == [], "the end of the node")
+    undisturbed = asyncio.gather(*(ask(client, question, LASTING) for question in range(QUESTIONS)))
+    assert await lasting == await undisturbed
