@@ -168,5 +168,5 @@ async def test_a_node_comes_for_a_second_target_and_goes_with_it_while_the_guide
     await eventually(lambda: len(replicas("Target")) == 1, "the end of a target")
     assert not lasting.done()
     await eventually(lambda: nodes() == [], "the end of the node")
-    undisturbed = asyncio.gather(*(ask(client, question, LASTING) for question in range(QUESTIONS)))
-    assert await lasting == await undisturbed
+    disturbed = await lasting
+    assert disturbed == await asyncio.gather(*(ask(client, question, LASTING) for question in range(QUESTIONS)))
