@@ -98,12 +98,12 @@ def _autoscaler(gcs_address: str, head: dict[str, float], worker: dict[str, floa
 
 
 def _descendants(pid: int) -> list[int]:
-    """The processes that `pid` and its children have started and that run."""
-    try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:  # it has ended
-        return []
-    return children + [pid for child in children for pid in _descendants(child)]
+    """The processes that `pid`, in any of its threads, and its children have started and that run."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += map(int, thread.read_text(encoding="ascii").split())
+    return found + [below for child in found for below in _descendants(child)]
 
 
 def _end(pids: list[int]) -> None:
