@@ -27,12 +27,28 @@ class Replicas(_Section):
 
     min: int = Field(1, ge=1)
     max: int = Field(1, ge=1)
+    upscale_delay_s: float = Field(30, ge=0)  # so long must more be wanted before they are started
+    downscale_delay_s: float = Field(600, ge=0)  # and fewer before one goes: starting one again loads a model
+    look_back_s: float = Field(30, gt=0)  # load is averaged over so long, and reported three times in it
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.max < self.min:
             raise ValueError(f"replicas.max ({self.max}) is below replicas.min ({self.min})")
         return self
+
+
+class RequestReplicas(Replicas):
+    """Replicas of what answers requests: Serve counts those that are open, streams included."""
+
+    target_ongoing: float | None = Field(None, gt=0)  # open requests for each replica; None: see the deployment
+
+
+class ModelReplicas(Replicas):
+    """Replicas of a model role, which sessions reach over sockets: counted by cache and extends (actors.scaling)."""
+
+    target_cache: float = Field(0.7, gt=0, le=1)  # share of the cache in use; above it sessions soon evict one another
+    target_waiting: float = Field(32, gt=0)  # extends that wait or run; above it a forward gets no better by width
 
 
 class ModelConfig(_Section):
@@ -56,7 +72,7 @@ class ModelConfig(_Section):
     num_gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = {}
     label_selector: dict[str, str] = {}  # Ray node labels that its node must have
-    replicas: Replicas = Replicas(min=1, max=1)
+    replicas: ModelReplicas = ModelReplicas(min=1, max=1)
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -120,8 +136,22 @@ class CoordinatorConfig(_Section):
     max_sessions: int = Field(64, ge=1)  # decoded together by one coordinator; more wait
     max_waiting: int = Field(256, ge=0)  # beyond these a request is refused with 429
     num_cpus: float = Field(0.2, ge=0)
-    replicas: Replicas = Replicas(min=1, max=1)
+    replicas: RequestReplicas = RequestReplicas(min=1, max=1)
     label_selector: dict[str, str] = {}
+
+    @property
+    def target_ongoing(self) -> float:
+        """Open requests for each replica at which autoscaling aims: below max_sessions, so that few wait meanwhile."""
+        return self.replicas.target_ongoing or 0.75 * self.max_sessions
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.replicas.max > self.replicas.min and self.target_ongoing >= self.max_sessions + self.max_waiting:
+            raise ValueError(
+                f"replicas.target_ongoing ({self.target_ongoing:g}) is never passed: a coordinator refuses "
+                f"what is more than max_sessions + max_waiting ({self.max_sessions + self.max_waiting})"
+            )
+        return self
 
 
 class RouterConfig(_Section):
@@ -129,7 +159,12 @@ class RouterConfig(_Section):
 
     max_request_bytes: int = Field(4_194_304, ge=1_024)
     num_cpus: float = Field(0.1, ge=0)
-    replicas: Replicas = Replicas(min=1, max=1)
+    replicas: RequestReplicas = RequestReplicas(min=1, max=1)
+
+    @property
+    def target_ongoing(self) -> float:
+        """Open requests for each replica at which autoscaling aims: a stream of events costs about 1 % of a core."""
+        return self.replicas.target_ongoing or 64.0
 
 
 class Deadlines(_Section):

@@ -223,7 +223,7 @@ class ModelShell:
         return self._incarnation, await self._replica.check_cache()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `actors.scaling.replicas_wanted` decides by; Serve asks only where replicas may vary."""
+        """What `actors.scaling.LoadPolicy` decides by; Serve asks only where replicas may vary."""
         load = self._replica.load()
         return {CACHE_USED: load.cache_used / load.cache_total, WAITING: float(load.waiting)}
 

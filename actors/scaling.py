@@ -6,19 +6,19 @@ Its delays and bounds are applied to what this one wants.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 CACHE_USED = "cache_used"  # share of a replica's cache, 0 to 1
 WAITING = "waiting"  # extends that wait or run on a replica
-CACHE_TARGET = 0.7  # above it sessions soon evict one another
-WAITING_TARGET = 32.0  # above it a forward is as wide as it usefully gets
+FEWER_AT = 0.8  # of the targets: fewer replicas must be able to take the load with so much to spare
 
 
 class ScalingContext(Protocol):
     """The part of Serve's AutoscalingContext that is read here. aggregated_metrics: name -> replica -> mean value."""
 
-    current_num_replicas: int
+    target_num_replicas: int  # that Serve keeps now, those that are starting or awaiting a node included
 
     @property
     def aggregated_metrics(self) -> Mapping[str, Mapping[Any, float]] | None:
@@ -26,11 +26,28 @@ class ScalingContext(Protocol):
         ...
 
 
-def replicas_wanted(context: ScalingContext) -> tuple[float, dict[str, Any]]:
-    """Serve's autoscaling policy: replicas (fractions are rounded up by Serve) at which both targets would be met."""
-    metrics = context.aggregated_metrics or {}
-    cache = sum(metrics.get(CACHE_USED, {}).values()) / CACHE_TARGET
-    waiting = sum(metrics.get(WAITING, {}).values()) / WAITING_TARGET
-    if not any(metrics.get(name) for name in (CACHE_USED, WAITING)):
-        return context.current_num_replicas, {}  # nothing was heard yet
-    return max(cache, waiting), {}
+class LoadPolicy:
+    """Serve's autoscaling policy of a model role: enough replicas that none has more than its target of either load.
+
+    Sessions of a replica that goes move to the others, so fewer are wanted only where all load fits these, with room
+    to spare: else the next session would start one again.
+
+    The controller runs it from a pickle of this class, without the project's code: it needs nothing but this module.
+    """
+
+    def __init__(self, target_cache: float, target_waiting: float) -> None:
+        """target_cache: share of one replica's cache. target_waiting: extends that wait or run on one replica."""
+        self._targets = {CACHE_USED: target_cache, WAITING: target_waiting}
+
+    def __call__(self, context: ScalingContext) -> tuple[int, dict[str, Any]]:
+        """Replicas wanted, and no state."""
+        now, metrics = context.target_num_replicas, context.aggregated_metrics or {}
+        heard = {name: metrics[name].values() for name in self._targets if metrics.get(name)}
+        if not heard:
+            return now, {}
+        needed = max(sum(values) / self._targets[name] for name, values in heard.items())
+        return max(_whole(needed), min(now, _whole(needed / FEWER_AT))), {}
+
+
+def _whole(replicas: float) -> int:
+    return math.ceil(replicas - 1e-6)  # a sum of shares may be a little above the whole number that it means

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from actors.config import CoordinatorConfig, ModelConfig, Replicas, RouterConfig, ServiceConfig, load_config
+from actors.config import (
+    CoordinatorConfig,
+    ModelConfig,
+    ModelReplicas,
+    Replicas,
+    RouterConfig,
+    ServiceConfig,
+    load_config,
+)
 from actors.deployments import (
     DRAIN_S,
     CoordinatorShell,
@@ -135,14 +145,14 @@ def bind(config: ServiceConfig, load: Load = load_role) -> serve.Application:
         CoordinatorShell,
         name="Coordinator",
         ray_actor_options=_placement(config.coordinator),
-        **_replicas(config.coordinator.replicas),
+        **_replicas(config.coordinator.replicas, target_ongoing_requests=config.coordinator.target_ongoing),
         **_SETTINGS,
     ).bind(config, directory, models)
     return serve.deployment(
         serve.ingress()(RouterShell),
         name="Router",
         ray_actor_options=_placement(config.router),
-        **_replicas(config.router.replicas),
+        **_replicas(config.router.replicas, target_ongoing_requests=config.router.target_ongoing),
         **_SETTINGS | {"graceful_shutdown_timeout_s": config.deadlines.request_s},  # its streams cannot move
     ).bind(config, coordinator, directory)
 
@@ -153,7 +163,7 @@ def _model(config: ServiceConfig, role: Role) -> serve.Deployment:
         ModelShell,
         name=MODEL_NAMES[role],
         **_ranks(model),
-        **_replicas(model.replicas, policy={"policy_function": "actors.scaling:replicas_wanted"}),
+        **_replicas(model.replicas, policy=_policy(model.replicas)),
         **_SETTINGS,
     )
 
@@ -184,7 +194,25 @@ def _placement(section: ModelConfig | CoordinatorConfig | RouterConfig) -> dict[
 
 
 def _replicas(replicas: Replicas, **scaling: Any) -> dict[str, Any]:
-    """A fixed number of replicas, or Serve's autoscaling between two."""
+    """A fixed number of replicas, or Serve's autoscaling between two. scaling: what it aims at."""
     if replicas.min == replicas.max:
         return {"num_replicas": replicas.min}
-    return {"autoscaling_config": {"min_replicas": replicas.min, "max_replicas": replicas.max, **scaling}}
+    with warnings.catch_warnings():
+        # Serve means to replace metrics_interval_s by variables of the environment, which it does not read yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        config = AutoscalingConfig(
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            upscale_delay_s=replicas.upscale_delay_s,
+            downscale_delay_s=replicas.downscale_delay_s,
+            look_back_period_s=replicas.look_back_s,
+            metrics_interval_s=replicas.look_back_s / 3,
+            **scaling,
+        )
+    return {"autoscaling_config": config}
+
+
+def _policy(replicas: ModelReplicas) -> dict[str, Any]:
+    """What a model role is scaled by. Serve pickles the class by value where the application is built."""
+    targets = replicas.model_dump(include={"target_cache", "target_waiting"})
+    return {"policy_function": "actors.scaling:LoadPolicy", "policy_kwargs": targets}

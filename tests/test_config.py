@@ -75,6 +75,10 @@ def test_every_wrong_key_is_named_at_once() -> None:
         ("models.target.dtype", "int8", "float32"),
         ("models.target.cache_tokens", 0, "64"),
         ("models.target.replicas", {"min": 3, "max": 2}, "replicas.max (2) is below replicas.min (3)"),
+        ("models.target.replicas", {"min": 0}, "1"),
+        ("models.target.replicas.target_cache", 1.5, "1"),
+        ("models.target.replicas.target_ongoing", 5, "unknown key"),
+        ("coordinator.replicas", {"max": 2, "target_ongoing": 320}, "replicas.target_ongoing (320) is never passed"),
         ("models.target.num_gpus", -1, "0"),
         ("exchange.mode", "rows", "topk"),
         ("exchange.k", 0, "1"),
@@ -97,6 +101,13 @@ def test_a_bad_value_is_named_with_what_it_should_be(place: str, value: Any, sai
     assert place.split(".")[-1] in sentence
     assert said in sentence
     assert "Value error" not in sentence
+
+
+def test_coordinators_are_added_before_requests_wait() -> None:
+    config = load_config(with_value("coordinator.max_sessions", 40)).coordinator
+    assert config.target_ongoing == 30
+    args = with_value("coordinator.replicas", {"max": 2, "target_ongoing": 5})
+    assert load_config(args).coordinator.target_ongoing == 5
 
 
 def test_a_missing_model_or_version_is_named() -> None:

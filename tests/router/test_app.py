@@ -145,6 +145,22 @@ def test_a_model_that_is_not_there_is_refused_by_role() -> None:
         build(args)
 
 
+def test_each_deployment_is_scaled_as_its_section_says() -> None:
+    args = trio_args()
+    args["models"]["target"]["replicas"] = {"min": 1, "max": 4, "target_cache": 0.5, "look_back_s": 6}
+    args["coordinator"] = {"max_sessions": 40, "replicas": {"min": 2, "max": 3, "downscale_delay_s": 5}}
+    router: Any = build(args)._bound_deployment
+    coordinator = router.init_args[1]._bound_deployment
+    target, guider, _ = (model._bound_deployment for model in coordinator.init_args[2])
+    assert (router._deployment_config.num_replicas, guider._deployment_config.num_replicas) == (1, 1)
+    by_requests, by_load = (one._deployment_config.autoscaling_config for one in (coordinator, target))
+    assert (by_requests.min_replicas, by_requests.max_replicas) == (2, 3)
+    assert (by_requests.target_ongoing_requests, by_requests.downscale_delay_s) == (30, 5)
+    assert by_requests.policy.is_default_policy_function()
+    assert (by_load.look_back_period_s, by_load.metrics_interval_s) == (6, 2)
+    assert by_load.policy.policy_kwargs == {"target_cache": 0.5, "target_waiting": 32}
+
+
 def test_the_embedded_trio_leaves_room_on_two_cores() -> None:
     args = trio_args()
     asked = [section["num_cpus"] for section in (*args["models"].values(), args["coordinator"], args["router"])]
