@@ -30,6 +30,12 @@ VERBS = ("actors.engine.verbs", "actors.engine.errors", "actors.engine.sizing", 
 MAY_USE_TORCH = ("actors.engine", "cluster.demo.train", "cluster.demo.accuracy", "benchmarks")
 MAY_USE_RAY = ("actors.deployments", "router.app", "cluster", "benchmarks")
 
+UNPICKLERS = (
+    *("pickle", "cloudpickle", "ray.cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle"),
+    *("multiprocessing.connection", "multiprocessing.managers", "xmlrpc"),
+)
+UNPICKLING_CALLS = ("_object_list", "_object", "torch.load", "rpc_sync", "yaml.load", "yaml.unsafe_load", "pickle.loads")
+
 
 @cache
 def modules() -> dict[str, Path]:
@@ -77,6 +83,13 @@ def imports(module: str) -> frozenset[str]:
     """What a module imports, at whatever level."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     return frozenset(name for statement in import_statements(tree) for name in names(statement))
+
+
+@cache
+def calls(module: str) -> frozenset[str]:
+    """What a module calls, as it is written: `torch.load`, `dist.broadcast`."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    return frozenset(ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
 def strays(
@@ -137,6 +150,14 @@ def test_what_others_read_of_the_engine_is_free_of_torch() -> None:
 
 def test_ray_stays_in_the_shells() -> None:
     assert strays(EVERYTHING, ("ray",), spared=MAY_USE_RAY) == []
+
+
+def test_nothing_that_comes_over_a_network_is_unpickled() -> None:
+    """Ray's own calls aside, which `docs/security.md` speaks of, and pipes to a process's own children."""
+    assert strays(("actors", "router"), UNPICKLERS) == []
+    assert strays(("cluster", "benchmarks"), UNPICKLERS, ("multiprocessing.connection",)) == []
+    unsafe = [f"{module}: {call}" for module in modules() for call in calls(module) if call.endswith(UNPICKLING_CALLS)]
+    assert unsafe == []
 
 
 def test_every_lazy_import_that_is_allowed_is_used() -> None:

@@ -106,7 +106,7 @@ def test_a_cut_host_hears_nothing_and_hears_all_of_it_once_healed(network: Netwo
     assert connection.recv(5) == b"later"
 
 
-def test_the_link_carries_ten_thousand_packets_a_second(network: Network, connection: socket.socket) -> None:
+def test_the_link_carries_thousands_of_packets_a_second(network: Network, connection: socket.socket) -> None:
     began, sent = time.monotonic(), 4_000
     for _ in range(sent):  # each packet is answered before the next, so both ends and the link wait for each other
         round_trip_s(connection)
