@@ -103,6 +103,7 @@ class Network:
 def hosts(count: int, delay_s: float = 0.0) -> Iterator[Network]:
     """So many hosts, each of which reaches the others over the link. Raises NoHosts where that is not allowed."""
     require_rights()
+    _sweep()
     made = [Host(f"hosts-{os.getpid()}-{_free(i)}", str(SUBNET[i + 1])) for i in range(count)]
     with contextlib.ExitStack() as stack:
         for host in made:
@@ -135,6 +136,14 @@ def require_rights() -> None:
     name = f"hosts-{os.getpid()}-probe"
     _ip("netns", "add", name)
     _ip("netns", "delete", name)
+
+
+def _sweep() -> None:
+    """Remove the namespaces of processes that were killed before they could."""
+    for entry in Path("/run/netns").glob("hosts-*-*"):
+        owner = entry.name.split("-")[1]
+        if owner.isdigit() and not (Path("/proc") / owner).exists():
+            _ip("netns", "delete", entry.name)
 
 
 def _free(number: int) -> str:

@@ -141,9 +141,6 @@ def _text(output: Any) -> str:
 
 
 def _end_all(host: Host, process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
     until = time.monotonic() + STOP_S
     while (left := _processes(host)) and time.monotonic() < until:
         for pid in left:
