@@ -137,6 +137,7 @@ class ModelReplica:
             lookups_waited=self._rows.waited,
             bytes_received=self._stats.bytes_received + sum(peer.bytes_received for peer in open_now),
             bytes_sent=self._stats.bytes_sent + sum(peer.bytes_sent for peer in open_now),
+            refused_connections=dict(self._server.refused),
         )
 
     async def check_cache(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +36,4 @@ class ReplicaStats:
     forward_s: float = 0.0
     bytes_received: int = 0
     bytes_sent: int = 0
+    refused_connections: Mapping[str, int] = field(default_factory=dict)  # by the stable code of what ended them

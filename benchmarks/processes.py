@@ -46,7 +46,14 @@ class ModelWorker:
     """One replica of a role, with an engine of its own."""
 
     def __init__(
-        self, shape: Shape, role: Role, agreement: float, config: ServiceConfig, secret: bytes, threads: int
+        self,
+        shape: Shape,
+        role: Role,
+        agreement: float,
+        config: ServiceConfig,
+        secret: bytes,
+        threads: int,
+        host: str = "127.0.0.1",
     ) -> None:
         import torch
 
@@ -61,10 +68,12 @@ class ModelWorker:
 
             engine = on_passing_thread(lambda: StepEngine(agreeing_model(shape, role, agreement), model.cache_tokens))
         tokenizer = RoleTokenizer.load(model.path)
-        self._replica = serve_role(config, role, engine, tokenizer, incarnation=self._incarnation, secret=secret)
+        self._replica = serve_role(
+            config, role, engine, tokenizer, incarnation=self._incarnation, secret=secret, host=host
+        )
 
     async def start(self) -> Endpoint:
-        """Listen on the loopback interface."""
+        """Listen on the host's address."""
         host, port = await self._replica.start()
         collect_rarely()
         return Endpoint(self._role, host, port, self._incarnation)

@@ -20,13 +20,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
 ]
 
+ACCELERATOR = "ray.io/accelerator-type"  # a label that Ray gives a node by its GPUs
+GPU_TYPES: dict[Role, str] = {"target": "H100", "guider": "L4", "guider_base": "T4"}
 GPUS: dict[Role, float] = {"target": 2, "guider": 0.5, "guider_base": 0.5}
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[dict[Role, str]]:
-    """Three nodes that Ray takes to have two GPUs each, and that are labelled for a role each: the id of each."""
-    with labelled_nodes([{"thinklogit-role": role} for role in ROLES], num_gpus=2) as ids:
+    """Three nodes that Ray takes to have two GPUs each, of a type for each role: the id of each."""
+    with labelled_nodes([{ACCELERATOR: GPU_TYPES[role]} for role in ROLES], num_gpus=2) as ids:
         yield dict(zip(ROLES, ids, strict=True))
 
 
@@ -35,7 +37,7 @@ def models(nodes: dict[Role, str]) -> dict[Role, ActorState]:
     """The actor of each role of an application that asks for these nodes and for GPUs."""
     args = trio_args()
     for role in ROLES:
-        placed = {"label_selector": {"thinklogit-role": role}, "num_gpus": GPUS[role], "device": "cpu"}
+        placed = {"label_selector": {ACCELERATOR: GPU_TYPES[role]}, "num_gpus": GPUS[role], "device": "cpu"}
         args["models"][role].update(placed)
     serve.start(proxy_location="Disabled")
     serve.run(build(args), name=APPLICATION)
@@ -43,7 +45,7 @@ def models(nodes: dict[Role, str]) -> dict[Role, ActorState]:
     return {role: found[MODEL_NAMES[role]] for role in ROLES}
 
 
-def test_each_role_runs_on_the_node_that_its_label_names(
+def test_each_role_runs_on_the_node_whose_accelerator_it_names(
     nodes: dict[Role, str], models: dict[Role, ActorState]
 ) -> None:
     assert {role: model.node_id for role, model in models.items()} == nodes

@@ -30,6 +30,18 @@ VERBS = ("actors.engine.verbs", "actors.engine.errors", "actors.engine.sizing", 
 MAY_USE_TORCH = ("actors.engine", "cluster.demo.train", "cluster.demo.accuracy", "benchmarks")
 MAY_USE_RAY = ("actors.deployments", "router.app", "cluster", "benchmarks")
 
+UNPICKLERS = (
+    "pickle",
+    "cloudpickle",
+    "ray.cloudpickle",
+    "dill",
+    "marshal",
+    "shelve",
+    "joblib",
+    "multiprocessing.managers",
+)
+UNPICKLING_CALLS = ("_object_list", "torch.load", "yaml.unsafe_load", "pickle.loads")
+
 
 @cache
 def modules() -> dict[str, Path]:
@@ -77,6 +89,13 @@ def imports(module: str) -> frozenset[str]:
     """What a module imports, at whatever level."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     return frozenset(name for statement in import_statements(tree) for name in names(statement))
+
+
+@cache
+def calls(module: str) -> frozenset[str]:
+    """What a module calls, as it is written: `torch.load`, `dist.broadcast`."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    return frozenset(ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
 def strays(
@@ -137,6 +156,14 @@ def test_what_others_read_of_the_engine_is_free_of_torch() -> None:
 
 def test_ray_stays_in_the_shells() -> None:
     assert strays(EVERYTHING, ("ray",), spared=MAY_USE_RAY) == []
+
+
+def test_nothing_that_comes_over_a_network_is_unpickled() -> None:
+    """Ray's own calls aside, and the pipes of a benchmark to its own children; ranks speak bytes over theirs."""
+    assert strays(EVERYTHING, UNPICKLERS) == []
+    written = {module: calls(module) for module in modules()}
+    assert [f"{m}: {c}" for m, said in written.items() for c in said if c.endswith(UNPICKLING_CALLS)] == []
+    assert [m for m, said in written.items() if inside(m, "actors", "router") and "pipe.recv" in said] == []
 
 
 def test_every_lazy_import_that_is_allowed_is_used() -> None:

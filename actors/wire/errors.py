@@ -21,6 +21,12 @@ class HandshakeRefused(WireError):
         self.code = code
 
 
+class TooManyStrangers(WireError):
+    """So many connections have not proved themselves yet that another is not taken."""
+
+    code = "strangers"
+
+
 class ConnectionLost(WireError):
     """The connection is gone. Open another and extend again: sessions are re-sent, nothing is lost."""
 

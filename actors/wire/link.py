@@ -27,6 +27,7 @@ class Limits:
     frame: int = 64 << 20  # longest frame accepted or sent
     stranger_frame: int = 4 << 10  # the same, before the handshake is done
     unsent: int = 256 << 20  # a peer that leaves more than this unread is closed
+    strangers: int = 128  # connections at a time that have not proved themselves; more are closed at once
     handshake_s: float = 5.0
     stall_s: float = 30.0  # a peer that leaves much unread for so long is closed
     silent_s: float = 15.0  # a peer that has proved itself and then sends nothing for so long is closed

@@ -107,7 +107,7 @@ class Hello:
 
     tag: ClassVar[int] = 1
     protocol: int
-    nonce: bytes
+    nonce: bytes = dataclasses.field(repr=False)
     incarnation: str
     peer: str
 
@@ -117,8 +117,8 @@ class Challenge:
     """Model to coordinator: its nonce, and proof that it knows the secret."""
 
     tag: ClassVar[int] = 2
-    nonce: bytes
-    proof: bytes
+    nonce: bytes = dataclasses.field(repr=False)
+    proof: bytes = dataclasses.field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +126,7 @@ class Proof:
     """Coordinator to model: proof that it knows the secret too."""
 
     tag: ClassVar[int] = 3
-    proof: bytes
+    proof: bytes = dataclasses.field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

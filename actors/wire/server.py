@@ -5,14 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
+from collections import Counter
 from collections.abc import Callable
 
-from actors.wire.errors import HandshakeRefused, WireError
+from actors.wire.errors import (
+    ConnectionLost,
+    FrameTampered,
+    FrameTooLarge,
+    HandshakeRefused,
+    RemoteFailure,
+    TooManyStrangers,
+    WireError,
+)
 from actors.wire.handshake import ModelHandshake, checked_secret
 from actors.wire.link import Limits, Link
 from actors.wire.messages import Hello, Message, Proof, ProtocolError, Welcome
 
 log = logging.getLogger(__name__)
+
+FORBIDDEN = (ProtocolError, FrameTampered, FrameTooLarge)  # what ends a connection for what it was sent
+REPORT_S = 10.0  # refused connections are logged this often at most, and counted in between
 
 
 class Server:
@@ -38,6 +51,8 @@ class Server:
         self.on_closed = on_closed
         self.limits = limits or Limits()
         self.links: set[Peer] = set()
+        self.refused: Counter[str] = Counter()  # connections by the code of what ended them
+        self._reported, self._report_at = 0, float("-inf")
         self._tls = tls
         self._listener: asyncio.Server | None = None
 
@@ -45,6 +60,19 @@ class Server:
     def peers(self) -> list[Peer]:
         """Those that have proved themselves."""
         return [link for link in self.links if link.authenticated]
+
+    @property
+    def strangers(self) -> int:
+        """Connections that have not proved themselves."""
+        return sum(not link.authenticated for link in self.links)
+
+    def refuse(self, who: str, reason: Exception) -> None:
+        """Count a connection that was not taken, or ended for what it said; one that attacks fills no log."""
+        self.refused[code_of(reason)] += 1
+        now, all_ = time.monotonic(), self.refused.total()
+        if now >= self._report_at:
+            log.warning("refused %d connections, the last of %s: %s", all_ - self._reported, who, code_of(reason))
+            self._reported, self._report_at = all_, now + REPORT_S
 
     async def start(self, host: str, port: int = 0) -> int:
         """Listen on one address; the port (a free one for 0)."""
@@ -86,6 +114,9 @@ class Peer(Link):
             self.fail(error)
 
     def _opened(self) -> None:
+        if self._server.strangers >= self.limits.strangers:
+            self._abort(TooManyStrangers(f"{self.limits.strangers} connections have not proved themselves yet"))
+            return
         self._server.links.add(self)
         self._expire(self.limits.handshake_s, self._handshake_expired)
 
@@ -112,7 +143,18 @@ class Peer(Link):
 
     def _ended(self, reason: Exception | None) -> None:
         self._server.links.discard(self)
-        if reason is not None:
-            log.info("connection of %s ended: %s", self.name or "a stranger", reason)
+        if not self.authenticated or isinstance(reason, FORBIDDEN):
+            self._server.refuse(self.name or "a stranger", reason or ConnectionLost("closed before it proved itself"))
+        elif reason is not None:
+            log.info("connection of %s ended: %s", self.name, reason)
         if self.authenticated:
             self._server.on_closed(self)
+
+
+def code_of(reason: Exception) -> str:
+    """One of a few stable codes, never a peer's own words."""
+    if isinstance(reason, RemoteFailure):
+        return "remote"
+    if isinstance(reason, WireError):
+        return reason.code
+    return "protocol" if isinstance(reason, ProtocolError) else "internal"

@@ -1,5 +1,4 @@
 import asyncio
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +9,14 @@ from actors.wire.client import Connection
 from actors.wire.errors import ConnectionLost
 from actors.wire.messages import Lookup, encode
 from actors.wire.server import Server
+from tests.certificates import ray_tls_settings
 from tests.wire.peers import SECRET, WELCOME, Inbox
-
-
-def openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def ray_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """RAY_TLS_* with a fresh authority and a certificate of it."""
-    folder: Path = tmp_path_factory.mktemp("tls")
-    authority, authority_key, key, request, certificate = (
-        str(folder / name) for name in ("ca.pem", "ca.key", "node.key", "node.csr", "node.pem")
-    )
-    ec = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *ec, "-keyout", authority_key, "-out", authority, "-subj", "/CN=ca", "-days", "2")
-    openssl("req", *ec, "-keyout", key, "-out", request, "-subj", "/CN=node")
-    signing = ("-CA", authority, "-CAkey", authority_key, "-CAcreateserial", "-days", "2")
-    openssl("x509", "-req", "-in", request, *signing, "-out", certificate)
-    return {tls.SWITCH: "1", tls.CERTIFICATE: certificate, tls.KEY: key, tls.AUTHORITY: authority}
+    return ray_tls_settings(tmp_path_factory.mktemp("tls"))
 
 
 async def test_with_tls_messages_flow_and_frames_carry_no_mac(ray_settings: dict[str, str]) -> None:
