@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
@@ -25,7 +25,7 @@ from actors.requests import ROLES, Role
 from cluster import drain, kuberay
 from cluster.estimate import Estimate, memory_findings
 from cluster.serve_file import read_service_config
-from tests.local_ray import ROOT
+from tests.local_ray import ROOT, wait_until
 
 SCHEMAS = "THINKLOGIT_SCHEMAS"  # a folder with KubeRay's rayservice_v1.openapi.json
 CLOUDS = ("aws", "gcp")
@@ -72,10 +72,16 @@ def models() -> list[ModelConfig]:
     return [service().models.role(role) for role in ROLES]
 
 
-def gpus_wanted(labels: dict[str, str], replicas: str) -> float:
+def selectors() -> list[dict[str, str]]:
+    """What each model, and the coordinators, ask of their nodes."""
+    return [*(model.label_selector for model in models()), service().coordinator.label_selector]
+
+
+def gpus_wanted(labels: dict[str, str], replicas: Literal["min", "max"]) -> float:
     """GPUs of all replicas that a node with these labels may take, when each role has its least or most of them."""
     wanted = [m for m in models() if m.label_selector.items() <= labels.items()]
-    return sum(getattr(m.replicas, replicas) * m.tensor_parallel * m.num_gpus for m in wanted)
+    counts = [m.replicas.max if replicas == "max" else m.replicas.min for m in wanted]
+    return sum(count * m.tensor_parallel * m.num_gpus for count, m in zip(counts, wanted, strict=True))
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
@@ -93,9 +99,9 @@ def test_ray_refuses_the_file_with_a_mistake_in_it(cloud: str, wrong: dict[str, 
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_every_role_finds_nodes_by_its_labels(cloud: str) -> None:
     labelled = [kind.labels for kind in node_types(cloud).values()]
-    for section in (*models(), service().coordinator):
-        assert section.label_selector
-        assert [labels for labels in labelled if section.label_selector.items() <= labels.items()]
+    for selector in selectors():
+        assert selector
+        assert [labels for labels in labelled if selector.items() <= labels.items()]
     for labels in labelled:
         validate_node_label_syntax(labels)
 
@@ -196,8 +202,8 @@ def test_the_served_config_inside_is_sound_for_ray_and_for_the_service(tmp_path:
 
 
 def test_pods_have_the_labels_gpus_and_numbers_that_the_roles_ask_for() -> None:
-    for section in (*models(), service().coordinator):
-        assert [g for g in worker_groups().values() if section.label_selector.items() <= g["labels"].items()]
+    for selector in selectors():
+        assert [group for group in worker_groups().values() if selector.items() <= group["labels"].items()]
     for group in worker_groups().values():
         (container,) = group["template"]["spec"]["containers"]
         gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
@@ -273,7 +279,7 @@ def test_draining_waits_for_the_last_replica_of_the_machine(
     monkeypatch.setattr(drain, "POLL_S", 0.05)
     here = drain.replicas_here
     monkeypatch.setattr(drain, "replicas_here", lambda: [pid for pid in here() if pid == replica.pid])
-    assert drain.replicas_here() == [replica.pid]
+    wait_until(lambda: drain.replicas_here() == [replica.pid], "the process's own name", deadline_s=10)
     began = time.monotonic()
     assert drain.main(["--seconds", "1"]) == 1
     assert time.monotonic() - began >= 1
@@ -286,8 +292,8 @@ def test_a_node_that_refuses_to_drain_is_waited_for_all_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(drain, "ask_for_drain", lambda seconds: "no such node")
-    asked: list[int] = []
-    monkeypatch.setattr(drain, "replicas_here", lambda: asked.append(1) or [])
+    answers = iter(([7], []))
+    monkeypatch.setattr(drain, "replicas_here", lambda: next(answers))
     assert drain.main([]) == 0
-    assert asked
+    assert next(answers, None) is None
     assert "no such node" in capsys.readouterr().err
