@@ -1,9 +1,9 @@
 """Empty this Ray node before its machine or pod goes: its replicas are started elsewhere, then told to stop.
 
-    python -m cluster.drain --seconds 100
+    python -m cluster.drain --seconds 600
 
-Returns once no Serve replica runs on this machine, or after so many seconds. The node takes nothing new from then on,
-so end it afterwards. In cluster/kuberay.yaml a pod does this before it is stopped.
+Returns once no Serve replica runs on this machine, or after so many seconds: a replacement loads its weights before the
+replica here is told to stop. The node takes nothing new from then on, so end it afterwards. In cluster/kuberay.yaml a pod does this before it is stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POLL_S = 1.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Drain; the exit status: 0 when nothing is left, 1 when time was up."""
     parser = argparse.ArgumentParser(prog="python -m cluster.drain", description="Empty this Ray node.")
-    parser.add_argument("--seconds", type=int, default=100, help="how long replicas may take to move")
+    parser.add_argument("--seconds", type=int, default=600, help="how long replicas may take to move")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.seconds
     refusal = ask_for_drain(options.seconds)
