@@ -3,8 +3,8 @@
     python -m cluster.drain --seconds 600
 
 Returns once no Serve replica runs on this machine, or after so many seconds: a replacement loads its weights before the
-replica here is told to stop. The node takes nothing new from then on, so end it afterwards. Pods of cluster/kuberay.yaml
-do this before they are stopped.
+replica here is told to stop. The node takes nothing new from then on, so end it afterwards. Pods of
+cluster/kuberay.yaml do this before they are stopped.
 """
 
 from __future__ import annotations
