@@ -2,23 +2,27 @@
 #
 #   docker build -t thinklogit .                        # runs on CPU and GPU: torch as its package index has it
 #   docker build -t thinklogit:cpu --build-arg TORCH_INDEX=URL .    # URL: an index of CPU builds of torch, far smaller
+#   docker build -t thinklogit --build-arg CLOUD_SDK=boto3 .        # the head of `ray up` starts nodes by it; on Google
+#                                                       # Cloud google-api-python-client
 #   docker run --network host --shm-size 2g thinklogit  # add --gpus all where there are some
 #
 # Other models: mount another file over /app/ray_config.yaml and a volume at /home/ray/.cache/huggingface.
 FROM python:3.12-slim
 
 ARG TORCH_INDEX=
+ARG CLOUD_SDK=
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends wget \
+    && apt-get install --yes --no-install-recommends openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 ray
-# wget: KubeRay's health probes call it
+# wget: KubeRay's health probes call it; ssh and rsync: the head of a `ray up` cluster starts its workers by them
 
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
         "torch==$(sed -n 's/^torch==//p' constraints.txt)" \
-    && pip install --no-cache-dir -c constraints.txt .
+    && pip install --no-cache-dir -c constraints.txt . \
+    && if [ -n "$CLOUD_SDK" ]; then pip install --no-cache-dir "$CLOUD_SDK"; fi
 
 COPY --chown=ray actors actors
 COPY --chown=ray router router
@@ -26,6 +30,6 @@ COPY --chown=ray cluster cluster
 COPY --chown=ray ray_config.yaml ./
 
 USER ray
-ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000
 CMD ["sh", "-c", "python -m cluster.check ray_config.yaml && exec serve run --working-dir . ray_config.yaml"]
