@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with addresses of their own, joined by a link that can be slow or cut.
+"""Several hosts on one machine: network namespaces with own addresses, joined by a link that can be slow or cut.
 
     with hosts(3, delay_s=0.001) as network:
         with network.hosts[1].inside():        # this thread now lives on the second host

@@ -50,7 +50,7 @@ def test_each_role_runs_on_the_node_whose_accelerator_it_names(
 ) -> None:
     assert {role: model.node_id for role, model in models.items()} == nodes
     status = serve.get_deployment_handle("Directory", APPLICATION).snapshot.remote().result(timeout_s=30)
-    assert {endpoint.role for endpoint in status} == set(ROLES)
+    assert {endpoint.role for endpoint in status.endpoints} == set(ROLES)
 
 
 def test_each_role_has_an_actor_of_its_own_with_the_gpus_of_the_config(models: dict[Role, ActorState]) -> None:

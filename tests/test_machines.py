@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,8 @@ import httpx
 import pytest
 
 from actors.config import load_config
-from actors.coordinator import Coordinator
 from actors.forward import Engine
-from actors.requests import ROLES, Event, Generate, Role
+from actors.requests import ROLES, Role
 from actors.wire.framing import HEADER, frame
 from actors.wire.handshake import CoordinatorHandshake
 from actors.wire.messages import Challenge, decode, encode
@@ -25,7 +24,7 @@ from actors.wire.tls import client_context
 from benchmarks.hosts import NoHosts, require_rights
 from benchmarks.local import local_service
 from router.api import create_app
-from router.backend import Status
+from tests.jobs.local_backend import LocalBackend
 from tests.local_ray import APPLICATION, READY_S, wait_until
 from tests.machines import Machines, machines, roles_apart
 from tests.trio import chat_prompts
@@ -54,29 +53,16 @@ def endpoints(cluster: Machines) -> dict[Role, tuple[str, int]]:
     found = cluster.answer(
         f"from ray import serve\n"
         f"seen = serve.get_deployment_handle('Directory', '{APPLICATION}').snapshot.remote().result(timeout_s=30)\n"
-        f"print(json.dumps({{e.role: [e.host, e.port] for e in seen}}))"
+        f"print(json.dumps({{e.role: [e.host, e.port] for e in seen.endpoints}}))"
     )
     return {role: (found[role][0], found[role][1]) for role in ROLES}
-
-
-class OneProcess:
-    """The router's backend over a coordinator in this process."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-
-    def generate(self, request: Generate) -> AsyncIterator[Event]:
-        return self._coordinator.generate(request)
-
-    async def status(self) -> Status:
-        return Status()
 
 
 async def in_one_process(engines: Mapping[Role, Engine], bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers to requests by the same service without Ray."""
     config = load_config(roles_apart())
     async with local_service(config, engines) as service:
-        app = create_app(config, service.tokenizers, OneProcess(service.coordinators[0]))
+        app = create_app(config, service.tokenizers, LocalBackend(service))
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=READY_S) as client:
             answers = [await client.post("/v1/chat/completions", json=body) for body in bodies]
@@ -98,7 +84,7 @@ async def test_three_hosts_answer_as_one_process_does(cluster: Machines, trio_en
     bodies = [asked(text, seed) for seed, text in enumerate(chat_prompts(4))]
     expected = await in_one_process(trio_engines, bodies)
     with cluster.head.inside(), httpx.Client(base_url=cluster.url, timeout=READY_S) as client:
-        answers = [client.post("/v1/chat/completions", json=body).raise_for_status().json() for body in bodies]
+        answers = [client.post("/v1/chat/completions", json=body).raise_for_status().json() for body in bodies]  # noqa: ASYNC212 - nothing else runs here
     assert [choice(answer) for answer in answers] == [choice(answer) for answer in expected]
 
 
@@ -195,7 +181,7 @@ async def test_a_link_that_is_cut_for_seconds_costs_no_token(
     dropped = network.dropped()
     network.cut(host)
     cut_at = time.monotonic()
-    time.sleep(CUT_S)
+    time.sleep(CUT_S)  # noqa: ASYNC251 - the streams are read by threads
     network.heal(host)
     healed_at = time.monotonic()
     for thread in threads:
