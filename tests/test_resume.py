@@ -72,6 +72,10 @@ class Fleet:
                 yield event
                 said += 1
 
+    def busy(self) -> Iterator[Coordinator]:
+        """Those that live and decode."""
+        return (c for c in self._service.coordinators if c not in self.dead and c.load().sessions)
+
     async def status(self) -> Status:
         return Status()
 
@@ -147,13 +151,14 @@ def demanding_requests(service: LocalService) -> list[Generate]:
 
 
 async def test_coordinators_that_die_change_no_answer(trio_engines: Mapping[Role, Engine]) -> None:
-    async with fleet(trio_engines) as (service, those, backend):
+    async with fleet(trio_engines, coordinators=4) as (service, those, backend):
 
         async def kill() -> None:
-            for coordinator in list(service.coordinators):
-                await working(coordinator)
-                those.dead.add(coordinator)
-                await service.start_coordinator()
+            for _ in range(2):
+                await until(lambda: any(those.busy()))
+                victim = next(those.busy())
+                await working(victim, 5)
+                those.dead.add(victim)
 
         same(*await both(backend, mixed_requests(service, 8), kill))
         assert any(one.resume is not None and one.resume.choices for one in those.asked)
