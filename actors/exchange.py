@@ -103,7 +103,7 @@ class Exchange:
         for role in list(live.tickets):
             self._forget(live, role)
         if live.window is not None:
-            for row in live.window.rows:
+            for row in live.window.dissolve():
                 self._touched.pop(row, None)
             live.window = None
 

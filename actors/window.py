@@ -125,3 +125,8 @@ class Window:
                         held = length
                         break
             stream.held = held
+
+    def dissolve(self) -> list[Row]:
+        """Its rows, which it has no longer: each knows its window, so both would wait for the garbage collector."""
+        rows, self.rows = self.rows, []
+        return rows

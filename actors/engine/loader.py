@@ -143,6 +143,7 @@ def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             dtype=source.dtype,
+            use_safetensors=True,  # never a pickle
             **placement,
             quantization_config=quantization,
             output_loading_info=True,
@@ -195,6 +196,8 @@ def _with_adapter(model: PreTrainedModel, source: ModelSource, merge: bool) -> P
     assert source.adapter is not None
     from peft import PeftModel  # seconds, which few models need
 
+    if any(Path(source.adapter).glob("adapter_model.bin")):
+        raise LoadError(f"adapter {source.adapter}", "it is a pickle", "Save it as safetensors: save_pretrained.")
     try:
         adapted = PeftModel.from_pretrained(model, source.adapter)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

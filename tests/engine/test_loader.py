@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from actors.engine.errors import LoadError
 from actors.engine.loader import LoadProgress, ModelSource, load_engine, load_model
@@ -71,6 +72,18 @@ def test_an_adapter_changes_the_rows_as_peft_does(source: ModelSource, tmp_path:
 
 def test_a_missing_adapter_is_named(source: ModelSource, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"adapter .*adapter_config\.json"):
+        load_model(dataclasses.replace(source, adapter=str(tmp_path)))
+
+
+def test_pickles_are_not_read(checkpoint: Path, source: ModelSource, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(LoadError, match=r"\*\.safetensors"):
+        load_model(ModelSource(str(weights.parent)))
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(LoadError, match="is a pickle"):
         load_model(dataclasses.replace(source, adapter=str(tmp_path)))
 
 
