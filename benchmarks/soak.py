@@ -6,7 +6,7 @@ The cluster and the streams of benchmarks.faults with two replicas, answers of 8
 gone at a random time, and `kills` kills a minute of any kind. In the end no stream is open, and every replica must
 prove its cache's accounts (free + used = all, every extent owned once) and hold no session. Memory is flat when the
 resident set of no deployment of the service grows by more than 1 MB a minute over the second half of the time: the
-least-squares slope over all its processes, each with its own level and without its first two minutes (a process that
+least-squares slope over all its processes, each with its own level and without its first four minutes (a process that
 replaces one that was killed starts anew). Serve's own processes, which keep records of every replica that died, are
 shown beside them. The last line is JSON.
 """
@@ -34,7 +34,7 @@ from benchmarks.steady_streams import Case, Streams, cases, requests
 CASES = 48
 LENGTHS = (8, 1_000)  # tokens of an answer
 SAMPLE_S = 5.0
-WARM_S = 120.0  # of a process's life that say nothing: pools and arenas fill
+WARM_S = 240.0  # of a process's life that say nothing: its pools and arenas fill in steps of megabytes
 FLAT_MB_PER_MIN = 1.0
 IDLE_S = 60.0  # after the last stream's end, within which every cache is empty
 OWN = (*DEPLOYMENTS, "router")  # processes of this program; the others are Serve's
