@@ -36,10 +36,12 @@ def tasks(
 
 def _questions(config: ServiceConfig, sessions: int, variety: int) -> list[Task]:
     tokenizers = load_tokenizers(config)
+    each = -(-sessions // len(HOPS))
+    asked = {hops: questions("held_out", hops, each, seed=variety) for hops in HOPS}
     made = []
     for number in range(sessions):
         hops = HOPS[number % len(HOPS)]
-        question = questions("held_out", hops, sessions, seed=variety)[number]
+        question = asked[hops][number // len(HOPS)]
         messages = [{"role": "user", "content": question.text}]
         prompts = {role: tokenizer.encode(tokenizer.render(messages)) for role, tokenizer in tokenizers.items()}
         made.append(Task(prompts, TOKENS_A_HOP * hops + ANSWER))
