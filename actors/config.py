@@ -195,6 +195,11 @@ class ServiceConfig(_Section):
     router: RouterConfig = RouterConfig()
     deadlines: Deadlines = Deadlines()
 
+    def with_adapter(self, adapter: str | None) -> Self:
+        """The same service whose guider has that adapter, or none."""
+        guider = self.models.guider.model_copy(update={"adapter": adapter})
+        return self.model_copy(update={"models": self.models.model_copy(update={"guider": guider})})
+
     @property
     def served_names(self) -> dict[str, Role | Literal["guided"]]:
         """The names under which clients find the guided model and each role alone."""

@@ -18,7 +18,7 @@ from actors.decoding.hashing import derive_seed, extend_hashes
 from actors.requests import Delta, Event, Finished, Generate, Rejected, Role, Usage
 from actors.tokenizer import RoleTokenizer
 from cluster.jobs.config import Arm
-from cluster.jobs.sample import ALONE, Key
+from cluster.jobs.sample import Key
 from cluster.jobs.tasks import Problem, Task
 from router.backend import ApiError, Backend, BadRequest, Overloaded, Unavailable, rejection
 from router.convert import plan_chat, plan_completion
@@ -91,11 +91,11 @@ class Asker:
     def request(self, item: Item) -> Generate:
         """The sequence that the HTTP side would make of this sample. Raises ConfigError where it does not fit."""
         try:
-            sequence = _sequence(item, self._service, self._tokenizers)
+            made = sequence(item, self._service, self._tokenizers)
         except ApiError as error:
             raise ConfigError(f"{item.task.name}, problem {item.problem.id}, {item.arm}: {error.message}") from None
         unique = "-".join(map(str, item.key))
-        return replace(sequence, request_id=unique, seed=item.choice_seed, drafts=self._drafts)
+        return replace(made, request_id=unique, seed=item.choice_seed, drafts=self._drafts)
 
     async def ask(self, item: Item) -> Answer:
         """The answer to one sample, asked for again while the service is full, away or loses it.
@@ -159,7 +159,7 @@ class _Attempt:
         return reasoning + (self._request.thinking.end if reasoning and content else "") + content
 
 
-def _sequence(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]) -> Generate:
+def sequence(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]) -> Generate:
     """What the HTTP side makes of the problem's prompt: a user's message, or the same raw text for every role."""
     task = item.task
     fields: dict[str, Any] = {
@@ -180,7 +180,7 @@ def _sequence(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTok
 
 def _guidance(arm: Arm) -> GuidanceFields | None:
     """The whole of the arm's guidance: nothing of the service's own default is left under it."""
-    if arm.setting == ALONE:
+    if arm.mode != "guided":
         return None
     own = arm.guidance
     return GuidanceFields(

@@ -9,13 +9,14 @@ modes: [target, guider, guider_base, guided]
 alpha: [0.5, 1.0]             # x warmup_tokens: the settings of the guided mode
 warmup_tokens: [0, 100]
 schedules: {fading: [[0, 1.5], [500, 0.5]]}
+adapters: {plain: null, dpo: runs/dpo/adapter}   # of the guider: the service is brought up with each in turn
 seeds: [0, 1]
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -25,13 +26,18 @@ from cluster.jobs.sample import ALONE, MODES, Mode
 from cluster.serve_file import read_mapping
 
 UNGUIDED = Guidance(alpha=0.0)
+AS_CONFIGURED = ""  # in an adapter's place: the guider is as the service has it
+
+S = TypeVar("S", bound="Section")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a job's file: a key that is not known is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TaskChoice(_Section):
+class TaskChoice(Section):
     """A task, and what of it is run otherwise than its file says. limit: its first problems only."""
 
     task: str = Field(min_length=1)
@@ -40,7 +46,7 @@ class TaskChoice(_Section):
     max_tokens: int | None = Field(None, ge=1)
 
 
-class Machine(_Section):
+class Machine(Section):
     """What the evaluation needs, and takes there. hours: at least and at most, estimated where nobody measured."""
 
     gpus: int = Field(ge=0)
@@ -55,7 +61,7 @@ class Machine(_Section):
         return f"{gpus}, {low:g} to {high:g} h" + (f", {low * cost:.0f} to {high * cost:.0f} USD" if cost else "")
 
 
-class Expectation(_Section):
+class Expectation(Section):
     """What counts as reproduced: the relative gain of `setting` over the target, averaged over the tasks, lies within
     `gain` (0.1 is 10 %), and the interval of the paired difference lies above zero."""
 
@@ -70,13 +76,15 @@ class Arm(NamedTuple):
     mode: Mode
     setting: str
     guidance: Guidance
+    adapter: str = AS_CONFIGURED  # a key of `adapters`
 
     def __str__(self) -> str:
         return self.mode if self.setting == ALONE else f"{self.mode} {self.setting}"
 
 
-class Evaluation(_Section):
-    """An evaluation as its file says it. `alpha` x `warmup_tokens` and `schedules` apply to the guided mode alone."""
+class Evaluation(Section):
+    """An evaluation as its file says it. `alpha` x `warmup_tokens` and `schedules` apply to the guided mode alone,
+    `adapters` to it and to the guider's."""
 
     run: Path
     service: Path = Path("ray_config.yaml")
@@ -85,6 +93,7 @@ class Evaluation(_Section):
     alpha: tuple[float, ...] = (1.0,)
     warmup_tokens: tuple[int, ...] = Field((0,), min_length=1)
     schedules: dict[str, tuple[tuple[int, float], ...]] = {}  # each from token 0 on; warmup_tokens do not apply
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], str | None] = {}  # by name; null: none
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     concurrency: int | None = Field(None, ge=1)  # asked at once; default: what the coordinators decode together
     drafts: int | None = Field(None, ge=0, le=8)  # default: as the service is configured
@@ -113,7 +122,9 @@ class Evaluation(_Section):
         for name, pieces in self.schedules.items():
             if not pieces or pieces[0][0] != 0:
                 raise ValueError(f"schedules.{name} must begin at token 0")
-        settings = self.settings()
+        settings = [arm.setting for arm in self.arms() if arm.mode == "guided"]
+        if len(set(settings)) < len(settings):
+            raise ValueError("adapters: at most one may be null")
         if self.expect is not None and self.expect.setting not in settings:
             raise ValueError(f"expect.setting is {self.expect.setting!r}; the settings are {', '.join(settings)}")
         return self
@@ -132,13 +143,23 @@ class Evaluation(_Section):
         return made
 
     def arms(self) -> list[Arm]:
-        """Modes in their order; the guided one once for each setting."""
+        """Modes in their order; the guided one once for each setting, and what has the guider in it for each adapter.
+
+        The name of an adapter that is not null follows that of the setting: a1-dpo.
+        """
         settings = self.settings()
-        return [
-            Arm(mode, name, guidance)
-            for mode in self.modes
-            for name, guidance in (settings.items() if mode == "guided" else [(ALONE, UNGUIDED)])
-        ]
+        arms = []
+        for number, adapter in enumerate(self.adapters or (AS_CONFIGURED,)):
+            named = adapter if self.adapters.get(adapter) is not None else ""
+            for mode in self.modes:
+                if mode == "guided":
+                    names = {f"{name}-{named}" if named else name: guidance for name, guidance in settings.items()}
+                elif mode == "guider" or number == 0:
+                    names = {named if mode == "guider" and named else ALONE: UNGUIDED}
+                else:
+                    continue
+                arms += [Arm(mode, name, guidance, adapter) for name, guidance in names.items()]
+        return arms
 
 
 def load_evaluation(path: Path) -> Evaluation:
@@ -148,15 +169,21 @@ def load_evaluation(path: Path) -> Evaluation:
 
 def checked(given: dict[str, Any]) -> Evaluation:
     """The evaluation of such a mapping. Raises ConfigError."""
+    return validated(Evaluation, given)
+
+
+def validated(kind: type[S], given: dict[str, Any]) -> S:
+    """What a mapping says, as that kind of job. Raises ConfigError that names every key that is wrong."""
     try:
-        return Evaluation.model_validate(given)
+        return kind.model_validate(given)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(item) for item in error.errors())) from None
+        raise ConfigError("\n".join(_sentence(kind, item) for item in error.errors())) from None
 
 
-def _sentence(item: Any) -> str:
+def _sentence(kind: type[Section], item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key; the keys are {', '.join(Evaluation.model_fields)}"
+        keys = f"; the keys are {', '.join(kind.model_fields)}" if len(item["loc"]) == 1 else ""
+        return f"{where}: unknown key{keys}"
     message: str = item["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message

@@ -28,6 +28,7 @@ from router.resume import Resuming
 ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
 POLL_S = 0.5
 Say = Callable[[str], None]
+Adapted = Callable[[ServiceConfig], ServiceConfig]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +40,23 @@ class Connection:
 
 
 @contextmanager
-def connected(file: Path, say: Say) -> Iterator[Connection]:
+def connected(file: Path, say: Say, adapted: Adapted | None = None) -> Iterator[Connection]:
     """A connection to the service that `file` describes.
 
-    Of a service that runs already the name counts, and what it says of itself. Raises ConfigError for a file or models
-    that are not sound, LaunchError where nothing comes up.
+    Of a service that runs already the name counts, and what it says of itself. adapted: gives the guider the adapter
+    that is wanted; then a service that runs with another is let alone, and one of the job's own brought up beside it.
+    Raises ConfigError for a file or models that are not sound, LaunchError where nothing comes up.
     """
     wanted = read_service_config(file)
-    if not _joined():
+    if adapted is not None:
+        wanted = adapted(wanted)
+    if not joined():
         say("no Ray runs here: starting one, and the service in it ...")
         with running_service(wanted):
             yield _connection(wanted.name)
         return
     try:
-        with _application(wanted, say) as name:
+        with _application(wanted, say, same_adapter=adapted is not None) as name:
             yield _connection(name)
     finally:
         ray.shutdown()
@@ -71,7 +75,7 @@ async def ready(backend: Backend, deadline_s: float, say: Say) -> None:
         await asyncio.sleep(POLL_S)
 
 
-def _joined() -> bool:
+def joined() -> bool:
     """Join the Ray that there is; False where this job needs one of its own."""
     address = os.environ.get("RAY_ADDRESS")
     if address == "local":
@@ -87,16 +91,22 @@ def _joined() -> bool:
 
 
 @contextmanager
-def _application(wanted: ServiceConfig, say: Say) -> Iterator[str]:
+def _application(wanted: ServiceConfig, say: Say, *, same_adapter: bool) -> Iterator[str]:
     """The name of the application that is asked. One of the job's own has no HTTP address, and ends with it."""
     running = serve.status().applications
     own = f"{wanted.name}-jobs"
-    if wanted.name in running:
+
+    def asked_for(name: str) -> bool:
+        if name not in running:
+            return False
+        return not same_adapter or _connection(name).service.models.guider.adapter == wanted.models.guider.adapter
+
+    if asked_for(wanted.name):
         say(f"asking the service {wanted.name}, which runs in this cluster")
         yield wanted.name
         return
-    if own not in running:
-        say(f"no service {wanted.name} runs in this cluster: bringing it up as {own} ...")
+    if not asked_for(own):
+        say(f"no such service {wanted.name} runs in this cluster: bringing it up as {own} ...")
         serve.start(proxy_location="Disabled")
         try:
             serve.run(bind(wanted), name=own, route_prefix=None)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from actors.config import ConfigError, ModelConfig, ServiceConfig
 from actors.requests import ROLES
+from cluster.jobs.adapters import check_adapters
 from cluster.jobs.config import Evaluation
 from cluster.jobs.tasks import Task, TaskError, check_task
 from cluster.jobs.workload import chosen_task
@@ -25,6 +26,10 @@ def dry_run(evaluation: Evaluation, console: Console) -> dict[str, Any]:
     wrong: list[str] = []
     tasks = _tasks(evaluation, wrong)
     models = _models(evaluation, wrong)
+    try:
+        check_adapters(evaluation)
+    except ConfigError as error:
+        wrong.append(str(error))
     if wrong:
         raise ConfigError("\n".join(wrong))
     arms = [str(arm) for arm in evaluation.arms()]

@@ -16,15 +16,19 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
 from actors.config import ConfigError
+from actors.engine.errors import LoadError
 from actors.preflight import load_tokenizers
+from cluster.jobs.adapters import service_with
 from cluster.jobs.asking import Answer, Asker, Item, Unanswered
-from cluster.jobs.config import Evaluation, load_evaluation
+from cluster.jobs.config import AS_CONFIGURED, Evaluation, load_evaluation
 from cluster.jobs.connecting import Connection, connected, ready
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.grading import grade
@@ -45,6 +49,7 @@ REFUSALS = (
     ConfigError,
     GradingError,
     LaunchError,
+    LoadError,
     RunError,
     TaskError,
     Unanswered,
@@ -102,15 +107,25 @@ def graded(item: Item, answer: Answer) -> Sample:
 
 
 async def evaluate(
-    workload: Workload, connection: Connection, folder: Path, console: Console, *, resume: bool = True
+    workload: Workload,
+    connection: Connection,
+    folder: Path,
+    console: Console,
+    *,
+    adapter: str = AS_CONFIGURED,
+    resume: bool = True,
 ) -> None:
-    """Do what is missing in `folder`, and sort it. Raises ConfigError, RunError, Unanswered, LaunchError."""
+    """Do what is missing in `folder` with that adapter of the guider, which the connected service has, and sort it.
+
+    Raises ConfigError, RunError, Unanswered, LaunchError.
+    """
     evaluation, service = workload.evaluation, connection.service
     coordinator = service.coordinator
     progress = Progress(console, workload.totals())
     asker = Asker(connection.backend, service, load_tokenizers(service), drafts=evaluation.drafts, heard=progress.heard)
     workload.check(asker)
-    config, rows = workload.resolved(service), workload.problem_rows()
+    first = next(iter(evaluation.adapters), AS_CONFIGURED)  # the one that is written down
+    config, rows = workload.resolved(service_with(service, evaluation, first)), workload.problem_rows()
     with Results(folder).writing(config, rows, resume=resume, may_differ=MAY_DIFFER) as results:
         if not resume:
             remove_report(folder)
@@ -118,7 +133,7 @@ async def evaluate(
         for sample in results.samples():
             progress.resumed(arms[sample.key.mode, sample.key.setting], sample)
         done = results.done()
-        missing = (item for item in workload.items() if item.key not in done)
+        missing = (item for item in workload.items(adapter) if item.key not in done)
         await ready(connection.backend, service.deadlines.model_load_s, console.print)
         with progress:
             at_once = evaluation.concurrency or coordinator.max_sessions * coordinator.replicas.max
@@ -148,16 +163,45 @@ async def until_stopped(work: Coroutine[Any, Any, T]) -> T:
             loop.remove_signal_handler(number)
 
 
-def run(evaluation: Evaluation, console: Console, *, resume: bool = True) -> dict[str, Any]:
-    """The whole evaluation with its report; what the last line says."""
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """What runs in this thread, the main one, ends with Stopped at a signal; Ray's own handlers come back after it."""
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sample(evaluation: Evaluation, console: Console, *, resume: bool = True) -> Workload:
+    """Have every sample in the evaluation's folder; what was asked."""
     if not evaluation.run.is_absolute() and COPIED in Path.cwd().parts:
         raise ConfigError(
             f"run: {evaluation.run} would lie in the copy of the working directory that ends with the job: "
             "give a folder that stays, by an absolute path (--run)"
         )
     workload = load_workload(evaluation)
-    with connected(evaluation.service, console.print) as connection:
-        asyncio.run(until_stopped(evaluate(workload, connection, evaluation.run, console, resume=resume)))
+    for adapter in evaluation.adapters or (AS_CONFIGURED,):
+        adapted = None
+        if adapter != AS_CONFIGURED:
+            path = evaluation.adapters[adapter]
+            console.print(f"the guider with {path or 'no adapter'} ({adapter})", highlight=False, soft_wrap=True)
+            adapted = partial(service_with, evaluation=evaluation, adapter=adapter)
+        with connected(evaluation.service, console.print, adapted) as connection:
+            work = evaluate(workload, connection, evaluation.run, console, adapter=adapter, resume=resume)
+            asyncio.run(until_stopped(work))
+        resume = True  # what the first adapter gave stays
+    return workload
+
+
+def run(evaluation: Evaluation, console: Console, *, resume: bool = True) -> dict[str, Any]:
+    """The whole evaluation with its report; what the last line says."""
+    sample(evaluation, console, resume=resume)
     result: dict[str, Any] = write_report(evaluation.run)
     if evaluation.expect is not None:
         result["reproduced"], words = reproduced(evaluation.expect, summarise(Results(evaluation.run)))

@@ -8,8 +8,9 @@ from typing import Any
 
 from actors.config import ConfigError, ServiceConfig
 from actors.requests import ROLES
+from cluster.jobs.adapters import check_adapters, digests
 from cluster.jobs.asking import Asker, Item
-from cluster.jobs.config import Arm, Evaluation, TaskChoice
+from cluster.jobs.config import AS_CONFIGURED, Arm, Evaluation, TaskChoice
 from cluster.jobs.results import ProblemRow
 from cluster.jobs.tasks import Problem, Task, load_task, problems
 
@@ -36,11 +37,13 @@ class Workload:
         """The modes and settings that every problem is asked in."""
         return self.evaluation.arms()
 
-    def items(self) -> Iterator[Item]:
-        """Every sample: problem by problem, so that all arms go forward together and prompts share their prefill."""
+    def items(self, adapter: str = AS_CONFIGURED) -> Iterator[Item]:
+        """Every sample with that adapter: problem by problem, so that all arms go forward together and prompts share
+        their prefill."""
+        arms = [arm for arm in self.arms if arm.adapter == adapter]
         for task, asked in self.tasks:
             for problem in asked:
-                for arm in self.arms:
+                for arm in arms:
                     for seed in self.evaluation.seeds:
                         for number in range(task.samples):
                             yield Item(task, problem, arm, seed, number)
@@ -64,6 +67,7 @@ class Workload:
             "evaluation": self.evaluation.model_dump(mode="json"),
             "tasks": {task.name: task.model_dump(mode="json") for task, _ in self.tasks},
             "service": service.model_dump(mode="json"),
+            "adapters": digests(self.evaluation),
         }
 
     def check(self, asker: Asker) -> None:
@@ -82,7 +86,9 @@ def chosen_task(choice: TaskChoice) -> Task:
 
 
 def load_workload(evaluation: Evaluation) -> Workload:
-    """The problems of every task. Raises TaskError for a task that does not exist, ConfigError for one named twice."""
+    """The problems of every task. Raises TaskError for a task that does not exist, ConfigError for one named twice or
+    an adapter that is not there."""
+    check_adapters(evaluation)
     loaded: list[tuple[Task, tuple[Problem, ...]]] = []
     for choice in evaluation.tasks:
         task = chosen_task(choice)

@@ -15,6 +15,7 @@ from cluster.jobs.config import Evaluation, checked, load_evaluation
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.evaluate import main
 from cluster.jobs.sample import ALONE
+from cluster.jobs.workload import load_workload
 from cluster.serve_file import read_service_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "cluster" / "jobs" / "configs").glob("*.yaml"))
@@ -50,6 +51,25 @@ def test_only_the_guided_mode_runs_once_for_each_setting() -> None:
     assert all(arm.guidance.never_guides() for arm in arms if arm.mode != "guided")
 
 
+def test_each_adapter_takes_a_turn_of_the_modes_that_have_the_guider_in_them() -> None:
+    made = evaluation(modes=["target", "guider", "guided"], alpha=[0.5, 1], adapters={"plain": None, "dpo": "x"})
+    assert [(str(arm), arm.adapter) for arm in made.arms()] == [
+        ("target", "plain"),
+        ("guider", "plain"),
+        ("guided a0.5", "plain"),
+        ("guided a1", "plain"),
+        ("guider dpo", "dpo"),
+        ("guided a0.5-dpo", "dpo"),
+        ("guided a1-dpo", "dpo"),
+    ]
+    assert all(arm.guidance.never_guides() for arm in made.arms() if arm.mode != "guided")
+
+
+def test_an_adapter_that_is_not_there_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapters\.dpo: .* holds no adapter_model"):
+        load_workload(evaluation(adapters={"dpo": str(tmp_path)}))
+
+
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
@@ -64,6 +84,8 @@ def test_only_the_guided_mode_runs_once_for_each_setting() -> None:
         ({"schedules": {"a1": [[0, 1.0]]}}, "a1 is a setting's name already"),
         ({"expect": {"setting": "a2", "gain": [0, 1], "source": "hope"}}, "the settings are a1"),
         ({"drafts": 9}, "drafts: "),
+        ({"adapters": {"a": None, "b": None}}, "at most one may be null"),
+        ({"adapters": {"a-b": "x"}}, r"adapters\.a-b"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(keys: dict[str, Any], complaint: str) -> None:

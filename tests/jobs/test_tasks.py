@@ -22,6 +22,7 @@ from cluster.jobs.tasks import Task, TaskError, check_task, load_task, problems,
 ROOT = Path(__file__).parents[2]
 FOLDER = os.environ.get("THINKLOGIT_BENCHMARKS")
 PUBLISHED = ("aime2024", "aime2025", "amc23", "gpqa_diamond", "math500", "math_level5")
+TRAINING = ("math_train_level4", "math_train_level5", "multihop_train")  # what preference pairs are made of
 ROWS = ({"id": "a", "question": " 1 + 1 = ? ", "answer": "2"}, {"id": "b", "question": "2 + 2 = ?", "answer": 4})
 
 
@@ -35,13 +36,25 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], **fields: Any) -> str
 
 
 def test_the_published_tasks_are_sampled_as_published() -> None:
-    assert set(shipped()) == {*PUBLISHED, "multihop"}
+    assert set(shipped()) == {*PUBLISHED, *TRAINING, "multihop"}
     for name in PUBLISHED:
         task = load_task(name)
         assert (task.name, task.style, task.samples, task.max_tokens) == (name, "raw", 8, 8_192)
         assert (task.temperature, task.top_p, task.stop_on_repeat) == (0.6, 0.95, 10)
         assert task.grader == ("letter" if name == "gpqa_diamond" else "math")
         assert task.prompt.endswith("\n\nQuestion: {question}")
+
+
+def test_training_tasks_ask_training_problems_as_the_others_are_asked() -> None:
+    for name, asked in zip(TRAINING, ("math_level5", "math_level5", "multihop"), strict=True):
+        training, evaluated = load_task(name), load_task(asked)
+        assert "train" in check_task(training)["data"]
+        assert (training.prompt, training.style, training.grader) == (
+            evaluated.prompt,
+            evaluated.style,
+            evaluated.grader,
+        )
+        assert training.temperature > 0, "samples of one problem differ"
 
 
 def test_mathematics_is_asked_in_the_published_words() -> None:

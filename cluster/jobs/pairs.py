@@ -1,0 +1,162 @@
+"""Pairs of a right and a wrong answer to one problem, of which one is the target's and the other the guider's.
+
+Both kinds of ThinkLogit-DPO (arXiv 2507.12759): `target_right` teaches the guider what it lacks beside the target,
+`guider_right` keeps what it has over it. Which pairs are made follows from the samples and the configuration alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal, TypeAlias, get_args
+
+from pydantic import Field, field_validator
+
+from actors.requests import Role
+from cluster.jobs.config import Section
+from cluster.jobs.sample import Mode, Sample
+
+Kind: TypeAlias = Literal["target_right", "guider_right"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Split: TypeAlias = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+SAMPLED: tuple[Mode, ...] = ("target", "guider")  # whose answers are paired
+CHOSEN: dict[Kind, tuple[Mode, Mode]] = {"target_right": ("target", "guider"), "guider_right": ("guider", "target")}
+
+
+class Pairing(Section):
+    """How samples become pairs.
+
+    balanced: as many of one kind as of the other. most: of all kinds and both splits together; the paper took about
+    10,000. per_problem: of each kind. min_chosen_tokens: a shorter right answer is a guess, and is not preferred to
+    anything. finished_only: leave out wrong answers that were cut at their greatest length. validation: the share of
+    problems that are kept apart. seed: of every choice between samples.
+    """
+
+    kinds: tuple[Kind, ...] = Field(KINDS, min_length=1)
+    balanced: bool = True
+    most: int = Field(10_000, ge=1)
+    per_problem: int = Field(4, ge=1)
+    min_chosen_tokens: int = Field(0, ge=0)
+    finished_only: bool = False
+    validation: float = Field(0.1, gt=0, lt=1)
+    seed: int = 0
+
+    @field_validator("kinds")
+    @classmethod
+    def _once(cls, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("a kind is named twice")
+        return kinds
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A problem as it was put to each role. question: its words, by which problems are told apart."""
+
+    task: str
+    problem: str
+    question: str
+    prompts: Mapping[Role, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A right answer that is preferred to a wrong one."""
+
+    asked: Asked
+    kind: Kind
+    chosen: Sample
+    rejected: Sample
+
+    def row(self) -> dict[str, Any]:
+        """In TRL's preference format with plain text, and what a trainer or a reader may want beside it."""
+        row: dict[str, Any] = {column("prompt", role): prompt for role, prompt in self.asked.prompts.items()}
+        row |= {"chosen": self.chosen.text, "rejected": self.rejected.text}
+        for name, sample in (("chosen", self.chosen), ("rejected", self.rejected)):
+            row[f"{name}_finished"] = sample.finish == "stop"  # by itself: its end belongs to what is learnt
+            row[f"{name}_tokens"] = sample.tokens
+        return row | {"kind": self.kind, "task": self.asked.task, "problem": self.asked.problem}
+
+
+def column(name: str, role: Role) -> str:
+    """Where what belongs to a role stands in a row of pairs: TRL's own columns are the guider's."""
+    return name if role == "guider" else f"{role}_{name}"
+
+
+def pairs(samples: Iterable[Sample], asked: Sequence[Asked], pairing: Pairing) -> dict[Split, list[Pair]]:
+    """The pairs of both splits; no question stands in both. samples: of the target and the guider."""
+    answers: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        answers[sample.key.task, sample.key.problem].append(sample)
+    made: dict[Split, list[Pair]] = {}
+    for split in SPLITS:
+        share = pairing.validation if split == "validation" else 1 - pairing.validation
+        mine = [one for one in asked if split_of(one.question, pairing) == split]
+        kinds = {kind: _of_kind(kind, mine, answers, pairing) for kind in pairing.kinds}
+        made[split] = _chosen(kinds, round(share * pairing.most), pairing.balanced)
+    return made
+
+
+def split_of(question: str, pairing: Pairing) -> Split:
+    """Where all pairs of a question go, by its words: the same question in two tasks is one question."""
+    return "validation" if _draw(pairing.seed, " ".join(question.split())) < pairing.validation else "train"
+
+
+def _of_kind(
+    kind: Kind, asked: Sequence[Asked], answers: Mapping[tuple[str, str], Sequence[Sample]], pairing: Pairing
+) -> list[Pair]:
+    """In the order in which they are taken: each problem gives its first before any gives its second."""
+    by_problem = [_of_problem(kind, one, answers.get((one.task, one.problem), ()), pairing) for one in asked]
+    by_problem.sort(key=lambda made: _draw(pairing.seed, made[0].asked.task, made[0].asked.problem) if made else 0.0)
+    return [pair for turn in zip_longest(*by_problem) for pair in turn if pair is not None]
+
+
+def _of_problem(kind: Kind, asked: Asked, samples: Sequence[Sample], pairing: Pairing) -> list[Pair]:
+    """Different pairs of different texts; where one side has fewer, its answers come again with others."""
+    of_right, of_wrong = CHOSEN[kind]
+    right = _distinct(
+        (s for s in samples if s.key.mode == of_right and s.right and s.tokens >= pairing.min_chosen_tokens), pairing
+    )
+    wrong = _distinct(
+        (
+            s
+            for s in samples
+            if s.key.mode == of_wrong and not s.right and (s.finish == "stop" or not pairing.finished_only)
+        ),
+        pairing,
+    )
+    if not right or not wrong:
+        return []
+    count = min(pairing.per_problem, max(len(right), len(wrong)))
+    return [Pair(asked, kind, right[i % len(right)], wrong[i % len(wrong)]) for i in range(count)]
+
+
+def _distinct(samples: Iterable[Sample], pairing: Pairing) -> list[Sample]:
+    """One sample of each text, in an order that the seed draws."""
+    by_text: dict[str, Sample] = {}
+    for sample in samples:
+        by_text.setdefault(sample.text.strip(), sample)
+    return sorted(by_text.values(), key=lambda sample: (_draw(pairing.seed, *map(str, sample.key)), sample.key))
+
+
+def _chosen(kinds: Mapping[Kind, Sequence[Pair]], most: int, balanced: bool) -> list[Pair]:
+    """At most `most`, evenly over the kinds as far as they go."""
+    if balanced:
+        each = min(most // len(kinds), *map(len, kinds.values())) if len(kinds) > 1 else most
+        return [pair for made in kinds.values() for pair in made[:each]]
+    taken: dict[Kind, int] = dict.fromkeys(kinds, 0)
+    left = most
+    for place, kind in enumerate(sorted(kinds, key=lambda kind: len(kinds[kind]))):
+        taken[kind] = min(len(kinds[kind]), left // (len(kinds) - place))
+        left -= taken[kind]
+    return [pair for kind, made in kinds.items() for pair in made[: taken[kind]]]
+
+
+def _draw(seed: int, *words: str) -> float:
+    """A number in [0, 1) that belongs to these words."""
+    digest = hashlib.sha256("\0".join((str(seed), *words)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
