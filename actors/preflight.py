@@ -69,6 +69,7 @@ def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
         found += _positions(config, role, tokenizers)
         found += _special_tokens(role, tokenizers)
         found += _template(role, tokenizers)
+    found += _descent(tokenizers["guider"], tokenizers["guider_base"])
     return sorted(found, key=Finding.rank)
 
 
@@ -153,6 +154,33 @@ def _template(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[
         yield Finding("warning", role, "has no chat template, so chat requests cannot be guided by it")
     elif target.has_chat_template and _rendered(target) != _rendered(small):
         yield Finding("note", role, "has a chat template of its own, in which it reads the messages")
+
+
+def _descent(guider: RoleTokenizer, base: RoleTokenizer) -> Iterator[Finding]:
+    """What tells a guider from a tuned copy of its base: their difference is the guidance, so all else must cancel."""
+    strange = sum(base.text_tokens.get(text) != id_ for text, id_ in guider.text_tokens.items())
+    if strange:
+        yield Finding(
+            "warning",
+            "guider",
+            f"has {strange:,} of {len(guider.text_tokens):,} text tokens that its base has not, or under another id; "
+            "matched by text, and without guidance where the base has none. Is it tuned from this base?",
+        )
+    only_guider = sorted(guider.added_tokens.keys() - base.added_tokens.keys())
+    if only_guider:
+        yield Finding(
+            "note", "guider", f"has special tokens that its base reads as text, unguided: {_some(only_guider)}"
+        )
+    if guider.width != base.width:
+        yield Finding(
+            "note",
+            "guider",
+            f"has rows of {guider.width:,} columns and its base of {base.width:,}; each is normalised over its own, "
+            "and columns without a token are not read",
+        )
+    if None not in (guider.tied, base.tied) and guider.tied != base.tied:
+        one, other = ("its base does", "it does not") if base.tied else ("it does", "its base does not")
+        yield Finding("note", "guider", f"{one} share embeddings and head, {other}; only logits are compared")
 
 
 def _rendered(tokenizer: RoleTokenizer) -> str | None:

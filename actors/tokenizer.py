@@ -41,7 +41,8 @@ class RoleTokenizer:
 
     text_tokens, added_tokens: content -> id; the second are recognised in text as they stand, before it is split.
     special_ids: the added tokens that decoding skips. eos_ids: each of them ends an answer. bos_ids: what raw text is
-    preceded by. width: columns of the model's logits rows. max_position: tokens that the model was built for, or None.
+    preceded by. width: columns of the model's logits rows. tied: whether embeddings and head are one, None where
+    its config does not say. max_position: tokens that the model was built for, or None.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RoleTokenizer:
         self.text_tokens: dict[str, int] = {text: id_ for text, id_ in plain.items() if text not in self.added_tokens}
         inner = config.get("text_config") or config
         self.width: int = inner.get("vocab_size") or config.get("vocab_size") or tokenizer.get_vocab_size()
+        self.tied: bool | None = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         self.max_position: int | None = inner.get("max_position_embeddings") or inner.get("n_positions")
         named = {name: _content(settings[name]) for name in _NAMED_TOKENS if settings.get(name)}
         self.eos_ids = self._find_ends(named.get("eos_token"), generation or {}, inner, config)

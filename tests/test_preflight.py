@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,3 +62,19 @@ def test_only_small_models_that_may_continue_are_asked_to_pass_their_limit() -> 
 def test_errors_sort_before_warnings_and_notes() -> None:
     found = [Finding("note", "target", "c"), Finding("error", "target", "a"), Finding("warning", "target", "b")]
     assert [finding.message for finding in sorted(found, key=Finding.rank)] == ["a", "b", "c"]
+
+
+def test_a_guider_that_is_no_copy_of_its_base_is_told_from_one() -> None:
+    config = trio()
+    tokenizers = load_tokenizers(config)
+    plain = {finding.message for finding in findings(config, tokenizers)}
+    base = copy.copy(tokenizers["guider_base"])
+    base.width, base.tied = base.width + 64, not base.tied
+    base.text_tokens = {text: id_ + (id_ > 2_000) for text, id_ in base.text_tokens.items()}
+    base.added_tokens = {text: id_ for text, id_ in base.added_tokens.items() if text != "<think>"}
+    found = [f for f in findings(config, tokenizers | {"guider_base": base}) if f.message not in plain]
+    said = {f.severity: " ".join(each.message for each in found if each.severity == f.severity) for f in found}
+    assert "42 of 2,043 text tokens" in said["warning"]
+    assert "reads as text, unguided: <think>" in said["note"]
+    assert "rows of 2,048 columns and its base of 2,112" in said["note"]
+    assert "it does share embeddings and head, its base does not" in said["note"]
