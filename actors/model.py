@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
-from actors.config import ServiceConfig
+from actors.config import ModelConfig, ServiceConfig
 from actors.forward import Engine
 from actors.preflight import session_limit
 from actors.process import on_passing_thread, spin_briefly
@@ -17,7 +18,7 @@ from actors.wire.link import Limits
 from actors.wire.tls import server_context
 
 if TYPE_CHECKING:
-    from actors.engine.loader import LoadProgress
+    from actors.engine.loader import LoadProgress, ModelSource
     from actors.engine.parallel import StartFollower
     from actors.engine.step_engine import StepEngine
 
@@ -33,21 +34,10 @@ def load_role(
     start: how the other ranks of a tensor-parallel model come to be; as child processes if None.
     """
     spin_briefly()
-    from actors.engine.loader import ModelSource, load_engine  # loads torch, which only model processes need
+    from actors.engine.loader import load_engine  # loads torch, which only model processes need
 
     model = config.models.role(role)
-    source = ModelSource(
-        path=model.path,
-        revision=model.revision,
-        dtype="float32" if config.exact else model.dtype,
-        device="cpu" if config.exact else model.device,
-        device_map=model.device_map,
-        quantization=model.quantization,
-        adapter=model.adapter,
-        trust_remote_code=model.trust_remote_code,
-        load_format=model.load_format,
-        tensor_parallel=model.tensor_parallel,
-    )
+    source = source_of(model.model_copy(update={"dtype": "float32", "device": "cpu"}) if config.exact else model)
     backend = None if model.attention == "auto" else model.attention
     if model.tensor_parallel > 1:
         from actors.engine.parallel import FollowerProcess, Recipe, load_parallel
@@ -57,6 +47,13 @@ def load_role(
         return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
     load = partial(load_engine, source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
     return on_passing_thread(load)
+
+
+def source_of(model: ModelConfig) -> ModelSource:
+    """Which weights a role's section names, and how they are loaded. Raises LoadError for what cannot go together."""
+    from actors.engine.loader import ModelSource
+
+    return ModelSource(**{field.name: getattr(model, field.name) for field in fields(ModelSource)})
 
 
 def serve_role(

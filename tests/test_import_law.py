@@ -27,7 +27,13 @@ LAZY = {
 }
 # What a model says and is told, as plain data: no torch behind it.
 VERBS = ("actors.engine.verbs", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
-MAY_USE_TORCH = ("actors.engine", "cluster.demo.train", "cluster.demo.accuracy", "benchmarks")
+MAY_USE_TORCH = (
+    "actors.engine",
+    "cluster.demo.train",
+    "cluster.demo.accuracy",
+    *(f"cluster.jobs.dpo.{module}" for module in ("events", "scoring", "trainer", "fit")),
+    "benchmarks",
+)
 MAY_USE_RAY = ("actors.deployments", "router.app", "cluster", "benchmarks")
 
 UNPICKLERS = (

@@ -1,0 +1,165 @@
+"""One worker's part of a training run: the guider, its adapter, TRL's trainer, and what is said on the way.
+
+Ray Train starts it in every worker with torch's process group; a single process may call it too.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_from_disk
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils.logging import disable_progress_bar
+from trl import DPOConfig
+
+from actors.config import ModelConfig
+from actors.engine.loader import load_model
+from actors.model import source_of
+from cluster.jobs.dpo.data import DATA
+from cluster.jobs.dpo.journal import Journal, Line
+from cluster.jobs.dpo.record import ADAPTER
+from cluster.jobs.dpo.trainer import GuidedCollator, PairTrainer
+from cluster.jobs.dpo.training import Training
+
+LINES = 10  # between two validations
+
+Saved = Callable[[dict[str, float], Path | None], None]
+Heard = Callable[[Line], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every worker is told. guider: as it is placed for training: one device, and nothing quantised."""
+
+    training: Training
+    guider: ModelConfig
+
+
+def fit(job: Job, saved: Saved, heard: Heard = lambda line: None, resume: Path | None = None) -> None:
+    """Train, validate, and write the adapter into the run's folder.
+
+    saved: called in each worker with every checkpoint's step and the folder of what the worker has of it. heard: called
+    in the first with every line. resume: a checkpoint's folder.
+    """
+    training = job.training
+    disable_progress_bar()
+    data = load_from_disk(str(training.run / DATA))
+    scratch = Path(tempfile.mkdtemp(prefix="thinklogit-dpo-"))
+    try:
+        trainer = build(job, data, scratch)
+        saying = _Saying(Journal(training.run), saved, heard, first=trainer.is_world_process_zero())
+        trainer.add_callback(saying)
+        trainer.remove_callback(PrinterCallback)  # the journal says it
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if trainer.state.global_step % training.every:
+            trainer.evaluate()
+        if trainer.is_world_process_zero():
+            _save(trainer.model, job, training.run / ADAPTER)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def build(job: Job, data: DatasetDict, scratch: Path) -> PairTrainer:
+    """The trainer of one worker; its reference log-probabilities are computed, or read from beside the data."""
+    training = job.training
+    guided = training.objective == "guided"
+    model = load_model(source_of(job.guider)).model
+    model.config.use_cache = False
+    on_gpu = next(model.parameters()).is_cuda
+    tokenizer = AutoTokenizer.from_pretrained(job.guider.path, revision=job.guider.revision)
+    pad_id = tokenizer.pad_token_id or 0  # any: it is masked
+    collator = GuidedCollator(pad_id, slice_width=training.slice_width) if guided else None
+    lora = training.lora
+    return PairTrainer(
+        model=model,
+        args=_arguments(training, len(data["train"]), scratch, on_gpu=on_gpu),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+        data_collator=collator,
+        peft_config=LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+        guided_alpha=training.alpha if guided else None,
+    )
+
+
+def _arguments(training: Training, pairs: int, scratch: Path, *, on_gpu: bool) -> DPOConfig:
+    per_step = training.micro_batch * training.workers
+    return DPOConfig(
+        output_dir=str(scratch),
+        loss_type=["sigmoid" if training.loss == "dpo" else "sft"],
+        beta=training.beta,
+        max_length=None,  # what is too long was left out
+        precompute_ref_log_probs=True,
+        per_device_train_batch_size=training.micro_batch,
+        per_device_eval_batch_size=training.micro_batch,
+        gradient_accumulation_steps=training.batch // per_step,
+        gradient_checkpointing=training.gradient_checkpointing,
+        num_train_epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        warmup_steps=round(training.warmup * training.steps(pairs)),
+        lr_scheduler_type="linear",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        seed=training.seed,
+        logging_steps=max(1, training.every // LINES),
+        eval_strategy="steps",
+        eval_steps=training.every,
+        save_strategy="steps",
+        save_steps=training.every,
+        save_total_limit=1,  # Ray Train keeps its own
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+class _Saying(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Says what TRL's trainer does."""
+
+    def __init__(self, journal: Journal, saved: Saved, heard: Heard, *, first: bool) -> None:
+        self._journal, self._saved, self._heard, self._first = journal, saved, heard, first
+
+    def on_train_begin(self, _: TrainingArguments, state: TrainerState, __: TrainerControl, **___: Any) -> None:
+        if self._first:
+            self._journal.begin(state.global_step)
+
+    def on_log(
+        self, _: TrainingArguments, state: TrainerState, __: TrainerControl, logs: dict[str, Any], **___: Any
+    ) -> None:
+        line = Line.of(state.global_step, logs)
+        if line is not None and self._first:
+            self._journal.add(line)
+            self._heard(line)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, _: TrainerControl, **__: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._saved({"step": float(state.global_step)}, folder if folder.is_dir() else None)
+
+
+def _save(model: PeftModel, job: Job, folder: Path) -> None:
+    """The adapter, in the place of an earlier one. It names the guider as the service does."""
+    fresh = folder.with_name(folder.name + ".part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = job.guider.path
+    model.save_pretrained(fresh, save_embedding_layers=False)
+    (fresh / "README.md").unlink(missing_ok=True)  # PEFT's template, with nothing filled in
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)

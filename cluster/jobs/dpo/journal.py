@@ -1,0 +1,87 @@
+"""What a training run says while it runs: a line for every so many steps in the run's folder, and a plot of them.
+
+The file is on storage that every node sees, so the job follows it while a worker writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+FILE, PLOT = "metrics.jsonl", "training.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Means over the steps since the line before, or over the validation pairs.
+
+    margin: reward of chosen minus rejected, beta times the log-ratios to the reference. accuracy: share of the pairs
+    in which it is positive.
+    """
+
+    step: int
+    split: str  # train or validation
+    loss: float
+    margin: float
+    accuracy: float
+
+    @classmethod
+    def of(cls, step: int, logs: Mapping[str, Any]) -> Self | None:
+        """What TRL logs; None for what is no such line."""
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if f"{prefix}rewards/margins" not in logs:
+            return None
+        names = (f"{prefix}loss", f"{prefix}rewards/margins", f"{prefix}rewards/accuracies")
+        return cls(step, "validation" if prefix else "train", *(float(logs[name]) for name in names))
+
+
+class Journal:
+    """The lines of a run."""
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._file = run, run / FILE
+
+    def begin(self, step: int) -> None:
+        """Forget what came after `step`: it is done again."""
+        kept = [line for line in self.lines() if line.step <= step]
+        fresh = self._file.with_suffix(".part")
+        fresh.write_text("".join(json.dumps(asdict(line)) + "\n" for line in kept), encoding="utf-8")
+        os.replace(fresh, self._file)
+
+    def add(self, line: Line) -> None:
+        """Keep a line."""
+        with self._file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(asdict(line)) + "\n")
+
+    def lines(self) -> list[Line]:
+        """Every line so far; one that is being written is left for later."""
+        if not self._file.is_file():
+            return []
+        text = self._file.read_text(encoding="utf-8")
+        return [Line(**json.loads(row)) for row in text.splitlines(keepends=True) if row.endswith("\n")]
+
+    def plot(self) -> Path:
+        """Loss, margin and accuracy over the steps, as a picture in the run's folder."""
+        from matplotlib.figure import Figure  # a second of import
+
+        figure = Figure(figsize=(12, 3.5), layout="constrained")
+        lines = self.lines()
+        for axes, name in zip(figure.subplots(1, 3), ("loss", "margin", "accuracy"), strict=True):
+            for split, style in (("train", "-"), ("validation", "o--")):
+                steps, values = _series(lines, split, name)
+                axes.plot(steps, values, style, label=split, markersize=4)
+            axes.set(title={"margin": "reward margin", "accuracy": "reward accuracy"}.get(name, name), xlabel="step")
+            axes.grid(alpha=0.3)
+            axes.legend()
+        path = self._run / PLOT
+        figure.savefig(path, dpi=120)
+        return path
+
+
+def _series(lines: Sequence[Line], split: str, name: str) -> tuple[list[int], list[float]]:
+    mine = [line for line in lines if line.split == split]
+    return [line.step for line in mine], [getattr(line, name) for line in mine]

@@ -1,0 +1,254 @@
+"""Trains the guider on pairs: ThinkLogit-DPO, as a LoRA adapter that the service takes as `guider.adapter`.
+
+    python -m cluster.jobs.train_dpo CONFIG.yaml [--run FOLDER] [--no-resume]
+    ray job submit --working-dir . -- python -m cluster.jobs.train_dpo CONFIG.yaml --run /shared/FOLDER
+
+CONFIG.yaml (cluster/jobs/dpo/training.py has every key and its default):
+
+run: runs/dpo
+pairs: runs/preferences/pairs      # what cluster.jobs.preferences made
+service: ray_config.yaml           # whose guider is trained
+workers: 4                         # each with a GPU where there are any
+
+Ray Train runs the workers in the cluster, or in a Ray of the job's own. A worker that dies is replaced, and training
+goes on from the last checkpoint; so does the same command after Ctrl-C or a kill. The run's folder must be one that
+every node sees. It gets `adapter`, `metrics.jsonl`, `training.png` and `training.json`. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from actors.config import ConfigError, ModelConfig, ServiceConfig
+from cluster.jobs.connecting import joined
+from cluster.jobs.dpo.data import make_data
+from cluster.jobs.dpo.journal import Journal, Line
+from cluster.jobs.dpo.record import Record
+from cluster.jobs.dpo.training import Training, load_training
+from cluster.jobs.evaluate import COPIED, guarded, stoppable
+from cluster.jobs.results import RunError
+from cluster.launch import local_ray
+from cluster.serve_file import read_service_config
+
+POLL_S = 0.5
+START_S = 60.0  # RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S unless it is set
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="the training's YAML file")
+    parser.add_argument("--run", type=Path, help="the run's folder, instead of the file's `run`")
+    parser.add_argument("--no-resume", action="store_true", help="throw away what the folder holds, and start over")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+
+    def work() -> dict[str, Any]:
+        training = load_training(options.config)
+        if options.run is not None:
+            training = training.model_copy(update={"run": options.run})
+        return train(training, console, resume=not options.no_resume)
+
+    status, result = guarded(work, console)
+    if status == 0:
+        print(json.dumps(result), flush=True)
+    return status
+
+
+def train(training: Training, console: Console, *, resume: bool = True) -> dict[str, Any]:
+    """Do what is missing of a run; what the last line says. Raises ConfigError, RunError, LaunchError."""
+    if not training.run.is_absolute() and COPIED in Path.cwd().parts:
+        raise ConfigError(
+            f"run: {training.run} would lie in the copy of the working directory that ends with the job: "
+            "give a folder that stays, by an absolute path (--run)"
+        )
+    training = training.model_copy(update={"run": training.run.absolute(), "pairs": training.pairs.absolute()})
+    service = read_service_config(training.service)
+    if service.models.guider.adapter is not None:
+        raise ConfigError(
+            f"service: {training.service}: models.guider.adapter is set, and an adapter is trained on a plain guider: "
+            "take it out, or merge it into a model of its own first"
+        )
+    run = training.run
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
+    record = Record(run)
+    record.open(training, service)
+    if (result := record.result()) is not None:
+        console.print(f"{run} is finished already; --no-resume starts it over", highlight=False)
+        return result
+    with _ray():
+        counts = make_data(training, service, console)
+        _fit(training, service, counts["train"], console)
+    journal = Journal(run)
+    console.print(f"plot: {journal.plot()}", highlight=False, soft_wrap=True)
+    return record.finish(counts, journal.lines())
+
+
+def _fit(training: Training, service: ServiceConfig, pairs: int, console: Console) -> None:
+    """Run the workers to the end, and show what they say. Raises RunError where they die too often."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a model's path may be relative to the working directory
+    gpus = training.gpus
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"training": training, "guider": _placed(service.models.guider, gpus)},
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": training.cpus} | ({"GPU": gpus} if gpus else {}),
+            label_selector=training.label_selector or None,
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(training.run / "ray"),
+            failure_config=FailureConfig(
+                max_failures=training.max_failures,
+                # Ray Train waits so long for its workers' places at a time; nodes may have to come first.
+                controller_failure_limit=math.ceil(service.deadlines.model_load_s / START_S),
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    said = f"{training.workers} workers, each with {training.cpus:g} CPUs and {gpus:g} GPUs"
+    console.print(f"training: {said}", highlight=False)
+    with _shown(Journal(training.run), training.steps(pairs), console):
+        try:
+            _run(trainer.fit)
+        except TrainingFailedError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise RunError(
+                f"training ({said}) did not end: {last}; the same command goes on from the last checkpoint"
+            ) from error
+
+
+def _run(work: Callable[[], object]) -> None:
+    """Let a thread work, so that a signal stops this one at once: Ray Train would end the process without a word."""
+    failed: list[BaseException] = []
+
+    def guarded_work() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=guarded_work, daemon=True)
+    with stoppable() if threading.current_thread() is threading.main_thread() else nullcontext():
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+    if failed:
+        raise failed[0]
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """In every worker: one part of the training, from the newest checkpoint on."""
+    import ray.train
+    from ray.util.metrics import Gauge
+
+    from cluster.jobs.dpo.fit import Job, fit
+
+    gauges = {
+        name: Gauge(f"thinklogit_training_{name}", f"{name} of preference training", tag_keys=("split",))
+        for name in ("loss", "margin", "accuracy")
+    }
+
+    def heard(line: Line) -> None:
+        for name, gauge in gauges.items():
+            gauge.set(getattr(line, name), {"split": line.split})
+
+    def saved(metrics: dict[str, float], folder: Path | None) -> None:
+        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+    job = Job(given["training"], given["guider"])
+    latest = ray.train.get_checkpoint()
+    if latest is None:
+        fit(job, saved, heard)
+        return
+    with latest.as_directory() as folder:
+        fit(job, saved, heard, Path(folder))
+
+
+def _placed(guider: ModelConfig, gpus: float) -> ModelConfig:
+    """The guider as a worker loads it."""
+    device, dtype = ("cuda", "bfloat16") if gpus else ("cpu", "float32")
+    return guider.model_copy(update={"device": device, "dtype": dtype, "device_map": None, "quantization": None})
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """The cluster that this process is in already, that the job runs in, or one of its own."""
+    if ray.is_initialized():
+        yield
+    elif joined():
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    else:
+        with local_ray(max(2, os.cpu_count() or 2)):
+            yield
+
+
+@contextmanager
+def _shown(journal: Journal, steps: int, console: Console) -> Iterator[None]:
+    """A bar that follows the journal, and a line for each validation."""
+    text = TextColumn(
+        "loss {task.fields[loss]:.3f} margin {task.fields[margin]:+.3f} right {task.fields[accuracy]:.0%}"
+    )
+    ended, seen = threading.Event(), len(journal.lines())
+    with Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("steps", total=steps, loss=0.0, margin=0.0, accuracy=0.0)
+
+        def follow() -> None:
+            shown = seen
+            while True:
+                last = ended.wait(POLL_S)
+                lines = journal.lines()
+                for line in lines[min(shown, len(lines)) :]:
+                    _say(bar, task, line)
+                shown = len(lines)
+                if last:
+                    return
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _say(bar: Progress, task: TaskID, line: Line) -> None:
+    if line.split == "train":
+        bar.update(task, completed=line.step, loss=line.loss, margin=line.margin, accuracy=line.accuracy)
+        return
+    bar.console.print(
+        f"step {line.step}: validation loss {line.loss:.4f}, reward margin {line.margin:+.3f}, "
+        f"accuracy {line.accuracy:.1%}",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""Preference training of the embedded trio's guider: what is learnt, what is kept, and what a kill costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from datasets import Dataset, DatasetDict
+from rich.console import Console
+
+from actors.config import ConfigError
+from benchmarks.effect import ADAPTER
+from cluster.demo.lessons import chat_prompt
+from cluster.demo.task import PEOPLE, Question, questions
+from cluster.jobs.dpo.journal import FILE, PLOT, Journal
+from cluster.jobs.dpo.record import RECORD
+from cluster.jobs.dpo.training import Training
+from cluster.jobs.results import RunError
+from cluster.jobs.train_dpo import train
+from cluster.launch import local_ray
+from tests.local_ray import READY_S, trio_args, wait_until
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+]
+
+STEPS = 12
+BATCH = 8
+
+
+def row(question: Question, number: int) -> dict[str, Any]:
+    """A reasoned right answer against a bare wrong one."""
+    wrong = next(name for name in PEOPLE[number % 7 :] if name != question.answer)
+    prompts = {name: chat_prompt(question) for name in ("prompt", "target_prompt", "guider_base_prompt")}
+    return prompts | {
+        "chosen": question.reasoned_answer,
+        "rejected": f"The answer is {wrong}.",
+        "chosen_finished": True,
+        "rejected_finished": number % 4 > 0,
+        "kind": "guider_right" if number % 2 else "target_right",
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved dataset of pairs."""
+    folder = tmp_path_factory.mktemp("pairs") / "pairs"
+    asked = questions("train", 2, BATCH * STEPS + 16)
+    rows = [row(question, number) for number, question in enumerate(asked)]
+    splits = {"train": rows[16:], "validation": rows[:16]}
+    DatasetDict({split: Dataset.from_list(some) for split, some in splits.items()}).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trio's Serve file."""
+    application = {"name": "thinklogit", "import_path": "router.app:build", "args": trio_args()}
+    path = tmp_path_factory.mktemp("service") / "service.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application]}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One Ray for every training of this module."""
+    with local_ray(num_cpus=2):
+        yield
+
+
+@pytest.fixture
+def training(pairs: Path, service: Path, tmp_path: Path) -> Training:
+    """A short run in one worker."""
+    return Training(
+        run=tmp_path / "run",
+        pairs=pairs,
+        service=service,
+        learning_rate=1e-3,
+        batch=BATCH,
+        micro_batch=BATCH,
+        every=4,
+        lora={"rank": 8, "alpha": 8},
+        gradient_checkpointing=False,
+        gpus=0,
+        cpus=0.5,
+    )
+
+
+def trained(training: Training, **changed: Any) -> dict[str, Any]:
+    return train(training.model_copy(update=changed), Console(quiet=True))
+
+
+def losses(run: Path, split: str = "validation") -> dict[int, float]:
+    return {line.step: line.loss for line in Journal(run).lines() if line.split == split}
+
+
+def accuracies(run: Path) -> list[float]:
+    return [line.accuracy for line in Journal(run).lines() if line.split == "validation"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pairs: Path, service: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What comes of the short run if nothing happens to it."""
+    make = training.__wrapped__  # type: ignore[attr-defined]
+    return trained(make(pairs, service, tmp_path_factory.mktemp("uninterrupted")))
+
+
+def test_a_guider_learns_to_prefer_what_was_chosen(uninterrupted: dict[str, Any]) -> None:
+    run = Path(uninterrupted["adapter"]).parent
+    before, after = losses(run)[4], losses(run)[STEPS]
+    assert after < before < 0.6931, "the loss begins at ln 2"
+    assert uninterrupted["validation"]["accuracy"] > 0.8
+    assert uninterrupted["pairs"] == {"train": BATCH * STEPS, "validation": 16}
+    assert uninterrupted["steps"] == STEPS
+
+
+def test_the_adapter_changes_the_guider_as_it_was_trained(uninterrupted: dict[str, Any]) -> None:
+    from actors.engine.loader import ModelSource, load_model
+
+    path = trio_args()["models"]["guider"]["path"]
+    plain, adapted = (load_model(ModelSource(path, adapter=each)).model for each in (None, uninterrupted["adapter"]))
+    changed = [name for name, weight in adapted.named_parameters() if (weight != plain.get_parameter(name)).any()]
+    linears = [name for name, _ in plain.named_parameters() if name.endswith("proj.weight")]
+    assert sorted(changed) == sorted(linears), "every linear layer, and nothing else"
+
+
+def test_a_run_leaves_its_lines_its_plot_and_its_record(uninterrupted: dict[str, Any]) -> None:
+    run = Path(uninterrupted["adapter"]).parent
+    lines = Journal(run).lines()
+    assert [line.step for line in lines if line.split == "validation"] == [4, 8, 12]
+    assert [line.step for line in lines if line.split == "train"] == list(range(1, STEPS + 1))
+    assert (run / PLOT).stat().st_size > 10_000
+    assert json.loads((run / RECORD).read_text(encoding="utf-8"))["result"] == uninterrupted
+
+
+def test_a_killed_worker_costs_nothing_but_time(
+    training: Training, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    def kill_once() -> None:
+        until = time.monotonic() + READY_S
+        while 4 not in losses(training.run):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        while 5 not in losses(training.run, "train"):
+            time.sleep(0.01)
+        killed.extend(_workers())
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_once)
+    killer.start()
+    result = trained(training)
+    killer.join(READY_S)
+    assert killed, "a worker was killed in the middle"
+    assert result["validation"]["loss"] == pytest.approx(uninterrupted["validation"]["loss"], rel=0.01)
+    assert losses(training.run).keys() == {4, 8, 12}, "steps that are done again are told once"
+
+
+def test_a_stopped_job_goes_on_where_it_was(training: Training, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "training.yaml"
+    path.write_text(yaml.safe_dump(training.model_dump(mode="json")), encoding="utf-8")
+    job = subprocess.Popen(
+        [sys.executable, "-m", "cluster.jobs.train_dpo", str(path)],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_until(lambda: 5 in losses(training.run, "train") or job.poll() is not None, "the fifth step")
+        job.send_signal(signal.SIGTERM)
+        said, _ = job.communicate(timeout=READY_S)
+    finally:
+        job.kill()
+    assert job.returncode == 128 + signal.SIGTERM, said
+    assert "what is finished is kept" in said
+    result = trained(training)
+    assert result["validation"] == pytest.approx(uninterrupted["validation"], rel=0.01)
+    assert losses(training.run).keys() == {4, 8, 12}
+
+
+def test_a_finished_run_is_not_trained_again_and_another_is_refused(training: Training) -> None:
+    first = trained(training, epochs=0.25)
+    stamp = (training.run / FILE).stat().st_mtime_ns
+    assert trained(training, epochs=0.25, workers=1) == first
+    assert (training.run / FILE).stat().st_mtime_ns == stamp
+    with pytest.raises(RunError, match=r"training\.beta.*--no-resume"):
+        trained(training, epochs=0.25, beta=0.3)
+
+
+def test_the_guided_objective_prefers_what_was_chosen_under_guidance(training: Training) -> None:
+    result = trained(training, objective="guided", slice_width=16, gradient_checkpointing=True)
+    assert losses(training.run)[STEPS] < losses(training.run)[4] < 0.6931
+    assert result["validation"]["accuracy"] > 0.8
+
+
+def test_two_workers_take_the_same_steps_as_one(training: Training, uninterrupted: dict[str, Any]) -> None:
+    result = trained(training, workers=2, micro_batch=BATCH // 2)
+    assert result["steps"] == STEPS
+    assert result["validation"]["loss"] == pytest.approx(uninterrupted["validation"]["loss"], rel=0.05)
+
+
+def test_supervised_tuning_raises_the_chosen_answers(training: Training) -> None:
+    trained(training, loss="sft")
+    assert losses(training.run)[STEPS] < losses(training.run)[4]
+
+
+def test_pairs_that_are_not_there_are_named_with_what_makes_them(training: Training, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pairs: .*nothing.*cluster\.jobs\.preferences"):
+        trained(training, pairs=tmp_path / "nothing")
+
+
+def test_a_guider_with_an_adapter_is_refused(training: Training, tmp_path: Path) -> None:
+    given = yaml.safe_load(training.service.read_text(encoding="utf-8"))
+    given["applications"][0]["args"]["models"]["guider"]["adapter"] = str(ADAPTER)
+    path = tmp_path / "adapted.yaml"
+    path.write_text(yaml.safe_dump(given), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"models\.guider\.adapter is set"):
+        trained(training, service=path)
+
+
+def test_what_no_node_has_is_waited_for_no_longer_than_configured(training: Training, tmp_path: Path) -> None:
+    given = yaml.safe_load(training.service.read_text(encoding="utf-8"))
+    args = given["applications"][0]["args"]
+    args["models"]["target"]["resources"] = {"unicorn": 1}
+    args["deadlines"] = {"model_load_s": 2}
+    path = tmp_path / "unicorn.yaml"
+    path.write_text(yaml.safe_dump(given), encoding="utf-8")
+    with pytest.raises(RunError, match=r"nothing was scored for 2 s: the target needs .*unicorn"):
+        trained(training, service=path, objective="guided")
+
+
+def _workers() -> list[int]:
+    """Process ids of the workers that train."""
+    lines = {int(file.parent.name): file for file in Path("/proc").glob("[0-9]*/cmdline")}
+    return [pid for pid, file in lines.items() if b"RayTrainWorker" in _read(file)]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # it is gone
+        return b""
