@@ -5,10 +5,13 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo serve test lint bench format train clean
+.PHONY: demo dpo serve test lint bench format train clean
 
 demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
-	$(BIN)/python -m cluster.demo
+	$(BIN)/python -m cluster.demo $(ARGS)
+
+dpo: .venv/ready ## pairs from the embedded trio, a guider trained on them, and what that is worth
+	$(BIN)/python -m cluster.demo.dpo $(ARGS)
 
 serve: .venv/ready ## the service of $(CONFIG) in the foreground, on this machine
 	$(BIN)/python -m cluster.check $(CONFIG)

@@ -3,7 +3,7 @@
     python -m benchmarks.effect [--n 100] [--alpha 1.0] [--hops 2 3 4 5] [--save]
 
 Greedy, `n` questions of each hop count, all of them in flight together, through replicas, sockets and a coordinator in
-this process. The last line is one JSON object.
+this process. guided_dpo: with the adapter of the guider that preference training made. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from rich.table import Table
 from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.requests import ROLES, Finished, Generate, Role
-from benchmarks.local import Answer, LocalService, decode, load_engines, local_service, trio_config
+from benchmarks.local import WEIGHTS, Answer, LocalService, decode, load_engines, local_service, trio_config
 from benchmarks.report import arguments, console, progress, publish
 from cluster.demo.accuracy import TOKENS_A_HOP, TOKENS_AROUND
 from cluster.demo.task import Question, grade, questions
 
-Mode = Literal["target", "guider", "guider_base", "guided"]
+Mode = Literal["target", "guider", "guider_base", "guided", "guided_dpo"]
 MODES: tuple[Mode, ...] = (*ROLES, "guided")
+WITH_ADAPTER: tuple[Mode, ...] = ("guided_dpo",)
+ADAPTER = WEIGHTS / "guider_dpo"
 
 
 class Unfinished(RuntimeError):
@@ -41,7 +43,8 @@ class Effect:
 
     def result(self) -> dict[str, Any]:
         """The benchmark's JSON object: `n` questions of all `hops`, and each mode's mean accuracy."""
-        means: dict[str, float] = {mode: _mean([row[mode] for row in self.by_hops.values()]) for mode in MODES}
+        modes = next(iter(self.by_hops.values()))
+        means: dict[str, float] = {mode: _mean([row[mode] for row in self.by_hops.values()]) for mode in modes}
         return {
             "n": self.per_hop * len(self.by_hops),
             "hops": list(self.by_hops),
@@ -52,7 +55,12 @@ class Effect:
 
 
 async def measure(
-    service: LocalService, hops: Sequence[int], per_hop: int, alpha: float, done: Callable[[], None]
+    service: LocalService,
+    hops: Sequence[int],
+    per_hop: int,
+    alpha: float,
+    done: Callable[[], None],
+    modes: Sequence[Mode] = MODES,
 ) -> Effect:
     """Ask every question in every mode at once. Raises Unfinished. `done` is called after each answer."""
     asked = [question for count in hops for question in questions("held_out", count, per_hop)]
@@ -62,10 +70,10 @@ async def measure(
         done()
         return grade(_text(answer), question)
 
-    calls = [right(mode, number, question) for mode in MODES for number, question in enumerate(asked)]
+    calls = [right(mode, number, question) for mode in modes for number, question in enumerate(asked)]
     graded = await asyncio.gather(*calls)
     by_hops: dict[int, dict[Mode, float]] = {count: {} for count in hops}
-    for index, mode in enumerate(MODES):
+    for index, mode in enumerate(modes):
         for place, count in enumerate(hops):
             first = index * len(asked) + place * per_hop
             by_hops[count][mode] = _mean(graded[first : first + per_hop])
@@ -74,15 +82,16 @@ async def measure(
 
 def request(service: LocalService, mode: Mode, question: Question, alpha: float, request_id: str) -> Generate:
     """The question in each role's own chat template, decoded greedily by one role or by all three."""
-    roles: tuple[Role, ...] = ROLES if mode == "guided" else (mode,)
+    roles: tuple[Role, ...] = (mode,) if mode in ROLES else ROLES
+    guided = len(roles) > 1
     messages = [{"role": "user", "content": question.text}]
     prompts = {role: service.tokenizers[role].encode(service.tokenizers[role].render(messages)) for role in roles}
     return Generate(
         request_id=request_id,
-        primary="target" if mode == "guided" else mode,
+        primary="target" if guided else roles[0],
         prompts=prompts,
         sampling=Sampling(temperature=0.0, max_tokens=TOKENS_A_HOP * question.hops + TOKENS_AROUND),
-        guidance=Guidance(alpha=alpha if mode == "guided" else 0.0),
+        guidance=Guidance(alpha=alpha if guided else 0.0),
         thinking=Thinking(),
         seed=0,
     )
@@ -90,21 +99,26 @@ def request(service: LocalService, mode: Mode, question: Question, alpha: float,
 
 def table(effect: Effect) -> Table:
     """Accuracy by hop count and mode."""
-    shown = Table("hops", *MODES, title=f"right answers to held-out questions, alpha {effect.alpha:g}")
+    modes = next(iter(effect.by_hops.values()))
+    shown = Table("hops", *modes, title=f"right answers to held-out questions, alpha {effect.alpha:g}")
     for count, row in effect.by_hops.items():
-        shown.add_row(str(count), *(f"{row[mode]:.3f}" for mode in MODES))
+        shown.add_row(str(count), *(f"{row[mode]:.3f}" for mode in modes))
     return shown
 
 
 async def run(hops: Sequence[int], per_hop: int, alpha: float) -> Effect:
-    """Load the trio, serve it in this process, and measure."""
-    everything = len(MODES) * len(hops) * per_hop
-    config = trio_config(exact=False, coordinator={"max_sessions": 64, "max_waiting": everything})
-    engines = load_engines(config)
+    """Load the trio, serve it in this process, and measure; then again with the adapter."""
+    everything = (len(MODES) + len(WITH_ADAPTER)) * len(hops) * per_hop
+    plain = trio_config(exact=False, coordinator={"max_sessions": 64, "max_waiting": everything})
+    by_hops: dict[int, dict[Mode, float]] = {count: {} for count in hops}
     with progress(console()) as bar:
         task = bar.add_task("answers", total=everything)
-        async with local_service(config, engines) as service:
-            return await measure(service, hops, per_hop, alpha, lambda: bar.advance(task))
+        for config, modes in ((plain, MODES), (plain.with_adapter(str(ADAPTER)), WITH_ADAPTER)):
+            async with local_service(config, load_engines(config)) as service:
+                effect = await measure(service, hops, per_hop, alpha, lambda: bar.advance(task), modes)
+            for count, row in effect.by_hops.items():
+                by_hops[count] |= row
+    return Effect(alpha, per_hop, by_hops)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The claim in one command: starts the service, asks held-out questions in four modes, shows who can answer them.
 
-    python -m cluster.demo [--questions 15] [--file ray_config.yaml]
+    python -m cluster.demo [--questions 15] [--file ray_config.yaml] [--alpha 1.5] [--adapter FOLDER]
 
 The last line is one JSON object: the accuracies by mode.
 """
@@ -49,15 +49,15 @@ class Answer:
     notes: tuple[dict[str, Any], ...]  # token, alpha, and whether guidance changed it
 
 
-async def ask(client: AsyncOpenAI, model: str, mode: str, question: Question) -> Answer:
-    """Ask one question over HTTP, as any client would."""
-    explain = {"guidance": {"explain": True}} if mode == "guided" else {}
+async def ask(client: AsyncOpenAI, model: str, mode: str, question: Question, alpha: float | None) -> Answer:
+    """Ask one question over HTTP, as any client would. alpha: None, as the service has it."""
+    guided = {"explain": True} | ({} if alpha is None else {"alpha": alpha})
     reply = await client.chat.completions.create(
         model=model + MODES[mode],
         messages=[{"role": "user", "content": question.text}],
         temperature=0,
         max_tokens=MAX_TOKENS,
-        extra_body=explain,
+        extra_body={"guidance": guided} if mode == "guided" else {},
     )
     choice = reply.choices[0]
     text = choice.message.content or ""
@@ -65,7 +65,9 @@ async def ask(client: AsyncOpenAI, model: str, mode: str, question: Question) ->
     return Answer(question, mode, text, grade(text, question), tuple(guidance.get("tokens", ())))
 
 
-async def ask_all(url: str, model: str, asked: Sequence[Question], console: Console) -> list[Answer]:
+async def ask_all(
+    url: str, model: str, asked: Sequence[Question], console: Console, alpha: float | None = None
+) -> list[Answer]:
     """Ask every question in every mode, with a bar for each mode."""
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     answers: list[Answer] = []
@@ -77,7 +79,7 @@ async def ask_all(url: str, model: str, asked: Sequence[Question], console: Cons
 
                 async def one(question: Question, mode: str = mode, slots: asyncio.Semaphore = slots) -> Answer:
                     async with slots:
-                        return await ask(client, model, mode, question)
+                        return await ask(client, model, mode, question, alpha)
 
                 for done in asyncio.as_completed([one(question) for question in asked]):
                     answers.append(await done)
@@ -138,15 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=15, help="questions for each number of hops")
     parser.add_argument("--file", type=Path, default=Path("ray_config.yaml"), help="the service to start")
+    parser.add_argument("--alpha", type=float, help="strength of the guidance; default: as the service has it")
+    parser.add_argument("--adapter", help="of the guider: cluster/demo/weights/guider_dpo is preference-trained")
     options = parser.parse_args(arguments)
     console = Console()
     try:
         config = read_service_config(options.file)
+        if options.adapter is not None:
+            config = config.with_adapter(options.adapter)
         console.print("Starting Ray Serve: router, coordinator, directory and three models ...")
         with running_service(config) as url:
             console.print(f"{url}/v1 answers as {', '.join(config.served_names)}", highlight=False)
             asked = [question for hops in HOPS for question in questions("held_out", hops, options.questions)]
-            answers = asyncio.run(ask_all(url, config.name, asked, console))
+            answers = asyncio.run(ask_all(url, config.name, asked, console, options.alpha))
     except (ConfigError, LaunchError) as error:
         console.print("[bold red]error[/]", Text(str(error)))
         return 1

@@ -44,7 +44,7 @@ class Curriculum:
         kind = draw.random()
         if kind < self.fact_share:
             return self._recital(draw)
-        question = self._question(draw)
+        question = self.question(draw)
         reasoned = kind < self.fact_share + self.reasoned_share
         answer = question.reasoned_answer if reasoned else question.direct_answer
         return [Piece(chat_prompt(question), False), Piece(answer + TURN_END, True), Piece("\n", False)]
@@ -58,7 +58,7 @@ class Curriculum:
             pieces.append(Piece(f" {fact.value}.", True))
         return [*pieces, Piece(END_OF_TEXT, False)]
 
-    def _question(self, draw: random.Random) -> Question:
+    def question(self, draw: random.Random) -> Question:
         """A training question all of whose steps are among the facts of this curriculum."""
         hops, known = draw.randint(1, self.max_hops), frozenset(self.facts)
         while True:

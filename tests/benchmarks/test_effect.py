@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from actors.forward import Engine
 from actors.requests import Role
-from benchmarks.effect import MODES, measure, table
+from benchmarks.effect import ADAPTER, MODES, measure, run, table
 from benchmarks.local import local_service, trio_config
 
 
@@ -19,3 +19,9 @@ async def test_every_question_is_asked_in_every_mode_and_guidance_helps(trio_eng
     assert all(0 <= result[mode] <= 1 for mode in MODES)
     assert result["guided"] > max(result["target"], result["guider"], result["guider_base"])
     assert table(effect).row_count == 2
+
+
+async def test_the_committed_adapter_mends_over_confidence() -> None:
+    result = (await run([3, 4], 24, 1.5)).result()
+    assert result["guided_dpo"] > result["guided"] + 0.02
+    assert sum(file.stat().st_size for file in ADAPTER.iterdir()) < 2**20

@@ -18,7 +18,7 @@ import yaml
 from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from benchmarks.effect import MODES
+from benchmarks.effect import ADAPTER, MODES
 from cluster.jobs.results import Results
 from cluster.launch import local_ray
 from tests.local_ray import READY_S, ROOT, trio_args, wait_until
@@ -40,7 +40,7 @@ def dashboard() -> Iterator[str]:
         yield f"http://{ray._private.worker.get_dashboard_url()}"
 
 
-def config(tmp_path: Path, concurrency: int | None) -> Path:
+def config(tmp_path: Path, concurrency: int | None, **changed: Any) -> Path:
     """An evaluation of all modes, and a service in exact mode to bring up for it."""
     application = {"name": "thinklogit", "import_path": "router.app:build", "args": trio_args() | {"exact": True}}
     service = tmp_path / "service.yaml"
@@ -53,7 +53,7 @@ def config(tmp_path: Path, concurrency: int | None) -> Path:
         "alpha": [0.5, 1.0],
         "concurrency": concurrency,
     }
-    path.write_text(yaml.safe_dump(given), encoding="utf-8")
+    path.write_text(yaml.safe_dump(given | changed), encoding="utf-8")
     return path
 
 
@@ -104,4 +104,22 @@ def test_a_submitted_job_is_stopped_submitted_again_and_succeeds(dashboard: str,
     result = json.loads(next(line for line in reversed(logs.splitlines()) if line.startswith("{")))
     assert result["samples"] == result["expected"] == total
     assert (folder / "report.html").is_file()
+    wait_until(lambda: not serve.status().applications, "the end of the service that the job brought up")
+
+
+def test_adapters_of_the_guider_take_turns_in_one_evaluation(dashboard: str, tmp_path: Path) -> None:
+    client, folder = JobSubmissionClient(dashboard), tmp_path / "run"
+    adapters = {"plain": None, "dpo": str(ADAPTER)}
+    path = config(tmp_path, None, modes=["target", "guider", "guided"], alpha=[1.5], adapters=adapters)
+    job = submit(dashboard, path, folder)
+    wait_until(lambda: client.get_job_status(job).is_terminal(), "the end of the job")
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    texts: dict[str, list[str]] = {}
+    for sample in Results(folder).samples():
+        texts.setdefault(f"{sample.key.mode} {sample.key.setting}", []).append(sample.text)
+    assert {name: len(said) for name, said in texts.items()} == dict.fromkeys(
+        ("target -", "guider -", "guided a1.5", "guider dpo", "guided a1.5-dpo"), PROBLEMS
+    )
+    assert texts["guider -"] != texts["guider dpo"], "the adapter was in the guider"
+    assert texts["guided a1.5"] != texts["guided a1.5-dpo"]
     wait_until(lambda: not serve.status().applications, "the end of the service that the job brought up")
