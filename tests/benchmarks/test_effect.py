@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
+
 from actors.forward import Engine
 from actors.requests import Role
 from benchmarks.effect import ADAPTER, MODES, measure, run, table
@@ -21,6 +23,7 @@ async def test_every_question_is_asked_in_every_mode_and_guidance_helps(trio_eng
     assert table(effect).row_count == 2
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
 async def test_the_committed_adapter_mends_over_confidence() -> None:
     result = (await run([3, 4], 24, 1.5)).result()
     assert result["guided_dpo"] > result["guided"] + 0.02
