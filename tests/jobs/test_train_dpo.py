@@ -195,6 +195,8 @@ def test_a_stopped_job_goes_on_where_it_was(training: Training, uninterrupted: d
 
 def test_a_finished_run_is_not_trained_again_and_another_is_refused(training: Training) -> None:
     first = trained(training, epochs=0.25)
+    ends = [line.step for line in Journal(training.run).lines() if line.split == "validation"]
+    assert ends == [first["steps"]] == [3], "a run that ends between two validations ends with one"
     stamp = (training.run / FILE).stat().st_mtime_ns
     assert trained(training, epochs=0.25, workers=1) == first
     assert (training.run / FILE).stat().st_mtime_ns == stamp

@@ -64,8 +64,6 @@ def fit(job: Job, saved: Saved, heard: Heard = lambda line: None, resume: Path |
         trainer.add_callback(saying)
         trainer.remove_callback(PrinterCallback)  # the journal says it
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        if trainer.state.global_step % training.every:
-            trainer.evaluate()
         if trainer.is_world_process_zero():
             _save(trainer.model, job, training.run / ADAPTER)
     finally:
