@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.decoding.candidates import Block, Ids, Slice
+from actors.decoding.candidates import Ids, Slice
 from actors.decoding.vocabulary import Known
 from actors.links import Replica
 from actors.live import Live
 from actors.requests import Role
-from actors.window import Early, Row, Window
-from actors.wire.messages import Refusal
+from actors.window import Row, Window
+from actors.wire.messages import Refusal, Refused
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,7 @@ class Asked:
     row: Row | None = None  # of a lookup or widening
     before: Slice | None = None  # of a widening: the narrower slice
     lookups: Lookups | None = None  # the lookups that went out with this one
+    start: int = 0  # of an extend: the position of its first row
     ticket: int = 0
 
 
@@ -53,11 +55,67 @@ class Fault:
         return pauses.get(self.code, 0.0) * random.uniform(0.5, 1.0)
 
 
+class Tickets:
+    """Everything that was asked and not answered. touched: notes a row of which a lookup is answered."""
+
+    def __init__(self, touched: Callable[[Row], None]) -> None:
+        self._touched = touched
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, Asked] = {}
+
+    def get(self, ticket: int) -> Asked | None:
+        """What was asked with a ticket; None if nobody waits for it any more."""
+        return self._asked.get(ticket)
+
+    def number(self) -> int:
+        """A ticket for an answer that nobody waits for."""
+        return next(self._numbers)
+
+    def issue(self, asked: Asked) -> int:
+        """A ticket for something that is asked now."""
+        ticket = asked.ticket = next(self._numbers)
+        self._asked[ticket] = asked
+        asked.window.live.tickets.setdefault(asked.role, set()).add(ticket)
+        return ticket
+
+    def done(self, asked: Asked) -> None:
+        """It is answered."""
+        del self._asked[asked.ticket]
+        asked.window.live.tickets[asked.role].discard(asked.ticket)
+        if asked.kind == "lookup":
+            assert asked.row is not None
+            asked.row.waiting -= 1
+            self._touched(asked.row)
+
+    def forget(self, live: Live, role: Role, lookups_only: bool = False) -> None:
+        """Nobody waits any more for what a role was asked about a session."""
+        tickets = live.tickets.get(role, set())
+        for ticket in list(tickets):
+            if not lookups_only or self._asked[ticket].kind == "lookup":
+                del self._asked[ticket]
+                tickets.discard(ticket)
+
+    def refused(self, message: Refused) -> list[Fault]:
+        """Take in refusals: one fault for each session and role."""
+        faults: dict[tuple[int, Role], Fault] = {}
+        for ticket, code, detail in message.items.tolist():
+            if (asked := self.get(ticket)) is not None:
+                self.done(asked)
+                # An extend's refusal says more than those of the lookups that waited for it.
+                live = asked.window.live
+                if asked.kind == "extend" or (live.key, asked.role) not in faults:
+                    faults[live.key, asked.role] = Fault(live, asked.role, Refusal(code), detail)
+        return list(faults.values())
+
+
+Sink = Callable[[Ids, Ids, NDArray[Any]], None]  # where (at, places) the values belong
+
+
 class Lookups:
     """Lookups about several rows that went to one role together, and where their answers belong.
 
-    at [n]: which of `rows` each id belongs to, ascending. places [n]: where its logit goes: among the candidates of the
-    rows' block, or, before there is one, among the slots of the guider's slice.
+    at [n]: which of `rows` each id belongs to, ascending. places [n]: where its logit goes, in terms of `sink`.
+    positions: of the rows' tokens in the role's streams, where it is not the rows' own.
     """
 
     def __init__(
@@ -66,12 +124,11 @@ class Lookups:
         rows: Sequence[Row],
         at: Ids,
         places: Ids,
-        *,
-        block: Block | None = None,
-        early: Early | None = None,
+        sink: Sink,
+        positions: Sequence[int] | None = None,
     ) -> None:
-        self.role, self.rows, self.at, self.places = role, rows, at, places
-        self._block, self._early = block, early
+        self.role, self.rows, self.at, self.places, self._sink = role, rows, at, places, sink
+        self._positions = positions
         self.tickets: list[int] = []  # consecutive, one for each row of which something is asked
         self._counts = np.bincount(at, minlength=len(rows)).tolist()
 
@@ -90,29 +147,20 @@ class Lookups:
         for replica in dict.fromkeys(replicas):
             mine = np.array([each is replica for each in replicas])[self.at]
             if mine.any():
-                part = Lookups(
-                    self.role, self.rows, self.at[mine], self.places[mine], block=self._block, early=self._early
-                )
+                part = Lookups(self.role, self.rows, self.at[mine], self.places[mine], self._sink, self._positions)
                 yield replica, part, ids[mine]
 
-    def counted(self) -> Iterator[tuple[Row, int]]:
-        """Rows of which something is asked, and how many ids."""
-        return ((row, count) for row, count in zip(self.rows, self._counts, strict=True) if count)
+    def counted(self) -> Iterator[tuple[Row, tuple[int, int], int]]:
+        """Rows of which something is asked, what names them to the role's replica, and how many ids."""
+        for number, (row, count) in enumerate(zip(self.rows, self._counts, strict=True)):
+            if count:
+                position = row.position(self.role) if self._positions is None else self._positions[number]
+                yield row, row.window.name(self.role, position), count
 
     def take(self, values: NDArray[Any], ticket: int | None = None) -> None:
         """The answer to one ticket, or to all."""
         part = slice(None) if ticket is None else self._part(ticket)
-        at, places = self.at[part], self.places[part]
-        if self._block is not None:
-            self._block.fill(self.role, at, places, values)
-            return
-        assert self._early is not None
-        self._early.values[at, places] = values
-        for number in np.unique(at).tolist():
-            row = self.rows[number]
-            if row.block is not None and row.early is self._early:  # it was joined meanwhile
-                mine = at == number
-                row.block.early(row.at, places[mine], values[mine])
+        self._sink(self.at[part], self.places[part], values)
 
     def _part(self, ticket: int) -> slice:
         counts = [count for count in self._counts if count]

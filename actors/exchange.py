@@ -1,32 +1,32 @@
 """Carries rows: extends the models, completes the candidates by lookups, widens rows, for many sessions at once.
 
-The small models usually answer first: the guider's ids are looked up in the target while it still computes (a lookup
-waits for its row). When both have answered, every role is asked for the candidates that it lacks. A row's candidates
-are the same in any order of arrival. What rows of one shape need is done for all of them at once.
+What is asked of candidates is in `joining`. A row's candidates are the same in any order of arrival.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
-from actors.asked import Asked, Fault, Lookups
+from actors.asked import Asked, Fault, Tickets
 from actors.config import Exchange as ExchangeConfig
-from actors.decoding.candidates import Ids, Slice, blocks
+from actors.decoding.candidates import Slice
 from actors.decoding.hashing import extend_hashes
+from actors.decoding.readers import Ahead, Alignment
 from actors.decoding.vocabulary import Known, VocabularyMap
+from actors.decoding.vocabulary_mass import Straddled
+from actors.joining import GUIDED, Joiner
 from actors.languages import Languages
 from actors.links import Replica
 from actors.live import Live
 from actors.readrows import read_rows
 from actors.requests import Role
-from actors.window import Early, Row, Window
+from actors.trail import Trail
+from actors.window import Row, Window
 from actors.wire.columns import drafted_items
-from actors.wire.messages import WHOLE, Drafted, Message, Refusal, Refused, Rows, Values
-
-GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base only answers for what the others put forward
+from actors.wire.messages import WHOLE, Drafted, Message, Refused, Rows, Values
 
 
 class Exchange:
@@ -34,9 +34,9 @@ class Exchange:
 
     def __init__(self, config: ExchangeConfig, languages: Languages) -> None:
         self._config, self._languages = config, languages
-        self._ticket = itertools.count(1)
-        self._asked: dict[int, Asked] = {}
         self._touched: dict[Row, None] = {}
+        self._tickets = Tickets(self._touch)
+        self._joiner = Joiner(config.k, languages, self._tickets)
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -47,6 +47,10 @@ class Exchange:
         """
         known = self._known(live, guided)
         window = live.window = Window(live, guided, known, "guider" if drafts else None, drafts)
+        if guided and self._languages.aligned and live.primary == "target":
+            window.oldest = {role: self._oldest(live, role) for role in GUIDED[1:]}
+            if drafts and not self._ready_to_draft(window):  # its rows are asked for without drafts first
+                window.drafter, drafts = None, 0
         if drafts:
             self._ask_drafts(window)
         else:
@@ -70,22 +74,39 @@ class Exchange:
         assert window is not None
         stream = live.session.streams[role]
         stream.held = min(held, stream.held, len(stream) - 1)
-        self._forget(live, role)
+        live.trails.pop(role, None)
+        self._tickets.forget(live, role)
         window.answered.discard(role)
         for row in window.rows[window.next :]:
             row.slices.pop(role, None)
             row.restart()
+            for straddled in row.straddled.values():
+                straddled.forget()
             self._touched[row] = None
         for other in window.roles:
-            self._forget(live, other, lookups_only=True)
+            self._tickets.forget(live, other, lookups_only=True)
         self._extend(window, role)
+        self._joiner.ask_straddlers(window)
 
     def read(self, live: Live, role: Role) -> None:
         """Let a role read what it will need later. Nobody waits for it: if it fails, the tokens are sent again."""
         stream = live.session.streams[role]
         if tokens := stream.tokens[stream.held :]:
             prefix, outbox = stream.hash_before(stream.held), live.replicas[role].outbox
-            item = (next(self._ticket), live.key, live.age, prefix, live.epoch, stream.held, len(tokens), 0, 0, 0)
+            item = (
+                self._tickets.number(),
+                live.key,
+                live.age,
+                prefix,
+                live.epoch,
+                stream.held,
+                len(tokens),
+                0,
+                0,
+                0,
+                0,
+            )
+            live.trails.pop(role, None)
             outbox.extends.append(item)
             outbox.tokens += tokens
             stream.held = len(stream)
@@ -101,7 +122,7 @@ class Exchange:
     def drop(self, live: Live) -> None:
         """The session's window is over, or is started anew: forget what was asked for it."""
         for role in list(live.tickets):
-            self._forget(live, role)
+            self._tickets.forget(live, role)
         if live.window is not None:
             for row in live.window.dissolve():
                 self._touched.pop(row, None)
@@ -116,51 +137,116 @@ class Exchange:
     def _widen(self, row: Row, role: Role, before: Slice) -> None:
         live = row.window.live
         position, prefix = row.name(role)
-        ticket = self._ticketed(Asked("widen", row.window, role, row=row, before=before))
+        ticket = self._tickets.issue(Asked("widen", row.window, role, row=row, before=before))
         live.replicas[role].outbox.widens.append((ticket, live.key, prefix, live.epoch, position, row.k))
 
     def _ask_drafts(self, window: Window) -> None:
         """Let the guider append the session's newest tokens and go on by itself."""
         live = window.live
         request, outbox = live.session.request, live.replicas["guider"].outbox
-        stream = live.session.streams["guider"]
-        window.first["guider"] = len(stream) - 1
-        window.hashes["guider"] = [stream.hash_before(len(stream))]
+        window.hashes["guider"] = [self._begin_role(window, "guider")]
         sampling = request.sampling
         at, noise = len(outbox.extends), len(live.session.primary)
-        outbox.drafting.append((at, window.wanted, request.seed, noise, sampling.temperature, sampling.top_p))
-        self._extend(window, "guider")
+        # Its noise is that of its own ids: where these are not the target's, the likeliest token is the best guess.
+        temperature = 0.0 if self._languages.aligned else sampling.temperature
+        outbox.drafting.append((at, window.wanted, request.seed, noise, temperature, sampling.top_p))
+        self._extend(window, "guider", drafting=True)
 
-    def _check(self, window: Window, guesses: Sequence[int]) -> None:
+    def _check(self, window: Window, guesses: Sequence[int], drafted: Sequence[int] = ()) -> None:
         """The drafts are known: ask for the rows behind them."""
         k = WHOLE if self._config.mode == "full" else self._config.k
-        window.rows = [Row(window, index, k) for index in range(len(guesses) + 1)]
+        ahead = self._ahead(window, guesses, drafted)
+        window.rows = [Row(window, index, k) for index in range(len(ahead[window.live.primary].ends))]
+        for role, part in ahead.items():
+            begun = self._begin_role(window, role)
+            window.tails[role], window.reads[role] = list(part.tokens), part.ends
+            window.hashes[role] = [begun, *extend_hashes(begun, part.tokens)]
+            if role in window.oldest:
+                tables = self._languages.alignment(role).tables
+                for row, straddle in zip(window.rows, part.straddles, strict=True):
+                    if straddle is not None:
+                        row.straddled[role] = Straddled(straddle, tables)
         for role in window.roles:
             if role != window.drafter:
-                stream = window.live.session.streams[role]
-                theirs = self._map(window.live, role).to_role
-                tail = window.tails[role] = [int(theirs[guess]) for guess in guesses]
-                begun = stream.hash_before(len(stream))
-                window.first[role] = len(stream) - 1
-                window.hashes[role] = [begun, *extend_hashes(begun, tail)]
                 self._extend(window, role)
+        self._joiner.ask_straddlers(window)
 
-    def _extend(self, window: Window, role: Role) -> None:
+    def _ahead(self, window: Window, guesses: Sequence[int], drafted: Sequence[int]) -> dict[Role, Ahead]:
+        """What each role reads of the guesses, as many of them as all read one after another."""
+        live, session = window.live, window.live.session
+        roles = [role for role in dict.fromkeys((*window.roles, *((window.drafter,) if window.drafter else ())))]
+        small = {role: session.readers[role].ahead(guesses) for role in roles if role != live.primary}
+        rows = len(guesses) + 1
+        for role, part in small.items():
+            room = live.room(role)
+            fitting = [read <= room for read in part.ends]
+            if role == window.drafter:
+                fitting = [
+                    fits and part.tokens[:read] == tuple(drafted[:read])
+                    for fits, read in zip(fitting, part.ends, strict=True)
+                ]
+            rows = min(rows, max(1, fitting.index(False) if False in fitting else len(fitting)))
+        own = Ahead(tuple(guesses[: rows - 1]), tuple(range(rows)), (None,) * rows)
+        return {live.primary: own} | {role: part.first(rows) for role, part in small.items()}
+
+    def _begin_role(self, window: Window, role: Role) -> int:
+        """Note where a role's rows begin; the running hash up to the first row's token."""
+        stream = window.live.session.streams[role]
+        window.first[role] = len(stream) - 1
+        return stream.hash_before(len(stream))
+
+    def _oldest(self, live: Live, role: Role) -> int:
+        oldest = live.session.readers[role].oldest_row()
+        assert oldest is not None
+        return oldest
+
+    def _ready_to_draft(self, window: Window) -> bool:
+        """Whether the guider holds all rows that a row may need, but for the newest: a draft gives one row only."""
+        live, last = window.live, len(window.live.session.streams["guider"]) - 1
+        window.first["guider"] = last
+        trail = live.trails.get("guider")
+        reach = window.oldest["guider"]
+        if trail is not None:
+            reach = trail.reach(reach, last, partial(window.name, "guider"))
+        return reach == last and live.session.streams["guider"].held >= last
+
+    def _extend(self, window: Window, role: Role, drafting: bool = False) -> None:
         """Send a role the session's newest tokens and the drafts behind them; ask for the window's rows."""
         live, needed, first = window.live, window.known.get(role), window.first[role]
         stream, tail = live.session.streams[role], window.tails.get(role, [])
-        position = min(stream.held, first)
+        end, fresh, keep = first + 1 + len(tail), first, 0
+        if role in window.oldest:
+            trail, name_of = live.trails.setdefault(role, Trail()), partial(window.name, role)
+            reach = trail.reach(window.oldest[role], end, name_of)
+            fresh = min(reach, max(stream.held, window.oldest[role]), first if drafting else end)
+            keep = trail.kept(fresh, name_of) if fresh <= stream.held else 0
+            if fresh == end:  # nothing new to read: the replica has said all
+                window.answered.add(role)
+            self._recall(window, role, trail, fresh)
+            if fresh == end:
+                return
+        else:
+            live.trails.pop(role, None)  # none of these rows stay
+        position = min(stream.held, fresh)
         tokens = [*stream.tokens[position : first + 1], *tail]
         k = self._width(window, role)
         ids = needed.ids if needed is not None else np.zeros(0, np.int32)
-        rows = len(tail) + 1
-        ticket = self._ticketed(Asked("extend", window, role, known=needed))
+        rows = end - fresh
+        ticket = self._tickets.issue(Asked("extend", window, role, known=needed, start=fresh))
         prefix = stream.hash_before(position)
         outbox = live.replicas[role].outbox
-        item = (ticket, live.key, live.age, prefix, live.epoch, position, len(tokens), rows, k, len(ids))
+        item = (ticket, live.key, live.age, prefix, live.epoch, position, len(tokens), rows, k, len(ids), keep)
         outbox.extends.append(item)
         outbox.tokens += tokens
         outbox.know.append(ids)
+
+    def _recall(self, window: Window, role: Role, trail: Trail, fresh: int) -> None:
+        """Rows before `fresh` are known already."""
+        for row in window.rows[window.next :]:
+            if row.position(role) < fresh:
+                part = trail.get(row.name(role))
+                assert part is not None
+                self._hear(row, role, part)
 
     def _width(self, window: Window, role: Role) -> int:
         """Of the slices that a role is asked for."""
@@ -183,25 +269,22 @@ class Exchange:
             elif isinstance(message, Drafted):
                 self._take_drafts(message)
             elif isinstance(message, Refused):
-                faults += self._take_refused(message)
+                faults += self._tickets.refused(message)
         return faults
 
     def advance(self) -> list[Window]:
         """Ask for what the rows touched since the last call still lack; windows whose next row is complete."""
         touched, self._touched = list(self._touched), {}
-        open_rows = [row for row in touched if row.block is None]
-        joining = [row for row in open_rows if row.joinable]
-        self._ask_early([row for row in open_rows if not row.joinable])
-        self._join(joining)
+        self._joiner.advance(touched)
         return [window for window in dict.fromkeys(row.window for row in touched) if window.ready()]
 
     def _take_rows(self, message: Rows, replica: Replica) -> None:
         replica.pace.observe(message.packed, message.micros / 1e6)
-        asked = [self._asked.get(ticket) for ticket in message.items["ticket"].tolist()]
+        asked = [self._tickets.get(ticket) for ticket in message.items["ticket"].tolist()]
         for one, slices in read_rows(message, asked, replica.welcome.width, self._map):
             if one is None:
                 continue
-            self._done(one)
+            self._tickets.done(one)
             window, role = one.window, one.role
             if one.kind == "widen":
                 assert one.row is not None
@@ -210,141 +293,61 @@ class Exchange:
             window.answered.add(role)
             if role == window.drafter and not window.rows:
                 self._check(window, [])  # it drafted nothing
+            if role in window.oldest:
+                trail = window.live.trails.setdefault(role, Trail())
+                used = window.first[role] + len(window.hashes[role])  # more may have been drafted
+                for position, part in zip(range(one.start, used), slices):  # noqa: B905
+                    trail.note(window.name(role, position), part)
             if role in window.known:
-                for row, part in zip(window.rows, slices):  # noqa: B905  # drafts may have been cut
-                    if row.index >= window.next and self._too_narrow(row, role):
-                        self._widen(row, role, part)  # it had been widened when the role began anew
-                    elif row.index >= window.next:
-                        self._arrive(row, role, part)
+                for row in window.rows[window.next :]:
+                    at = row.position(role) - one.start
+                    if 0 <= at < len(slices):  # drafts may have been cut
+                        self._hear(row, role, slices[at])
+
+    def _hear(self, row: Row, role: Role, part: Slice) -> None:
+        """A role said of a row what an extend says."""
+        if self._too_narrow(row, role):
+            self._widen(row, role, part)  # it had been widened when the role began anew
+        else:
+            self._arrive(row, role, part)
 
     def _arrive(self, row: Row, role: Role, part: Slice) -> None:
+        if (straddled := row.straddled.get(role)) is not None:
+            trail, window = row.window.live.trails[role], row.window
+            for number in range(straddled.rows):
+                earlier = trail.get(window.name(role, straddled.straddle.first - 1 + number))
+                assert earlier is not None
+                straddled.sums[number] = earlier.logsumexp
         row.slices[role] = part
         if row.block is not None:
             row.block.arrive(role, row.at, part)
+        self._touch(row)
+
+    def _touch(self, row: Row) -> None:
         self._touched[row] = None
 
     def _take_drafts(self, message: Drafted) -> None:
         for ticket, tokens in drafted_items(message):
-            asked = self._asked.get(ticket)
+            asked = self._tickets.get(ticket)
             if asked is not None and not asked.window.rows:
                 window = asked.window
-                guesses = self._common(window, tokens)
-                tail = window.tails["guider"] = tokens[: len(guesses)]
-                window.hashes["guider"] += extend_hashes(window.hashes["guider"][0], tail)
-                self._check(window, guesses)
-
-    def _common(self, window: Window, tokens: Sequence[int]) -> list[int]:
-        """The guider's drafts in the primary's ids, as far as each role that checks them reads them as one id."""
-        live, guesses = window.live, list[int]()
-        to_primary = self._map(live, "guider").to_primary
-        checkers = [self._map(live, role).to_role for role in window.roles if role != "guider"]
-        for token in tokens:
-            guess = int(to_primary[token])
-            if guess < 0 or any(theirs[guess] < 0 for theirs in checkers):
-                break
-            guesses.append(guess)
-        return guesses
+                self._check(window, window.live.session.readers["guider"].guesses(tokens), tokens)
 
     def _take_values(self, message: Values) -> None:
         tickets, counts = message.items["ticket"].tolist(), message.items["values"].tolist()
-        asked = self._asked.get(tickets[0]) if tickets else None
+        asked = self._tickets.get(tickets[0]) if tickets else None
         if asked is not None and asked.lookups is not None and asked.lookups.tickets == tickets:
             asked.lookups.take(message.values)
             for ticket in tickets:
-                if (one := self._asked.get(ticket)) is not None:
-                    self._done(one)
+                if (one := self._tickets.get(ticket)) is not None:
+                    self._tickets.done(one)
             return
         begin = 0
         for ticket, count in zip(tickets, counts, strict=True):
-            if (one := self._asked.get(ticket)) is not None and one.lookups is not None:
+            if (one := self._tickets.get(ticket)) is not None and one.lookups is not None:
                 one.lookups.take(message.values[begin : begin + count], ticket)
-                self._done(one)
+                self._tickets.done(one)
             begin += count
 
-    def _take_refused(self, message: Refused) -> list[Fault]:
-        faults: dict[tuple[int, Role], Fault] = {}
-        for ticket, code, detail in message.items.tolist():
-            if (asked := self._asked.get(ticket)) is not None:
-                self._done(asked)
-                # An extend's refusal says more than those of the lookups that waited for it.
-                live = asked.window.live
-                if asked.kind == "extend" or (live.key, asked.role) not in faults:
-                    faults[live.key, asked.role] = Fault(live, asked.role, Refusal(code), detail)
-        return list(faults.values())
-
-    # -- candidates ----------------------------------------------------------------------------------------------
-
-    def _join(self, rows: Sequence[Row]) -> None:
-        """The candidates of these rows are known: ask every role for those that it lacks."""
-        for block, indices in blocks([row.proposal() for row in rows]):
-            members = [rows[index] for index in indices]
-            for at, row in enumerate(members):
-                row.block, row.at = block, at
-            if members[0].window.guided and members[0].k != WHOLE:
-                for role in GUIDED:
-                    theirs = self._map(members[0].window.live, role)
-                    at_rows, places, ids = block.missing(role, theirs.to_role)
-                    self._look_up(Lookups(role, members, at_rows, places, block=block), ids, theirs)
-
-    def _ask_early(self, rows: Sequence[Row]) -> None:
-        """The guider has answered before the target: look its ids up in the target, which still computes."""
-        shapes: dict[tuple[object, ...], list[Row]] = {}
-        for row in rows:
-            if row.window.guided and row.early is None and row.k == self._config.k and "guider" in row.slices:
-                known = row.window.known["target"]
-                shapes.setdefault((len(row.slices["guider"].ids), known.events.tobytes()), []).append(row)
-        for members in shapes.values():
-            ids = np.stack([row.slices["guider"].ids for row in members])
-            theirs, to_guider = (self._map(members[0].window.live, role) for role in ("target", "guider"))
-            asked = (ids >= 0) & (theirs.to_role[ids] >= 0)
-            for event in members[0].window.known["target"].events.tolist():
-                asked &= ids != event
-            early = Early(asked, np.full(ids.shape, np.nan))
-            for at, row in enumerate(members):
-                row.early, row.early_at = early, at
-            at_rows, slots = np.nonzero(asked)
-            lookups = Lookups("target", members, at_rows, slots, early=early)
-            self._look_up(lookups, theirs.to_role[ids[at_rows, slots]], to_guider)
-
-    def _look_up(self, lookups: Lookups, ids: Ids, order: VocabularyMap) -> None:
-        """Ask for ids, row after row; unless `order` keeps the order of ids, they are sorted first."""
-        if not len(ids):
-            return
-        if not order.ascending:
-            ids = lookups.sort(ids)
-        for replica, part, its_ids in lookups.by_replica(ids):
-            outbox = replica.outbox
-            for row, count in part.counted():
-                live = row.window.live
-                ticket = self._ticketed(Asked("lookup", row.window, part.role, row=row, lookups=part))
-                part.tickets.append(ticket)
-                row.waiting += 1
-                position, prefix = row.name(part.role)
-                outbox.lookups.append((ticket, live.key, prefix, live.epoch, position, count))
-            outbox.ids.append(its_ids)
-
-    # -- tickets -------------------------------------------------------------------------------------------------
-
-    def _done(self, asked: Asked) -> None:
-        del self._asked[asked.ticket]
-        asked.window.live.tickets[asked.role].discard(asked.ticket)
-        if asked.kind == "lookup":
-            assert asked.row is not None
-            asked.row.waiting -= 1
-            self._touched[asked.row] = None
-
-    def _ticketed(self, asked: Asked) -> int:
-        ticket = asked.ticket = next(self._ticket)
-        self._asked[ticket] = asked
-        asked.window.live.tickets.setdefault(asked.role, set()).add(ticket)
-        return ticket
-
-    def _forget(self, live: Live, role: Role, lookups_only: bool = False) -> None:
-        tickets = live.tickets.get(role, set())
-        for ticket in list(tickets):
-            if not lookups_only or self._asked[ticket].kind == "lookup":
-                del self._asked[ticket]
-                tickets.discard(ticket)
-
-    def _map(self, live: Live, role: Role) -> VocabularyMap:
+    def _map(self, live: Live, role: Role) -> VocabularyMap | Alignment:
         return self._languages.map(live.primary, role)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
+from actors.alignments import align
 from actors.decoding.parameters import Thinking
+from actors.decoding.readers import Alignment
 from actors.decoding.session import Language, Spelling
 from actors.decoding.vocabulary import (
+    NOTHING_KNOWN,
     Known,
     Vocabulary,
+    VocabularyError,
     VocabularyMap,
     known,
     map_vocabulary,
@@ -25,28 +29,52 @@ def vocabulary_of(tokenizer: RoleTokenizer) -> Vocabulary:
     return Vocabulary(tokenizer.text_tokens, tokenizer.added_tokens, tokenizer.eos_ids, tokenizer.width)
 
 
+def small_maps(tokenizers: Mapping[Role, RoleTokenizer]) -> dict[Role, VocabularyMap | Alignment]:
+    """How the small models read the target: one for one, or both as texts. Raises SpellingError."""
+    target, small = tokenizers["target"], [role for role in tokenizers if role != "target"]
+    try:
+        ours = vocabulary_of(target)
+        return {role: map_vocabulary(ours, vocabulary_of(tokenizers[role]), tokenizers[role].encode) for role in small}
+    except VocabularyError:
+        return {role: align(target, tokenizers[role]) for role in small}
+
+
 class Languages:
     """Maps between roles, and spellings of the texts that decoding may force.
 
-    Raises VocabularyError when the target's text tokens are not those of a small model. What depends on a client's
-    texts is small, and forgotten when it is not used.
+    Where the target's text tokens are not those of both small models, these are aligned with it by their texts. Raises
+    SpellingError when they cannot be. What depends on a client's texts is small, and forgotten when it is not used.
     """
 
     def __init__(self, tokenizers: Mapping[Role, RoleTokenizer]) -> None:
         self._tokenizers = dict(tokenizers)
         self._vocabularies = {role: vocabulary_of(tokenizer) for role, tokenizer in tokenizers.items()}
         self._legal = {role: frozenset(v.legal().nonzero()[0].tolist()) for role, v in self._vocabularies.items()}
-        self._maps = {(role, role): own_map(vocabulary) for role, vocabulary in self._vocabularies.items()}
-        ours = self._vocabularies["target"]
-        for role, theirs in self._vocabularies.items():
-            if role != "target":
-                self._maps["target", role] = map_vocabulary(ours, theirs, self._tokenizers[role].encode)
+        self._own = {role: own_map(vocabulary) for role, vocabulary in self._vocabularies.items()}
+        self._small = small_maps(tokenizers)
         self.language = lru_cache(maxsize=256)(self._language)
         self.known = lru_cache(maxsize=256)(self._known)
 
-    def map(self, primary: Role, role: Role) -> VocabularyMap:
+    @property
+    def aligned(self) -> bool:
+        """Whether the small models are of another family than the target."""
+        return any(isinstance(mapping, Alignment) for mapping in self._small.values())
+
+    def map(self, primary: Role, role: Role) -> VocabularyMap | Alignment:
         """The map from `primary` to `role`."""
-        return self._maps[primary, role]
+        return self._own[role] if primary == role else self._small[role]
+
+    def plain_map(self, primary: Role, role: Role) -> VocabularyMap:
+        """The same, of a role that reads the primary's tokens one for one."""
+        mapping = self.map(primary, role)
+        assert isinstance(mapping, VocabularyMap)
+        return mapping
+
+    def alignment(self, role: Role) -> Alignment:
+        """The same, of a small role of another family."""
+        mapping = self._small[role]
+        assert isinstance(mapping, Alignment)
+        return mapping
 
     def legal(self, role: Role) -> frozenset[int]:
         """Ids that may be chosen in a role."""
@@ -59,7 +87,10 @@ class Languages:
 
     def _known(self, primary: Role, role: Role, end: str, forced: tuple[int, ...] = ()) -> Known:
         """What rows of `role` must know: `end` closes the thinking, and `forced` primary ids are wanted."""
-        mapping, folds = self._maps[primary, role], dict(self._maps[primary, role].folds)
+        mapping = self.map(primary, role)
+        if isinstance(mapping, Alignment):
+            return NOTHING_KNOWN  # its tables say what each event is
+        folds = dict(mapping.folds)
         if end and primary != role:
             vocabularies = self._vocabularies[primary], self._vocabularies[role]
             folds |= marker_fold(*vocabularies, mapping, end, self._tokenizers[primary].encode)

@@ -9,6 +9,7 @@ from actors.decoding.session import Session
 from actors.decoding.speculation import Acceptance, TextIndex
 from actors.events import Events
 from actors.requests import Role
+from actors.trail import Trail
 
 if TYPE_CHECKING:
     from actors.decoding.vocabulary import Known
@@ -27,6 +28,7 @@ class Live:
         self.replicas: dict[Role, Replica] = {}
         self.window: Window | None = None
         self.known: dict[bool, Mapping[Role, Known]] = {}  # what rows must know, guided or not, where no history adds
+        self.trails: dict[Role, Trail] = {}  # of small roles of another family
         self.tickets: dict[Role, set[int]] = {}  # of what was asked for the window
         self.row_since = 0.0
         self.faults = 0  # refusals since the last token
@@ -54,6 +56,7 @@ class Live:
         """From now on this replica plays the role; it holds nothing yet."""
         self.replicas[role] = replica
         self.session.streams[role].reseed(replica.welcome.hash_seed)
+        self.trails.pop(role, None)
 
     def limit(self, role: Role) -> int:
         """Positions that a role's model computes for one session."""

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from actors.config import ServiceConfig
 from actors.deciding import Counts, Decider, Judged, Stuck, Wider
-from actors.exchange import GUIDED, Exchange
+from actors.exchange import Exchange
+from actors.joining import GUIDED
 from actors.languages import Languages
 from actors.links import Links, Locate, Replica
 from actors.live import Live

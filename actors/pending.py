@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from actors.decoding.hashing import extend_hashes
 from actors.decoding.parameters import Sampling
-from actors.engine.verbs import BLOCK, Extend
+from actors.engine.verbs import BLOCK, KEEP_ALL, Extend
 from actors.wire.columns import ExtendItem
 from actors.wire.replies import Answer, Recipient
 
@@ -49,6 +49,11 @@ class Pending:
     def end(self) -> int:
         """The position after the last token that is known by now."""
         return self.item.position + len(self.item.tokens) + len(self.drafted)
+
+    @property
+    def keep(self) -> int:
+        """Held rows that stay in the next forward: a draft goes on where they end, and so does a later part."""
+        return KEEP_ALL if self.is_drafting or self.done else self.item.keep
 
     @property
     def draws(self) -> bool:
@@ -106,7 +111,7 @@ class Part(NamedTuple):
         rows = item.rows if self.is_last else 0
         position = item.position + pending.done + self.forked
         prefix = self.forked_blocks[-1] if self.forked else pending.prefix
-        return Extend(item.session, position, prefix, tokens, rows, item.age, keep=pending.is_drafting)
+        return Extend(item.session, position, prefix, tokens, rows, item.age, keep=pending.keep)
 
 
 Shared = Callable[[Sequence[int]], int]

@@ -11,9 +11,10 @@ from typing import Literal
 
 from actors.chat_template import ChatTemplateError
 from actors.config import ConfigError, ServiceConfig
-from actors.decoding.vocabulary import VocabularyError, map_vocabulary
-from actors.languages import vocabulary_of
+from actors.decoding.readers import Alignment
+from actors.languages import small_maps
 from actors.requests import ROLES, Role
+from actors.spelling import SpellingError
 from actors.tokenizer import RoleTokenizer, TokenizerError
 
 SMALL_ROLES: tuple[Role, ...] = ("guider", "guider_base")
@@ -109,11 +110,22 @@ def _dummies(config: ServiceConfig) -> Iterator[Finding]:
 
 
 def _vocabulary(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
-    target, small = tokenizers["target"], tokenizers[role]
     try:
-        map_vocabulary(vocabulary_of(target), vocabulary_of(small), small.encode)
-    except VocabularyError as error:
-        yield Finding("error", role, f"does not fit the target: {error}")
+        mapping = small_maps(tokenizers)[role]
+    except SpellingError as error:
+        yield Finding("error", role, f"cannot be read beside the target: {error}")
+        return
+    if isinstance(mapping, Alignment):
+        yield Finding(
+            "note",
+            role,
+            f"is of another family than the target and reads its text: {mapping.tables.coverage:.2%} of the target's "
+            f"text tokens are one token here; {len(mapping.tables.arrays.edge_children):,} texts are only the "
+            "beginning of tokens here",
+        )
+        if mapping.shown:
+            shown = sorted(text.decode() for text in mapping.shown.values())
+            yield Finding("note", role, f"means the target's text by these tokens of its own: {_some(shown)}")
 
 
 def _positions(config: ServiceConfig, role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:

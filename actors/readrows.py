@@ -1,21 +1,26 @@
-"""Reading a model's rows: the slices of many windows from one frame, in the ids of each session's primary."""
+"""Reading a model's rows: the slices of many windows from one frame, in the ids of each session's primary.
+
+A small model of another family has no such ids: its slices stay in its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from actors.asked import Asked
 from actors.decoding.candidates import Slice
+from actors.decoding.readers import Alignment
 from actors.decoding.vocabulary import VocabularyMap
 from actors.live import Live
 from actors.requests import Role
 from actors.wire.columns import rows_ids
 from actors.wire.messages import WHOLE, Rows
 
-MapOf = Callable[[Live, Role], VocabularyMap]
+MapOf = Callable[[Live, Role], VocabularyMap | Alignment]
 
 
 def read_rows(
@@ -35,7 +40,8 @@ def read_rows(
         mapping = map_of(one.window.live, one.role)
         key = (id(mapping), k == WHOLE)
         if key not in ours:
-            ours[key] = mapping.to_primary[:width] if k == WHOLE else mapping.to_primary[ids]
+            own = np.arange(width) if k == WHOLE else ids
+            ours[key] = own if isinstance(mapping, Alignment) else mapping.to_primary[own]
         theirs = ours[key]
         values = message.known[at.known].reshape(rows, know)
         folded = one.known.fold(values) if one.known is not None else values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 from tokenizers import AddedToken, Tokenizer
 
 from actors.chat_template import ChatTemplate, ChatTemplateError, Message
+from actors.spelling import TokenizerSpeller
 
 FILES = (
     "tokenizer.json",
@@ -98,6 +100,11 @@ class RoleTokenizer:
             return cls(tokenizer, settings, _json(folder / "config.json"), generation, template)
         except ChatTemplateError as error:
             raise TokenizerError(f"{path}: {error}") from error
+
+    @cached_property
+    def speller(self) -> TokenizerSpeller:
+        """How it spells text in the middle of an answer. Raises SpellingError for a kind that cannot be read so."""
+        return TokenizerSpeller(self._tokenizer, self.text_tokens)
 
     @property
     def has_chat_template(self) -> bool:

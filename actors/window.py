@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from actors.decoding.candidates import Block, Floats, Proposal, Slice
 from actors.decoding.decision import Decisions
 from actors.decoding.vocabulary import Known
+from actors.decoding.vocabulary_mass import Straddled
 from actors.live import Live
 from actors.requests import Role
 from actors.wire.messages import WHOLE
@@ -30,12 +31,27 @@ class Early:
 class Row:
     """One row of a window on its way to a token."""
 
-    __slots__ = ("at", "audited", "block", "early", "early_at", "index", "k", "slices", "waiting", "window")
+    __slots__ = (
+        "at",
+        "audited",
+        "block",
+        "early",
+        "early_at",
+        "index",
+        "k",
+        "proposed",
+        "slices",
+        "straddled",
+        "waiting",
+        "window",
+    )
 
     def __init__(self, window: Window, index: int, k: int) -> None:
         self.window, self.index = window, index
         self.k = k  # width of its slices; WHOLE: whole rows
         self.slices: dict[Role, Slice] = {}
+        self.straddled: dict[Role, Straddled] = {}  # by small role of another family, where earlier rows have a say
+        self.proposed: Slice | None = None  # what a guider of another family puts forward, in the target's ids
         self.early: Early | None = None
         self.early_at = 0
         self.block: Block | None = None  # once its candidates are known
@@ -46,8 +62,10 @@ class Row:
     @property
     def joinable(self) -> bool:
         """Whether all that put candidates forward have answered."""
-        needed = ("target", "guider") if self.window.guided and self.k != WHOLE else self.window.roles
-        return all(role in self.slices for role in needed)
+        if not self.window.guided or self.k == WHOLE:
+            return all(role in self.slices for role in self.window.roles)
+        guider = self.proposed is not None if self.window.aligned else "guider" in self.slices
+        return guider and "target" in self.slices
 
     @property
     def complete(self) -> bool:
@@ -56,18 +74,26 @@ class Row:
 
     def name(self, role: Role) -> tuple[int, int]:
         """What names it to a replica: the position of its token, and the running hash up to it."""
-        return self.window.first[role] + self.index, self.window.hashes[role][self.index]
+        return self.window.name(role, self.position(role))
+
+    def position(self, role: Role) -> int:
+        """Of its token in a role's stream."""
+        return self.window.first[role] + self.window.reads[role][self.index]
 
     def proposal(self) -> Proposal:
         """What is known of it, for a block."""
+        slices: Mapping[Role, Slice] = self.slices
+        if self.window.aligned:  # small models speak through their events
+            offered: dict[Role, Slice] = {"target": slices["target"]}
+            slices = offered if self.proposed is None else offered | {"guider": self.proposed}
         if self.early is None:
-            return Proposal(self.window.known, self.slices)
+            return Proposal(self.window.known, slices)
         values, asked = self.early.values[self.early_at], self.early.asked[self.early_at]
-        return Proposal(self.window.known, self.slices, values, asked)
+        return Proposal(self.window.known, slices, values, asked)
 
     def restart(self) -> None:
         """Forget its candidates: a role answers anew."""
-        self.block, self.early, self.waiting = None, None, 0
+        self.block, self.early, self.proposed, self.waiting = None, None, None, 0
 
 
 @dataclass(slots=True, eq=False)
@@ -81,10 +107,23 @@ class Window:
     wanted: int = 0  # drafts asked of the drafter
     first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
     tails: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
-    hashes: dict[Role, list[int]] = field(default_factory=dict)  # of each row's tokens, its own included
+    hashes: dict[Role, list[int]] = field(default_factory=dict)  # up to the first row's token, and after each draft
+    reads: dict[Role, Sequence[int]] = field(default_factory=dict)  # how many of its drafts a role read before each row
+    oldest: dict[Role, int] = field(default_factory=dict)  # the earliest position whose row is needed, of aligned roles
     rows: list[Row] = field(default_factory=list)  # empty while the drafter drafts
     next: int = 0  # the row to be decided now
     answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
+
+    @property
+    def aligned(self) -> bool:
+        """Whether small models of another family take part."""
+        return bool(self.oldest)
+
+    def name(self, role: Role, position: int) -> tuple[int, int]:
+        """What names a row to a replica: the position of its token, and the running hash up to it."""
+        after = position - self.first[role]
+        stream = self.live.session.streams[role]
+        return position, stream.hash_before(position + 1) if after < 0 else self.hashes[role][after]
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -106,8 +145,9 @@ class Window:
         if self.next >= len(self.rows) or bool(self.live.alpha()) != self.guided:
             return False
         for role in self.known:
-            stream, length = session.streams[role], self.first[role] + self.next + 1
-            if len(stream) != length or stream.hash_before(length) != self.hashes[role][self.next]:
+            stream, read = session.streams[role], self.reads[role][self.next]
+            length = self.first[role] + read + 1
+            if len(stream) != length or stream.hash_before(length) != self.hashes[role][read]:
                 return False
         return True
 

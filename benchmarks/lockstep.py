@@ -177,7 +177,7 @@ class Lockstep:
 
     def _read(self, live: Live, role: Role) -> Floats:
         """[primary width]: a role's held row at the primary's ids, NaN where it has none."""
-        mapping = self._languages.map(live.primary, role)
+        mapping = self._languages.plain_map(live.primary, role)
         row = self._engines[role].whole([live.key])[-1].astype(np.float64)
         theirs = mapping.to_role
         own = np.where(theirs >= 0, row[np.maximum(theirs, 0)], np.nan)

@@ -86,6 +86,11 @@ class NullRows:
         taken: NDArray[np.float32] = self.bank.logits[self._numbers(rows)]
         return taken
 
+    def last(self, position: int, count: int) -> tuple[int, ...]:
+        """The hashes of at most `count` rows directly before `position`."""
+        end = position - self.position
+        return self.hashes[max(0, end - count) : end] if 0 < end <= self.size else ()
+
     def number(self, row: int) -> int:
         """Which row of the bank it is."""
         return self.hashes[row] % len(self.bank.logits)
@@ -191,7 +196,7 @@ class NullEngine:
         hashes[extend.position + 1 :] = after
         named = tuple(after[len(after) - extend.rows :])
         before = self._rows.get(extend.session) if extend.keep else None
-        kept = before.hashes if before is not None else ()
+        kept = before.last(extend.position, extend.keep) if before is not None else ()
         self._rows[extend.session] = NullRows(
             self._bank, extend.end - extend.rows - len(kept), kept + named, extend.rows
         )

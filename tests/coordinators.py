@@ -135,7 +135,7 @@ class Coordinator:
         """Extend a session that holds the tokens `before`. draft: drafts, seed, position, temperature and top_p."""
         ticket, reply = self._expect(ticket)
         prefix = self.hash_of(before)
-        item = (ticket, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(know))
+        item = (ticket, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(know), 0)
         drafting = np.array([] if draft is None else [(0, *draft)], DRAFT_ITEM)
         items = np.array([item], EXTEND_ITEM)
         self.connection.send(Extend(items, np.array(tokens), np.array(know), drafting=drafting))

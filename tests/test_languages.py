@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from actors.decoding.parameters import Thinking
-from actors.decoding.vocabulary import VocabularyError
 from actors.languages import Languages
 from actors.requests import ROLES, Role
+from actors.spelling import SpellingError
 from actors.tokenizer import RoleTokenizer
 from tests.router.vocabularies import MARKS, byte_level, role_tokenizer, sentence_piece
 
@@ -50,8 +51,8 @@ def test_legal_ids_are_those_of_the_vocabulary() -> None:
 
 def test_each_role_is_its_own_primary_and_the_target_is_read_by_all() -> None:
     built = languages()
-    assert built.map("target", "guider").tokens(ENDS[0]) == (thinks().added_tokens["<|end|>"],)
-    assert built.map("guider", "guider").tokens(7) == (7,)
+    assert built.plain_map("target", "guider").tokens(ENDS[0]) == (thinks().added_tokens["<|end|>"],)
+    assert built.plain_map("guider", "guider").tokens(7) == (7,)
 
 
 def test_what_the_guider_has_one_token_for_counts_towards_the_targets_spelling() -> None:
@@ -80,7 +81,7 @@ def test_forced_ids_are_known_beside_the_folded_events() -> None:
 
 def test_clients_that_send_ever_new_texts_leave_nothing_behind() -> None:
     built = languages()
-    before = built.map("target", "guider").folds.copy()
+    before = built.plain_map("target", "guider").folds.copy()
     for i in range(600):
         thinking = Thinking(start="<think>", end=f"</think {i}>")
         built.language("target", ROLES, thinking)
@@ -89,7 +90,7 @@ def test_clients_that_send_ever_new_texts_leave_nothing_behind() -> None:
     for kept in (built.known.cache_info(), built.language.cache_info()):
         assert kept.maxsize is not None
         assert kept.currsize <= kept.maxsize <= 512
-    assert built.map("target", "guider").folds == before
+    assert built.plain_map("target", "guider").folds == before
 
 
 def test_the_same_texts_are_worked_out_once() -> None:
@@ -113,6 +114,16 @@ def test_a_small_role_alone_reads_no_other_vocabulary() -> None:
     assert (language.maps, set(language.spellings)) == ({}, {"guider"})
 
 
-def test_models_whose_text_tokens_differ_are_refused() -> None:
-    with pytest.raises(VocabularyError, match="one tokenizer"):
-        languages(small=role_tokenizer(sentence_piece(), bos_token="<s>", eos_token="</s>"))
+def test_small_models_whose_text_tokens_differ_are_aligned_by_their_texts() -> None:
+    built = languages(small=role_tokenizer(sentence_piece(), bos_token="<s>", eos_token="</s>"))
+    assert built.aligned
+    assert not languages().aligned
+    pair = built.alignment("guider")
+    assert pair.special[ENDS[0]] == pair.special[ENDS[1]], "all ends are one event"
+    assert built.known("target", "guider", END).ids.tolist() == []
+
+
+def test_a_vocabulary_that_is_neither_bytes_nor_words_is_refused_by_name() -> None:
+    words = Tokenizer(models.WordLevel({"Ada": 0, "Bob": 1}, unk_token="Ada"))
+    with pytest.raises(SpellingError, match="WordLevel"):
+        languages(small=role_tokenizer(words, eos_token="Bob"))

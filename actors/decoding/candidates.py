@@ -6,7 +6,7 @@ that every row must know. They are a function of that row's slices alone, in id 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,12 +159,13 @@ class Block:
         np.put_along_axis(self._lacking["target"], places, False, 1)
 
 
-def blocks(rows: Sequence[Proposal]) -> list[tuple[Block, list[int]]]:
-    """Blocks that hold all of `rows`, each with the indices of its rows in their order."""
+def blocks(rows: Sequence[Proposal], make: Callable[[list[int]], Block] | None = None) -> list[tuple[Block, list[int]]]:
+    """Blocks that hold all of `rows`, each with the indices of its rows in their order. make: one, of such rows."""
     shapes: dict[tuple[object, ...], list[int]] = {}
     for index, row in enumerate(rows):
         shapes.setdefault(row.shape, []).append(index)
-    return [(Block([rows[index] for index in indices]), indices) for indices in shapes.values()]
+    make = make or (lambda indices: Block([rows[index] for index in indices]))
+    return [(make(indices), indices) for indices in shapes.values()]
 
 
 def rank(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.decoding.answer import AnswerText, Shown
-from actors.decoding.hashing import prefix_hash
 from actors.decoding.penalties import adjust, must_know, touches
+from actors.decoding.readers import Alignment, reader_of
+from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
 from actors.requests import Delta, FinishReason, Generate, Resume, Role, Tally, TokenNote, Usage
 
@@ -36,50 +37,11 @@ class Spelling:
 class Language:
     """What a session must know of the vocabularies: maps from its primary, and how its texts are spelled."""
 
-    maps: Mapping[Role, VocabularyMap]  # of the small roles
+    maps: Mapping[Role, VocabularyMap | Alignment]  # of the small roles
     spellings: Mapping[Role, Spelling]  # of every role of the session
     eos_ids: tuple[int, ...]  # of the primary, the first one stands for all
     added: frozenset[int]  # the primary's added tokens
     text: Callable[[Sequence[int]], TextStream]  # decodes what follows these ids
-
-
-class Stream:
-    """One role's token ids, with the running hash after each, and how many its replica holds."""
-
-    def __init__(self, hash_seed: int, tokens: Sequence[int]) -> None:
-        self._seed = hash_seed
-        self.tokens: list[int] = []
-        self._hashes: list[int] = []
-        self.held = 0
-        self.append(tokens)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def append(self, tokens: Sequence[int]) -> None:
-        """Add tokens at the end."""
-        running = self.hash_before(len(self.tokens))
-        for token in tokens:
-            running = prefix_hash(running, token)
-            self.tokens.append(token)
-            self._hashes.append(running)
-
-    def replace_tail(self, length: int, tokens: Sequence[int]) -> None:
-        """Put `tokens` in the place of the last `length`."""
-        keep = len(self.tokens) - length
-        del self.tokens[keep:], self._hashes[keep:]
-        self.held = min(self.held, keep)
-        self.append(tokens)
-
-    def hash_before(self, position: int) -> int:
-        """The running hash of the tokens before `position`."""
-        return self._hashes[position - 1] if position else self._seed
-
-    def reseed(self, hash_seed: int) -> None:
-        """Another model speaks for this role now: nothing is held, and its hashes start elsewhere."""
-        tokens, self.tokens, self._hashes = self.tokens, [], []
-        self._seed, self.held = hash_seed, 0
-        self.append(tokens)
 
 
 class Session:
@@ -88,6 +50,7 @@ class Session:
     def __init__(self, request: Generate, language: Language, hash_seeds: Mapping[Role, int]) -> None:
         self.request, self.language = request, language
         self.streams = {role: Stream(hash_seeds[role], tokens) for role, tokens in request.prompts.items()}
+        self.readers = {role: reader_of(mapping, self.streams[role]) for role, mapping in language.maps.items()}
         self.prompt = frozenset(self.primary.tokens)
         self.choices: list[int] = []  # what was chosen; with the request they are the whole state
         self.output: Counter[int] = Counter()
@@ -142,11 +105,13 @@ class Session:
         self.guided += alpha != 0
         self.changed += changed
         if self._ends_too_early(token):
-            taken, shown = self._take({role: s.wait for role, s in self.language.spellings.items()})
+            taken, shown = self._force({role: s.wait for role, s in self.language.spellings.items()})
         else:
-            taken, shown = self._take(self._read_by_each(token))
+            for reader in self.readers.values():
+                reader.read(token)
+            taken, shown = self._take((token,))
         if self.finish_reason is None and self._thinks_too_long():
-            forced, closing = self._take({role: s.end for role, s in self.language.spellings.items()})
+            forced, closing = self._force({role: s.end for role, s in self.language.spellings.items()})
             taken, shown = taken + forced, shown + closing
         notes: list[TokenNote] = []
         if self.request.explain:  # what was forced is nobody's choice
@@ -190,10 +155,6 @@ class Session:
             accepted_tokens=self.accepted,
         )
 
-    def _read_by_each(self, token: int) -> dict[Role, tuple[int, ...]]:
-        read = {role: mapping.tokens(token) for role, mapping in self.language.maps.items()}
-        return {self.request.primary: (token,), **read}
-
     def _ends_too_early(self, token: int) -> bool:
         early = self._answer.thinking and self.reasoning_tokens < self.request.thinking.min_tokens
         return early and (token in self.language.eos_ids or token == self._end_token)
@@ -202,13 +163,18 @@ class Session:
         limit = self.request.thinking.max_tokens
         return self._answer.thinking and limit is not None and self.reasoning_tokens >= limit
 
-    def _take(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], Shown]:
-        """Append ids to every stream, until the answer is over: the primary's ids with their texts, and what shows."""
-        for role in self.language.maps:
-            self.streams[role].append(ids[role])
+    def _force(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], Shown]:
+        """Say what nobody chose: the same text in each role's ids."""
+        ours = ids[self.request.primary]
+        for role, reader in self.readers.items():
+            reader.force(ours, ids[role])
+        return self._take(ours)
+
+    def _take(self, ids: Sequence[int]) -> tuple[list[tuple[int, str]], Shown]:
+        """Say the primary's ids, which the others have read, until the answer is over: with texts and what shows."""
         taken: list[tuple[int, str]] = []
         shown = Shown()
-        for token in ids[self.request.primary]:
+        for token in ids:
             self.primary.append((token,))
             self.output[token] += 1
             self.generated += 1
@@ -257,7 +223,5 @@ class Session:
         ours = self.language.spellings[self.request.primary].end
         if tuple(self.primary.tokens[-len(ours) :]) != ours:
             return
-        for role, mapping in self.language.maps.items():
-            stream, theirs = self.streams[role], self.language.spellings[role].end
-            if tuple(stream.tokens[-len(theirs) :]) != theirs:
-                stream.replace_tail(sum(len(mapping.tokens(token)) for token in ours), theirs)
+        for role, reader in self.readers.items():
+            reader.respell(ours, self.language.spellings[role].end, self.request.thinking.end)

@@ -153,6 +153,9 @@ class Known:
         return folded
 
 
+NOTHING_KNOWN = Known(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
 def known(folds: Mapping[int, tuple[int, ...]], mapping: VocabularyMap, forced: Sequence[int] = ()) -> Known:
     """What a role's rows must know: folded events, and `forced` primary ids where the role has them."""
     groups = dict(folds)

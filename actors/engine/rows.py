@@ -73,6 +73,14 @@ class HeldRows:
     def _select(self, rows: Sequence[int] | None) -> Tensor:
         return gather_rows(self.places if rows is None else [self.places[row] for row in rows])
 
+    def between(self, first: int, end: int) -> HeldRows | None:
+        """Those of them at positions from `first` on, before `end`; None if there are none."""
+        begin, stop = max(first - self.position, 0), end - self.position
+        if begin >= min(stop, self.size):
+            return None
+        part = slice(begin, stop)
+        return HeldRows(self.position + begin, self.hashes[part], self.places[part], self.alone, 0)
+
     def and_then(self, later: HeldRows) -> HeldRows:
         """These rows and those of an extend that went on where they end; only the later ones if it did not."""
         if self.position + len(self.hashes) != later.position:
@@ -206,7 +214,7 @@ class RowStore:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._rows: dict[int, HeldRows] = {}
-        self._blocks_of: dict[int, list[int]] = {}
+        self._blocks_of: dict[int, dict[int, Tensor]] = {}  # by session the forwards that its rows lie in
         self._blocks: dict[int, _Block] = {}  # by forward, in order
         self._forwards = 0
 
@@ -221,11 +229,8 @@ class RowStore:
     def drop(self, session: int) -> None:
         """Let go of a session's rows; nothing happens if it has none."""
         self._rows.pop(session, None)
-        for number in self._blocks_of.pop(session, ()):
-            block = self._blocks[number]
-            block.sessions.discard(session)
-            if not block.sessions:
-                del self._blocks[number]
+        for number in self._blocks_of.pop(session, {}):
+            self._release(number, session)
 
     def make_room(self, size: int) -> None:
         """Drop the oldest forwards' rows until a forward of `size` rows fits the budget."""
@@ -234,17 +239,36 @@ class RowStore:
             for session in tuple(oldest.sessions):
                 self.drop(session)
 
-    def hold(self, rows: Mapping[int, HeldRows], size: int) -> None:
-        """Keep what one forward of `size` rows, padding included, gave to each session, beside what it still holds."""
+    def hold(self, rows: Mapping[int, HeldRows], size: int, kept: Mapping[int, tuple[int, int]] | None = None) -> None:
+        """Keep what one forward of `size` rows, padding included, gave to each session.
+
+        kept: by session a position, and how many of the rows that it still holds stay before it; None: no rows stay.
+        """
         self._forwards += 1
         if rows:
             self._blocks[self._forwards] = _Block(size, set(rows))
         for session, held in rows.items():
-            before = self._rows.get(session)
-            if before is not None:
-                held = before.and_then(held)
+            block, before = held.places[0].block, self._rows.get(session)
+            position, keep = (kept or {}).get(session, (0, 0))
+            if before is not None and (stays := before.between(position - keep, position)) is not None:
+                held = stays.and_then(held)
             self._rows[session] = held
-            self._blocks_of.setdefault(session, []).append(self._forwards)
+            blocks = self._blocks_of.setdefault(session, {})
+            blocks[self._forwards] = block
+            self._let_go(session, blocks, held)
+
+    def _let_go(self, session: int, blocks: dict[int, Tensor], held: HeldRows) -> None:
+        """Of the forwards in which none of its rows lie any more."""
+        used = {id(place.block) for place in held.places}
+        for number in [number for number, block in blocks.items() if id(block) not in used]:
+            del blocks[number]
+            self._release(number, session)
+
+    def _release(self, number: int, session: int) -> None:
+        block = self._blocks[number]
+        block.sessions.discard(session)
+        if not block.sessions:
+            del self._blocks[number]
 
     def check(self) -> None:
         """Prove that sessions and blocks agree and the budget is kept; AssertionError if not."""

@@ -306,7 +306,8 @@ class StepEngine:
                 places = tuple(Place(logits, row) for row in range(first, first + extend.rows))
                 held[extend.session] = HeldRows(extend.end - extend.rows, hashes, places, self.exact, extend.rows)
                 first += extend.rows
-        self._store.hold(held, len(logits))
+        kept = {extend.session: (extend.position, extend.keep) for extend in admitted if extend.keep}
+        self._store.hold(held, len(logits), kept)
 
     def _fresh_rows(self, sessions: Sequence[int]) -> Tensor:
         places: list[Place] = []

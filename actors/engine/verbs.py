@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+KEEP_ALL = 1 << 30  # as `keep`
 BLOCK = 16  # tokens: caches are shared in whole blocks from the first token on
 
 
@@ -24,7 +25,7 @@ class Extend(NamedTuple):
     tokens: Sequence[int]  # at least one
     rows: int  # 0 .. len(tokens)
     age: int  # admission age: a smaller one is older and may evict a larger one
-    keep: bool = False  # the session's held rows stay, the new ones join them: it goes on where they end
+    keep: int = 0  # so many held rows before `position` stay, and the new ones join them
 
     @property
     def end(self) -> int:

@@ -47,6 +47,7 @@ class ExtendItem(NamedTuple):
     k: int
     know: NDArray[np.int32]
     draft: Draft | None = None
+    keep: int = 0
 
 
 class RowItem(NamedTuple):
@@ -66,12 +67,13 @@ def extend_items(message: Extend) -> list[ExtendItem]:
     items = []
     token = known = 0
     for place, row in enumerate(message.items.tolist()):
-        ticket, session, age, prefix, epoch, position, count, rows, k, ids = row
-        if count < 0 or rows < 0 or ids < 0:
+        ticket, session, age, prefix, epoch, position, count, rows, k, ids, keep = row
+        if min(count, rows, ids, keep) < 0:
             raise ProtocolError("Extend.items has a negative count")
         mine = know[known : known + ids] if ids else _NO_IDS
         own = flat[token : token + count]
-        items.append(ExtendItem(ticket, session, age, prefix, epoch, position, own, rows, k, mine, drafts.get(place)))
+        draft = drafts.get(place)
+        items.append(ExtendItem(ticket, session, age, prefix, epoch, position, own, rows, k, mine, draft, keep))
         token, known = token + count, known + ids
     if token != len(flat) or known != len(know):
         raise ProtocolError(f"Extend counts {token} tokens and {known} ids, its columns have {len(flat)}, {len(know)}")

@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL = 3
+PROTOCOL = 4
 WHOLE = -1  # as `k`: send whole rows instead of slices
 
 
@@ -48,6 +48,7 @@ EXTEND_ITEM = np.dtype(
         ("rows", "<i4"),  # logits rows wanted, for the last so many tokens
         ("k", "<i4"),  # width of the slices; 0: only logsumexp; WHOLE: whole rows
         ("know", "<i4"),  # how many of the flat `know` are this item's: ids wanted for each of its rows
+        ("keep", "<i4"),  # rows of earlier extends, directly before `position`, that stay held
     ]
 )
 DRAFT_ITEM = np.dtype(

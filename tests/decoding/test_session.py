@@ -11,7 +11,8 @@ import pytest
 from actors.decoding.guidance import Guidance
 from actors.decoding.hashing import extend_hashes
 from actors.decoding.parameters import Sampling, Thinking
-from actors.decoding.session import Language, Session, Spelling, Stream
+from actors.decoding.session import Language, Session, Spelling
+from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import Vocabulary, map_vocabulary
 from actors.requests import Delta, Generate, Role
 from tests.decoding.vocabularies import speller, text, vocabulary

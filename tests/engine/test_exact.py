@@ -11,7 +11,7 @@ import torch
 
 from actors.engine.errors import LoadError
 from actors.engine.step_engine import Held, KVMiss, StepEngine
-from actors.engine.verbs import BLOCK
+from actors.engine.verbs import BLOCK, KEEP_ALL
 from tests.engine.models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 
 SESSIONS = 5
@@ -104,7 +104,7 @@ def test_rows_of_drafts_have_the_bits_of_decoding_and_a_rejection_leaves_no_trac
             for session in range(SESSIONS):
                 token = TEXTS[session][at + step] if step < good else draw.randrange(VOCABULARY)
                 position = len(PROMPTS[session]) + at + step
-                batch.append(run.make(session, [token], at=position)._replace(keep=step > 0))
+                batch.append(run.make(session, [token], at=position)._replace(keep=step and KEEP_ALL))
             engine.extend(batch)
         for session in range(SESSIONS):
             held = engine.rows(session)

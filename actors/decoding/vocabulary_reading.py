@@ -1,0 +1,207 @@
+"""A small model's true tokens of a text that a target of another family writes, token by token.
+
+Only the tail is spelled again when the text grows: from the last place before which no later text changes a token. So
+a new piece of text takes back a few tokens at most (a rollback) and adds new ones.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.decoding.vocabulary_tables import NOWHERE, Speller, Tables
+
+LOOK_BACK = 2  # B: boundaries of the small model's tokens, before its newest, whose rows may have straddlers
+KEPT_ROWS = LOOK_BACK + 3  # rows that are kept for it: a rollback takes back three tokens at most, nearly always
+_LONGEST_TAIL = 512  # characters: a longer word is not spelled again as a whole
+_REMEMBERED, _ROOM = 64, 256  # tokens whose ends are remembered at least, and at most
+
+
+@dataclass(frozen=True, slots=True)
+class Straddle:
+    """What a row takes from the rows of earlier boundaries.
+
+    first: tokens before the earliest of these rows. path: the tokens from there to the newest row. nodes: of the trie,
+    one for each row and the newest; NOWHERE where nothing straddles. partial: whether the newest row lies before the
+    text's end, which is in the middle of a character.
+    """
+
+    first: int
+    path: tuple[int, ...]
+    nodes: tuple[int, ...]
+    partial: bool
+
+
+class Reading:
+    """The tokens of a text since the prompt, which is a hard boundary.
+
+    Positions count from the prompt's end. Every change answers how many tokens to take back, and which to add then.
+    """
+
+    __slots__ = ("_bad", "_base", "_ends", "_floor", "_ids", "_marks", "_said", "_speller", "_tail", "_tail_tokens")
+
+    def __init__(self, speller: Speller) -> None:
+        self._speller = speller
+        self._base = 0  # tokens before the first that is remembered
+        self._ids: list[int] = []
+        self._ends: list[int] = [0]  # bytes up to the end of each, those up to the first before them
+        self._floor = 0  # tokens before the last hard boundary
+        self._tail, self._tail_tokens = "", 0  # what may be spelled again, and how many tokens that is
+        self._bad = b""  # the beginning of a character
+        self._said: list[int] = []  # the target's tokens since the last hard boundary, the newest of them
+        self._marks: list[int] = [0]  # bytes up to the end of each of these, those up to the first before them
+
+    def __len__(self) -> int:
+        return self._base + len(self._ids)
+
+    @property
+    def floor(self) -> int:
+        """Tokens before the last hard boundary."""
+        return self._floor
+
+    @property
+    def pending(self) -> bytes:
+        """The beginning of a character whose rest is to come."""
+        return self._bad
+
+    def fork(self) -> Reading:
+        """The same again, to read ahead."""
+        other = Reading.__new__(Reading)
+        other._speller, other._base, other._floor = self._speller, self._base, self._floor
+        other._ids, other._ends = self._ids[:], self._ends[:]
+        other._tail, other._tail_tokens, other._bad = self._tail, self._tail_tokens, self._bad
+        other._said, other._marks = self._said[:], self._marks[:]
+        return other
+
+    def push(self, token: int, data: bytes) -> tuple[int, list[int]]:
+        """The target said `token`, which reads `data`: tokens to take back, and those to add."""
+        before = kept = len(self)
+        self._said.append(token)
+        self._marks.append(self._marks[-1] + len(data))
+        data, self._bad = self._bad + data, b""
+        while data:
+            try:
+                text, bad, data = data.decode(), b"", b""
+            except UnicodeDecodeError as error:
+                text, bad, rest = data[: error.start].decode(), data[error.start : error.end], data[error.end :]
+                if error.end == len(data) and error.reason == "unexpected end of data":
+                    self._bad, bad = bad, b""
+                data = rest
+            if text:
+                kept = min(kept, self._grow(text))
+            if bad:
+                self._raw(bad)
+        self._forget()
+        return before - kept, self._since(kept)
+
+    def special(self, token: int, data: bytes = b"") -> tuple[int, list[int]]:
+        """A token of its own comes, after which nothing is spelled together with what was before; it reads `data`."""
+        before = len(self)
+        self._close(data)
+        self._add([token], [self._ends[-1] + len(data)])
+        self._bound()
+        return 0, self._since(before)
+
+    def respell(self, marker: bytes, token: int) -> tuple[int, list[int]]:
+        """The text ends with a marker that is one token here: it stands in the place of what spelled it."""
+        end = self._ends[-1]
+        start = end - len(marker)
+        at = bisect_left(self._ends, start)
+        if self._bad or start < self._ends[0] or (at < len(self._ends) and self._ends[at] != start):
+            return 0, []  # a token reaches into the marker from before: it stays text
+        back = len(self._ids) - at
+        del self._ids[at:], self._ends[at + 1 :]
+        self._add([token], [end])
+        self._bound()
+        return back, [token]
+
+    def straddle(self, tables: Tables) -> Straddle | None:
+        """What the row of the newest token takes from earlier ones; None if it speaks for itself."""
+        newest, partial = len(self), bool(self._bad)
+        oldest = max(self._floor, newest - LOOK_BACK)
+        nodes: list[int] = []
+        for boundary in range(oldest, newest + partial):
+            node = self._node(boundary, tables)
+            if node or nodes:
+                nodes.append(node)
+        if not nodes:
+            return Straddle(newest, (), (NOWHERE,), partial) if partial else None
+        if not partial:
+            nodes.append(NOWHERE)
+        first = newest + 1 - len(nodes)
+        return Straddle(first, tuple(self._ids[first - self._base :]), tuple(nodes), partial)
+
+    def _node(self, boundary: int, tables: Tables) -> int:
+        end = self._ends[boundary - self._base]
+        at = bisect_left(self._marks, end)
+        if at >= len(self._said) or self._marks[at] != end:
+            return NOWHERE  # no boundary of the target's
+        return tables.walk(self._said[at:])
+
+    def _grow(self, text: str) -> int:
+        """Text came: how many tokens stay."""
+        self._tail += text
+        ids, ends = self._speller.spell(self._tail)
+        begin = len(self._ids) - self._tail_tokens
+        same, old = 0, self._ids[begin:]
+        for mine, theirs in zip(old, ids, strict=False):
+            if mine != theirs:
+                break
+            same += 1
+        start = self._ends[begin]
+        del self._ids[begin + same :], self._ends[begin + same + 1 :]
+        self._add(ids[same:], [start + end for end in ends[same:]])
+        self._tail_tokens = len(ids)
+        self._cut()
+        return self._base + begin + same
+
+    def _cut(self) -> None:
+        """Nothing that comes changes the tokens before here."""
+        settled = self._speller.restart(self._tail)
+        if not settled and len(self._tail) > _LONGEST_TAIL:
+            settled = len(self._tail)
+        if not settled:
+            return
+        rest = self._tail[settled:]
+        start = self._ends[-1] - len(rest.encode())
+        at = bisect_left(self._ends, start)
+        if self._ends[at] == start:  # else a token reaches over the place
+            self._tail, self._tail_tokens = rest, len(self._ids) - at
+
+    def _raw(self, data: bytes) -> None:
+        """Bytes that are no text."""
+        ids = self._speller.spell_bytes(data)
+        if len(ids) == len(data):
+            self._add(ids, range(self._ends[-1] + 1, self._ends[-1] + 1 + len(data)))
+        elif ids:
+            self._add(ids, [self._ends[-1]] * (len(ids) - 1) + [self._ends[-1] + len(data)])
+        else:
+            self._ends[-1] += len(data)
+        self._floor, self._tail, self._tail_tokens = len(self), "", 0
+
+    def _close(self, data: bytes) -> None:
+        """What was begun of a character will not be finished."""
+        if self._bad:
+            bad, self._bad = self._bad, b""
+            self._raw(bad)
+        self._marks.append(self._marks[-1] + len(data))
+
+    def _bound(self) -> None:
+        self._floor, self._tail, self._tail_tokens = len(self), "", 0
+        self._said, self._marks = [], [self._ends[-1]]
+
+    def _add(self, ids: Sequence[int], ends: Sequence[int]) -> None:
+        self._ids += ids
+        self._ends += ends
+
+    def _since(self, position: int) -> list[int]:
+        return self._ids[position - self._base :]
+
+    def _forget(self) -> None:
+        spare = len(self._ids) - max(self._tail_tokens, _REMEMBERED)
+        if len(self._ids) > _ROOM and spare > 0:
+            del self._ids[:spare], self._ends[:spare]
+            self._base += spare
+        if len(self._said) > _ROOM:
+            del self._said[:-_REMEMBERED], self._marks[: -_REMEMBERED - 1]

@@ -1,0 +1,58 @@
+"""One small model read through an alignment, from whole rows and without a service: what measurements compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.candidates import Floats, Slice
+from actors.decoding.readers import AlignedReader, Alignment
+from actors.decoding.stream import Stream
+from actors.decoding.vocabulary_mass import Events, Heard, Straddled
+
+LanguageModel = Callable[[Sequence[int]], Floats]  # tokens so far -> the next one's logits [role width]
+
+
+class AlignedModel:
+    """A small model beside a target of another family."""
+
+    def __init__(self, alignment: Alignment, model: LanguageModel, prompt: Sequence[int] = ()) -> None:
+        """prompt: in the small model's tokens."""
+        self._alignment, self._model = alignment, model
+        self.stream = Stream(0, prompt)
+        self._reader = AlignedReader(alignment, self.stream)
+        self._every = np.arange(len(alignment.tables.events.starts) - 1)[None]
+
+    def push(self, token: int) -> None:
+        """The target said `token`."""
+        self._reader.read(token)
+
+    def masses(self) -> Floats:
+        """[target width] log-probabilities of the target's tokens as next ones; NaN where there is no such event."""
+        straddle = self._reader.ahead(()).straddles[0]
+        straddled = None
+        if straddle is not None:
+            straddled = Straddled(straddle, self._alignment.tables)
+            for number in range(straddled.rows):
+                logits, total = self._row(straddle.first + number)
+                mine = straddled.at == number
+                straddled.values[mine] = logits[straddled.ids[mine]]
+                straddled.sums[number] = total
+        logits, total = self._row(len(self.stream))
+        whole = Slice(np.arange(len(logits)), logits, np.zeros(0), total)
+        inside: NDArray[np.bool_] = np.ones(self._every.shape, np.bool_)
+        events = Events(self._alignment.tables, self._every, inside, [Heard(whole, straddled)])
+        masses: Floats = events.masses()[0]
+        return masses
+
+    def _row(self, length: int) -> tuple[Floats, float]:
+        logits = np.asarray(self._model(self.stream.tokens[:length]), np.float64)
+        return logits, float(np.logaddexp.reduce(logits))
+
+
+def difference(guider: Floats, guider_base: Floats) -> Floats:
+    """Delta: the guider's masses less those of its base; 0 where either knows nothing of an event."""
+    delta: Floats = np.nan_to_num(guider - guider_base, nan=0.0)
+    return delta
