@@ -48,4 +48,6 @@ clean:
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt ".[dev]"
+	@# published tokenizers, of which nothing but the files is read; what needs them is skipped without
+	-$(BIN)/pip install --quiet --no-deps dashscope==2.0.2 llama-models==0.3.0 mistral-common==1.13.1
 	touch $@

@@ -195,6 +195,11 @@ class ServiceConfig(_Section):
     router: RouterConfig = RouterConfig()
     deadlines: Deadlines = Deadlines()
 
+    def with_target(self, path: str) -> Self:
+        """The same service with another target."""
+        target = self.models.target.model_copy(update={"path": path})
+        return self.model_copy(update={"models": self.models.model_copy(update={"target": target})})
+
     def with_adapter(self, adapter: str | None) -> Self:
         """The same service whose guider has that adapter, or none."""
         guider = self.models.guider.model_copy(update={"adapter": adapter})

@@ -73,7 +73,8 @@ class Trigrams:
         one, two, three = self._text[:-2], self._text[1:-1], self._text[2:]
         self._pairs = Followers(self._key(one, two), three)
         self._singles = Followers(self._text[:-1], self._text[1:])
-        self._row: Floats = np.bincount(self._text, minlength=width) * ((1.0 - UNIFORM) / len(self._text))
+        seen = np.bincount(self._text, minlength=width).astype(np.float64)
+        self._row: Floats = seen * ((1.0 - UNIFORM) / len(self._text))
         self._row[self._texts] += UNIFORM / len(self._texts)
 
     def __call__(self, context: Sequence[int]) -> Floats:

@@ -51,10 +51,7 @@ def write_target(folder: Path, tokenizer: RoleTokenizer, seed: int = 5) -> Path:
 
 def with_target(folder: Path, **overrides: object) -> ServiceConfig:
     """The embedded trio with another target: nothing but its path changes."""
-    config = trio_config(**overrides)
-    models = config.models
-    target = models.target.model_copy(update={"path": str(folder)})
-    return config.model_copy(update={"models": models.model_copy(update={"target": target})})
+    return trio_config(**overrides).with_target(str(folder))
 
 
 def engines(config: ServiceConfig, small: Mapping[Role, Engine]) -> dict[Role, Engine]:
