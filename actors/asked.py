@@ -17,7 +17,7 @@ from actors.links import Replica
 from actors.live import Live
 from actors.requests import Role
 from actors.window import Row, Window
-from actors.wire.messages import Refusal, Refused
+from actors.wire.messages import Refusal, Refused, Values
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +94,23 @@ class Tickets:
             if not lookups_only or self._asked[ticket].kind == "lookup":
                 del self._asked[ticket]
                 tickets.discard(ticket)
+
+    def valued(self, message: Values) -> None:
+        """Take in answers to lookups."""
+        tickets, counts = message.items["ticket"].tolist(), message.items["values"].tolist()
+        asked = self.get(tickets[0]) if tickets else None
+        if asked is not None and asked.lookups is not None and asked.lookups.tickets == tickets:
+            asked.lookups.take(message.values)
+            for ticket in tickets:
+                if (one := self.get(ticket)) is not None:
+                    self.done(one)
+            return
+        begin = 0
+        for ticket, count in zip(tickets, counts, strict=True):
+            if (one := self.get(ticket)) is not None and one.lookups is not None:
+                one.lookups.take(message.values[begin : begin + count], ticket)
+                self.done(one)
+            begin += count
 
     def refused(self, message: Refused) -> list[Fault]:
         """Take in refusals: one fault for each session and role."""

@@ -265,7 +265,7 @@ class Exchange:
             if isinstance(message, Rows):
                 self._take_rows(message, replica)
             elif isinstance(message, Values):
-                self._take_values(message)
+                self._tickets.valued(message)
             elif isinstance(message, Drafted):
                 self._take_drafts(message)
             elif isinstance(message, Refused):
@@ -332,22 +332,6 @@ class Exchange:
             if asked is not None and not asked.window.rows:
                 window = asked.window
                 self._check(window, window.live.session.readers["guider"].guesses(tokens), tokens)
-
-    def _take_values(self, message: Values) -> None:
-        tickets, counts = message.items["ticket"].tolist(), message.items["values"].tolist()
-        asked = self._tickets.get(tickets[0]) if tickets else None
-        if asked is not None and asked.lookups is not None and asked.lookups.tickets == tickets:
-            asked.lookups.take(message.values)
-            for ticket in tickets:
-                if (one := self._tickets.get(ticket)) is not None:
-                    self._tickets.done(one)
-            return
-        begin = 0
-        for ticket, count in zip(tickets, counts, strict=True):
-            if (one := self._tickets.get(ticket)) is not None and one.lookups is not None:
-                one.lookups.take(message.values[begin : begin + count], ticket)
-                self._tickets.done(one)
-            begin += count
 
     def _map(self, live: Live, role: Role) -> VocabularyMap | Alignment:
         return self._languages.map(live.primary, role)
