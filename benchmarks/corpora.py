@@ -63,13 +63,18 @@ def mixture(
 def english() -> Iterator[str]:
     """Pages of this repository, and docstrings of the standard library in the order of its modules."""
     for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))):
-        yield page.read_text(encoding="utf-8")
-    for source in code():
+        yield from re.split(r"\n(?=#)", page.read_text(encoding="utf-8"))
+    for source in _modules():
         yield from _docstrings(source)
 
 
 def code() -> Iterator[str]:
-    """Modules of the standard library."""
+    """Classes and functions of the standard library, in the order of its modules."""
+    for source in _modules():
+        yield from source.split("\n\n\n")
+
+
+def _modules() -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted(library.rglob("*.py")):
         inside = file.relative_to(library).parts

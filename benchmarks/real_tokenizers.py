@@ -42,7 +42,7 @@ def qwen() -> RoleTokenizer | None:
     if file is None:
         return None
     ranks = _tiktoken(file)
-    tokenizer = byte_level(*_byte_level_model(ranks), QWEN_SPLIT)
+    tokenizer = byte_level(*byte_level_model(ranks), QWEN_SPLIT)
     tokenizer.normalizer = normalizers.NFC()
     return _role(tokenizer, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
 
@@ -52,7 +52,7 @@ def llama3() -> RoleTokenizer | None:
     file = _file("llama_models", "llama3/tokenizer.model")
     if file is None:
         return None
-    tokenizer = byte_level(*_byte_level_model(_tiktoken(file)), LLAMA_SPLIT, whole_words=True)
+    tokenizer = byte_level(*byte_level_model(_tiktoken(file)), LLAMA_SPLIT, whole_words=True)
     named = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
     named += ["<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"]
     named += ["<|eot_id|>", "<|python_tag|>", "<|image|>"]
@@ -70,7 +70,7 @@ def tekken() -> RoleTokenizer | None:
     reserved: int = config["default_num_special_tokens"]
     kept = saved["vocab"][: config["default_vocab_size"] - reserved]
     ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in kept}
-    vocabulary, merges = _byte_level_model(ranks)
+    vocabulary, merges = byte_level_model(ranks)
     specials = ["<unk>", "<s>", "</s>", *(f"<SPECIAL_{number}>" for number in range(3, reserved))]
     shifted = {token: id_ for id_, token in enumerate(specials)}
     shifted |= {token: id_ + reserved for token, id_ in vocabulary.items()}
@@ -176,7 +176,7 @@ def _tiktoken(file: Path) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in lines}
 
 
-def _byte_level_model(ranks: Mapping[bytes, int]) -> tuple[Vocabulary, Merges]:
+def byte_level_model(ranks: Mapping[bytes, int]) -> tuple[Vocabulary, Merges]:
     characters = printable_bytes()
     vocabulary = {"".join(characters[byte] for byte in token): rank for token, rank in ranks.items()}
     return vocabulary, _merges(vocabulary)

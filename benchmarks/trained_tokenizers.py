@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -16,6 +17,7 @@ from benchmarks.real_tokenizers import LLAMA_SPLIT, QWEN_SPLIT, byte_level
 
 END = "<|end|>"
 _RARE = -20.0  # log-probability of a byte's token
+_SPREAD = 1.5e-4  # from one piece to the next of those that are equally likely
 THREE_DIGITS, ONE_DIGIT = LLAMA_SPLIT, QWEN_SPLIT
 
 
@@ -42,13 +44,26 @@ def unigram(texts: Sequence[str], size: int) -> RoleTokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     spec = json.loads(tokenizer.to_str())
     model = spec["model"]
-    unknown, *pieces = ((piece, round(score, 6)) for piece, score in model["vocab"])
-    pieces.sort(key=lambda entry: (-entry[1], entry[0]))  # equal ones come in an order of chance
-    model["vocab"] = [unknown, *((f"<0x{byte:02X}>", _RARE) for byte in range(256)), *pieces]
+    unknown, *pieces = model["vocab"]
+    bytes_ = [(f"<0x{byte:02X}>", _RARE) for byte in range(256)]
+    model["vocab"] = [unknown, *bytes_, *_ordered({piece: round(score, 6) for piece, score in pieces})]
     model["byte_fallback"] = True
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return _role(tokenizer)
+
+
+def _ordered(scores: dict[str, float]) -> list[tuple[str, float]]:
+    """The likeliest first. Training spreads equal pieces a little, in an order of chance: here it is the alphabet's."""
+    ordered = sorted(scores.items(), key=lambda entry: -entry[1])
+    runs = [ordered[:1]]
+    for before, entry in pairwise(ordered):
+        if before[1] - entry[1] > _SPREAD:
+            runs.append([])
+        runs[-1].append(entry)
+    return [
+        (piece, score) for run in runs for piece, (_, score) in zip(sorted(piece for piece, _ in run), run, strict=True)
+    ]
 
 
 def _role(tokenizer: Tokenizer) -> RoleTokenizer:

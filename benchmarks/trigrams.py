@@ -65,7 +65,7 @@ class Followers:
 class Trigrams:
     """The model of one text. width: ids that a row has; texts: those that may come, [m] ascending."""
 
-    def __init__(self, text: Sequence[int], width: int, texts: Sequence[int]) -> None:
+    def __init__(self, text: Sequence[int], width: int, texts: Sequence[int] | Ids) -> None:
         self.width = width
         self._text = np.asarray(text, np.int64)
         self._texts = np.asarray(texts, np.int64)

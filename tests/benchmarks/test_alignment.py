@@ -1,0 +1,219 @@
+"""What the benchmark of alignment is made of: its texts, tokenizers, models and oracle."""
+
+from __future__ import annotations
+
+import random
+import struct
+from functools import cache
+
+import numpy as np
+import pytest
+
+from actors.tokenizer import RoleTokenizer
+from benchmarks.alignment import COLUMNS, Comparison, Pair, divergence, log_softmax
+from benchmarks.alignment_oracle import Floats, Oracle, Place
+from benchmarks.attribution import attribute
+from benchmarks.corpora import Corpus, corpora, mixture, reasoning
+from benchmarks.real_tokenizers import LLAMA_SPLIT, QWEN_SPLIT, byte_level, byte_level_model, sentence_pieces
+from benchmarks.spelling import Spelling
+from benchmarks.trained_tokenizers import ONE_DIGIT, THREE_DIGITS, byte_pairs, unigram
+from benchmarks.trigrams import UNKNOWN, Trigrams
+
+TOY = [0, 1, 2, 0, 1, 3, 0, 1, 2, 4, 4, 0, 2, 1, 0, 1, 2]
+WIDTH = 7  # 5 never comes, 6 is no text
+CONTEXTS: tuple[list[int], ...] = ([], [0], [0, 1], [5, 1], [1, 5], [UNKNOWN, 4], [3, 3])
+
+
+@cache
+def texts() -> dict[str, Corpus]:
+    return corpora(40_000)
+
+
+@cache
+def tokenizer(kind: str) -> RoleTokenizer:
+    read = [corpus.train for corpus in texts().values()]
+    if kind == "pieces":
+        return unigram([line for text in read for line in text.split("\n")], 1_000)
+    if kind == "bytes":
+        return byte_pairs(read, 256, ONE_DIGIT)
+    return byte_pairs(read, 1_000, {"grouped": THREE_DIGITS, "single": ONE_DIGIT}[kind])
+
+
+# -- trigrams
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_row_of_trigrams_adds_up_to_one(context: list[int]) -> None:
+    row = np.exp(Trigrams(TOY, WIDTH, range(6))(context))
+    assert row.sum() == pytest.approx(1.0)
+    assert (row[:6] > 1e-6).all()
+    assert row[6] < 1e-20
+
+
+def test_a_row_is_what_witten_and_bell_say() -> None:
+    row = np.exp(Trigrams(TOY, WIDTH, range(6))([0, 1]))
+    single = TOY.count(2) / len(TOY) * 0.999 + 0.001 / 6
+    pair = (3 + 3 * single) / (5 + 3)  # after 1 came 2, 3, 2, 0 and 2
+    assert row[2] == pytest.approx((3 + 2 * pair) / (4 + 2))  # after 0 1 came 2, 3, 2 and 2
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_draws_have_the_shares_that_the_row_says(context: list[int]) -> None:
+    model, n = Trigrams(TOY, WIDTH, range(6)), 40_000
+    before, last = ([UNKNOWN, UNKNOWN, *context])[-2:]
+    drawn = model.draw(np.full(n, before), np.full(n, last), np.random.default_rng(3))
+    assert np.abs(np.bincount(drawn, minlength=WIDTH) / n - np.exp(model(context))).max() < 0.01
+
+
+# -- tokenizers
+
+
+@pytest.mark.parametrize("kind", ["grouped", "single", "pieces", "bytes"])
+@pytest.mark.parametrize("text", [" two  spaces", "x = 12345\n\n    y", "naïve 你好", "word"])
+def test_spelled_tokens_are_the_bytes_of_the_text(kind: str, text: str) -> None:
+    spelling = Spelling(tokenizer(kind))
+    assert spelling.spell(spelling.encode(text)) == text.encode()
+
+
+def test_tokens_that_go_on_from_some_bytes_are_found() -> None:
+    spelling = Spelling(tokenizer("single"))
+    for data in (b"", b" th", b"e", b"\xff"):
+        found = {id_ for id_, text in enumerate(spelling.texts) if text and text.startswith(data) and text != data}
+        assert {*spelling.longer(data).tolist()} == found
+
+
+def test_tokenizers_are_the_same_each_time() -> None:
+    read = [texts()["reasoning"].train]
+    lines = read[0].split("\n")
+    assert byte_pairs(read, 400, ONE_DIGIT).text_tokens == byte_pairs(read, 400, ONE_DIGIT).text_tokens
+    assert len({tuple(sorted(unigram(lines, 500).text_tokens.items())) for _ in range(4)}) == 1
+
+
+def test_ranks_alone_make_the_tokenizer_again() -> None:
+    spelling = Spelling(tokenizer("grouped"))
+    ranks = {text: id_ for id_, text in enumerate(spelling.texts) if text is not None}
+    again = byte_level(*byte_level_model(ranks), LLAMA_SPLIT)
+    text = texts()["math"].held_out
+    assert again.encode(text).ids == spelling.encode(text)
+
+
+def test_the_published_splits_differ_in_digits_alone() -> None:
+    one, three = (byte_level({}, [], split).pre_tokenizer for split in (QWEN_SPLIT, LLAMA_SPLIT))
+    assert [piece for piece, _ in one.pre_tokenize_str("a1234")] == ["a", "1", "2", "3", "4"]
+    assert [piece for piece, _ in three.pre_tokenize_str("a1234")] == ["a", "123", "4"]
+
+
+def test_a_sentencepiece_model_is_read_piece_by_piece() -> None:
+    def piece(text: str, score: float) -> bytes:
+        written = text.encode()
+        inside = b"\x0a" + bytes([len(written)]) + written + b"\x15" + struct.pack("<f", score) + b"\x18\x01"
+        return b"\x0a" + bytes([len(inside)]) + inside
+
+    trainer = b"\x12\x03\x08\x80\x01"  # another field, with a number of two groups
+    long = "▁" + "a" * 60
+    data = piece("<unk>", 0.0) + trainer + piece(long, -2.5)
+    assert sentence_pieces(data) == {"<unk>": 0.0, long: -2.5}
+
+
+# -- texts
+
+
+def test_texts_are_the_same_each_time_and_have_parts_that_nothing_reads() -> None:
+    assert corpora(5_000) == corpora(5_000)
+    for corpus in texts().values():
+        assert corpus.held_out
+        assert corpus.held_out[:200] not in corpus.train
+
+
+def test_a_mixture_takes_what_it_is_asked_for() -> None:
+    made = {"a": Corpus("0123456789", ""), "b": Corpus("abcdefghij", "")}
+    assert mixture(made, {"a": 0.3, "b": 0.2}, {"a": 0.5}) == "567\nab"
+
+
+def test_worked_arithmetic_is_right() -> None:
+    solutions = reasoning(random.Random(5))
+    text = "".join(next(solutions) for _ in range(50))
+    sums = [part.split(" = ") for part in text.replace(",", "\n").replace(";", "\n").replace(".\n", "\n").split("\n")]
+    checked = 0
+    for said in sums:
+        left = said[0].rsplit(": ", 1)[-1].split(" + ")
+        if len(said) == 2 and len(left) == 2 and all(part.isdigit() for part in (*left, said[1])):
+            assert int(left[0]) + int(left[1]) == int(said[1])
+            checked += 1
+    assert checked > 20
+
+
+# -- the oracle
+
+
+def _next_bytes(model: Trigrams, small: Spelling, text: bytes) -> Floats:
+    """[256] of all ways to spell a text from its beginning that its tokenizer would make, how likely each byte is
+    next."""
+    out = np.zeros(256)
+    open_ways: list[tuple[tuple[int, ...], bytes, float]] = [((), text, 1.0)]
+    while open_ways:
+        path, rest, weight = open_ways.pop()
+        row = weight * np.exp(model(path))
+        for id_, data in enumerate(small.texts):
+            if not data:
+                continue
+            if len(data) > len(rest) and data.startswith(rest):
+                longer = (text + data[len(rest) :]).decode(errors="replace")
+                out[data[len(rest)]] += row[id_] * (tuple(small.encode(longer)) == (*path, id_))
+            elif rest.startswith(data):
+                open_ways.append(((*path, id_), rest[len(data) :], float(row[id_])))
+    normal: Floats = out / out.sum()
+    return normal
+
+
+@pytest.mark.parametrize("kind", ["single", "grouped"])
+def test_the_oracle_agrees_with_the_enumeration_of_all_spellings(kind: str) -> None:
+    target, small = Spelling(tokenizer("bytes")), Spelling(tokenizer(kind))
+    model = Trigrams(small.encode(texts()["reasoning"].train), small.width, small.text_ids)
+    oracle = Oracle(target, small, 4096)
+    for text in ("1", "12", "so the", " = 2"):
+        ids = target.encode(text)
+        place = Place(ids, len(ids), text.encode(), small.encode(text))
+        ((shares,),) = oracle.shares([model], place, [np.random.default_rng(0)])
+        exact = _next_bytes(model, small, text.encode())
+        ours = np.array([shares[target.ids[bytes([byte])]] for byte in range(256)])
+        assert 0.5 * np.abs(ours - exact).sum() < 0.03
+
+
+def test_an_oracle_over_the_same_tokens_says_what_the_model_says() -> None:
+    spelling = Spelling(tokenizer("single"))
+    model = Trigrams(spelling.encode(texts()["english"].train), spelling.width, spelling.text_ids)
+    ids = spelling.encode(texts()["english"].held_out)
+    oracle, apart = Oracle(spelling, spelling, 2048), []
+    for at in range(20, 80, 5):
+        said = spelling.spell(ids[:at])
+        place = Place(ids, at, said, spelling.encode(said.decode()))
+        (shares,), (again,) = oracle.shares([model], place, [np.random.default_rng(seed) for seed in (0, 0)])
+        assert (shares == again).all()
+        apart.append(float(np.abs(shares - np.exp(model(ids[:at]))).max()))
+    assert np.median(apart) < 0.02  # where a token would be joined to the last one, the target's next is another
+
+
+def test_guidance_is_nearer_to_the_oracle_than_one_to_one() -> None:
+    pair = Pair("single -> grouped", tokenizer("single"), tokenizer("grouped"), texts())
+    found = Comparison(pair, 1024).measure("reasoning", 12, lambda: None)
+    assert {*found.nats} == {*COLUMNS}
+    assert found.nats["aligned"] < 0.6 * found.nats["one to one"]
+    assert found.nats["aligned"] < 0.6 * found.nats["none"]
+
+
+@pytest.mark.parametrize(
+    ("target", "small", "least"),
+    [("grouped", "single", 0.99), ("single", "grouped", 0.99), ("pieces", "single", 0.95)],
+)
+def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: str, least: float) -> None:
+    pair = Pair("", tokenizer(target), tokenizer(small), texts())
+    found = attribute("reasoning", texts()["reasoning"].held_out[:3_000], pair.ours, pair.theirs, pair.alignment)
+    assert found.attributed > least
+    assert found.mapped < 1.0
+
+
+def test_a_distribution_does_not_diverge_from_itself() -> None:
+    row = log_softmax(np.array([0.3, -2.0, 5.0]))
+    assert divergence(row, row) == 0.0
+    assert divergence(row, log_softmax(np.zeros(3))) > 0.0
