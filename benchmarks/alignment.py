@@ -17,9 +17,9 @@ by what each method says. The table shows the KL divergence from the first to th
 
 All see probabilities through the same grain: half of one draw is added to each event, of as many draws as a method's
 total on what the oracle drew (a factor that all events share changes nothing). Tokenizers are trained on the spot
-(BPE3: 5,000 byte pairs, all numbers of up to three digits; BPE1: 6,000, single digits; a unigram model of 3,000 pieces), and
-published ones are read where their packages are installed (benchmarks/real_tokenizers.py). Two more tables show what
-running text says of a pair, and what it costs a coordinator. The last line is one JSON object of all three.
+(BPE3: 5,000 byte pairs, all numbers of up to three digits; BPE1: 6,000, single digits; a unigram model of 3,000
+pieces), and published ones are read where their packages are installed (benchmarks/real_tokenizers.py). Two more tables
+show what running text says of a pair, and what it costs a coordinator. The last line is one JSON object of all three.
 """
 
 from __future__ import annotations
