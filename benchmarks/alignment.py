@@ -15,9 +15,9 @@ by what each method says. The table shows the KL divergence from the first to th
     aligned     what the service does
     chance      what the oracle's draws add to each of these: a quarter of how far one half of them is from the other
 
-All see probabilities through the same grain: half of one draw is added to each event, of as many draws as a method's
-total on what the oracle drew (a factor that all events share changes nothing). Tokenizers are trained on the spot
-(BPE3: 5,000 byte pairs, all numbers of up to three digits; BPE1: 6,000, single digits; a unigram model of 3,000
+All see probabilities through the oracle's grain: half of one draw that counts is added to each event, of as many draws
+as a method's total on what was drawn (a factor that all events share changes nothing). Tokenizers are trained on the
+spot (BPE3: 5,000 byte pairs, all numbers of up to three digits; BPE1: 6,000, single digits; a unigram model of 3,000
 pieces), and published ones are read where their packages are installed (benchmarks/real_tokenizers.py). Two more tables
 show what running text says of a pair, and what it costs a coordinator. The last line is one JSON object of all three.
 """
@@ -50,7 +50,6 @@ from benchmarks.trigrams import UNKNOWN, Trigrams
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
-Drawn = Sequence[NDArray[np.bool_]]  # the events that the oracle drew, of guider and base
 
 PLACES = 100
 DRAWS = 4096  # continuations, for each place and model
@@ -67,6 +66,7 @@ SKIPPED = {"guider_base": {"english": 0.5, "code": 0.5}}
 _APART = 7  # tokens of the target from one place to the next
 _FIRST = 16  # tokens before the first place
 _HALVES = 4  # halves differ by twice their own noise, the whole has half of it
+_NONE = 1e-6  # probability that is none
 _SHIFT = 2.0  # nats: how much the normalisers of guider and base logits differ, standard deviation
 _TRAINED = 300_000  # characters of each kind that a tokenizer is trained on
 
@@ -117,12 +117,34 @@ class Divergence:
     nats: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """How finely the oracle saw one place. guider, base: the events that it drew, [target width]. step: half a draw."""
+
+    guider: NDArray[np.bool_]
+    base: NDArray[np.bool_]
+    step: float
+
+    @classmethod
+    def of(cls, guider: Floats, base: Floats) -> Grain:
+        """From how often each event was drawn."""
+        return cls(guider > 0.0, base > 0.0, 0.5 / max(1.0, min(float(guider.sum()), float(base.sum()))))
+
+    def delta(self, guider: Floats, base: Floats) -> Floats:
+        """What is added to the target's logits, of probabilities of the events; NaN where there is no such event."""
+        added: Floats = self._logs(guider, self.guider) - self._logs(base, self.base)
+        return np.nan_to_num(added, nan=0.0)
+
+    def _logs(self, shares: Floats, drawn: NDArray[np.bool_]) -> Floats:
+        logs: Floats = np.log(shares + self.step * np.clip(np.nansum(shares[drawn]), _NONE, 1.0))
+        return logs
+
+
 class Comparison:
     """All methods beside the oracle, for one pair."""
 
     def __init__(self, pair: Pair, draws: int = DRAWS) -> None:
         self.pair = pair
-        self._grain = 0.5 / draws
         self._target, self._guider, self._base = (pair.train(role) for role in READ)
         self._oracle = Oracle(pair.ours, pair.theirs, draws // 2)
 
@@ -145,22 +167,21 @@ class Comparison:
     def _compare(self, place: Place, aligned: Sequence[Floats]) -> list[float]:
         """Each column's divergence at one place."""
         rngs = [np.random.default_rng([place.index, half]) for half in range(2)]
-        halves = self._oracle.shares((self._guider, self._base), place, rngs)
+        halves = self._oracle.counts((self._guider, self._base), place, rngs)
+        whole = np.sum(halves, axis=0)
+        grain = Grain.of(*whole)
         mapped = self._counterpart_ids(place)
         shift = np.random.default_rng(place.index).normal(0.0, _SHIFT)
         row = self._target(place.ids[: place.index])
-        drawn = tuple(share > 0.0 for share in np.mean(halves, axis=0))
         one, other, oracle, *methods = (
             log_softmax(row + added)
             for added in (
-                self._delta(halves[0], drawn),
-                self._delta(halves[1], drawn),
-                self._delta(np.mean(halves, axis=0), drawn),
+                *(grain.delta(*map(_normal, counts)) for counts in (*halves, whole)),
                 np.zeros(len(row)),
-                self._one_to_one(mapped, drawn, shift),
-                self._one_to_one(mapped, drawn),
-                self._one_to_one(place.small, drawn),
-                self._delta([np.exp(masses) for masses in aligned], drawn),
+                self._one_to_one(mapped, grain, shift),
+                self._one_to_one(mapped, grain),
+                self._one_to_one(place.small, grain),
+                grain.delta(*map(np.exp, aligned)),
             )
         )
         chance = (divergence(one, other) + divergence(other, one)) / 2 / _HALVES
@@ -170,21 +191,17 @@ class Comparison:
         mapped: Ids = self.pair.counterparts[list(place.ids[: place.index])]
         return [UNKNOWN if id_ < 0 else id_ for id_ in mapped.tolist()]
 
-    def _one_to_one(self, read: Sequence[int], drawn: Drawn, shift: float = 0.0) -> Floats:
+    def _one_to_one(self, read: Sequence[int], grain: Grain, shift: float = 0.0) -> Floats:
         """What tokens with a counterpart get when the small models have read these ids."""
         counterparts = self.pair.counterparts
         rows = [np.exp(model(read)) for model in (self._guider, self._base)]
-        added = self._delta([np.where(counterparts >= 0, row[counterparts], np.nan) for row in rows], drawn)
+        added = grain.delta(*(np.where(counterparts >= 0, row[counterparts], np.nan) for row in rows))
         return np.where(counterparts >= 0, added + shift, 0.0)
 
-    def _delta(self, both: Sequence[Floats], drawn: Drawn) -> Floats:
-        """What is added to the target's logits: of what guider and base give to each event, NaN for what has none."""
-        guider, base = (
-            np.log(shares + self._grain * min(1.0, float(np.nansum(shares[events]))))
-            for shares, events in zip(both, drawn, strict=True)
-        )
-        added: Floats = np.nan_to_num(guider - base, nan=0.0)
-        return added
+
+def _normal(counts: Floats) -> Floats:
+    normal: Floats = counts / max(1.0, float(counts.sum()))
+    return normal
 
 
 def divergence(right: Floats, other: Floats) -> float:

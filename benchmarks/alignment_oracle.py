@@ -84,10 +84,10 @@ class Oracle:
             [[_progress(state, text or b"") for text in small.texts] for state in range(_DONE + 1)], np.int8
         )
 
-    def shares(
+    def counts(
         self, models: Sequence[Trigrams], place: Place, rngs: Sequence[np.random.Generator]
     ) -> list[tuple[Floats, ...]]:
-        """Per generator, independent of each other, and per model the share of each event, [target width]."""
+        """Per generator, independent of each other, and model: [target width] how many draws count for each event."""
         tail = self._tail(place)
         crossings = [self._cross(model, tail) for model in models]
         drawn = [
@@ -167,13 +167,12 @@ class Oracle:
         return {text: ids[at] for text, ids in found if len(ids) > at and ids[:at] == known}
 
     def _count(self, drawn: Drawn, nexts: Mapping[bytes, int], spelled: Mapping[bytes, Sequence[int]]) -> Floats:
-        """[target width] what share of the texts has each token next."""
-        shares = np.zeros(self._target.width)
+        """[target width] how many of the texts have each token next."""
+        counts = np.zeros(self._target.width)
         for (path, text), times in drawn.items():
             if text in nexts and tuple(spelled[text][: len(path)]) == path:
-                shares[nexts[text]] += times
-        normal: Floats = shares / max(1.0, float(shares.sum()))
-        return normal
+                counts[nexts[text]] += times
+        return counts
 
 
 def _settled(spelling: Spelling, ids: Sequence[int], index: int, least: int) -> int:
