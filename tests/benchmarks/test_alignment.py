@@ -14,7 +14,15 @@ from benchmarks.alignment import COLUMNS, Comparison, Pair, divergence, log_soft
 from benchmarks.alignment_oracle import Floats, Oracle, Place
 from benchmarks.attribution import attribute
 from benchmarks.corpora import Corpus, corpora, mixture, reasoning
-from benchmarks.real_tokenizers import LLAMA_SPLIT, QWEN_SPLIT, byte_level, byte_level_model, sentence_pieces
+from benchmarks.real_tokenizers import (
+    LLAMA_SPLIT,
+    LOADERS,
+    QWEN_SPLIT,
+    byte_level,
+    byte_level_model,
+    real_tokenizers,
+    sentence_pieces,
+)
 from benchmarks.spelling import Spelling
 from benchmarks.trained_tokenizers import ONE_DIGIT, THREE_DIGITS, byte_pairs, unigram
 from benchmarks.trigrams import UNKNOWN, Trigrams
@@ -113,6 +121,32 @@ def test_a_sentencepiece_model_is_read_piece_by_piece() -> None:
     long = "▁" + "a" * 60
     data = piece("<unk>", 0.0) + trainer + piece(long, -2.5)
     assert sentence_pieces(data) == {"<unk>": 0.0, long: -2.5}
+
+
+# What the models' own libraries make of PUBLISHED_TEXT.
+PUBLISHED_TEXT = "Hello, world 12345\n  naïve"
+PUBLISHED = {
+    "Llama 3": [9906, 11, 1917, 220, 4513, 1774, 198, 220, 95980, 588],
+    "Qwen": [9707, 11, 1879, 220, 16, 17, 18, 19, 20, 198, 220, 94880, 586],
+    "Mistral": [22557, 28725, 1526, 28705, 28740, 28750, 28770, 28781, 28782, 13, 28705, 1879, 28920, 333],
+    "Tekken": [22177, 1044, 4304, 1032, 1049, 1050, 1051, 1052, 1053, 1010, 1032, 98355],
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_published_tokenizer_has_the_ids_of_its_model(name: str) -> None:
+    found = LOADERS[name]()
+    if found is None:
+        pytest.skip("the package that carries it is not installed")
+    assert found.encode(PUBLISHED_TEXT) == PUBLISHED[name]
+    assert found.decode(PUBLISHED[name]) == PUBLISHED_TEXT
+    spelling = Spelling(found)
+    assert spelling.spell(spelling.encode(PUBLISHED_TEXT)) == PUBLISHED_TEXT.encode()
+
+
+def test_a_package_that_is_not_there_is_a_tokenizer_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.real_tokenizers.find_spec", lambda name: None)
+    assert real_tokenizers() == {}
 
 
 # -- texts
