@@ -22,7 +22,7 @@ from actors.tokenizer import RoleTokenizer
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of how tables are built
+_VERSION = 2  # of how tables are built
 
 
 def align(target: RoleTokenizer, role: RoleTokenizer) -> Alignment:
@@ -47,7 +47,7 @@ def kept_tables(target: RoleTokenizer, role: RoleTokenizer, roles: Roles) -> Tab
     """The tables of a pair, from disk if they are there."""
     file = _folder() / f"{_digest(target, role, roles)}.npz"
     try:
-        with np.load(file) as columns:
+        with file.open("rb") as stored, np.load(stored) as columns:
             return Tables(TableArrays(**{name: columns[name] for name in columns.files}))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         tables = build_tables(target.speller, role.speller, roles, target.width)

@@ -36,7 +36,7 @@ class CoordinatorLoad:
 class Coordinator:
     """Decodes sessions against the replicas that `locate` names.
 
-    Raises VocabularyError when the models' tokens do not fit. Call from one event loop only.
+    Raises SpellingError when the models' tokens do not fit. Call from one event loop only.
     """
 
     def __init__(

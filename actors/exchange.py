@@ -47,10 +47,13 @@ class Exchange:
         """
         known = self._known(live, guided)
         window = live.window = Window(live, guided, known, "guider" if drafts else None, drafts)
-        if guided and self._languages.aligned and live.primary == "target":
-            window.oldest = {role: self._oldest(live, role) for role in GUIDED[1:]}
-            if drafts and not self._ready_to_draft(window):  # its rows are asked for without drafts first
-                window.drafter, drafts = None, 0
+        if guided:
+            needed = {role: reader.oldest_row() for role, reader in live.session.readers.items()}
+            window.oldest = {role: oldest for role, oldest in needed.items() if oldest is not None}
+        if (
+            drafts and window.aligned and not self._ready_to_draft(window)
+        ):  # its rows are asked for without drafts first
+            window.drafter, drafts = None, 0
         if drafts:
             self._ask_drafts(window)
         else:
@@ -86,26 +89,15 @@ class Exchange:
         for other in window.roles:
             self._tickets.forget(live, other, lookups_only=True)
         self._extend(window, role)
-        self._joiner.ask_straddlers(window)
+        if window.aligned:
+            self._joiner.ask_straddlers(window)
 
     def read(self, live: Live, role: Role) -> None:
         """Let a role read what it will need later. Nobody waits for it: if it fails, the tokens are sent again."""
         stream = live.session.streams[role]
         if tokens := stream.tokens[stream.held :]:
-            prefix, outbox = stream.hash_before(stream.held), live.replicas[role].outbox
-            item = (
-                self._tickets.number(),
-                live.key,
-                live.age,
-                prefix,
-                live.epoch,
-                stream.held,
-                len(tokens),
-                0,
-                0,
-                0,
-                0,
-            )
+            prefix, outbox, ticket = stream.hash_before(stream.held), live.replicas[role].outbox, self._tickets.number()
+            item = (ticket, live.key, live.age, prefix, live.epoch, stream.held, len(tokens), 0, 0, 0, 0)
             live.trails.pop(role, None)
             outbox.extends.append(item)
             outbox.tokens += tokens
@@ -169,13 +161,14 @@ class Exchange:
         for role in window.roles:
             if role != window.drafter:
                 self._extend(window, role)
-        self._joiner.ask_straddlers(window)
+        if window.aligned:
+            self._joiner.ask_straddlers(window)
 
     def _ahead(self, window: Window, guesses: Sequence[int], drafted: Sequence[int]) -> dict[Role, Ahead]:
         """What each role reads of the guesses, as many of them as all read one after another."""
         live, session = window.live, window.live.session
-        roles = [role for role in dict.fromkeys((*window.roles, *((window.drafter,) if window.drafter else ())))]
-        small = {role: session.readers[role].ahead(guesses) for role in roles if role != live.primary}
+        readers = {r: reader for r, reader in session.readers.items() if r in window.roles or r == window.drafter}
+        small = {role: reader.ahead(guesses) for role, reader in readers.items()}
         rows = len(guesses) + 1
         for role, part in small.items():
             room = live.room(role)
@@ -194,11 +187,6 @@ class Exchange:
         stream = window.live.session.streams[role]
         window.first[role] = len(stream) - 1
         return stream.hash_before(len(stream))
-
-    def _oldest(self, live: Live, role: Role) -> int:
-        oldest = live.session.readers[role].oldest_row()
-        assert oldest is not None
-        return oldest
 
     def _ready_to_draft(self, window: Window) -> bool:
         """Whether the guider holds all rows that a row may need, but for the newest: a draft gives one row only."""

@@ -115,13 +115,14 @@ class Joiner:
         """The guider has answered before the target: look its ids up in the target, which still computes."""
         shapes: dict[tuple[object, ...], list[Row]] = {}
         for row in rows:
-            offered = row.proposed if row.window.aligned else row.slices.get("guider")
-            if row.window.guided and row.early is None and row.k == self._k and offered is not None:
+            there = row.proposed is not None if row.window.aligned else "guider" in row.slices
+            if row.window.guided and row.early is None and row.k == self._k and there:
                 known = row.window.known["target"]
-                shapes.setdefault((row.window.aligned, len(offered.ids), known.events.tobytes()), []).append(row)
+                shape = row.window.aligned, len(_offered(row).ids), known.events.tobytes()
+                shapes.setdefault(shape, []).append(row)
         for members in shapes.values():
             aligned, live = members[0].window.aligned, members[0].window.live
-            ids = np.stack([(row.proposed or row.slices["guider"]).ids for row in members])
+            ids = np.stack([_offered(row).ids for row in members])
             theirs = self._languages.plain_map(live.primary, "target")
             asked = (ids >= 0) & (theirs.to_role[ids] >= 0)
             for event in members[0].window.known["target"].events.tolist():
@@ -152,6 +153,11 @@ class Joiner:
 
 
 _NO_MAP = np.zeros(0, np.int64)
+
+
+def _offered(row: Row) -> Slice:
+    """What the guider puts forward."""
+    return row.slices["guider"] if row.proposed is None else row.proposed
 
 
 def _fill_early(rows: Sequence[Row], early: Early, at: Ids, places: Ids, values: NDArray[Any]) -> None:

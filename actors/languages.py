@@ -52,13 +52,9 @@ class Languages:
         self._legal = {role: frozenset(v.legal().nonzero()[0].tolist()) for role, v in self._vocabularies.items()}
         self._own = {role: own_map(vocabulary) for role, vocabulary in self._vocabularies.items()}
         self._small = small_maps(tokenizers)
+        self.aligned = any(isinstance(mapping, Alignment) for mapping in self._small.values())  # of another family
         self.language = lru_cache(maxsize=256)(self._language)
         self.known = lru_cache(maxsize=256)(self._known)
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the small models are of another family than the target."""
-        return any(isinstance(mapping, Alignment) for mapping in self._small.values())
 
     def map(self, primary: Role, role: Role) -> VocabularyMap | Alignment:
         """The map from `primary` to `role`."""

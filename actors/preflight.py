@@ -65,8 +65,8 @@ def require_sound(config: ServiceConfig) -> None:
 def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
     """Everything worth saying about models that are there, errors first."""
     found = [*_exactness(config), *_dummies(config)]
+    found += _vocabularies(tokenizers)
     for role in SMALL_ROLES:
-        found += _vocabulary(role, tokenizers)
         found += _positions(config, role, tokenizers)
         found += _special_tokens(role, tokenizers)
         found += _template(role, tokenizers)
@@ -109,23 +109,34 @@ def _dummies(config: ServiceConfig) -> Iterator[Finding]:
             yield Finding("error", role, "load_format: dummy goes without quantization and device_map")
 
 
-def _vocabulary(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
     try:
-        mapping = small_maps(tokenizers)[role]
-    except SpellingError as error:
-        yield Finding("error", role, f"cannot be read beside the target: {error}")
+        maps = small_maps(tokenizers)
+    except SpellingError:
+        yield from _unreadable(tokenizers)
         return
-    if isinstance(mapping, Alignment):
+    for role, mapping in maps.items():
+        if not isinstance(mapping, Alignment):
+            continue
         yield Finding(
             "note",
             role,
             f"is of another family than the target and reads its text: {mapping.tables.coverage:.2%} of the target's "
-            f"text tokens are one token here; {len(mapping.tables.arrays.edge_children):,} texts are only the "
+            f"text tokens are one token here; {mapping.tables.beginnings:,} texts are only the "
             "beginning of tokens here",
         )
         if mapping.shown:
             shown = sorted(text.decode() for text in mapping.shown.values())
             yield Finding("note", role, f"means the target's text by these tokens of its own: {_some(shown)}")
+
+
+def _unreadable(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+    """The models are of different families, and these have tokens that cannot be read as bytes."""
+    for role, tokenizer in tokenizers.items():
+        try:
+            tokenizer.speller  # noqa: B018  # made on first use
+        except SpellingError as error:
+            yield Finding("error", role, f"cannot be used with models of another family: {error}")
 
 
 def _positions(config: ServiceConfig, role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:

@@ -1,18 +1,18 @@
 """What a decoding step costs more when the target is of another family than the small pair.
 
-    python -m benchmarks.family_step [--rounds 5] [--other FOLDER] [--save]
+    python -m benchmarks.family_step --other FOLDER [--rounds 5] [--save]
 
-The embedded trio, and the same pair beside the target of another family, which is of the same shape: in one process,
-without drafts, interleaved. A step is the time in which every session gets one token. The last line is a JSON list with
-one object for each number of sessions.
+The embedded trio, and the same pair beside a target of another family, which should be of the same shape: in one
+process, without drafts, interleaved. A step is the time in which every session gets one token. The last line is a JSON
+list with one object for each number of sessions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,16 +20,15 @@ from typing import Any
 from rich.table import Table
 
 from actors.config import ServiceConfig
-from actors.decoding.guidance import Guidance
-from actors.decoding.parameters import Sampling, Thinking
+from actors.decoding.parameters import Sampling
 from actors.forward import Engine
 from actors.model import load_role
-from actors.requests import ROLES, Finished, Generate, Role
-from benchmarks.local import WEIGHTS, LocalService, decode, load_engines, local_service, trio_config
+from actors.requests import ROLES, Finished, Role
+from benchmarks.effect import Unfinished, request
+from benchmarks.local import LocalService, decode, load_engines, local_service, trio_config
 from benchmarks.report import arguments, console, progress, publish
 from cluster.demo.task import questions
 
-OTHER = WEIGHTS / "target_other"
 SESSIONS = (1, 64)
 STEPS = {1: 120, 64: 40}
 FAMILIES = ("same", "other")
@@ -56,7 +55,7 @@ def config_of(target: Path | None) -> ServiceConfig:
     return config if target is None else config.with_target(str(target))
 
 
-async def measure(rounds: int, other: Path, done: Any) -> list[Steps]:
+async def measure(rounds: int, other: Path, done: Callable[[], None]) -> list[Steps]:
     """Every number of sessions in each family, `rounds` times in turn."""
     plain, aligned = config_of(None), config_of(other)
     engines = load_engines(plain)
@@ -75,26 +74,16 @@ async def measure(rounds: int, other: Path, done: Any) -> list[Steps]:
 
 async def _decode(service: LocalService, sessions: int, tokens: int) -> float:
     """Milliseconds a step, the prompts' included."""
-    asked = [question.text for question in questions("held_out", 4, sessions)]
-    requests = [_request(service, text, tokens, number) for number, text in enumerate(asked)]
+    sampling = Sampling(temperature=0.6, max_tokens=tokens, ignore_eos=True)
+    requests = [
+        replace(request(service, "guided", question, 1.0, f"s{number}"), sampling=sampling, seed=number)
+        for number, question in enumerate(questions("held_out", 4, sessions))
+    ]
     began = time.perf_counter()
-    for answer in await asyncio.gather(*(decode(service.coordinators[0], request) for request in requests)):
-        assert isinstance(answer.end, Finished)
-        assert answer.end.reason == "length"
+    for answer in await asyncio.gather(*(decode(service.coordinators[0], one) for one in requests)):
+        if not isinstance(answer.end, Finished) or answer.end.reason != "length":
+            raise Unfinished(f"a session ended otherwise than by its length: {answer.end}")
     return 1_000 * (time.perf_counter() - began) / tokens
-
-
-def _request(service: LocalService, text: str, tokens: int, number: int) -> Generate:
-    messages = [{"role": "user", "content": text}]
-    return Generate(
-        request_id=f"s{number}",
-        primary="target",
-        prompts={role: service.tokenizers[role].encode(service.tokenizers[role].render(messages)) for role in ROLES},
-        sampling=Sampling(temperature=0.6, max_tokens=tokens, ignore_eos=True),
-        guidance=Guidance(1.0),
-        thinking=Thinking(),
-        seed=number,
-    )
 
 
 def table(found: Sequence[Steps]) -> Table:
@@ -109,7 +98,7 @@ def table(found: Sequence[Steps]) -> Table:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of each number of sessions (5)")
-    parser.add_argument("--other", type=Path, default=OTHER, help=f"the other family's target ({OTHER.name})")
+    parser.add_argument("--other", type=Path, required=True, help="folder of the other family's target")
     options = parser.parse_args()
     with progress(console()) as bar:
         task = bar.add_task("rounds", total=options.rounds * len(SESSIONS))

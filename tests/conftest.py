@@ -12,6 +12,14 @@ from actors.requests import Role
 from benchmarks.local import load_engines, trio_config
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tables_are_made_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads tables of vocabularies that another version of the code has left on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def trio_engines() -> Mapping[Role, Engine]:
     """The trio's engines in exact mode. They keep no session once a service has released it."""

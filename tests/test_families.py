@@ -26,9 +26,9 @@ from tests.trio import LONG, chat_prompts, decode_all, finished, request, tokens
 from tests.watched import Trio, WatchedEngine, until, watched
 
 SAMPLINGS = (
-    Sampling(temperature=0, max_tokens=40),
-    Sampling(temperature=0.6, top_p=0.95, max_tokens=40),
-    Sampling(temperature=1.0, max_tokens=40),
+    Sampling(temperature=0, max_tokens=28),
+    Sampling(temperature=0.6, top_p=0.95, max_tokens=28),
+    Sampling(temperature=1.0, max_tokens=28),
 )
 FAMILIES = ("pieces", "grouped", "bytes")
 
@@ -137,9 +137,13 @@ async def test_caches_lost_on_the_way_change_no_token(trio: Trio, folder: Path, 
 
 @pytest.mark.parametrize("role", ["guider", "guider_base"])
 async def test_held_rows_lost_on_the_way_change_no_token(trio: Trio, folder: Path, role: Role) -> None:
+    lost = 0
+
     def act(engine: WatchedEngine) -> None:
+        nonlocal lost
         if engine.forwards % 10 == 0:
             for session in engine._sessions:
+                lost += engine.rows(session) is not None
                 engine._store.drop(session)
 
     async with local_service(drafting(folder), trio.engines) as service:
@@ -147,11 +151,12 @@ async def test_held_rows_lost_on_the_way_change_no_token(trio: Trio, folder: Pat
         expected = await answers(service, drafts(requests, 0))
         trio.disturb(act, role)
         assert await answers(service, drafts(requests)) == expected
+        assert lost > len(requests)
 
 
 async def test_a_small_model_lost_on_the_way_changes_no_token(trio: Trio, folder: Path) -> None:
     async with local_service(drafting(folder), trio.engines) as service:
-        requests = [replace(one, sampling=replace(LONG, max_tokens=120), drafts=4) for one in company(service, 4)]
+        requests = [replace(one, sampling=replace(LONG, max_tokens=60), drafts=4) for one in company(service, 4)]
         expected = await answers(service, drafts(requests, 0))
         stop_at = trio.watched["guider"].forwards + 15
         going = asyncio.ensure_future(answers(service, requests))

@@ -273,11 +273,21 @@ async def test_rows_that_fit_no_frame_are_a_bad_item_and_those_that_fit_are_spli
         Extend(np.array([(1, 1, 0, 0, 1, 0, -1, 1, 4, 0, 0)], EXTEND_ITEM)),
         Extend(np.array([(1, 1, 0, 0, 1, 0, 1, -1, 4, 0, 0)], EXTEND_ITEM), np.array([1])),
         Extend(np.array([(1, 1, 0, 0, 1, 0, 1, 1, 4, 1, 0)], EXTEND_ITEM), np.array([1])),
+        Extend(np.array([(1, 1, 0, 0, 1, 0, 1, 1, 4, 0, -1)], EXTEND_ITEM), np.array([1])),
         Lookup(np.array([(1, 1, 0, 1, 0, 3)], LOOKUP_ITEM), np.array([1, 2])),
         Lookup(np.array([(1, 1, 0, 1, 0, 2**31 - 1), (1, 1, 0, 1, 0, 2**31 - 1), (1, 1, 0, 1, 0, 2)], LOOKUP_ITEM)),
         Welcome("guider", "", 1, 1, 1, 1, False),
     ],
-    ids=["fewer tokens", "negative tokens", "negative rows", "fewer know", "fewer ids", "overflow", "not for a model"],
+    ids=[
+        "fewer tokens",
+        "negative tokens",
+        "negative rows",
+        "fewer know",
+        "negative keep",
+        "fewer ids",
+        "overflow",
+        "not for a model",
+    ],
 )
 async def test_a_frame_whose_counts_do_not_fit_closes_its_connection_alone(frame: Message) -> None:
     async with stage() as s:

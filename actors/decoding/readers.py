@@ -12,7 +12,7 @@ from typing import Protocol
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
 from actors.decoding.vocabulary_reading import LOOK_BACK, Reading, Straddle
-from actors.decoding.vocabulary_tables import Speller, Tables
+from actors.decoding.vocabulary_tables import Ids, Speller, Tables
 
 _CONTEXT = 3  # of the target's tokens that a draft's text is spelled together with
 
@@ -77,27 +77,26 @@ class PlainReader:
 
     def ahead(self, guesses: Sequence[int]) -> Ahead:
         """Its own ids of them, until one is not a single token."""
-        tokens: list[int] = []
-        for guess in guesses:
-            mapped = int(self._mapping.to_role[guess])
-            if mapped < 0:
-                break
-            tokens.append(mapped)
+        tokens = _one_for_one(guesses, self._mapping.to_role)
         return Ahead(tuple(tokens), tuple(range(len(tokens) + 1)), (None,) * (len(tokens) + 1))
 
     def guesses(self, drafted: Sequence[int]) -> list[int]:
         """In the target's ids, until it has none."""
-        ours: list[int] = []
-        for token in drafted:
-            mapped = int(self._mapping.to_primary[token])
-            if mapped < 0:
-                break
-            ours.append(mapped)
-        return ours
+        return _one_for_one(drafted, self._mapping.to_primary)
 
     def oldest_row(self) -> int | None:
         """Each row speaks for itself."""
         return None
+
+
+def _one_for_one(tokens: Sequence[int], theirs: Ids) -> list[int]:
+    """Tokens in another model's ids, until it has none."""
+    mapped: list[int] = []
+    for token in tokens:
+        if theirs[token] < 0:
+            break
+        mapped.append(int(theirs[token]))
+    return mapped
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,7 +132,7 @@ class AlignedReader:
 
     def read(self, token: int) -> None:
         """The target said `token`."""
-        self._replace(*self._push(self._reading, token))
+        self._stream.replace_tail(*self._push(self._reading, token))
         self._said = [] if token in self._alignment.special else [*self._said[1 - _CONTEXT :], token]
 
     def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
@@ -144,7 +143,7 @@ class AlignedReader:
     def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
         """A role with a token of its own for the marker reads that token instead."""
         if len(theirs) == 1 and theirs[0] in self._alignment.shown:
-            self._replace(*self._reading.respell(marker.encode(), theirs[0]))
+            self._stream.replace_tail(*self._reading.respell(marker.encode(), theirs[0]))
 
     def ahead(self, guesses: Sequence[int]) -> Ahead:
         """The true tokens of them, until one takes back another."""
@@ -184,9 +183,6 @@ class AlignedReader:
         if special is not None:
             return reading.special(special, self._alignment.said(token))
         return reading.push(token, self._alignment.said(token))
-
-    def _replace(self, back: int, news: Sequence[int]) -> None:
-        self._stream.replace_tail(back, news)
 
     def _placed(self, straddle: Straddle | None) -> Straddle | None:
         return None if straddle is None else replace(straddle, first=straddle.first + self._prompt)

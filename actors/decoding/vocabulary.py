@@ -125,7 +125,7 @@ def _check_text(primary: Vocabulary, role: Vocabulary) -> None:
     if only_ours or only_theirs:
         raise VocabularyError(
             f"the text tokens differ: {len(only_ours)} are only in the first model (ids {_some(only_ours)}), "
-            f"{len(only_theirs)} only in the second (ids {_some(only_theirs)}); guidance needs models of one tokenizer"
+            f"{len(only_theirs)} only in the second (ids {_some(only_theirs)})"
         )
 
 

@@ -98,7 +98,9 @@ class Reading:
     def special(self, token: int, data: bytes = b"") -> tuple[int, list[int]]:
         """A token of its own comes, after which nothing is spelled together with what was before; it reads `data`."""
         before = len(self)
-        self._close(data)
+        if self._bad:  # what was begun of a character will not be finished
+            bad, self._bad = self._bad, b""
+            self._raw(bad)
         self._add([token], [self._ends[-1] + len(data)])
         self._bound()
         return 0, self._since(before)
@@ -178,18 +180,16 @@ class Reading:
             self._add(ids, [self._ends[-1]] * (len(ids) - 1) + [self._ends[-1] + len(data)])
         else:
             self._ends[-1] += len(data)
-        self._floor, self._tail, self._tail_tokens = len(self), "", 0
-
-    def _close(self, data: bytes) -> None:
-        """What was begun of a character will not be finished."""
-        if self._bad:
-            bad, self._bad = self._bad, b""
-            self._raw(bad)
-        self._marks.append(self._marks[-1] + len(data))
+        self._settle()
 
     def _bound(self) -> None:
-        self._floor, self._tail, self._tail_tokens = len(self), "", 0
+        """A hard boundary, of the target's tokens too."""
+        self._settle()
         self._said, self._marks = [], [self._ends[-1]]
+
+    def _settle(self) -> None:
+        """Nothing is spelled together with what was before."""
+        self._floor, self._tail, self._tail_tokens = len(self), "", 0
 
     def _add(self, ids: Sequence[int], ends: Sequence[int]) -> None:
         self._ids += ids

@@ -104,12 +104,12 @@ class Straddlers:
         for depth in range(int(lengths.max(initial=1)) - 1):
             nodes = nodes[lengths[nodes] > depth + 1]
             begin = spellings.starts[nodes]
-            pairs = np.stack([at[nodes], spellings.flat[begin + depth]])
-            found, child = np.unique(pairs, axis=1, return_inverse=True)
-            children = count + np.arange(found.shape[1])
-            edges.append((found[0], found[1], children))
-            at[nodes] = children[child.reshape(-1)]
-            count += found.shape[1]
+            pairs = at[nodes] << 32 | spellings.flat[begin + depth]
+            found, child = np.unique(pairs, return_inverse=True)
+            children = count + np.arange(len(found))
+            edges.append((found >> 32, found & 0xFFFFFFFF, children))
+            at[nodes] = children[child]
+            count += len(found)
             owners.append(at[nodes])
             tokens.append(ids[nodes])
             nexts.append(spellings.flat[begin + depth + 1])
@@ -123,10 +123,6 @@ class Straddlers:
             Ragged.of(owner, np.concatenate(nexts), count),
         )
 
-    def __len__(self) -> int:
-        """Beginnings that some token straddles."""
-        return len(self.edge_children)
-
 
 _NONE = np.zeros(0, np.int64)
 
@@ -137,7 +133,7 @@ class TableArrays:
 
     image [role width]: the target's token that a small token counts towards, -1 for none. events: per target's token
     the small tokens whose probabilities add up to it, ascending; empty where guidance has nothing to say.
-    exact: target's text tokens that are one small token, byte for byte. texts: how many text tokens the target has.
+    texts [2]: how many text tokens the target has, and how many of them are one small token, byte for byte.
     """
 
     image: Ids
@@ -149,7 +145,6 @@ class TableArrays:
     straddler_starts: Ids
     straddler_tokens: Ids
     straddler_nexts: Ids
-    exact: Ids
     texts: Ids
 
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -185,7 +180,13 @@ class Tables:
     @property
     def coverage(self) -> float:
         """Share of the target's text tokens that are one small token, byte for byte."""
-        return len(self.arrays.exact) / max(1, int(self.arrays.texts[0]))
+        texts, exact = self.arrays.texts.tolist()
+        return float(exact / max(1, texts))
+
+    @property
+    def beginnings(self) -> int:
+        """Texts of the target's tokens that some small token begins with and goes on."""
+        return len(self.arrays.edge_children)
 
 
 def build_tables(target: Speller, role: Speller, roles: Roles, width: int) -> Tables:
@@ -195,9 +196,11 @@ def build_tables(target: Speller, role: Speller, roles: Roles, width: int) -> Ta
     """
     small_texts: dict[int, bytes] = {v: text for v, text in enumerate(role.texts) if text}
     large_texts = {t: text for t, text in enumerate(target.texts[:width]) if text}
+    small_ids = _by_bytes(small_texts)
     ours = _spellings(small_texts | dict(roles.shown), target, _by_bytes(large_texts))
-    theirs = _spellings(large_texts, role, _by_bytes(small_texts))
-    image = np.full(max(len(role.texts), *(v + 1 for v in roles.shown), 1), -1, np.int64)
+    theirs = _spellings(large_texts, role, small_ids)
+    added = [*roles.shown, *(v for same in roles.same.values() for v in same)]
+    image = np.full(max(len(role.texts), *(v + 1 for v in added), 1), -1, np.int64)
     ids = np.array(sorted(v for v, spelling in ours.items() if spelling and max(spelling) < width), np.int64)
     image[ids] = [ours[v][0] for v in ids.tolist()]
     members = Ragged.of(image[ids], ids, width)
@@ -208,15 +211,13 @@ def build_tables(target: Speller, role: Speller, roles: Roles, width: int) -> Ta
     for t, same in roles.same.items():
         owners.append(np.full(len(same), t))
         tokens.append(np.array(same, np.int64))
-        image = _grown(image, max(same, default=-1) + 1)
         image[list(same)] = t
     events = Ragged.of(np.concatenate(owners), np.concatenate(tokens), width)
     several = [v for v in ids.tolist() if len(ours[v]) > 1]
     flat = np.array([t for v in several for t in ours[v]], np.int64)
     starts = np.cumsum([0, *(len(ours[v]) for v in several)]).astype(np.int64)
     trie = Straddlers.of(np.array(several, np.int64), Ragged(starts, flat))
-    by_bytes = _by_bytes(small_texts)
-    exact = np.array([t for t, text in large_texts.items() if text in by_bytes], np.int64)
+    exact = sum(text in small_ids for text in large_texts.values())
     return Tables(
         TableArrays(
             image,
@@ -228,8 +229,7 @@ def build_tables(target: Speller, role: Speller, roles: Roles, width: int) -> Ta
             trie.tokens.starts,
             trie.tokens.flat,
             trie.nexts.flat,
-            exact,
-            np.array([len(large_texts)]),
+            np.array([len(large_texts), exact]),
         )
     )
 
@@ -255,7 +255,3 @@ def _spellings(texts: Mapping[int, bytes], speller: Speller, exact: Mapping[byte
     ids = speller.spell_all([text for _, text in asked])
     spelled.update(zip((id_ for id_, _ in asked), ids, strict=True))
     return spelled
-
-
-def _grown(image: Ids, size: int) -> Ids:
-    return np.concatenate([image, np.full(max(0, size - len(image)), -1, np.int64)])

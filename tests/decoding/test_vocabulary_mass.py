@@ -9,9 +9,10 @@ from functools import cache
 import numpy as np
 import pytest
 
-from actors.decoding.candidates import Floats
-from actors.decoding.readers import Alignment
-from actors.decoding.vocabulary_mass import FLOOR
+from actors.decoding.candidates import PADDING, Floats, Slice
+from actors.decoding.readers import AlignedReader, Alignment
+from actors.decoding.stream import Stream
+from actors.decoding.vocabulary_mass import FLOOR, Events, Heard, Straddled
 from benchmarks.aligned import AlignedModel, difference
 from benchmarks.trigrams import Trigrams
 from tests.decoding.aligned import alignment, hashed, texts, tokenizer
@@ -127,17 +128,39 @@ def _settled(pair: Alignment, tokens: Sequence[int], text: bytes, begun: int) ->
 
 
 def test_rows_of_one_block_do_not_change_each_other() -> None:
-    pair = alignment("pieces", "single")
-    said = pair.target.spell(texts()["english"].train[:200])[0]
-    model = AlignedModel(pair, hashed(tokenizer("single"), 4))
-    first = []
-    for token in said:
-        first.append(model.masses())
-        model.push(token)
-    again = AlignedModel(pair, hashed(tokenizer("single"), 4))
-    for token, masses in zip(said, first, strict=True):
-        assert np.array_equal(again.masses(), masses, equal_nan=True)
-        again.push(token)
+    pair, draw = alignment("pieces", "single"), np.random.default_rng(4)
+    width, tables = tokenizer("single").width, pair.tables
+    reader = AlignedReader(pair, Stream(1, [3]))
+    heard, candidates = [], []
+    for token in pair.target.spell(texts()["english"].train[:150])[0]:
+        straddle = reader.ahead(()).straddles[0]
+        straddled = Straddled(straddle, tables) if straddle is not None else None
+        if straddled is not None:
+            straddled.values[:], straddled.sums[:] = draw.normal(size=len(straddled.ids)), 8.0
+        heard.append(Heard(Slice(np.arange(width), draw.normal(size=width), np.zeros(0), 8.0), straddled))
+        candidates.append(np.sort(draw.choice(tokenizer("pieces").width, 40, replace=False)))
+        reader.read(token)
+    ids, inside = np.stack(candidates), np.ones((len(heard), 40), np.bool_)
+    inside[::3, 30:] = False  # some rows have fewer
+    ids[::3, 30:] = PADDING
+    together = Events(tables, ids, inside, heard).masses()
+    assert any(each.straddled is not None for each in heard)
+    for row, each in enumerate(heard):
+        alone = Events(tables, ids[row : row + 1], inside[row : row + 1], [each]).masses()
+        assert np.array_equal(together[row], alone[0], equal_nan=True)
+
+
+def test_a_slice_and_lookups_say_what_the_whole_row_says() -> None:
+    pair, row = alignment("grouped", "single"), np.random.default_rng(9).normal(size=tokenizer("single").width)
+    total, ids = float(np.logaddexp.reduce(row)), np.arange(200, 260)[None]
+    inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = np.ones(ids.shape, np.bool_)
+    whole = Events(pair.tables, ids, inside, [Heard(Slice(np.arange(len(row)), row, np.zeros(0), total), None)])
+    top = np.unique(whole.tokens)[::2]
+    sliced = Events(pair.tables, ids, inside, [Heard(Slice(top, row[top], np.zeros(0), total), None)])
+    _, places, asked = sliced.missing()
+    assert 0 < len(asked) < len(sliced.tokens)
+    sliced.fill(places, row[asked])
+    assert np.array_equal(sliced.masses(), whole.masses(), equal_nan=True)
 
 
 def test_straddlers_lead_to_what_the_small_model_meant() -> None:

@@ -139,3 +139,23 @@ def test_a_forwards_memory_counts_until_its_last_session_lets_go() -> None:
     store.drop(2)
     assert store.size == 0
     store.check()
+
+
+def test_rows_that_are_kept_stay_with_the_newer_ones_and_no_others_do() -> None:
+    store = RowStore(budget=16)
+    store.hold({1: held(torch.zeros(3, 4), position=10)}, size=3)
+    store.hold({1: held(torch.ones(1, 4), position=13)}, size=1, kept={1: (13, 2)})
+    rows = store.get(1)
+    assert rows is not None
+    assert (rows.position, rows.size, rows.fresh) == (11, 3, 1)
+    store.hold({1: held(torch.ones(1, 4), position=12)}, size=1, kept={1: (12, 5)})  # 12 is taken back
+    rows = store.get(1)
+    assert rows is not None
+    assert (rows.position, rows.size) == (11, 2)
+    store.hold({1: held(torch.ones(1, 4), position=13)}, size=1, kept={1: (13, 1)})
+    assert store.size == 2, "the first forward, and the one of position 13 that was taken back, are let go"
+    store.hold({1: held(torch.ones(1, 4), position=20)}, size=1)
+    rows = store.get(1)
+    assert rows is not None
+    assert (rows.position, rows.size, store.size) == (20, 1, 1)
+    store.check()

@@ -50,6 +50,7 @@ def test_items_of_an_extend_carry_their_part_of_the_flat_columns() -> None:
     items = np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 8, 0, 3), (2, 3, 3, 7, 4, 0, 1, 0, WHOLE, 2, 0)], EXTEND_ITEM)
     first, second = extend_items(Extend(items, np.array([10, 11, 12]), np.array([5, 6])))
     assert (first.tokens, first.know.tolist(), first.prefix, first.k) == ([10, 11], [], 2**64 - 1, 8)
+    assert (first.keep, second.keep) == (3, 0)
     assert (second.tokens, second.know.tolist(), second.rows, second.k) == ([12], [5, 6], 0, WHOLE)
     assert list(extend_items(Extend())) == []
 
