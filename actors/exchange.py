@@ -14,7 +14,7 @@ from actors.asked import Asked, Fault, Tickets
 from actors.config import Exchange as ExchangeConfig
 from actors.decoding.candidates import Slice
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.readers import Ahead, Alignment
+from actors.decoding.readers import NOTHING_AHEAD, Ahead, Alignment
 from actors.decoding.vocabulary import Known, VocabularyMap
 from actors.decoding.vocabulary_mass import Straddled
 from actors.joining import GUIDED, Joiner
@@ -170,7 +170,7 @@ class Exchange:
         readers = {r: reader for r, reader in session.readers.items() if r in window.roles or r == window.drafter}
         small = {role: reader.ahead(guesses) for role, reader in readers.items()}
         rows = len(guesses) + 1
-        for role, part in small.items():
+        for role, part in small.items() if guesses else ():
             room = live.room(role)
             fitting = [read <= room for read in part.ends]
             if role == window.drafter:
@@ -179,7 +179,7 @@ class Exchange:
                     for fits, read in zip(fitting, part.ends, strict=True)
                 ]
             rows = min(rows, max(1, fitting.index(False) if False in fitting else len(fitting)))
-        own = Ahead(tuple(guesses[: rows - 1]), tuple(range(rows)), (None,) * rows)
+        own = Ahead(tuple(guesses[: rows - 1]), tuple(range(rows)), (None,) * rows) if guesses else NOTHING_AHEAD
         return {live.primary: own} | {role: part.first(rows) for role, part in small.items()}
 
     def _begin_role(self, window: Window, role: Role) -> int:

@@ -31,7 +31,12 @@ class Ahead:
 
     def first(self, rows: int) -> Ahead:
         """Of fewer guesses: so many rows."""
+        if rows == len(self.ends):
+            return self
         return Ahead(self.tokens[: self.ends[rows - 1]], self.ends[:rows], self.straddles[:rows])
+
+
+NOTHING_AHEAD = Ahead((), (0,), (None,))  # where nothing is guessed, and each row speaks for itself
 
 
 class Reader(Protocol):
@@ -77,6 +82,8 @@ class PlainReader:
 
     def ahead(self, guesses: Sequence[int]) -> Ahead:
         """Its own ids of them, until one is not a single token."""
+        if not guesses:
+            return NOTHING_AHEAD
         tokens = _one_for_one(guesses, self._mapping.to_role)
         return Ahead(tuple(tokens), tuple(range(len(tokens) + 1)), (None,) * (len(tokens) + 1))
 
