@@ -35,6 +35,7 @@ class Exchange:
     def __init__(self, config: ExchangeConfig, languages: Languages) -> None:
         self._config, self._languages = config, languages
         self._touched: dict[Row, None] = {}
+        self._straddling: dict[Window, None] = {}  # of whose earlier rows nothing was asked yet
         self._tickets = Tickets(self._touch)
         self._joiner = Joiner(config.k, languages, self._tickets)
 
@@ -83,14 +84,17 @@ class Exchange:
         for row in window.rows[window.next :]:
             row.slices.pop(role, None)
             row.restart()
-            for straddled in row.straddled.values():
-                straddled.forget()
             self._touched[row] = None
         for other in window.roles:
             self._tickets.forget(live, other, lookups_only=True)
         self._extend(window, role)
         if window.aligned:
-            self._joiner.ask_straddlers(window)
+            self._straddling[window] = None
+
+    def ask_straddlers(self) -> None:
+        """Ask what the windows begun since the last call need of earlier rows, before all that was asked is sent."""
+        asked, self._straddling = self._straddling, {}
+        self._joiner.ask_straddlers(window for window in asked if window.live.window is window)
 
     def read(self, live: Live, role: Role) -> None:
         """Let a role read what it will need later. Nobody waits for it: if it fails, the tokens are sent again."""
@@ -162,7 +166,7 @@ class Exchange:
             if role != window.drafter:
                 self._extend(window, role)
         if window.aligned:
-            self._joiner.ask_straddlers(window)
+            self._straddling[window] = None
 
     def _ahead(self, window: Window, guesses: Sequence[int], drafted: Sequence[int]) -> dict[Role, Ahead]:
         """What each role reads of the guesses, as many of them as all read one after another."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.asked import Asked, Lookups, Tickets
-from actors.decoding.candidates import Ids, Slice, blocks
+from actors.decoding.candidates import Floats, Ids, Slice, blocks
 from actors.decoding.vocabulary_mass import AlignedBlock, Heard, Straddled, proposals
 from actors.languages import Languages
 from actors.requests import Role
@@ -40,27 +40,20 @@ class Joiner:
         self._ask_early([row for row in open_rows if not row.joinable])
         self._join(joining)
 
-    def ask_straddlers(self, window: Window) -> None:
+    def ask_straddlers(self, windows: Iterable[Window]) -> None:
         """Ask the small models what earlier rows say of tokens that straddle the text's end so far."""
+        waiting = [row for window in windows for row in window.rows[window.next :] if row.straddled]
         for role in SMALL:
-            asked = [(row, each) for row in window.rows[window.next :] if (each := row.straddled.get(role)) is not None]
-            rows: list[Row] = []
-            sinks: list[Straddled] = []
-            positions: list[int] = []
-            at, places, ids = list[Ids](), list[Ids](), list[Ids]()
-            for row, each in asked:
-                for number in range(each.rows):
-                    mine = np.flatnonzero(each.at == number)
-                    at.append(np.full(len(mine), len(rows)))
-                    places.append(mine)
-                    ids.append(each.ids[mine])
-                    rows.append(row)
-                    sinks.append(each)
-                    positions.append(each.straddle.first - 1 + number)
-            if rows:
-                sink = partial(_fill_straddled, sinks)
-                flat_at, flat_places = np.concatenate(at), np.concatenate(places)
-                self._look_up(Lookups(role, rows, flat_at, flat_places, sink, positions), np.concatenate(ids))
+            asked = [(row, each) for row in waiting if (each := row.straddled.get(role)) is not None and each.rows]
+            if not asked:
+                continue
+            offsets = np.cumsum([0] + [each.rows for _, each in asked]).tolist()
+            at = np.concatenate([each.at + offset for (_, each), offset in zip(asked, offsets, strict=False)])
+            rows = [row for row, each in asked for _ in range(each.rows)]
+            positions = [each.straddle.first - 1 + number for _, each in asked for number in range(each.rows)]
+            values = Straddled.share([each for _, each in asked])
+            lookups = Lookups(role, rows, at, np.arange(len(at)), partial(_fill_straddled, values), positions)
+            self._look_up(lookups, np.concatenate([each.ids for _, each in asked]))
 
     def _propose(self, rows: Sequence[Row]) -> None:
         """What a guider of another family puts forward, once it and the straddlers have answered."""
@@ -170,7 +163,5 @@ def _fill_early(rows: Sequence[Row], early: Early, at: Ids, places: Ids, values:
             row.block.early(row.at, places[mine], values[mine])
 
 
-def _fill_straddled(sinks: Sequence[Straddled], at: Ids, places: Ids, values: NDArray[Any]) -> None:
-    for number in np.unique(at).tolist():
-        mine = at == number
-        sinks[number].values[places[mine]] = values[mine]
+def _fill_straddled(values: Floats, at: Ids, places: Ids, news: NDArray[Any]) -> None:
+    values[places] = news

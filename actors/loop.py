@@ -155,7 +155,7 @@ class DecodeLoop:
             except Exception:
                 log.exception("a session cannot be started anew")
                 self.fail(live, "internal error while decoding")
-        self._links.flush()
+        self._send()
 
     def _turn(self) -> None:
         messages, self._inbox = self._inbox, []
@@ -166,6 +166,10 @@ class DecodeLoop:
         while windows:
             judged = self._decider.judge(windows)
             windows = [window for window, rows in zip(windows, judged, strict=True) if self._follow(window, rows)]
+        self._send()
+
+    def _send(self) -> None:
+        self._exchange.ask_straddlers()
         self._links.flush()
 
     def _admit(self) -> None:

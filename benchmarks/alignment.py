@@ -93,7 +93,7 @@ class Pair:
     @cached_property
     def counterparts(self) -> Ids:
         """[target width] the small models' token of the same bytes, -1 for none."""
-        return np.array([self.theirs.ids.get(text, -1) if text else -1 for text in self.ours.texts])
+        return self.theirs.counterparts(self.ours)
 
     @cached_property
     def alignment(self) -> Alignment:

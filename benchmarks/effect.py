@@ -1,9 +1,10 @@
 """What guidance is worth: accuracy of the embedded trio on held-out questions, alone and together.
 
-    python -m benchmarks.effect [--n 100] [--alpha 1.0] [--hops 2 3 4 5] [--save]
+    python -m benchmarks.effect [--family other] [--n 100] [--alpha 1.0] [--hops 2 3 4 5] [--save]
 
 Greedy, `n` questions of each hop count, all of them in flight together, through replicas, sockets and a coordinator in
-this process. guided_dpo: with the adapter of the guider that preference training made. The last line is a JSON object.
+this process. guided_dpo: with the adapter of the guider that preference training made. With `--family other` the target
+has another tokenizer; one_to_one: guided the published way, by ids mapped one to one. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from rich.table import Table
 from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.requests import ROLES, Finished, Generate, Role
+from actors.tokenizer import RoleTokenizer
 from benchmarks.local import WEIGHTS, Answer, LocalService, decode, load_engines, local_service, trio_config
+from benchmarks.one_to_one import OneToOne
 from benchmarks.report import arguments, console, progress, publish
-from cluster.demo.accuracy import TOKENS_A_HOP, TOKENS_AROUND
+from cluster.demo.markup import Markup
+from cluster.demo.other_tokenizer import MARKUP as OTHER_MARKUP
 from cluster.demo.task import Question, grade, questions
+from cluster.demo.tokenizer import MARKUP
 
-Mode = Literal["target", "guider", "guider_base", "guided", "guided_dpo"]
+Mode = Literal["target", "guider", "guider_base", "guided", "guided_dpo", "one_to_one"]
 MODES: tuple[Mode, ...] = (*ROLES, "guided")
 WITH_ADAPTER: tuple[Mode, ...] = ("guided_dpo",)
 ADAPTER = WEIGHTS / "guider_dpo"
+OTHER_TARGET = WEIGHTS / "target_other"
+Family = Literal["same", "other"]
+MARKUPS: dict[Family, Markup] = {"same": MARKUP, "other": OTHER_MARKUP}
 
 
 class Unfinished(RuntimeError):
@@ -61,12 +69,18 @@ async def measure(
     alpha: float,
     done: Callable[[], None],
     modes: Sequence[Mode] = MODES,
+    markup: Markup = MARKUP,
 ) -> Effect:
-    """Ask every question in every mode at once. Raises Unfinished. `done` is called after each answer."""
+    """Ask every question in every mode at once. Raises Unfinished. `done` is called after each answer.
+
+    markup: the target's, whose tokens are counted.
+    """
     asked = [question for count in hops for question in questions("held_out", count, per_hop)]
 
     async def right(mode: Mode, number: int, question: Question) -> bool:
-        answer = await decode(service.coordinators[0], request(service, mode, question, alpha, f"{mode}-{number}"))
+        answer = await decode(
+            service.coordinators[0], request(service, mode, question, alpha, f"{mode}-{number}", markup)
+        )
         done()
         return grade(_text(answer), question)
 
@@ -80,21 +94,45 @@ async def measure(
     return Effect(alpha, per_hop, by_hops)
 
 
-def request(service: LocalService, mode: Mode, question: Question, alpha: float, request_id: str) -> Generate:
+def request(
+    service: LocalService,
+    mode: Mode,
+    question: Question,
+    alpha: float,
+    request_id: str,
+    markup: Markup = MARKUP,
+) -> Generate:
     """The question in each role's own chat template, decoded greedily by one role or by all three."""
     roles: tuple[Role, ...] = (mode,) if mode in ROLES else ROLES
     guided = len(roles) > 1
-    messages = [{"role": "user", "content": question.text}]
-    prompts = {role: service.tokenizers[role].encode(service.tokenizers[role].render(messages)) for role in roles}
+    writer = markup if roles[0] == "target" else MARKUP
     return Generate(
         request_id=request_id,
         primary="target" if guided else roles[0],
-        prompts=prompts,
-        sampling=Sampling(temperature=0.0, max_tokens=TOKENS_A_HOP * question.hops + TOKENS_AROUND),
+        prompts={role: prompt(service.tokenizers[role], question) for role in roles},
+        sampling=Sampling(temperature=0.0, max_tokens=writer.budget(question.hops)),
         guidance=Guidance(alpha=alpha if guided else 0.0),
         thinking=Thinking(),
         seed=0,
     )
+
+
+def prompt(tokenizer: RoleTokenizer, question: Question) -> list[int]:
+    """The question in a role's own chat template."""
+    return tokenizer.encode(tokenizer.render([{"role": "user", "content": question.text}]))
+
+
+def mapped(hops: Sequence[int], per_hop: int, alpha: float, done: Callable[[], None]) -> dict[int, float]:
+    """Accuracy by hop count of the target of another family, guided the published way."""
+    service, found = OneToOne(trio_config().with_target(str(OTHER_TARGET))), {}
+    for count in hops:
+        asked = questions("held_out", count, per_hop)
+        prompts = {role: [prompt(tokenizer, one) for one in asked] for role, tokenizer in service.tokenizers.items()}
+        replies = service.replies(prompts, alpha, OTHER_MARKUP.budget(count))
+        found[count] = _mean([grade(text, question) for text, question in zip(replies, asked, strict=True)])
+        for _ in asked:
+            done()
+    return found
 
 
 def table(effect: Effect) -> Table:
@@ -106,30 +144,39 @@ def table(effect: Effect) -> Table:
     return shown
 
 
-async def run(hops: Sequence[int], per_hop: int, alpha: float) -> Effect:
-    """Load the trio, serve it in this process, and measure; then again with the adapter."""
-    everything = (len(MODES) + len(WITH_ADAPTER)) * len(hops) * per_hop
+async def run(hops: Sequence[int], per_hop: int, alpha: float, family: Family = "same") -> Effect:
+    """Load the trio, serve it in this process, and measure; then again with the adapter, or the published way."""
+    others: tuple[Mode, ...] = WITH_ADAPTER if family == "same" else ("one_to_one",)
+    everything = (len(MODES) + len(others)) * len(hops) * per_hop
     plain = trio_config(exact=False, coordinator={"max_sessions": 64, "max_waiting": everything})
+    runs = [(plain, MODES), (plain.with_adapter(str(ADAPTER)), WITH_ADAPTER)]
+    if family == "other":
+        runs = [(plain.with_target(str(OTHER_TARGET)), MODES)]
     by_hops: dict[int, dict[Mode, float]] = {count: {} for count in hops}
     with progress(console()) as bar:
         task = bar.add_task("answers", total=everything)
-        for config, modes in ((plain, MODES), (plain.with_adapter(str(ADAPTER)), WITH_ADAPTER)):
+        for config, modes in runs:
             async with local_service(config, load_engines(config)) as service:
-                effect = await measure(service, hops, per_hop, alpha, lambda: bar.advance(task), modes)
+                effect = await measure(service, hops, per_hop, alpha, lambda: bar.advance(task), modes, MARKUPS[family])
             for count, row in effect.by_hops.items():
                 by_hops[count] |= row
+        if family == "other":
+            for count, right in mapped(hops, per_hop, alpha, lambda: bar.advance(task)).items():
+                by_hops[count]["one_to_one"] = right
     return Effect(alpha, per_hop, by_hops)
 
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--family", choices=tuple(MARKUPS), default="same", help="of the target (same)")
     parser.add_argument("--n", type=int, default=100, help="questions of each hop count (100)")
     parser.add_argument("--alpha", type=float, default=1.0, help="strength of the guidance (1.0)")
     parser.add_argument("--hops", type=int, nargs="+", default=[2, 3, 4, 5], help="hop counts (2 3 4 5)")
     options = parser.parse_args()
-    effect = asyncio.run(run(options.hops, options.n, options.alpha))
+    effect = asyncio.run(run(options.hops, options.n, options.alpha, options.family))
     console().print(table(effect))
-    publish("effect", effect.result(), options.save)
+    name = "effect" if options.family == "same" else "effect_other"
+    publish(name, effect.result(), options.save)
 
 
 def _text(answer: Answer) -> str:

@@ -37,8 +37,8 @@ from benchmarks.lockstep import Lockstep
 from benchmarks.report import arguments, console, progress, publish
 from benchmarks.tails import Tail, TailEngine, TailStream
 from benchmarks.wide import guided_request, wide_config
-from cluster.demo.accuracy import TOKENS_A_HOP, TOKENS_AROUND
 from cluster.demo.task import Question, questions
+from cluster.demo.tokenizer import MARKUP
 
 K = 128
 TRIO_KS = (8, 16, K)
@@ -167,7 +167,7 @@ def _question(tokenizers: Mapping[Role, RoleTokenizer], question: Question, temp
         request_id=question.text,
         primary="target",
         prompts={role: tokenizers[role].encode(tokenizers[role].render(messages)) for role in ROLES},
-        sampling=Sampling(temperature=temperature, max_tokens=TOKENS_A_HOP * question.hops + TOKENS_AROUND),
+        sampling=Sampling(temperature=temperature, max_tokens=MARKUP.budget(question.hops)),
         guidance=Guidance(alpha=1.0),
         thinking=Thinking(),
         seed=1,

@@ -30,10 +30,9 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.local import WEIGHTS
 from benchmarks.preference import HOPS, WHERE, Measured, Trio
 from benchmarks.report import arguments, console, publish
-from cluster.demo.accuracy import TOKENS_A_HOP, TOKENS_AROUND
-from cluster.demo.lessons import Curriculum, Reader, chat_prompt
+from cluster.demo.lessons import Curriculum, Reader
 from cluster.demo.task import answer_in, known_facts
-from cluster.demo.tokenizer import build
+from cluster.demo.tokenizer import MARKUP, build
 from cluster.demo.train import Recipe, fit
 from cluster.jobs.statistics import Floats, Interval, pass_at_1
 
@@ -57,7 +56,7 @@ def reinforced(guider: PreTrainedModel, folder: str, heard: Callable[[float], No
     """A copy of the guider that was rewarded for right answers. heard: of each step's share of right answers."""
     draw, lessons = random.Random(SEED), Curriculum(known_facts(), 0.0, 1.0, max_hops=max(HOPS))
     asked = [lessons.question(draw) for _ in range(STEPS * PROMPTS)]
-    rows = [{"prompt": chat_prompt(question), "answer": question.answer} for question in asked]
+    rows = [{"prompt": MARKUP.prompt(question), "answer": question.answer} for question in asked]
 
     def reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
         rewards = [float(answer_in(text) == right) for text, right in zip(completions, answer, strict=True)]
@@ -74,7 +73,7 @@ def reinforced(guider: PreTrainedModel, folder: str, heard: Callable[[float], No
             max_steps=STEPS,
             per_device_train_batch_size=PROMPTS * EACH,
             num_generations=EACH,
-            max_completion_length=TOKENS_A_HOP * max(HOPS) + TOKENS_AROUND,
+            max_completion_length=MARKUP.budget(max(HOPS)),
             learning_rate=RATE,
             gradient_checkpointing=False,
             use_cpu=True,

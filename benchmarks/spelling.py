@@ -53,6 +53,10 @@ class Spelling:
         """Ids of many texts."""
         return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def counterparts(self, of: Spelling) -> Ids:
+        """By id of another vocabulary the token here that has the same bytes, -1 for none."""
+        return np.array([self.ids.get(text, -1) if text else -1 for text in of.texts])
+
     def spell(self, ids: Sequence[int]) -> bytes:
         """The bytes of tokens, all of them text."""
         return b"".join(self.texts[id_] or b"" for id_ in ids)

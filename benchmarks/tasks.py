@@ -11,8 +11,8 @@ from actors.preflight import load_tokenizers
 from actors.requests import ROLES
 from benchmarks.baselines import Task
 from benchmarks.shapes import Shape, spread
-from cluster.demo.accuracy import TOKENS_A_HOP
 from cluster.demo.task import questions
+from cluster.demo.tokenizer import MARKUP
 
 HOPS = (2, 3, 4, 5)
 ANSWER = 3  # tokens of a question's answer around its hops, about
@@ -44,7 +44,7 @@ def _questions(config: ServiceConfig, sessions: int, variety: int) -> list[Task]
         question = asked[hops][number // len(HOPS)]
         messages = [{"role": "user", "content": question.text}]
         prompts = {role: tokenizer.encode(tokenizer.render(messages)) for role, tokenizer in tokenizers.items()}
-        made.append(Task(prompts, TOKENS_A_HOP * hops + ANSWER))
+        made.append(Task(prompts, MARKUP.tokens_a_hop * hops + ANSWER))
     return made
 
 

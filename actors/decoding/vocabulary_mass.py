@@ -52,9 +52,15 @@ class Straddled:
         self.values = np.full(len(flat), np.nan)
         self.sums = np.full(self.rows, np.nan)
 
-    def forget(self) -> None:
-        """It is asked anew."""
-        self.values[:] = np.nan
+    @staticmethod
+    def share(asked: Sequence[Straddled]) -> Floats:
+        """Their values are asked, from the beginning: one array that holds them all, one after another."""
+        values = np.full(sum(len(each.ids) for each in asked), np.nan)
+        end = 0
+        for each in asked:
+            end += len(each.ids)
+            each.values = values[end - len(each.ids) : end]
+        return values
 
     @property
     def known(self) -> bool:

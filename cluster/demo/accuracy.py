@@ -10,11 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from cluster.demo.lessons import chat_prompt
+from cluster.demo.markup import Markup
 from cluster.demo.task import Question, grade
-from cluster.demo.tokenizer import TURN_END
-
-TOKENS_A_HOP, TOKENS_AROUND = 7, 12  # the longest reply: a sentence per hop, two marks, the answer, the end
+from cluster.demo.tokenizer import MARKUP
 
 
 @dataclass(frozen=True)
@@ -26,19 +24,25 @@ class Term:
 
 
 @torch.no_grad()
-def replies(terms: Sequence[Term], tokenizer: Tokenizer, questions: Sequence[Question], start: str = "") -> list[str]:
+def replies(
+    terms: Sequence[Term],
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    start: str = "",
+    markup: Markup = MARKUP,
+) -> list[str]:
     """Greedy replies to `questions`, all of the same hop count, with `start` appended to each prompt.
 
     Every name and relation is one token, so prompts of one hop count are equally long and need no padding. The
     returned text begins after `start` and ends before the end of the turn.
     """
-    inputs = torch.tensor([tokenizer.encode(chat_prompt(question) + start).ids for question in questions])
-    end = tokenizer.token_to_id(TURN_END)
+    inputs = torch.tensor([tokenizer.encode(markup.prompt(question) + start).ids for question in questions])
+    end = tokenizer.token_to_id(markup.turn_end)
     assert end is not None
     caches: list[object] = [None] * len(terms)
     finished = torch.zeros(len(questions), dtype=torch.bool)
     columns: list[torch.Tensor] = []
-    for _ in range(TOKENS_A_HOP * questions[0].hops + TOKENS_AROUND):
+    for _ in range(markup.budget(questions[0].hops)):
         combined = torch.zeros(())
         for number, term in enumerate(terms):
             output = term.model(input_ids=inputs, past_key_values=caches[number], use_cache=True, logits_to_keep=1)
@@ -54,9 +58,15 @@ def replies(terms: Sequence[Term], tokenizer: Tokenizer, questions: Sequence[Que
     return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
 
 
-def accuracy(terms: Sequence[Term], tokenizer: Tokenizer, questions: Sequence[Question], start: str = "") -> float:
+def accuracy(
+    terms: Sequence[Term],
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    start: str = "",
+    markup: Markup = MARKUP,
+) -> float:
     """The share of `questions`, all of the same hop count, that is answered right."""
-    texts = replies(terms, tokenizer, questions, start)
+    texts = replies(terms, tokenizer, questions, start, markup)
     right = [grade(text, question) for text, question in zip(texts, questions, strict=True)]
     return sum(right) / len(right)
 

@@ -11,15 +11,11 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
+from cluster.demo.markup import Markup
 from cluster.demo.task import Fact, Question, draw_question
-from cluster.demo.tokenizer import END_OF_TEXT, TURN_END, TURN_START
+from cluster.demo.tokenizer import MARKUP
 
 FACTS_A_DOCUMENT = 6
-
-
-def chat_prompt(question: Question) -> str:
-    """The question as the chat template renders it, up to where the assistant begins."""
-    return f"{TURN_START}user\n{question.text}{TURN_END}\n{TURN_START}assistant\n"
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class Curriculum:
     fact_share: float
     reasoned_share: float
     max_hops: int
+    markup: Markup = MARKUP
 
     def document(self, draw: random.Random) -> list[Piece]:
         """One document of the mixture."""
@@ -47,7 +44,11 @@ class Curriculum:
         question = self.question(draw)
         reasoned = kind < self.fact_share + self.reasoned_share
         answer = question.reasoned_answer if reasoned else question.direct_answer
-        return [Piece(chat_prompt(question), False), Piece(answer + TURN_END, True), Piece("\n", False)]
+        return [
+            Piece(self.markup.prompt(question), False),
+            Piece(answer + self.markup.turn_end, True),
+            Piece(self.markup.after, False),
+        ]
 
     def _recital(self, draw: random.Random) -> list[Piece]:
         """Facts one after the other, as raw text; of each only the last word follows from what was learned."""
@@ -56,7 +57,7 @@ class Curriculum:
             fact = draw.choice(self.facts)
             pieces.append(Piece(f" {fact.stem}" if number else fact.stem, False))
             pieces.append(Piece(f" {fact.value}.", True))
-        return [*pieces, Piece(END_OF_TEXT, False)]
+        return [*pieces, Piece(self.markup.end_of_text, False)]
 
     def question(self, draw: random.Random) -> Question:
         """A training question all of whose steps are among the facts of this curriculum."""

@@ -11,12 +11,23 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.demo import english, task
+from cluster.demo.markup import Markup
 
 VOCABULARY_SIZE = 2048
 MAX_POSITIONS = 4096
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK_START, THINK_END = "<think>", "</think>"
+
+MARKUP = Markup(
+    question=f"{TURN_START}user\n",
+    answer=f"{TURN_END}\n{TURN_START}assistant\n",
+    turn_end=TURN_END,
+    after="\n",
+    end_of_text=END_OF_TEXT,
+    tokens_a_hop=7,
+    tokens_around=12,
+)
 
 # As in the published families: control tokens vanish from decoded text, the marks of thinking stay in it.
 SPECIAL_TOKENS = (
@@ -51,7 +62,7 @@ def build() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.add_tokens(list(SPECIAL_TOKENS))
     if tokenizer.get_vocab_size() != VOCABULARY_SIZE:
         raise RuntimeError(f"the corpus yields {tokenizer.get_vocab_size()} tokens, {VOCABULARY_SIZE} are needed")
@@ -74,8 +85,8 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _corpus() -> Iterator[str]:
-    """The words of the task with and without a leading space, far oftener than the common words after them."""
+def corpus() -> Iterator[str]:
+    """Text for tokenizers: the task's words with and without a leading space, far oftener than common ones."""
     facts = list(task.table().values())
     for _ in range(4):
         yield from (fact.sentence for fact in facts)

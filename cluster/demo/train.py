@@ -1,8 +1,9 @@
-"""Trains the embedded trio from a fixed seed: ``python -m cluster.demo.train [--out FOLDER]``.
+"""Trains the embedded trio from a fixed seed: ``python -m cluster.demo.train [--family other] [--out FOLDER]``.
 
 The target sees every fact and mostly answers at once. The guider base is smaller and sees 60 % of the facts. The guider
 is the guider base tuned on hop-by-hop answers. Three folders in Hugging Face layout are written, and the last line
-printed is one JSON object: accuracy by mode and hop count on held-out questions.
+printed is one JSON object: accuracy by mode and hop count on held-out questions. `--family other` trains one more
+target in the same way, for another tokenizer.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +25,19 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from cluster.demo import other_tokenizer
 from cluster.demo import tokenizer as trio_tokenizer
 from cluster.demo.accuracy import Term, accuracy, guided
 from cluster.demo.lessons import Curriculum, Reader
+from cluster.demo.markup import Markup
 from cluster.demo.task import known_facts, questions, table
-from cluster.demo.tokenizer import END_OF_TEXT, MAX_POSITIONS, TURN_END
+from cluster.demo.tokenizer import MARKUP, MAX_POSITIONS, THINK_START
 
 WEIGHTS = Path(__file__).parent / "weights"
 ALPHAS = (0.5, 1.0, 1.5)
 HOPS = (2, 3, 4, 5)
 THREADS = 2
+REPORTED = 200  # questions of each hop count
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class Recipe:
     target: Schedule = Schedule(seed=1, steps=1500, rate=1e-3)
     guider_base: Schedule = Schedule(seed=2, steps=1500, rate=2e-3)
     guider: Schedule = Schedule(seed=3, steps=300, rate=2e-3)
+    target_other: Schedule = Schedule(
+        seed=4, steps=1500, rate=1e-3, length=88
+    )  # the marks of thinking take more tokens
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,10 @@ class Trio:
     tokenizer: Tokenizer
 
 
-def new_model(shape: Shape, tokenizer: Tokenizer, seed: int) -> Qwen2ForCausalLM:
+def new_model(shape: Shape, tokenizer: Tokenizer, seed: int, markup: Markup = MARKUP) -> Qwen2ForCausalLM:
     """An untrained model in fp32 whose weights follow from `seed`."""
     torch.manual_seed(seed)
-    turn_end, end_of_text = tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)
+    turn_end, end_of_text = tokenizer.token_to_id(markup.turn_end), tokenizer.token_to_id(markup.end_of_text)
     config = Qwen2Config(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=shape.width,
@@ -130,34 +138,50 @@ def _loss(model: Qwen2ForCausalLM, ids: torch.Tensor, learned: torch.Tensor) -> 
 def train(recipe: Recipe, progress: Progress) -> Trio:
     """The trio of `recipe`; on one machine type and thread count the same recipe yields the same weights."""
     tokenizer = trio_tokenizer.build()
-    everything, known = tuple(table().values()), known_facts()
-
-    def taught(model: Qwen2ForCausalLM, name: str, curriculum: Curriculum, schedule: Schedule) -> Qwen2ForCausalLM:
-        bar = progress.add_task(name, total=schedule.steps, loss=math.nan)
-        fit(model, Reader(tokenizer, curriculum), schedule, progress, bar)
-        return model
-
+    known = known_facts()
     target = new_model(recipe.target_shape, tokenizer, recipe.target.seed)
-    taught(target, "target", Curriculum(everything, 0.5, 0.05, max_hops=5), recipe.target)
+    _teach(target, "target", Reader(tokenizer, _of_target(MARKUP)), recipe.target, progress)
     guider_base = new_model(recipe.small_shape, tokenizer, recipe.guider_base.seed)
-    taught(guider_base, "guider base", Curriculum(known, 0.5, 0.05, max_hops=5), recipe.guider_base)
+    facts_and_answers = Reader(tokenizer, Curriculum(known, 0.5, 0.05, max_hops=5))
+    _teach(guider_base, "guider base", facts_and_answers, recipe.guider_base, progress)
     guider = copy.deepcopy(guider_base)
-    taught(guider, "guider", Curriculum(known, 0.0, 1.0, max_hops=5), recipe.guider)
+    reasoning = Reader(tokenizer, Curriculum(known, 0.0, 1.0, max_hops=5))
+    _teach(guider, "guider", reasoning, recipe.guider, progress)
     return Trio(target, guider, guider_base, tokenizer)
+
+
+def train_other(recipe: Recipe, progress: Progress) -> tuple[Qwen2ForCausalLM, Tokenizer]:
+    """A target that learns what the trio's learns, in the tokens and the chat format of another family."""
+    tokenizer, markup = other_tokenizer.build(), other_tokenizer.MARKUP
+    target = new_model(recipe.target_shape, tokenizer, recipe.target_other.seed, markup)
+    _teach(target, "other target", Reader(tokenizer, _of_target(markup)), recipe.target_other, progress)
+    return target, tokenizer
+
+
+def _of_target(markup: Markup) -> Curriculum:
+    return Curriculum(tuple(table().values()), 0.5, 0.05, max_hops=5, markup=markup)
+
+
+def _teach(model: Qwen2ForCausalLM, name: str, reader: Reader, schedule: Schedule, progress: Progress) -> None:
+    bar = progress.add_task(name, total=schedule.steps, loss=math.nan)
+    fit(model, reader, schedule, progress, bar)
 
 
 def save(trio: Trio, out: Path) -> None:
     """Write the folders target, guider and guider_base below `out`, each replaced only once it is complete."""
-    out.mkdir(parents=True, exist_ok=True)
     for name, model in (("target", trio.target), ("guider", trio.guider), ("guider_base", trio.guider_base)):
-        fresh = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
-        model.save_pretrained(fresh)
-        trio_tokenizer.save(trio.tokenizer, fresh)
-        folder = out / name
-        folder.mkdir(exist_ok=True)
-        for file in sorted(fresh.iterdir()):
-            os.replace(file, folder / file.name)
-        shutil.rmtree(fresh)
+        write(model, out / name, lambda folder: trio_tokenizer.save(trio.tokenizer, folder))
+
+
+def write(model: Qwen2ForCausalLM, folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
+    """Write a model and its tokenizer into `folder`, whose files are replaced only once all are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    model.save_pretrained(fresh)
+    write_tokenizer(fresh)
+    for file in sorted(fresh.iterdir()):
+        os.replace(file, folder / file.name)
+    shutil.rmtree(fresh)
 
 
 def report(trio: Trio, n: int) -> dict[str, dict[int, float]]:
@@ -167,25 +191,40 @@ def report(trio: Trio, n: int) -> dict[str, dict[int, float]]:
         "guider": [Term(trio.guider)],
         "guider_base": [Term(trio.guider_base)],
     } | {f"guided_{alpha}": guided(trio.target, trio.guider, trio.guider_base, alpha) for alpha in ALPHAS}
-    asked = {hops: questions("held_out", hops, n) for hops in HOPS}
+    return {mode: _by_hops(terms, trio.tokenizer, n, "", MARKUP) for mode, terms in modes.items()}
+
+
+def report_other(target: Qwen2ForCausalLM, tokenizer: Tokenizer, n: int) -> dict[str, dict[int, float]]:
+    """Accuracy by hop count of the target of another family: left alone, and made to think, as guidance makes it."""
+    starts = {"target": "", "target_thinking": THINK_START}
     return {
-        mode: {hops: round(accuracy(terms, trio.tokenizer, asked[hops]), 3) for hops in HOPS}
-        for mode, terms in modes.items()
+        mode: _by_hops([Term(target)], tokenizer, n, start, other_tokenizer.MARKUP) for mode, start in starts.items()
     }
+
+
+def _by_hops(terms: Sequence[Term], tokenizer: Tokenizer, n: int, start: str, markup: Markup) -> dict[int, float]:
+    return {hops: round(accuracy(terms, tokenizer, questions("held_out", hops, n), start, markup), 3) for hops in HOPS}
 
 
 def main() -> None:
     """Train, save, report."""
-    parser = argparse.ArgumentParser(description="Train the embedded trio and write its weights.")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the three models (default: %(default)s)")
-    out: Path = parser.parse_args().out
+    parser = argparse.ArgumentParser(description="Train the embedded trio, or a target for it, and write the weights.")
+    parser.add_argument("--family", choices=("same", "other"), default="same", help="other: a target of another family")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the models (default: %(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(THREADS)
     disable_progress_bar()  # of the libraries: a bar of one shard a model says nothing
     loss = TextColumn("loss {task.fields[loss]:.3f}")
     with Progress(TextColumn("{task.description:>12}"), BarColumn(), loss, TimeRemainingColumn()) as progress:
-        trio = train(Recipe(), progress)
-    save(trio, out)
-    print(json.dumps(report(trio, 200)))
+        if options.family == "same":
+            trio = train(Recipe(), progress)
+            save(trio, options.out)
+            result = report(trio, REPORTED)
+        else:
+            target, tokenizer = train_other(Recipe(), progress)
+            write(target, options.out / "target_other", lambda folder: other_tokenizer.save(tokenizer, folder))
+            result = report_other(target, tokenizer, REPORTED)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.demo import tokenizer as trio_tokenizer
-from cluster.demo.lessons import chat_prompt
 from cluster.demo.task import PEOPLE, RELATIONS, questions
-from cluster.demo.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, THINK_END, THINK_START, TURN_END, TURN_START
+from cluster.demo.tokenizer import END_OF_TEXT, MARKUP, SPECIAL_TOKENS, THINK_END, THINK_START, TURN_END, TURN_START
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_the_marks_of_thinking_stay_in_decoded_text_and_control_tokens_do_not(to
 
 
 def test_transformers_loads_the_same_tokenizer(tokenizer: Tokenizer, loaded: PreTrainedTokenizerFast) -> None:
-    text = chat_prompt(questions("train", 2, 1)[0]) + "naïve \U0001f680"
+    text = MARKUP.prompt(questions("train", 2, 1)[0]) + "naïve \U0001f680"
     assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
     assert loaded.decode(tokenizer.encode(text).ids) == text
     assert len(loaded) == trio_tokenizer.VOCABULARY_SIZE
@@ -89,7 +88,7 @@ def test_the_template_renders_a_question_as_it_was_taught(loaded: PreTrainedToke
     question = questions("train", 3, 1)[0]
     messages = [{"role": "user", "content": question.text}]
     rendered = loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert rendered == chat_prompt(question)
+    assert rendered == MARKUP.prompt(question)
 
 
 def test_earlier_turns_lose_their_thinking(loaded: PreTrainedTokenizerFast) -> None:
@@ -103,7 +102,7 @@ def test_earlier_turns_lose_their_thinking(loaded: PreTrainedTokenizerFast) -> N
     rendered = loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert rendered == (
         f"{TURN_START}system\nAnswer.{TURN_END}\n{TURN_START}user\n{first.text}{TURN_END}\n"
-        f"{TURN_START}assistant\n{first.direct_answer}{TURN_END}\n" + chat_prompt(second)
+        f"{TURN_START}assistant\n{first.direct_answer}{TURN_END}\n" + MARKUP.prompt(second)
     )
 
 
@@ -111,4 +110,4 @@ def test_the_last_turn_keeps_its_thinking(loaded: PreTrainedTokenizerFast) -> No
     question = questions("train", 2, 1)[0]
     messages = [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.reasoned_answer}]
     rendered = loaded.apply_chat_template(messages, tokenize=False)
-    assert rendered == f"{chat_prompt(question)}{question.reasoned_answer}{TURN_END}\n"
+    assert rendered == f"{MARKUP.prompt(question)}{question.reasoned_answer}{TURN_END}\n"

@@ -24,8 +24,8 @@ from actors.forward import Engine
 from actors.requests import Role
 from benchmarks.effect import MODES, measure
 from benchmarks.local import LocalService, local_service, trio_config
-from cluster.demo.accuracy import TOKENS_A_HOP, TOKENS_AROUND
 from cluster.demo.task import questions
+from cluster.demo.tokenizer import MARKUP
 from cluster.jobs import choose_alpha, evaluate
 from cluster.jobs.asking import Asker
 from cluster.jobs.config import checked
@@ -55,7 +55,7 @@ def task_files(folder: Path, temperature: float = 0) -> list[str]:
             "grader": "multihop",
             "temperature": temperature,
             "top_p": 1,
-            "max_tokens": TOKENS_A_HOP * hops + TOKENS_AROUND,
+            "max_tokens": MARKUP.budget(hops),
         }
         path = folder / f"hops{hops}.yaml"
         path.write_text(yaml.safe_dump(task), encoding="utf-8")

@@ -21,8 +21,8 @@ from rich.console import Console
 
 from actors.config import ConfigError
 from benchmarks.effect import ADAPTER
-from cluster.demo.lessons import chat_prompt
 from cluster.demo.task import PEOPLE, Question, questions
+from cluster.demo.tokenizer import MARKUP
 from cluster.jobs.dpo.journal import FILE, PLOT, Journal
 from cluster.jobs.dpo.record import RECORD
 from cluster.jobs.dpo.training import Training
@@ -44,7 +44,7 @@ BATCH = 8
 def row(question: Question, number: int) -> dict[str, Any]:
     """A reasoned right answer against a bare wrong one."""
     wrong = next(name for name in PEOPLE[number % 7 :] if name != question.answer)
-    prompts = {name: chat_prompt(question) for name in ("prompt", "target_prompt", "guider_base_prompt")}
+    prompts = {name: MARKUP.prompt(question) for name in ("prompt", "target_prompt", "guider_base_prompt")}
     return prompts | {
         "chosen": question.reasoned_answer,
         "rejected": f"The answer is {wrong}.",
