@@ -151,7 +151,7 @@ class Lookups:
 
     def sort(self, ids: Ids) -> Ids:
         """Bring each row's ids into ascending order."""
-        order = np.lexsort((ids, self.at))
+        order = np.argsort((self.at << 32) + ids, kind="stable")
         self.places = self.places[order]
         return ids[order]
 

@@ -21,7 +21,7 @@ from actors.joining import GUIDED
 from actors.languages import Languages
 from actors.links import Links, Locate, Replica
 from actors.live import Live
-from actors.mending import Mender
+from actors.mending import MAX_FAULTS, Mender
 from actors.planning import Planner
 from actors.requests import Finished, FinishReason, Moved, Role
 from actors.waiting import Waiting
@@ -142,13 +142,15 @@ class DecodeLoop:
     def _after_failed_turn(self) -> None:
         """A fault of this program: what it was about to decide ends, the others start their rows anew.
 
-        The replies that the turn had taken are lost, so nobody's rows can be waited for.
+        The replies that the turn had taken are lost, so nobody's rows can be waited for. Who gets no token in many
+        turns on end, ends too.
         """
         for live in list(self._lives.values()):
             if live in self._stranded:
                 continue
             try:
-                if live.window is None or live.window.ready():
+                live.faults += 1
+                if live.window is None or live.window.ready() or live.faults > MAX_FAULTS:
                     self.fail(live, "internal error while decoding")
                 else:
                     self._restart(live)

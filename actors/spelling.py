@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 _SPACE = "▁"  # SentencePiece's
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SHORT, _REMEMBERED = 48, 4096  # characters of a text that is remembered, and how many of them are
 _WORDS = re.compile(r" +[^ ]*|[^ ]+")  # pieces that SentencePiece never spells together
 _MOVING = ("Prepend", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents")  # what is left out
 
@@ -35,6 +36,9 @@ class TokenizerSpeller:
         self._kind = _kind_of(settings)
         self._bare = Tokenizer.from_str(json.dumps(settings))
         self._sees_bytes = self._kind == "bytes"
+        # Sessions spell the same words over and over, and each small model spells what the other has.
+        self._remembered = lru_cache(_REMEMBERED)(self._spell)
+        self._remembered_restart = lru_cache(_REMEMBERED)(self._restart)
         self.texts: list[bytes | None] = [None] * (max(text_tokens.values(), default=-1) + 1)
         for token, id_ in text_tokens.items():
             self.texts[id_] = _bytes_of(token, self._kind)
@@ -48,7 +52,10 @@ class TokenizerSpeller:
         return hashlib.sha256(self._bare.to_str().encode()).hexdigest()
 
     def spell(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text, and the bytes of it up to the end of each."""
+        """Ids of a text, and the bytes of it up to the end of each; neither may be changed."""
+        return self._remembered(text) if len(text) <= _SHORT else self._spell(text)
+
+    def _spell(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self._bare.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         texts = self.texts
@@ -75,6 +82,9 @@ class TokenizerSpeller:
 
     def restart(self, text: str) -> int:
         """Characters of a text whose tokens stay as they are, whatever follows."""
+        return self._remembered_restart(text) if len(text) <= _SHORT else self._restart(text)
+
+    def _restart(self, text: str) -> int:
         for start in () if self._whole else reversed(list(self._pieces(text))):
             if not text[start:].isspace():
                 return start

@@ -197,6 +197,21 @@ async def test_a_turn_that_fails_loses_no_other_sessions_replies(
     assert tokens(answers) == expected
 
 
+async def test_turns_that_fail_again_and_again_end_their_sessions(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 3)
+        expected = await alone(service, requests)
+        with monkeypatch.context() as broken:
+            broken.setattr(Exchange, "advance", lambda exchange: 1 / 0)
+            async with asyncio.timeout(20):
+                answers = await decode_all(service.coordinators[0], requests)
+        assert [finished(answer).error for answer in answers] == ["internal error while decoding"] * 3
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+    assert "a turn failed" in caplog.text
+
+
 async def test_a_request_that_takes_too_long_is_ended(trio: Trio) -> None:
     endless = replace(LONG, max_tokens=None)
     async with local_service(trio_config(deadlines={"request_s": 0.3}), trio.engines) as service:

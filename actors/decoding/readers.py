@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
-from actors.decoding.vocabulary_reading import LOOK_BACK, Reading, Straddle
+from actors.decoding.vocabulary_reading import LOOK_BACK, Reading, Straddle, WholeTexts
 from actors.decoding.vocabulary_tables import Ids, Speller, Tables
 
 _CONTEXT = 3  # of the target's tokens that a draft's text is spelled together with
@@ -106,7 +107,7 @@ def _one_for_one(tokens: Sequence[int], theirs: Ids) -> list[int]:
     return mapped
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Alignment:
     """A small model of another vocabulary, as the target's sessions need it.
 
@@ -123,6 +124,11 @@ class Alignment:
     from_special: Mapping[int, int]
     shown: Mapping[int, bytes]
 
+    @cached_property
+    def whole_texts(self) -> WholeTexts:
+        """What the small model reads as one token, whatever stands around it."""
+        return WholeTexts({text.decode(): id_ for id_, text in self.shown.items()})
+
     def said(self, token: int) -> bytes:
         """The bytes that the target's `token` adds to the text."""
         return (self.texts[token] if token < len(self.texts) else None) or b""
@@ -134,7 +140,7 @@ class AlignedReader:
     def __init__(self, alignment: Alignment, stream: Stream) -> None:
         self._alignment, self._stream = alignment, stream
         self._prompt = len(stream)
-        self._reading = Reading(alignment.role)
+        self._reading = Reading(alignment.role, alignment.whole_texts)
         self._said: list[int] = []  # the target's newest tokens since the last that was no text
 
     def read(self, token: int) -> None:
@@ -148,9 +154,7 @@ class AlignedReader:
             self.read(token)
 
     def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
-        """A role with a token of its own for the marker reads that token instead."""
-        if len(theirs) == 1 and theirs[0] in self._alignment.shown:
-            self._stream.replace_tail(*self._reading.respell(marker.encode(), theirs[0]))
+        """Texts that are a token of its own are read so anyway."""
 
     def ahead(self, guesses: Sequence[int]) -> Ahead:
         """The true tokens of them, until one takes back another."""

@@ -138,9 +138,7 @@ class Events:
         self._masses: Floats | None = None
         ends = np.cumsum(counts.reshape(ids.shape).sum(1))
         self._parts = [slice(end - size, end) for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
-        for row, each in enumerate(heard):
-            if each.slice is not None:
-                self.arrive(row, each.slice)
+        self._arrive_together([(row, each.slice) for row, each in enumerate(heard) if each.slice is not None])
 
     def arrive(self, row: int, part: Slice) -> None:
         """Take in a slice of one row."""
@@ -151,6 +149,19 @@ class Events:
         found = np.minimum(np.searchsorted(part.ids, mine), len(part.ids) - 1)
         here = part.ids[found] == mine
         self.values[self._parts[row]][here] = part.logits[found[here]]
+
+    def _arrive_together(self, parts: Sequence[tuple[int, Slice]]) -> None:
+        for row, part in parts:
+            self._sums[row] = part.logsumexp
+        parts = [(row, part) for row, part in parts if len(part.ids)]
+        if not parts:
+            return
+        keys = np.concatenate([part.ids.astype(np.int64) + (row << 32) for row, part in parts])
+        logits = np.concatenate([part.logits for _, part in parts])
+        mine = self.tokens + (self.at << 32)
+        found = np.minimum(np.searchsorted(keys, mine), len(keys) - 1)
+        here = keys[found] == mine
+        self.values[here] = logits[found[here]]
 
     def missing(self) -> tuple[Ids, Ids, Ids]:
         """Rows [n], places [n] and ids [n] of what must be looked up."""

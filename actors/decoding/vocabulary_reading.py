@@ -6,8 +6,9 @@ a new piece of text takes back a few tokens at most (a rollback) and adds new on
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.decoding.vocabulary_tables import NOWHERE, Speller, Tables
@@ -33,16 +34,51 @@ class Straddle:
     partial: bool
 
 
+class WholeTexts:
+    """Texts that a tokenizer finds before it splits anything else: each is one token."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._ids = ids
+        self._longest = max(map(len, ids), default=0)
+        self._any = re.compile("|".join(re.escape(text) for text in sorted(ids, key=len, reverse=True)))
+        self._beginnings = frozenset(text[:end] for text in ids for end in range(1, len(text)))
+
+    def find(self, text: str, known: int) -> tuple[int, int, int] | None:
+        """The first that ends in what comes after `known` characters: its start, its end and its token."""
+        found = self._any.search(text, max(0, known - self._longest)) if self._ids else None
+        return None if found is None else (found.start(), found.end(), self._ids[found.group()])
+
+    def begun(self, text: str) -> int:
+        """Characters before the one that the text may end with the beginning of."""
+        for count in range(min(self._longest - 1, len(text)), 0, -1):
+            if text[-count:] in self._beginnings:
+                return len(text) - count
+        return len(text)
+
+
 class Reading:
     """The tokens of a text since the prompt, which is a hard boundary.
 
     Positions count from the prompt's end. Every change answers how many tokens to take back, and which to add then.
     """
 
-    __slots__ = ("_bad", "_base", "_ends", "_floor", "_ids", "_marks", "_said", "_speller", "_tail", "_tail_tokens")
+    __slots__ = (
+        "_bad",
+        "_base",
+        "_ends",
+        "_floor",
+        "_ids",
+        "_marks",
+        "_said",
+        "_speller",
+        "_tail",
+        "_tail_tokens",
+        "_whole_texts",
+    )
 
-    def __init__(self, speller: Speller) -> None:
-        self._speller = speller
+    def __init__(self, speller: Speller, whole_texts: WholeTexts | None = None) -> None:
+        """whole_texts: those that are one token, whatever stands around them."""
+        self._speller, self._whole_texts = speller, whole_texts or WholeTexts({})
         self._base = 0  # tokens before the first that is remembered
         self._ids: list[int] = []
         self._ends: list[int] = [0]  # bytes up to the end of each, those up to the first before them
@@ -68,7 +104,8 @@ class Reading:
     def fork(self) -> Reading:
         """The same again, to read ahead."""
         other = Reading.__new__(Reading)
-        other._speller, other._base, other._floor = self._speller, self._base, self._floor
+        other._speller, other._whole_texts = self._speller, self._whole_texts
+        other._base, other._floor = self._base, self._floor
         other._ids, other._ends = self._ids[:], self._ends[:]
         other._tail, other._tail_tokens, other._bad = self._tail, self._tail_tokens, self._bad
         other._said, other._marks = self._said[:], self._marks[:]
@@ -77,8 +114,9 @@ class Reading:
     def push(self, token: int, data: bytes) -> tuple[int, list[int]]:
         """The target said `token`, which reads `data`: tokens to take back, and those to add."""
         before = kept = len(self)
+        end = self._marks[-1] + len(data)
         self._said.append(token)
-        self._marks.append(self._marks[-1] + len(data))
+        self._marks.append(end)
         data, self._bad = self._bad + data, b""
         while data:
             try:
@@ -89,9 +127,11 @@ class Reading:
                     self._bad, bad = bad, b""
                 data = rest
             if text:
-                kept = min(kept, self._grow(text))
+                kept = min(kept, self._read(text))
             if bad:
                 self._raw(bad)
+        if not self._said:  # a hard boundary inside of the token: nothing goes on from there
+            self._marks = [end]
         self._forget()
         return before - kept, self._since(kept)
 
@@ -104,19 +144,6 @@ class Reading:
         self._add([token], [self._ends[-1] + len(data)])
         self._bound()
         return 0, self._since(before)
-
-    def respell(self, marker: bytes, token: int) -> tuple[int, list[int]]:
-        """The text ends with a marker that is one token here: it stands in the place of what spelled it."""
-        end = self._ends[-1]
-        start = end - len(marker)
-        at = bisect_left(self._ends, start)
-        if self._bad or start < self._ends[0] or (at < len(self._ends) and self._ends[at] != start):
-            return 0, []  # a token reaches into the marker from before: it stays text
-        back = len(self._ids) - at
-        del self._ids[at:], self._ends[at + 1 :]
-        self._add([token], [end])
-        self._bound()
-        return back, [token]
 
     def straddle(self, tables: Tables) -> Straddle | None:
         """What the row of the newest token takes from earlier ones; None if it speaks for itself."""
@@ -141,18 +168,28 @@ class Reading:
             return NOWHERE  # no boundary of the target's
         return tables.walk(self._said[at:])
 
-    def _grow(self, text: str) -> int:
+    def _read(self, text: str) -> int:
         """Text came: how many tokens stay."""
-        self._tail += text
-        ids, ends = self._speller.spell(self._tail)
-        begin = len(self._ids) - self._tail_tokens
-        same, old = 0, self._ids[begin:]
-        for mine, theirs in zip(old, ids, strict=False):
-            if mine != theirs:
-                break
+        kept, rest = len(self), self._tail + text
+        while (found := self._whole_texts.find(rest, len(self._tail))) is not None:
+            start, end, token = found
+            kept = min(kept, self._spell(rest[:start]))
+            self._add([token], [self._ends[-1] + len(rest[start:end].encode())])
+            self._bound()
+            rest = rest[end:]
+        return min(kept, self._spell(rest)) if rest else kept
+
+    def _spell(self, tail: str) -> int:
+        """The tail reads otherwise now: how many tokens stay."""
+        self._tail = tail
+        ids, ends = self._speller.spell(tail)
+        known, most = self._tail_tokens, min(self._tail_tokens, len(ids))
+        begin, same = len(self._ids) - known, 0
+        while same < most and self._ids[begin + same] == ids[same]:
             same += 1
         start = self._ends[begin]
-        del self._ids[begin + same :], self._ends[begin + same + 1 :]
+        if same < known:
+            del self._ids[begin + same :], self._ends[begin + same + 1 :]
         self._add(ids[same:], [start + end for end in ends[same:]])
         self._tail_tokens = len(ids)
         self._cut()
@@ -161,6 +198,10 @@ class Reading:
     def _cut(self) -> None:
         """Nothing that comes changes the tokens before here."""
         settled = self._speller.restart(self._tail)
+        if settled and (begun := self._whole_texts.begun(self._tail)) < len(self._tail):
+            settled = min(
+                settled, self._speller.restart(self._tail[:begun])
+            )  # what is before it may come to stand alone
         if not settled and len(self._tail) > _LONGEST_TAIL:
             settled = len(self._tail)
         if not settled:

@@ -30,7 +30,7 @@ class Speller(Protocol):
     def texts(self) -> Sequence[bytes | None]: ...
 
     def spell(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text, and the bytes of it up to the end of each."""
+        """Ids of a text, and the bytes of it up to the end of each; neither may be changed."""
 
     def spell_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts."""

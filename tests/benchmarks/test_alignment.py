@@ -237,15 +237,32 @@ def test_guidance_is_nearer_to_the_oracle_than_one_to_one() -> None:
     assert found.nats["aligned"] < 0.6 * found.nats["none"]
 
 
-@pytest.mark.parametrize(
-    ("target", "small", "least"),
-    [("grouped", "single", 0.99), ("single", "grouped", 0.99), ("pieces", "single", 0.95)],
-)
-def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: str, least: float) -> None:
-    pair = Pair("", tokenizer(target), tokenizer(small), texts())
-    found = attribute("reasoning", texts()["reasoning"].held_out[:3_000], pair.ours, pair.theirs, pair.alignment)
-    assert found.attributed > least
-    assert found.mapped < 1.0
+# Of reasoning, math and English: the share attributed rightly, and that of tokens that take others back, as measured.
+GATE = {
+    ("grouped", "single"): ((1.0, 0.0064), (1.0, 0.0), (1.0, 0.0189)),
+    ("single", "grouped"): ((1.0, 0.151), (0.9825, 0.1621), (1.0, 0.0174)),
+    ("pieces", "single"): ((0.9725, 0.1543), (0.98, 0.2107), (0.88, 0.3039)),
+    ("single", "pieces"): ((0.9575, 0.0253), (0.95, 0.0316), (0.73, 0.1167)),
+    ("Llama 3", "Qwen"): ((1.0, 0.0), (1.0, 0.0), (1.0, 0.0)),
+    ("Mistral", "Qwen"): ((0.9975, 0.0599), (0.97, 0.0627), (0.9925, 0.1274)),
+    ("Tekken", "Qwen"): ((1.0, 0.0044), (1.0, 0.0006), (0.995, 0.0193)),
+    ("Qwen", "Llama 3"): ((1.0, 0.2204), (1.0, 0.2343), (1.0, 0.0391)),
+}
+
+
+@pytest.mark.parametrize(("target", "small"), GATE)
+def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: str) -> None:
+    """A gate for each pair: what was measured may get better, and worse by one or two tokens."""
+    known = real_tokenizers() if target in LOADERS else {kind: tokenizer(kind) for kind in (target, small)}
+    if not {target, small} <= known.keys():
+        pytest.skip("the package of a published tokenizer is not installed")
+    pair = Pair("", known[target], known[small], texts())
+    for kind, (attributed, taken_back) in zip(("reasoning", "math", "english"), GATE[target, small], strict=True):
+        found = attribute(kind, texts()[kind].held_out[:3_000], pair.ours, pair.theirs, pair.alignment)
+        assert found.attributed >= attributed - 0.005, kind
+        assert found.rollbacks <= taken_back + 0.005, kind
+        if {target, small} == {"grouped", "single"} and kind == "reasoning":
+            assert found.mapped < 1.0
 
 
 def test_a_distribution_does_not_diverge_from_itself() -> None:

@@ -26,9 +26,11 @@ def texts() -> dict[str, Corpus]:
 
 @cache
 def tokenizer(kind: str) -> RoleTokenizer:
-    """grouped: byte pairs, up to three digits together; single: single digits; large: the same, other text, more of
-    it; pieces: SentencePiece's unigram; bytes: nothing but bytes."""
+    """grouped: byte pairs, up to three digits together; single: single digits; small: the same, few of them; large: the
+    same, other text, more of it; pieces: SentencePiece's unigram; bytes: nothing but bytes."""
     english, math, code = (texts()[name].train for name in ("english", "reasoning", "code"))
+    if kind == "small":
+        return byte_pairs([english, math], 500, ONE_DIGIT)
     if kind == "grouped":
         return byte_pairs([english, math], 900, THREE_DIGITS)
     if kind == "single":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from actors.decoding.hashing import prefix_hash
 from actors.decoding.readers import AlignedReader
 from actors.decoding.stream import Stream
-from actors.decoding.vocabulary_reading import Reading
+from actors.decoding.vocabulary_reading import Reading, WholeTexts
 from actors.decoding.vocabulary_tables import Speller
 from actors.tokenizer import RoleTokenizer
 from tests.decoding.aligned import KINDS, alignment, texts, tokenizer
@@ -58,6 +59,37 @@ def test_a_text_in_pieces_is_spelled_as_a_whole(kind: str) -> None:
             checks += 1
     assert checks > 1_000
     assert longest <= 12, "bytes come one by one here; by tokens of a target it is three"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_is_one_token_is_read_so_whatever_stands_around_it(kind: str) -> None:
+    """As a tokenizer does that finds its added tokens before it splits anything."""
+    speller, draw = tokenizer(kind).speller, random.Random(13)
+    whole_texts = {"<think>": 100_001, "</think>": 100_002, "</thinking aloud>": 100_003}
+    found = 0
+    for _ in range(25):
+        reading, ids = Reading(speller, WholeTexts(whole_texts)), list[int]()
+        parts = [
+            part for piece in draw.sample(STRANGE, 3) for part in (piece, draw.choice([*whole_texts, "</thin", ".<"]))
+        ]
+        for piece in _pieces(draw, "".join(parts).encode()):
+            back, news = reading.push(0, piece)
+            ids[len(ids) - back :] = news
+        expected = list[int]()
+        for part in re.split("(<think>|</think>|</thinking aloud>)", "".join(parts)):
+            found += part in whole_texts
+            expected += [whole_texts[part]] if part in whole_texts else speller.spell(part)[0]
+        assert ids == expected
+    assert found > 50
+
+
+def test_nothing_straddles_the_end_of_a_text_that_is_one_token() -> None:
+    pair = alignment("grouped", "single")
+    reading = Reading(pair.role, WholeTexts({"</think>": 100_002}))
+    reading.push(0, b"so</think")
+    reading.push(pair.target.spell(">")[0][0], b">The")  # one token of the target reaches over it
+    straddle = reading.straddle(pair.tables)
+    assert straddle is None or straddle.first >= len(reading)
 
 
 @pytest.mark.parametrize("role", [kind for kind in KINDS if kind != "bytes"])

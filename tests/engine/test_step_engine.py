@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from actors.decoding.hashing import extend_hashes
+from actors.decoding.readers import AlignedReader
+from actors.decoding.stream import Stream
 from actors.engine.errors import BadExtend, RowGone, StepFailed
 from actors.engine.step_engine import Extend, Full, Held, KVMiss, StepEngine
+from tests.decoding.aligned import alignment
 from tests.engine.models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 
 
@@ -56,6 +59,29 @@ def test_a_rewind_within_and_past_a_sliding_window_leaves_no_trace(architecture:
     run.extend(1, tokens(5, seed=8), at=3)
     run.extend(1, text[3:], at=3)
     torch.testing.assert_close(run.logits(1), engine.plain_logits(text)[3:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["pieces", "grouped", "bytes"])
+def test_logits_after_every_rollback_are_those_of_a_fresh_prefill(target: str) -> None:
+    """A small model reads, token by token, what a target of another family says."""
+    pair = alignment(target, "small")
+    engine = StepEngine(qwen2(), 1024)
+    run, stream = Driver(engine), Stream(0, tokens(3))
+    run.extend(1, stream.tokens)
+    reader, taken_back = AlignedReader(pair, stream), 0
+    for token in pair.target.spell("It isn't  12345 storys;\n\n  Größe, 日本語 don't")[0]:
+        before = stream.tokens[:]
+        reader.read(token)
+        same = next((at for at, (a, b) in enumerate(zip(before, stream.tokens, strict=False)) if a != b), len(before))
+        same = min(same, len(stream))
+        taken_back += same < len(before)
+        if stream.tokens == before:
+            continue
+        start = min(same, len(stream) - 1)
+        assert run.extend(1, stream.tokens[start:], at=start) == Held(1, len(stream), len(stream) - start)
+        torch.testing.assert_close(run.logits(1), engine.plain_logits(stream.tokens)[start:], rtol=1e-4, atol=1e-4)
+    assert taken_back >= (0 if target == "grouped" else 1)
+    engine.check()
 
 
 def test_a_position_behind_what_is_held_is_a_miss_that_names_it() -> None:
