@@ -1,8 +1,8 @@
 """What a decoding step costs more when the target is of another family than the small pair.
 
-    python -m benchmarks.family_step --other FOLDER [--rounds 5] [--save]
+    python -m benchmarks.family_step [--rounds 5] [--save]
 
-The embedded trio, and the same pair beside a target of another family, which should be of the same shape: in one
+The embedded trio, and the same pair beside the embedded target of another family, which has the same shape: in one
 process, without drafts, interleaved. A step is the time in which every session gets one token. The last line is a JSON
 list with one object for each number of sessions.
 """
@@ -24,7 +24,7 @@ from actors.decoding.parameters import Sampling
 from actors.forward import Engine
 from actors.model import load_role
 from actors.requests import ROLES, Finished, Role
-from benchmarks.effect import Unfinished, request
+from benchmarks.effect import OTHER_TARGET, Unfinished, request
 from benchmarks.local import LocalService, decode, load_engines, local_service, trio_config
 from benchmarks.report import arguments, console, progress, publish
 from cluster.demo.task import questions
@@ -55,9 +55,9 @@ def config_of(target: Path | None) -> ServiceConfig:
     return config if target is None else config.with_target(str(target))
 
 
-async def measure(rounds: int, other: Path, done: Callable[[], None]) -> list[Steps]:
+async def measure(rounds: int, done: Callable[[], None]) -> list[Steps]:
     """Every number of sessions in each family, `rounds` times in turn."""
-    plain, aligned = config_of(None), config_of(other)
+    plain, aligned = config_of(None), config_of(OTHER_TARGET)
     engines = load_engines(plain)
     others: dict[Role, Engine] = {role: load_role(aligned, role) for role in ROLES}
     async with local_service(plain, engines) as same, local_service(aligned, others) as strange:
@@ -98,11 +98,10 @@ def table(found: Sequence[Steps]) -> Table:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of each number of sessions (5)")
-    parser.add_argument("--other", type=Path, required=True, help="folder of the other family's target")
     options = parser.parse_args()
     with progress(console()) as bar:
         task = bar.add_task("rounds", total=options.rounds * len(SESSIONS))
-        found = asyncio.run(measure(options.rounds, options.other, lambda: bar.advance(task)))
+        found = asyncio.run(measure(options.rounds, lambda: bar.advance(task)))
     console().print(table(found))
     publish("family_step", [steps.result() for steps in found], options.save)
 

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks import family_step
 from benchmarks.family_step import Steps, measure, table
-from tests import families
-from tests.decoding.aligned import tokenizer
 
 
-async def test_both_families_are_measured_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_both_families_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_step, "SESSIONS", (1, 3))
     monkeypatch.setattr(family_step, "STEPS", {1: 6, 3: 4})
     rounds: list[int] = []
-    found = await measure(2, families.write_target(tmp_path, tokenizer("pieces")), lambda: rounds.append(1))
+    found = await measure(2, lambda: rounds.append(1))
     assert [steps.sessions for steps in found] == [1, 3]
     assert len(rounds) == 4
     assert all(len(took) == 2 and min(took) > 0 for steps in found for took in steps.took.values())
