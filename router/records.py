@@ -1,0 +1,109 @@
+"""What is kept of a request: one JSON line when it has ended, on the logger `router.records`.
+
+No text of a prompt or an answer is in it, unless `router.log_prompts` asks for the prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from router.streams import Batch
+
+log = logging.getLogger(__name__)
+
+LEFT = 499  # the status that stands for a client that left before the answer's end; nobody received it
+
+
+@dataclass(slots=True)
+class Record:
+    """What becomes known of a request on its way; `scope["record"]` is the one of this request.
+
+    key: the name of the key that it came with. model: a name that is served. tokens: of each choice so far.
+    error: the code or the type of the error that it ended with. prompt: only where prompts are logged.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    arrived: float = field(default_factory=time.time)  # seconds since the epoch
+    began: float = field(default_factory=time.perf_counter)
+    key: str | None = None
+    model: str | None = None
+    status: int | None = None
+    prompt_tokens: int = 0
+    tokens: dict[int, int] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    first_token_s: float | None = None
+    error: str | None = None
+    prompt: Any = None
+
+    def add(self, batch: Batch) -> None:
+        """Take in what the generations of the request have come to since the last batch."""
+        for choice, delta in batch.deltas.items():
+            self.tokens[choice] = self.tokens.get(choice, 0) + len(delta.tokens)
+        for choice, end in batch.finished.items():
+            self.tokens[choice], self.reasons[choice] = end.usage.completion_tokens, end.reason
+        if self.first_token_s is None and any(self.tokens.values()):
+            self.first_token_s = time.perf_counter() - self.began
+
+    def line(self) -> str:
+        """The request as a JSON object on one line; durations in milliseconds."""
+        fields = {
+            "time": datetime.fromtimestamp(self.arrived, UTC).isoformat(timespec="milliseconds"),
+            "request_id": self.request_id,
+            "key": self.key,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model,
+            "status": self.status,
+            "error": self.error,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": sum(self.tokens.values()),
+            "duration_ms": _milliseconds(time.perf_counter() - self.began),
+            "first_token_ms": None if self.first_token_s is None else _milliseconds(self.first_token_s),
+            "finish_reasons": [self.reasons.get(choice) for choice in sorted(self.tokens)],
+        }
+        return json.dumps(fields | ({} if self.prompt is None else {"prompt": self.prompt}))
+
+
+class Records:
+    """Gives every request its record, and logs it at the end; those to `open_paths`, which probes ask for, unlogged."""
+
+    def __init__(self, app: ASGIApp, open_paths: Collection[str]) -> None:
+        self.app, self._unlogged = app, frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its record in the scope."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = scope["record"] = Record(scope["request_id"], scope["method"], address(scope))
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            if record.path not in self._unlogged:
+                log.info("%s", record.line())
+
+
+def address(scope: Scope) -> str:
+    """The path of a request, as the service names it wherever it is mounted."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path or "/"
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1_000 * seconds, 1)
