@@ -127,16 +127,20 @@ def _parsed(text: str, source: str) -> tuple[Key, ...]:
 
 
 def _key(entry: str, where: str) -> Key:
-    name, _, secret = entry.partition(":")
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{where}: an entry is name:key; a name has letters, digits, dots, dashes and underscores")
+    """One entry. What is wrong is not quoted, not even its name: somebody may have put the key there."""
+    name, colon, secret = entry.partition(":")
+    if not colon or not _NAME.fullmatch(name) or name == "sha256":
+        raise ConfigError(
+            f"{where}: an entry is name:key or name:sha256:digest; a name has letters, digits, dots, dashes and "
+            "underscores, 64 at most"
+        )
     if secret.startswith("sha256:"):
         digest = secret.removeprefix("sha256:")
         if not _DIGEST.fullmatch(digest):
-            raise ConfigError(f"{where}: the digest of {name} is not 64 hexadecimal digits")
+            raise ConfigError(f"{where}: a digest is not 64 hexadecimal digits")
         return Key(name, bytes.fromhex(digest))
     if not _KEY.fullmatch(secret):
-        raise ConfigError(f"{where}: the key of {name} must have 16 printable ASCII characters or more")
+        raise ConfigError(f"{where}: a key must have 16 printable ASCII characters or more")
     return Key(name, hashlib.sha256(secret.encode()).digest())
 
 

@@ -94,6 +94,9 @@ class Records:
 
         try:
             await self.app(scope, receive, noting)
+        except Exception:
+            record.status = record.status or 500  # what the server answers in its place
+            raise
         finally:
             if record.path not in self._unlogged:
                 log.info("%s", record.line())
