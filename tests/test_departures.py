@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -74,11 +74,9 @@ async def stay(http: httpx.AsyncClient, number: int, leave: asyncio.Event, begun
         "min_tokens": TOKENS,
         "max_tokens": TOKENS,
     }
-    async with (
-        http.stream("POST", "/v1/chat/completions", json=body) as response,
-        aclosing(response.aiter_lines()) as lines,
-    ):
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
+        lines = response.aiter_lines()  # kept: the response closes with its iterator
         async for line in lines:
             if line.startswith("data: "):
                 assert "error" not in json.loads(line.removeprefix("data: "))
