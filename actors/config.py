@@ -159,13 +159,20 @@ class KeysConfig(_Section):
 
     file: str | None = Field(None, min_length=1)  # on the node of every router; read again when it changes
     env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # a variable of the routers' environment
-    # Addresses that need no key; the log of requests leaves them out.
-    open_paths: tuple[Annotated[str, Field(pattern="^/")], ...] = ("/", "/health", "/ready", "/version", "/metrics")
+    # Addresses that need no key, all below one that ends in /*; the log of requests leaves them out.
+    open_paths: tuple[Annotated[str, Field(pattern="^/")], ...] = (
+        *("/", "/playground/*", "/openapi.json"),
+        *("/health", "/ready", "/version", "/metrics"),
+    )
 
     @property
     def required(self) -> bool:
         """Whether only those who have a key may ask."""
         return self.file is not None or self.env is not None
+
+    def opens(self, path: str) -> bool:
+        """Whether an address needs no key."""
+        return any(path == one or (one.endswith("/*") and path.startswith(one[:-1])) for one in self.open_paths)
 
 
 class LimitsConfig(_Section):

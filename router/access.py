@@ -31,7 +31,7 @@ def guard(app: FastAPI, config: RouterConfig) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Records, open_paths=config.keys.open_paths)
+    app.add_middleware(Records, keys=config.keys)
 
 
 class Gate:
@@ -39,11 +39,11 @@ class Gate:
 
     def __init__(self, app: ASGIApp, config: RouterConfig, keys: Keys) -> None:
         self.app, self._keys = app, keys
-        self._limits, self._open_paths = Limits(config.limits), frozenset(config.keys.open_paths)
+        self._limits, self._opens = Limits(config.limits), config.keys.opens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
-        if scope["type"] != "http" or address(scope) in self._open_paths:
+        if scope["type"] != "http" or self._opens(address(scope)):
             await self.app(scope, receive, send)
             return
         try:

@@ -116,11 +116,12 @@ class Endpoints:
                 if self.service.router.log_prompts:
                     record.prompt = body.model_dump(include={"messages", "prompt"}, exclude_unset=True)
                 _require_size(plan, self.service.router.max_request_tokens)
+                backend = record.watch(self.backend)
                 bodies = shape(request_id, body.model, plan.seed, body.explain)
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
-                    return EventStream(self.backend, plan, bodies, usage, deadline.when())
-                answers = await while_connected(request.receive, _collected(self.backend, plan, record))
+                    return EventStream(backend, plan, bodies, usage, deadline.when())
+                answers = await while_connected(request.receive, _collected(backend, plan))
                 return JSONResponse(bodies.body(answers, plan.prompt_tokens))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -150,18 +151,18 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the end, an error or the client's leaving."""
         request_id: str = scope["request_id"]
-        record: Record = scope["record"]
         try:
-            await while_connected(receive, self._send_all(record, _noticing_departure(send)))
+            await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
         except ClientGone:
-            record.status = LEFT
+            scope["record"].status = LEFT
             log.info("%s: the client left; its generations are cancelled", request_id)
 
-    async def _send_all(self, record: Record, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        request_id: str = scope["request_id"]
         started = False
         try:
-            with _explained(record.request_id):
-                async with asyncio.timeout_at(self._deadline), aclosing(self._events(record)) as events:
+            with _explained(request_id):
+                async with asyncio.timeout_at(self._deadline), aclosing(self._events()) as events:
                     async for event in events:
                         if not started:
                             started = True
@@ -170,17 +171,15 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            record.error = error.code or error.type
-            body = _event(error.body(record.request_id))
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            scope["record"].error = error.code or error.type
+            await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self, record: Record) -> AsyncGenerator[bytes, None]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         seen: set[int] = set()
         ends: dict[int, Finished] = {}
         async with Generations(self._backend, self._plan.sequences) as generations:
             async for batch in generations.batches():
-                record.add(batch)
                 ends |= batch.finished
                 chunks = []
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
@@ -256,12 +255,11 @@ def _require_size(plan: Plan, most: int | None) -> None:
         )
 
 
-async def _collected(backend: Backend, plan: Plan, record: Record) -> list[Answer]:
+async def _collected(backend: Backend, plan: Plan) -> list[Answer]:
     deltas: dict[int, Delta] = {}
     ends: dict[int, Finished] = {}
     async with Generations(backend, plan.sequences) as generations:
         async for batch in generations.batches():
-            record.add(batch)
             ends |= batch.finished
             for choice, delta in batch.deltas.items():
                 deltas[choice] = joined(deltas.get(choice), delta)

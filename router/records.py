@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.streams import Batch
+from actors.config import KeysConfig
+from actors.requests import Delta, Event, Finished, Generate
+from router.backend import Backend, Status
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ LEFT = 499  # the status that stands for a client that left before the answer's 
 class Record:
     """What becomes known of a request on its way; `scope["record"]` is the one of this request.
 
-    key: the name of the key that it came with. model: a name that is served. tokens: of each choice so far.
+    key: the name of the key that it came with. model: a name that is served. tokens: so far, by sequence.
     error: the code or the type of the error that it ended with. prompt: only where prompts are logged.
     """
 
@@ -39,19 +42,27 @@ class Record:
     model: str | None = None
     status: int | None = None
     prompt_tokens: int = 0
-    tokens: dict[int, int] = field(default_factory=dict)
-    reasons: dict[int, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     first_token_s: float | None = None
     error: str | None = None
     prompt: Any = None
 
-    def add(self, batch: Batch) -> None:
-        """Take in what the generations of the request have come to since the last batch."""
-        for choice, delta in batch.deltas.items():
-            self.tokens[choice] = self.tokens.get(choice, 0) + len(delta.tokens)
-        for choice, end in batch.finished.items():
-            self.tokens[choice], self.reasons[choice] = end.usage.completion_tokens, end.reason
-        if self.first_token_s is None and any(self.tokens.values()):
+    def watch(self, backend: Backend) -> Backend:
+        """The same backend, with what it says of this request's sequences counted."""
+        return _Watched(self, backend)
+
+    def begin(self, sequence: str) -> None:
+        """One of its sequences is asked for."""
+        self.tokens[sequence] = 0
+
+    def add(self, sequence: str, event: Event) -> None:
+        """Take in what was said of a sequence."""
+        if isinstance(event, Delta):
+            self.tokens[sequence] += len(event.tokens)
+        elif isinstance(event, Finished):
+            self.tokens[sequence], self.reasons[sequence] = event.usage.completion_tokens, event.reason
+        if self.first_token_s is None and self.tokens[sequence]:
             self.first_token_s = time.perf_counter() - self.began
 
     def line(self) -> str:
@@ -69,16 +80,35 @@ class Record:
             "completion_tokens": sum(self.tokens.values()),
             "duration_ms": _milliseconds(time.perf_counter() - self.began),
             "first_token_ms": None if self.first_token_s is None else _milliseconds(self.first_token_s),
-            "finish_reasons": [self.reasons.get(choice) for choice in sorted(self.tokens)],
+            "finish_reasons": [self.reasons.get(sequence) for sequence in self.tokens],
         }
         return json.dumps(fields | ({} if self.prompt is None else {"prompt": self.prompt}))
 
 
-class Records:
-    """Gives every request its record, and logs it at the end; those to `open_paths`, which probes ask for, unlogged."""
+class _Watched:
+    """A backend as one request sees it."""
 
-    def __init__(self, app: ASGIApp, open_paths: Collection[str]) -> None:
-        self.app, self._unlogged = app, frozenset(open_paths)
+    def __init__(self, record: Record, backend: Backend) -> None:
+        self._record, self._backend = record, backend
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        """See router.backend.Backend.generate."""
+        self._record.begin(request.request_id)
+        async with aclosing(cast("AsyncGenerator[Event, None]", self._backend.generate(request))) as events:
+            async for event in events:
+                self._record.add(request.request_id, event)
+                yield event
+
+    async def status(self) -> Status:
+        """See router.backend.Backend.status."""
+        return await self._backend.status()
+
+
+class Records:
+    """Gives every request its record, and logs it at the end, unless its address is open, as those of probes are."""
+
+    def __init__(self, app: ASGIApp, keys: KeysConfig) -> None:
+        self.app, self._unlogged = app, keys.opens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its record in the scope."""
@@ -98,7 +128,7 @@ class Records:
             record.status = record.status or 500  # what the server answers in its place
             raise
         finally:
-            if record.path not in self._unlogged:
+            if not self._unlogged(record.path):
                 log.info("%s", record.line())
 
 

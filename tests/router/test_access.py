@@ -19,7 +19,7 @@ from tests.router.service import Reciter, client, config
 ADA, ADAS_OTHER, EVE = "ada-secret-0123456789", "ada-secret-9876543210", "eve-secret-0123456789"
 TEXT = {"model": "duo", "prompt": "Hi"}
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
-OPEN = ("/", "/health", "/ready", "/version", "/metrics")
+OPEN = ("/", "/playground/app.js", "/openapi.json", "/health", "/ready", "/version", "/metrics")
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def openais(response: httpx.Response) -> dict[str, Any]:
         ("POST", "/detokenize"),
         ("GET", "/health/"),
         ("GET", "//health"),
+        ("GET", "/playground"),
         ("GET", "/whatever"),
         ("OPTIONS", "/v1/models"),
     ],
