@@ -186,6 +186,8 @@ class RouterConfig(_Section):
     """The HTTP side."""
 
     max_request_bytes: int = Field(4_194_304, ge=1_024)
+    num_cpus: float = Field(0.1, ge=0)
+    replicas: RequestReplicas = RequestReplicas(min=1, max=1)
     max_request_tokens: int | None = Field(None, ge=1)  # prompts and answers of one request together
     keys: KeysConfig = KeysConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -193,8 +195,6 @@ class RouterConfig(_Section):
         Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...
     ] = ()  # sites whose pages may ask
     log_prompts: bool = False  # in the log of requests; prompts stand nowhere else in logs
-    num_cpus: float = Field(0.1, ge=0)
-    replicas: RequestReplicas = RequestReplicas(min=1, max=1)
 
     @property
     def target_ongoing(self) -> float:
