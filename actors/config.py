@@ -5,7 +5,7 @@ Frozen, validated once at the edge, defaults written here only; an unknown key i
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -154,17 +154,58 @@ class CoordinatorConfig(_Section):
         return self
 
 
+class KeysConfig(_Section):
+    """Where API keys are found, in the form that router.keys says; with neither place everybody may ask."""
+
+    file: str | None = Field(None, min_length=1)  # on the node of every router; read again when it changes
+    env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # a variable of the routers' environment
+    # Addresses that need no key, all below one that ends in /*; the log of requests leaves them out.
+    open_paths: tuple[Annotated[str, Field(pattern="^/")], ...] = (
+        *("/", "/playground/*", "/openapi.json"),
+        *("/health", "/ready", "/version", "/metrics"),
+    )
+
+    @property
+    def required(self) -> bool:
+        """Whether only those who have a key may ask."""
+        return self.file is not None or self.env is not None
+
+    def opens(self, path: str) -> bool:
+        """Whether an address needs no key."""
+        return any(path == one or (one.endswith("/*") and path.startswith(one[:-1])) for one in self.open_paths)
+
+
+class LimitsConfig(_Section):
+    """What each key may ask of each router; None: no bound."""
+
+    requests_per_minute: float | None = Field(None, gt=0)  # on average; as many at once after a minute without any
+    open_requests: int | None = Field(None, ge=1)  # that are answered or wait at the same time
+
+
 class RouterConfig(_Section):
     """The HTTP side."""
 
     max_request_bytes: int = Field(4_194_304, ge=1_024)
     num_cpus: float = Field(0.1, ge=0)
     replicas: RequestReplicas = RequestReplicas(min=1, max=1)
+    max_request_tokens: int | None = Field(None, ge=1)  # prompts and answers of one request together
+    keys: KeysConfig = KeysConfig()
+    limits: LimitsConfig = LimitsConfig()
+    cors_origins: tuple[
+        Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...
+    ] = ()  # sites whose pages may ask
+    log_prompts: bool = False  # in the log of requests; prompts stand nowhere else in logs
 
     @property
     def target_ongoing(self) -> float:
         """Open requests for each replica at which autoscaling aims: a stream of events costs about 1 % of a core."""
         return self.replicas.target_ongoing or 64.0
+
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        if self.limits != LimitsConfig() and not self.keys.required:
+            raise ValueError("limits are counted for each key: say keys.file or keys.env, or leave limits out")
+        return self
 
 
 class Deadlines(_Section):

@@ -29,10 +29,10 @@ _PAST_LIMIT = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing about a role that a person should know. Errors refuse the start."""
+    """One thing about a role, or the HTTP side, that a person should know. Errors refuse the start."""
 
     severity: Literal["error", "warning", "note"]
-    role: Role
+    role: Role | Literal["router"]
     message: str
 
     def rank(self) -> int:

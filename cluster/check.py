@@ -9,6 +9,8 @@ Exit status 0: the service can start. 1: it cannot, or not as configured.
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +18,15 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 
-from actors.config import ConfigError, ServiceConfig
+from actors.config import ConfigError, RouterConfig, ServiceConfig
 from actors.preflight import Finding, findings, load_tokenizers
 from actors.requests import ROLES
 from cluster.estimate import Estimate, disk_findings, estimate, free_disk, memory_findings
 from cluster.gpus import gpu_memory
 from cluster.report import show
-from cluster.serve_file import read_service_config
+from cluster.serve_file import listening_host, read_service_config
 from cluster.weights import download
+from router.keys import Keys
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_service_config(options.file)
         if options.download:
             fetch(config, console)
-        return check(config, console)
+        return check(config, listening_host(options.file), console)
     except ConfigError as error:
         for line in str(error).splitlines():
             console.print(f"[bold red]error[/] {options.file}: ", end="")
@@ -45,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def check(config: ServiceConfig, console: Console) -> int:
-    """Print everything about a configuration whose keys are sound; 1 if it cannot start."""
+def check(config: ServiceConfig, host: str, console: Console) -> int:
+    """Print everything about a configuration whose keys are sound; 1 if it cannot start. host: where it listens."""
     tokenizers = load_tokenizers(config)
     found = findings(config, tokenizers)
     estimates: list[Estimate] = []
@@ -57,11 +60,36 @@ def check(config: ServiceConfig, console: Console) -> int:
     gpus = gpu_memory() if any(costs.gpus for costs in estimates) else []
     found += memory_findings(estimates, gpus)
     found += disk_findings(estimates, free_disk())
+    found += entrance_findings(config.router, host)
     found.sort(key=Finding.rank)
     show(console, estimates, gpus, found)
     errors = sum(finding.severity == "error" for finding in found)
     console.print(f"[bold red]{errors} errors: the service would not start.[/]" if errors else "[green]Ready.[/]")
     return 1 if errors else 0
+
+
+def entrance_findings(router: RouterConfig, host: str) -> list[Finding]:
+    """What is to say about who may ask. Raises ConfigError where the API keys that are here are not sound."""
+    if not router.keys.required:
+        if _is_loopback(host):
+            return []
+        message = f"listens on {host} and asks nobody for a key: set router.keys, or put a gateway before it that does"
+        return [Finding("warning", "router", message)]
+    file, variable = router.keys.file, router.keys.env
+    missing = [
+        *([f"router.keys.file {file}"] if file and not Path(file).expanduser().exists() else []),
+        *([f"router.keys.env {variable}"] if variable and variable not in os.environ else []),
+    ]
+    if not missing:
+        Keys(router.keys)
+    return [Finding("warning", "router", f"{name} is not here; each router needs it to start") for name in missing]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def fetch(config: ServiceConfig, console: Console) -> None:

@@ -58,6 +58,12 @@ def read_service_config(path: Path) -> ServiceConfig:
     return config
 
 
+def listening_host(path: Path) -> str:
+    """The address on which the service of a sound Serve config file listens."""
+    host: str = ServeDeploySchema.model_validate(read_mapping(path)).http_options.host
+    return host
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file whose mappings say each key once. Raises ConfigError."""
     try:

@@ -23,9 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.config import ServiceConfig
 from actors.requests import Delta, Finished, Role
 from actors.tokenizer import RoleTokenizer
+from router.access import guard, refusal
 from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, NotFound, TooLarge
 from router.context import limits
 from router.convert import Plan, client_of, plan_chat, plan_completion
+from router.records import LEFT, Record
 from router.responses import Answer, ChatShape, CompletionShape, Shape
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.streams import ClientGone, Generations, joined, while_connected
@@ -37,7 +39,10 @@ Planner = Callable[[R, ServiceConfig, dict[Role, RoleTokenizer], str], Plan]
 
 
 def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], backend: Backend) -> FastAPI:
-    """The application: `tokenizers` of all three roles, `backend` decodes."""
+    """The application: `tokenizers` of all three roles, `backend` decodes.
+
+    Raises ConfigError where API keys are wanted and cannot be read.
+    """
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/health", endpoints.health, methods=["GET"])
@@ -49,7 +54,8 @@ def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], ba
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)
-    app.add_middleware(RequestId)
+    guard(app, service.router)
+    app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
 
 
@@ -99,17 +105,23 @@ class Endpoints:
 
     async def _answer(self, request: Request, kind: type[R], planner: Planner[R], shape: type[Shape]) -> Response:
         request_id: str = request.scope["request_id"]
+        record: Record = request.scope["record"]
         with _explained(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
                 body = parse(kind, await _json_body(request, self.service.router.max_request_bytes))
                 # A long prompt takes long to tokenise, and other streams must not wait for it.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
-                plan = plan.asked_by(client_of(request.headers.get("authorization"), body.user))
+                plan = plan.asked_by(client_of(record.key, request.headers.get("authorization"), body.user))
+                record.model, record.prompt_tokens = body.model, plan.prompt_tokens
+                if self.service.router.log_prompts:
+                    record.prompt = body.model_dump(include={"messages", "prompt"}, exclude_unset=True)
+                _require_size(plan, self.service.router.max_request_tokens)
+                backend = record.watch(self.backend)
                 bodies = shape(request_id, body.model, plan.seed, body.explain)
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
-                    return EventStream(self.backend, plan, bodies, usage, deadline.when())
-                answers = await while_connected(request.receive, _collected(self.backend, plan))
+                    return EventStream(backend, plan, bodies, usage, deadline.when())
+                answers = await while_connected(request.receive, _collected(backend, plan))
                 return JSONResponse(bodies.body(answers, plan.prompt_tokens))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -140,11 +152,13 @@ class EventStream(Response):
         """Send the events until the end, an error or the client's leaving."""
         request_id: str = scope["request_id"]
         try:
-            await while_connected(receive, self._send_all(request_id, _noticing_departure(send)))
+            await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
         except ClientGone:
+            scope["record"].status = LEFT
             log.info("%s: the client left; its generations are cancelled", request_id)
 
-    async def _send_all(self, request_id: str, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        request_id: str = scope["request_id"]
         started = False
         try:
             with _explained(request_id):
@@ -157,6 +171,7 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
+            scope["record"].error = error.code or error.type
             await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -230,6 +245,16 @@ async def _json_body(request: Request, most: int) -> Any:
     return value
 
 
+def _require_size(plan: Plan, most: int | None) -> None:
+    if most is not None and plan.most_tokens > most:
+        raise TooLarge(
+            f"this request may come to {plan.most_tokens} tokens, and the service takes {most}: ask for fewer "
+            "max_tokens or choices",
+            param="max_tokens",
+            code="request_too_large",
+        )
+
+
 async def _collected(backend: Backend, plan: Plan) -> list[Answer]:
     deltas: dict[int, Delta] = {}
     ends: dict[int, Finished] = {}
@@ -263,12 +288,12 @@ def _explained(request_id: str) -> Iterator[None]:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(request.scope["request_id"]), error.status, headers=error.headers)
+    return refusal(request.scope, error)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
     log.info("%s: the client left; its generations are cancelled", request.scope["request_id"])
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=LEFT)  # nobody reads it
 
 
 async def _refused_by_routing(request: Request, error: Exception) -> Response:

@@ -96,6 +96,18 @@ class BadRequest(ApiError):
     type = "invalid_request_error"
 
 
+class Unauthorized(ApiError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    type = "invalid_request_error"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Which kind of key is wanted."""
+        return {"WWW-Authenticate": "Bearer"}
+
+
 class NotFound(ApiError):
     """No such model or address."""
 
@@ -104,7 +116,7 @@ class NotFound(ApiError):
 
 
 class TooLarge(ApiError):
-    """The body is larger than the service reads."""
+    """The request is larger than the service takes."""
 
     status = 413
     type = "invalid_request_error"

@@ -47,16 +47,24 @@ class Plan:
         firsts = self.sequences[:: self.choices_per_prompt]
         return sum(len(sequence.prompts[sequence.primary]) for sequence in firsts)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that its sequences come to at most, prompts and answers."""
+        return sum(len(s.prompts[s.primary]) + (s.sampling.max_tokens or 0) for s in self.sequences)
+
     def asked_by(self, client: str) -> Plan:
         """The same, with who asks."""
         return replace(self, sequences=[replace(sequence, client=client) for sequence in self.sequences])
 
 
-def client_of(authorization: str | None, user: str | None) -> str:
-    """Who asks, for fairness: all with one key are one client; without a key, all with one `user`; "" for all others.
+def client_of(key: str | None, authorization: str | None, user: str | None) -> str:
+    """Who asks, for fairness. key: the name of a key that was checked.
 
-    Of a key only its hash goes on, so that it stands in no log.
+    Else all with one Authorization header are one client; without one, all with one `user`; "" for all others. Of the
+    header only its hash goes on, so that it stands in no log.
     """
+    if key is not None:
+        return f"name:{key}"
     if authorization:
         return f"key:{hashlib.sha256(authorization.encode()).hexdigest()[:16]}"
     return f"user:{user}" if user else ""

@@ -2,7 +2,7 @@
 
     python -m cluster.demo [--questions 15] [--file ray_config.yaml] [--alpha 1.5] [--adapter FOLDER]
 
-The last line is one JSON object: the accuracies by mode.
+The last line is one JSON object: the accuracies by mode. Where the file has router.keys, OPENAI_API_KEY must be one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -71,7 +72,8 @@ async def ask_all(
     """Ask every question in every mode, with a bar for each mode."""
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     answers: list[Answer] = []
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=DEADLINE_S, max_retries=1) as client:
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=DEADLINE_S, max_retries=1) as client:
         with Progress(*columns, console=console) as progress:
             for mode in MODES:
                 bar = progress.add_task(mode, total=len(asked))

@@ -124,6 +124,46 @@ def test_download_fetches_what_is_no_folder_here(tmp_path: Path, monkeypatch: py
     assert fetched == [("some/guider", None)]
 
 
+def entrance(tmp_path: Path, host: str, **router: object) -> Path:
+    """The repository's file, listening on `host`, with more in its router section."""
+    path = written(tmp_path)
+    file = yaml.safe_load(path.read_text(encoding="utf-8"))
+    file["http_options"]["host"] = host
+    file["applications"][0]["args"]["router"] |= router
+    path.write_text(yaml.safe_dump(file), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("10.0.0.7", True), ("::", True)],  # noqa: S104
+)
+def test_an_entrance_for_others_without_keys_is_warned_of(
+    host: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(entrance(tmp_path, host))]) == 0
+    assert (f"warning router: listens on {host} and asks nobody for a key" in capsys.readouterr().out) is warned
+    (tmp_path / "keys").write_text("ada:ada-secret-0123456789", encoding="utf-8")
+    assert main([str(entrance(tmp_path, host, keys={"file": str(tmp_path / "keys")}))]) == 0
+    assert "router:" not in capsys.readouterr().out
+
+
+def test_keys_that_are_not_here_are_noted_and_unsound_ones_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SERVICE_KEYS", raising=False)
+    keys = {"file": str(tmp_path / "keys"), "env": "SERVICE_KEYS"}
+    assert main([str(entrance(tmp_path, "127.0.0.1", keys=keys))]) == 0
+    printed = capsys.readouterr().out
+    assert f"router.keys.file {tmp_path / 'keys'} is not here" in printed
+    assert "router.keys.env SERVICE_KEYS is not here" in printed
+    monkeypatch.setenv("SERVICE_KEYS", "ada-secret-0123456789")
+    assert main([str(entrance(tmp_path, "127.0.0.1", keys={"env": "SERVICE_KEYS"}))]) == 1
+    printed = capsys.readouterr().out
+    assert "router.keys.env: SERVICE_KEYS, line 1: an entry is name:key" in printed
+    assert "secret" not in printed
+
+
 def test_checking_loads_no_torch(tmp_path: Path) -> None:
     code = "import sys; from cluster.check import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, str(written(tmp_path))]

@@ -200,12 +200,22 @@ def test_speculation_is_the_requests_where_it_says_so(body: dict[str, Any], draf
 
 
 def test_one_key_is_one_client_whatever_user_it_names() -> None:
-    key = client_of("Bearer secret", "ada")
-    assert key == client_of("Bearer secret", None) != client_of("Bearer other", "ada")
+    key = client_of(None, "Bearer secret", "ada")
+    assert key == client_of(None, "Bearer secret", None) != client_of(None, "Bearer other", "ada")
     assert "secret" not in key
-    assert client_of(None, "ada") != client_of(None, "eve")
-    assert client_of(None, key) != key  # nobody takes another's name
-    assert client_of("", None) == client_of(None, "") == ""
+    assert client_of(None, None, "ada") != client_of(None, None, "eve")
+    assert client_of(None, None, key) != key  # nobody takes another's name
+    assert client_of(None, "", None) == client_of(None, None, "") == ""
+
+
+def test_a_checked_keys_name_is_the_client_whatever_else_is_said() -> None:
+    named = client_of("ada", "Bearer one", "x")
+    assert named == client_of("ada", "Bearer another", None) != client_of("eve", "Bearer one", "x")
+    assert named not in (
+        client_of(None, "Bearer one", None),
+        client_of(None, None, "ada"),
+        client_of(None, None, named),
+    )
 
 
 def test_every_sequence_says_who_asks() -> None:

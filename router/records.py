@@ -1,0 +1,142 @@
+"""What is kept of a request: one JSON line when it has ended, on the logger `router.records`.
+
+No text of a prompt or an answer is in it, unless `router.log_prompts` asks for the prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from actors.config import KeysConfig
+from actors.requests import Delta, Event, Finished, Generate
+from router.backend import Backend, Status
+
+log = logging.getLogger(__name__)
+
+LEFT = 499  # the status that stands for a client that left before the answer's end; nobody received it
+
+
+@dataclass(slots=True)
+class Record:
+    """What becomes known of a request on its way; `scope["record"]` is the one of this request.
+
+    key: the name of the key that it came with. model: a name that is served. tokens: so far, by sequence.
+    error: the code or the type of the error that it ended with. prompt: only where prompts are logged.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    arrived: float = field(default_factory=time.time)  # seconds since the epoch
+    began: float = field(default_factory=time.perf_counter)
+    key: str | None = None
+    model: str | None = None
+    status: int | None = None
+    prompt_tokens: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    first_token_s: float | None = None
+    error: str | None = None
+    prompt: Any = None
+
+    def watch(self, backend: Backend) -> Backend:
+        """The same backend, with what it says of this request's sequences counted."""
+        return _Watched(self, backend)
+
+    def begin(self, sequence: str) -> None:
+        """One of its sequences is asked for."""
+        self.tokens[sequence] = 0
+
+    def add(self, sequence: str, event: Event) -> None:
+        """Take in what was said of a sequence."""
+        if isinstance(event, Delta):
+            self.tokens[sequence] += len(event.tokens)
+        elif isinstance(event, Finished):
+            self.tokens[sequence], self.reasons[sequence] = event.usage.completion_tokens, event.reason
+        if self.first_token_s is None and self.tokens[sequence]:
+            self.first_token_s = time.perf_counter() - self.began
+
+    def line(self) -> str:
+        """The request as a JSON object on one line; durations in milliseconds."""
+        fields = {
+            "time": datetime.fromtimestamp(self.arrived, UTC).isoformat(timespec="milliseconds"),
+            "request_id": self.request_id,
+            "key": self.key,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model,
+            "status": self.status,
+            "error": self.error,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": sum(self.tokens.values()),
+            "duration_ms": _milliseconds(time.perf_counter() - self.began),
+            "first_token_ms": None if self.first_token_s is None else _milliseconds(self.first_token_s),
+            "finish_reasons": [self.reasons.get(sequence) for sequence in self.tokens],
+        }
+        return json.dumps(fields | ({} if self.prompt is None else {"prompt": self.prompt}))
+
+
+class _Watched:
+    """A backend as one request sees it."""
+
+    def __init__(self, record: Record, backend: Backend) -> None:
+        self._record, self._backend = record, backend
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        """See router.backend.Backend.generate."""
+        self._record.begin(request.request_id)
+        async with aclosing(cast("AsyncGenerator[Event, None]", self._backend.generate(request))) as events:
+            async for event in events:
+                self._record.add(request.request_id, event)
+                yield event
+
+    async def status(self) -> Status:
+        """See router.backend.Backend.status."""
+        return await self._backend.status()
+
+
+class Records:
+    """Gives every request its record, and logs it at the end, unless its address is open, as those of probes are."""
+
+    def __init__(self, app: ASGIApp, keys: KeysConfig) -> None:
+        self.app, self._unlogged = app, keys.opens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its record in the scope."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = scope["record"] = Record(scope["request_id"], scope["method"], address(scope))
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception:
+            record.status = record.status or 500  # what the server answers in its place
+            raise
+        finally:
+            if not self._unlogged(record.path):
+                log.info("%s", record.line())
+
+
+def address(scope: Scope) -> str:
+    """The path of a request, as the service names it wherever it is mounted."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path or "/"
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1_000 * seconds, 1)
