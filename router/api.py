@@ -21,11 +21,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.config import ServiceConfig
+from actors.metrics import Recorder
 from actors.requests import Delta, Finished, Role
 from actors.tokenizer import RoleTokenizer
 from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, NotFound, TooLarge
 from router.context import limits
 from router.convert import Plan, client_of, plan_chat, plan_completion
+from router.measuring import GONE, Exposition, Measurements, Measuring
 from router.responses import Answer, ChatShape, CompletionShape, Shape
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.streams import ClientGone, Generations, joined, while_connected
@@ -36,12 +38,16 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 Planner = Callable[[R, ServiceConfig, dict[Role, RoleTokenizer], str], Plan]
 
 
-def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], backend: Backend) -> FastAPI:
-    """The application: `tokenizers` of all three roles, `backend` decodes."""
+def create_app(
+    service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], backend: Backend, recorder: Recorder | None = None
+) -> FastAPI:
+    """The application: `tokenizers` of all three roles, `backend` decodes, `recorder` takes what is measured."""
+    recorder = Recorder() if recorder is None else recorder
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/health", endpoints.health, methods=["GET"])
     app.add_api_route("/ready", endpoints.ready, methods=["GET"])
+    app.add_api_route("/metrics", Exposition(recorder).answer, methods=["GET"])
     app.add_api_route("/v1/models", endpoints.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"])
@@ -49,6 +55,7 @@ def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], ba
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)
+    app.add_middleware(Measuring, recorder=recorder)
     app.add_middleware(RequestId)
     return app
 
@@ -99,17 +106,20 @@ class Endpoints:
 
     async def _answer(self, request: Request, kind: type[R], planner: Planner[R], shape: type[Shape]) -> Response:
         request_id: str = request.scope["request_id"]
+        measurements: Measurements = request.scope["measurements"]
         with _explained(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
                 body = parse(kind, await _json_body(request, self.service.router.max_request_bytes))
+                measurements.model = body.model if body.model in self.service.served_names else ""
                 # A long prompt takes long to tokenise, and other streams must not wait for it.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
                 plan = plan.asked_by(client_of(request.headers.get("authorization"), body.user))
+                backend = measurements.watch(self.backend, plan.prompt_tokens)
                 bodies = shape(request_id, body.model, plan.seed, body.explain)
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
-                    return EventStream(self.backend, plan, bodies, usage, deadline.when())
-                answers = await while_connected(request.receive, _collected(self.backend, plan))
+                    return EventStream(backend, plan, bodies, usage, deadline.when())
+                answers = await while_connected(request.receive, _collected(backend, plan))
                 return JSONResponse(bodies.body(answers, plan.prompt_tokens))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -140,11 +150,13 @@ class EventStream(Response):
         """Send the events until the end, an error or the client's leaving."""
         request_id: str = scope["request_id"]
         try:
-            await while_connected(receive, self._send_all(request_id, _noticing_departure(send)))
+            await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
         except ClientGone:
+            scope["measurements"].status = GONE
             log.info("%s: the client left; its generations are cancelled", request_id)
 
-    async def _send_all(self, request_id: str, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        request_id: str = scope["request_id"]
         started = False
         try:
             with _explained(request_id):
@@ -157,6 +169,7 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
+            scope["measurements"].status = error.status
             await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -268,7 +281,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _gone(request: Request, error: Exception) -> Response:
     log.info("%s: the client left; its generations are cancelled", request.scope["request_id"])
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=GONE)  # nobody reads it
 
 
 async def _refused_by_routing(request: Request, error: Exception) -> Response:
