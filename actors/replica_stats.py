@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from actors.metrics import Recorder
+from actors.metrics import Counter, Recorder
 from actors.pending import Part
 
 Phase = Literal["prefill", "extend", "draft", "lookup"]
@@ -60,6 +60,8 @@ class ReplicaMeter:
 
     def __init__(self, role: str) -> None:
         self._role, self._recorder = role, Recorder()
+        self._steps: dict[Phase, tuple[Counter, Counter]] = {}  # how many, and their seconds
+        self._sessions: dict[Phase, Counter] = {}
         self._cache = self._recorder.gauge("thinklogit_cache_used_ratio", role)
         self._waiting = self._recorder.gauge("thinklogit_extends_waiting", role)
         self._tokens = self._recorder.counter("thinklogit_forward_tokens", role)
@@ -69,7 +71,9 @@ class ReplicaMeter:
         """A forward over these parts took so many seconds."""
         phase = phase_of(parts)
         self._step(phase, took)
-        self._recorder.counter("thinklogit_batched_sessions", self._role, phase).add(len(parts))
+        if phase not in self._sessions:
+            self._sessions[phase] = self._recorder.counter("thinklogit_batched_sessions", self._role, phase)
+        self._sessions[phase].add(len(parts))
 
     def looked_up(self, took: float) -> None:
         """A frame of lookups was answered."""
@@ -83,8 +87,14 @@ class ReplicaMeter:
         return self._recorder
 
     def _step(self, phase: Phase, took: float) -> None:
-        self._recorder.counter("thinklogit_steps", self._role, phase).add()
-        self._recorder.counter("thinklogit_step_seconds", self._role, phase).add(took)
+        if phase not in self._steps:
+            self._steps[phase] = (
+                self._recorder.counter("thinklogit_steps", self._role, phase),
+                self._recorder.counter("thinklogit_step_seconds", self._role, phase),
+            )
+        steps, seconds = self._steps[phase]
+        steps.add()
+        seconds.add(took)
 
 
 def phase_of(parts: Sequence[Part]) -> Phase:

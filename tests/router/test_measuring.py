@@ -153,7 +153,7 @@ async def test_a_client_that_leaves_counts_as_499() -> None:
     scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
     async with asyncio.timeout(5):
         await app(scope, receive, send)
-    assert {labels: s.value for m, labels, s in recorder if m.name == "thinklogit_requests"} == {("duo", "", "499"): 1}
+    assert [labels for metric, labels, _ in recorder if metric.name == "thinklogit_requests"] == [("duo", "", "499")]
 
 
 async def test_a_program_that_fails_counts_as_500() -> None:
