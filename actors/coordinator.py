@@ -7,30 +7,19 @@ import secrets
 import ssl
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from actors import admission
 from actors.config import ServiceConfig
-from actors.deciding import Counts
+from actors.coordinator_stats import CoordinatorLoad
 from actors.decoding.session import Session
 from actors.languages import Languages
 from actors.links import Locate
 from actors.live import Live
 from actors.loop import DecodeLoop
+from actors.metrics import Recorder
 from actors.requests import Delta, Generate, Moved, Rejected, Role, Told
 from actors.tokenizer import RoleTokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinatorLoad:
-    """What a coordinator has on its hands, and what it has decided since its start."""
-
-    sessions: int
-    waiting: int
-    counts: Counts
-    drafted: int = 0  # drafts that were checked
-    accepted: int = 0
-    turns_s: float = 0.0  # that its turns took
 
 
 class Coordinator:
@@ -73,8 +62,19 @@ class Coordinator:
     def load(self) -> CoordinatorLoad:
         """What is being decoded, and counts since the start."""
         loop = self._loop
-        drafted, accepted = loop.planner.drafted, loop.planner.accepted
-        return CoordinatorLoad(loop.sessions, len(loop.waiting), replace(loop.counts), drafted, accepted, loop.turns_s)
+        return CoordinatorLoad(
+            loop.sessions,
+            len(loop.waiting),
+            replace(loop.counts),
+            loop.planner.drafted,
+            loop.planner.accepted,
+            loop.meter.turns_s,
+            loop.parked,
+        )
+
+    def measured(self) -> Recorder:
+        """What this coordinator measures, as of now."""
+        return self._loop.meter.report(self.load())
 
     async def generate(self, request: Generate) -> AsyncGenerator[Told, None]:
         """Decode one sequence: deltas and at last Finished or Moved, or only Rejected. Closing the iterator cancels it.

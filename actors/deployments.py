@@ -23,8 +23,10 @@ from ray.util import get_current_placement_group, get_node_ip_address
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import ModelConfig, ServiceConfig
-from actors.coordinator import Coordinator, CoordinatorLoad
+from actors.coordinator import Coordinator
+from actors.coordinator_stats import CoordinatorLoad
 from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading, Snapshot
+from actors.exporting import keep_exporting
 from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
@@ -171,6 +173,7 @@ class ModelShell:
         self._host, self._port = await self._replica.start()
         collect_rarely()
         self._beat = asyncio.create_task(self._keep_telling())
+        self._exporting = asyncio.create_task(keep_exporting(self._replica.measured))
 
     async def _load(self, config: ServiceConfig, load: Load) -> Engine:
         """The engine, built in a thread so that the directory hears of the progress meanwhile."""
@@ -238,6 +241,7 @@ class ModelShell:
                 while self._replica.load().sessions:  # noqa: ASYNC110 - the replica announces no last session
                     await asyncio.sleep(HEARTBEAT_S / 10)
         self._beat.cancel()
+        self._exporting.cancel()
         await self._replica.stop()
         await _told(self._directory.leave.remote(self._incarnation))
 
@@ -317,6 +321,7 @@ class CoordinatorShell:
         tokenizers = await asyncio.to_thread(load_tokenizers, config)
         self._coordinator = Coordinator(config, tokenizers, await _own_secret(), locate, tls=client_context())
         await self._coordinator.start()
+        self._exporting = asyncio.create_task(keep_exporting(self._coordinator.measured))
         collect_rarely()
 
     async def generate(self, request: Generate) -> AsyncIterator[Told]:
@@ -338,5 +343,6 @@ class CoordinatorShell:
         return self._coordinator.load()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_coordinator"):
+        if hasattr(self, "_exporting"):
+            self._exporting.cancel()
             await self._coordinator.stop()

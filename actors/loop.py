@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from actors.config import ServiceConfig
+from actors.coordinator_stats import CoordinatorMeter
 from actors.deciding import Counts, Decider, Judged, Stuck, Wider
 from actors.exchange import Exchange
 from actors.joining import GUIDED
@@ -56,11 +57,11 @@ class DecodeLoop:
         )
         self._lives: dict[int, Live] = {}
         self.waiting = Waiting(config, self._lives.values, self._links.candidates)
-        self._mender = Mender(self, self._exchange, self.waiting, config.deadlines, self._links.drop)
+        self.meter = CoordinatorMeter()
+        self._mender = Mender(self, self._exchange, self.waiting, config.deadlines, self._links.drop, self.meter)
         self._stranded: list[Live] = []
         self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
-        self.turns_s = 0.0  # that turns took so far
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -89,6 +90,11 @@ class DecodeLoop:
     def sessions(self) -> int:
         """Sessions that are being decoded."""
         return len(self._lives)
+
+    @property
+    def parked(self) -> int:
+        """Of these, sessions that wait for room in a model's cache."""
+        return sum(bool(live.lacks) for live in self._lives.values())
 
     @property
     def counts(self) -> Counts:
@@ -137,7 +143,7 @@ class DecodeLoop:
         except Exception:
             log.exception("a turn failed")
             self._after_failed_turn()
-        self.turns_s += time.perf_counter() - began
+        self.meter.turn(time.perf_counter() - began)
 
     def _after_failed_turn(self) -> None:
         """A fault of this program: what it was about to decide ends, the others start their rows anew.
@@ -228,6 +234,7 @@ class DecodeLoop:
             replica = self._links.pick(role)
             if replica is None:
                 return False
+            self.meter.resent(role, live.session.streams[role].held)  # where it was bound before
             live.bind(role, replica)
         return True
 

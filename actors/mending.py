@@ -12,6 +12,7 @@ from typing import Protocol
 
 from actors.asked import Fault
 from actors.config import Deadlines
+from actors.coordinator_stats import CoordinatorMeter
 from actors.exchange import Exchange
 from actors.links import Replica
 from actors.live import Live
@@ -44,9 +45,10 @@ class Mender:
         waiting: Waiting,
         deadlines: Deadlines,
         drop: Callable[[Replica, Exception], None],
+        meter: CoordinatorMeter,
     ) -> None:
         self._sessions, self._exchange, self._waiting = sessions, exchange, waiting
-        self._deadlines, self._drop = deadlines, drop
+        self._deadlines, self._drop, self._meter = deadlines, drop, meter
 
     def mend(self, fault: Fault) -> None:
         """A model refused an item: re-send, wait, or give up."""
@@ -54,6 +56,7 @@ class Mender:
         window = live.window
         if window is None or not self._sessions.decodes(live):
             return
+        self._meter.refused(role, fault.code.name.lower())
         held = {Refusal.KV_MISS: fault.detail, Refusal.ROW_GONE: window.first[role]}.get(fault.code, 0)
         if fault.code in (Refusal.SUPERSEDED, Refusal.BAD_ITEM):
             self._sessions.fail(live, f"the {role} model refused the request ({fault.code.name.lower()})")
@@ -86,6 +89,7 @@ class Mender:
         if live.window is not window or role not in live.replicas:
             return
         live.row_since = time.monotonic()
+        self._meter.resent(role, live.session.streams[role].held - held)
         if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
             stream = live.session.streams[role]
             stream.held = min(held, stream.held)

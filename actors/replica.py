@@ -25,10 +25,11 @@ from actors.engine.verbs import Engine, Full, Held, KVMiss
 from actors.engine.verbs import Extend as EngineExtend
 from actors.forward import Failed, ForwardThread, Result, Unshared
 from actors.gathering import GatherWindow
+from actors.metrics import Recorder
 from actors.ownership import Ledger, Owned
 from actors.pending import Part, Pending, choose
 from actors.reducing import Drawn, width_of, within
-from actors.replica_stats import ReplicaLoad, ReplicaStats
+from actors.replica_stats import ReplicaLoad, ReplicaMeter, ReplicaStats
 from actors.rows import RowDesk
 from actors.wire.columns import ExtendItem, extend_items
 from actors.wire.link import Limits, cancel
@@ -101,7 +102,7 @@ class ModelReplica:
         self._over = False
         self._broken: Exception | None = None  # what ended the loop
         self._farewell: asyncio.Task[None] | None = None
-        self._stats = ReplicaStats()
+        self._stats, self._meter = ReplicaStats(), ReplicaMeter(role)
 
     async def start(self) -> tuple[str, int]:
         """Listen and run; (host, port) for coordinators."""
@@ -139,6 +140,10 @@ class ModelReplica:
             bytes_sent=self._stats.bytes_sent + sum(peer.bytes_sent for peer in open_now),
             refused_connections=dict(self._server.refused),
         )
+
+    def measured(self) -> Recorder:
+        """What this replica measures, as of now."""
+        return self._meter.report(self.load(), self._stats)
 
     async def check_cache(self) -> int:
         """Sessions left in the cache, whose accounts are proved between two forwards; AssertionError if they fail."""
@@ -215,14 +220,9 @@ class ModelReplica:
 
     def _count(self, parts: Sequence[Part], took: float) -> int:
         """The tokens that went through a forward."""
-        packed = sum(part.tokens for part in parts)
         self._window.forward_took(took)
-        self._stats.forwards += 1
-        self._stats.items += len(parts)
-        self._stats.tokens += packed
-        self._stats.forked_tokens += sum(part.forked for part in parts)
-        self._stats.forward_s += took
-        return packed
+        self._meter.forward(parts, took)
+        return self._stats.count(parts, took)
 
     def _conclude(self, part: Part, result: Result) -> tuple[Owned, Refusal] | None:
         """Answer a part whose forward is over, unless its session was released or taken over meanwhile.
@@ -279,7 +279,9 @@ class ModelReplica:
             case Extend():
                 self._on_extend(peer, message)
             case Lookup():
+                began = time.perf_counter()
                 self._rows.look_up(peer, message)
+                self._meter.looked_up(time.perf_counter() - began)
             case Widen():
                 self._rows.widen(peer, message)
             case _:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+from actors.metrics import Counter, Recorder
+from actors.pending import Part
+
+Phase = Literal["prefill", "extend", "draft", "lookup"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +43,63 @@ class ReplicaStats:
     bytes_received: int = 0
     bytes_sent: int = 0
     refused_connections: Mapping[str, int] = field(default_factory=dict)  # by the stable code of what ended them
+
+    def count(self, parts: Sequence[Part], took: float) -> int:
+        """A forward over these is over; the tokens that went through it."""
+        packed = sum(part.tokens for part in parts)
+        self.forwards += 1
+        self.items += len(parts)
+        self.tokens += packed
+        self.forked_tokens += sum(part.forked for part in parts)
+        self.forward_s += took
+        return packed
+
+
+class ReplicaMeter:
+    """What a replica of a role measures."""
+
+    def __init__(self, role: str) -> None:
+        self._role, self._recorder = role, Recorder()
+        self._steps: dict[Phase, tuple[Counter, Counter]] = {}  # how many, and their seconds
+        self._sessions: dict[Phase, Counter] = {}
+        self._cache = self._recorder.gauge("thinklogit_cache_used_ratio", role)
+        self._waiting = self._recorder.gauge("thinklogit_extends_waiting", role)
+        self._tokens = self._recorder.counter("thinklogit_forward_tokens", role)
+        self._failed = self._recorder.counter("thinklogit_failed_forwards", role)
+
+    def forward(self, parts: Sequence[Part], took: float) -> None:
+        """A forward over these parts took so many seconds."""
+        phase = phase_of(parts)
+        self._step(phase, took)
+        if phase not in self._sessions:
+            self._sessions[phase] = self._recorder.counter("thinklogit_batched_sessions", self._role, phase)
+        self._sessions[phase].add(len(parts))
+
+    def looked_up(self, took: float) -> None:
+        """A frame of lookups was answered."""
+        self._step("lookup", took)
+
+    def report(self, load: ReplicaLoad, stats: ReplicaStats) -> Recorder:
+        """All that was measured, as of now."""
+        self._cache.value = load.cache_used / load.cache_total
+        self._waiting.value = load.waiting
+        self._tokens.value, self._failed.value = stats.tokens, stats.failures
+        return self._recorder
+
+    def _step(self, phase: Phase, took: float) -> None:
+        if phase not in self._steps:
+            self._steps[phase] = (
+                self._recorder.counter("thinklogit_steps", self._role, phase),
+                self._recorder.counter("thinklogit_step_seconds", self._role, phase),
+            )
+        steps, seconds = self._steps[phase]
+        steps.add()
+        seconds.add(took)
+
+
+def phase_of(parts: Sequence[Part]) -> Phase:
+    """What a forward is for: a prompt's part takes most of its time, drafts are one token each."""
+    if any(not part.pending.is_decode for part in parts):
+        return "prefill"
+    drafts = bool(parts) and all(part.pending.item.draft is not None for part in parts)
+    return "draft" if drafts else "extend"

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 import uvicorn
 
 from actors.config import ServiceConfig
-from actors.coordinator import Coordinator, CoordinatorLoad
+from actors.coordinator import Coordinator
+from actors.coordinator_stats import CoordinatorLoad
 from actors.directory import Endpoint
 from actors.preflight import load_tokenizers
 from actors.process import collect_rarely

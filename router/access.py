@@ -48,7 +48,7 @@ class Gate:
             return
         try:
             name = self._keys.owner(Headers(scope=scope).get("authorization"))
-            scope["record"].key = name
+            scope["record"].key = scope["measurements"].key = name
             self._limits.enter(name)
         except ApiError as error:
             await refusal(scope, error)(scope, receive, send)

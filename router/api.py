@@ -21,12 +21,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.config import ServiceConfig
+from actors.metrics import Recorder
 from actors.requests import Delta, Finished, Role
 from actors.tokenizer import RoleTokenizer
 from router.access import guard, refusal
 from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, NotFound, TooLarge
 from router.context import limits
 from router.convert import Plan, client_of, plan_chat, plan_completion
+from router.measuring import Exposition, Measurements, Measuring
 from router.records import LEFT, Record
 from router.responses import Answer, ChatShape, CompletionShape, Shape
 from router.schema import ChatRequest, CompletionRequest, parse
@@ -38,15 +40,19 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 Planner = Callable[[R, ServiceConfig, dict[Role, RoleTokenizer], str], Plan]
 
 
-def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], backend: Backend) -> FastAPI:
-    """The application: `tokenizers` of all three roles, `backend` decodes.
+def create_app(
+    service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], backend: Backend, recorder: Recorder | None = None
+) -> FastAPI:
+    """The application: `tokenizers` of all three roles, `backend` decodes, `recorder` takes what is measured.
 
     Raises ConfigError where API keys are wanted and cannot be read.
     """
+    recorder = Recorder() if recorder is None else recorder
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/health", endpoints.health, methods=["GET"])
     app.add_api_route("/ready", endpoints.ready, methods=["GET"])
+    app.add_api_route("/metrics", Exposition(recorder).answer, methods=["GET"])
     app.add_api_route("/v1/models", endpoints.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"])
@@ -55,6 +61,7 @@ def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], ba
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)
     guard(app, service.router)
+    app.add_middleware(Measuring, recorder=recorder)  # refusals of the gate are counted too
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
 
@@ -106,9 +113,11 @@ class Endpoints:
     async def _answer(self, request: Request, kind: type[R], planner: Planner[R], shape: type[Shape]) -> Response:
         request_id: str = request.scope["request_id"]
         record: Record = request.scope["record"]
+        measurements: Measurements = request.scope["measurements"]
         with _explained(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
                 body = parse(kind, await _json_body(request, self.service.router.max_request_bytes))
+                measurements.model = body.model if body.model in self.service.served_names else ""
                 # A long prompt takes long to tokenise, and other streams must not wait for it.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
                 plan = plan.asked_by(client_of(record.key, request.headers.get("authorization"), body.user))
@@ -116,7 +125,7 @@ class Endpoints:
                 if self.service.router.log_prompts:
                     record.prompt = body.model_dump(include={"messages", "prompt"}, exclude_unset=True)
                 _require_size(plan, self.service.router.max_request_tokens)
-                backend = record.watch(self.backend)
+                backend = measurements.watch(record.watch(self.backend), plan.prompt_tokens)
                 bodies = shape(request_id, body.model, plan.seed, body.explain)
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
@@ -154,7 +163,7 @@ class EventStream(Response):
         try:
             await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
         except ClientGone:
-            scope["record"].status = LEFT
+            scope["record"].status = scope["measurements"].status = LEFT
             log.info("%s: the client left; its generations are cancelled", request_id)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
@@ -171,7 +180,7 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            scope["record"].error = error.code or error.type
+            scope["record"].error, scope["measurements"].status = error.code or error.type, error.status
             await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

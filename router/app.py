@@ -32,6 +32,8 @@ from actors.deployments import (
     application_details,
     show_logs,
 )
+from actors.exporting import keep_exporting
+from actors.metrics import Recorder
 from actors.model import load_role
 from actors.preflight import load_tokenizers, require_sound
 from actors.process import collect_rarely
@@ -112,11 +114,14 @@ class RouterShell:
         self._config = config
         self._tokenizers = await asyncio.to_thread(load_tokenizers, config)
         application = serve.get_replica_context().app_name
-        self._backend = Resuming(ServedCoordinators(application, coordinator, directory), config.deadlines)
+        self._recorder = Recorder()
+        coordinators = ServedCoordinators(application, coordinator, directory)
+        self._backend = Resuming(coordinators, config.deadlines, self._recorder)
+        self._exporting = asyncio.create_task(keep_exporting(lambda: self._recorder))
         collect_rarely()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._config, self._tokenizers, self._backend)
+        return create_app(self._config, self._tokenizers, self._backend, self._recorder)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

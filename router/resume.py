@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import cast
 
 from actors.config import Deadlines
+from actors.metrics import Recorder
 from actors.requests import Delta, Event, Generate, Moved, Rejected, Resume, Tally, Told
 from router.backend import Coordinators, Status, Unavailable
 
@@ -32,8 +33,9 @@ class Resuming:
     service itself ends.
     """
 
-    def __init__(self, coordinators: Coordinators, deadlines: Deadlines) -> None:
+    def __init__(self, coordinators: Coordinators, deadlines: Deadlines, recorder: Recorder | None = None) -> None:
         self._coordinators, self._deadlines = coordinators, deadlines
+        self._resumes = (recorder or Recorder()).counter("thinklogit_resumes")
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
         """See router.backend.Backend.generate."""
@@ -64,6 +66,8 @@ class Resuming:
     async def _attempt(self, request: Generate) -> AsyncGenerator[Told, None]:
         """The events of one coordinator. Raises Unavailable when it is lost, silent or full."""
         silent_s = self._deadlines.silent_s
+        if request.resumed:
+            self._resumes.add()
         async with aclosing(cast("AsyncGenerator[Told, None]", self._coordinators.generate(request))) as events:
             while True:
                 try:

@@ -34,7 +34,7 @@ MAY_USE_TORCH = (
     *(f"cluster.jobs.dpo.{module}" for module in ("events", "scoring", "trainer", "fit")),
     "benchmarks",
 )
-MAY_USE_RAY = ("actors.deployments", "router.app", "cluster", "benchmarks")
+MAY_USE_RAY = ("actors.deployments", "actors.exporting", "router.app", "cluster", "benchmarks")
 
 UNPICKLERS = (
     "pickle",

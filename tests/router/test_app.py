@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import pytest
+import ray
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from transformers import AutoTokenizer
 
 from actors.config import ConfigError, load_config
+from actors.metrics import COMMON
 from cluster.launch import running_service
 from router.app import DIRECTORY_CPUS, MODEL_NAMES, build
+from tests.cluster.test_grafana import EXPORTED
 from tests.local_ray import APPLICATION, READY_S, replicas, trio_args, wait_until
 from tests.oracle import WEIGHTS, Case, Oracle, choice_seed
 from tests.trio import chat_prompts
@@ -32,13 +37,17 @@ SAMPLINGS = ((0.0, 1.0), (0.6, 0.95), (1.0, 1.0))  # temperature, top_p
 PROMPTS = 24
 LENGTH = 32
 
+Series = dict[tuple[str, frozenset[tuple[str, str]]], float]  # by name and labels
+
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The service of `ray_config.yaml` in exact mode."""
     args = trio_args() | {"exact": True, "coordinator": {"max_sessions": PROMPTS}}
-    with running_service(load_config(args), num_cpus=2, dashboard=True) as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # Ray's shortest
+        with running_service(load_config(args), num_cpus=2, dashboard=True) as url:
+            yield url
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +145,55 @@ def test_a_misspelt_argument_is_refused_by_name() -> None:
     args["guidance"]["alhpa"] = 1.0
     with pytest.raises(ConfigError, match=r"guidance\.alhpa: unknown key"):
         build(args)
+
+
+def published() -> Series:
+    """What Ray's agents say of the service now."""
+    texts = [
+        httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=READY_S).text
+        for node in ray.nodes()
+    ]
+    return {series: value for text in texts for series, value in series_of(text) if "thinklogit" in series[0]}
+
+
+def series_of(text: str) -> Iterator[tuple[tuple[str, frozenset[tuple[str, str]]], float]]:
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            yield (sample.name, frozenset(sample.labels.items())), sample.value
+
+
+def total(series: Series, name: str, **labels: str) -> float:
+    """The sum of all series of that name with these labels."""
+    return sum(value for (its, own), value in series.items() if its == name and own >= set(labels.items()))
+
+
+def test_what_a_request_took_is_where_prometheus_reads_it(client: httpx.Client) -> None:
+    body = {"model": APPLICATION, "messages": [MESSAGE], "max_tokens": LENGTH, "stream": True}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    own = dict(series_of(client.get("/metrics").text))
+    tokens = total(own, "thinklogit_completion_tokens_total", model=APPLICATION)
+    here = {"application": APPLICATION, "model": APPLICATION}
+    name = "ray_thinklogit_completion_tokens_total"
+    wait_until(lambda: total(published(), name, **here) == tokens > 0, "the agent's hearing of all tokens")
+    wait_until(lambda: total(published(), "ray_thinklogit_sessions", state="running") == 0, "a gauge's falling to 0")
+    found = published()
+    assert total(found, "ray_thinklogit_requests_total", status="200", **here) >= 1
+    for bound in ("0.05", "1.0", "+Inf"):
+        buckets = "thinklogit_first_token_seconds_bucket"
+        mine = total(own, buckets, model=APPLICATION, le=bound)
+        assert total(found, f"ray_{buckets}", le=bound, **here) == mine, bound
+    for role in MODEL_NAMES:
+        assert total(found, "ray_thinklogit_steps_total", role=role, phase="extend", application=APPLICATION) > 0
+        assert total(found, "ray_thinklogit_forward_tokens_total", role=role) > 0
+        assert 0 <= total(found, "ray_thinklogit_cache_used_ratio", role=role) <= 1
+    assert total(found, "ray_thinklogit_steps_total", role="coordinator", phase="turn") > 0
+    assert total(found, "ray_thinklogit_accepted_tokens_total") > 0
+    assert {EXPORTED[name].labels for name, _ in found if name in EXPORTED} >= {("role", "phase"), ("state",), ()}
+    for series, labels in found:
+        if series in EXPORTED:
+            assert {name for name, _ in labels} >= {*COMMON, *EXPORTED[series].labels}
+    undeclared = {re.sub("_(bucket|count|sum)$", "_bucket", series) for series, _ in found} - set(EXPORTED)
+    assert undeclared == set()
 
 
 def test_a_model_that_is_not_there_is_refused_by_role() -> None:

@@ -1,0 +1,169 @@
+"""What the service tells of itself: the table of all metrics, and the plain objects that count.
+
+Whoever works updates its own `Recorder`, once a turn, a forward or a message and not once a token where that can be.
+The shells publish recorders through Ray (`actors.exporting`), the router shows its own at /metrics.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+COMMON = ("application", "replica")  # labels of every metric that is published through Ray
+
+TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+WAITS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. buckets: upper bounds of a histogram's buckets, ascending; above the last there is one more."""
+
+    name: str
+    kind: Kind
+    description: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        # What clients see. model: a served name, "" where none was asked for; key: the name of an API key, or "".
+        Metric("thinklogit_requests", "counter", "Requests that ended, by HTTP status", ("model", "key", "status")),
+        Metric("thinklogit_prompt_tokens", "counter", "Prompt tokens of requests that got a token", ("model", "key")),
+        Metric("thinklogit_completion_tokens", "counter", "Tokens sent to clients", ("model", "key")),
+        Metric(
+            "thinklogit_first_token_seconds",
+            "histogram",
+            "From a request's arrival to the first token of a choice, in seconds",
+            ("model",),
+            WAITS_S,
+        ),
+        Metric(
+            "thinklogit_inter_token_seconds",
+            "histogram",
+            "Seconds for each further token, once a message: the time since the one before it, over its tokens",
+            ("model",),
+            TOKEN_S,
+        ),
+        # Decoding. role: a model's, or "coordinator". Where there are many a second, a sum and a count cost least.
+        Metric(
+            "thinklogit_steps",
+            "counter",
+            "Forwards (prefill, extend, draft), frames of lookups that were answered, and turns of a coordinator",
+            ("role", "phase"),
+        ),
+        Metric("thinklogit_step_seconds", "counter", "Seconds that these took", ("role", "phase")),
+        Metric("thinklogit_batched_sessions", "counter", "Sessions in forwards, summed over these", ("role", "phase")),
+        Metric("thinklogit_forward_tokens", "counter", "Tokens that went through a model", ("role",)),
+        Metric("thinklogit_decided_tokens", "counter", "Tokens that coordinators chose"),
+        Metric("thinklogit_guided_rows", "counter", "Rows that were decided under guidance"),
+        Metric("thinklogit_uncovered_mass", "counter", "Probability outside of candidates, summed over guided rows"),
+        Metric("thinklogit_widened_rows", "counter", "Rows of which too much was unseen, so that more was asked for"),
+        Metric("thinklogit_audited_rows", "counter", "Guided rows that were held against whole rows"),
+        Metric("thinklogit_audits_differing", "counter", "Audited rows of which the slices gave another token"),
+        Metric("thinklogit_drafted_tokens", "counter", "Drafted tokens that were checked"),
+        Metric("thinklogit_accepted_tokens", "counter", "Drafted tokens that were kept"),
+        # Capacity.
+        Metric(
+            "thinklogit_sessions",
+            "gauge",
+            "Sessions of a coordinator: running; parked, which began and wait for cache; waiting, which did not begin",
+            ("state",),
+        ),
+        Metric("thinklogit_cache_used_ratio", "gauge", "Share of a model's cache that is in use, 0 to 1", ("role",)),
+        Metric("thinklogit_extends_waiting", "gauge", "Extends that wait at a model or run", ("role",)),
+        # Faults. None of them changes a token.
+        Metric("thinklogit_reprefills", "counter", "Caches that were gone, so that tokens were sent again", ("role",)),
+        Metric("thinklogit_resent_tokens", "counter", "Tokens that were sent again for it", ("role",)),
+        Metric("thinklogit_resumes", "counter", "Answers that another coordinator went on with"),
+        Metric("thinklogit_refusals", "counter", "What models refused, by its reason", ("role", "reason")),
+        Metric("thinklogit_failed_forwards", "counter", "Forwards that raised an error", ("role",)),
+    )
+}
+
+
+class Counter:
+    """A total that only grows."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def add(self, amount: float = 1.0) -> None:
+        """Count `amount` more."""
+        self.value += amount
+
+
+class Gauge:
+    """What something is now."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+
+class Histogram:
+    """How often values fell into each bucket, and the sum of all. A value on a bound belongs below it."""
+
+    __slots__ = ("_bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Take in a value that was seen so many times."""
+        self.counts[bisect_left(self._bounds, value)] += times
+        self.sum += value * times
+
+
+Series = Counter | Gauge | Histogram
+S = TypeVar("S", Counter, Gauge, Histogram)
+
+
+class Recorder:
+    """The metrics of one process. Each series begins when it is first asked for; whoever updates it keeps it."""
+
+    def __init__(self) -> None:
+        self._series: dict[str, dict[tuple[str, ...], Series]] = {}
+
+    def counter(self, name: str, *labels: str) -> Counter:
+        """The counter of that name and these values of its labels, in the table's order."""
+        return self._find(name, labels, Counter)
+
+    def gauge(self, name: str, *labels: str) -> Gauge:
+        """The same for a gauge."""
+        return self._find(name, labels, Gauge)
+
+    def histogram(self, name: str, *labels: str) -> Histogram:
+        """The same for a histogram."""
+        return self._find(name, labels, Histogram)
+
+    def __iter__(self) -> Iterator[tuple[Metric, tuple[str, ...], Series]]:
+        """All series: the metric, the values of its labels, and what is counted."""
+        for name, by_labels in self._series.items():
+            for labels, series in by_labels.items():
+                yield METRICS[name], labels, series
+
+    def _find(self, name: str, labels: tuple[str, ...], kind: type[S]) -> S:
+        series = self._series.setdefault(name, {}).get(labels)
+        if series is None:
+            series = self._series[name][labels] = _new(METRICS[name], labels)
+        assert isinstance(series, kind), f"{name} is a {METRICS[name].kind}"
+        return series
+
+
+def _new(metric: Metric, labels: tuple[str, ...]) -> Series:
+    assert len(labels) == len(metric.labels), f"{metric.name} has the labels {metric.labels}"
+    if metric.kind == "histogram":
+        return Histogram(metric.buckets)
+    return Counter() if metric.kind == "counter" else Gauge()
