@@ -66,7 +66,7 @@ def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], ba
     app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], **COMPLETIONS)
     app.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"], **TOKENIZE)
     app.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"], **DETOKENIZE)
-    app.add_api_route("/openapi.json", lambda: JSONResponse(document(app)), methods=["GET"], include_in_schema=False)
+    app.add_api_route("/openapi.json", endpoints.openapi, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)
@@ -102,6 +102,10 @@ class Endpoints:
     async def version(self) -> Response:
         """The version of this service."""
         return JSONResponse({"version": VERSION})
+
+    async def openapi(self, request: Request) -> Response:
+        """What all addresses take and answer."""
+        return JSONResponse(document(request.app, self.service.served_names))
 
     async def models(self) -> Response:
         """All served names."""

@@ -5,6 +5,7 @@ The models here only describe: bodies are read by `router.schema.parse` and writ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -252,14 +253,17 @@ HEALTH, READY = _told(StatusBody), _told(StatusBody, 503)
 MODELS, MODEL, VERSIONS = _told(ModelList), _told(ModelCard), _told(VersionBody)
 
 
-def document(app: FastAPI) -> Json:
-    """The document of an application's routes."""
+def document(app: FastAPI, names: Iterable[str]) -> Json:
+    """The document of an application's routes. names: the served models'."""
     spec = get_openapi(title=app.title, version=VERSION, routes=app.routes)
     kinds = [(kind, "validation") for kind in _REQUESTS] + [(kind, "serialization") for kind in (ChatChunk, TextChunk)]
     _, shared = models_json_schema(kinds, ref_template=_reference("{model}"))  # type: ignore[arg-type]
     schemas: Json = shared["$defs"]
     for kind in _REQUESTS:
-        schemas[kind.__name__]["properties"] = _properties(schemas[kind.__name__]["properties"], kind in _SAMPLED)
+        fields = schemas[kind.__name__]["properties"]
+        served: Json = {"enum": list(names)}
+        fields["model"] = served if kind in _SAMPLED else {"anyOf": [served, {"type": "null"}]}
+        schemas[kind.__name__]["properties"] = _properties(fields, kind in _SAMPLED)
     spec["components"]["schemas"] |= schemas
     return spec
 

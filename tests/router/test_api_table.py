@@ -15,7 +15,7 @@ from tests.router.service import Reciter, client
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "api.md"
 ROW = re.compile(r"\| `(\w+)` \| (both|chat|completions) \| (supported|same|refused) \| `(\{.*\})` \| ?(.*?) ?\|")
-ADDRESSES = {
+ADDRESSES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"model": "duo", "messages": [{"role": "user", "content": "Hi"}]}),
     "completions": ("/v1/completions", {"model": "duo", "prompt": "Hi"}),
 }

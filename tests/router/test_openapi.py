@@ -37,17 +37,17 @@ DESCRIBED = schemathesis.openapi.from_asgi("/openapi.json", APP)
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-def test_no_body_that_can_be_made_breaks_the_service(case: schemathesis.Case) -> None:
+def test_no_body_that_can_be_made_breaks_the_service(case: schemathesis.Case[Any]) -> None:
     case.call_and_validate(checks=CHECKS)
 
 
 async def described(name: str) -> dict[str, Any]:
     """One schema of the document."""
-    spec = document(APP)
+    spec = document(APP, config().served_names)
     return {"$ref": f"#/components/schemas/{name}", "components": spec["components"]}
 
 
-BODIES = {
+BODIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}, "ChatAnswer", "ChatChunk"),
     "completions": ("/v1/completions", {"prompt": ["Hi", "Ho"]}, "TextAnswer", "TextChunk"),
 }
