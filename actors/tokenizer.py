@@ -146,6 +146,15 @@ class RoleTokenizer:
             **template_arguments,
         )
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as its vocabulary writes it ("Ġis", "▁is"); "" for an id that stands for nothing."""
+        return [self._tokenizer.id_to_token(id_) or "" for id_ in ids]
+
+    @cached_property
+    def spaces_added(self) -> bool:
+        """Whether its decoder puts a space between two added tokens."""
+        return any(self.decode([id_] * 2, skip_special=False) != text * 2 for text, id_ in self.added_tokens.items())
+
     def is_token(self, id_: int) -> bool:
         """Whether an id stands for a text; rows may be wider than the vocabulary."""
         return self._tokenizer.id_to_token(id_) is not None

@@ -25,16 +25,33 @@ from actors.metrics import Recorder
 from actors.requests import Delta, Finished, Role
 from actors.tokenizer import RoleTokenizer
 from router.access import guard, refusal
-from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, NotFound, TooLarge
-from router.context import limits
-from router.convert import Plan, client_of, plan_chat, plan_completion
+from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, TooLarge
+from router.chat import Tokenizers
+from router.context import longest
+from router.convert import Plan, client_of, plan_chat, plan_completion, served_as
 from router.measuring import Exposition, Measurements, Measuring
+from router.openapi import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    HEALTH,
+    MODEL,
+    MODELS,
+    READY,
+    TOKENIZE,
+    VERSION,
+    VERSIONS,
+    document,
+)
 from router.records import LEFT, Record
-from router.responses import Answer, ChatShape, CompletionShape, Shape
-from router.schema import ChatRequest, CompletionRequest, parse
+from router.responses import Answer, ChatShape, CompletionShape, Json, Shape, plain_usage
+from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
 from router.streams import ClientGone, Generations, joined, while_connected
+from router.texts import detokenized, tokenized
 
 log = logging.getLogger(__name__)
+
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which readers of server-sent events pass over
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 Planner = Callable[[R, ServiceConfig, dict[Role, RoleTokenizer], str], Plan]
@@ -50,13 +67,17 @@ def create_app(
     recorder = Recorder() if recorder is None else recorder
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/health", endpoints.health, methods=["GET"])
-    app.add_api_route("/ready", endpoints.ready, methods=["GET"])
-    app.add_api_route("/metrics", Exposition(recorder).answer, methods=["GET"])
-    app.add_api_route("/v1/models", endpoints.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"])
-    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"])
+    app.add_api_route("/health", endpoints.health, methods=["GET"], **HEALTH)
+    app.add_api_route("/ready", endpoints.ready, methods=["GET"], **READY)
+    app.add_api_route("/metrics", Exposition(recorder).answer, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/version", endpoints.version, methods=["GET"], **VERSIONS)
+    app.add_api_route("/v1/models", endpoints.models, methods=["GET"], **MODELS)
+    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"], **MODEL)
+    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"], **CHAT)
+    app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], **COMPLETIONS)
+    app.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"], **TOKENIZE)
+    app.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"], **DETOKENIZE)
+    app.add_api_route("/openapi.json", endpoints.openapi, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)
@@ -91,15 +112,21 @@ class Endpoints:
             return JSONResponse(content, 503)
         return JSONResponse({"status": "ready"})
 
+    async def version(self) -> Response:
+        """The version of this service."""
+        return JSONResponse({"version": VERSION})
+
+    async def openapi(self, request: Request) -> Response:
+        """What all addresses take and answer."""
+        return JSONResponse(document(request.app, self.service.served_names))
+
     async def models(self) -> Response:
         """All served names."""
         return JSONResponse({"object": "list", "data": [self._card(name) for name in self.service.served_names]})
 
     async def model(self, name: str) -> Response:
         """One served name."""
-        if name not in self.service.served_names:
-            served = ", ".join(self.service.served_names)
-            raise NotFound(f"there is no model {name!r}; served are {served}", param="model", code="model_not_found")
+        served_as(self.service, name)
         return JSONResponse(self._card(name))
 
     async def chat(self, request: Request) -> Response:
@@ -109,6 +136,19 @@ class Endpoints:
     async def completions(self, request: Request) -> Response:
         """Continue raw text or tokens."""
         return await self._answer(request, CompletionRequest, plan_completion, CompletionShape)
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a text or of a conversation's prompt."""
+        return await self._told(request, tokenized)
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of tokens."""
+        return await self._told(request, detokenized)
+
+    async def _told(self, request: Request, tell: Callable[[Any, ServiceConfig, Tokenizers], Json]) -> Response:
+        with _explained(request.scope["request_id"]):
+            body = await _json_body(request, self.service.router.max_request_bytes)
+            return JSONResponse(await asyncio.to_thread(tell, body, self.service, self.tokenizers))
 
     async def _answer(self, request: Request, kind: type[R], planner: Planner[R], shape: type[Shape]) -> Response:
         request_id: str = request.scope["request_id"]
@@ -126,23 +166,22 @@ class Endpoints:
                     record.prompt = body.model_dump(include={"messages", "prompt"}, exclude_unset=True)
                 _require_size(plan, self.service.router.max_request_tokens)
                 backend = measurements.watch(record.watch(self.backend), plan.prompt_tokens)
-                bodies = shape(request_id, body.model, plan.seed, body.explain)
+                prompts = plan.prompts if body.return_token_ids else None
+                bodies = shape(request_id, body.model, plan.seed, body.explain, prompts)
                 if body.stream:
-                    usage = body.stream_options is not None and body.stream_options.include_usage
-                    return EventStream(backend, plan, bodies, usage, deadline.when())
+                    options = body.stream_options or StreamOptions()
+                    idle_s = self.service.router.keep_alive_s
+                    return EventStream(backend, plan, bodies, options, deadline.when(), idle_s)
                 answers = await while_connected(request.receive, _collected(backend, plan))
                 return JSONResponse(bodies.body(answers, plan.prompt_tokens))
 
     def _card(self, name: str) -> dict[str, Any]:
-        served = self.service.served_names[name]
-        primary: Role = "target" if served == "guided" else served
-        bounds = limits(self.service, self.tokenizers, primary, [primary] if served != "guided" else [*self.tokenizers])
         return {
             "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": self.service.name,
-            "max_model_len": min(bound.tokens for bound in bounds),
+            "max_model_len": longest(self.service, self.tokenizers, name),
         }
 
 
@@ -151,11 +190,19 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, backend: Backend, plan: Plan, shape: Shape, usage: bool, deadline: float | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        plan: Plan,
+        shape: Shape,
+        options: StreamOptions,
+        deadline: float | None,
+        idle_s: float,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._backend, self._plan, self._shape = backend, plan, shape
-        self._usage, self._deadline = usage, deadline
+        self._options, self._deadline, self._idle_s = options, deadline, idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the end, an error or the client's leaving."""
@@ -187,7 +234,8 @@ class EventStream(Response):
     async def _events(self) -> AsyncGenerator[bytes, None]:
         seen: set[int] = set()
         ends: dict[int, Finished] = {}
-        async with Generations(self._backend, self._plan.sequences) as generations:
+        counts = [0] * len(self._plan.sequences)  # tokens by choice
+        async with Generations(self._backend, self._plan.sequences, idle_s=self._idle_s) as generations:
             async for batch in generations.batches():
                 ends |= batch.finished
                 chunks = []
@@ -195,8 +243,11 @@ class EventStream(Response):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
                     chunks.append(self._shape.chunk(choice, delta, end, first=choice not in seen))
                     seen.add(choice)
-                yield b"".join(map(_event, chunks))
-        if self._usage:
+                    counts[choice] += len(delta.tokens) if delta else 0
+                    if self._options.include_usage and self._options.continuous_usage_stats:
+                        chunks[-1] |= {"usage": plain_usage(len(self._plan.prompts[choice]), counts[choice])}
+                yield b"".join(map(_event, chunks)) or KEEP_ALIVE
+        if self._options.include_usage:
             usages = [ends[choice].usage for choice in sorted(ends)]
             yield _event(self._shape.usage_chunk(usages, self._plan.prompt_tokens))
         yield b"data: [DONE]\n\n"

@@ -7,6 +7,7 @@ gave, which its own tokenizer then reads: marks that it does not know are plain 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,17 +15,26 @@ from actors.chat_template import ChatTemplateError
 from actors.requests import Role
 from actors.tokenizer import RoleTokenizer, TokenizerError
 from router.backend import BadRequest
-from router.schema import ChatMessage, ChatRequest
+from router.schema import ChatMessage, Conversation, ToolCall
 
 Prompts = dict[Role, list[int]]
 Tokenizers = Mapping[Role, RoleTokenizer]
 
 _RESERVED = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+    {
+        "self",  # jinja's own
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "tokenize",
+    }
 )
 
 
-def chat_prompts(request: ChatRequest, roles: Sequence[Role], tokenizers: Tokenizers, start: str) -> Prompts:
+def chat_prompts(request: Conversation, roles: Sequence[Role], tokenizers: Tokenizers, start: str) -> Prompts:
     """The prompt of each of `roles`, with `start` (the mark that opens thinking) at its end.
 
     Raises BadRequest when a template refuses the messages.
@@ -41,14 +51,16 @@ def chat_prompts(request: ChatRequest, roles: Sequence[Role], tokenizers: Tokeni
     for role in roles:
         own = tokenizers[role]
         template = own if own.has_chat_template else tokenizers["target"]
-        prompts[role] = own.encode(opened(_render(template, request), start))
+        prompts[role] = own.encode(opened(_render(template, request), start), special=request.add_special_tokens)
     return prompts
 
 
-def text_prompts(text: str, roles: Sequence[Role], tokenizers: Tokenizers, start: str = "") -> Prompts:
-    """The same raw text for each of `roles`, with what its tokenizer puts before raw text."""
+def text_prompts(
+    text: str, roles: Sequence[Role], tokenizers: Tokenizers, start: str = "", special: bool = True
+) -> Prompts:
+    """The same raw text for each of `roles`; special: with what its tokenizer puts before raw text."""
     try:
-        return {role: tokenizers[role].encode(text + start, special=True) for role in roles}
+        return {role: tokenizers[role].encode(text + start, special=special) for role in roles}
     except TokenizerError as error:
         raise BadRequest(str(error), param="prompt") from error
 
@@ -78,7 +90,7 @@ def opened(text: str, start: str) -> str:
     return text + start
 
 
-def _render(tokenizer: RoleTokenizer, request: ChatRequest) -> str:
+def _render(tokenizer: RoleTokenizer, request: Conversation) -> str:
     new_turn = request.add_generation_prompt
     try:
         return tokenizer.render(
@@ -100,5 +112,17 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
     if message.role == "developer":
         plain["role"] = "system"
     reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
+    if message.tool_calls:
+        plain["tool_calls"] = [_called(call) for call in message.tool_calls]
     optional = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": reasoning}
     return plain | {key: value for key, value in optional.items() if value is not None}
+
+
+def _called(call: ToolCall) -> dict[str, Any]:
+    """The call as templates know it, its arguments decoded: many of them look into these."""
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        raise BadRequest("the arguments of a tool call must be JSON", param="messages") from None
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": call.type, "function": function}

@@ -48,6 +48,14 @@ def limits(
     return found
 
 
+def longest(service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], name: str) -> int:
+    """Tokens, prompt and answer together, that a served name takes."""
+    served = service.served_names[name]
+    primary: Role = "target" if served == "guided" else served
+    bounds = limits(service, tokenizers, primary, [primary] if served != "guided" else [*tokenizers])
+    return min(bound.tokens for bound in bounds)
+
+
 def answer_tokens(prompts: Mapping[Role, Sequence[int]], bounds: Sequence[Limit], budget: Budget) -> int:
     """max_tokens of an answer: what the client asked for, else the default or what is left, whichever is less.
 

@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -22,7 +22,7 @@ from actors.requests import ROLES, Generate, Role
 from router.backend import BadRequest, NotFound
 from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
 from router.context import Budget, answer_tokens, limits
-from router.schema import ChatRequest, CompletionRequest, SpeculationFields
+from router.schema import ChatRequest, CompletionRequest, Conversation, SpeculationFields
 
 WHOLE_S = 1.0  # between two messages of an answer that is not streamed: nobody reads it before its end
 COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
@@ -42,10 +42,14 @@ class Plan:
     choices_per_prompt: int
 
     @property
+    def prompts(self) -> list[list[int]]:
+        """Each choice's prompt, in the ids of the role that its answer is in."""
+        return [sequence.prompts[sequence.primary] for sequence in self.sequences]
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompts, each counted once however many choices it has."""
-        firsts = self.sequences[:: self.choices_per_prompt]
-        return sum(len(sequence.prompts[sequence.primary]) for sequence in firsts)
+        return sum(map(len, self.prompts[:: self.choices_per_prompt]))
 
     @property
     def most_tokens(self) -> int:
@@ -83,8 +87,8 @@ def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenize
     """The sequences of a chat request. Raises BadRequest or NotFound."""
     model = _model(request, service)
     # An answer that is continued has begun its thinking already, or has none.
-    new_turn = not request.continue_final_message and request.add_generation_prompt is not False
-    thinking = _thinking(request, service.thinking if new_turn else replace(service.thinking, start=""))
+    default = service.thinking if opens_turn(request) else replace(service.thinking, start="")
+    thinking = _thinking(request, default)
     prompts = chat_prompts(request, model.roles, tokenizers, thinking.start)
     budget = _chat_budget(request, service.sampling.max_tokens)
     return _plan(request, service, tokenizers, request_id, model, thinking, [prompts], budget)
@@ -98,7 +102,7 @@ def plan_completion(
     # Raw text has no thinking of its own: it is told from the answer only when the request says how it is marked.
     thinking = Thinking() if request.thinking is None else _thinking(request, service.thinking)
     prompts = [
-        text_prompts(prompt, model.roles, tokenizers, thinking.start)
+        text_prompts(prompt, model.roles, tokenizers, thinking.start, request.add_special_tokens)
         if isinstance(prompt, str)
         else token_prompts(prompt, model.primary, model.roles, tokenizers, thinking.start)
         for prompt in _prompts_of(request)
@@ -118,6 +122,10 @@ def _plan(
     budget: Budget,
 ) -> Plan:
     _check_count(len(prompts) * request.n, service)
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options are for stream: true alone", param="stream_options")
+    if not request.spaces_between_special_tokens and tokenizers[model.primary].spaces_added:
+        raise BadRequest("this model's decoder always puts those spaces", param="spaces_between_special_tokens")
     bounds = limits(service, tokenizers, model.primary, model.roles)
     seed = request.seed if request.seed is not None else secrets.randbits(53)  # exact as a JSON number everywhere
     unique = f"{request_id}.{secrets.token_hex(4)}"  # a client may use its own id twice
@@ -149,21 +157,33 @@ def _plan(
 
 
 def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _Model:
-    served = service.served_names.get(request.model)
-    if served is None:
-        raise NotFound(
-            f"there is no model {request.model!r}; served are {', '.join(service.served_names)}",
-            param="model",
-            code="model_not_found",
-        )
+    served = served_as(service, request.model)
     guidance = _guidance(request, service.guidance if served == "guided" else Guidance(alpha=0.0))
     if served != "guided" and not guidance.never_guides():
         raise BadRequest(
             f"{request.model} is one model alone, which nothing guides: ask {service.name} for guidance",
             param="guidance",
         )
-    primary: Role = "target" if served == "guided" else served
+    primary = answering(served)
     return _Model(primary, guidance, (primary,) if guidance.never_guides() else ROLES)
+
+
+def opens_turn(conversation: Conversation) -> bool:
+    """Whether the prompt ends where a new answer begins."""
+    return not conversation.continue_final_message and conversation.add_generation_prompt is not False
+
+
+def served_as(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
+    """What a served name stands for. Raises NotFound."""
+    if name not in service.served_names:
+        served = ", ".join(service.served_names)
+        raise NotFound(f"there is no model {name!r}; served are {served}", param="model", code="model_not_found")
+    return service.served_names[name]
+
+
+def answering(served: Role | Literal["guided"]) -> Role:
+    """The role whose tokens its answers are made of."""
+    return "target" if served == "guided" else served
 
 
 def _guidance(request: ChatRequest | CompletionRequest, default: Guidance) -> Guidance:

@@ -23,27 +23,33 @@ class Answer:
 
 @dataclass(frozen=True)
 class Shape(ABC):
-    """What the bodies of one request have in common; its two kinds say how a choice is written."""
+    """What the bodies of one request have in common; its two kinds say how a choice is written.
+
+    prompts: the prompt's ids of each choice where ids are asked for; prompts_in_choices: where they stand.
+    """
 
     request_id: str
     model: str
     seed: int
     explain: bool
+    prompts: Sequence[list[int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
     whole: ClassVar[str]
     part: ClassVar[str]
+    prompts_in_choices: ClassVar[bool]
 
     def body(self, answers: Sequence[Answer], prompt_tokens: int) -> Json:
         """The body of an answer that is not streamed."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
-        return self._frame(self.whole, choices) | {"usage": usage}
+        return self._frame(self.whole, choices) | {"usage": usage} | self._prompt_ids(0, in_choice=False)
 
     def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool) -> Json:
         """One event of a stream: more of a choice, its end, or both. first: nothing of the choice was sent before."""
         body = self._text(delta or Delta(), first) | {"index": choice, "logprobs": None} | _ending(end)
-        return self._frame(self.part, [body | self._explained(delta)])
+        body |= self._ids(choice, delta or Delta(), first)
+        return self._frame(self.part, [body | self._explained(delta)]) | self._prompt_ids(choice, False, first)
 
     def usage_chunk(self, usages: Sequence[Usage], prompt_tokens: int) -> Json:
         """The last event of a stream whose request asked for its usage."""
@@ -61,7 +67,18 @@ class Shape(ABC):
 
     def _whole_choice(self, index: int, answer: Answer) -> Json:
         body = {"index": index, "logprobs": None} | self._whole_text(answer.delta)
+        body |= self._ids(index, answer.delta, first=True)
         return body | _ending(answer.end) | self._explained(answer.delta)
+
+    def _ids(self, choice: int, delta: Delta, first: bool) -> Json:
+        if self.prompts is None:
+            return {}
+        return {"token_ids": delta.tokens} | self._prompt_ids(choice, True, first)
+
+    def _prompt_ids(self, choice: int, in_choice: bool, first: bool = True) -> Json:
+        if self.prompts is None or not first or in_choice != self.prompts_in_choices:
+            return {}
+        return {"prompt_token_ids": self.prompts[choice]}
 
     def _explained(self, delta: Delta | None) -> Json:
         notes = delta.notes if delta is not None else []
@@ -80,6 +97,7 @@ class ChatShape(Shape):
     """Bodies of /v1/chat/completions."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prompts_in_choices = False
 
     def _text(self, delta: Delta, first: bool) -> Json:
         message = {"role": "assistant"} if first else {}
@@ -99,12 +117,22 @@ class CompletionShape(Shape):
     """Bodies of /v1/completions."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
+    prompts_in_choices = True
 
     def _text(self, delta: Delta, first: bool) -> Json:
         return {"text": delta.content} | ({"reasoning": delta.reasoning} if delta.reasoning else {})
 
     def _whole_text(self, delta: Delta) -> Json:
         return self._text(delta, first=True)
+
+
+def plain_usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    """The counts of one choice so far."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
@@ -114,10 +142,7 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
     mass = sum(usage.uncovered_mass * usage.guided_tokens for usage in usages)
     drafted = sum(usage.drafted_tokens for usage in usages)
     accepted = sum(usage.accepted_tokens for usage in usages)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": prompt_tokens + completion,
+    return plain_usage(prompt_tokens, completion) | {
         "completion_tokens_details": {
             "reasoning_tokens": sum(usage.reasoning_tokens for usage in usages),
             "accepted_prediction_tokens": accepted,

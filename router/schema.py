@@ -16,11 +16,13 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
     "prompt_logprobs": (None,),
+    "logprob_token_ids": (None,),
+    "return_tokens_as_token_ids": (None, False),
     "echo": (None, False),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "use_beam_search": (None, False),
-    "length_penalty": (None, 1, 1.0),
+    "length_penalty": (None, 1),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
@@ -31,11 +33,15 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "reasoning_effort": (None,),
+    "include_reasoning": (None, True),
+    "thinking_token_budget": (None, -1),
     "verbosity": (None,),
     "web_search_options": (None,),
     "documents": (None, []),
     "chat_template": (None,),
+    "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
+    "prompt_embeds": (None,),
     "allowed_token_ids": (None, []),
     "bad_words": (None, []),
     "structured_outputs": (None,),
@@ -44,10 +50,21 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "truncate_prompt_tokens": (None,),
-    "skip_special_tokens": (None, True),
-    "spaces_between_special_tokens": (None, True),
-    "return_token_ids": (None, False),
+    "truncation_side": (None,),
     "priority": (None, 0),
+    "request_id": (None,),
+    "session_id": (None,),
+    "cache_salt": (None,),
+    "kv_transfer_params": (None,),
+    "ec_transfer_params": (None,),
+    "vllm_xargs": (None, {}),
+    "repetition_detection": (None,),
+    "watermarking": (None, False),
+    "stream_interval": (None, 1),
+    "routed_experts_prompt_start": (None, 0),
+    "return_token_offsets": (None, False),
+    "return_prompt_text": (None, False),
+    "return_mm_kwargs": (None, True),
 }
 
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
@@ -85,11 +102,11 @@ class SpeculationFields(_Body):
 
 
 class StreamOptions(_Body):
-    """include_usage: a last chunk with the counts. continuous_usage_stats is vLLM's and not served."""
+    """include_usage: a last chunk with the counts. continuous_usage_stats: with it, counts so far in every chunk."""
 
     include_usage: bool = False
     include_obfuscation: bool = False  # OpenAI's padding against traffic analysis; none is sent
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = False
 
 
 class TextPart(_Body):
@@ -97,6 +114,21 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: str
+
+
+class CalledFunction(_Body):
+    """What an earlier answer called; arguments: JSON in a string."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(_Body):
+    """A call in a conversation that used tools elsewhere; templates show it to the model."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class ChatMessage(_Body):
@@ -112,7 +144,17 @@ class ChatMessage(_Body):
     annotations: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class Conversation(_Body):
+    """Messages, and how the chat template makes a prompt of them."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
 
 
 class _Request(_Body):
@@ -122,7 +164,7 @@ class _Request(_Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
@@ -135,6 +177,9 @@ class _Request(_Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_on_repeat: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool = True
+    return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: GuidanceFields | None = None
@@ -147,25 +192,57 @@ class _Request(_Body):
         return self.guidance is not None and self.guidance.explain
 
 
-class ChatRequest(_Request):
+class ChatRequest(Conversation, _Request):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
-    chat_template_kwargs: dict[str, Any] = {}
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
 
 
 class CompletionRequest(_Request):
     """The body of POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    add_special_tokens: bool = True
 
 
-R = TypeVar("R", ChatRequest, CompletionRequest)
+class TokenizeText(_Body):
+    """The body of POST /tokenize for raw text."""
 
-_NULL_IS_DEFAULT = frozenset({"n", "stream", "chat_template_kwargs", "continue_final_message"})
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChat(Conversation):
+    """The body of POST /tokenize for a conversation: its prompt as a chat request would make it."""
+
+    model: str | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Body):
+    """The body of POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+R = TypeVar("R", bound=_Body)
+
+# Fields whose type has no null, and where it stands for the default all the same.
+NULL_IS_DEFAULT = frozenset(
+    {
+        "n",
+        "stream",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "add_special_tokens",
+        "spaces_between_special_tokens",
+        "return_token_ids",
+        "return_token_strs",
+    }
+)
 
 
 def parse(kind: type[R], body: Any) -> R:
@@ -179,7 +256,7 @@ def parse(kind: type[R], body: Any) -> R:
     kept = {
         name: value
         for name, value in body.items()
-        if name not in passed and not (value is None and name in _NULL_IS_DEFAULT)
+        if name not in passed and not (value is None and name in NULL_IS_DEFAULT)
     }
     try:
         return kind.model_validate(kept)
@@ -188,7 +265,8 @@ def parse(kind: type[R], body: Any) -> R:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    return type(value) is type(neutral) and bool(value == neutral)  # 0 is not False: `logprobs: 0` asks for some
+    # 0 is not False: `logprobs: 0` asks for some
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 def _refusal(error: ValidationError) -> BadRequest:

@@ -45,8 +45,14 @@ class Generations:
         async for batch in generations.batches(): ...
     """
 
-    def __init__(self, backend: Backend, sequences: Sequence[Generate], interval_s: float = INTERVAL_S) -> None:
-        self._backend, self._sequences, self._interval_s = backend, sequences, interval_s
+    def __init__(
+        self,
+        backend: Backend,
+        sequences: Sequence[Generate],
+        interval_s: float = INTERVAL_S,
+        idle_s: float | None = None,
+    ) -> None:
+        self._backend, self._sequences, self._interval_s, self._idle_s = backend, sequences, interval_s, idle_s
         self._batch = Batch()
         self._running = len(sequences)
         self._failure: Exception | None = None
@@ -68,13 +74,19 @@ class Generations:
     async def batches(self) -> AsyncIterator[Batch]:
         """The first event at once, then at most one batch per interval, until every sequence has finished.
 
+        Where nothing comes for `idle_s`, an empty batch says so.
         Raises the first failure of any sequence, after what came before it was yielded; an ApiError tells the tokens
         so far.
         """
         clock = asyncio.get_running_loop().time
         due = clock()
         while self._running or self._news.is_set():
-            await self._news.wait()
+            try:
+                async with asyncio.timeout(self._idle_s):
+                    await self._news.wait()
+            except TimeoutError:
+                yield Batch()
+                continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
                     await self._over.wait()

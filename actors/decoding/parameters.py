@@ -15,6 +15,7 @@ class Sampling:
     repetition_penalty acts on prompt and output tokens, presence_penalty and frequency_penalty on output tokens.
     logit_bias: pairs (token id, number added to its logit). min_tokens: no end before so many tokens.
     stop: texts, stop_token_ids: ids, either ends the answer. ignore_eos: never end by the model's own end token.
+    skip_special_tokens: leave the vocabulary's special tokens out of the text.
     stop_on_repeat: end after the same token so many times in a row (published runs: 10); 0 never.
     Raises ValueError for values outside their range.
     """
@@ -34,6 +35,7 @@ class Sampling:
     ignore_eos: bool = False
     stop_on_repeat: int = 0
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:

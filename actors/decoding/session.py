@@ -41,7 +41,7 @@ class Language:
     spellings: Mapping[Role, Spelling]  # of every role of the session
     eos_ids: tuple[int, ...]  # of the primary, the first one stands for all
     added: frozenset[int]  # the primary's added tokens
-    text: Callable[[Sequence[int]], TextStream]  # decodes what follows these ids
+    text: Callable[[Sequence[int], bool], TextStream]  # decodes what follows these ids; true: without special tokens
 
 
 class Session:
@@ -60,7 +60,7 @@ class Session:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._last_run = (-1, 0)
-        self._text = language.text(self.primary.tokens)
+        self._text = language.text(self.primary.tokens, request.sampling.skip_special_tokens)
         thinking_end = request.thinking.end if request.thinking.start else None
         self._answer = AnswerText(thinking_end, request.sampling.stop, request.sampling.include_stop_str_in_output)
         end = language.spellings[request.primary].end
@@ -197,10 +197,10 @@ class Session:
     def _show(self, token: int, text: str) -> Shown:
         """What one more token of the primary shows; decides whether the answer is over."""
         sampling = self.request.sampling
-        if token in self.language.eos_ids and not sampling.ignore_eos:
-            return self._end("stop")
-        if token in sampling.stop_token_ids:
-            return self._end("stop", token)
+        ends = token in self.language.eos_ids and not sampling.ignore_eos
+        if ends or token in sampling.stop_token_ids:
+            kept = self._answer.push(text) if sampling.include_stop_str_in_output else Shown()
+            return kept + self._end("stop", None if ends else token)
         shown = self._answer.push(text)
         if token == self._end_token and self._answer.thinking:
             shown = shown + self._answer.close_thinking()

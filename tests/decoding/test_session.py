@@ -71,7 +71,9 @@ class Setting:
             },
             self.target.eos_ids,
             frozenset(self.target.added.values()),
-            lambda after: Letters(texts, self.late),
+            lambda after, skip: Letters(
+                texts if skip else texts | {i: t for t, i in self.target.added.items()}, self.late
+            ),
         )
         prompts = {role: speller(v)("ab") for role, v in vocabularies.items()}
         request = Generate("r", "target", prompts, sampling or Sampling(), guidance or Guidance(), thinking, 1, explain)
@@ -187,6 +189,27 @@ def test_a_stop_text_across_tokens_ends_the_answer() -> None:
 def test_a_stop_text_is_kept_when_asked_for() -> None:
     session = Setting().session(sampling=Sampling(stop=("bc",), include_stop_str_in_output=True))
     assert feed(session, "abc").content == "abc"
+
+
+def test_special_tokens_stand_in_the_text_where_they_are_not_skipped() -> None:
+    for skip, said in ((True, "ab"), (False, "a<e2>b")):
+        session = Setting().session(sampling=Sampling(ignore_eos=True, skip_special_tokens=skip))
+        assert feed(session, [LETTER["a"], 41, LETTER["b"]]).content == said
+
+
+@pytest.mark.parametrize(("include", "said"), [(False, "a"), (True, "ab")])
+def test_a_stop_id_stands_in_the_text_where_stops_are_included(include: bool, said: str) -> None:
+    sampling = Sampling(stop_token_ids=(LETTER["b"],), include_stop_str_in_output=include)
+    session = Setting().session(sampling=sampling)
+    assert feed(session, "ab").content == said
+    assert (session.finish_reason, session.stop_reason) == ("stop", LETTER["b"])
+
+
+@pytest.mark.parametrize(("skip", "include", "said"), [(False, True, "a<e>"), (False, False, "a"), (True, True, "a")])
+def test_the_end_is_shown_where_stops_and_special_tokens_are(skip: bool, include: bool, said: str) -> None:
+    session = Setting().session(sampling=Sampling(skip_special_tokens=skip, include_stop_str_in_output=include))
+    assert feed(session, [LETTER["a"], 40]).content == said
+    assert (session.finish_reason, session.stop_reason) == ("stop", None)
 
 
 def test_text_held_back_for_a_stop_is_shown_at_the_end() -> None:

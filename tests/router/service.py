@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import uvicorn
+from fastapi import FastAPI
 
 from actors.config import ServiceConfig, load_config
 from actors.requests import Delta, Event, Finished, FinishReason, Generate, Rejected, Role, TokenNote, Usage
@@ -88,3 +92,19 @@ def client(backend: Reciter, service: ServiceConfig | None = None) -> httpx.Asyn
     """A client of an application over `backend`."""
     app = create_app(service or config(), tokenizers(), backend)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
+
+
+@asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[str]:
+    """An application behind uvicorn on the loopback interface, in this process: its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        running = asyncio.create_task(server.serve([listening]))
+        try:
+            async with asyncio.timeout(30):
+                while not server.started:  # noqa: ASYNC110 - nobody announces it
+                    await asyncio.sleep(0.01)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            await running

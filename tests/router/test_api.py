@@ -2,13 +2,15 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from actors.requests import Rejected
+from actors.config import ServiceConfig
+from actors.requests import Event, Generate, Rejected
 from router.api import create_app
 from router.backend import Status
 from tests.router.service import Reciter, client, config, tokenizers
@@ -229,8 +231,8 @@ async def test_health_is_live_while_a_role_is_missing_and_ready_names_it() -> No
 class Connection:
     """One request by hand, whose client can leave in the middle."""
 
-    def __init__(self, backend: Reciter, body: dict[str, Any]) -> None:
-        self._app = create_app(config(), tokenizers(), backend)
+    def __init__(self, backend: Reciter, body: dict[str, Any], service: ServiceConfig | None) -> None:
+        self._app = create_app(service or config(), tokenizers(), backend)
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
         self.sent: asyncio.Queue[Any] = asyncio.Queue()
@@ -250,9 +252,11 @@ class Connection:
         self.sent.put_nowait(message)
 
 
-async def begun(backend: Reciter, body: dict[str, Any]) -> tuple[Connection, asyncio.Task[None]]:
+async def begun(
+    backend: Reciter, body: dict[str, Any], service: ServiceConfig | None = None
+) -> tuple[Connection, asyncio.Task[None]]:
     backend.gate = asyncio.Event()
-    connection = Connection(backend, CHAT | body)
+    connection = Connection(backend, CHAT | body, service)
     serving = asyncio.create_task(connection.serve())
     async with asyncio.timeout(30):
         for _ in range(body.get("n", 1)):
@@ -296,6 +300,66 @@ async def test_the_first_token_does_not_wait_for_the_second() -> None:
     assert b'"content":"It"' in (await connection.sent.get())["body"]
     connection.leave()
     await asyncio.wait_for(serving, 30)
+
+
+async def test_ids_are_returned_where_they_are_asked_for() -> None:
+    usual = {"return_token_ids": True, "n": 2}
+    whole = (await chat(Reciter(), **usual)).json()
+    chunks = events(await chat(Reciter(), stream=True, **usual))
+    assert [choice["token_ids"] for choice in whole["choices"]] == [[0, 1, 2, 3]] * 2
+    assert [i for chunk in chunks for c in chunk["choices"] if c["index"] == 1 for i in c["token_ids"]] == [0, 1, 2, 3]
+    assert ["prompt_token_ids" in chunk for chunk in chunks] == [True, True] + [False] * (len(chunks) - 2)
+    assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert whole["usage"]["prompt_tokens"] == len(whole["prompt_token_ids"])
+    prompts = [[1, 2], [3]]
+    text = {"model": "duo", "prompt": prompts, "return_token_ids": True}
+    whole = (await post(Reciter(), "/v1/completions", text)).json()
+    chunks = events(await post(Reciter(), "/v1/completions", text | {"stream": True}))
+    assert [choice["prompt_token_ids"] for choice in whole["choices"]] == prompts
+    begun = [c for chunk in chunks for c in chunk["choices"] if "prompt_token_ids" in c]
+    assert [(c["index"], c["prompt_token_ids"]) for c in begun] == list(enumerate(prompts))
+
+
+async def test_usage_runs_along_where_it_is_asked_for() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events(await chat(Reciter(), stream=True, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last["usage"]["completion_tokens"] == 4
+    assert chunks[0]["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"]
+    alone = {"continuous_usage_stats": True}  # as in vLLM it needs include_usage
+    assert not any("usage" in chunk for chunk in events(await chat(Reciter(), stream=True, stream_options=alone)))
+
+
+async def test_stream_options_without_a_stream_are_refused() -> None:
+    response = await chat(Reciter(), stream_options={"include_usage": True})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "stream_options")
+
+
+async def test_an_idle_stream_says_that_it_lives() -> None:
+    backend = Reciter()
+    connection, serving = await begun(backend, {"stream": True}, config(router={"keep_alive_s": 0.02}))
+    bodies = [(await connection.sent.get()).get("body", b"") for _ in range(4)]
+    assert b'"content":"It"' in bodies[1]
+    assert bodies[2:] == [b": keep-alive\n\n"] * 2
+    assert backend.gate is not None
+    backend.gate.set()
+    await asyncio.wait_for(serving, 30)
+    rest = [connection.sent.get_nowait()["body"] for _ in range(connection.sent.qsize())]
+    assert rest[-2:] == [b"data: [DONE]\n\n", b""]
+
+
+async def test_a_stream_that_waits_for_its_first_token_lives_too() -> None:
+    class Silent(Reciter):
+        async def generate(self, request: Generate) -> AsyncIterator[Event]:
+            await asyncio.sleep(0.1)
+            yield Rejected("overloaded", "not now")
+
+    text = (
+        await post(Silent(), "/v1/completions", TEXT | {"stream": True}, config(router={"keep_alive_s": 0.02}))
+    ).text
+    assert text.startswith(": keep-alive\n\n")
+    assert json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["type"] == "rate_limit_error"
 
 
 def test_importing_it_loads_neither_torch_nor_ray() -> None:

@@ -1,0 +1,88 @@
+"""docs/api.md, row by row, against the application."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router.schema import IGNORED, NOT_SERVED, ChatRequest, CompletionRequest
+from tests.router.service import Reciter, client
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "api.md"
+ROW = re.compile(r"\| `(\w+)` \| (both|chat|completions) \| (supported|same|refused) \| `(\{.*\})` \| ?(.*?) ?\|")
+ADDRESSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", {"model": "duo", "messages": [{"role": "user", "content": "Hi"}]}),
+    "completions": ("/v1/completions", {"model": "duo", "prompt": "Hi"}),
+}
+OURS = {"guidance", "thinking", "speculation", "stop_on_repeat"}
+# Refused too, but fields of OpenAI or of older versions and not of vLLM's bodies.
+OLDER = {
+    "best_of",
+    "functions",
+    "function_call",
+    "modalities",
+    "audio",
+    "prediction",
+    "verbosity",
+    "web_search_options",
+}
+OLDER |= {"guided_json", "guided_regex", "guided_choice", "guided_grammar"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, for one address."""
+
+    field: str
+    address: str
+    status: str
+    example: dict[str, Any]
+    note: str
+
+
+def rows() -> list[Row]:
+    lines = PAGE.read_text(encoding="utf-8").split("| field | where |")[1].splitlines()[2:]
+    found = []
+    for line in lines[: lines.index("")]:
+        match = ROW.fullmatch(line)
+        assert match is not None, line
+        field, where, status, example, note = match.groups()
+        for address in ADDRESSES if where == "both" else (where,):
+            found.append(Row(field, address, status, json.loads(example), note))
+    return found
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.address}-{row.field}")
+async def test_a_field_is_what_its_row_says(row: Row) -> None:
+    path, body = ADDRESSES[row.address]
+    assert row.field in row.example
+    async with client(Reciter()) as http:
+        response = await http.post(path, json=body | row.example)
+    if row.status == "refused":
+        assert (response.status_code, response.json()["error"]["param"]) == (400, row.field)
+    else:
+        assert response.status_code == 200, response.text
+
+
+def test_every_field_stands_there_once() -> None:
+    stated = [(row.field, row.address) for row in rows()]
+    assert len(stated) == len(set(stated))
+    for address, kind in (("chat", ChatRequest), ("completions", CompletionRequest)):
+        served = {row.field for row in rows() if row.address == address and row.status != "refused"}
+        assert served - {"parallel_tool_calls"} == kind.model_fields.keys() - OURS
+    refused = {row.field for row in rows() if row.status == "refused"} | {"parallel_tool_calls"}
+    assert refused == NOT_SERVED.keys() - OLDER
+
+
+def test_a_difference_is_told() -> None:
+    assert all(row.note for row in rows() if row.status == "same")
+
+
+def test_what_the_page_says_of_other_fields_holds() -> None:
+    text = PAGE.read_text(encoding="utf-8").split("Of OpenAI's own fields")[1]
+    assert set(re.findall(r"`(\w+)`", text)) == {*IGNORED, *OURS}

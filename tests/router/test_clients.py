@@ -1,0 +1,131 @@
+"""Clients that others wrote, as they come from PyPI, against the application behind a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from router.api import create_app
+from tests.router.service import Reciter, config, serving, tokenizers
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"  # else its import asks the network for prices
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of their own
+    import litellm
+    from langchain_openai import ChatOpenAI, OpenAI
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::litellm"),
+    pytest.mark.filterwarnings("ignore:::pydantic"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+SAID = "It is Eve ."
+ASK: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is it?"}]
+EXTRA = {"guidance": {"alpha": 0.5}, "thinking": {"start": "<think>"}, "return_token_ids": True}
+
+
+@pytest.fixture(autouse=True)
+def what_clients_leave_open_ends_with_their_test() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def backend() -> Reciter:
+    return Reciter(thought="So Eve", text=SAID)
+
+
+@pytest.fixture
+async def url(backend: Reciter) -> AsyncIterator[str]:
+    async with serving(create_app(config(), tokenizers(), backend)) as url:
+        yield f"{url}/v1"
+
+
+async def test_the_official_client_reads_every_answer_while_it_waits(url: str, backend: Reciter) -> None:
+    def ask() -> None:
+        with openai.OpenAI(api_key="none", base_url=url, max_retries=0) as api:
+            assert "duo/target" in [model.id for model in api.models.list()]
+            whole = api.chat.completions.create(model="duo", messages=ASK, seed=7, extra_body=EXTRA)
+            assert whole.choices[0].message.content == SAID
+            assert whole.choices[0].model_extra is not None
+            assert whole.choices[0].model_extra["token_ids"] == list(range(6))
+            options: Any = {"include_usage": True}
+            chunks = list(
+                api.chat.completions.create(model="duo", messages=ASK, stream=True, stream_options=options, n=2)
+            )
+            said = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1] if chunk.choices[0].index == 1]
+            assert "".join(said) == SAID
+            assert chunks[-1].usage is not None
+            assert chunks[-1].usage.completion_tokens == 12
+            text = api.completions.create(model="duo", prompt=[[1, 2], [3]], stop=list("abcdef"), max_tokens=8)
+            assert [choice.text for choice in text.choices] == [SAID] * 2
+            with pytest.raises(openai.BadRequestError, match="temperature") as caught:
+                api.chat.completions.create(model="duo", messages=ASK, temperature=-1)
+            assert caught.value.param == "temperature"
+
+    await asyncio.to_thread(ask)
+    assert backend.asked[0].guidance.alpha == 0.5
+
+
+async def test_the_official_client_reads_every_answer_as_it_comes(url: str) -> None:
+    async with openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=0) as api:
+        whole = await api.chat.completions.create(model="duo", messages=ASK, max_completion_tokens=9)
+        assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (SAID, "stop")
+        async with api.chat.completions.stream(model="duo", messages=ASK) as stream:
+            final = await stream.get_final_completion()
+        assert final.choices[0].message.content == SAID
+        text = await api.completions.create(model="duo", prompt="Who", stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in text]) == SAID
+        with pytest.raises(openai.NotFoundError):
+            await api.completions.create(model="gpt", prompt="Who")
+
+
+async def test_the_official_client_passes_over_signs_of_life(backend: Reciter) -> None:
+    backend.gate = asyncio.Event()
+    service = config(router={"keep_alive_s": 0.02})
+    async with serving(create_app(service, tokenizers(), backend)) as url:
+        async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0) as api:
+            stream = await api.chat.completions.create(model="duo", messages=ASK, stream=True)
+            first = await anext(stream)
+            assert first.choices[0].delta.role == "assistant"
+            await asyncio.sleep(0.1)
+            backend.gate.set()
+            said = [chunk.choices[0].delta.content or "" async for chunk in stream]
+    assert "".join(said) == SAID
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
+async def test_litellm_reads_answers_and_errors(url: str, provider: str) -> None:
+    usual: Any = {"model": f"{provider}/duo", "api_base": url, "api_key": "none", "messages": ASK, "num_retries": 0}
+    whole: Any = await litellm.acompletion(**usual, extra_body={"guidance": {"alpha": 0.5}})
+    assert whole.choices[0].message.content == SAID
+    assert whole.choices[0].message.reasoning_content == "So Eve"
+    assert whole.usage.completion_tokens == 6
+    stream: Any = await litellm.acompletion(**usual, stream=True, stop=["a", "b"], max_tokens=9)
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == SAID
+    waited: Any = await asyncio.to_thread(litellm.completion, **usual, temperature=0.5)
+    assert waited.choices[0].message.content == SAID
+    with pytest.raises(litellm.exceptions.BadRequestError, match="temperature"):
+        await litellm.acompletion(**usual, temperature=-1)
+
+
+async def test_langchain_reads_answers_streams_and_batches(url: str) -> None:
+    usual: Any = {"base_url": url, "api_key": "none", "model": "duo", "max_retries": 0}
+    model = ChatOpenAI(**usual, temperature=0.5, extra_body={"guidance": {"alpha": 0.5}})
+    assert (await model.ainvoke("Who is it?")).content == SAID
+    said = [str(chunk.content) async for chunk in model.astream("Who is it?")]
+    assert "".join(said) == SAID
+    answers = await asyncio.to_thread(model.batch, ["Who?", "What?"])
+    assert [answer.content for answer in answers] == [SAID] * 2
+    assert await OpenAI(**usual).ainvoke("Who is it?") == SAID
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        await model.bind_tools([{"type": "function", "function": {"name": "f", "parameters": {}}}]).ainvoke("Who?")
