@@ -158,6 +158,8 @@ class RouterConfig(_Section):
     """The HTTP side."""
 
     max_request_bytes: int = Field(4_194_304, ge=1_024)
+    playground: bool = True  # the page at `/`
+    examples: tuple[str, ...] = ()  # questions that the page offers
     num_cpus: float = Field(0.1, ge=0)
     replicas: RequestReplicas = RequestReplicas(min=1, max=1)
 

@@ -26,6 +26,7 @@ from actors.tokenizer import RoleTokenizer
 from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, NotFound, TooLarge
 from router.context import limits
 from router.convert import Plan, client_of, plan_chat, plan_completion
+from router.playground import playground
 from router.responses import Answer, ChatShape, CompletionShape, Shape
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.streams import ClientGone, Generations, joined, while_connected
@@ -46,6 +47,7 @@ def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], ba
     app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"])
     app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"])
+    app.include_router(playground(service))
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)
