@@ -73,6 +73,7 @@ async function ask() {
     if (names === null && !(await start())) return;
     const settings = read();
     await Promise.all(columns.map((column) => answer(column, { ...settings, ...guidance(column.kind) }, own.signal)));
+    inspector.spoken.textContent = own.signal.aborted ? "Stopped." : columns.map((column) => column.said).join("\n");
   } finally {
     running = null;
     busy(false);
@@ -101,12 +102,10 @@ async function answer(column, body, signal) {
   try {
     await stream(body, signal, (chunk) => column.take(chunk));
     column.end("done");
-    inspector.spoken.textContent = `${column.title}: ${column.text}`;
   } catch (error) {
     if (error.name === "AbortError") return column.end("stopped");
     if (!(error instanceof Trouble)) console.error(error);
     column.end("failed", error.message);
-    inspector.spoken.textContent = `${column.title}: ${error.message}`;
     if (error.status === 401) openKey(error.message);
   }
 }
@@ -114,7 +113,6 @@ async function answer(column, body, signal) {
 function stop() {
   if (!running) return;
   running.abort();
-  inspector.spoken.textContent = "Stopped.";
   $("prompt").focus();
 }
 

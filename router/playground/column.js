@@ -43,9 +43,9 @@ export class Column {
     this.parts.model.textContent = name;
   }
 
-  /** The text of the answer so far, without its thinking. */
-  get text() {
-    return this.parts.answer.textContent;
+  /** What a screen reader says once it is over. */
+  get said() {
+    return `${this.title}: ${this.parts.trouble.textContent || this.parts.answer.textContent || "no answer"}`;
   }
 
   begin() {

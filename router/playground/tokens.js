@@ -72,7 +72,7 @@ export class Placer {
   }
 
   add(texts, tokens) {
-    this.#texts.push(...texts);
+    this.#texts.push(...texts.filter(([, text]) => text));
     this.#tokens.push(...tokens);
     this.#settle(false);
   }

@@ -36,7 +36,9 @@ def serving(making: Making) -> Iterator[str]:
 
     async def serve() -> None:
         async with making() as app:
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+            )
             servers.append(server)
             task = asyncio.create_task(server.serve([listening]))
             while not (server.started or task.done()):  # noqa: ASYNC110 - nobody announces it
