@@ -117,7 +117,8 @@ export class Column {
     } else if (shown) {
       const mark = document.createElement("span");
       mark.className = text ? "token" : "token mark";
-      mark.textContent = shown;
+      mark.textContent = shown.trimStart() || shown;
+      into.append(shown.slice(0, shown.length - mark.textContent.length)); // no shade at the end of a line for a space
       mark.style.setProperty("--heat", heat(token).toFixed(3));
       mark.classList.toggle("changed", token.changed);
       into.append(mark);

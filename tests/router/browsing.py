@@ -8,7 +8,7 @@ import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import uvicorn
@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from actors.config import ServiceConfig
 from actors.forward import Engine
-from actors.requests import Event, Generate, Role
+from actors.requests import Delta, Event, Generate, Role
 from benchmarks.local import LocalService, local_service
 from router.api import create_app
 from router.playground import playground
@@ -58,28 +58,34 @@ def serving(making: Making) -> Iterator[str]:
         listening.close()
 
 
-class Paced(LocalBackend):
-    """The real trio, whose events come no faster than one in `pause_s`, so that one can be in the midst of them."""
+class Held(LocalBackend):
+    """The real trio; when `holding`, answers stop after their first tokens, until their clients leave."""
 
     def __init__(self, service: LocalService) -> None:
         super().__init__(service)
         self.service = service
-        self.pause_s = 0.0
+        self.holding = False
+        self.left = threading.Semaphore(0)  # released by every held answer whose client leaves
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
         """See router.backend.Backend.generate."""
-        async for event in super().generate(request):
-            await asyncio.sleep(self.pause_s)
-            yield event
+        async with aclosing(super().generate(request)) as events:
+            async for event in events:
+                yield event
+                if self.holding and isinstance(event, Delta) and event.tokens:
+                    try:
+                        await asyncio.Event().wait()
+                    finally:
+                        self.left.release()
 
 
-def trio(config: ServiceConfig, engines: Mapping[Role, Engine], made: list[Paced]) -> Making:
+def trio(config: ServiceConfig, engines: Mapping[Role, Engine], made: list[Held]) -> Making:
     """The whole service of this process over HTTP; its backend is appended to `made`."""
 
     @asynccontextmanager
     async def making() -> AsyncIterator[FastAPI]:
         async with local_service(config, engines) as service:
-            made.append(Paced(service))
+            made.append(Held(service))
             yield create_app(config, service.tokenizers, made[-1])
 
     return making
