@@ -7,9 +7,9 @@ import json
 import math
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -69,7 +69,7 @@ class Held(LocalBackend):
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
         """See router.backend.Backend.generate."""
-        async with aclosing(super().generate(request)) as events:
+        async with aclosing(cast("AsyncGenerator[Event]", super().generate(request))) as events:
             async for event in events:
                 yield event
                 if self.holding and isinstance(event, Delta) and event.tokens:
