@@ -187,6 +187,8 @@ class RouterConfig(_Section):
 
     max_request_bytes: int = Field(4_194_304, ge=1_024)
     keep_alive_s: float = Field(15, gt=0)  # a stream without news says so this often, lest somebody between closes it
+    playground: bool = True  # the page at `/`
+    examples: tuple[str, ...] = ()  # questions that the page offers
     num_cpus: float = Field(0.1, ge=0)
     replicas: RequestReplicas = RequestReplicas(min=1, max=1)
     max_request_tokens: int | None = Field(None, ge=1)  # prompts and answers of one request together

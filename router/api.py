@@ -43,6 +43,7 @@ from router.openapi import (
     VERSIONS,
     document,
 )
+from router.playground import playground
 from router.records import LEFT, Record
 from router.responses import Answer, ChatShape, CompletionShape, Json, Shape, plain_usage
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
@@ -78,6 +79,7 @@ def create_app(
     app.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"], **TOKENIZE)
     app.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"], **DETOKENIZE)
     app.add_api_route("/openapi.json", endpoints.openapi, methods=["GET"], include_in_schema=False)
+    app.include_router(playground(service))
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)

@@ -1,0 +1,75 @@
+"""The playground: one page at `/` that asks the three modes side by side, served as the files it consists of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from actors.config import ServiceConfig
+from router.backend import NotFound
+
+FOLDER = Path(__file__).with_suffix("")
+PAGE, DEFAULTS = "index.html", "defaults.json"
+MEDIA = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    # Nothing but these files and this service; no script or style in the page itself, no string becomes markup.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # kept, and asked for by its ETag each time: an upgrade is seen at once
+}
+
+
+def playground(service: ServiceConfig) -> APIRouter:
+    """GET / and GET /playground/<file>; no route at all where the configuration switches the page off."""
+    router = APIRouter(include_in_schema=False)
+    if not service.router.playground:
+        return router
+    files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in MEDIA}
+    files[DEFAULTS] = json.dumps(defaults(service), ensure_ascii=False).encode()
+
+    @router.api_route("/", methods=["GET", "HEAD"])
+    async def page(request: Request) -> Response:
+        return answer(request, PAGE, files[PAGE])
+
+    @router.api_route("/playground/{name}", methods=["GET", "HEAD"])
+    async def file(request: Request, name: str) -> Response:
+        if name not in files:
+            raise NotFound(f"the playground has no file {name!r}")
+        return answer(request, name, files[name])
+
+    return router
+
+
+def defaults(service: ServiceConfig) -> dict[str, Any]:
+    """Where the page's settings begin, and the questions that it offers."""
+    return {
+        "alpha": service.guidance.alpha,
+        "warmup_tokens": service.guidance.warmup_tokens,
+        "temperature": service.sampling.temperature,
+        "max_tokens": service.sampling.max_tokens,
+        "examples": service.router.examples,
+    }
+
+
+def answer(request: Request, name: str, content: bytes) -> Response:
+    """A file, or 304 where the client has it already."""
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {**HEADERS, "ETag": etag}
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(content, media_type=MEDIA[Path(name).suffix], headers=headers)
