@@ -12,10 +12,12 @@ from actors.requests import ROLES, Generate, Rejected, Role
 def refusal(request: Generate, languages: Languages) -> Rejected | None:
     """Why a request cannot be decoded as it stands; None if it can."""
     legal = languages.legal(request.primary)
-    biased = [languages.canonical(request.primary, i) for i, _ in request.sampling.logit_bias]
-    stray = [i for i in biased if i not in legal] + [i for i in request.sampling.stop_token_ids if i < 0]
+    sampling = request.sampling
+    chosen = [*(i for i, _ in sampling.logit_bias), *sampling.allowed_token_ids]
+    stray = [i for i in chosen if languages.canonical(request.primary, i) not in legal]
+    stray += [i for i in sampling.stop_token_ids if i < 0]
     if stray:
-        return Rejected("invalid", f"logit_bias or stop_token_ids name token ids that do not exist: {stray[:8]}")
+        return Rejected("invalid", f"the request names token ids that do not exist: {stray[:8]}")
     if any(not tokens for tokens in request.prompts.values()):
         return Rejected("invalid", "the prompt is empty")
     if request.primary != "target" and not (
@@ -54,4 +56,8 @@ def canonical(request: Generate, languages: Languages) -> Generate:
         if event == token or event not in bias:
             bias[event] = number
     stops = sorted({languages.canonical(role, i) for i in sampling.stop_token_ids})
-    return replace(request, sampling=replace(sampling, logit_bias=tuple(bias.items()), stop_token_ids=tuple(stops)))
+    allowed = sorted({languages.canonical(role, i) for i in sampling.allowed_token_ids})
+    changed = replace(
+        sampling, logit_bias=tuple(bias.items()), stop_token_ids=tuple(stops), allowed_token_ids=tuple(allowed)
+    )
+    return replace(request, sampling=changed)

@@ -19,6 +19,7 @@ from actors.decoding.guidance import Guidance
 from actors.decoding.hashing import derive_seed
 from actors.decoding.parameters import Sampling, Thinking
 from actors.requests import ROLES, Generate, Role
+from actors.tokenizer import RoleTokenizer
 from router.backend import BadRequest, NotFound
 from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
 from router.context import Budget, answer_tokens, limits
@@ -27,7 +28,15 @@ from router.schema import ChatRequest, CompletionRequest, Conversation, Speculat
 WHOLE_S = 1.0  # between two messages of an answer that is not streamed: nobody reads it before its end
 COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
 
-_RENAMED = ("logit_bias", "stop", "stop_token_ids", "top_k", "max_tokens")  # those that _sampling gives another form
+_RENAMED = (
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "allowed_token_ids",
+    "bad_words",
+    "top_k",
+    "max_tokens",
+)  # those that _sampling gives another form
 _COPIED = tuple(item.name for item in fields(Sampling) if item.name not in _RENAMED)
 
 Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
@@ -134,7 +143,8 @@ def _plan(
     for prompt in prompts:
         if not all(prompt.values()):
             raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
-        sampling = _sampling(request, service.sampling, answer_tokens(prompt, bounds, budget))
+        words = _ids_of(request.bad_words, tokenizers[model.primary])
+        sampling = _sampling(request, service.sampling, answer_tokens(prompt, bounds, budget), words)
         _check_ids(sampling, tokenizers[model.primary].width)
         for _ in range(request.n):
             index = len(sequences)
@@ -205,11 +215,26 @@ def _given(fields: BaseModel | None) -> dict[str, Any]:
     return {} if fields is None else fields.model_dump(exclude_unset=True)
 
 
-def _sampling(request: ChatRequest | CompletionRequest, default: Sampling, max_tokens: int) -> Sampling:
+def _ids_of(words: list[str] | None, tokenizer: RoleTokenizer) -> tuple[tuple[int, ...], ...] | None:
+    """Words as they are spelled, at the beginning of a text and within it."""
+    if words is None:
+        return None
+    spelled = (tuple(tokenizer.encode(text)) for word in words for text in (word, f" {word.lstrip()}"))
+    return tuple(dict.fromkeys(spelled))
+
+
+def _sampling(
+    request: ChatRequest | CompletionRequest,
+    default: Sampling,
+    max_tokens: int,
+    bad_words: tuple[tuple[int, ...], ...] | None,
+) -> Sampling:
     given: dict[str, Any] = {name: getattr(request, name) for name in _COPIED}
     given["top_k"] = 0 if request.top_k == -1 else request.top_k
     given["stop"] = (request.stop,) if isinstance(request.stop, str) else _tuple(request.stop)
     given["stop_token_ids"] = _tuple(request.stop_token_ids)
+    given["allowed_token_ids"] = _tuple(request.allowed_token_ids)
+    given["bad_words"] = bad_words
     given["logit_bias"] = None if request.logit_bias is None else _bias(request.logit_bias)
     given["max_tokens"] = max_tokens
     return _replaced(default, {name: value for name, value in given.items() if value is not None}, "")
@@ -240,7 +265,11 @@ def _bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _check_ids(sampling: Sampling, width: int) -> None:
-    named = {"logit_bias": [id_ for id_, _ in sampling.logit_bias], "stop_token_ids": sampling.stop_token_ids}
+    named = {
+        "logit_bias": [id_ for id_, _ in sampling.logit_bias],
+        "stop_token_ids": sampling.stop_token_ids,
+        "allowed_token_ids": sampling.allowed_token_ids,
+    }
     for param, ids in named.items():
         for id_ in ids:
             if not 0 <= id_ < width:

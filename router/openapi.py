@@ -26,6 +26,8 @@ from router.schema import (
 
 VERSION = "0.1.0"  # of pyproject.toml, which does not travel with an installed service
 
+_OPENAPI = "3.2.0"  # the first one that says what the events of a stream are
+
 Json = dict[str, Any]
 FinishReason = Literal["stop", "length", "abort"]
 _REQUESTS = (ChatRequest, CompletionRequest, TokenizeText, TokenizeChat, DetokenizeRequest)
@@ -234,8 +236,11 @@ def _asked(kinds: tuple[type[BaseModel], ...], answer: type[BaseModel], chunk: t
     body = {"schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas}}
     answered: Json = {"model": answer, "description": "The answer."}
     if chunk is not None:
-        words = f"Server-sent events, each a {chunk.__name__} or an ErrorBody; the last one says [DONE]."
-        answered["content"] = {"text/event-stream": {"schema": {"type": "string", "description": words}}}
+        events = [{"$ref": _reference(kind.__name__)} for kind in (chunk, ErrorBody)]
+        told = {"contentMediaType": "application/json", "contentSchema": {"anyOf": events}}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}
+        item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        answered["content"] = {"text/event-stream": {"itemSchema": item}}
     extra = {"requestBody": {"required": True, "content": {"application/json": body}}}
     return {"responses": {200: answered, **_REFUSED}, "openapi_extra": extra}
 
@@ -255,7 +260,7 @@ MODELS, MODEL, VERSIONS = _told(ModelList), _told(ModelCard), _told(VersionBody)
 
 def document(app: FastAPI, names: Iterable[str]) -> Json:
     """The document of an application's routes. names: the served models'."""
-    spec = get_openapi(title=app.title, version=VERSION, routes=app.routes)
+    spec = get_openapi(title=app.title, version=VERSION, openapi_version=_OPENAPI, routes=app.routes)
     kinds = [(kind, "validation") for kind in _REQUESTS] + [(kind, "serialization") for kind in (ChatChunk, TextChunk)]
     _, shared = models_json_schema(kinds, ref_template=_reference("{model}"))  # type: ignore[arg-type]
     schemas: Json = shared["$defs"]

@@ -42,8 +42,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
     "prompt_embeds": (None,),
-    "allowed_token_ids": (None, []),
-    "bad_words": (None, []),
     "structured_outputs": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
@@ -177,6 +175,8 @@ class _Request(_Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_on_repeat: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool = True
     return_token_ids: bool = False

@@ -92,3 +92,9 @@ def test_any_end_id_counts_for_the_first(languages: Languages) -> None:
 def test_a_request_without_end_ids_stays_as_it_is(languages: Languages) -> None:
     asked = request(Sampling(logit_bias=((5, 1.0), (4, 0.5)), stop_token_ids=(7, 9), temperature=0.5))
     assert admission.canonical(asked, languages) == asked
+
+
+def test_allowed_ids_must_exist_and_ends_among_them_are_one(languages: Languages) -> None:
+    assert str(WIDTH) in refused(request(Sampling(allowed_token_ids=(5, WIDTH))), languages)
+    asked = admission.canonical(request(Sampling(allowed_token_ids=(SECOND, 5))), languages)
+    assert asked.sampling.allowed_token_ids == (5, FIRST)

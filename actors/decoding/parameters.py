@@ -15,7 +15,8 @@ class Sampling:
     repetition_penalty acts on prompt and output tokens, presence_penalty and frequency_penalty on output tokens.
     logit_bias: pairs (token id, number added to its logit). min_tokens: no end before so many tokens.
     stop: texts, stop_token_ids: ids, either ends the answer. ignore_eos: never end by the model's own end token.
-    skip_special_tokens: leave the vocabulary's special tokens out of the text.
+    allowed_token_ids: nothing else may be chosen, where there are any. bad_words: sequences of ids that the answer must
+    not hold. skip_special_tokens: leave the vocabulary's special tokens out of the text.
     stop_on_repeat: end after the same token so many times in a row (published runs: 10); 0 never.
     Raises ValueError for values outside their range.
     """
@@ -36,6 +37,8 @@ class Sampling:
     stop_on_repeat: int = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class Sampling:
             _within("logit_bias", bias, -100, 100)
         if any(not text for text in self.stop):
             raise ValueError("a stop text is empty")
+        if any(not ids for ids in self.bad_words):
+            raise ValueError("one of bad_words is empty")
 
 
 def _within(name: str, value: float, low: float, high: float, above: bool = False) -> None:

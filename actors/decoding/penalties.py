@@ -21,6 +21,8 @@ def touches(sampling: Sampling) -> bool:
         or sampling.repetition_penalty != 1
         or sampling.presence_penalty
         or sampling.frequency_penalty
+        or sampling.allowed_token_ids
+        or sampling.bad_words
     )
 
 
@@ -45,7 +47,8 @@ def adjust(
     """Change one row in place: ids [W] ascending, logits [W].
 
     logit_bias is added, then the repetition penalty (ids of prompt and output: positive logits divided, negative ones
-    multiplied), then frequency and presence penalties (ids of the output), as in vLLM. `banned` ids become -inf.
+    multiplied), then frequency and presence penalties (ids of the output), as in vLLM. `banned` ids become -inf, and so
+    do all that are not allowed where only some are.
     """
     _add(ids, logits, dict(sampling.logit_bias))
     if sampling.repetition_penalty != 1:
@@ -56,6 +59,8 @@ def adjust(
         present, often = sampling.presence_penalty, sampling.frequency_penalty
         _add(ids, logits, {token: -present - often * count for token, count in output.items()})
     logits[_places(ids, banned)] = -np.inf
+    if sampling.allowed_token_ids:
+        logits[~np.isin(ids, sampling.allowed_token_ids)] = -np.inf
 
 
 def _places(ids: Ids, wanted: Iterable[int]) -> NDArray[np.intp]:

@@ -97,7 +97,7 @@ class Session:
         early = self.generated < sampling.min_tokens
         if early or touches(sampling):
             banned = (*self.language.eos_ids[:1], *sampling.stop_token_ids) if early else ()
-            adjust(ids, logits, sampling, self.prompt, self.output, banned)
+            adjust(ids, logits, sampling, self.prompt, self.output, (*banned, *self._ends_of_bad_words()))
 
     def commit(self, token: int, alpha: float, changed: bool) -> Delta:
         """Take the chosen token; returns what there is to show. Sets `finish_reason` when the answer is over."""
@@ -154,6 +154,15 @@ class Session:
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
         )
+
+    def _ends_of_bad_words(self) -> list[int]:
+        """Ids that would complete one of the request's bad words."""
+        tokens, begun = self.primary.tokens, len(self.primary) - self.generated
+        return [
+            word[-1]
+            for word in self.request.sampling.bad_words
+            if len(word) - 1 <= self.generated and tuple(tokens[max(begun, len(tokens) - len(word) + 1) :]) == word[:-1]
+        ]
 
     def _ends_too_early(self, token: int) -> bool:
         early = self._answer.thinking and self.reasoning_tokens < self.request.thinking.min_tokens

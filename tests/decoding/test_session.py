@@ -197,6 +197,24 @@ def test_special_tokens_stand_in_the_text_where_they_are_not_skipped() -> None:
         assert feed(session, [LETTER["a"], 41, LETTER["b"]]).content == said
 
 
+def test_no_token_completes_a_bad_word() -> None:
+    a, b, c = (LETTER[letter] for letter in "abc")
+    session = Setting().session(sampling=Sampling(bad_words=((c,), (a, b), (b, a, b))))
+    for said, banned in (("", {c}), ("a", {b, c}), ("b", {c}), ("a", {b, c})):
+        feed(session, said)
+        ids, logits = np.array(sorted((a, b, c))), np.zeros(3)
+        session.adjust(ids, logits)
+        assert set(ids[np.isneginf(logits)]) == banned
+
+
+def test_nothing_but_what_is_allowed_may_be_chosen() -> None:
+    a, b, c = (LETTER[letter] for letter in "abc")
+    session = Setting().session(sampling=Sampling(allowed_token_ids=(c, a)))
+    ids, logits = np.array(sorted((a, b, c))), np.zeros(3)
+    session.adjust(ids, logits)
+    assert set(ids[np.isneginf(logits)]) == {b}
+
+
 @pytest.mark.parametrize(("include", "said"), [(False, "a"), (True, "ab")])
 def test_a_stop_id_stands_in_the_text_where_stops_are_included(include: bool, said: str) -> None:
     sampling = Sampling(stop_token_ids=(LETTER["b"],), include_stop_str_in_output=include)

@@ -74,6 +74,35 @@ def test_what_a_template_refuses_is_a_refusal_of_the_messages() -> None:
     assert caught.value.param == "messages"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"who": "Ada"}'}}
+CALLED = (
+    "{% for m in messages %}{{ m.role }}:"
+    "{{ m.tool_calls[0].function.arguments.who if m.tool_calls else m.content }};{% endfor %}"
+)
+
+
+def test_calls_of_tools_and_their_results_reach_the_template() -> None:
+    own = {**TOKENIZERS, "target": role_tokenizer(template=CALLED)}
+    answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "Eve"}
+    prompts = chat_prompts(request(user(), answer, result), ["target"], own, "")
+    assert own["target"].decode(prompts["target"]) == "user:Hi;assistant:Ada;tool:Eve;"
+
+
+def test_arguments_of_a_call_that_are_no_json_are_refused() -> None:
+    call = CALL | {"function": {"name": "find", "arguments": "{"}}
+    with pytest.raises(BadRequest, match="must be JSON"):
+        chat_prompts(request(user(), {"role": "assistant", "tool_calls": [call]}), ["target"], TOKENIZERS, "")
+
+
+def test_what_a_tokenizer_puts_around_text_stands_there_as_the_request_says() -> None:
+    own = {**TOKENIZERS, "target": role_tokenizer(byte_level(bos="<|begin|>"))}
+    for special in (True, False):
+        chat = chat_prompts(request(user(), add_special_tokens=special), ["target"], own, "")["target"]
+        text = text_prompts("Hi", ["target"], own, special=special)["target"]
+        assert [ids[0] == own["target"].bos_ids[0] for ids in (chat, text)] == [special] * 2
+
+
 def test_a_completion_gives_every_role_the_same_text() -> None:
     prompts = text_prompts("Ada <|end|>", ROLES, TOKENIZERS)
     assert set(texts(prompts).values()) == {"Ada <|end|>"}

@@ -2,6 +2,7 @@ import math
 from typing import Any
 
 import pytest
+from tokenizers import decoders
 
 from actors.config import ServiceConfig
 from actors.decoding.hashing import derive_seed
@@ -10,6 +11,7 @@ from router.backend import ApiError, BadRequest, NotFound
 from router.convert import WHOLE_S, Plan, client_of, plan_chat, plan_completion
 from router.schema import ChatRequest, CompletionRequest, parse
 from tests.router.service import config, tokenizers
+from tests.router.vocabularies import byte_level, role_tokenizer
 
 TOKENIZERS = tokenizers()
 HI = [{"role": "user", "content": "Hi"}]
@@ -67,6 +69,7 @@ def test_every_sampling_field_arrives() -> None:
             include_stop_str_in_output=True,
             ignore_eos=True,
             stop_on_repeat=4,
+            skip_special_tokens=False,
         )
     ).sampling
     assert (asked.top_k, asked.min_p, asked.repetition_penalty) == (0, 0.1, 1.1)
@@ -74,6 +77,8 @@ def test_every_sampling_field_arrives() -> None:
     assert asked.logit_bias == ((3, -100.0), (7, 1.0))
     assert (asked.min_tokens, asked.max_tokens, asked.stop, asked.stop_token_ids) == (2, 20, ("END",), (5,))
     assert (asked.include_stop_str_in_output, asked.ignore_eos, asked.stop_on_repeat) == (True, True, 4)
+    assert asked.skip_special_tokens is False
+    assert first(chat()).sampling.skip_special_tokens is True
     assert first(chat(stop=["a", "b"])).sampling.stop == ("a", "b")
 
 
@@ -108,6 +113,16 @@ def test_a_value_out_of_range_is_refused_by_name(body: dict[str, Any], param: st
     with pytest.raises(BadRequest) as caught:
         chat(**body)
     assert caught.value.param == param
+
+
+def test_spaces_between_special_tokens_are_refused_where_the_decoder_always_puts_them() -> None:
+    spaced = byte_level()
+    spaced.decoder = decoders.WordPiece()
+    request = parse(CompletionRequest, {"model": "duo", "prompt": "Hi", "spaces_between_special_tokens": False})
+    assert plan_completion(request, config(), TOKENIZERS, "r").sequences
+    with pytest.raises(BadRequest) as caught:
+        plan_completion(request, config(), TOKENIZERS | {"target": role_tokenizer(spaced)}, "r")
+    assert caught.value.param == "spaces_between_special_tokens"
 
 
 def test_an_unknown_model_is_answered_with_those_that_are_served() -> None:
