@@ -245,7 +245,9 @@ class DecodeLoop:
             if isinstance(verdict, Stuck):
                 self.fail(live, "the request's bans and biases leave no token to choose")
                 return False
-            live.events.emit(live.session.commit(verdict.token, one.alpha, verdict.changed))
+            drafted = window.drafted(row, verdict.token)
+            said = live.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
+            live.events.emit(said)
             live.faults = live.misses = 0
             window.next += 1
             if live.over or not window.goes_on():

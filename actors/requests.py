@@ -12,6 +12,7 @@ from actors.decoding.parameters import Sampling, Thinking
 Role = Literal["target", "guider", "guider_base"]
 ROLES: tuple[Role, ...] = ("target", "guider", "guider_base")
 FinishReason = Literal["stop", "length", "abort", "error"]
+EXPLAINED = 5  # candidates of each model in an explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Generate:
     drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
     arrived: when the service was asked, in nanoseconds since the epoch. Where room is short, older ones go first; one
     that was moved counts from here, others from when they were admitted.
+    explain: each token comes with a note of what each model said of it. logprobs: it comes with its log-probability
+    and those of so many likeliest candidates; None: without.
     resume: how far another coordinator has brought the sequence; what it had said is not said again.
     """
 
@@ -38,6 +41,7 @@ class Generate:
     thinking: Thinking
     seed: int
     explain: bool = False
+    logprobs: int | None = None
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0
@@ -49,6 +53,12 @@ class Generate:
     def resumed(self) -> bool:
         """Whether another coordinator began it: its client has part of the answer already."""
         return self.resume is not None
+
+    @property
+    def top(self) -> int | None:
+        """How many candidates each token's note lists at least; None: its log-probability is not wanted."""
+        wanted = [count for count in (self.logprobs, EXPLAINED if self.explain else None) if count is not None]
+        return max(wanted, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +84,46 @@ class Resume:
     tally: Tally = Tally()
 
 
+Candidates = tuple[tuple[int, float], ...]  # ids of the primary with their log-probabilities, likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What was said of one token where it was chosen: log-probabilities in nats, before any filter or penalty.
+
+    logprob: of the token in the combined distribution, whose likeliest candidates are `guided`. shift: by how much
+    guidance raised it above the target's. target, guider: their own likeliest, where an explanation was asked for.
+    """
+
+    logprob: float
+    shift: float
+    guided: Candidates
+    target: Candidates = ()
+    guider: Candidates = ()
+
+
 @dataclass(frozen=True, slots=True)
 class TokenNote:
-    """What guidance did to one token: its text, the alpha in force, and whether the target alone had chosen it too."""
+    """What is told of one token: its text, the alpha in force, whether the target alone had chosen another, and whether
+    it had been drafted.
+
+    scores: None for a token that was forced.
+    """
 
     id: int
     text: str
     alpha: float
     changed: bool
+    drafted: bool = False
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """More of an answer. One without anything says that the coordinator lives.
 
-    notes: filled when the request asked for explanations. choices, tally: for `Resume`; the choices since the last
-    delta, and the counts as of now.
+    notes: filled when the request asked for explanations or log-probabilities. choices, tally: for `Resume`; the
+    choices since the last delta, and the counts as of now.
     """
 
     reasoning: str = ""

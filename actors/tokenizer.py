@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from tokenizers import AddedToken, Tokenizer
 
 from actors.chat_template import ChatTemplate, ChatTemplateError, Message
-from actors.spelling import TokenizerSpeller
+from actors.spelling import SpellingError, TokenizerSpeller
 
 FILES = (
     "tokenizer.json",
@@ -145,6 +145,20 @@ class RoleTokenizer:
             continue_final_message=continue_final_message,
             **template_arguments,
         )
+
+    def token_bytes(self, id_: int) -> bytes:
+        """What a token adds to a text; an added token as it is written, b"" for an id that stands for nothing."""
+        texts = self._token_texts
+        if id_ < len(texts) and (text := texts[id_]) is not None:
+            return text
+        return self.decode([id_], skip_special=False).encode() if self.is_token(id_) else b""
+
+    @cached_property
+    def _token_texts(self) -> Sequence[bytes | None]:
+        try:
+            return self.speller.texts
+        except SpellingError:  # a kind that is read token by token only
+            return ()
 
     def is_token(self, id_: int) -> bool:
         """Whether an id stands for a text; rows may be wider than the vocabulary."""

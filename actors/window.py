@@ -135,6 +135,11 @@ class Window:
         """How many drafts are checked."""
         return max(0, len(self.rows) - 1)
 
+    def drafted(self, row: Row, token: int) -> bool:
+        """Whether the token of a row is the draft behind it."""
+        drafts = self.tails[self.live.primary]
+        return row.index < len(drafts) and drafts[row.index] == token
+
     def ready(self) -> bool:
         """Whether the row to be decided now is complete."""
         return self.next < len(self.rows) and self.rows[self.next].complete

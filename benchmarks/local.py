@@ -20,7 +20,7 @@ from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
 from actors.replica import ModelReplica
-from actors.requests import ROLES, Delta, Finished, Generate, Moved, Rejected, Role
+from actors.requests import ROLES, Delta, Finished, Generate, Moved, Rejected, Role, TokenNote
 from actors.tokenizer import RoleTokenizer
 
 WEIGHTS = Path(__file__).parent.parent / "cluster" / "demo" / "weights"
@@ -110,6 +110,7 @@ class Answer:
     def __init__(self) -> None:
         self.reasoning = self.content = ""
         self.tokens: list[int] = []
+        self.notes: list[TokenNote] = []
         self.end: Finished | Rejected | Moved | None = None
 
 
@@ -122,6 +123,7 @@ async def decode(coordinator: Coordinator, request: Generate) -> Answer:
                 answer.reasoning += event.reasoning
                 answer.content += event.content
                 answer.tokens += event.tokens
+                answer.notes += event.notes
             else:
                 answer.end = event
     return answer

@@ -26,6 +26,7 @@ from actors.tokenizer import RoleTokenizer
 from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, NotFound, TooLarge
 from router.context import limits
 from router.convert import Plan, client_of, plan_chat, plan_completion
+from router.logprobs import Tokens
 from router.responses import Answer, ChatShape, CompletionShape, Shape
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.streams import ClientGone, Generations, joined, while_connected
@@ -105,7 +106,8 @@ class Endpoints:
                 # A long prompt takes long to tokenise, and other streams must not wait for it.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
                 plan = plan.asked_by(client_of(request.headers.get("authorization"), body.user))
-                bodies = shape(request_id, body.model, plan.seed, body.explain)
+                tokens = Tokens(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
+                bodies = shape(request_id, body.model, plan.seed, tokens, body.explain, body.candidates)
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
                     return EventStream(self.backend, plan, bodies, usage, deadline.when())
@@ -161,7 +163,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        seen: set[int] = set()
+        sent: dict[int, int] = {}  # characters of tokens, by choice
         ends: dict[int, Finished] = {}
         async with Generations(self._backend, self._plan.sequences) as generations:
             async for batch in generations.batches():
@@ -169,8 +171,9 @@ class EventStream(Response):
                 chunks = []
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
-                    chunks.append(self._shape.chunk(choice, delta, end, first=choice not in seen))
-                    seen.add(choice)
+                    offset = sent.get(choice, 0)
+                    chunks.append(self._shape.chunk(choice, delta, end, choice not in sent, offset))
+                    sent[choice] = offset + (self._shape.tokens.length(delta.notes) if delta else 0)
                 yield b"".join(map(_event, chunks))
         if self._usage:
             usages = [ends[choice].usage for choice in sorted(ends)]

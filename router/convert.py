@@ -42,6 +42,11 @@ class Plan:
     choices_per_prompt: int
 
     @property
+    def primary(self) -> Role:
+        """The role whose tokens the answers are made of."""
+        return self.sequences[0].primary
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompts, each counted once however many choices it has."""
         firsts = self.sequences[:: self.choices_per_prompt]
@@ -77,6 +82,8 @@ def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenize
     # An answer that is continued has begun its thinking already, or has none.
     new_turn = not request.continue_final_message and request.add_generation_prompt is not False
     thinking = _thinking(request, service.thinking if new_turn else replace(service.thinking, start=""))
+    if request.top_logprobs and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     prompts = chat_prompts(request, model.roles, tokenizers, thinking.start)
     budget = _chat_budget(request, service.sampling.max_tokens)
     return _plan(request, service, tokenizers, request_id, model, thinking, [prompts], budget)
@@ -132,6 +139,7 @@ def _plan(
                     thinking=thinking,
                     seed=derive_seed(seed, index),
                     explain=request.explain,
+                    logprobs=request.candidates,
                     drafts=speculation.drafts,
                     drafter=speculation.drafter or "auto",
                     interval_s=0.0 if request.stream else WHOLE_S,

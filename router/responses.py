@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from actors.requests import Delta, Finished, TokenNote, Usage
+from router.logprobs import Tokens
 
 Json = dict[str, Any]
 
@@ -23,12 +24,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Shape(ABC):
-    """What the bodies of one request have in common; its two kinds say how a choice is written."""
+    """What the bodies of one request have in common; its two kinds say how a choice is written.
+
+    explain: whether each token's guidance is told. logprobs: how many candidates stand with each token's
+    log-probability; None: without log-probabilities.
+    """
 
     request_id: str
     model: str
     seed: int
-    explain: bool
+    tokens: Tokens
+    explain: bool = False
+    logprobs: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
     whole: ClassVar[str]
@@ -40,9 +47,13 @@ class Shape(ABC):
         usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
         return self._frame(self.whole, choices) | {"usage": usage}
 
-    def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool) -> Json:
-        """One event of a stream: more of a choice, its end, or both. first: nothing of the choice was sent before."""
-        body = self._text(delta or Delta(), first) | {"index": choice, "logprobs": None} | _ending(end)
+    def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offset: int = 0) -> Json:
+        """One event of a stream: more of a choice, its end, or both.
+
+        first: nothing of the choice was sent before. offset: characters of its tokens that were sent.
+        """
+        delta = delta or Delta()
+        body = self._text(delta, first) | {"index": choice, "logprobs": self._scored(delta, offset)} | _ending(end)
         return self._frame(self.part, [body | self._explained(delta)])
 
     def usage_chunk(self, usages: Sequence[Usage], prompt_tokens: int) -> Json:
@@ -60,12 +71,20 @@ class Shape(ABC):
         }
 
     def _whole_choice(self, index: int, answer: Answer) -> Json:
-        body = {"index": index, "logprobs": None} | self._whole_text(answer.delta)
+        body = {"index": index, "logprobs": self._scored(answer.delta, 0)} | self._whole_text(answer.delta)
         return body | _ending(answer.end) | self._explained(answer.delta)
 
-    def _explained(self, delta: Delta | None) -> Json:
-        notes = delta.notes if delta is not None else []
-        return {"guidance": {"tokens": [_note(note) for note in notes]}} if self.explain else {}
+    def _explained(self, delta: Delta) -> Json:
+        return {"guidance": {"tokens": [self.tokens.explained(note) for note in delta.notes]}} if self.explain else {}
+
+    def _scored(self, delta: Delta, offset: int) -> Json | None:
+        if self.logprobs is None or not delta.notes:
+            return None
+        return self._logprobs(delta.notes, self.logprobs, offset)
+
+    @abstractmethod
+    def _logprobs(self, notes: Sequence[TokenNote], top: int, offset: int) -> Json:
+        """The log-probabilities of a choice's tokens."""
 
     @abstractmethod
     def _text(self, delta: Delta, first: bool) -> Json:
@@ -80,6 +99,9 @@ class ChatShape(Shape):
     """Bodies of /v1/chat/completions."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _logprobs(self, notes: Sequence[TokenNote], top: int, offset: int) -> Json:
+        return self.tokens.chat(notes, top)
 
     def _text(self, delta: Delta, first: bool) -> Json:
         message = {"role": "assistant"} if first else {}
@@ -99,6 +121,9 @@ class CompletionShape(Shape):
     """Bodies of /v1/completions."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def _logprobs(self, notes: Sequence[TokenNote], top: int, offset: int) -> Json:
+        return self.tokens.completion(notes, top, offset)
 
     def _text(self, delta: Delta, first: bool) -> Json:
         return {"text": delta.content} | ({"reasoning": delta.reasoning} if delta.reasoning else {})
@@ -139,7 +164,3 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
 
 def _ending(end: Finished | None) -> Json:
     return {"finish_reason": end and end.reason} | ({"stop_reason": end.stop_reason} if end else {})
-
-
-def _note(note: TokenNote) -> Json:
-    return {"id": note.id, "text": note.text, "alpha": note.alpha, "changed": note.changed}

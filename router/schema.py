@@ -13,8 +13,6 @@ IGNORED = ("metadata", "store", "safety_identifier", "prompt_cache_key", "servic
 
 # Fields that are known and not served, with the values at which they ask for nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "prompt_logprobs": (None,),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -50,6 +48,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "priority": (None, 0),
 }
 
+MAX_LOGPROBS = 20  # candidates of one token, as in the OpenAI API and vLLM
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
 
@@ -135,6 +134,7 @@ class _Request(_Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_on_repeat: int | None = None
+    return_tokens_as_token_ids: bool | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: GuidanceFields | None = None
@@ -155,12 +155,25 @@ class ChatRequest(_Request):
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def candidates(self) -> int | None:
+        """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(_Request):
     """The body of POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def candidates(self) -> int | None:
+        """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
+        return self.logprobs
 
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
