@@ -29,7 +29,8 @@ class Generate:
     arrived: when the service was asked, in nanoseconds since the epoch. Where room is short, older ones go first; one
     that was moved counts from here, others from when they were admitted.
     explain: each token comes with a note of what each model said of it. logprobs: it comes with its log-probability
-    and those of so many likeliest candidates; None: without.
+    and those of so many likeliest candidates; None: without. prompt_logprobs: so do the tokens of the prompt, at the
+    request's alpha throughout. only_prompt: nothing is decoded.
     resume: how far another coordinator has brought the sequence; what it had said is not said again.
     """
 
@@ -42,6 +43,8 @@ class Generate:
     seed: int
     explain: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    only_prompt: bool = False
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0
@@ -77,11 +80,13 @@ class Tally:
 class Resume:
     """All that a sequence has come to: with its request, whoever has this goes on with the very same tokens.
 
-    choices: the tokens that were chosen. Forced ones are not among them, they follow from these.
+    choices: the tokens that were chosen. Forced ones are not among them, they follow from these. scored: tokens of the
+    prompt whose log-probabilities were told.
     """
 
     choices: list[int] = field(default_factory=list)
     tally: Tally = Tally()
+    scored: int = 0
 
 
 Candidates = tuple[tuple[int, float], ...]  # ids of the primary with their log-probabilities, likeliest first
@@ -119,11 +124,24 @@ class TokenNote:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptNote:
+    """The log-probability (nats) of one token of the prompt in the combined distribution; of the first there is none.
+
+    rank: 1 for the likeliest of the vocabulary.
+    """
+
+    id: int
+    logprob: float | None
+    rank: int = 0
+    guided: Candidates = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """More of an answer. One without anything says that the coordinator lives.
 
-    notes: filled when the request asked for explanations or log-probabilities. choices, tally: for `Resume`; the
-    choices since the last delta, and the counts as of now.
+    notes: filled when the request asked for explanations or log-probabilities; prompt: when it asked for those of the
+    prompt. choices, tally: for `Resume`; the choices since the last delta, and the counts as of now.
     """
 
     reasoning: str = ""
@@ -132,6 +150,7 @@ class Delta:
     notes: list[TokenNote] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)
     tally: Tally | None = None
+    prompt: list[PromptNote] = field(default_factory=list)
 
     def __add__(self, later: Delta) -> Delta:
         return Delta(
@@ -141,6 +160,7 @@ class Delta:
             self.notes + later.notes,
             self.choices + later.choices,
             later.tally or self.tally,
+            self.prompt + later.prompt,
         )
 
 

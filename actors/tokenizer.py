@@ -160,6 +160,11 @@ class RoleTokenizer:
         except SpellingError:  # a kind that is read token by token only
             return ()
 
+    def lead(self, ids: Sequence[int]) -> int:
+        """How many ids at the beginning are what raw text is preceded by."""
+        length = len(self.bos_ids)
+        return length if tuple(ids[:length]) == self.bos_ids else 0
+
     def is_token(self, id_: int) -> bool:
         """Whether an id stands for a text; rows may be wider than the vocabulary."""
         return self._tokenizer.id_to_token(id_) is not None

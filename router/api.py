@@ -107,7 +107,8 @@ class Endpoints:
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
                 plan = plan.asked_by(client_of(request.headers.get("authorization"), body.user))
                 tokens = Tokens(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
-                bodies = shape(request_id, body.model, plan.seed, tokens, body.explain, body.candidates)
+                wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo
+                bodies = shape(request_id, body.model, plan.seed, tokens, *wanted)
                 if body.stream:
                     usage = body.stream_options is not None and body.stream_options.include_usage
                     return EventStream(self.backend, plan, bodies, usage, deadline.when())
@@ -173,7 +174,7 @@ class EventStream(Response):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
                     offset = sent.get(choice, 0)
                     chunks.append(self._shape.chunk(choice, delta, end, choice not in sent, offset))
-                    sent[choice] = offset + (self._shape.tokens.length(delta.notes) if delta else 0)
+                    sent[choice] = offset + (self._shape.sent(delta) if delta else 0)
                 yield b"".join(map(_event, chunks))
         if self._usage:
             usages = [ends[choice].usage for choice in sorted(ends)]

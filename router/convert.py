@@ -19,6 +19,7 @@ from actors.decoding.guidance import Guidance
 from actors.decoding.hashing import derive_seed
 from actors.decoding.parameters import Sampling, Thinking
 from actors.requests import ROLES, Generate, Role
+from actors.tokenizer import RoleTokenizer
 from router.backend import BadRequest, NotFound
 from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
 from router.context import Budget, answer_tokens, limits
@@ -35,16 +36,25 @@ Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request comes to: its sequences in the order of their choices, and the seed that they derive from."""
+    """What a request comes to: its sequences in the order of their choices, and the seed that they derive from.
+
+    echoes: the text of each prompt where answers begin with it; else none.
+    """
 
     sequences: list[Generate]
     seed: int
     choices_per_prompt: int
+    echoes: Sequence[str] = ()
 
     @property
     def primary(self) -> Role:
         """The role whose tokens the answers are made of."""
         return self.sequences[0].primary
+
+    @property
+    def echo(self) -> list[str]:
+        """By choice what its text begins with; empty where it does with the answer."""
+        return [text for text in self.echoes for _ in range(self.choices_per_prompt)]
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,8 +112,11 @@ def plan_completion(
         else token_prompts(prompt, model.primary, model.roles, tokenizers, thinking.start)
         for prompt in _prompts_of(request)
     ]
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise BadRequest("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs", param="max_tokens")
     budget = Budget(request.max_tokens, service.sampling.max_tokens or COMPLETION_TOKENS)
-    return _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
+    plan = _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
+    return replace(plan, echoes=_echoes(request, tokenizers[model.primary], thinking.start))
 
 
 def _plan(
@@ -116,6 +129,9 @@ def _plan(
     prompts: Sequence[Prompts],
     budget: Budget,
 ) -> Plan:
+    if request.prompt_logprobs is not None and request.stream:
+        raise BadRequest("prompt_logprobs come with whole answers alone: leave out stream", param="prompt_logprobs")
+    only_prompt = budget.asked == 0 and isinstance(request, CompletionRequest)
     _check_count(len(prompts) * request.n, service)
     bounds = limits(service, tokenizers, model.primary, model.roles)
     seed = request.seed if request.seed is not None else secrets.randbits(53)  # exact as a JSON number everywhere
@@ -125,7 +141,8 @@ def _plan(
     for prompt in prompts:
         if not all(prompt.values()):
             raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
-        sampling = _sampling(request, service.sampling, answer_tokens(prompt, bounds, budget))
+        most = max(answer_tokens(prompt, bounds, budget), int(only_prompt))
+        sampling = _sampling(request, service.sampling, most)
         _check_ids(sampling, tokenizers[model.primary].width)
         for _ in range(request.n):
             index = len(sequences)
@@ -140,12 +157,22 @@ def _plan(
                     seed=derive_seed(seed, index),
                     explain=request.explain,
                     logprobs=request.candidates,
+                    prompt_logprobs=request.prompt_candidates,
+                    only_prompt=only_prompt,
                     drafts=speculation.drafts,
                     drafter=speculation.drafter or "auto",
                     interval_s=0.0 if request.stream else WHOLE_S,
                 )
             )
     return Plan(sequences, seed, request.n)
+
+
+def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, start: str) -> list[str]:
+    """The text of each prompt, where it is wanted before the answer."""
+    if not request.echo:
+        return []
+    prompts = _prompts_of(request)
+    return [(p if isinstance(p, str) else tokenizer.decode(p, skip_special=False)) + start for p in prompts]
 
 
 def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _Model:

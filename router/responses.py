@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from actors.requests import Delta, Finished, TokenNote, Usage
-from router.logprobs import Tokens
+from actors.requests import Delta, Finished, Usage
+from router.logprobs import Note, Tokens
 
 Json = dict[str, Any]
 
@@ -27,7 +27,8 @@ class Shape(ABC):
     """What the bodies of one request have in common; its two kinds say how a choice is written.
 
     explain: whether each token's guidance is told. logprobs: how many candidates stand with each token's
-    log-probability; None: without log-probabilities.
+    log-probability; None: without log-probabilities. prompt_logprobs: the same of the prompt's tokens, told apart.
+    echo: by choice the prompt that its text begins with, where it does.
     """
 
     request_id: str
@@ -36,6 +37,8 @@ class Shape(ABC):
     tokens: Tokens
     explain: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: Sequence[str] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
     whole: ClassVar[str]
@@ -45,7 +48,11 @@ class Shape(ABC):
         """The body of an answer that is not streamed."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
-        return self._frame(self.whole, choices) | {"usage": usage}
+        return self._frame(self.whole, choices) | self._prompt_told(answers) | {"usage": usage}
+
+    def sent(self, delta: Delta) -> int:
+        """Characters of the tokens that a part of a choice tells of."""
+        return self.tokens.length(self._told(delta))
 
     def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offset: int = 0) -> Json:
         """One event of a stream: more of a choice, its end, or both.
@@ -53,7 +60,8 @@ class Shape(ABC):
         first: nothing of the choice was sent before. offset: characters of its tokens that were sent.
         """
         delta = delta or Delta()
-        body = self._text(delta, first) | {"index": choice, "logprobs": self._scored(delta, offset)} | _ending(end)
+        text = self._text(choice, delta, first)
+        body = text | {"index": choice, "logprobs": self._scored(delta, offset)} | _ending(end)
         return self._frame(self.part, [body | self._explained(delta)])
 
     def usage_chunk(self, usages: Sequence[Usage], prompt_tokens: int) -> Json:
@@ -71,28 +79,36 @@ class Shape(ABC):
         }
 
     def _whole_choice(self, index: int, answer: Answer) -> Json:
-        body = {"index": index, "logprobs": self._scored(answer.delta, 0)} | self._whole_text(answer.delta)
+        body = {"index": index, "logprobs": self._scored(answer.delta, 0)} | self._whole_text(index, answer.delta)
         return body | _ending(answer.end) | self._explained(answer.delta)
 
     def _explained(self, delta: Delta) -> Json:
         return {"guidance": {"tokens": [self.tokens.explained(note) for note in delta.notes]}} if self.explain else {}
 
     def _scored(self, delta: Delta, offset: int) -> Json | None:
-        if self.logprobs is None or not delta.notes:
+        if self.logprobs is None or not self._told(delta):
             return None
-        return self._logprobs(delta.notes, self.logprobs, offset)
+        return self._logprobs(delta, self.logprobs, offset)
+
+    def _told(self, delta: Delta) -> Sequence[Note]:
+        """The tokens that stand in the text of a choice."""
+        return [*delta.prompt, *delta.notes] if self.echo else delta.notes
 
     @abstractmethod
-    def _logprobs(self, notes: Sequence[TokenNote], top: int, offset: int) -> Json:
+    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
         """The log-probabilities of a choice's tokens."""
 
     @abstractmethod
-    def _text(self, delta: Delta, first: bool) -> Json:
+    def _text(self, choice: int, delta: Delta, first: bool) -> Json:
         """The text of a chunk's choice."""
 
     @abstractmethod
-    def _whole_text(self, delta: Delta) -> Json:
+    def _whole_text(self, choice: int, delta: Delta) -> Json:
         """The text of a whole choice."""
+
+    @abstractmethod
+    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+        """What a body of whole answers tells of its prompt, beside its choices."""
 
 
 class ChatShape(Shape):
@@ -100,10 +116,15 @@ class ChatShape(Shape):
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def _logprobs(self, notes: Sequence[TokenNote], top: int, offset: int) -> Json:
-        return self.tokens.chat(notes, top)
+    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
+        return self.tokens.chat(delta.notes, top)
 
-    def _text(self, delta: Delta, first: bool) -> Json:
+    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+        if self.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": self.tokens.prompt(answers[0].delta.prompt, self.prompt_logprobs)}
+
+    def _text(self, choice: int, delta: Delta, first: bool) -> Json:
         message = {"role": "assistant"} if first else {}
         if delta.reasoning:
             message |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
@@ -111,7 +132,7 @@ class ChatShape(Shape):
             message["content"] = delta.content
         return {"delta": message}
 
-    def _whole_text(self, delta: Delta) -> Json:
+    def _whole_text(self, choice: int, delta: Delta) -> Json:
         reasoning = delta.reasoning or None
         message = {"role": "assistant", "content": delta.content}
         return {"message": message | {"reasoning": reasoning, "reasoning_content": reasoning}}
@@ -122,14 +143,21 @@ class CompletionShape(Shape):
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def _logprobs(self, notes: Sequence[TokenNote], top: int, offset: int) -> Json:
-        return self.tokens.completion(notes, top, offset)
+    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
+        return self.tokens.completion(self._told(delta), top, offset)
 
-    def _text(self, delta: Delta, first: bool) -> Json:
-        return {"text": delta.content} | ({"reasoning": delta.reasoning} if delta.reasoning else {})
+    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+        return {}  # it stands in each choice
 
-    def _whole_text(self, delta: Delta) -> Json:
-        return self._text(delta, first=True)
+    def _text(self, choice: int, delta: Delta, first: bool) -> Json:
+        prompt = self.echo[choice] if self.echo and first else ""
+        return {"text": prompt + delta.content} | ({"reasoning": delta.reasoning} if delta.reasoning else {})
+
+    def _whole_text(self, choice: int, delta: Delta) -> Json:
+        text = self._text(choice, delta, first=True)
+        if self.prompt_logprobs is None:
+            return text
+        return text | {"prompt_logprobs": self.tokens.prompt(delta.prompt, self.prompt_logprobs)}
 
 
 def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:

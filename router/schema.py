@@ -13,7 +13,6 @@ IGNORED = ("metadata", "store", "safety_identifier", "prompt_cache_key", "servic
 
 # Fields that are known and not served, with the values at which they ask for nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (None,),
     "echo": (None, False),
     "suffix": (None, ""),
     "best_of": (None, 1),
@@ -134,6 +133,7 @@ class _Request(_Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_on_repeat: int | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_tokens_as_token_ids: bool | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -163,22 +163,34 @@ class ChatRequest(_Request):
         """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def prompt_candidates(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return self.prompt_logprobs
+
 
 class CompletionRequest(_Request):
     """The body of POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
 
     @property
     def candidates(self) -> int | None:
         """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
         return self.logprobs
 
+    @property
+    def prompt_candidates(self) -> int | None:
+        """The same of the prompt's tokens."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
+
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
-_NULL_IS_DEFAULT = frozenset({"n", "stream", "chat_template_kwargs", "continue_final_message"})
+_NULL_IS_DEFAULT = frozenset({"n", "stream", "echo", "chat_template_kwargs", "continue_final_message"})
 
 
 def parse(kind: type[R], body: Any) -> R:
@@ -186,9 +198,9 @@ def parse(kind: type[R], body: Any) -> R:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     for name, neutral in NOT_SERVED.items():
-        if name in body and not any(_same(body[name], value) for value in neutral):
+        if name in body and name not in kind.model_fields and not any(_same(body[name], value) for value in neutral):
             raise BadRequest(f"{name} is not supported by this service; leave it out", param=name, code="unsupported")
-    passed = (*IGNORED, *NOT_SERVED)
+    passed = {*IGNORED, *NOT_SERVED} - kind.model_fields.keys()
     kept = {
         name: value
         for name, value in body.items()

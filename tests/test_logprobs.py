@@ -12,7 +12,7 @@ import pytest
 from actors.decoding.guidance import Guidance
 from actors.decoding.parameters import Sampling, Thinking
 from actors.forward import Engine
-from actors.requests import ROLES, Generate, Resume, Role, Tally, TokenNote
+from actors.requests import ROLES, Candidates, Generate, Resume, Role, Tally, TokenNote
 from benchmarks.local import LocalService, decode, local_service, trio_config
 from tests.oracle import Oracle, Row
 from tests.trio import TEXT, chat_prompts, request
@@ -77,7 +77,7 @@ async def test_explanations_are_what_each_model_says_alone(oracle: Oracle, trio_
             combined = normalised(oracle.combined(prompt, answer, one.guidance.alpha))
             for place, note in enumerate(notes):
                 assert note.scores is not None
-                said = {"target": note.scores.target, "guider": note.scores.guider}
+                said: dict[Role, Candidates] = {"target": note.scores.target, "guider": note.scores.guider}
                 for role, candidates in said.items():
                     if role == "guider" and not one.guidance.alpha:
                         assert not candidates

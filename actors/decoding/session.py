@@ -57,6 +57,7 @@ class Session:
         self.generated = self.reasoning_tokens = self.guided = self.changed = self.widened = 0
         self.drafted = self.accepted = 0  # drafts that were checked, and those that came to be tokens
         self.uncovered = 0.0
+        self.scored = 0  # tokens of the prompt whose log-probabilities were told
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._last_run = (-1, 0)
@@ -140,6 +141,7 @@ class Session:
         """Bring a new session to where another coordinator had brought it. What it shows has been shown."""
         for token in resume.choices:
             self.commit(token, 0.0, False)
+        self.scored = resume.scored
         tally = resume.tally
         self.guided, self.changed, self.widened = tally.guided, tally.changed, tally.widened
         self.uncovered, self.drafted, self.accepted = tally.uncovered, tally.drafted, tally.accepted

@@ -16,6 +16,7 @@ from actors.requests import (
     Finished,
     FinishReason,
     Generate,
+    PromptNote,
     Rejected,
     Role,
     Scores,
@@ -75,6 +76,11 @@ class Reciter:
         if self.rejected is not None:
             yield self.rejected
             return
+        if request.prompt_logprobs is not None:
+            yield Delta(prompt=_prompt_notes(request))
+        if request.only_prompt:
+            yield Finished("length", usage(request, 0))
+            return
         try:
             thoughts, words = self.thought.split(), self.text.split(" ")
             for number, word in enumerate([*thoughts, *words]):
@@ -103,6 +109,15 @@ def _note(number: int, text: str, request: Generate) -> TokenNote:
     likeliest = tuple((number + rank, -math.log(2) * (rank + 1)) for rank in range(request.top or 0))
     scores = Scores(-math.log(2) * (1 + number % 2), 0.0, likeliest)
     return TokenNote(number, text, request.guidance.alpha, number % 2 == 1, False, scores)
+
+
+def _prompt_notes(request: Generate) -> list[PromptNote]:
+    """Every token but the first is half as likely as the likeliest, which is its successor by id."""
+    first, *others = request.prompts[request.primary]
+    return [
+        PromptNote(first, None),
+        *(PromptNote(token, -2.0, 2, ((token + 1, -1.0), (token, -2.0))) for token in others),
+    ]
 
 
 def client(backend: Reciter, service: ServiceConfig | None = None) -> httpx.AsyncClient:

@@ -115,3 +115,84 @@ async def test_a_stream_has_the_log_probabilities_of_the_whole_answer(path: str,
 async def test_what_cannot_be_listed_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
     response = await post(Reciter(), path, body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+# -- prompts
+
+
+async def choice_of(**more: Any) -> dict[str, Any]:
+    response = await post(Reciter(), TEXT_URL, TEXT | more)
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
+
+
+async def test_an_echo_stands_before_the_answer() -> None:
+    assert (await choice_of(echo=True))["text"] == "HiIt is Eve ."
+    ids = TOKENIZER.encode("Hi")
+    assert (await choice_of(echo=True, prompt=ids))["text"] == "HiIt is Eve ."
+    both = (await post(Reciter(), TEXT_URL, TEXT | {"prompt": ["Hi", "Ho"], "n": 2, "echo": True})).json()["choices"]
+    assert [choice["text"][:2] for choice in both] == ["Hi", "Hi", "Ho", "Ho"]
+
+
+async def test_an_echo_has_the_log_probabilities_of_its_prompt() -> None:
+    logprobs = (await choice_of(echo=True, logprobs=1))["logprobs"]
+    assert logprobs["tokens"][:2] == ["H", "i"]
+    assert logprobs["token_logprobs"][:2] == [None, -2.0]
+    assert logprobs["top_logprobs"][0] is None
+    assert sorted(logprobs["top_logprobs"][1].values()) == [-2.0, -1.0]
+    assert logprobs["text_offset"][:3] == [0, 1, 2]
+    assert len(logprobs["tokens"]) == 6
+
+
+async def test_a_prompt_alone_can_be_scored() -> None:
+    for asked in ({"logprobs": 1}, {}):
+        response = await post(Reciter(), TEXT_URL, TEXT | {"echo": True, "max_tokens": 0} | asked)
+        choice = response.json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
+        assert response.json()["usage"]["completion_tokens"] == 0
+    assert choice["logprobs"] is None
+
+
+async def test_the_logprobs_of_prompts_are_those_of_vllm() -> None:
+    _, second = TOKENIZER.encode("Hi")
+    expected = {
+        str(second): {"logprob": -2.0, "rank": 2, "decoded_token": "i"},
+        str(second + 1): {"logprob": -1.0, "rank": 1, "decoded_token": TOKENIZER.decode([second + 1])},
+    }
+    choice = await choice_of(prompt_logprobs=1)
+    assert choice["prompt_logprobs"] == [None, expected]
+    assert choice["logprobs"] is None
+    assert (await choice_of(prompt_logprobs=0))["prompt_logprobs"] == [None, {str(second): expected[str(second)]}]
+    body = (await post(Reciter(), CHAT_URL, CHAT | {"prompt_logprobs": 1})).json()
+    assert body["prompt_logprobs"][0] is None
+    assert len(body["prompt_logprobs"][1]) == 2
+    assert "prompt_logprobs" not in (await post(Reciter(), CHAT_URL, CHAT)).json()
+
+
+async def test_a_stream_echoes_what_the_whole_answer_does() -> None:
+    body = TEXT | {"echo": True, "logprobs": 2, "n": 2}
+    whole = (await post(Reciter(), TEXT_URL, body)).json()["choices"]
+    texts, found = ["", ""], [dict[str, list[Any]](), dict[str, list[Any]]()]
+    for chunk in events(await post(Reciter(), TEXT_URL, body | {"stream": True})):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+            for name, values in (choice["logprobs"] or {}).items():
+                found[choice["index"]].setdefault(name, []).extend(values)
+    assert texts == [choice["text"] for choice in whole]
+    assert found == [choice["logprobs"] for choice in whole]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT_URL, TEXT | {"max_tokens": 0}, "max_tokens"),
+        (CHAT_URL, CHAT | {"max_tokens": 0, "prompt_logprobs": 1}, "max_tokens"),
+        (CHAT_URL, CHAT | {"echo": True}, "echo"),
+        (TEXT_URL, TEXT | {"prompt_logprobs": 21}, "prompt_logprobs"),
+        (TEXT_URL, TEXT | {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ],
+)
+async def test_a_prompt_that_cannot_be_told_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
+    response = await post(Reciter(), path, body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
