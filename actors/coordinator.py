@@ -114,10 +114,12 @@ class Coordinator:
         return admission.refusal(request, self._languages) or self._loop.waiting.refusal(request)
 
     async def _begin(self, request: Generate) -> Live | Rejected:
-        sides = await asyncio.to_thread(side_by_side, request, self._languages)
-        if isinstance(sides, Rejected):
-            return sides
-        request, reading = sides
+        reading = None
+        if request.prompt_logprobs is not None:
+            sides = await asyncio.to_thread(side_by_side, request, self._languages)  # a long prompt takes long
+            if isinstance(sides, Rejected):
+                return sides
+            request, reading = sides
         roles = tuple(request.prompts)
         language = self._languages.language(request.primary, roles, request.thinking)
         request = admission.canonical(request, self._languages)

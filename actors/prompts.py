@@ -119,12 +119,8 @@ class PromptReader:
         live.events.emit(Delta(prompt=notes))
 
 
-def side_by_side(request: Generate, languages: Languages) -> tuple[Generate, PromptReading | None] | Rejected:
-    """How the models read a prompt of which log-probabilities are wanted, and the request with prompts that they can
-    read so; None where none are wanted. Rejected: they cannot.
-    """
-    if request.prompt_logprobs is None:
-        return request, None
+def side_by_side(request: Generate, languages: Languages) -> tuple[Generate, PromptReading] | Rejected:
+    """How the models read a prompt, and the request with prompts that they can read so. Rejected: they cannot."""
     primary = request.primary
     ours = request.prompts[primary]
     prompts, reads = dict(request.prompts), {primary: list(range(1, len(ours) + 1))}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.decoding.arithmetic import RoleRows, combine, log_total
+from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
 from actors.decoding.candidates import Slice
 from actors.decoding.prompt import prompt_notes, spread
 from actors.decoding.scoring import Scored, likeliest
 from actors.decoding.vocabulary import NOTHING_KNOWN, Known
-from actors.requests import PromptNote
-from tests.decoding.test_arithmetic import Floats, covered, logsumexp, whole_rows
+from tests.decoding.test_arithmetic import covered, logsumexp, whole_rows
 
 ALPHA = np.array([0.8, 1.4])
 
@@ -51,8 +50,8 @@ def test_what_is_outside_the_candidates_counts_with_the_lift_of_the_small_models
     guider = np.log(np.array([[0.4, 0.4, 0.10, 0.10]]))
     base = np.log(np.array([[0.5, 0.3, 0.10, 0.10]]))
     whole = np.asarray(target + guider - base)
-    known = [covered(rows, np.array([0, 1])) for rows in (target, guider, base)]
-    total = log_total(combine(*known, np.ones(1)), np.ones(1), *known)
+    a, b, c = (covered(rows, np.array([0, 1])) for rows in (target, guider, base))
+    total = log_total(combine(a, b, c, np.ones(1)), np.ones(1), a, b, c)
     np.testing.assert_allclose(total, logsumexp(whole), atol=1e-12)
 
 
@@ -83,6 +82,7 @@ def test_a_prompts_token_is_ranked_among_the_whole_vocabulary() -> None:
     z = np.log(np.array([0.2, 0.5, 0.3]))
     rows = spread([Slice(np.arange(3), z, np.zeros(0), 0.0)], NOTHING_KNOWN, 4)
     (note,) = prompt_notes({"target": rows}, 0.0, [2], [2], 1)
-    assert note == PromptNote(2, pytest.approx(np.log(0.3)), 2, ((1, pytest.approx(np.log(0.5))),))
+    assert (note.id, note.rank, [id_ for id_, _ in note.guided]) == (2, 2, [1])
+    assert (note.logprob, note.guided[0][1]) == (pytest.approx(np.log(0.3)), pytest.approx(np.log(0.5)))
     (nowhere,) = prompt_notes({"target": rows}, 0.0, [3], [3], 0)
     assert (nowhere.logprob, nowhere.rank) == (-np.inf, 4)
