@@ -18,6 +18,7 @@ from actors.links import Locate
 from actors.live import Live
 from actors.loop import DecodeLoop
 from actors.metrics import Recorder
+from actors.prompts import side_by_side
 from actors.requests import Delta, Generate, Moved, Rejected, Role, Told
 from actors.tokenizer import RoleTokenizer
 
@@ -87,6 +88,9 @@ class Coordinator:
             yield refusal
             return
         live = await self._begin(request)
+        if isinstance(live, Rejected):
+            yield live
+            return
         if self._leaving:
             yield Moved()
             return
@@ -109,7 +113,13 @@ class Coordinator:
     def _refusal(self, request: Generate) -> Rejected | None:
         return admission.refusal(request, self._languages) or self._loop.waiting.refusal(request)
 
-    async def _begin(self, request: Generate) -> Live:
+    async def _begin(self, request: Generate) -> Live | Rejected:
+        reading = None
+        if request.prompt_logprobs is not None:
+            sides = await asyncio.to_thread(side_by_side, request, self._languages)  # a long prompt takes long
+            if isinstance(sides, Rejected):
+                return sides
+            request, reading = sides
         roles = tuple(request.prompts)
         language = self._languages.language(request.primary, roles, request.thinking)
         request = admission.canonical(request, self._languages)
@@ -117,7 +127,9 @@ class Coordinator:
         session = Session(request, language, seeds)
         if request.resume is not None:
             await asyncio.to_thread(session.replay, request.resume)  # a long answer takes long, and others go on
-        return Live(session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance())
+        live = Live(session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance())
+        live.reading = reading
+        return live
 
     async def _news(self, live: Live, deadline: float, interval_s: float) -> list[Told]:
         """What there is to tell; an empty delta if there is nothing for long."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from actors.config import Exchange as ExchangeConfig
 from actors.decoding.candidates import Block
 from actors.decoding.decision import Decisions, Question, compare, decide
+from actors.requests import Scores
 from actors.window import Row, Window
 from actors.wire.messages import WHOLE
 
@@ -36,10 +39,11 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A row's token, and whether the target alone had chosen another."""
+    """A row's token, whether the target alone had chosen another, and what was said of it where that is wanted."""
 
     token: int
     changed: bool
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class Decider:
         if row.audited is not None:
             return self._audit(row, judged)
         if row.k != WHOLE:
-            if decisions.stuck[index] or self._unseen(decisions, index):
+            if decisions.stuck[index] or self._unseen(decisions, index) or _too_few(row, decisions, index):
                 return self._wider(row)
             if judged.alpha and self._audit_due():
                 row.audited = decisions.row(index)
@@ -136,7 +140,13 @@ class Decider:
             self.counts.uncovered_mass += uncovered
             self.counts.guided_rows += 1
         token = decisions.tokens[index]
-        return Chosen(int(token), bool(token != decisions.alone[index]))
+        return Chosen(int(token), bool(token != decisions.alone[index]), decisions.scores[index])
+
+
+def _too_few(row: Row, decisions: Decisions, index: int) -> bool:
+    """Whether the request wants the log-probabilities of more candidates than the row has."""
+    wanted = row.window.live.session.request.logprobs
+    return wanted is not None and int(np.count_nonzero(decisions.inside[index])) < wanted
 
 
 def _questions(window: Window) -> list[tuple[Row, Question]]:
@@ -150,5 +160,6 @@ def _questions(window: Window) -> list[tuple[Row, Question]]:
             break
         adjust = None if plain else session.adjust
         position = len(session.primary) + ahead
-        found.append((row, Question(alpha, request.sampling, request.seed, position, adjust)))
+        question = Question(alpha, request.sampling, request.seed, position, adjust, request.top, request.explain)
+        found.append((row, question))
     return found

@@ -77,4 +77,5 @@ def _one(run: list[Delta]) -> Delta:
         "".join(delta.content for delta in run),
         [token for delta in run for token in delta.tokens],
         [note for delta in run for note in delta.notes],
+        prompt=[note for delta in run for note in delta.prompt],
     )

@@ -60,6 +60,19 @@ class Exchange:
         else:
             self._check(window, guesses)
 
+    def read_prompt(self, live: Live, guided: bool, reads: Mapping[Role, Sequence[int]]) -> None:
+        """Ask for whole rows inside the prompt. reads: how many of its tokens each role has read at each row."""
+        window = live.window = Window(live, guided, self._known(live, guided), reads_prompt=True)
+        for role in window.roles:
+            stream, ends = live.session.streams[role], reads[role]
+            first = window.first[role] = ends[0] - 1
+            window.reads[role] = [end - ends[0] for end in ends]
+            window.tails[role] = stream.tokens[ends[0] : ends[-1]]
+            window.hashes[role] = [stream.hash_before(end) for end in range(first + 1, ends[-1] + 1)]
+        window.rows = [Row(window, index, WHOLE) for index in range(len(reads[live.primary]))]
+        for role in window.roles:
+            self._extend(window, role)
+
     def _known(self, live: Live, guided: bool) -> Mapping[Role, Known]:
         """What the rows of the session's next window must know, by role."""
         lifted = live.session.must_know()
@@ -244,7 +257,7 @@ class Exchange:
         """Of the slices that a role is asked for."""
         if role not in window.known:
             return 0  # it only drafts
-        if self._config.mode == "full":
+        if self._config.mode == "full" or window.reads_prompt:
             return WHOLE
         return 0 if role == "guider_base" and window.guided else self._config.k
 
@@ -267,7 +280,7 @@ class Exchange:
     def advance(self) -> list[Window]:
         """Ask for what the rows touched since the last call still lack; windows whose next row is complete."""
         touched, self._touched = list(self._touched), {}
-        self._joiner.advance(touched)
+        self._joiner.advance(row for row in touched if not row.window.reads_prompt)
         return [window for window in dict.fromkeys(row.window for row in touched) if window.ready()]
 
     def _take_rows(self, message: Rows, replica: Replica) -> None:

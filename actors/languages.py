@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 from actors.alignments import align
 from actors.decoding.parameters import Thinking
@@ -71,6 +72,30 @@ class Languages:
         mapping = self._small[role]
         assert isinstance(mapping, Alignment)
         return mapping
+
+    def width(self, role: Role) -> int:
+        """Of a role's rows."""
+        return self._vocabularies[role].width
+
+    def token_by_token(
+        self, primary: Role, role: Role, ours: Sequence[int], theirs: Sequence[int]
+    ) -> tuple[list[int], list[int]] | None:
+        """A role's prompt as it reads the primary's token by token, and how many it has read after each of these.
+
+        What either has before raw text is its own. None where the prompts are not the same text.
+        """
+        own, other, mapping = self._tokenizers[primary], self._tokenizers[role], self.plain_map(primary, role)
+        skip, lead = own.lead(ours), other.lead(theirs)
+        if any(token >= len(mapping.to_role) for token in ours):
+            return None
+        if any(mapping.to_role[token] < 0 and token not in mapping.spelled for token in ours[skip:]):
+            return None
+        pieces = [(), *(mapping.tokens(token) for token in ours[skip:])]
+        ends = list(accumulate(map(len, pieces), initial=lead))[1:]
+        read = [*theirs[:lead], *(token for piece in pieces for token in piece)]
+        if read != list(theirs) and own.decode(ours[skip:], False) != other.decode(theirs[lead:], False):
+            return None
+        return read, ends[:1] * skip + ends[1:]
 
     def legal(self, role: Role) -> frozenset[int]:
         """Ids that may be chosen in a role."""

@@ -14,6 +14,7 @@ from actors.trail import Trail
 if TYPE_CHECKING:
     from actors.decoding.vocabulary import Known
     from actors.links import Replica
+    from actors.prompts import PromptReading
     from actors.window import Window
 
 
@@ -34,6 +35,7 @@ class Live:
         self.faults = 0  # refusals since the last token
         self.misses = 0  # how often there was no room for the rows in flight, or their cache was gone
         self.stranded_since: float | None = None  # when it began to wait for a role that nobody plays
+        self.reading: PromptReading | None = None  # while log-probabilities of the prompt are wanted
         self.lacks: set[Role] = set()  # roles whose caches it lost, or found no room in, and waits for
         self.past_context = False  # a small model's positions are used up: the target goes on alone
 

@@ -24,6 +24,7 @@ from actors.links import Links, Locate, Replica
 from actors.live import Live
 from actors.mending import MAX_FAULTS, Mender
 from actors.planning import Planner
+from actors.prompts import PromptReader
 from actors.requests import Finished, FinishReason, Moved, Role
 from actors.waiting import Waiting
 from actors.window import Window
@@ -43,6 +44,7 @@ class DecodeLoop:
     ) -> None:
         self._config = config
         self._exchange = Exchange(config.exchange, languages)
+        self._prompts = PromptReader(self._exchange, languages)
         self._decider = Decider(config.exchange)
         self.planner = Planner(config.speculation)
         self._links = Links(
@@ -170,7 +172,7 @@ class DecodeLoop:
         for fault in self._exchange.absorb(messages):
             self._mender.mend(fault)
         self._admit()
-        windows = self._exchange.advance()
+        windows = self._prompts.tell(self._exchange.advance(), self._next_window)
         while windows:
             judged = self._decider.judge(windows)
             windows = [window for window, rows in zip(windows, judged, strict=True) if self._follow(window, rows)]
@@ -181,7 +183,7 @@ class DecodeLoop:
         self._links.flush()
 
     def _admit(self) -> None:
-        for live in self.waiting.admit(lambda live: self._roles(live, bool(live.alpha()))):
+        for live in self.waiting.admit(self._needs):
             self._lives[live.key] = live
             self._next_window(live)
         stranded, self._stranded = self._stranded, []
@@ -192,13 +194,17 @@ class DecodeLoop:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
         session = live.session
         guided = bool(live.alpha())
-        roles = self._roles(live, guided)
+        roles = self._needs(live)
         if not all([self._bind(live, role) for role in roles]):
             live.stranded_since = live.stranded_since or time.monotonic()
             self._stranded.append(live)
             return
         live.stranded_since = None
-        if len(session.primary) >= live.limit(live.primary):
+        if live.reading is not None:
+            if not self._prompts.ask(live, live.reading):
+                self._next_window(live)
+            return
+        if session.request.only_prompt or len(session.primary) >= live.limit(live.primary):
             self.finish(live, "length")
             return
         # The primary's last position ends an answer; a small model's last row still gives a token.
@@ -214,6 +220,10 @@ class DecodeLoop:
         self._exchange.begin(live, guided, plan.guesses, plan.drafts)
         if not guided and session.generated:
             self._read_ahead(live, GUIDED[1:] if live.alpha(LEAD_TOKENS) else roles[1:])
+
+    def _needs(self, live: Live) -> tuple[Role, ...]:
+        """The roles that a session cannot go on without now."""
+        return live.reading.roles if live.reading is not None else self._roles(live, bool(live.alpha()))
 
     def _roles(self, live: Live, guided: bool) -> tuple[Role, ...]:
         """The roles that take part in the next window."""
@@ -252,7 +262,9 @@ class DecodeLoop:
             if isinstance(verdict, Stuck):
                 self.fail(live, "the request's bans and biases leave no token to choose")
                 return False
-            live.events.emit(live.session.commit(verdict.token, one.alpha, verdict.changed))
+            drafted = window.drafted(row, verdict.token)
+            said = live.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
+            live.events.emit(said)
             live.faults = live.misses = 0
             window.next += 1
             if live.over or not window.goes_on():

@@ -12,6 +12,7 @@ from actors.decoding.parameters import Sampling, Thinking
 Role = Literal["target", "guider", "guider_base"]
 ROLES: tuple[Role, ...] = ("target", "guider", "guider_base")
 FinishReason = Literal["stop", "length", "abort", "error"]
+EXPLAINED = 5  # candidates of each model in an explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Generate:
     drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
     arrived: when the service was asked, in nanoseconds since the epoch. Where room is short, older ones go first; one
     that was moved counts from here, others from when they were admitted.
+    explain: each token comes with a note of what each model said of it. logprobs: it comes with its log-probability
+    and those of so many likeliest candidates; None: without. prompt_logprobs: so do the tokens of the prompt, at the
+    request's alpha throughout. only_prompt: nothing is decoded.
     resume: how far another coordinator has brought the sequence; what it had said is not said again.
     """
 
@@ -38,6 +42,9 @@ class Generate:
     thinking: Thinking
     seed: int
     explain: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    only_prompt: bool = False
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0
@@ -49,6 +56,12 @@ class Generate:
     def resumed(self) -> bool:
         """Whether another coordinator began it: its client has part of the answer already."""
         return self.resume is not None
+
+    @property
+    def top(self) -> int | None:
+        """How many candidates each token's note lists at least; None: its log-probability is not wanted."""
+        wanted = [count for count in (self.logprobs, EXPLAINED if self.explain else None) if count is not None]
+        return max(wanted, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +80,68 @@ class Tally:
 class Resume:
     """All that a sequence has come to: with its request, whoever has this goes on with the very same tokens.
 
-    choices: the tokens that were chosen. Forced ones are not among them, they follow from these.
+    choices: the tokens that were chosen. Forced ones are not among them, they follow from these. scored: tokens of the
+    prompt whose log-probabilities were told.
     """
 
     choices: list[int] = field(default_factory=list)
     tally: Tally = Tally()
+    scored: int = 0
+
+
+Candidates = tuple[tuple[int, float], ...]  # ids of the primary with their log-probabilities, likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What was said of one token where it was chosen: log-probabilities in nats, before any filter or penalty.
+
+    logprob: of the token in the combined distribution, whose likeliest candidates are `guided`. shift: by how much
+    guidance raised it above the target's. target, guider: their own likeliest, where an explanation was asked for.
+    """
+
+    logprob: float
+    shift: float
+    guided: Candidates
+    target: Candidates = ()
+    guider: Candidates = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenNote:
-    """What guidance did to one token: its text, the alpha in force, and whether the target alone had chosen it too."""
+    """What is told of one token: its text, the alpha in force, whether the target alone had chosen another, and whether
+    it had been drafted.
+
+    scores: None for a token that was forced.
+    """
 
     id: int
     text: str
     alpha: float
     changed: bool
+    drafted: bool = False
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptNote:
+    """The log-probability (nats) of one token of the prompt in the combined distribution; of the first there is none.
+
+    rank: 1 for the likeliest of the vocabulary.
+    """
+
+    id: int
+    logprob: float | None
+    rank: int = 0
+    guided: Candidates = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """More of an answer. One without anything says that the coordinator lives.
 
-    notes: filled when the request asked for explanations. choices, tally: for `Resume`; the choices since the last
-    delta, and the counts as of now.
+    notes: filled when the request asked for explanations or log-probabilities; prompt: when it asked for those of the
+    prompt. choices, tally: for `Resume`; the choices since the last delta, and the counts as of now.
     """
 
     reasoning: str = ""
@@ -98,6 +150,7 @@ class Delta:
     notes: list[TokenNote] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)
     tally: Tally | None = None
+    prompt: list[PromptNote] = field(default_factory=list)
 
     def __add__(self, later: Delta) -> Delta:
         return Delta(
@@ -107,6 +160,7 @@ class Delta:
             self.notes + later.notes,
             self.choices + later.choices,
             later.tally or self.tally,
+            self.prompt + later.prompt,
         )
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from tokenizers import AddedToken, Tokenizer
 
 from actors.chat_template import ChatTemplate, ChatTemplateError, Message
-from actors.spelling import TokenizerSpeller
+from actors.spelling import SpellingError, TokenizerSpeller
 
 FILES = (
     "tokenizer.json",
@@ -154,6 +154,25 @@ class RoleTokenizer:
     def spaces_added(self) -> bool:
         """Whether its decoder puts a space between two added tokens."""
         return any(self.decode([id_] * 2, skip_special=False) != text * 2 for text, id_ in self.added_tokens.items())
+
+    def token_bytes(self, id_: int) -> bytes:
+        """What a token adds to a text; an added token as it is written, b"" for an id that stands for nothing."""
+        texts = self._token_texts
+        if id_ < len(texts) and (text := texts[id_]) is not None:
+            return text
+        return self.decode([id_], skip_special=False).encode() if self.is_token(id_) else b""
+
+    @cached_property
+    def _token_texts(self) -> Sequence[bytes | None]:
+        try:
+            return self.speller.texts
+        except SpellingError:  # a kind that is read token by token only
+            return ()
+
+    def lead(self, ids: Sequence[int]) -> int:
+        """How many ids at the beginning are what raw text is preceded by."""
+        length = len(self.bos_ids)
+        return length if tuple(ids[:length]) == self.bos_ids else 0
 
     def is_token(self, id_: int) -> bool:
         """Whether an id stands for a text; rows may be wider than the vocabulary."""

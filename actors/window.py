@@ -70,7 +70,8 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether all that was asked has come."""
-        return self.block is not None and not self.waiting and len(self.slices) == len(self.window.roles)
+        known = self.block is not None or self.window.reads_prompt
+        return known and not self.waiting and len(self.slices) == len(self.window.roles)
 
     def name(self, role: Role) -> tuple[int, int]:
         """What names it to a replica: the position of its token, and the running hash up to it."""
@@ -113,6 +114,7 @@ class Window:
     rows: list[Row] = field(default_factory=list)  # empty while the drafter drafts
     next: int = 0  # the row to be decided now
     answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
+    reads_prompt: bool = False  # its whole rows say what follows in the prompt: nothing is chosen
 
     @property
     def aligned(self) -> bool:
@@ -134,6 +136,11 @@ class Window:
     def drafts(self) -> int:
         """How many drafts are checked."""
         return max(0, len(self.rows) - 1)
+
+    def drafted(self, row: Row, token: int) -> bool:
+        """Whether the token of a row is the draft behind it."""
+        drafts = self.tails[self.live.primary]
+        return row.index < len(drafts) and drafts[row.index] == token
 
     def ready(self) -> bool:
         """Whether the row to be decided now is complete."""

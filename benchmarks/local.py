@@ -20,7 +20,7 @@ from actors.forward import Engine
 from actors.model import load_role, serve_role
 from actors.preflight import load_tokenizers
 from actors.replica import ModelReplica
-from actors.requests import ROLES, Delta, Finished, Generate, Moved, Rejected, Role
+from actors.requests import ROLES, Delta, Finished, Generate, Moved, PromptNote, Rejected, Role, TokenNote
 from actors.tokenizer import RoleTokenizer
 
 WEIGHTS = Path(__file__).parent.parent / "cluster" / "demo" / "weights"
@@ -110,6 +110,8 @@ class Answer:
     def __init__(self) -> None:
         self.reasoning = self.content = ""
         self.tokens: list[int] = []
+        self.notes: list[TokenNote] = []
+        self.prompt: list[PromptNote] = []
         self.end: Finished | Rejected | Moved | None = None
 
 
@@ -122,6 +124,8 @@ async def decode(coordinator: Coordinator, request: Generate) -> Answer:
                 answer.reasoning += event.reasoning
                 answer.content += event.content
                 answer.tokens += event.tokens
+                answer.notes += event.notes
+                answer.prompt += event.prompt
             else:
                 answer.end = event
     return answer

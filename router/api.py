@@ -29,6 +29,7 @@ from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, TooLar
 from router.chat import Tokenizers
 from router.context import longest
 from router.convert import Plan, client_of, plan_chat, plan_completion, served_as
+from router.logprobs import Tokens
 from router.measuring import Exposition, Measurements, Measuring
 from router.openapi import (
     CHAT,
@@ -169,7 +170,9 @@ class Endpoints:
                 _require_size(plan, self.service.router.max_request_tokens)
                 backend = measurements.watch(record.watch(self.backend), plan.prompt_tokens)
                 prompts = plan.prompts if body.return_token_ids else None
-                bodies = shape(request_id, body.model, plan.seed, body.explain, prompts)
+                tokens = Tokens(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
+                wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo, prompts
+                bodies = shape(request_id, body.model, plan.seed, tokens, *wanted)
                 if body.stream:
                     options = body.stream_options or StreamOptions()
                     idle_s = self.service.router.keep_alive_s
@@ -234,7 +237,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        seen: set[int] = set()
+        sent: dict[int, int] = {}  # characters of tokens, by choice
         ends: dict[int, Finished] = {}
         counts = [0] * len(self._plan.sequences)  # tokens by choice
         async with Generations(self._backend, self._plan.sequences, idle_s=self._idle_s) as generations:
@@ -243,8 +246,9 @@ class EventStream(Response):
                 chunks = []
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
-                    chunks.append(self._shape.chunk(choice, delta, end, first=choice not in seen))
-                    seen.add(choice)
+                    offset = sent.get(choice, 0)
+                    chunks.append(self._shape.chunk(choice, delta, end, choice not in sent, offset))
+                    sent[choice] = offset + (self._shape.sent(delta) if delta else 0)
                     counts[choice] += len(delta.tokens) if delta else 0
                     if self._options.include_usage and self._options.continuous_usage_stats:
                         chunks[-1] |= {"usage": plain_usage(len(self._plan.prompts[choice]), counts[choice])}

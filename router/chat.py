@@ -73,7 +73,7 @@ def token_prompts(
     for id_ in ids:
         if not 0 <= id_ < own.width:
             raise BadRequest(f"token id {id_} is outside the vocabulary of {own.width} ids", param="prompt")
-    lead = len(own.bos_ids) if own.bos_ids and tuple(ids[: len(own.bos_ids)]) == own.bos_ids else 0
+    lead = own.lead(ids)
     prompts: Prompts = {primary: ids + own.encode(start)}
     others = [role for role in roles if role != primary]
     text = own.decode(ids[lead:], skip_special=False) + start if others else ""

@@ -44,11 +44,25 @@ Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request comes to: its sequences in the order of their choices, and the seed that they derive from."""
+    """What a request comes to: its sequences in the order of their choices, and the seed that they derive from.
+
+    echoes: the text of each prompt where answers begin with it; else none.
+    """
 
     sequences: list[Generate]
     seed: int
     choices_per_prompt: int
+    echoes: Sequence[str] = ()
+
+    @property
+    def primary(self) -> Role:
+        """The role whose tokens the answers are made of."""
+        return self.sequences[0].primary
+
+    @property
+    def echo(self) -> list[str]:
+        """By choice what its text begins with; empty where it does with the answer."""
+        return [text for text in self.echoes for _ in range(self.choices_per_prompt)]
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -98,6 +112,8 @@ def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenize
     # An answer that is continued has begun its thinking already, or has none.
     default = service.thinking if opens_turn(request) else replace(service.thinking, start="")
     thinking = _thinking(request, default)
+    if request.top_logprobs and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     prompts = chat_prompts(request, model.roles, tokenizers, thinking.start)
     budget = _chat_budget(request, service.sampling.max_tokens)
     return _plan(request, service, tokenizers, request_id, model, thinking, [prompts], budget)
@@ -116,8 +132,11 @@ def plan_completion(
         else token_prompts(prompt, model.primary, model.roles, tokenizers, thinking.start)
         for prompt in _prompts_of(request)
     ]
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise BadRequest("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs", param="max_tokens")
     budget = Budget(request.max_tokens, service.sampling.max_tokens or COMPLETION_TOKENS)
-    return _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
+    plan = _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
+    return replace(plan, echoes=_echoes(request, tokenizers[model.primary], thinking.start))
 
 
 def _plan(
@@ -130,6 +149,9 @@ def _plan(
     prompts: Sequence[Prompts],
     budget: Budget,
 ) -> Plan:
+    if request.prompt_logprobs is not None and request.stream:
+        raise BadRequest("prompt_logprobs come with whole answers alone: leave out stream", param="prompt_logprobs")
+    only_prompt = budget.asked == 0 and isinstance(request, CompletionRequest)
     _check_count(len(prompts) * request.n, service)
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options are for stream: true alone", param="stream_options")
@@ -144,7 +166,8 @@ def _plan(
         if not all(prompt.values()):
             raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
         words = _ids_of(request.bad_words, tokenizers[model.primary])
-        sampling = _sampling(request, service.sampling, answer_tokens(prompt, bounds, budget), words)
+        most = max(answer_tokens(prompt, bounds, budget), int(only_prompt))
+        sampling = _sampling(request, service.sampling, most, words)
         _check_ids(sampling, tokenizers[model.primary].width)
         for _ in range(request.n):
             index = len(sequences)
@@ -158,12 +181,23 @@ def _plan(
                     thinking=thinking,
                     seed=derive_seed(seed, index),
                     explain=request.explain,
+                    logprobs=request.candidates,
+                    prompt_logprobs=request.prompt_candidates,
+                    only_prompt=only_prompt,
                     drafts=speculation.drafts,
                     drafter=speculation.drafter or "auto",
                     interval_s=0.0 if request.stream else WHOLE_S,
                 )
             )
     return Plan(sequences, seed, request.n)
+
+
+def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, start: str) -> list[str]:
+    """The text of each prompt, where it is wanted before the answer."""
+    if not request.echo:
+        return []
+    prompts = _prompts_of(request)
+    return [(p if isinstance(p, str) else tokenizer.decode(p, skip_special=False)) + start for p in prompts]
 
 
 def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _Model:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from actors.requests import Delta, Finished, TokenNote, Usage
+from actors.requests import Delta, Finished, Usage
+from router.logprobs import Note, Tokens
 
 Json = dict[str, Any]
 
@@ -25,13 +26,20 @@ class Answer:
 class Shape(ABC):
     """What the bodies of one request have in common; its two kinds say how a choice is written.
 
-    prompts: the prompt's ids of each choice where ids are asked for; prompts_in_choices: where they stand.
+    explain: whether each token's guidance is told. logprobs: how many candidates stand with each token's
+    log-probability; None: without log-probabilities. prompt_logprobs: the same of the prompt's tokens, told apart.
+    echo: by choice the prompt that its text begins with, where it does. prompts: the prompt's ids of each choice where
+    ids are asked for; prompts_in_choices: where they stand.
     """
 
     request_id: str
     model: str
     seed: int
-    explain: bool
+    tokens: Tokens
+    explain: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: Sequence[str] = ()
     prompts: Sequence[list[int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
@@ -43,12 +51,22 @@ class Shape(ABC):
         """The body of an answer that is not streamed."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
-        return self._frame(self.whole, choices) | {"usage": usage} | self._prompt_ids(0, in_choice=False)
+        whole = self._frame(self.whole, choices) | self._prompt_told(answers) | {"usage": usage}
+        return whole | self._prompt_ids(0, in_choice=False)
 
-    def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool) -> Json:
-        """One event of a stream: more of a choice, its end, or both. first: nothing of the choice was sent before."""
-        body = self._text(delta or Delta(), first) | {"index": choice, "logprobs": None} | _ending(end)
-        body |= self._ids(choice, delta or Delta(), first)
+    def sent(self, delta: Delta) -> int:
+        """Characters of the tokens that a part of a choice tells of."""
+        return self.tokens.length(self._told(delta))
+
+    def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offset: int = 0) -> Json:
+        """One event of a stream: more of a choice, its end, or both.
+
+        first: nothing of the choice was sent before. offset: characters of its tokens that were sent.
+        """
+        delta = delta or Delta()
+        text = self._text(choice, delta, first)
+        body = text | {"index": choice, "logprobs": self._scored(delta, offset)} | _ending(end)
+        body |= self._ids(choice, delta, first)
         return self._frame(self.part, [body | self._explained(delta)]) | self._prompt_ids(choice, False, first)
 
     def usage_chunk(self, usages: Sequence[Usage], prompt_tokens: int) -> Json:
@@ -66,7 +84,7 @@ class Shape(ABC):
         }
 
     def _whole_choice(self, index: int, answer: Answer) -> Json:
-        body = {"index": index, "logprobs": None} | self._whole_text(answer.delta)
+        body = {"index": index, "logprobs": self._scored(answer.delta, 0)} | self._whole_text(index, answer.delta)
         body |= self._ids(index, answer.delta, first=True)
         return body | _ending(answer.end) | self._explained(answer.delta)
 
@@ -80,17 +98,33 @@ class Shape(ABC):
             return {}
         return {"prompt_token_ids": self.prompts[choice]}
 
-    def _explained(self, delta: Delta | None) -> Json:
-        notes = delta.notes if delta is not None else []
-        return {"guidance": {"tokens": [_note(note) for note in notes]}} if self.explain else {}
+    def _explained(self, delta: Delta) -> Json:
+        return {"guidance": {"tokens": [self.tokens.explained(note) for note in delta.notes]}} if self.explain else {}
+
+    def _scored(self, delta: Delta, offset: int) -> Json | None:
+        if self.logprobs is None or not self._told(delta):
+            return None
+        return self._logprobs(delta, self.logprobs, offset)
+
+    def _told(self, delta: Delta) -> Sequence[Note]:
+        """The tokens that stand in the text of a choice."""
+        return [*delta.prompt, *delta.notes] if self.echo else delta.notes
 
     @abstractmethod
-    def _text(self, delta: Delta, first: bool) -> Json:
+    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
+        """The log-probabilities of a choice's tokens."""
+
+    @abstractmethod
+    def _text(self, choice: int, delta: Delta, first: bool) -> Json:
         """The text of a chunk's choice."""
 
     @abstractmethod
-    def _whole_text(self, delta: Delta) -> Json:
+    def _whole_text(self, choice: int, delta: Delta) -> Json:
         """The text of a whole choice."""
+
+    @abstractmethod
+    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+        """What a body of whole answers tells of its prompt, beside its choices."""
 
 
 class ChatShape(Shape):
@@ -99,7 +133,15 @@ class ChatShape(Shape):
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
     prompts_in_choices = False
 
-    def _text(self, delta: Delta, first: bool) -> Json:
+    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
+        return self.tokens.chat(delta.notes, top)
+
+    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+        if self.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": self.tokens.prompt(answers[0].delta.prompt, self.prompt_logprobs)}
+
+    def _text(self, choice: int, delta: Delta, first: bool) -> Json:
         message = {"role": "assistant"} if first else {}
         if delta.reasoning:
             message |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
@@ -107,7 +149,7 @@ class ChatShape(Shape):
             message["content"] = delta.content
         return {"delta": message}
 
-    def _whole_text(self, delta: Delta) -> Json:
+    def _whole_text(self, choice: int, delta: Delta) -> Json:
         reasoning = delta.reasoning or None
         message = {"role": "assistant", "content": delta.content}
         return {"message": message | {"reasoning": reasoning, "reasoning_content": reasoning}}
@@ -119,11 +161,21 @@ class CompletionShape(Shape):
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
     prompts_in_choices = True
 
-    def _text(self, delta: Delta, first: bool) -> Json:
-        return {"text": delta.content} | ({"reasoning": delta.reasoning} if delta.reasoning else {})
+    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
+        return self.tokens.completion(self._told(delta), top, offset)
 
-    def _whole_text(self, delta: Delta) -> Json:
-        return self._text(delta, first=True)
+    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+        return {}  # it stands in each choice
+
+    def _text(self, choice: int, delta: Delta, first: bool) -> Json:
+        prompt = self.echo[choice] if self.echo and first else ""
+        return {"text": prompt + delta.content} | ({"reasoning": delta.reasoning} if delta.reasoning else {})
+
+    def _whole_text(self, choice: int, delta: Delta) -> Json:
+        text = self._text(choice, delta, first=True)
+        if self.prompt_logprobs is None:
+            return text
+        return text | {"prompt_logprobs": self.tokens.prompt(delta.prompt, self.prompt_logprobs)}
 
 
 def plain_usage(prompt_tokens: int, completion_tokens: int) -> Json:
@@ -164,7 +216,3 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
 
 def _ending(end: Finished | None) -> Json:
     return {"finish_reason": end and end.reason} | ({"stop_reason": end.stop_reason} if end else {})
-
-
-def _note(note: TokenNote) -> Json:
-    return {"id": note.id, "text": note.text, "alpha": note.alpha, "changed": note.changed}

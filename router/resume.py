@@ -88,6 +88,7 @@ class _Known:
     def __init__(self, request: Generate) -> None:
         self._request = request
         self._choices: list[int] = []
+        self._scored = 0
         self._tally: Tally | None = None  # None: no coordinator has taken it on
         self._heard_at = time.monotonic()
         self._losses = 0  # since the last token
@@ -96,18 +97,19 @@ class _Known:
         """What the next coordinator is asked."""
         if self._tally is None:
             return self._request
-        return replace(self._request, resume=Resume(list(self._choices), self._tally))
+        return replace(self._request, resume=Resume(list(self._choices), self._tally, self._scored))
 
     def add(self, delta: Delta) -> Delta | None:
         """Take in what a coordinator has said; what of it the reader is told, if anything."""
         self._heard_at = time.monotonic()
         self._tally = delta.tally or self._tally
-        if delta.choices:
-            self._choices += delta.choices
+        self._choices += delta.choices
+        self._scored += len(delta.prompt)
+        if delta.choices or delta.prompt:
             self._losses = 0
-        if not (delta.tokens or delta.reasoning or delta.content):
+        if not (delta.tokens or delta.reasoning or delta.content or delta.prompt):
             return None
-        return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes)
+        return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes, prompt=delta.prompt)
 
     def lost(self, error: Unavailable, missing_s: float) -> None:
         """A coordinator is gone. Raises Unavailable when that was the last attempt."""

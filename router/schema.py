@@ -13,11 +13,7 @@ IGNORED = ("metadata", "store", "safety_identifier", "prompt_cache_key", "servic
 
 # Fields that are known and not served, with the values at which they ask for nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "prompt_logprobs": (None,),
     "logprob_token_ids": (None,),
-    "return_tokens_as_token_ids": (None, False),
     "echo": (None, False),
     "suffix": (None, ""),
     "best_of": (None, 1),
@@ -65,6 +61,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "return_mm_kwargs": (None, True),
 }
 
+MAX_LOGPROBS = 20  # candidates of one token, as in the OpenAI API and vLLM
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
 
@@ -180,6 +177,8 @@ class _Request(_Body):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool = True
     return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_tokens_as_token_ids: bool | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     guidance: GuidanceFields | None = None
@@ -196,6 +195,18 @@ class ChatRequest(Conversation, _Request):
     """The body of POST /v1/chat/completions."""
 
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def candidates(self) -> int | None:
+        """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def prompt_candidates(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return self.prompt_logprobs
 
 
 class CompletionRequest(_Request):
@@ -203,6 +214,19 @@ class CompletionRequest(_Request):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     add_special_tokens: bool = True
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+
+    @property
+    def candidates(self) -> int | None:
+        """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
+        return self.logprobs
+
+    @property
+    def prompt_candidates(self) -> int | None:
+        """The same of the prompt's tokens."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
 
 class TokenizeText(_Body):
@@ -235,6 +259,7 @@ NULL_IS_DEFAULT = frozenset(
     {
         "n",
         "stream",
+        "echo",
         "chat_template_kwargs",
         "continue_final_message",
         "add_special_tokens",
@@ -250,9 +275,9 @@ def parse(kind: type[R], body: Any) -> R:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     for name, neutral in NOT_SERVED.items():
-        if name in body and not any(_same(body[name], value) for value in neutral):
+        if name in body and name not in kind.model_fields and not any(_same(body[name], value) for value in neutral):
             raise BadRequest(f"{name} is not supported by this service; leave it out", param=name, code="unsupported")
-    passed = (*IGNORED, *NOT_SERVED)
+    passed = {*IGNORED, *NOT_SERVED} - kind.model_fields.keys()
     kept = {
         name: value
         for name, value in body.items()

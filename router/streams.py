@@ -136,6 +136,7 @@ def joined(first: Delta | None, second: Delta) -> Delta:
         content=first.content + second.content,
         tokens=first.tokens + second.tokens,
         notes=first.notes + second.notes,
+        prompt=first.prompt + second.prompt,
     )
 
 

@@ -79,6 +79,15 @@ class Oracle:
                 assert ends == [len(case.answer) - 1] or (not ends and len(case.answer) == case.max_tokens), case
         return tally
 
+    def combined(self, prompt: list[int], answer: list[int], alpha: float) -> Row:
+        """The combined rows [tokens, V] that each of an answer's tokens is chosen from."""
+        z = {role: self.alone(role, prompt, answer) for role in ROLES}
+        return z["target"] + alpha * (z["guider"] - z["guider_base"])
+
+    def alone(self, role: str, prompt: list[int], answer: list[int]) -> Row:
+        """One model's own rows [tokens, V] there."""
+        return self._logits(role, [Case("", prompt, answer, 0, 0.0, 1.0, len(answer))])[0]
+
     def _rows(self, cases: Sequence[Case]) -> list[Row]:
         """Per answer, the combined rows [tokens, V] that each of its tokens is chosen from."""
         z = {role: self._logits(role, cases) for role in ROLES}

@@ -18,8 +18,8 @@ from actors.decoding.parameters import Sampling
 from actors.forward import Engine
 from actors.languages import Languages
 from actors.model import load_role
-from actors.requests import ROLES, Generate, Role
-from benchmarks.local import LocalService, local_service, trio_config
+from actors.requests import ROLES, Generate, Rejected, Role
+from benchmarks.local import LocalService, decode, local_service, trio_config
 from tests import families
 from tests.decoding.aligned import tokenizer
 from tests.trio import LONG, chat_prompts, decode_all, finished, request, tokens
@@ -52,6 +52,27 @@ def trio(engines: Mapping[Role, Engine]) -> Iterator[Trio]:
 def drafting(folder: Path, **overrides: Any) -> ServiceConfig:
     crowd = {"max_sessions": 100, "max_waiting": 100}
     return families.with_target(folder, speculation={"drafts": 8, "adapt": False}, coordinator=crowd, **overrides)
+
+
+async def test_log_probabilities_from_slices_are_those_of_whole_rows(folder: Path, trio: Trio) -> None:
+    found = []
+    for mode in ("topk", "full"):
+        async with local_service(families.with_target(folder, exchange={"mode": mode}), trio.engines) as service:
+            one = request(service.tokenizers, chat_prompts(1)[0], sampling=SAMPLINGS[0], guidance=Guidance(1.0))
+            answer = await decode(service.coordinators[0], replace(one, explain=True, logprobs=3))
+            found.append((answer.tokens, answer.notes))
+            refused = await decode(service.coordinators[0], replace(one, prompt_logprobs=1))
+            assert isinstance(refused.end, Rejected)
+            assert "target's family" in refused.end.message
+    (tokens_of_slices, sliced), (tokens_of_rows, whole) = found
+    assert tokens_of_slices == tokens_of_rows
+    for one_note, other in zip(sliced, whole, strict=True):
+        assert one_note.scores is not None
+        assert other.scores is not None
+        assert one_note.scores.logprob == pytest.approx(other.scores.logprob, abs=0.01)
+        assert len(one_note.scores.target) == 5
+    # Within a character that is not complete a small model, which reads the text, has nothing to say.
+    assert {len(note.scores.guider) for note in sliced if note.scores} | {0} == {0, 5}
 
 
 def company(service: LocalService, count: int = 18) -> list[Generate]:

@@ -127,3 +127,34 @@ def test_a_vocabulary_that_is_neither_bytes_nor_words_is_refused_by_name() -> No
     words = Tokenizer(models.WordLevel({"Ada": 0, "Bob": 1}, unk_token="Ada"))
     with pytest.raises(SpellingError, match="WordLevel"):
         languages(small=role_tokenizer(words, eos_token="Bob"))
+
+
+def test_a_small_model_reads_a_prompt_token_by_token_after_its_own_beginning() -> None:
+    target, small = plain(), role_tokenizer(byte_level(MARKS, bos="<s>"))
+    ours, theirs = target.encode("The mentor of Ada"), small.encode("The mentor of Ada", special=True)
+    assert len(theirs) == len(ours) + 1
+    built = languages(target, small)
+    assert built.token_by_token("target", "guider", ours, theirs) == (theirs, list(range(2, len(theirs) + 1)))
+    own = Languages({"target": small, "guider": target, "guider_base": target})
+    assert own.token_by_token("target", "guider", theirs, ours) == (ours, list(range(len(ours) + 1)))
+
+
+def test_a_mark_that_a_small_model_lacks_is_read_as_its_letters() -> None:
+    target, small = role_tokenizer(), plain()
+    ours, theirs = target.encode("a<think>a"), small.encode("a<think>a")
+    read = languages(target, small).token_by_token("target", "guider", ours, theirs)
+    assert read == (theirs, [1, len(theirs) - 1, len(theirs)])
+
+
+def test_other_tokens_of_the_same_text_are_read_as_the_target_has_them() -> None:
+    text = "The mentor"
+    letters = [token for letter in text for token in plain().encode(letter)]
+    read = languages().token_by_token("target", "guider", letters, thinks().encode(text))
+    assert read is not None
+    assert len(read[0]) == len(letters) > len(thinks().encode(text))
+
+
+def test_prompts_of_other_texts_are_not_read_side_by_side() -> None:
+    built, ours = languages(), plain().encode("Ada")
+    assert built.token_by_token("target", "guider", ours, thinks().encode("Bob")) is None
+    assert built.token_by_token("target", "guider", [399], thinks().encode("Bob")) is None  # no token at all

@@ -18,7 +18,20 @@ from actors.decoding.parameters import Thinking
 from actors.directory import Endpoint
 from actors.forward import Engine
 from actors.model import load_role, serve_role
-from actors.requests import ROLES, Delta, Finished, Generate, Moved, Rejected, Resume, Role, Tally, Told, Usage
+from actors.requests import (
+    ROLES,
+    Delta,
+    Finished,
+    Generate,
+    Moved,
+    PromptNote,
+    Rejected,
+    Resume,
+    Role,
+    Tally,
+    Told,
+    Usage,
+)
 from benchmarks.local import Answer, LocalService, local_service, trio_config
 from router import resume
 from router.backend import Status, Unavailable
@@ -280,6 +293,16 @@ async def test_what_was_said_is_passed_on_and_not_said_again(impatient: None) ->
         Resume([1, 2, 3], Tally(guided=3)),
     ]
     assert {one.arrived for one in those.asked} == {ANY.arrived}
+
+
+async def test_the_log_probabilities_of_a_prompt_are_not_told_twice(impatient: None) -> None:
+    notes = [PromptNote(number, -1.0) for number in range(3)]
+    those = Scripted(
+        [Delta(prompt=notes[:1], tally=Tally()), LOST], [Delta(prompt=notes[1:]), Moved()], [token(1), END]
+    )
+    events = [event async for event in Resuming(those, Deadlines()).generate(ANY)]
+    assert events[:2] == [Delta(prompt=notes[:1]), Delta(prompt=notes[1:])]
+    assert [one.resume and one.resume.scored for one in those.asked] == [None, 1, 3]
 
 
 async def test_a_request_of_which_coordinators_die_does_not_kill_them_for_ever(impatient: None) -> None:

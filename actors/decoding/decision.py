@@ -13,7 +13,8 @@ from actors.decoding.arithmetic import Floats, RoleRows, combine, outside_estima
 from actors.decoding.candidates import Block
 from actors.decoding.parameters import Sampling
 from actors.decoding.sampling import choose_by, noise_of
-from actors.requests import Role
+from actors.decoding.scoring import Scored
+from actors.requests import EXPLAINED, Role, Scores
 
 Adjust = Callable[[NDArray[np.int64], Floats], None]
 
@@ -23,6 +24,8 @@ class Question:
     """What a request wants of one row. seed and position feed the noise.
 
     adjust: changes the row's logits in place by the request's history (`penalties.adjust`); None if nothing does.
+    top: how many likeliest candidates are listed with their log-probabilities, None where none are wanted; explain:
+    whether also those of each model alone.
     """
 
     alpha: float
@@ -30,6 +33,8 @@ class Question:
     seed: int
     position: int
     adjust: Adjust | None
+    top: int | None = None
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +44,7 @@ class Decisions:
     tokens [B], and alone [B]: what the target by itself had chosen. outside [B]: estimated mass outside the
     candidates. uncovered [B]: the largest exactly known uncovered mass of a single model. stuck [B]: no candidate may
     be chosen. ids, logits [B, W]: candidates and their adjusted combined logits; inside [B, W]: where they are real.
+    scores: by row, of its token, where the question wants them.
     """
 
     tokens: NDArray[Any]
@@ -49,6 +55,7 @@ class Decisions:
     ids: NDArray[Any]
     logits: Floats
     inside: NDArray[np.bool_]
+    scores: Sequence[Scores | None]
 
     def row(self, index: int) -> Decisions:
         """One row of them."""
@@ -62,6 +69,7 @@ class Decisions:
             self.ids[at],
             self.logits[at],
             self.inside[at],
+            self.scores[at],
         )
 
 
@@ -76,6 +84,8 @@ def decide(block: Block, rows: Sequence[int], questions: Sequence[Question], pri
     ]
     own = np.where(inside, models[0].logits, -np.inf)
     logits = combine(models[0], models[1], models[2], alpha) if guided else own.copy()
+    wanted = any(question.top is not None for question in questions)
+    scored = Scored(ids, logits, alpha, *models) if wanted else None  # before anything is adjusted
     for index, question in enumerate(questions):
         if question.adjust is not None:
             count = int(np.count_nonzero(inside[index]))
@@ -89,7 +99,13 @@ def decide(block: Block, rows: Sequence[int], questions: Sequence[Question], pri
     outside = np.where(stuck, 1.0, estimate)
     uncovered = np.max([model.uncovered for model in models], axis=0)
     tokens, alone = _choose(questions, ids, logits, own, guided)
-    return Decisions(tokens, alone, outside, uncovered, stuck, ids, logits, inside)
+    scores = [
+        None
+        if scored is None or question.top is None
+        else scored.of(row, int(tokens[row]), question.top, EXPLAINED if question.explain else 0)
+        for row, question in enumerate(questions)
+    ]
+    return Decisions(tokens, alone, outside, uncovered, stuck, ids, logits, inside, scores)
 
 
 def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[float, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from actors.decoding.penalties import adjust, must_know, touches
 from actors.decoding.readers import Alignment, reader_of
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
-from actors.requests import Delta, FinishReason, Generate, Resume, Role, Tally, TokenNote, Usage
+from actors.requests import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
 
 
 class TextStream(Protocol):
@@ -57,6 +57,7 @@ class Session:
         self.generated = self.reasoning_tokens = self.guided = self.changed = self.widened = 0
         self.drafted = self.accepted = 0  # drafts that were checked, and those that came to be tokens
         self.uncovered = 0.0
+        self.scored = 0  # tokens of the prompt whose log-probabilities were told
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._last_run = (-1, 0)
@@ -99,12 +100,18 @@ class Session:
             banned = (*self.language.eos_ids[:1], *sampling.stop_token_ids) if early else ()
             adjust(ids, logits, sampling, self.prompt, self.output, (*banned, *self._ends_of_bad_words()))
 
-    def commit(self, token: int, alpha: float, changed: bool) -> Delta:
-        """Take the chosen token; returns what there is to show. Sets `finish_reason` when the answer is over."""
+    def commit(
+        self, token: int, alpha: float, changed: bool, drafted: bool = False, scores: Scores | None = None
+    ) -> Delta:
+        """Take the chosen token; returns what there is to show. Sets `finish_reason` when the answer is over.
+
+        drafted, scores: for its note, where the request wants one.
+        """
         self.choices.append(token)
         self.guided += alpha != 0
         self.changed += changed
-        if self._ends_too_early(token):
+        early = self._ends_too_early(token)
+        if early:
             taken, shown = self._force({role: s.wait for role, s in self.language.spellings.items()})
         else:
             for reader in self.readers.values():
@@ -114,9 +121,10 @@ class Session:
             forced, closing = self._force({role: s.end for role, s in self.language.spellings.items()})
             taken, shown = taken + forced, shown + closing
         notes: list[TokenNote] = []
-        if self.request.explain:  # what was forced is nobody's choice
-            marks = (changed and at == 0 and i == token for at, (i, _) in enumerate(taken))
-            notes = [TokenNote(i, text, alpha, mark) for (i, text), mark in zip(taken, marks, strict=True)]
+        if self.request.top is not None:
+            notes = [TokenNote(i, text, alpha, changed=False) for i, text in taken]
+            if not early:  # what was forced is nobody's choice
+                notes[0] = replace(notes[0], changed=changed, drafted=drafted, scores=scores)
         return Delta(shown.reasoning, shown.content, [i for i, _ in taken], notes)
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
@@ -133,6 +141,7 @@ class Session:
         """Bring a new session to where another coordinator had brought it. What it shows has been shown."""
         for token in resume.choices:
             self.commit(token, 0.0, False)
+        self.scored = resume.scored
         tally = resume.tally
         self.guided, self.changed, self.widened = tally.guided, tally.changed, tally.widened
         self.uncovered, self.drafted, self.accepted = tally.uncovered, tally.drafted, tally.accepted

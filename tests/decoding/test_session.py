@@ -14,7 +14,7 @@ from actors.decoding.parameters import Sampling, Thinking
 from actors.decoding.session import Language, Session, Spelling
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import Vocabulary, map_vocabulary
-from actors.requests import Delta, Generate, Role
+from actors.requests import Delta, Generate, Role, Scores
 from tests.decoding.vocabularies import speller, text, vocabulary
 
 END = "</think>"
@@ -445,6 +445,20 @@ def test_notes_of_forced_tokens_are_not_marked_changed(chosen: str) -> None:
     notes = session.commit(LETTER[chosen], 0.5, changed=True).notes
     assert [note.text for note in notes] == [chosen, *END]
     assert [note.changed for note in notes] == [True, *[False] * len(END)]
+
+
+def test_what_was_said_of_a_token_stands_in_its_note_alone() -> None:
+    said = Scores(-0.5, 0.25, ((LETTER["a"], -0.5),))
+    session = TEXT_TARGET.session(thinking=Thinking("<think>", END, max_tokens=1), explain=True)
+    first, *forced = session.commit(LETTER["a"], 0.5, changed=False, drafted=True, scores=said).notes
+    assert (first.drafted, first.scores) == (True, said)
+    assert {(note.drafted, note.scores) for note in forced} == {(False, None)}
+
+
+def test_nothing_is_said_of_a_wait_in_the_place_of_an_end() -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, min_tokens=9, wait="bad"), explain=True)
+    notes = session.commit(42, 0.5, True, True, Scores(-0.5, 0.25, ())).notes
+    assert [(note.drafted, note.scores) for note in notes] == [(False, None)] * 3
 
 
 def test_a_wait_in_the_place_of_an_end_is_not_marked_changed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,19 @@ import uvicorn
 from fastapi import FastAPI
 
 from actors.config import ServiceConfig, load_config
-from actors.requests import Delta, Event, Finished, FinishReason, Generate, Rejected, Role, TokenNote, Usage
+from actors.requests import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Generate,
+    PromptNote,
+    Rejected,
+    Role,
+    Scores,
+    TokenNote,
+    Usage,
+)
 from actors.tokenizer import RoleTokenizer
 from router.api import create_app
 from router.backend import Status
@@ -67,11 +80,16 @@ class Reciter:
         if self.rejected is not None:
             yield self.rejected
             return
+        if request.prompt_logprobs is not None:
+            yield Delta(prompt=_prompt_notes(request))
+        if request.only_prompt:
+            yield Finished("length", usage(request, 0))
+            return
         try:
             thoughts, words = self.thought.split(), self.text.split(" ")
             for number, word in enumerate([*thoughts, *words]):
                 text = word if number in (0, len(thoughts)) else f" {word}"
-                notes = [TokenNote(number, text, request.guidance.alpha, number % 2 == 1)] if request.explain else []
+                notes = [_note(number, text, request)] if request.top is not None else []
                 inside = number < len(thoughts)
                 yield Delta(text if inside else "", "" if inside else text, [number], notes)
                 if self.gate is not None:
@@ -86,6 +104,24 @@ class Reciter:
 
     async def status(self) -> Status:
         return self.now
+
+
+def _note(number: int, text: str, request: Generate) -> TokenNote:
+    """Every candidate is half as likely as the one before; every third token is forced."""
+    if number % 3 == 2:
+        return TokenNote(number, text, request.guidance.alpha, False)
+    likeliest = tuple((number + rank, -math.log(2) * (rank + 1)) for rank in range(request.top or 0))
+    scores = Scores(-math.log(2) * (1 + number % 2), 0.0, likeliest)
+    return TokenNote(number, text, request.guidance.alpha, number % 2 == 1, False, scores)
+
+
+def _prompt_notes(request: Generate) -> list[PromptNote]:
+    """Every token but the first is half as likely as the likeliest, which is its successor by id."""
+    first, *others = request.prompts[request.primary]
+    return [
+        PromptNote(first, None),
+        *(PromptNote(token, -2.0, 2, ((token + 1, -1.0), (token, -2.0))) for token in others),
+    ]
 
 
 def client(backend: Reciter, service: ServiceConfig | None = None) -> httpx.AsyncClient:

@@ -66,7 +66,8 @@ def test_a_field_that_is_not_served_passes_only_where_it_asks_for_nothing(name: 
 
 
 def test_zero_log_probabilities_of_a_completion_are_still_some() -> None:
-    assert refusal(TEXT | {"logprobs": 0}).param == "logprobs"
+    assert parse(CompletionRequest, TEXT | {"logprobs": 0}).candidates == 0
+    assert parse(CompletionRequest, TEXT).candidates is None
 
 
 def test_fields_that_mean_nothing_here_are_ignored_as_openai_does() -> None:

@@ -1,0 +1,48 @@
+"""What the combined distribution says of the tokens of a prompt, from whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
+from actors.decoding.candidates import Slice
+from actors.decoding.scoring import likeliest
+from actors.decoding.vocabulary import Known
+from actors.requests import PromptNote, Role
+
+
+def spread(slices: Sequence[Slice], known: Known, width: int) -> RoleRows:
+    """A role's whole rows [B, width] by the primary's ids; NaN where it has no such id."""
+    logits = np.full((len(slices), width), np.nan)
+    for row, part in zip(logits, slices, strict=True):
+        ours = part.ids >= 0
+        row[part.ids[ours]] = part.logits[ours]
+        row[known.events] = part.folded
+    sums = np.array([part.logsumexp for part in slices])
+    return RoleRows(logits, ~np.isnan(logits), sums)
+
+
+def prompt_notes(
+    rows: Mapping[Role, RoleRows], alpha: float, tokens: Sequence[int], events: Sequence[int], top: int
+) -> list[PromptNote]:
+    """What B rows say of the B tokens that follow them, each with its `top` likeliest candidates.
+
+    rows: of the primary first, then of guider and guider base if they take part. events: the ids that stand for the
+    tokens in rows.
+    """
+    primary, *small = rows.values()
+    alphas = np.full(len(tokens), alpha)
+    combined = np.where(primary.inside, primary.logits, -np.inf)
+    if small:
+        guider, guider_base = small
+        combined = combine(primary, guider, guider_base, alphas)
+    logprobs: Floats = combined - log_total(combined, alphas, primary, *small)[:, None]
+    ids: NDArray[np.int64] = np.arange(logprobs.shape[1])
+    notes = []
+    for row, token, event in zip(logprobs, tokens, events, strict=True):
+        rank = 1 + int(np.count_nonzero(row > row[event]))
+        notes.append(PromptNote(token, float(row[event]), rank, likeliest(ids, row, top)))
+    return notes

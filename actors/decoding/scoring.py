@@ -1,0 +1,54 @@
+"""Log-probabilities of the combined distribution, from what is known of rows.
+
+They are those of the formula alone: before temperature, filters, penalties and biases.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.decoding.arithmetic import Floats, RoleRows, log_total
+from actors.decoding.candidates import Ids
+from actors.requests import Candidates, Scores
+
+
+class Scored:
+    """Log-probabilities of B rows' candidates, ids [B, W]: in the combined distribution, and in each model alone."""
+
+    def __init__(self, ids: Ids, combined: Floats, alpha: Floats, target: RoleRows, *small: RoleRows) -> None:
+        """combined [B, W]: the formula's logits. small: guider and guider base, where they take part."""
+        self._ids = ids
+        self._guided = combined - log_total(combined, alpha, target, *small)[:, None]
+        self._target = target.logits - target.logsumexp[:, None]
+        self._guider = small[0].logits - small[0].logsumexp[:, None] if small else None
+
+    def of(self, row: int, token: int, top: int, alone: int) -> Scores:
+        """What was said of a row's token, with so many candidates of the combined distribution and of each model."""
+        at = int(np.searchsorted(self._ids[row], token))
+        logprob = float(self._guided[row, at])
+        return Scores(
+            logprob,
+            logprob - float(self._target[row, at]),
+            likeliest(self._ids[row], self._guided[row], top),
+            likeliest(self._ids[row], self._target[row], alone),
+            likeliest(self._ids[row], self._guider[row], alone) if self._guider is not None else (),
+        )
+
+
+def likeliest(ids: Ids, logprobs: Floats, count: int) -> Candidates:
+    """The likeliest of a row's candidates [W], at most `count`; the lowest id first where two are equally likely.
+
+    NaN and -inf stand for ids that are none.
+    """
+    if not count:
+        return ()
+    ranked = np.where(np.isnan(logprobs), -np.inf, logprobs)
+    if count < len(ranked):
+        least = np.partition(ranked, -count)[-count]
+        places: NDArray[np.intp] = np.nonzero(ranked >= least)[0]
+    else:
+        places = np.arange(len(ranked))
+    order = places[np.argsort(-ranked[places], kind="stable")][:count]
+    pairs = zip(ids[order].tolist(), ranked[order].tolist(), strict=True)
+    return tuple((id_, logprob) for id_, logprob in pairs if logprob > -np.inf)

@@ -1,0 +1,89 @@
+"""Log-probabilities of rows, against whole rows worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
+from actors.decoding.candidates import Slice
+from actors.decoding.prompt import prompt_notes, spread
+from actors.decoding.scoring import Scored, likeliest
+from actors.decoding.vocabulary import NOTHING_KNOWN, Known
+from tests.decoding.test_arithmetic import covered, logsumexp, whole_rows
+
+ALPHA = np.array([0.8, 1.4])
+
+
+def trio() -> tuple[Floats, Floats, Floats]:
+    target, guider, base = (whole_rows(2, seed) for seed in (1, 2, 3))
+    return target, guider, base
+
+
+def rows_of(places: np.ndarray) -> tuple[RoleRows, RoleRows, RoleRows]:
+    target, guider, base = (covered(rows, places) for rows in trio())
+    return target, guider, base
+
+
+def expected() -> Floats:
+    target, guider, base = trio()
+    z = target + ALPHA[:, None] * (guider - base)
+    return np.asarray(z - logsumexp(z)[:, None])
+
+
+def test_whole_rows_give_the_log_softmax_of_the_formula() -> None:
+    models = rows_of(np.arange(400))
+    ids = np.tile(np.arange(400), (2, 1))
+    scored = Scored(ids, combine(*models, ALPHA), ALPHA, *models)
+    for row, logprobs in enumerate(expected()):
+        scores = scored.of(row, 7, 400, 3)
+        assert scores.logprob == pytest.approx(logprobs[7], abs=1e-6)
+        own = trio()[0][row] - logsumexp(trio()[0])[row]
+        assert scores.shift == pytest.approx(logprobs[7] - own[7], abs=1e-6)
+        np.testing.assert_allclose([value for _, value in scores.guided], np.sort(logprobs)[::-1], atol=1e-6)
+        assert [id_ for id_, _ in scores.target] == np.argsort(-own)[:3].tolist()
+        assert len(scores.guider) == 3
+
+
+def test_what_is_outside_the_candidates_counts_with_the_lift_of_the_small_models_there() -> None:
+    target = np.log(np.array([[0.6, 0.3, 0.05, 0.05]]))
+    guider = np.log(np.array([[0.4, 0.4, 0.10, 0.10]]))
+    base = np.log(np.array([[0.5, 0.3, 0.10, 0.10]]))
+    whole = np.asarray(target + guider - base)
+    a, b, c = (covered(rows, np.array([0, 1])) for rows in (target, guider, base))
+    total = log_total(combine(a, b, c, np.ones(1)), np.ones(1), a, b, c)
+    np.testing.assert_allclose(total, logsumexp(whole), atol=1e-12)
+
+
+def test_of_one_model_alone_the_total_is_exact_whatever_the_candidates() -> None:
+    target = trio()[0]
+    known = covered(target, np.arange(3))
+    np.testing.assert_array_equal(log_total(known.logits, np.zeros(2), known), logsumexp(target))
+
+
+def test_candidates_of_one_probability_stand_by_their_ids() -> None:
+    logprobs = np.array([-2.0, -1.0, -2.0, np.nan, -2.0, -np.inf])
+    ids = np.array([3, 5, 8, 9, 12, 1 << 32])
+    assert likeliest(ids, logprobs, 3) == ((5, -1.0), (3, -2.0), (8, -2.0))
+    assert likeliest(ids, logprobs, 20) == ((5, -1.0), (3, -2.0), (8, -2.0), (12, -2.0))
+    assert likeliest(ids, logprobs, 0) == ()
+
+
+def test_a_whole_row_is_spread_over_the_primarys_ids_with_its_events() -> None:
+    known = Known(np.zeros(2, np.int32), np.zeros(1, np.int64), np.array([4]))
+    part = Slice(np.array([2, -1, 4, 0]), np.array([0.2, 9.0, 0.4, 0.0]), np.array([0.5]), 1.0)
+    rows = spread([part], known, 6)
+    np.testing.assert_array_equal(rows.logits, [[0.0, np.nan, 0.2, np.nan, 0.5, np.nan]])
+    assert rows.inside.tolist() == [[True, False, True, False, True, False]]
+    assert rows.logsumexp.tolist() == [1.0]
+
+
+def test_a_prompts_token_is_ranked_among_the_whole_vocabulary() -> None:
+    z = np.log(np.array([0.2, 0.5, 0.3]))
+    rows = spread([Slice(np.arange(3), z, np.zeros(0), 0.0)], NOTHING_KNOWN, 4)
+    (note,) = prompt_notes({"target": rows}, 0.0, [2], [2], 1)
+    assert (note.id, note.rank, [id_ for id_, _ in note.guided]) == (2, 2, [1])
+    assert note.logprob == pytest.approx(np.log(0.3))
+    assert note.guided[0][1] == pytest.approx(np.log(0.5))
+    (nowhere,) = prompt_notes({"target": rows}, 0.0, [3], [3], 0)
+    assert (nowhere.logprob, nowhere.rank) == (-np.inf, 4)

@@ -1,0 +1,198 @@
+"""Log-probabilities in the bodies of answers, as clients of OpenAI's API and of vLLM read them."""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any
+
+import pytest
+
+from actors.requests import Scores, TokenNote
+from router.logprobs import LEAST, Tokens
+from tests.router.service import Reciter
+from tests.router.test_api import CHAT, TEXT, events, post
+from tests.router.vocabularies import role_tokenizer, sentence_piece
+
+TOKENIZER = role_tokenizer()
+(A,), (E,) = TOKENIZER.encode("a"), TOKENIZER.encode("e")
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+
+
+def note(id_: int, logprob: float, *guided: tuple[int, float]) -> TokenNote:
+    return TokenNote(id_, "", 1.0, False, scores=Scores(logprob, 0.0, guided))
+
+
+def test_a_chats_token_comes_with_its_likeliest_candidates_alone() -> None:
+    content = Tokens(TOKENIZER).chat([note(A, log(0.25), (E, log(0.5)), (A, log(0.25)))], 1)["content"]
+    assert content == [
+        {
+            "token": "a",
+            "logprob": log(0.25),
+            "bytes": [97],
+            "top_logprobs": [{"token": "e", "logprob": log(0.5), "bytes": [101]}],
+        }
+    ]
+
+
+def test_a_completions_token_stands_beside_its_likeliest_candidates() -> None:
+    notes = [note(A, log(0.25), (E, log(0.5)), (A, log(0.25))), note(E, log(0.5), (E, log(0.5)))]
+    assert Tokens(TOKENIZER).completion(notes, 1, 5) == {
+        "tokens": ["a", "e"],
+        "token_logprobs": [log(0.25), log(0.5)],
+        "top_logprobs": [{"a": log(0.25), "e": log(0.5)}, {"e": log(0.5)}],
+        "text_offset": [5, 6],
+    }
+
+
+def test_tokens_can_be_named_by_their_ids() -> None:
+    tokens = Tokens(TOKENIZER, as_ids=True)
+    entry = tokens.chat([note(A, log(0.5), (A, log(0.5)))], 1)["content"][0]
+    assert (entry["token"], entry["bytes"], entry["top_logprobs"][0]["token"]) == (
+        f"token_id:{A}",
+        [97],
+        f"token_id:{A}",
+    )
+    assert tokens.completion([note(A, 0.0)], 0, 0)["top_logprobs"] == [{f"token_id:{A}": 0.0}]
+
+
+def test_what_was_forced_was_certain() -> None:
+    forced = TokenNote(A, "a", 1.0, False)
+    assert Tokens(TOKENIZER).chat([forced], 3)["content"][0]["logprob"] == 0.0
+    assert Tokens(TOKENIZER).chat([forced], 3)["content"][0]["top_logprobs"] == []
+    assert Tokens(TOKENIZER).completion([forced], 3, 0)["top_logprobs"] == [{"a": 0.0}]
+
+
+def test_an_impossible_token_has_a_number_that_json_has() -> None:
+    assert Tokens(TOKENIZER).completion([note(A, -float("inf"))], 0, 0)["token_logprobs"] == [LEAST]
+
+
+def test_bytes_join_to_the_text_in_every_kind_of_vocabulary() -> None:
+    for tokenizer in (TOKENIZER, role_tokenizer(sentence_piece())):
+        text = " is 漢字 ü"
+        ids = tokenizer.encode(text)
+        content = Tokens(tokenizer).chat([note(id_, -1.0) for id_ in ids], 0)["content"]
+        assert bytes(byte for entry in content for byte in entry["bytes"]).decode().strip() == text.strip()
+
+
+async def test_log_probabilities_come_where_they_are_asked_for() -> None:
+    asked = {"logprobs": True, "top_logprobs": 2, "n": 2}
+    choices = (await post(Reciter(), CHAT_URL, CHAT | asked)).json()["choices"]
+    for choice in choices:
+        assert [len(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]] == [2, 2, 0, 2]
+    plain = (await post(Reciter(), CHAT_URL, CHAT)).json()["choices"][0]
+    assert plain["logprobs"] is None
+    bare = (await post(Reciter(), CHAT_URL, CHAT | {"logprobs": True})).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["top_logprobs"] for entry in bare] == [[]] * 4
+    assert bare[1]["logprob"] == 2 * -log(2)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT_URL, CHAT | {"logprobs": True, "top_logprobs": 3}), (TEXT_URL, TEXT | {"logprobs": 3})]
+)
+async def test_a_stream_has_the_log_probabilities_of_the_whole_answer(path: str, body: dict[str, Any]) -> None:
+    whole = (await post(Reciter(), path, body | {"n": 2})).json()["choices"]
+    found: list[dict[str, list[Any]]] = [{}, {}]
+    for chunk in events(await post(Reciter(), path, body | {"n": 2, "stream": True})):
+        for choice in chunk["choices"]:
+            for name, values in (choice["logprobs"] or {}).items():
+                found[choice["index"]].setdefault(name, []).extend(values)
+    assert found == [choice["logprobs"] for choice in whole]
+    assert found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT_URL, CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT_URL, CHAT | {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT_URL, CHAT | {"logprobs": 2}, "logprobs"),
+        (TEXT_URL, TEXT | {"logprobs": 21}, "logprobs"),
+        (TEXT_URL, TEXT | {"logprobs": -1}, "logprobs"),
+        (TEXT_URL, TEXT | {"logprobs": True}, "logprobs"),
+        (TEXT_URL, TEXT | {"top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+async def test_what_cannot_be_listed_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
+    response = await post(Reciter(), path, body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+# -- prompts
+
+
+async def choice_of(**more: Any) -> dict[str, Any]:
+    response = await post(Reciter(), TEXT_URL, TEXT | more)
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
+
+
+async def test_an_echo_stands_before_the_answer() -> None:
+    assert (await choice_of(echo=True))["text"] == "HiIt is Eve ."
+    ids = TOKENIZER.encode("Hi")
+    assert (await choice_of(echo=True, prompt=ids))["text"] == "HiIt is Eve ."
+    both = (await post(Reciter(), TEXT_URL, TEXT | {"prompt": ["Hi", "Ho"], "n": 2, "echo": True})).json()["choices"]
+    assert [choice["text"][:2] for choice in both] == ["Hi", "Hi", "Ho", "Ho"]
+
+
+async def test_an_echo_has_the_log_probabilities_of_its_prompt() -> None:
+    logprobs = (await choice_of(echo=True, logprobs=1))["logprobs"]
+    assert logprobs["tokens"][:2] == ["H", "i"]
+    assert logprobs["token_logprobs"][:2] == [None, -2.0]
+    assert logprobs["top_logprobs"][0] is None
+    assert sorted(logprobs["top_logprobs"][1].values()) == [-2.0, -1.0]
+    assert logprobs["text_offset"][:3] == [0, 1, 2]
+    assert len(logprobs["tokens"]) == 6
+
+
+async def test_a_prompt_alone_can_be_scored() -> None:
+    for asked in ({"logprobs": 1}, {}):
+        response = await post(Reciter(), TEXT_URL, TEXT | {"echo": True, "max_tokens": 0} | asked)
+        choice = response.json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
+        assert response.json()["usage"]["completion_tokens"] == 0
+    assert choice["logprobs"] is None
+
+
+async def test_the_logprobs_of_prompts_are_those_of_vllm() -> None:
+    _, second = TOKENIZER.encode("Hi")
+    expected = {
+        str(second): {"logprob": -2.0, "rank": 2, "decoded_token": "i"},
+        str(second + 1): {"logprob": -1.0, "rank": 1, "decoded_token": TOKENIZER.decode([second + 1])},
+    }
+    choice = await choice_of(prompt_logprobs=1)
+    assert choice["prompt_logprobs"] == [None, expected]
+    assert choice["logprobs"] is None
+    assert (await choice_of(prompt_logprobs=0))["prompt_logprobs"] == [None, {str(second): expected[str(second)]}]
+    body = (await post(Reciter(), CHAT_URL, CHAT | {"prompt_logprobs": 1})).json()
+    assert body["prompt_logprobs"][0] is None
+    assert len(body["prompt_logprobs"][1]) == 2
+    assert "prompt_logprobs" not in (await post(Reciter(), CHAT_URL, CHAT)).json()
+
+
+async def test_a_stream_echoes_what_the_whole_answer_does() -> None:
+    body = TEXT | {"echo": True, "logprobs": 2, "n": 2}
+    whole = (await post(Reciter(), TEXT_URL, body)).json()["choices"]
+    texts, found = ["", ""], [dict[str, list[Any]](), dict[str, list[Any]]()]
+    for chunk in events(await post(Reciter(), TEXT_URL, body | {"stream": True})):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+            for name, values in (choice["logprobs"] or {}).items():
+                found[choice["index"]].setdefault(name, []).extend(values)
+    assert texts == [choice["text"] for choice in whole]
+    assert found == [choice["logprobs"] for choice in whole]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (TEXT_URL, TEXT | {"max_tokens": 0}, "max_tokens"),
+        (CHAT_URL, CHAT | {"max_tokens": 0, "prompt_logprobs": 1}, "max_tokens"),
+        (CHAT_URL, CHAT | {"echo": True}, "echo"),
+        (TEXT_URL, TEXT | {"prompt_logprobs": 21}, "prompt_logprobs"),
+        (TEXT_URL, TEXT | {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ],
+)
+async def test_a_prompt_that_cannot_be_told_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
+    response = await post(Reciter(), path, body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
