@@ -23,23 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.config import ServiceConfig
 from actors.requests import Delta, Finished, Role
 from actors.tokenizer import RoleTokenizer
+from router import openapi
 from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, TooLarge
 from router.chat import Tokenizers
 from router.context import longest
 from router.convert import Plan, client_of, plan_chat, plan_completion, served_as
-from router.openapi import (
-    CHAT,
-    COMPLETIONS,
-    DETOKENIZE,
-    HEALTH,
-    MODEL,
-    MODELS,
-    READY,
-    TOKENIZE,
-    VERSION,
-    VERSIONS,
-    document,
-)
 from router.responses import Answer, ChatShape, CompletionShape, Json, Shape, plain_usage
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
 from router.streams import ClientGone, Generations, joined, while_connected
@@ -57,15 +45,15 @@ def create_app(service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], ba
     """The application: `tokenizers` of all three roles, `backend` decodes."""
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/health", endpoints.health, methods=["GET"], **HEALTH)
-    app.add_api_route("/ready", endpoints.ready, methods=["GET"], **READY)
-    app.add_api_route("/version", endpoints.version, methods=["GET"], **VERSIONS)
-    app.add_api_route("/v1/models", endpoints.models, methods=["GET"], **MODELS)
-    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"], **MODEL)
-    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"], **CHAT)
-    app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], **COMPLETIONS)
-    app.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"], **TOKENIZE)
-    app.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"], **DETOKENIZE)
+    app.add_api_route("/health", endpoints.health, methods=["GET"], **openapi.HEALTH)
+    app.add_api_route("/ready", endpoints.ready, methods=["GET"], **openapi.READY)
+    app.add_api_route("/version", endpoints.version, methods=["GET"], **openapi.VERSIONS)
+    app.add_api_route("/v1/models", endpoints.models, methods=["GET"], **openapi.MODELS)
+    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"], **openapi.MODEL)
+    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"], **openapi.CHAT)
+    app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], **openapi.COMPLETIONS)
+    app.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"], **openapi.TOKENIZE)
+    app.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"], **openapi.DETOKENIZE)
     app.add_api_route("/openapi.json", endpoints.openapi, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
@@ -101,11 +89,11 @@ class Endpoints:
 
     async def version(self) -> Response:
         """The version of this service."""
-        return JSONResponse({"version": VERSION})
+        return JSONResponse({"version": openapi.VERSION})
 
     async def openapi(self, request: Request) -> Response:
         """What all addresses take and answer."""
-        return JSONResponse(document(request.app, self.service.served_names))
+        return JSONResponse(openapi.document(request.app, self.service.served_names))
 
     async def models(self) -> Response:
         """All served names."""
