@@ -148,11 +148,8 @@ class DecodeLoop:
         self.meter.turn(time.perf_counter() - began)
 
     def _after_failed_turn(self) -> None:
-        """A fault of this program: what it was about to decide ends, the others start their rows anew.
-
-        The replies that the turn had taken are lost, so nobody's rows can be waited for. Who gets no token in many
-        turns on end, ends too.
-        """
+        """A fault of this program: what it was about to decide ends, or got no token in many turns on end; the others
+        start their rows anew, for the replies that the turn had taken are lost."""
         for live in list(self._lives.values()):
             if live in self._stranded:
                 continue

@@ -8,15 +8,14 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,36 +23,24 @@ from actors.config import ServiceConfig
 from actors.metrics import Recorder
 from actors.requests import Delta, Finished, Role
 from actors.tokenizer import RoleTokenizer
+from router import openapi
 from router.access import guard, refusal
-from router.backend import ApiError, Backend, BadRequest, DeadlinePassed, TooLarge
+from router.backend import ApiError, Backend, BadRequest, TooLarge
 from router.chat import Tokenizers
 from router.context import longest
 from router.convert import Plan, client_of, plan_chat, plan_completion, served_as
+from router.event_stream import EventStream, explained
 from router.logprobs import Tokens
 from router.measuring import Exposition, Measurements, Measuring
-from router.openapi import (
-    CHAT,
-    COMPLETIONS,
-    DETOKENIZE,
-    HEALTH,
-    MODEL,
-    MODELS,
-    READY,
-    TOKENIZE,
-    VERSION,
-    VERSIONS,
-    document,
-)
 from router.playground import playground
 from router.records import LEFT, Record
-from router.responses import Answer, ChatShape, CompletionShape, Json, Shape, plain_usage
+from router.responses import Answer, ChatShape, CompletionShape, Json, Shape
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
 from router.streams import ClientGone, Generations, joined, while_connected
 from router.texts import detokenized, tokenized
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which readers of server-sent events pass over
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 Planner = Callable[[R, ServiceConfig, dict[Role, RoleTokenizer], str], Plan]
@@ -69,16 +56,16 @@ def create_app(
     recorder = Recorder() if recorder is None else recorder
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/health", endpoints.health, methods=["GET"], **HEALTH)
-    app.add_api_route("/ready", endpoints.ready, methods=["GET"], **READY)
+    app.add_api_route("/health", endpoints.health, methods=["GET"], **openapi.HEALTH)
+    app.add_api_route("/ready", endpoints.ready, methods=["GET"], **openapi.READY)
     app.add_api_route("/metrics", Exposition(recorder).answer, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/version", endpoints.version, methods=["GET"], **VERSIONS)
-    app.add_api_route("/v1/models", endpoints.models, methods=["GET"], **MODELS)
-    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"], **MODEL)
-    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"], **CHAT)
-    app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], **COMPLETIONS)
-    app.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"], **TOKENIZE)
-    app.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"], **DETOKENIZE)
+    app.add_api_route("/version", endpoints.version, methods=["GET"], **openapi.VERSIONS)
+    app.add_api_route("/v1/models", endpoints.models, methods=["GET"], **openapi.MODELS)
+    app.add_api_route("/v1/models/{name:path}", endpoints.model, methods=["GET"], **openapi.MODEL)
+    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"], **openapi.CHAT)
+    app.add_api_route("/v1/completions", endpoints.completions, methods=["POST"], **openapi.COMPLETIONS)
+    app.add_api_route("/tokenize", endpoints.tokenize, methods=["POST"], **openapi.TOKENIZE)
+    app.add_api_route("/detokenize", endpoints.detokenize, methods=["POST"], **openapi.DETOKENIZE)
     app.add_api_route("/openapi.json", endpoints.openapi, methods=["GET"], include_in_schema=False)
     app.include_router(playground(service))
     app.add_exception_handler(ApiError, _refused)
@@ -117,11 +104,11 @@ class Endpoints:
 
     async def version(self) -> Response:
         """The version of this service."""
-        return JSONResponse({"version": VERSION})
+        return JSONResponse({"version": openapi.VERSION})
 
     async def openapi(self, request: Request) -> Response:
         """What all addresses take and answer."""
-        return JSONResponse(document(request.app, self.service.served_names))
+        return JSONResponse(openapi.document(request.app, self.service.served_names))
 
     async def models(self) -> Response:
         """All served names."""
@@ -149,7 +136,7 @@ class Endpoints:
         return await self._told(request, detokenized)
 
     async def _told(self, request: Request, tell: Callable[[Any, ServiceConfig, Tokenizers], Json]) -> Response:
-        with _explained(request.scope["request_id"]):
+        with explained(request.scope["request_id"]):
             body = await _json_body(request, self.service.router.max_request_bytes)
             return JSONResponse(await asyncio.to_thread(tell, body, self.service, self.tokenizers))
 
@@ -157,7 +144,7 @@ class Endpoints:
         request_id: str = request.scope["request_id"]
         record: Record = request.scope["record"]
         measurements: Measurements = request.scope["measurements"]
-        with _explained(request_id):
+        with explained(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
                 body = parse(kind, await _json_body(request, self.service.router.max_request_bytes))
                 measurements.model = body.model if body.model in self.service.served_names else ""
@@ -190,75 +177,6 @@ class Endpoints:
         }
 
 
-class EventStream(Response):
-    """An answer as server-sent events. The status waits for the first event, so that an early refusal keeps its own."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        backend: Backend,
-        plan: Plan,
-        shape: Shape,
-        options: StreamOptions,
-        deadline: float | None,
-        idle_s: float,
-    ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._backend, self._plan, self._shape = backend, plan, shape
-        self._options, self._deadline, self._idle_s = options, deadline, idle_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the end, an error or the client's leaving."""
-        request_id: str = scope["request_id"]
-        try:
-            await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
-        except ClientGone:
-            scope["record"].status = scope["measurements"].status = LEFT
-            log.info("%s: the client left; its generations are cancelled", request_id)
-
-    async def _send_all(self, scope: Scope, send: Send) -> None:
-        request_id: str = scope["request_id"]
-        started = False
-        try:
-            with _explained(request_id):
-                async with asyncio.timeout_at(self._deadline), aclosing(self._events()) as events:
-                    async for event in events:
-                        if not started:
-                            started = True
-                            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
-        except ApiError as error:
-            if not started:
-                raise
-            scope["record"].error, scope["measurements"].status = error.code or error.type, error.status
-            await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        sent: dict[int, int] = {}  # characters of tokens, by choice
-        ends: dict[int, Finished] = {}
-        counts = [0] * len(self._plan.sequences)  # tokens by choice
-        async with Generations(self._backend, self._plan.sequences, idle_s=self._idle_s) as generations:
-            async for batch in generations.batches():
-                ends |= batch.finished
-                chunks = []
-                for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
-                    delta, end = batch.deltas.get(choice), batch.finished.get(choice)
-                    offset = sent.get(choice, 0)
-                    chunks.append(self._shape.chunk(choice, delta, end, choice not in sent, offset))
-                    sent[choice] = offset + (self._shape.sent(delta) if delta else 0)
-                    counts[choice] += len(delta.tokens) if delta else 0
-                    if self._options.include_usage and self._options.continuous_usage_stats:
-                        chunks[-1] |= {"usage": plain_usage(len(self._plan.prompts[choice]), counts[choice])}
-                yield b"".join(map(_event, chunks)) or KEEP_ALIVE
-        if self._options.include_usage:
-            usages = [ends[choice].usage for choice in sorted(ends)]
-            yield _event(self._shape.usage_chunk(usages, self._plan.prompt_tokens))
-        yield b"data: [DONE]\n\n"
-
-
 class RequestId:
     """Takes over the client's X-Request-Id, or makes one, and returns it with every response."""
 
@@ -280,16 +198,6 @@ class RequestId:
             await send(message)
 
         await self.app(scope, receive, named)
-
-
-def _noticing_departure(send: Send) -> Send:
-    async def noticing(message: Message) -> None:
-        try:
-            await send(message)
-        except OSError:  # what servers raise for a closed connection
-            raise ClientGone from None
-
-    return noticing
 
 
 async def _json_body(request: Request, most: int) -> Any:
@@ -330,26 +238,6 @@ async def _collected(backend: Backend, plan: Plan) -> list[Answer]:
             for choice, delta in batch.deltas.items():
                 deltas[choice] = joined(deltas.get(choice), delta)
     return [Answer(deltas.get(choice, Delta()), ends[choice]) for choice in range(len(plan.sequences))]
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-@contextmanager
-def _explained(request_id: str) -> Iterator[None]:
-    """Turn what goes wrong into an error for the client; what nobody foresaw goes to the log, not to the client."""
-    try:
-        yield
-    except (ApiError, ClientGone):
-        raise
-    except TimeoutError as error:
-        raise DeadlinePassed("the service's deadline for one request has passed: ask for fewer tokens") from error
-    except ClientDisconnect:
-        raise ClientGone from None
-    except Exception as error:
-        log.exception("%s failed", request_id)
-        raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -70,13 +70,30 @@ class UsageBody(BaseModel):
     speculation: dict[str, float] | None = None
 
 
+class Candidate(BaseModel):
+    """A token that a model would have said."""
+
+    id: int
+    text: str
+    probability: float
+
+
 class ExplainedToken(BaseModel):
-    """What guidance did to one token."""
+    """What guidance did to one token; of a forced one, which nobody chose, nothing but that it was said.
+
+    shift: log p(guided) - log p(target), nats. probability: in the combined distribution.
+    """
 
     id: int
     text: str
     alpha: float
     changed: bool
+    drafted: bool
+    shift: float | None
+    probability: float | None
+    target: list[Candidate]
+    guider: list[Candidate]
+    guided: list[Candidate]
 
 
 class Explanation(BaseModel):
