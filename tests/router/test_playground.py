@@ -453,9 +453,9 @@ def test_the_theme_follows_the_system_until_one_is_chosen(scripted: str, visit: 
     page.emulate_media(color_scheme="light")
     assert page.evaluate(back) == light
     toggle = page.get_by_role("button", name="Dark theme")
-    assert toggle.get_attribute("aria-pressed") == "false"
+    expect(toggle).to_have_attribute("aria-pressed", "false")
     toggle.click()
-    assert toggle.get_attribute("aria-pressed") == "true"
+    expect(toggle).to_have_attribute("aria-pressed", "true")
     page.reload()
     assert page.evaluate(back) == dark
     toggle.click()
