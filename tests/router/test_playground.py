@@ -446,6 +446,8 @@ def test_a_phone_shows_one_column_and_scrolls_down_only(scripted: str, visit: Ca
 
 
 def test_the_theme_follows_the_system_until_one_is_chosen(scripted: str, visit: Callable[..., Any]) -> None:
+    from playwright.sync_api import expect
+
     page = visit(scripted, color_scheme="dark")
     back = "getComputedStyle(document.body).backgroundColor"
     dark, light = "rgb(17, 19, 23)", "rgb(246, 245, 241)"
