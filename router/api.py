@@ -55,7 +55,7 @@ def create_app(
     """
     recorder = Recorder() if recorder is None else recorder
     endpoints = Endpoints(service, tokenizers, backend)
-    app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title=service.name, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_api_route("/health", endpoints.health, methods=["GET"], **openapi.HEALTH)
     app.add_api_route("/ready", endpoints.ready, methods=["GET"], **openapi.READY)
     app.add_api_route("/metrics", Exposition(recorder).answer, methods=["GET"], include_in_schema=False)
@@ -211,7 +211,7 @@ async def _json_body(request: Request, most: int) -> Any:
         if len(body) > most:
             raise refusal
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())
         if b"\\ud" in body.lower():  # half of a surrogate pair is a JSON string, but no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -51,7 +51,11 @@ def chat_prompts(request: Conversation, roles: Sequence[Role], tokenizers: Token
     for role in roles:
         own = tokenizers[role]
         template = own if own.has_chat_template else tokenizers["target"]
-        prompts[role] = own.encode(opened(_render(template, request), start), special=request.add_special_tokens)
+        text = opened(_render(template, request), start)
+        try:
+            prompts[role] = own.encode(text, special=request.add_special_tokens)
+        except TokenizerError as error:
+            raise BadRequest(str(error), param="messages") from error
     return prompts
 
 

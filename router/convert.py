@@ -162,13 +162,16 @@ def _plan(
     unique = f"{request_id}.{secrets.token_hex(4)}"  # a client may use its own id twice
     speculation = request.speculation or SpeculationFields()
     sequences: list[Generate] = []
+    words = _ids_of(request.bad_words, tokenizers[model.primary])
+    samplings: dict[int, Sampling] = {}  # by the tokens that an answer may have: all else is the request's
     for prompt in prompts:
         if not all(prompt.values()):
             raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
-        words = _ids_of(request.bad_words, tokenizers[model.primary])
         most = max(answer_tokens(prompt, bounds, budget), int(only_prompt))
-        sampling = _sampling(request, service.sampling, most, words)
-        _check_ids(sampling, tokenizers[model.primary].width)
+        if most not in samplings:
+            samplings[most] = _sampling(request, service.sampling, most, words)
+            _check_ids(samplings[most], tokenizers[model.primary].width)
+        sampling = samplings[most]
         for _ in range(request.n):
             index = len(sequences)
             sequences.append(

@@ -87,7 +87,7 @@ class Keys:
         self._keys = keys
         log.info("%s has changed: %d keys of %d names", self._file, len(keys), len({key.name for key in keys}))
 
-    def _file_version(self) -> tuple[int, int, int] | None:
+    def _file_version(self) -> tuple[int, int, int, int] | None:
         """What changes whenever the file does; None where there is none."""
         if self._file is None:
             return None
@@ -95,7 +95,8 @@ class Keys:
             status = self._file.stat()
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        # The last one changes with its rights too: it may become readable without being written.
+        return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
     def _of_file(self) -> tuple[Key, ...]:
         if self._file is None:

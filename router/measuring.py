@@ -147,5 +147,8 @@ class Exposition(Collector):
 
     async def answer(self, request: Request) -> Response:
         """The response to GET /metrics, as text of the version that is asked for."""
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # a version that is none
+            encode, media_type = choose_encoder("")
         return Response(encode(self._registry), headers={"Content-Type": media_type})

@@ -65,6 +65,10 @@ MAX_LOGPROBS = 20  # candidates of one token, as in the OpenAI API and vLLM
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
 
+# What is looked for, or gone through, at every token of a session is bounded, or one client would hold up all others.
+ShortText = Annotated[str, Field(max_length=1_024)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -74,7 +78,7 @@ class GuidanceFields(_Body):
 
     alpha: float | None = None
     warmup_tokens: int | None = None
-    schedule: list[Annotated[tuple[int, float], Field(strict=False)]] | None = None  # JSON has lists for pairs
+    schedule: list[Annotated[tuple[int, float], Field(strict=False)]] | None = Field(None, max_length=256)  # pairs
     guide: Literal["always", "thinking"] | None = None
     explain: bool = False
 
@@ -82,11 +86,11 @@ class GuidanceFields(_Body):
 class ThinkingFields(_Body):
     """Overrides of the service's thinking; `max_tokens: null` lifts the service's bound."""
 
-    start: str = ""
-    end: str = ""
+    start: ShortText = ""
+    end: ShortText = ""
     max_tokens: int | None = None
     min_tokens: int = 0
-    wait: str = ""
+    wait: ShortText = ""
 
 
 class SpeculationFields(_Body):
@@ -167,13 +171,13 @@ class _Request(_Body):
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: ShortText | Annotated[list[ShortText], Field(max_length=64)] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_on_repeat: int | None = None
     allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[ShortText] | None = Field(None, max_length=1_024)
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool = True
     return_token_ids: bool = False

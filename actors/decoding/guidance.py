@@ -9,12 +9,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+MAX_ALPHA = 1_000.0  # far beyond any use, and far from what overflows
+
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
     """When and how strongly a session is guided.
 
-    alpha: strength of the guidance; 0 runs the target alone. Any finite number.
+    alpha: strength of the guidance; 0 runs the target alone. From -MAX_ALPHA to MAX_ALPHA.
     warmup_tokens: alpha is 0 for so many generated tokens first (published runs: 100).
     schedule: pieces `(generated_tokens, alpha)`: from that many generated tokens on, alpha is this. Rising positions.
         Before the first piece `alpha` holds; the warm-up stands above the schedule.
@@ -30,8 +32,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for alpha in (self.alpha, *(alpha for _, alpha in self.schedule)):
-            if not math.isfinite(alpha):
-                raise ValueError(f"alpha must be a finite number, not {alpha}")
+            if not math.isfinite(alpha) or abs(alpha) > MAX_ALPHA:
+                raise ValueError(f"alpha must be a finite number from {-MAX_ALPHA:g} to {MAX_ALPHA:g}, not {alpha}")
         if self.warmup_tokens < 0:
             raise ValueError(f"warmup_tokens must be 0 or more, not {self.warmup_tokens}")
         starts = [start for start, _ in self.schedule]
