@@ -408,3 +408,42 @@ async def test_metrics_are_told_whatever_version_is_asked_for_and_no_address_is_
         accept = {"Accept": "application/openmetrics-text;version=abc"}
         assert (await http.get("/metrics", headers=accept)).status_code == 200
         assert (await http.post("/v1/chat/completions/", json={})).status_code == 404
+
+
+LONG = "x" * 1_025
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", ["a"] * 65),
+        ("stop", LONG),
+        ("stop", [LONG]),
+        ("bad_words", ["a"] * 1_025),
+        ("bad_words", [LONG]),
+        ("guidance", {"schedule": [[n, 1.0] for n in range(257)]}),
+        ("guidance", {"alpha": 1e308}),
+        ("thinking", {"end": LONG}),
+        ("thinking", {"wait": LONG}),
+    ],
+)
+async def test_what_every_token_would_pay_for_is_bounded(field: str, value: Any) -> None:
+    body = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], field: value}
+    async with client(Reciter()) as http:
+        answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert field in answer.json()["error"]["message"] or "alpha" in answer.json()["error"]["message"]
+
+
+async def test_bytes_of_half_a_character_are_no_json() -> None:
+    body = b'{"model": "duo", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}'
+    async with client(Reciter()) as http:
+        for address in ("/v1/chat/completions", "/tokenize"):
+            assert (await http.post(address, content=body)).status_code == 400
+
+
+async def test_metrics_are_told_whatever_version_is_asked_for_and_no_address_is_moved() -> None:
+    async with client(Reciter()) as http:
+        accept = {"Accept": "application/openmetrics-text;version=abc"}
+        assert (await http.get("/metrics", headers=accept)).status_code == 200
+        assert (await http.post("/v1/chat/completions/", json={})).status_code == 404
