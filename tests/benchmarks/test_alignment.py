@@ -257,7 +257,7 @@ GATE = {
 
 @pytest.mark.parametrize(("target", "small"), GATE)
 def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: str) -> None:
-    """A gate for each pair: what was measured may get better, and worse by what other texts of the repository change."""
+    """A gate for each pair: it may get better, and worse by what other texts of the repository change."""
     known = published() if target in LOADERS else {kind: tokenizer(kind) for kind in (target, small)}
     if not {target, small} <= known.keys():
         pytest.skip("the package of a published tokenizer is not installed")
