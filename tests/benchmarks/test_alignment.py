@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 from functools import cache
@@ -13,7 +14,7 @@ from actors.tokenizer import RoleTokenizer
 from benchmarks.alignment import COLUMNS, Comparison, Pair, divergence, log_softmax
 from benchmarks.alignment_oracle import Floats, Oracle, Place
 from benchmarks.attribution import attribute
-from benchmarks.corpora import Corpus, corpora, mixture, reasoning
+from benchmarks.corpora import Corpus, corpora, mathematics, mixture, reasoning
 from benchmarks.real_tokenizers import (
     LLAMA_SPLIT,
     LOADERS,
@@ -26,6 +27,7 @@ from benchmarks.real_tokenizers import (
 from benchmarks.spelling import Spelling
 from benchmarks.trained_tokenizers import ONE_DIGIT, THREE_DIGITS, byte_pairs, unigram
 from benchmarks.trigrams import UNKNOWN, Trigrams
+from cluster.demo.english import COMMON_WORDS
 
 TOY = [0, 1, 2, 0, 1, 3, 0, 1, 2, 4, 4, 0, 2, 1, 0, 1, 2]
 WIDTH = 7  # 5 never comes, 6 is no text
@@ -242,30 +244,51 @@ def published() -> dict[str, RoleTokenizer]:
     return real_tokenizers()
 
 
-# Of reasoning, math and English: the share attributed rightly, and that of tokens that take others back, as measured.
+@cache
+def generated() -> dict[str, Corpus]:
+    """Texts that follow from seeds alone, so that figures of them stay."""
+    words, draw = COMMON_WORDS.split(), random.Random(3)
+    sentences = (f"{' '.join(draw.choices(words, k=9)).capitalize()}.\n" for _ in itertools.count())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("THINKLOGIT_BENCHMARKS", raising=False)
+        kinds = {"reasoning": reasoning(random.Random(1)), "math": mathematics(random.Random(2)), "words": sentences}
+        made = {kind: "".join(itertools.islice(documents, 600)) for kind, documents in kinds.items()}
+    return {kind: Corpus(text[3_000:], text[:3_000]) for kind, text in made.items()}
+
+
+@cache
+def small_tokenizer(kind: str) -> RoleTokenizer:
+    """Trained on `generated`."""
+    read = [corpus.train for corpus in generated().values()]
+    if kind == "pieces":
+        return unigram([line for text in read for line in text.split("\n")], 1_000)
+    return byte_pairs(read, 1_000, {"grouped": THREE_DIGITS, "single": ONE_DIGIT}[kind])
+
+
+# Of `generated`, kind by kind: the share attributed rightly, and that of tokens that take others back, as measured.
 GATE = {
-    ("grouped", "single"): ((1.0, 0.0064), (1.0, 0.0), (1.0, 0.0189)),
-    ("single", "grouped"): ((1.0, 0.151), (0.9825, 0.1621), (1.0, 0.0174)),
-    ("pieces", "single"): ((0.9725, 0.1543), (0.98, 0.2107), (0.88, 0.3039)),
-    ("single", "pieces"): ((0.9575, 0.0253), (0.95, 0.0316), (0.73, 0.1167)),
+    ("grouped", "single"): ((1.0, 0.0116), (1.0, 0.0053), (1.0, 0.1737)),
+    ("single", "grouped"): ((0.98, 0.1984), (0.97, 0.1995), (1.0, 0.0)),
+    ("pieces", "single"): ((0.9825, 0.1795), (1.0, 0.2539), (0.9125, 0.3971)),
+    ("single", "pieces"): ((0.975, 0.0081), (0.9725, 0.0256), (0.6525, 0.1955)),
     ("Llama 3", "Qwen"): ((1.0, 0.0), (1.0, 0.0), (1.0, 0.0)),
-    ("Mistral", "Qwen"): ((0.9975, 0.0599), (0.97, 0.0627), (0.9925, 0.1274)),
-    ("Tekken", "Qwen"): ((1.0, 0.0044), (1.0, 0.0006), (0.995, 0.0193)),
-    ("Qwen", "Llama 3"): ((1.0, 0.2204), (1.0, 0.2343), (1.0, 0.0391)),
+    ("Mistral", "Qwen"): ((0.995, 0.0575), (0.965, 0.0357), (1.0, 0.1434)),
+    ("Tekken", "Qwen"): ((1.0, 0.0045), (1.0, 0.0), (0.9975, 0.019)),
+    ("Qwen", "Llama 3"): ((1.0, 0.2161), (1.0, 0.2236), (1.0, 0.0)),
 }
 
 
 @pytest.mark.parametrize(("target", "small"), GATE)
 def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: str) -> None:
-    """A gate for each pair: it may get better, and worse by what other texts of the repository change."""
-    known = published() if target in LOADERS else {kind: tokenizer(kind) for kind in (target, small)}
+    """A gate for each pair: what was measured may get better, and worse by one or two tokens."""
+    known = published() if target in LOADERS else {kind: small_tokenizer(kind) for kind in (target, small)}
     if not {target, small} <= known.keys():
         pytest.skip("the package of a published tokenizer is not installed")
-    pair = Pair("", known[target], known[small], texts())
-    for kind, (attributed, taken_back) in zip(("reasoning", "math", "english"), GATE[target, small], strict=True):
-        found = attribute(kind, texts()[kind].held_out[:3_000], pair.ours, pair.theirs, pair.alignment)
-        assert found.attributed >= attributed - 0.05, kind
-        assert found.rollbacks <= taken_back + 0.05, kind
+    pair = Pair("", known[target], known[small], generated())
+    for (kind, corpus), (attributed, taken_back) in zip(generated().items(), GATE[target, small], strict=True):
+        found = attribute(kind, corpus.held_out, pair.ours, pair.theirs, pair.alignment)
+        assert found.attributed >= attributed - 0.005, kind
+        assert found.rollbacks <= taken_back + 0.005, kind
         if {target, small} == {"grouped", "single"} and kind == "reasoning":
             assert found.mapped < 1.0
 
