@@ -9,13 +9,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from actors.config import RouterConfig
+from actors.metrics import Recorder
 from router.backend import ApiError
 from router.keys import Keys
 from router.limits import Limits
 from router.records import Records, address
 
 
-def guard(app: FastAPI, config: RouterConfig) -> None:
+def guard(app: FastAPI, config: RouterConfig, recorder: Recorder) -> None:
     """Put the record, the origins and the keys before the application, in this order.
 
     A browser asks without a key whether it may ask (CORS), so that comes before the keys. Raises ConfigError where the
@@ -31,7 +32,7 @@ def guard(app: FastAPI, config: RouterConfig) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Records, keys=config.keys)
+    app.add_middleware(Records, keys=config.keys, recorder=recorder)  # outside, so that it sees the gate's refusals
 
 
 class Gate:
@@ -48,7 +49,7 @@ class Gate:
             return
         try:
             name = self._keys.owner(Headers(scope=scope).get("authorization"))
-            scope["record"].key = scope["measurements"].key = name
+            scope["record"].key = name
             self._limits.enter(name)
         except ApiError as error:
             await refusal(scope, error)(scope, receive, send)

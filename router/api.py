@@ -31,7 +31,7 @@ from router.context import longest
 from router.convert import Plan, client_of, plan_chat, plan_completion, served_as
 from router.event_stream import EventStream, explained
 from router.logprobs import Tokens
-from router.measuring import Exposition, Measurements, Measuring
+from router.measuring import Exposition
 from router.playground import playground
 from router.records import LEFT, Record
 from router.responses import Answer, ChatShape, CompletionShape, Json, Shape
@@ -71,8 +71,7 @@ def create_app(
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(HTTPException, _refused_by_routing)
-    guard(app, service.router)
-    app.add_middleware(Measuring, recorder=recorder)  # refusals of the gate are counted too
+    guard(app, service.router, recorder)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
 
@@ -143,19 +142,18 @@ class Endpoints:
     async def _answer(self, request: Request, kind: type[R], planner: Planner[R], shape: type[Shape]) -> Response:
         request_id: str = request.scope["request_id"]
         record: Record = request.scope["record"]
-        measurements: Measurements = request.scope["measurements"]
         with explained(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
                 body = parse(kind, await _json_body(request, self.service.router.max_request_bytes))
-                measurements.model = body.model if body.model in self.service.served_names else ""
+                record.model = body.model if body.model in self.service.served_names else None
                 # A long prompt takes long to tokenise, and other streams must not wait for it.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
                 plan = plan.asked_by(client_of(record.key, request.headers.get("authorization"), body.user))
-                record.model, record.prompt_tokens = body.model, plan.prompt_tokens
+                record.prompt_tokens = plan.prompt_tokens
                 if self.service.router.log_prompts:
                     record.prompt = body.model_dump(include={"messages", "prompt"}, exclude_unset=True)
                 _require_size(plan, self.service.router.max_request_tokens)
-                backend = measurements.watch(record.watch(self.backend), plan.prompt_tokens)
+                backend = record.watch(self.backend)
                 prompts = plan.prompts if body.return_token_ids else None
                 tokens = Tokens(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
                 wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo, prompts

@@ -51,7 +51,7 @@ class EventStream(Response):
         try:
             await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
         except ClientGone:
-            scope["record"].status = scope["measurements"].status = LEFT
+            scope["record"].status = LEFT
             log.info("%s: the client left; its generations are cancelled", request_id)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
@@ -68,7 +68,7 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            scope["record"].error, scope["measurements"].status = error.code or error.type, error.status
+            scope["record"].error, scope["record"].broke = error.code or error.type, error.status
             await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -1,4 +1,4 @@
-"""What is kept of a request: one JSON line when it has ended, on the logger `router.records`.
+"""What is kept of a request: its part of the metrics, and one JSON line at its end, on the logger `router.records`.
 
 No text of a prompt or an answer is in it, unless `router.log_prompts` asks for the prompts.
 """
@@ -17,11 +17,13 @@ from typing import Any, cast
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.config import KeysConfig
+from actors.metrics import Recorder
 from actors.requests import Delta, Event, Finished, Generate
 from router.backend import Backend, Status
 
 log = logging.getLogger(__name__)
 
+MEASURED = "/v1/"  # requests for addresses below it are counted; probes are not
 LEFT = 499  # the status that stands for a client that left before the answer's end; nobody received it
 
 
@@ -29,10 +31,12 @@ LEFT = 499  # the status that stands for a client that left before the answer's 
 class Record:
     """What becomes known of a request on its way; `scope["record"]` is the one of this request.
 
-    key: the name of the key that it came with. model: a name that is served. tokens: so far, by sequence.
-    error: the code or the type of the error that it ended with. prompt: only where prompts are logged.
+    key: the name of the key that it came with. model: a name that is served. tokens: so far, by sequence. heard: when
+    the newest of them came. error: the code or the type of the error that it ended with; broke: that error's status
+    where a stream had begun. prompt: only where prompts are logged.
     """
 
+    recorder: Recorder
     request_id: str
     method: str
     path: str
@@ -43,9 +47,11 @@ class Record:
     status: int | None = None
     prompt_tokens: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
+    heard: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     first_token_s: float | None = None
     error: str | None = None
+    broke: int | None = None
     prompt: Any = None
 
     def watch(self, backend: Backend) -> Backend:
@@ -58,12 +64,35 @@ class Record:
 
     def add(self, sequence: str, event: Event) -> None:
         """Take in what was said of a sequence."""
-        if isinstance(event, Delta):
-            self.tokens[sequence] += len(event.tokens)
+        if isinstance(event, Delta) and event.tokens:
+            self._hear(sequence, len(event.tokens))
         elif isinstance(event, Finished):
             self.tokens[sequence], self.reasons[sequence] = event.usage.completion_tokens, event.reason
-        if self.first_token_s is None and self.tokens[sequence]:
-            self.first_token_s = time.perf_counter() - self.began
+
+    def end(self) -> None:
+        """The request is over: count it."""
+        if MEASURED in self.path:
+            status = next((each for each in (self.broke, self.status) if each is not None), LEFT)
+            self.recorder.counter("thinklogit_requests", *self._asked, str(status)).add()
+
+    @property
+    def _asked(self) -> tuple[str, str]:
+        """Labels: the model and the key, as far as they are known."""
+        return self.model or "", self.key or ""
+
+    def _hear(self, sequence: str, count: int) -> None:
+        now, (model, key) = time.perf_counter(), self._asked
+        if self.first_token_s is None:
+            self.first_token_s = now - self.began
+            self.recorder.counter("thinklogit_prompt_tokens", model, key).add(self.prompt_tokens)
+        if sequence in self.heard:
+            took = self.recorder.histogram("thinklogit_inter_token_seconds", model)
+            took.observe((now - self.heard[sequence]) / count)
+        else:
+            self.recorder.histogram("thinklogit_first_token_seconds", model).observe(now - self.began)
+        self.recorder.counter("thinklogit_completion_tokens", model, key).add(count)
+        self.heard[sequence] = now
+        self.tokens[sequence] += count
 
     def line(self) -> str:
         """The request as a JSON object on one line; durations in milliseconds."""
@@ -105,17 +134,17 @@ class _Watched:
 
 
 class Records:
-    """Gives every request its record, and logs it at the end, unless its address is open, as those of probes are."""
+    """Gives every request its record; at the end it is counted, and logged unless its address is an open one."""
 
-    def __init__(self, app: ASGIApp, keys: KeysConfig) -> None:
-        self.app, self._unlogged = app, keys.opens
+    def __init__(self, app: ASGIApp, keys: KeysConfig, recorder: Recorder) -> None:
+        self.app, self._unlogged, self._recorder = app, keys.opens, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its record in the scope."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = scope["record"] = Record(scope["request_id"], scope["method"], address(scope))
+        record = scope["record"] = Record(self._recorder, scope["request_id"], scope["method"], address(scope))
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -125,9 +154,10 @@ class Records:
         try:
             await self.app(scope, receive, noting)
         except Exception:
-            record.status = record.status or 500  # what the server answers in its place
+            record.status, record.broke = record.status or 500, 500  # what the server answers in its place
             raise
         finally:
+            record.end()
             if not self._unlogged(record.path):
                 log.info("%s", record.line())
 

@@ -11,16 +11,19 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
+from actors.config import KeysConfig
 from actors.metrics import METRICS, Recorder
 from actors.requests import Delta, Event, Finished, Generate, Moved, Rejected, Resume, Tally, Told
 from router.api import create_app
 from router.backend import ApiError, Status, Unavailable
-from router.measuring import Exposition, Measuring
+from router.measuring import Exposition
+from router.records import Records
 from router.resume import Resuming
 from tests.router.service import Reciter, config, tokenizers, usage
 
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
 STREAM = CHAT | {"stream": True}
+SCOPE = {"type": "http", "method": "GET", "path": "/v1/models", "request_id": "r"}
 Samples = dict[tuple[str, tuple[str, ...]], float]
 
 
@@ -162,7 +165,7 @@ async def test_a_program_that_fails_counts_as_500() -> None:
 
     recorder = Recorder()
     with pytest.raises(RuntimeError):
-        await Measuring(broken, recorder)({"type": "http", "path": "/v1/models"}, None, None)  # type: ignore[arg-type]
+        await Records(broken, KeysConfig(), recorder)(dict(SCOPE), None, None)  # type: ignore[arg-type]
     assert recorder.counter("thinklogit_requests", "", "", "500").value == 1
 
 
@@ -175,14 +178,14 @@ async def test_probes_and_scrapes_are_not_counted() -> None:
 
 async def test_the_name_of_a_key_is_a_label() -> None:
     async def answers(scope: Any, receive: Any, send: Any) -> None:
-        scope["measurements"].key = "alice"
+        scope["record"].key = "alice"
         await send({"type": "http.response.start", "status": 401})
 
     async def send(message: Any) -> None:
         pass
 
     recorder = Recorder()
-    await Measuring(answers, recorder)({"type": "http", "path": "/v1/models"}, None, send)  # type: ignore[arg-type]
+    await Records(answers, KeysConfig(), recorder)(dict(SCOPE), None, send)  # type: ignore[arg-type]
     assert recorder.counter("thinklogit_requests", "", "alice", "401").value == 1
 
 
