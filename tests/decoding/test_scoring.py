@@ -55,6 +55,19 @@ def test_what_is_outside_the_candidates_counts_with_the_lift_of_the_small_models
     np.testing.assert_allclose(total, logsumexp(whole), atol=1e-12)
 
 
+def test_where_candidates_have_more_than_all_of_a_small_model_it_lifts_the_outside_as_what_it_likes_least() -> None:
+    """Events of another vocabulary may overlap: what they leave says nothing then."""
+    target = np.log(np.array([[0.5, 0.2, 0.1, 0.2]]))
+    guider = np.log(np.array([[0.8, 0.2, 0.1, 0.05]]))
+    base = np.log(np.array([[0.7, 0.3, 0.2, 0.1]]))
+    whole = np.asarray(target + guider - base)
+    ids = np.array([0, 1, 2])
+    a, b, c = (RoleRows(rows[:, ids], np.ones((1, 3), bool), np.zeros(1)) for rows in (target, guider, base))
+    assert np.all(b.uncovered < 0)
+    total = log_total(combine(a, b, c, np.ones(1)), np.ones(1), a, b, c)
+    np.testing.assert_allclose(total, logsumexp(whole), atol=1e-12)  # the ids 2 and 3 are halved alike
+
+
 def test_of_one_model_alone_the_total_is_exact_whatever_the_candidates() -> None:
     target = trio()[0]
     known = covered(target, np.arange(3))
