@@ -134,6 +134,8 @@ def plan_completion(
     ]
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
         raise BadRequest("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs", param="max_tokens")
+    if request.max_tokens == 0 and request.min_tokens:
+        raise BadRequest("min_tokens asks for an answer, and max_tokens: 0 for none", param="min_tokens")
     budget = Budget(request.max_tokens, service.sampling.max_tokens or COMPLETION_TOKENS)
     plan = _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
     return replace(plan, echoes=_echoes(request, tokenizers[model.primary], thinking.start))

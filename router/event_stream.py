@@ -76,6 +76,7 @@ class EventStream(Response):
         sent: dict[int, int] = {}  # characters of tokens, by choice
         ends: dict[int, Finished] = {}
         counts = [0] * len(self._plan.sequences)  # tokens by choice
+        prompts = [len(prompt) for prompt in self._plan.prompts]
         async with Generations(self._backend, self._plan.sequences, idle_s=self._idle_s) as generations:
             async for batch in generations.batches():
                 ends |= batch.finished
@@ -87,7 +88,7 @@ class EventStream(Response):
                     sent[choice] = offset + (self._shape.sent(delta) if delta else 0)
                     counts[choice] += len(delta.tokens) if delta else 0
                     if self._options.include_usage and self._options.continuous_usage_stats:
-                        chunks[-1] |= {"usage": plain_usage(len(self._plan.prompts[choice]), counts[choice])}
+                        chunks[-1] |= {"usage": plain_usage(prompts[choice], counts[choice])}
                 yield b"".join(map(_event, chunks)) or KEEP_ALIVE
         if self._options.include_usage:
             usages = [ends[choice].usage for choice in sorted(ends)]
@@ -106,7 +107,8 @@ def _noticing_departure(send: Send) -> Send:
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # NaN is no JSON
+    return f"data: {text}\n\n".encode()
 
 
 @contextmanager

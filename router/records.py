@@ -23,7 +23,7 @@ from router.backend import Backend, Status
 
 log = logging.getLogger(__name__)
 
-MEASURED = "/v1/"  # requests for addresses below it are counted; probes are not
+MEASURED = "/v1/"  # requests for addresses below it are counted; probes are not, nor are browsers that ask leave
 LEFT = 499  # the status that stands for a client that left before the answer's end; nobody received it
 
 
@@ -71,7 +71,7 @@ class Record:
 
     def end(self) -> None:
         """The request is over: count it."""
-        if MEASURED in self.path:
+        if self.path.startswith(MEASURED) and self.method != "OPTIONS":
             status = next((each for each in (self.broke, self.status) if each is not None), LEFT)
             self.recorder.counter("thinklogit_requests", *self._asked, str(status)).add()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from router.backend import BadRequest
 
@@ -67,6 +68,7 @@ MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
 # What is looked for, or gone through, at every token of a session is bounded, or one client would hold up all others.
 ShortText = Annotated[str, Field(max_length=1_024)]
+FewIds = Annotated[list[int], Field(max_length=1_024)]
 
 
 class _Body(BaseModel):
@@ -114,6 +116,17 @@ class TextPart(_Body):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, part: Any) -> Any:
+        """Say which kind of part is not served, before any of its fields."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError(
+                "not_text", "a part of type {kind} is not supported: models read text", {"kind": kind}
+            )
+        return part
+
 
 class CalledFunction(_Body):
     """What an earlier answer called; arguments: JSON in a string."""
@@ -140,7 +153,7 @@ class ChatMessage(_Body):
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    annotations: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
     tool_calls: list[ToolCall] | None = None
@@ -168,15 +181,15 @@ class _Request(_Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=1_024)] | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
     stop: ShortText | Annotated[list[ShortText], Field(max_length=64)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: FewIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     stop_on_repeat: int | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: FewIds | None = None
     bad_words: list[ShortText] | None = Field(None, max_length=1_024)
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool = True

@@ -1,9 +1,11 @@
-"""What many tests share: the embedded trio, loaded once."""
+"""What many tests share: the embedded trio, loaded once, and a browser."""
 
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,20 @@ def tables_are_made_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 def trio_engines() -> Mapping[Role, Engine]:
     """The trio's engines in exact mode. They keep no session once a service has released it."""
     return load_engines(trio_config())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, headless."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(autouse=True)

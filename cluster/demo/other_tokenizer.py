@@ -9,14 +9,23 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cluster.demo import tokenizer as trio_tokenizer
 from cluster.demo.markup import Markup
-from cluster.demo.tokenizer import MAX_POSITIONS, VOCABULARY_SIZE, corpus
+from cluster.demo.tokenizer import VOCABULARY_SIZE, corpus
 
 UNKNOWN, TEXT_START, TEXT_END = "<unk>", "<s>", "</s>"
 USER, ASSISTANT, TURN_END = "<|user|>", "<|assistant|>", "<|end|>"
 MARKUP = Markup(
     f"{TEXT_START}{USER}", f"{TURN_END}{ASSISTANT}", TURN_END, "", TEXT_END, tokens_a_hop=7, tokens_around=18
 )
+
+MARKS = {
+    "bos_token": TEXT_START,
+    "eos_token": TURN_END,
+    "unk_token": UNKNOWN,
+    "pad_token": TEXT_END,
+    "additional_special_tokens": [USER, ASSISTANT],
+}
 
 CHAT_TEMPLATE = """\
 {{- '<s>' }}
@@ -60,16 +69,4 @@ def build() -> Tokenizer:
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer` with its settings and chat template in Hugging Face layout into the existing `folder`."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": TEXT_START,
-        "eos_token": TURN_END,
-        "unk_token": UNKNOWN,
-        "pad_token": TEXT_END,
-        "additional_special_tokens": [USER, ASSISTANT],
-        "model_max_length": MAX_POSITIONS,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    trio_tokenizer.save(tokenizer, folder, MARKS, CHAT_TEMPLATE)

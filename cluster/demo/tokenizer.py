@@ -5,7 +5,7 @@ relation becomes one token, and common English. Every byte is a token, so any UT
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,6 +38,13 @@ SPECIAL_TOKENS = (
     AddedToken(THINK_END, special=False, normalized=False),
 )
 
+MARKS: Mapping[str, object] = {
+    "bos_token": None,
+    "eos_token": TURN_END,
+    "pad_token": END_OF_TEXT,
+    "additional_special_tokens": [TURN_START],
+}
+
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- set content = message['content'] %}
@@ -69,20 +76,19 @@ def build() -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer` with its settings and chat template in Hugging Face layout into the existing `folder`."""
+def save(
+    tokenizer: Tokenizer, folder: Path, marks: Mapping[str, object] = MARKS, chat_template: str = CHAT_TEMPLATE
+) -> None:
+    """Write a tokenizer with its marks and chat template in Hugging Face layout into the existing `folder`."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": TURN_END,
-        "pad_token": END_OF_TEXT,
-        "additional_special_tokens": [TURN_START],
+        **marks,
         "model_max_length": MAX_POSITIONS,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "chat_template.jinja").write_text(chat_template)
 
 
 def corpus() -> Iterator[str]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from cluster.jobs.sample import ALONE, Key, Mode, Sample, Timing
 from cluster.jobs.summary import AVERAGE, TARGET, Variant, summarise
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium")
 SCREENSHOT_OF = "REPORT_SCREENSHOT_OF"  # environment: a run's folder whose report docs/report.png is to show
 ARMS: tuple[tuple[Mode, str], ...] = (
     ("target", ALONE),
@@ -257,18 +254,6 @@ def test_the_command_prints_one_json_object_last(run: Path) -> None:
     refused = subprocess.run([*command, str(ROOT)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1
     assert "not the folder of a run" in refused.stderr
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def test_a_browser_shows_the_page_in_light_and_dark_and_asks_for_nothing_else(run: Path, browser: Any) -> None:

@@ -7,6 +7,7 @@ from tokenizers import decoders
 from actors.config import ServiceConfig
 from actors.decoding.hashing import derive_seed
 from actors.requests import ROLES, Generate
+from actors.tokenizer import RoleTokenizer
 from router.backend import ApiError, BadRequest, NotFound
 from router.convert import WHOLE_S, Plan, client_of, plan_chat, plan_completion
 from router.schema import ChatRequest, CompletionRequest, parse
@@ -151,6 +152,19 @@ def test_choices_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
     texts = [TOKENIZERS["target"].decode(sequence.prompts["target"]) for sequence in plan.sequences]
     assert texts == ["Ada", "Ada", "Bob Eve", "Bob Eve"]
     assert plan.prompt_tokens == sum(len(TOKENIZERS["target"].encode(text)) for text in ("Ada", "Bob Eve"))
+
+
+def test_bad_words_are_spelled_once_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    spelled: list[str] = []
+    encode = RoleTokenizer.encode
+
+    def noting(tokenizer: RoleTokenizer, text: str, **how: Any) -> list[int]:
+        spelled.append(text)
+        return encode(tokenizer, text, **how)
+
+    monkeypatch.setattr(RoleTokenizer, "encode", noting)
+    completion(prompt=["Ada", "Bob", "Eve"], n=2, bad_words=["zebra"])
+    assert [text for text in spelled if "zebra" in text] == ["zebra", " zebra"]
 
 
 def test_more_answers_than_the_service_holds_are_refused() -> None:

@@ -151,6 +151,23 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     assert refused(held, f"Bearer {ADA}").code == "invalid_api_key"
 
 
+def test_a_file_that_could_not_be_read_is_read_once_its_rights_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, path = Clock(), written(tmp_path, f"ada:{ADA}")
+    held = keys(path, clock)
+    path.write_text(f"eve:{EVE}", encoding="utf-8")
+    with monkeypatch.context() as locked:
+        locked.setattr(
+            Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        )
+        clock.now += LOOK_EVERY_S
+        assert held.owner(f"Bearer {ADA}") == "ada"
+    path.chmod(0o640)
+    clock.now += LOOK_EVERY_S
+    assert held.owner(f"Bearer {EVE}") == "eve"
+
+
 @pytest.mark.parametrize("text", ["eve:secret", "", f"a:{NEW} b:{NEW}", None])
 def test_a_changed_file_that_is_not_sound_changes_nothing_and_is_reported_without_keys(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | None

@@ -188,6 +188,7 @@ async def test_a_stream_echoes_what_the_whole_answer_does() -> None:
     [
         (TEXT_URL, TEXT | {"max_tokens": 0}, "max_tokens"),
         (CHAT_URL, CHAT | {"max_tokens": 0, "prompt_logprobs": 1}, "max_tokens"),
+        (TEXT_URL, TEXT | {"max_tokens": 0, "echo": True, "min_tokens": 2}, "min_tokens"),
         (CHAT_URL, CHAT | {"echo": True}, "echo"),
         (TEXT_URL, TEXT | {"prompt_logprobs": 21}, "prompt_logprobs"),
         (TEXT_URL, TEXT | {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),

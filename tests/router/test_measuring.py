@@ -169,8 +169,9 @@ async def test_a_program_that_fails_counts_as_500() -> None:
     assert recorder.counter("thinklogit_requests", "", "", "500").value == 1
 
 
-async def test_probes_and_scrapes_are_not_counted() -> None:
+async def test_probes_scrapes_and_questions_of_browsers_are_not_counted() -> None:
     async with service(Reciter(), Recorder()) as http:
+        await http.options("/v1/chat/completions")
         for path in ("/health", "/ready", "/metrics", "/metrics", "/nothing"):
             await http.get(path)
         assert statuses(samples((await http.get("/metrics")).text)) == {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from router.playground import FOLDER
 from tests.router.browsing import Held, Scripted, candidates, explained, serving, trio
 from tests.router.service import Reciter, client, config
 
-CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = "PLAYGROUND_SCREENSHOTS"  # environment: set, the pictures of docs/ are taken
 DOCS = Path(__file__).parent.parent.parent / "docs"
 QUESTION = questions("held_out", 3, 1)[0]
@@ -108,18 +106,6 @@ async def test_the_settings_begin_where_the_service_s_own_do() -> None:
     async with client(Reciter(), service) as http:
         told = (await http.get("/playground/defaults.json")).json()
     assert told == {"alpha": 0.7, "warmup_tokens": 100, "temperature": 0.6, "max_tokens": None, "examples": ["Why?"]}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

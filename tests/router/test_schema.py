@@ -54,7 +54,32 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(more: dict[str, Any], para
 def test_an_image_is_refused_where_it_stands() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:,"}}
     error = refusal(CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, image]}]})
-    assert (error.param or "").startswith("messages.0.content")
+    assert error.param == "messages.0.content.1"
+    assert "image_url is not supported" in error.message
+
+
+def test_what_is_gone_through_at_every_token_is_bounded() -> None:
+    many = list(range(1_025))
+    for more in (
+        {"stop_token_ids": many},
+        {"allowed_token_ids": many},
+        {"logit_bias": {str(id_): 1.0 for id_ in many}},
+        {"stop": ["x"] * 65},
+        {"bad_words": ["x"] * 1_025},
+    ):
+        assert refusal(CHAT | more).param == next(iter(more))
+
+
+def test_an_answer_of_openai_can_be_sent_back_as_it_came() -> None:
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "7",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "tool_calls": None,
+    }
+    assert parse(ChatRequest, {"model": "duo", "messages": [answer]}).messages[0].content == "7"
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SERVED))
