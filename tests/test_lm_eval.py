@@ -1,10 +1,12 @@
-"""EleutherAI's lm-eval against the service over HTTP, unpatched: it generates with, and scores, the guided model."""
+"""EleutherAI's `lm_eval` command against the service over HTTP, unpatched: it scores the guided model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tests.test_logprobs import normalised
 
 # Its own warnings, and those of what it imports, are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
+DEADLINE_S = 240.0  # of one command
 CLOSE = 1e-3  # nats over an answer of some tokens, in plain forwards of other shapes
 
 SCORED = {
@@ -67,6 +70,7 @@ async def over_http(service: LocalService) -> AsyncIterator[str]:
 
 
 def write_task(folder: Path, task: dict[str, Any], documents: list[dict[str, Any]]) -> None:
+    folder.mkdir(exist_ok=True)
     data = folder / f"{task['task']}.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     source = {
@@ -77,85 +81,74 @@ def write_task(folder: Path, task: dict[str, Any], documents: list[dict[str, Any
     (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task | source))
 
 
-def evaluated(kind: str, folder: Path, task: str, chat: bool = False, **arguments: Any) -> tuple[dict[str, Any], Any]:
-    """lm-eval's figures of a task, and its samples."""
-    from lm_eval.api.registry import get_model
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
+async def evaluated(kind: str, folder: Path, *tasks: str, **arguments: Any) -> dict[str, tuple[dict[str, Any], Any]]:
+    """What the command `lm_eval` finds: by task its figures, and its samples in the order of the documents."""
+    batch, chat = arguments.pop("batch_size", 1), ["--apply_chat_template"] if "chat" in kind else []
+    stated = ",".join(f"{name}={value}" for name, value in arguments.items())
+    out = folder / f"out-{kind}-{arguments['model'].replace('/', '-')}-{batch}"
+    command = [str(Path(sys.executable).parent / "lm_eval"), "--model", kind, "--model_args", stated, *chat]
+    command += ["--tasks", ",".join(tasks), "--include_path", str(folder), "--batch_size", str(batch)]
+    command += ["--output_path", str(out), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OPENAI_API_KEY": "none"}
+    started = await asyncio.create_subprocess_exec(
+        *command, env=os.environ | offline, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            said, _ = await started.communicate()
+    finally:
+        if started.returncode is None:
+            started.kill()
+            await started.wait()
+    assert started.returncode == 0, said.decode()
+    (results,) = out.rglob("results_*.json")
+    figures = json.loads(results.read_text())["results"]
+    found = {}
+    for task in tasks:
+        (samples,) = out.rglob(f"samples_{task}_*.jsonl")
+        told = [json.loads(line) for line in samples.read_text().splitlines()]
+        found[task] = figures[task], sorted(told, key=lambda sample: int(sample["doc_id"]))
+    return found
 
-    model = get_model(kind).create_from_arg_obj(arguments)
-    tasks = TaskManager(include_path=str(folder), include_defaults=False).load([task])
-    results = evaluate(model, tasks, bootstrap_iters=0, apply_chat_template=chat)
-    assert results is not None
-    return results["results"][task], results["samples"][task]
 
-
-def completions(address: str, model: str, **more: Any) -> dict[str, Any]:
-    return {
-        "model": model,
-        "base_url": f"{address}/completions",
-        "tokenizer": str(WEIGHTS / "target"),
-        "tokenizer_backend": "huggingface",
-        "max_length": 512,
-        **more,
-    }
-
-
-async def test_loglikelihood_tasks_score_the_guided_model(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
+async def test_the_guided_model_is_scored_and_generates(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
+    scored: list[dict[str, Any]] = [
+        {"prompt": question.text, "choices": [" The rival of Ada is Bo.", " Ada.", "\n1, 2, 3"]}
+        for question in questions("held_out", 2, 4)
+    ]
+    asked = questions("held_out", 3, 6)
+    texts, chats = tmp_path / "texts", tmp_path / "chats"
     async with local_service(trio_config(), trio_engines) as service, over_http(service) as address:
-        documents: list[dict[str, Any]] = [
-            {"prompt": question.text, "choices": [" The rival of Ada is Bo.", " Ada.", "\n1, 2, 3"]}
-            for question in questions("held_out", 2, 4)
-        ]
-        write_task(tmp_path, SCORED, documents)
-        found: dict[tuple[str, int], list[float]] = {}
-        for model, batch in (("demo", 1), ("demo", 3), ("demo/target", 3)):
-            arguments = completions(address, model, batch_size=batch, add_bos_token=False)
-            _, samples = await asyncio.to_thread(evaluated, "local-completions", tmp_path, "scored", **arguments)
-            assert len(samples) == len(documents)
-            found[model, batch] = [float(resp[0][0]) for sample in samples for resp in sample["resps"]]
-    # What the client sends are its own tokens: its class splits digits otherwise than the service, which reads them so.
-    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "target")
-    assert tokenizer.encode(" 2") != service.tokenizers["target"].encode(" 2")
-    oracle = Oracle()
-    for model, alpha in (("demo", 1.0), ("demo/target", 0.0)):
-        expected = []
-        for document in documents:
-            prompt = tokenizer.encode(document["prompt"])
-            for choice in document["choices"]:
-                answer = tokenizer.encode(document["prompt"] + choice)[len(prompt) :]
-                rows = normalised(oracle.combined(prompt, answer, alpha))
-                expected.append(float(sum(row[token] for row, token in zip(rows, answer, strict=True))))
-        np.testing.assert_allclose(found[model, 3], expected, atol=CLOSE)
-    assert found["demo", 1] == found["demo", 3]
-    assert np.abs(np.array(found["demo", 3]) - np.array(found["demo/target", 3])).min() > CLOSE
-
-
-async def test_generation_tasks_generate_with_the_guided_model(
-    trio_engines: Mapping[Role, Engine], tmp_path: Path
-) -> None:
-    async with local_service(trio_config(), trio_engines) as service, over_http(service) as address:
-        asked = questions("held_out", 3, 6)
         render = service.tokenizers["target"].render
         prompts = [render([{"role": "user", "content": question.text}]) for question in asked]
-        answers = [question.answer for question in asked]
-        write_task(tmp_path, GENERATED, [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)])
-        scores, texts = {}, {}
-        for model in ("demo", "demo/target"):
-            arguments = completions(address, model, batch_size=3)
-            figures, samples = await asyncio.to_thread(
-                evaluated, "local-completions", tmp_path, "generated", **arguments
-            )
-            scores[model] = figures["exact_match,last"]
-            texts[model] = [sample["resps"][0][0] for sample in samples]
-        assert scores["demo"] > 0.8 > 0.5 > scores["demo/target"]  # the claim of the method, as lm-eval measures it
-
-        chat_folder = tmp_path / "chat"
-        chat_folder.mkdir()
-        write_task(chat_folder, GENERATED, [{"prompt": q.text, "answer": q.answer} for q in asked])
-        arguments = {"model": "demo", "base_url": f"{address}/chat/completions"}
-        figures, samples = await asyncio.to_thread(
-            evaluated, "local-chat-completions", chat_folder, "generated", chat=True, **arguments
+        write_task(texts, SCORED, scored)
+        write_task(texts, GENERATED, [{"prompt": p, "answer": q.answer} for p, q in zip(prompts, asked, strict=True)])
+        write_task(chats, GENERATED, [{"prompt": q.text, "answer": q.answer} for q in asked])
+        both = {"base_url": f"{address}/completions", "tokenizer": WEIGHTS / "target", "max_length": 512}
+        both |= {"batch_size": 3, "add_bos_token": False}
+        chat = {"model": "demo", "base_url": f"{address}/chat/completions"}
+        told, told_in_chat = await asyncio.gather(
+            evaluated("local-completions", texts, "scored", "generated", model="demo", **both),
+            evaluated("local-chat-completions", chats, "generated", **chat),
         )
-        assert figures["exact_match,last"] == scores["demo"]
-        assert [sample["resps"][0][0] for sample in samples] == texts["demo"]
+        # What the client sends are its own tokens: its class splits digits otherwise than the service's.
+        tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "target")
+        assert tokenizer.encode(" 2") != service.tokenizers["target"].encode(" 2")
+    found = [float(resp[0][0]) for sample in told["scored"][1] for resp in sample["resps"]]
+    np.testing.assert_allclose(found, loglikelihoods(tokenizer, scored, 1.0), atol=CLOSE)
+    assert np.abs(np.array(found) - loglikelihoods(tokenizer, scored, 0.0)).min() > CLOSE
+    (figures, said), (figures_of_chat, said_in_chat) = told["generated"], told_in_chat["generated"]
+    assert figures["exact_match,last"] == figures_of_chat["exact_match,last"] > 0.8  # the target alone: below .5
+    assert [sample["resps"] for sample in said_in_chat] == [sample["resps"] for sample in said]
+
+
+def loglikelihoods(tokenizer: Any, documents: Sequence[Mapping[str, Any]], alpha: float) -> list[float]:
+    """Of every document's choices, by plain forwards of the three models."""
+    oracle, found = Oracle(), []
+    for document in documents:
+        prompt = tokenizer.encode(document["prompt"])
+        for choice in document["choices"]:
+            answer = tokenizer.encode(document["prompt"] + choice)[len(prompt) :]
+            rows = normalised(oracle.combined(prompt, answer, alpha))
+            found.append(float(sum(row[token] for row, token in zip(rows, answer, strict=True))))
+    return found
