@@ -22,7 +22,7 @@ from actors.tokenizer import RoleTokenizer
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # of how tables are built
+_VERSION = 3  # of how tables are built
 
 
 def align(target: RoleTokenizer, role: RoleTokenizer) -> Alignment:
@@ -40,7 +40,9 @@ def align(target: RoleTokenizer, role: RoleTokenizer) -> Alignment:
         texts[id_] = None
     back = {theirs: ours for ours, theirs in same.items()}
     back |= dict.fromkeys(role.eos_ids, target.eos_ids[0]) if ends else {}
-    return Alignment(target.speller, role.speller, tables, special, texts, back, shown)
+    alignment = Alignment(target.speller, role.speller, tables, special, texts, back, shown)
+    _ = alignment.straddling  # sorts the vocabulary, for which no session should wait
+    return alignment
 
 
 def kept_tables(target: RoleTokenizer, role: RoleTokenizer, roles: Roles) -> Tables:

@@ -171,10 +171,9 @@ class Exchange:
             window.tails[role], window.reads[role] = list(part.tokens), part.ends
             window.hashes[role] = [begun, *extend_hashes(begun, part.tokens)]
             if role in window.oldest:
-                tables = self._languages.alignment(role).tables
                 for row, straddle in zip(window.rows, part.straddles, strict=True):
                     if straddle is not None:
-                        row.straddled[role] = Straddled(straddle, tables)
+                        row.straddled[role] = Straddled(straddle)
         for role in window.roles:
             if role != window.drafter:
                 self._extend(window, role)

@@ -34,7 +34,7 @@ class AlignedModel:
         straddle = self._reader.ahead(()).straddles[0]
         straddled = None
         if straddle is not None:
-            straddled = Straddled(straddle, self._alignment.tables)
+            straddled = Straddled(straddle)
             for number in range(straddled.rows):
                 logits, total = self._row(straddle.first + number)
                 mine = straddled.at == number

@@ -13,6 +13,7 @@ from typing import Protocol
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
 from actors.decoding.vocabulary_reading import LOOK_BACK, Reading, Straddle, WholeTexts
+from actors.decoding.vocabulary_straddlers import Straddling
 from actors.decoding.vocabulary_tables import Ids, Speller, Tables
 
 _CONTEXT = 3  # of the target's tokens that a draft's text is spelled together with
@@ -125,6 +126,11 @@ class Alignment:
     shown: Mapping[int, bytes]
 
     @cached_property
+    def straddling(self) -> Straddling:
+        """The small tokens that straddle what the target said."""
+        return Straddling(self.tables, self.target, self.said, self.role)
+
+    @cached_property
     def whole_texts(self) -> WholeTexts:
         """What the small model reads as one token, whatever stands around it."""
         return WholeTexts({text.decode(): id_ for id_, text in self.shown.items()})
@@ -158,16 +164,16 @@ class AlignedReader:
 
     def ahead(self, guesses: Sequence[int]) -> Ahead:
         """The true tokens of them, until one takes back another."""
-        reading, tables = self._reading.fork() if guesses else self._reading, self._alignment.tables
+        reading, straddling = self._reading.fork() if guesses else self._reading, self._alignment.straddling
         tokens: list[int] = []
-        ends, straddles = [0], [self._placed(reading.straddle(tables))]
+        ends, straddles = [0], [self._placed(reading.straddle(straddling))]
         for guess in guesses:
             back, news = self._push(reading, guess)
             if back:
                 break
             tokens += news
             ends.append(len(tokens))
-            straddles.append(self._placed(reading.straddle(tables)))
+            straddles.append(self._placed(reading.straddle(straddling)))
         return Ahead(tuple(tokens), tuple(ends), tuple(straddles))
 
     def guesses(self, drafted: Sequence[int]) -> list[int]:

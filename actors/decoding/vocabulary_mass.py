@@ -26,28 +26,30 @@ class Straddled:
     """The rows of a straddle, and what they say.
 
     at [m]: which row, counted from the earliest. ids [m]: what is asked of it, ascending within a row. nexts [m]: the
-    target's token that a straddler goes on with, -1 for the row's own next token. values [m]: logits, NaN until they
-    are known. sums: the rows' logsumexp.
+    target's token that a straddler goes on with, -1 for the row's own next token; whole [m]: whether it ends there.
+    values [m]: logits, NaN until they are known. sums: the rows' logsumexp.
     """
 
-    __slots__ = ("at", "ids", "nexts", "rows", "straddle", "sums", "values")
+    __slots__ = ("at", "ids", "nexts", "rows", "straddle", "sums", "values", "whole")
 
-    def __init__(self, straddle: Straddle, tables: Tables) -> None:
+    def __init__(self, straddle: Straddle) -> None:
         self.straddle = straddle
-        rows, ids, nexts = [], [], []
-        for number, node in enumerate(straddle.nodes):
+        rows, ids, nexts, whole = [], [], [], []
+        for number, straddlers in enumerate(straddle.straddlers):
             if number < len(straddle.path):
                 rows.append(np.array([number]))
                 ids.append(np.array([straddle.path[number]]))
                 nexts.append(_OWN)
-            if node:
-                tokens = tables.straddlers[node]
-                rows.append(np.full(len(tokens), number))
-                ids.append(tokens)
-                nexts.append(tables.nexts[node])
+                whole.append(_NOT)
+            if straddlers is not None:
+                rows.append(np.full(len(straddlers.tokens), number))
+                ids.append(straddlers.tokens)
+                nexts.append(straddlers.nexts)
+                whole.append(straddlers.whole)
         at, flat = np.concatenate(rows or [_NOTHING]), np.concatenate(ids or [_NOTHING])
         order = np.lexsort((flat, at))
         self.at, self.ids, self.nexts = at[order], flat[order], np.concatenate(nexts or [_NOTHING])[order]
+        self.whole = np.concatenate(whole or [_NOT[:0]])[order]
         self.rows = int(self.at[-1]) + 1 if len(at) else 0
         self.values = np.full(len(flat), np.nan)
         self.sums = np.full(self.rows, np.nan)
@@ -96,7 +98,7 @@ class Straddled:
 
 
 _NOTHING = np.zeros(0, np.int64)
-_OWN = np.array([-1])
+_OWN, _NOT = np.array([-1]), np.array([False])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +130,7 @@ class Events:
     """One small model's part of a block: log-probabilities of the candidates as events."""
 
     def __init__(self, tables: Tables, ids: Ids, inside: NDArray[np.bool_], heard: Sequence[Heard]) -> None:
-        self._ids, self._inside = ids, inside
+        self._ids, self._inside, self._meant = ids, inside, tables.meant
         counts = np.zeros(ids.size, np.int64)
         self.tokens, counts[inside.reshape(-1)] = tables.events.take(ids[inside])
         self.at = np.repeat(np.arange(len(ids)), counts.reshape(ids.shape).sum(1))
@@ -199,14 +201,24 @@ class Events:
             return np.full(own.shape, np.nan)
         weight, nexts, across = weighed
         masses = own + weight
-        if len(nexts):
-            ids = self._ids[row]
-            places = np.minimum(np.searchsorted(ids, nexts), len(ids) - 1)
-            here = ids[places] == nexts
-            places, across = places[here], across[here]
-            masses[places] = np.where(np.isnan(masses[places]), -np.inf, masses[places])
-            np.logaddexp.at(masses, places, across)
+        ids, meant = self._ids[row], self._meant[np.where(self._inside[row], self._ids[row], 0)]
+        _add(masses, self._inside[row], ids, nexts, across)
+        whole = straddled.whole[straddled.nexts >= 0]
+        _add(masses, self._inside[row] & (meant != ids), meant, nexts[whole], across[whole])
         return masses
+
+
+def _add(masses: Floats, where: NDArray[np.bool_], ids: Ids, nexts: Ids, across: Floats) -> None:
+    """Add to the masses [W] of the ids [W] those of straddlers [n] that go on with them, where that is wanted."""
+    if not len(nexts):
+        return
+    order = np.argsort(nexts, kind="stable")
+    nexts, across = nexts[order], across[order]
+    first = np.flatnonzero(np.diff(nexts, prepend=-1))
+    nexts, across = nexts[first], np.logaddexp.reduceat(across, first)
+    found = np.minimum(np.searchsorted(nexts, ids), len(nexts) - 1)
+    here = np.flatnonzero(where & (nexts[found] == ids))
+    masses[here] = np.logaddexp(np.where(np.isnan(masses[here]), -np.inf, masses[here]), across[found[here]])
 
 
 class AlignedBlock(Block):

@@ -11,7 +11,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.decoding.vocabulary_tables import NOWHERE, Speller, Tables
+from actors.decoding.vocabulary_straddlers import Straddlers, Straddling
+from actors.decoding.vocabulary_tables import Speller
 
 LOOK_BACK = 2  # B: boundaries of the small model's tokens, before its newest, whose rows may have straddlers
 KEPT_ROWS = LOOK_BACK + 3  # rows that are kept for it: a rollback takes back three tokens at most, nearly always
@@ -23,14 +24,14 @@ _REMEMBERED, _ROOM = 64, 256  # tokens whose ends are remembered at least, and a
 class Straddle:
     """What a row takes from the rows of earlier boundaries.
 
-    first: tokens before the earliest of these rows. path: the tokens from there to the newest row. nodes: of the trie,
-    one for each row and the newest; NOWHERE where nothing straddles. partial: whether the newest row lies before the
-    text's end, which is in the middle of a character.
+    first: tokens before the earliest of these rows. path: the tokens from there to the newest row. straddlers: of each
+    row and the newest; None where nothing straddles. partial: whether the newest row lies before the text's end, which
+    is in the middle of a character.
     """
 
     first: int
     path: tuple[int, ...]
-    nodes: tuple[int, ...]
+    straddlers: tuple[Straddlers | None, ...]
     partial: bool
 
 
@@ -145,28 +146,30 @@ class Reading:
         self._bound()
         return 0, self._since(before)
 
-    def straddle(self, tables: Tables) -> Straddle | None:
+    def straddle(self, straddling: Straddling) -> Straddle | None:
         """What the row of the newest token takes from earlier ones; None if it speaks for itself."""
         newest, partial = len(self), bool(self._bad)
         oldest = max(self._floor, newest - LOOK_BACK)
-        nodes: list[int] = []
+        found: list[Straddlers | None] = []
         for boundary in range(oldest, newest + partial):
-            node = self._node(boundary, tables)
-            if node or nodes:
-                nodes.append(node)
-        if not nodes:
-            return Straddle(newest, (), (NOWHERE,), partial) if partial else None
+            straddlers = self._straddlers(boundary, straddling)
+            if straddlers is not None or found:
+                found.append(straddlers)
+        if not found:
+            return Straddle(newest, (), (None,), partial) if partial else None
         if not partial:
-            nodes.append(NOWHERE)
-        first = newest + 1 - len(nodes)
-        return Straddle(first, tuple(self._ids[first - self._base :]), tuple(nodes), partial)
+            found.append(None)
+        first = newest + 1 - len(found)
+        return Straddle(first, tuple(self._ids[first - self._base :]), tuple(found), partial)
 
-    def _node(self, boundary: int, tables: Tables) -> int:
+    def _straddlers(self, boundary: int, straddling: Straddling) -> Straddlers | None:
         end = self._ends[boundary - self._base]
         at = bisect_left(self._marks, end)
-        if at >= len(self._said) or self._marks[at] != end:
-            return NOWHERE  # no boundary of the target's
-        return tables.walk(self._said[at:])
+        if at == len(self._marks):
+            return None
+        if self._marks[at] == end:
+            return straddling.between(self._said[at:])
+        return straddling.within(self._said[at - 1 :], end - self._marks[at - 1]) if at else None
 
     def _read(self, text: str) -> int:
         """Text came: how many tokens stay."""

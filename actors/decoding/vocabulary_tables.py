@@ -81,7 +81,7 @@ class Ragged:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Straddlers:
+class Trie:
     """Tokens of a small model that the target spells with several tokens, by the first few of these.
 
     A node of the trie stands for a proper beginning of spellings. tokens, nexts: per node the small model's tokens
@@ -95,7 +95,7 @@ class Straddlers:
     nexts: Ragged
 
     @classmethod
-    def of(cls, ids: Ids, spellings: Ragged) -> Straddlers:
+    def of(cls, ids: Ids, spellings: Ragged) -> Trie:
         """ids [n]: small tokens, ascending; spellings: of each of them in the target's tokens, two or more."""
         lengths = np.diff(spellings.starts)
         at, nodes, count = np.zeros(len(ids), np.int64), np.arange(len(ids)), 1
@@ -168,6 +168,17 @@ class Tables:
         pairs = zip(arrays.edge_nodes.tolist(), arrays.edge_tokens.tolist(), strict=True)
         return dict(zip(pairs, arrays.edge_children.tolist(), strict=True))
 
+    @cached_property
+    def meant(self) -> Ids:
+        """[target width]: where no small token counts towards a token, so that it is heard by its first small token,
+        the one that this small token counts towards; else the token itself."""
+        starts = self.arrays.event_starts
+        meant = np.arange(len(starts) - 1)
+        heard = np.flatnonzero(np.diff(starts))
+        image = self.image[self.arrays.event_tokens[starts[heard]]]
+        meant[heard] = np.where(image < 0, heard, image)
+        return meant
+
     def walk(self, tokens: Sequence[int]) -> int:
         """The node of small tokens whose spelling properly begins with `tokens`; NOWHERE if there are none."""
         node = NOWHERE
@@ -201,7 +212,8 @@ def build_tables(target: Speller, role: Speller, roles: Roles, width: int) -> Ta
     theirs = _spellings(large_texts, role, small_ids)
     added = [*roles.shown, *(v for same in roles.same.values() for v in same)]
     image = np.full(max(len(role.texts), *(v + 1 for v in added), 1), -1, np.int64)
-    ids = np.array(sorted(v for v, spelling in ours.items() if spelling and max(spelling) < width), np.int64)
+    said = large_texts.keys()  # not the token for what it cannot spell: nobody means that
+    ids = np.array(sorted(v for v, spelling in ours.items() if spelling and said >= {*spelling}), np.int64)
     image[ids] = [ours[v][0] for v in ids.tolist()]
     members = Ragged.of(image[ids], ids, width)
     owners, tokens = [np.repeat(np.arange(width), np.diff(members.starts))], [members.flat]
@@ -216,7 +228,7 @@ def build_tables(target: Speller, role: Speller, roles: Roles, width: int) -> Ta
     several = [v for v in ids.tolist() if len(ours[v]) > 1]
     flat = np.array([t for v in several for t in ours[v]], np.int64)
     starts = np.cumsum([0, *(len(ours[v]) for v in several)]).astype(np.int64)
-    trie = Straddlers.of(np.array(several, np.int64), Ragged(starts, flat))
+    trie = Trie.of(np.array(several, np.int64), Ragged(starts, flat))
     exact = sum(text in small_ids for text in large_texts.values())
     return Tables(
         TableArrays(

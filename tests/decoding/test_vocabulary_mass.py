@@ -134,7 +134,7 @@ def test_rows_of_one_block_do_not_change_each_other() -> None:
     heard, candidates = [], []
     for token in pair.target.spell(texts()["english"].train[:150])[0]:
         straddle = reader.ahead(()).straddles[0]
-        straddled = Straddled(straddle, tables) if straddle is not None else None
+        straddled = Straddled(straddle) if straddle is not None else None
         if straddled is not None:
             straddled.values[:], straddled.sums[:] = draw.normal(size=len(straddled.ids)), 8.0
         heard.append(Heard(Slice(np.arange(width), draw.normal(size=width), np.zeros(0), 8.0), straddled))

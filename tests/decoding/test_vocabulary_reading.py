@@ -88,7 +88,7 @@ def test_nothing_straddles_the_end_of_a_text_that_is_one_token() -> None:
     reading = Reading(pair.role, WholeTexts({"</think>": 100_002}))
     reading.push(0, b"so</think")
     reading.push(pair.target.spell(">")[0][0], b">The")  # one token of the target reaches over it
-    straddle = reading.straddle(pair.tables)
+    straddle = reading.straddle(pair.straddling)
     assert straddle is None or straddle.first >= len(reading)
 
 
