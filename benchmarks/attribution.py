@@ -17,7 +17,7 @@ from benchmarks.spelling import Spelling
 Floats = NDArray[np.float64]
 
 WINDOW = 128  # tokens of the target
-_FOLLOWED = 400  # tokens of the target whose attribution is checked
+FOLLOWED = 400  # tokens of the target whose attribution is checked
 _BEHIND = 64  # that follow them, so that the last is tokenised as in a longer text
 _SURE = 80.0  # nats that a row has for the true token above all others
 
@@ -48,8 +48,10 @@ class Attribution:
         return {name: round(share, 4) for name, share in asdict(self).items() if name != "kind"}
 
 
-def attribute(kind: str, text: str, target: Spelling, small: Spelling, alignment: Alignment) -> Attribution:
-    """All shares of one text."""
+def attribute(
+    kind: str, text: str, target: Spelling, small: Spelling, alignment: Alignment, followed: int = FOLLOWED
+) -> Attribution:
+    """All shares of one text, that of attribution over so many of its tokens."""
     ids = target.encode(text)
     mapped = np.array([(target.texts[id_] or b"") in small.ids for id_ in ids])
     windows = [mapped[start : start + WINDOW] for start in range(0, len(ids) - WINDOW + 1, WINDOW)]
@@ -61,7 +63,7 @@ def attribute(kind: str, text: str, target: Spelling, small: Spelling, alignment
         float(mapped.mean()),
         float(np.mean([not window.all() for window in windows])),
         float(np.mean(taken_back)),
-        float(np.mean(_attributed(ids, target, small, alignment))),
+        float(np.mean(_attributed(ids, target, small, alignment, followed))),
     )
 
 
@@ -73,12 +75,14 @@ def _rollbacks(ids: Sequence[int], target: Spelling, small: Spelling) -> list[bo
     return [after[: len(before)] != before for before, after in pairwise(read)]
 
 
-def _attributed(ids: Sequence[int], target: Spelling, small: Spelling, alignment: Alignment) -> list[bool]:
+def _attributed(
+    ids: Sequence[int], target: Spelling, small: Spelling, alignment: Alignment, followed: int
+) -> list[bool]:
     """Of each of the first tokens, whether the mass of the small model's true next token is counted towards it."""
-    text = target.spell(ids[: _FOLLOWED + _BEHIND])
+    text = target.spell(ids[: followed + _BEHIND])
     follower = AlignedModel(alignment, Follower(small, text.decode(errors="ignore")))
     right = []
-    for id_ in ids[:_FOLLOWED]:
+    for id_ in ids[:followed]:
         masses = np.nan_to_num(follower.masses(), nan=-np.inf)
         right.append(bool(masses[id_] > np.log(0.5)))
         follower.push(id_)

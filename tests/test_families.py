@@ -100,7 +100,7 @@ async def answers(service: LocalService, requests: list[Generate]) -> list[list[
 
 async def test_drafts_of_another_family_change_no_token(folder: Path, engines: Mapping[Role, Engine]) -> None:
     async with local_service(drafting(folder), engines) as service:
-        requests = company(service, 36)
+        requests = company(service)
         expected = await answers(service, drafts(requests, 0))
         decoded = await decode_all(service.coordinators[0], drafts(requests))
         assert tokens(decoded) == expected

@@ -13,7 +13,7 @@ import pytest
 from actors.tokenizer import RoleTokenizer
 from benchmarks.alignment import COLUMNS, Comparison, Pair, divergence, log_softmax
 from benchmarks.alignment_oracle import Floats, Oracle, Place
-from benchmarks.attribution import attribute
+from benchmarks.attribution import FOLLOWED, attribute
 from benchmarks.corpora import Corpus, corpora, mathematics, mixture, reasoning
 from benchmarks.real_tokenizers import (
     LLAMA_SPLIT,
@@ -272,7 +272,7 @@ GATE = {
     ("pieces", "single"): ((0.9875, 0.1795), (1.0, 0.2539), (0.93, 0.3971)),
     ("single", "pieces"): ((0.975, 0.0081), (0.9725, 0.0256), (0.69, 0.1955)),
     ("Llama 3", "Qwen"): ((1.0, 0.0), (1.0, 0.0), (1.0, 0.0)),
-    ("Mistral", "Qwen"): ((0.995, 0.0575), (0.965, 0.0357), (1.0, 0.1434)),
+    ("Mistral", "Qwen"): ((0.9923, 0.0575), (0.9692, 0.0357), (1.0, 0.1434)),
     ("Tekken", "Qwen"): ((1.0, 0.0045), (1.0, 0.0), (1.0, 0.019)),
     ("Qwen", "Llama 3"): ((1.0, 0.2161), (1.0, 0.2236), (1.0, 0.0)),
 }
@@ -286,7 +286,8 @@ def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: s
         pytest.skip("the package of a published tokenizer is not installed")
     pair = Pair("", known[target], known[small], generated())
     for (kind, corpus), (attributed, taken_back) in zip(generated().items(), GATE[target, small], strict=True):
-        found = attribute(kind, corpus.held_out, pair.ours, pair.theirs, pair.alignment)
+        followed = 130 if target in LOADERS else FOLLOWED  # rows of published vocabularies take long
+        found = attribute(kind, corpus.held_out, pair.ours, pair.theirs, pair.alignment, followed)
         assert found.attributed >= attributed - 0.005, kind
         assert found.rollbacks <= taken_back + 0.005, kind
         if {target, small} == {"grouped", "single"} and kind == "reasoning":
