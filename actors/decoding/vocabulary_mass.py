@@ -130,7 +130,9 @@ class Events:
     """One small model's part of a block: log-probabilities of the candidates as events."""
 
     def __init__(self, tables: Tables, ids: Ids, inside: NDArray[np.bool_], heard: Sequence[Heard]) -> None:
-        self._ids, self._inside, self._meant = ids, inside, tables.meant
+        self._ids = ids
+        self._meant = tables.meant[np.where(inside, ids, 0)]
+        self._lone = inside & (self._meant != ids)
         counts = np.zeros(ids.size, np.int64)
         self.tokens, counts[inside.reshape(-1)] = tables.events.take(ids[inside])
         self.at = np.repeat(np.arange(len(ids)), counts.reshape(ids.shape).sum(1))
@@ -201,24 +203,29 @@ class Events:
             return np.full(own.shape, np.nan)
         weight, nexts, across = weighed
         masses = own + weight
-        ids, meant = self._ids[row], self._meant[np.where(self._inside[row], self._ids[row], 0)]
-        _add(masses, self._inside[row], ids, nexts, across)
-        whole = straddled.whole[straddled.nexts >= 0]
-        _add(masses, self._inside[row] & (meant != ids), meant, nexts[whole], across[whole])
+        _add(masses, _summed(self._ids[row], nexts, across))
+        if (lone := np.flatnonzero(self._lone[row])).size:
+            heard, which = np.unique(self._meant[row, lone], return_inverse=True)
+            whole = straddled.whole[straddled.nexts >= 0]
+            shared = np.full(len(masses), -np.inf)
+            shared[lone] = _summed(heard, nexts[whole], across[whole])[which]
+            _add(masses, shared)
         return masses
 
 
-def _add(masses: Floats, where: NDArray[np.bool_], ids: Ids, nexts: Ids, across: Floats) -> None:
-    """Add to the masses [W] of the ids [W] those of straddlers [n] that go on with them, where that is wanted."""
-    if not len(nexts):
-        return
-    order = np.argsort(nexts, kind="stable")
-    nexts, across = nexts[order], across[order]
-    first = np.flatnonzero(np.diff(nexts, prepend=-1))
-    nexts, across = nexts[first], np.logaddexp.reduceat(across, first)
-    found = np.minimum(np.searchsorted(nexts, ids), len(nexts) - 1)
-    here = np.flatnonzero(where & (nexts[found] == ids))
-    masses[here] = np.logaddexp(np.where(np.isnan(masses[here]), -np.inf, masses[here]), across[found[here]])
+def _summed(ids: Ids, nexts: Ids, across: Floats) -> Floats:
+    """[W] by ascending id the log-probabilities [n] of straddlers that go on with it, together; -inf for none."""
+    summed = np.full(len(ids), -np.inf)
+    places = np.minimum(np.searchsorted(ids, nexts), len(ids) - 1)
+    here = ids[places] == nexts
+    np.logaddexp.at(summed, places[here], across[here])
+    return summed
+
+
+def _add(masses: Floats, more: Floats) -> None:
+    """Add probabilities [W], -inf for none, to masses that may be NaN."""
+    here = np.flatnonzero(more > -np.inf)
+    masses[here] = np.logaddexp(np.where(np.isnan(masses[here]), -np.inf, masses[here]), more[here])
 
 
 class AlignedBlock(Block):
