@@ -21,7 +21,7 @@ from cluster.launch import OBJECT_STORE_BYTES, SETTINGS, free_port
 ROOT = Path(__file__).parent.parent
 APPLICATION = "thinklogit"
 REPLICA = f"ServeReplica:{APPLICATION}:"
-READY_S = 120.0  # two busy cores start six processes
+READY_S = 240.0  # two busy cores start six processes, for each set of adapters anew
 
 
 def trio_args() -> dict[str, Any]:
