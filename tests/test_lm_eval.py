@@ -127,18 +127,22 @@ async def test_the_guided_model_is_scored_and_generates(trio_engines: Mapping[Ro
         both = {"base_url": f"{address}/completions", "tokenizer": WEIGHTS / "target", "max_length": 512}
         both |= {"batch_size": 3, "add_bos_token": False}
         chat = {"model": "demo", "base_url": f"{address}/chat/completions"}
-        told, told_in_chat = await asyncio.gather(
+        told, alone, told_in_chat = await asyncio.gather(
             evaluated("local-completions", texts, "scored", "generated", model="demo", **both),
+            evaluated("local-completions", texts, "scored", "generated", model="demo/target", **both),
             evaluated("local-chat-completions", chats, "generated", **chat),
         )
         # What the client sends are its own tokens: its class splits digits otherwise than the service's.
         tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "target")
         assert tokenizer.encode(" 2") != service.tokenizers["target"].encode(" 2")
-    found = [float(resp[0][0]) for sample in told["scored"][1] for resp in sample["resps"]]
-    np.testing.assert_allclose(found, loglikelihoods(tokenizer, scored, 1.0), atol=CLOSE)
-    assert np.abs(np.array(found) - loglikelihoods(tokenizer, scored, 0.0)).min() > CLOSE
+    found = {}
+    for alpha, what in ((1.0, told), (0.0, alone)):
+        found[alpha] = [float(resp[0][0]) for sample in what["scored"][1] for resp in sample["resps"]]
+        np.testing.assert_allclose(found[alpha], loglikelihoods(tokenizer, scored, alpha), atol=CLOSE)
+    assert np.abs(np.array(found[1.0]) - np.array(found[0.0])).min() > CLOSE
     (figures, said), (figures_of_chat, said_in_chat) = told["generated"], told_in_chat["generated"]
-    assert figures["exact_match,last"] == figures_of_chat["exact_match,last"] > 0.8  # the target alone: below .5
+    assert figures["exact_match,last"] == figures_of_chat["exact_match,last"] > 0.8
+    assert alone["generated"][0]["exact_match,last"] < 0.5  # the claim of the method, as lm-eval measures it
     assert [sample["resps"] for sample in said_in_chat] == [sample["resps"] for sample in said]
 
 
