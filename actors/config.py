@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from actors.decoding.guidance import Guidance
-from actors.decoding.parameters import Sampling, Thinking
-from actors.requests import ROLES, Role
+from actors.api.generation import ROLES, Role
+from actors.api.guidance import Guidance
+from actors.api.sampling_params import Sampling, Thinking
 
 
 class ConfigError(ValueError):
@@ -45,7 +45,7 @@ class RequestReplicas(Replicas):
 
 
 class ModelReplicas(Replicas):
-    """Replicas of a model role, which sessions reach over sockets: counted by cache and extends (actors.scaling)."""
+    """Replicas of a model role: scaled by cache use and waiting extends (actors.serve.autoscaling)."""
 
     target_cache: float = Field(0.7, gt=0, le=1)  # share of the cache in use; above it sessions soon evict one another
     target_waiting: float = Field(32, gt=0)  # extends that wait or run; above it a forward gets no better by width

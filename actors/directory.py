@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from actors.requests import ROLES, Role
+from actors.api.generation import ROLES, Role
 
 HEARTBEAT_S = 1.0  # how often a replica says that it is there
 EXPIRY_S = 4.0  # silence after which it is forgotten: three missed heartbeats and a slow fourth

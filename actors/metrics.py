@@ -1,7 +1,7 @@
 """What the service tells of itself: the table of all metrics, and the plain objects that count.
 
 Whoever works updates its own `Recorder`, once a turn, a forward or a message and not once a token where that can be.
-The shells publish recorders through Ray (`actors.exporting`), the router shows its own at /metrics.
+The shells publish recorders through Ray (`actors.serve.ray_metrics`), the router shows its own at /metrics.
 """
 
 from __future__ import annotations

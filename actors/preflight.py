@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.chat_template import ChatTemplateError
+from actors.api.generation import ROLES, Role
 from actors.config import ConfigError, ServiceConfig
-from actors.decoding.readers import Alignment
-from actors.languages import small_maps
-from actors.requests import ROLES, Role
-from actors.spelling import SpellingError
-from actors.tokenizer import RoleTokenizer, TokenizerError
+from actors.decoding.cross_vocab.translators import Alignment
+from actors.text.chat_template import ChatTemplateError
+from actors.text.token_bytes import SpellingError
+from actors.text.tokenizer import RoleTokenizer, TokenizerError
+from actors.text.vocabularies import small_maps
 
 SMALL_ROLES: tuple[Role, ...] = ("guider", "guider_base")
 _CONVERSATION = [{"role": "user", "content": "Hello"}]

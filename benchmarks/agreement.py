@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config
 
+from actors.api.generation import Role
 from actors.engine.dummy import dummy_model
-from actors.requests import Role
 from benchmarks.shapes import POSITIONS, Shape
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.decoding.candidates import Floats, Slice
-from actors.decoding.readers import AlignedReader, Alignment
+from actors.decoding.cross_vocab.logprobs import Events, Heard, Straddled
+from actors.decoding.cross_vocab.translators import AlignedReader, Alignment
 from actors.decoding.stream import Stream
-from actors.decoding.vocabulary_mass import Events, Heard, Straddled
 
 LanguageModel = Callable[[Sequence[int]], Floats]  # tokens so far -> the next one's logits [role width]
 

@@ -34,16 +34,16 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from actors.alignments import align
-from actors.decoding.readers import Alignment
-from actors.tokenizer import RoleTokenizer
+from actors.decoding.cross_vocab.translators import Alignment
+from actors.text.alignment_cache import align
+from actors.text.tokenizer import RoleTokenizer
 from benchmarks.aligned import AlignedModel
 from benchmarks.alignment_costs import Costs, measure_costs
 from benchmarks.alignment_oracle import Oracle, Place
 from benchmarks.attribution import Attribution, attribute
 from benchmarks.corpora import Corpus, corpora, mixture
 from benchmarks.real_tokenizers import real_tokenizers
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.spelling import Spelling
 from benchmarks.trained_tokenizers import ONE_DIGIT, THREE_DIGITS, byte_pairs, unigram
 from benchmarks.trigrams import UNKNOWN, Trigrams

@@ -10,10 +10,10 @@ from typing import ClassVar
 import numpy as np
 
 from actors.decoding.candidates import Floats, Ids, Slice
-from actors.decoding.readers import Alignment
-from actors.decoding.vocabulary_mass import Events, Heard
-from actors.decoding.vocabulary_reading import Reading
-from actors.decoding.vocabulary_tables import Roles, build_tables
+from actors.decoding.cross_vocab.logprobs import Events, Heard
+from actors.decoding.cross_vocab.retokenizer import Reading
+from actors.decoding.cross_vocab.tables import Roles, build_tables
+from actors.decoding.cross_vocab.translators import Alignment
 
 CANDIDATES = 64
 K = 128  # ids of a slice

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.decoding.readers import Alignment
+from actors.decoding.cross_vocab.translators import Alignment
 from benchmarks.aligned import AlignedModel
 from benchmarks.spelling import Spelling
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from actors.process import on_passing_thread
-from actors.requests import ROLES, Role
+from actors.api.generation import ROLES, Role
+from actors.replica.process import on_passing_thread
 from benchmarks.agreement import agreeing_model
-from benchmarks.local import WEIGHTS
 from benchmarks.shapes import Shape
+from tests.support.local_service import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,18 +28,18 @@ from typing import Any
 import uvloop
 from rich.table import Table
 
+from actors.api.generation import ROLES, Finished
 from actors.config import ServiceConfig
-from actors.replica_stats import ReplicaStats
-from actors.requests import ROLES, Finished
+from actors.replica.stats import ReplicaStats
 from benchmarks.baselines import Task
 from benchmarks.exchange import Unfinished
-from benchmarks.front import CoordinatorWorker
-from benchmarks.local import decode
+from benchmarks.http_server import CoordinatorWorker
 from benchmarks.processes import Launch, ModelWorker, Worker, launcher
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES, Shape, cache_tokens, service_config
 from benchmarks.tasks import first, tasks
 from benchmarks.workers import request
+from tests.support.local_service import decode
 
 SESSIONS = 64
 COORDINATORS = (1, 2, 4)

@@ -34,7 +34,7 @@ from rich.table import Table
 from actors.config import ServiceConfig
 from benchmarks.baselines import Baselines, Decoded, Task
 from benchmarks.processes import Launch, LauncherName, Worker, launcher
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES, Shape, cache_tokens, service_config
 from benchmarks.tasks import first, tasks
 from benchmarks.workers import Mode, Phases, Served, Service, service

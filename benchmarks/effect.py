@@ -16,17 +16,17 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from actors.decoding.guidance import Guidance
-from actors.decoding.parameters import Sampling, Thinking
-from actors.requests import ROLES, Finished, Generate, Role
-from actors.tokenizer import RoleTokenizer
-from benchmarks.local import WEIGHTS, Answer, LocalService, decode, load_engines, local_service, trio_config
+from actors.api.generation import ROLES, Finished, Generate, Role
+from actors.api.guidance import Guidance
+from actors.api.sampling_params import Sampling, Thinking
+from actors.text.tokenizer import RoleTokenizer
 from benchmarks.one_to_one import OneToOne
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from cluster.demo.markup import Markup
 from cluster.demo.other_tokenizer import MARKUP as OTHER_MARKUP
 from cluster.demo.task import Question, grade, questions
 from cluster.demo.tokenizer import MARKUP
+from tests.support.local_service import WEIGHTS, Answer, LocalService, decode, load_engines, local_service, trio_config
 
 Mode = Literal["target", "guider", "guider_base", "guided", "guided_dpo", "one_to_one"]
 MODES: tuple[Mode, ...] = (*ROLES, "guided")

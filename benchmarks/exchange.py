@@ -26,19 +26,19 @@ import uvloop
 from ray.actor import ActorHandle
 from rich.table import Table
 
+from actors.api.generation import ROLES, Finished, Role
 from actors.config import ServiceConfig
-from actors.coordinator import Coordinator
+from actors.coordinator.coordinator import Coordinator
 from actors.directory import Endpoint
-from actors.process import collect_rarely
-from actors.replica import ModelReplica, ReplicaSettings
-from actors.replica_stats import ReplicaStats
-from actors.requests import ROLES, Finished, Role
-from actors.tokenizer import RoleTokenizer, TextStream
-from benchmarks.local import decode
+from actors.replica.process import collect_rarely
+from actors.replica.replica import ModelReplica, ReplicaSettings
+from actors.replica.stats import ReplicaStats
+from actors.text.tokenizer import RoleTokenizer, TextStream
 from benchmarks.null_engine import PUBLISHED_WIDTH
-from benchmarks.report import arguments, console, progress, publish
-from benchmarks.tails import Tail, TailEngine, TailStream
-from benchmarks.wide import guided_request, wide_config
+from benchmarks.results_file import arguments, console, progress, publish
+from benchmarks.synthetic_models import guided_request, wide_config
+from benchmarks.synthetic_rows import Tail, TailEngine, TailStream
+from tests.support.local_service import decode
 
 SESSIONS = (1, 64)
 STEPS = {1: 400, 64: 60}  # of each session in a round

@@ -19,15 +19,15 @@ from typing import Any
 
 from rich.table import Table
 
+from actors.api.generation import ROLES, Finished, Role
+from actors.api.sampling_params import Sampling
 from actors.config import ServiceConfig
-from actors.decoding.parameters import Sampling
-from actors.forward import Engine
-from actors.model import load_role
-from actors.requests import ROLES, Finished, Role
+from actors.replica.build import load_role
+from actors.replica.engine_thread import Engine
 from benchmarks.effect import OTHER_TARGET, Unfinished, request
-from benchmarks.local import LocalService, decode, load_engines, local_service, trio_config
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from cluster.demo.task import questions
+from tests.support.local_service import LocalService, decode, load_engines, local_service, trio_config
 
 SESSIONS = (1, 64)
 STEPS = {1: 120, 64: 40}

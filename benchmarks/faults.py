@@ -2,8 +2,8 @@
 
     python -m benchmarks.faults [--rounds 20] [--replicas 1|2] [--streams 16] [--tokens 400 1000] [--seed 0] [--save]
 
-Three nodes on this machine in `exact` mode (benchmarks.killing), `streams` streams over HTTP at any time, each held
-against the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random times:
+Three nodes on this machine in `exact` mode (benchmarks.kill_harness), `streams` streams over HTTP at any time, each
+held against the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random times:
 three quarters of them where two replicas of each model and of the coordinator live, the others where there is one (or
 all as --replicas says). A kind is killed only when all its processes serve, and nobody while a stream is silent; kills
 of different kinds fall into one another's recovery.
@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.killing import KINDS, READY_S, Killed, Kind, ServedCluster, served_cluster, service_config
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.kill_harness import KINDS, READY_S, Killed, Kind, ServedCluster, served_cluster, service_config
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.steady_streams import Case, Reading, Streams, cases, requests
 
 PAUSE_S = (0.5, 2.5)  # between two kills at least

@@ -22,23 +22,23 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from actors.api.generation import ROLES, Generate, Role
+from actors.api.guidance import Guidance
+from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
+from actors.coordinator.session import Live
 from actors.decoding.arithmetic import Floats
 from actors.decoding.decision import Decisions
-from actors.decoding.guidance import Guidance
-from actors.decoding.parameters import Sampling, Thinking
-from actors.forward import Engine
-from actors.live import Live
 from actors.preflight import load_tokenizers
-from actors.requests import ROLES, Generate, Role
-from actors.tokenizer import RoleTokenizer
-from benchmarks.local import decode, load_engines, local_service, trio_config
+from actors.replica.engine_thread import Engine
+from actors.text.tokenizer import RoleTokenizer
 from benchmarks.lockstep import Lockstep
-from benchmarks.report import arguments, console, progress, publish
-from benchmarks.tails import Tail, TailEngine, TailStream
-from benchmarks.wide import guided_request, wide_config
+from benchmarks.results_file import arguments, console, progress, publish
+from benchmarks.synthetic_models import guided_request, wide_config
+from benchmarks.synthetic_rows import Tail, TailEngine, TailStream
 from cluster.demo.task import Question, questions
 from cluster.demo.tokenizer import MARKUP
+from tests.support.local_service import decode, load_engines, local_service, trio_config
 
 K = 128
 TRIO_KS = (8, 16, K)

@@ -27,14 +27,14 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.local import WEIGHTS
 from benchmarks.preference import HOPS, WHERE, Measured, Trio
-from benchmarks.report import arguments, console, publish
+from benchmarks.results_file import arguments, console, publish
 from cluster.demo.lessons import Curriculum, Reader
 from cluster.demo.task import answer_in, known_facts
 from cluster.demo.tokenizer import MARKUP, build
 from cluster.demo.train import Recipe, fit
 from cluster.jobs.statistics import Floats, Interval, pass_at_1
+from tests.support.local_service import WEIGHTS
 
 STEPS, PROMPTS, EACH = 100, 16, 8  # of reinforcement: steps, and in each so many questions with so many answers
 RATE = 2e-4

@@ -25,20 +25,20 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.coordinator import Coordinator
+from actors.api.generation import Generate
+from actors.coordinator.coordinator import Coordinator
 from actors.preflight import load_tokenizers
-from actors.requests import Generate
-from benchmarks.local import decode
 from benchmarks.processes import launcher
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES, service_config
 from benchmarks.workers import service
-from cluster.jobs.asking import Asker
+from cluster.jobs.client import Asker
 from cluster.jobs.config import Evaluation, checked
 from cluster.jobs.connecting import Connection, connected
 from cluster.jobs.evaluate import evaluate
 from cluster.jobs.results import Results
 from cluster.jobs.workload import Workload, load_workload
+from tests.support.local_service import decode
 
 CACHE_TOKENS = 65_536
 

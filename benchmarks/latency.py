@@ -31,12 +31,12 @@ from typing import Any
 import uvloop
 from rich.table import Table
 
-from actors.requests import ROLES
+from actors.api.generation import ROLES
 from benchmarks.baselines import Task
 from benchmarks.decode import WARM_TOKENS, Plan
 from benchmarks.hosts import Host, Network, hosts
 from benchmarks.processes import Launch, Worker, launcher
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES
 from benchmarks.tasks import first
 from benchmarks.workers import Mode, Served, Service, service

@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actors.api.generation import Generate, Role
 from actors.config import ServiceConfig
-from actors.deciding import Chosen, Decider, Judged, Wider
+from actors.coordinator.draft_planner import Planner
+from actors.coordinator.exchange import Exchange
+from actors.coordinator.replica_pool import Replica
+from actors.coordinator.session import Live
+from actors.coordinator.verification import Chosen, Decider, Judged, Wider
+from actors.coordinator.window import Window
 from actors.decoding.arithmetic import Floats
 from actors.decoding.decision import Decisions
 from actors.decoding.session import Session
 from actors.directory import Endpoint
-from actors.exchange import Exchange
-from actors.forward import Engine, run_forward
-from actors.languages import Languages
-from actors.links import Replica
-from actors.live import Live
-from actors.ownership import Ledger
-from actors.pending import Part, Pending
-from actors.planning import Planner
-from actors.requests import Generate, Role
-from actors.rows import RowDesk
-from actors.tokenizer import RoleTokenizer
-from actors.window import Window
+from actors.replica.engine_thread import Engine, run_forward
+from actors.replica.leases import Ledger
+from actors.replica.lookups import RowDesk
+from actors.replica.scheduler import Part, Pending
+from actors.text.tokenizer import RoleTokenizer
+from actors.text.vocabularies import Languages
 from actors.wire.columns import extend_items
 from actors.wire.framing import HEADER, MAC_BYTES
 from actors.wire.link import Limits

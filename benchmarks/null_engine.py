@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actors.decoding.hashing import derive_seed, extend_hashes
 from actors.engine.errors import BadExtend
-from actors.engine.verbs import BLOCK, CacheStats, Extend, Full, Held, KVMiss, Outcome
+from actors.engine.interface import BLOCK, CacheStats, Extend, Full, Held, KVMiss, Outcome
 
 PUBLISHED_WIDTH = 152_064  # of the published target
 
@@ -104,7 +104,7 @@ class NullRows:
 
 
 class NullEngine:
-    """An engine (`actors.forward.Engine`) without a model. cache_tokens: of all sessions together."""
+    """An engine (`actors.replica.engine_thread.Engine`) without a model. cache_tokens: of all sessions together."""
 
     exact = True
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from actors.api.generation import ROLES, Role
 from actors.config import ServiceConfig
 from actors.preflight import load_tokenizers
-from actors.requests import ROLES, Role
 from benchmarks.spelling import Spelling
 
 

@@ -28,14 +28,14 @@ from typing import Any, Literal, TypeAlias
 import uvloop
 from rich.table import Table
 
-from actors.requests import ROLES
+from actors.api.generation import ROLES
 from benchmarks.crowd_client import CrowdClient, Phase
-from benchmarks.front import Front
-from benchmarks.local import WEIGHTS, trio_config
+from benchmarks.http_server import Front
 from benchmarks.processes import ModelWorker, Worker, launcher
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES
 from cluster.demo.task import questions
+from tests.support.local_service import WEIGHTS, trio_config
 
 Load: TypeAlias = Literal["capacity", "overloaded", "obeying", "unequal"]
 LOADS: tuple[Load, ...] = ("capacity", "overloaded", "obeying", "unequal")

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.report import RESULTS, publish
+from benchmarks.results_file import RESULTS, publish
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of what draws

@@ -30,8 +30,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from actors.engine.loader import ModelSource, load_model
-from benchmarks.local import WEIGHTS
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from cluster.demo import tokenizer as trio_tokenizer
 from cluster.demo.accuracy import Term, guided, replies
 from cluster.demo.task import Question, Split, grade, questions
@@ -41,6 +40,7 @@ from cluster.jobs.preferences import run as make_pairs
 from cluster.jobs.statistics import Floats, Interval, difference
 from cluster.jobs.train_dpo import train
 from cluster.launch import local_ray
+from tests.support.local_service import WEIGHTS
 
 CONFIGS = Path("cluster/jobs/configs/dpo")
 HOPS = (2, 3, 4, 5)

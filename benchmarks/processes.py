@@ -19,13 +19,13 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import uvloop
 
+from actors.api.generation import Role
 from actors.config import ServiceConfig
 from actors.directory import Endpoint
-from actors.model import load_role, serve_role
-from actors.process import SPIN, collect_rarely, on_passing_thread
-from actors.replica_stats import ReplicaStats
-from actors.requests import Role
-from actors.tokenizer import RoleTokenizer
+from actors.replica.build import load_role, serve_role
+from actors.replica.process import SPIN, collect_rarely, on_passing_thread
+from actors.replica.stats import ReplicaStats
+from actors.text.tokenizer import RoleTokenizer
 from benchmarks.shapes import Shape
 
 LauncherName: TypeAlias = Literal["processes", "ray"]

@@ -25,7 +25,7 @@ import uvloop
 
 from benchmarks.baselines import Task
 from benchmarks.processes import LauncherName, launcher
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES, Shape, cache_tokens, service_config
 from benchmarks.tasks import first, tasks
 from benchmarks.workers import Service, service

@@ -22,17 +22,17 @@ import httpx
 import numpy as np
 from rich.table import Table
 
+from actors.api.generation import Role
 from actors.config import ServiceConfig
-from actors.forward import Engine
-from actors.model import load_role
-from actors.requests import Role
-from actors.tokenizer import RoleTokenizer
+from actors.replica.build import load_role
+from actors.replica.engine_thread import Engine
+from actors.text.tokenizer import RoleTokenizer
 from benchmarks.cpu_time import busy_seconds
-from benchmarks.local import trio_config
 from benchmarks.null_engine import NullEngine
-from benchmarks.report import arguments, console, progress, publish
+from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.sse_client import Stream, read_all
 from cluster.launch import running_service
+from tests.support.local_service import trio_config
 
 if TYPE_CHECKING:
     from actors.engine.loader import LoadProgress

@@ -10,9 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
+from actors.api.generation import ROLES, Role
 from actors.config import ServiceConfig, load_config
-from actors.requests import ROLES, Role
-from benchmarks.local import WEIGHTS
+from tests.support.local_service import WEIGHTS
 
 POSITIONS = 1 << 17
 Sizes = Mapping[str, int]

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from benchmarks.faults import Disturbed, Killer
-from benchmarks.killing import DEPLOYMENTS, KINDS, ServedCluster, await_whole, served_cluster, service_config
-from benchmarks.report import arguments, console, publish
+from benchmarks.kill_harness import DEPLOYMENTS, KINDS, ServedCluster, await_whole, served_cluster, service_config
+from benchmarks.results_file import arguments, console, publish
 from benchmarks.steady_streams import Case, Streams, cases, requests
 
 CASES = 48

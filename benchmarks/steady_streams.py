@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import httpx
 
+from actors.api.generation import Finished, Role
 from actors.config import ServiceConfig
-from actors.requests import Finished, Role
-from actors.tokenizer import RoleTokenizer
-from benchmarks.local import decode, load_engines, local_service
+from actors.text.tokenizer import RoleTokenizer
 from cluster.demo.task import questions
-from router.convert import plan_chat
+from router.request_planning import plan_chat
 from router.schema import ChatRequest, parse
+from tests.support.local_service import decode, load_engines, local_service
 
 HANG_S = 150.0  # without a message, after which a stream counts as lost: longer than the service's own deadlines
 REFUSED_S = 0.5  # before a request that was refused is sent again

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from actors.api.generation import ROLES
 from actors.config import ServiceConfig
 from actors.preflight import load_tokenizers
-from actors.requests import ROLES
 from benchmarks.baselines import Task
 from benchmarks.shapes import Shape, spread
 from cluster.demo.task import questions

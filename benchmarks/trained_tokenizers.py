@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from actors.tokenizer import RoleTokenizer
+from actors.text.tokenizer import RoleTokenizer
 from benchmarks.real_tokenizers import LLAMA_SPLIT, QWEN_SPLIT, byte_level
 
 END = "<|end|>"

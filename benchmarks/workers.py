@@ -10,20 +10,20 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
+from actors.api.generation import ROLES, Finished, Generate, Role, Usage
+from actors.api.guidance import Guidance
+from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
-from actors.coordinator import Coordinator
-from actors.decoding.guidance import Guidance
-from actors.decoding.parameters import Sampling, Thinking
+from actors.coordinator.coordinator import Coordinator
 from actors.directory import Endpoint
 from actors.preflight import load_tokenizers
-from actors.process import collect_rarely
-from actors.replica_stats import ReplicaStats
-from actors.requests import ROLES, Finished, Generate, Role, Usage
+from actors.replica.process import collect_rarely
+from actors.replica.stats import ReplicaStats
 from benchmarks.baselines import Decoded, Task
 from benchmarks.exchange import Unfinished, connected
-from benchmarks.local import decode
 from benchmarks.processes import Launch, ModelWorker, Worker
 from benchmarks.shapes import Shape
+from tests.support.local_service import decode
 
 Mode: TypeAlias = Literal["guided", "guided_plain", "target", "target_drafted"]
 PLAIN: tuple[Mode, ...] = ("guided_plain", "target")

@@ -18,12 +18,12 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 
+from actors.api.generation import ROLES
 from actors.config import ConfigError, RouterConfig, ServiceConfig
 from actors.preflight import Finding, findings, load_tokenizers
-from actors.requests import ROLES
+from cluster.check_report import show
 from cluster.estimate import Estimate, disk_findings, estimate, free_disk, memory_findings
 from cluster.gpus import gpu_memory
-from cluster.report import show
 from cluster.serve_file import listening_host, read_service_config
 from cluster.weights import download
 from router.keys import Keys

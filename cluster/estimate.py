@@ -12,11 +12,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
 from actors.engine.sizing import cache_bytes_per_token, weight_bytes
 from actors.preflight import Finding, position_limit
-from actors.requests import Role
-from actors.tokenizer import RoleTokenizer
+from actors.text.tokenizer import RoleTokenizer
 from cluster.weights import Weights, WeightsError, cached_folder, local_weights, remote_bytes
 
 USABLE = 0.92  # of a GPU: the rest is the CUDA context, activations and rows in flight

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
+from actors.api.generation import ROLES
 from actors.config import ConfigError, Replicas, ServiceConfig
-from actors.requests import ROLES
 from cluster.serve_file import read_mapping, read_service_config
 
 SERVE_FILE = Path(__file__).parent / "serve_cluster.yaml"

@@ -12,8 +12,8 @@ import ray
 from ray import serve
 
 from actors.config import ServiceConfig
-from actors.deployments import Load
-from actors.model import load_role
+from actors.replica.build import load_role
+from actors.serve.deployments import Load
 from router.app import bind
 
 LOOPBACK = "127.0.0.1"

@@ -19,25 +19,25 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from actors.api.generation import Delta, Finished, Role
 from actors.config import ServiceConfig
 from actors.metrics import Recorder
-from actors.requests import Delta, Finished, Role
-from actors.tokenizer import RoleTokenizer
+from actors.text.tokenizer import RoleTokenizer
 from router import openapi
-from router.access import guard, refusal
+from router.auth import guard, refusal
 from router.backend import ApiError, Backend, BadRequest, TooLarge
 from router.chat import Tokenizers
 from router.context import longest
-from router.convert import Plan, client_of, plan_chat, plan_completion, served_as
-from router.event_stream import EventStream, explained
 from router.logprobs import Tokens
-from router.measuring import Exposition
+from router.metrics_endpoint import Exposition
 from router.playground import playground
-from router.records import LEFT, Record
+from router.request_log import LEFT, Record
+from router.request_planning import Plan, client_of, plan_chat, plan_completion, served_as
 from router.responses import Answer, ChatShape, CompletionShape, Json, Shape
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
+from router.sse import EventStream, explained
 from router.streams import ClientGone, Generations, joined, while_connected
-from router.texts import detokenized, tokenized
+from router.tokenize_api import detokenized, tokenized
 
 log = logging.getLogger(__name__)
 

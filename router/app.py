@@ -14,6 +14,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from actors.api.generation import Generate, Role, Told
 from actors.config import (
     CoordinatorConfig,
     ModelConfig,
@@ -23,7 +24,11 @@ from actors.config import (
     ServiceConfig,
     load_config,
 )
-from actors.deployments import (
+from actors.metrics import Recorder
+from actors.preflight import load_tokenizers, require_sound
+from actors.replica.build import load_role
+from actors.replica.process import collect_rarely
+from actors.serve.deployments import (
     DRAIN_S,
     CoordinatorShell,
     DirectoryShell,
@@ -32,15 +37,10 @@ from actors.deployments import (
     application_details,
     show_logs,
 )
-from actors.exporting import keep_exporting
-from actors.metrics import Recorder
-from actors.model import load_role
-from actors.preflight import load_tokenizers, require_sound
-from actors.process import collect_rarely
-from actors.requests import Generate, Role, Told
+from actors.serve.ray_metrics import keep_exporting
 from router.api import create_app
 from router.backend import Overloaded, Status, Unavailable
-from router.resume import Resuming
+from router.failover import Resuming
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -220,4 +220,4 @@ def _replicas(replicas: Replicas, **scaling: Any) -> dict[str, Any]:
 def _policy(replicas: ModelReplicas) -> dict[str, Any]:
     """What a model role is scaled by. Serve pickles the class by value where the application is built."""
     targets = replicas.model_dump(include={"target_cache", "target_waiting"})
-    return {"policy_function": "actors.scaling:LoadPolicy", "policy_kwargs": targets}
+    return {"policy_function": "actors.serve.autoscaling:LoadPolicy", "policy_kwargs": targets}

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.requests import Event, Generate, Rejected, Role, Told
+from actors.api.generation import Event, Generate, Rejected, Role, Told
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.chat_template import ChatTemplateError
-from actors.requests import Role
-from actors.tokenizer import RoleTokenizer, TokenizerError
+from actors.api.generation import Role
+from actors.text.chat_template import ChatTemplateError
+from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from router.backend import BadRequest
 from router.schema import ChatMessage, Conversation, ToolCall
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from actors.api.generation import Role
 from actors.config import ServiceConfig
-from actors.requests import Role
-from actors.tokenizer import RoleTokenizer
+from actors.text.tokenizer import RoleTokenizer
 from router.backend import BadRequest
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.requests import EXPLAINED, Candidates, PromptNote, TokenNote
-from actors.tokenizer import RoleTokenizer
+from actors.api.generation import EXPLAINED, Candidates, PromptNote, TokenNote
+from actors.text.tokenizer import RoleTokenizer
 
 Json = dict[str, Any]
 Note = TokenNote | PromptNote

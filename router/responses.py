@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from actors.requests import Delta, Finished, Usage
+from actors.api.generation import Delta, Finished, Usage
 from router.logprobs import Note, Tokens
 
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The requests' bodies: fields, types and neutral values. What the values mean is decided in `router.convert`."""
+"""Request bodies: fields, types and neutral values. Their meaning is decided in `router.request_planning`."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 from starlette.types import Receive
 
-from actors.requests import Delta, Finished, Generate, Rejected
+from actors.api.generation import Delta, Finished, Generate, Rejected
 from router.backend import ApiError, Backend, rejection
 
 INTERVAL_S = 0.05  # between two messages of a stream, so that a busy one costs 20 a second and choice at most

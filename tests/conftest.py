@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from actors.forward import Engine
-from actors.requests import Role
-from benchmarks.local import load_engines, trio_config
+from actors.api.generation import Role
+from actors.replica.engine_thread import Engine
+from tests.support.local_service import load_engines, trio_config
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from actors.api.generation import ROLES
 from actors.directory import EXPIRY_S, HEARTBEAT_S, Directory, Endpoint, Loading
-from actors.requests import ROLES
 
 
 class Clock:

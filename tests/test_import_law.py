@@ -1,6 +1,6 @@
 """Which module may know which: read from the source, so that a lazy import counts too.
 
-actors.config, actors.requests, actors.decoding  <-  actors.engine, actors.wire  <-  the rest of actors
+actors.config, actors.api.generation, actors.decoding  <-  actors.engine, actors.wire  <-  the rest of actors
 <-  router  <-  cluster
 """
 
@@ -18,15 +18,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LONGEST = 350  # lines of a module
 EVERYTHING = ("actors", "router", "cluster", "benchmarks")
-BOTTOM = ("actors.config", "actors.requests", "actors.decoding")
+BOTTOM = ("actors.config", "actors.api", "actors.decoding")
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "peft")
 # Processes other than a model's must start without torch, so the engine is imported where it is loaded.
 LAZY = {
-    "actors.model": {"actors.engine.loader", "actors.engine.parallel", "actors.engine.step_engine"},
-    "actors.deployments": {"actors.engine.parallel"},
+    "actors.replica.build": {"actors.engine.loader", "actors.engine.parallel", "actors.engine.step_engine"},
+    "actors.serve.deployments": {"actors.engine.parallel"},
 }
 # What a model says and is told, as plain data: no torch behind it.
-VERBS = ("actors.engine.verbs", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
+VERBS = ("actors.engine.interface", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
 MAY_USE_TORCH = (
     "actors.engine",
     "cluster.demo.train",
@@ -34,7 +34,7 @@ MAY_USE_TORCH = (
     *(f"cluster.jobs.dpo.{module}" for module in ("events", "scoring", "trainer", "fit")),
     "benchmarks",
 )
-MAY_USE_RAY = ("actors.deployments", "actors.exporting", "router.app", "cluster", "benchmarks")
+MAY_USE_RAY = ("actors.serve.deployments", "actors.serve.ray_metrics", "router.app", "cluster", "benchmarks")
 
 UNPICKLERS = (
     "pickle",
@@ -177,7 +177,9 @@ def test_every_lazy_import_that_is_allowed_is_used() -> None:
         assert imports(module) & lazy, f"{module} imports none of {sorted(lazy)}"
 
 
-@pytest.mark.parametrize("module", ["router.api", "actors.coordinator", "actors.replica", "actors.preflight"])
+@pytest.mark.parametrize(
+    "module", ["router.api", "actors.coordinator.coordinator", "actors.replica.replica", "actors.preflight"]
+)
 def test_a_process_that_computes_no_logits_starts_without_torch_and_ray(module: str) -> None:
     heavy = (*HEAVY, "ray")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"

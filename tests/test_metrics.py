@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from actors.coordinator_stats import CoordinatorMeter
-from actors.decoding.guidance import Guidance
-from actors.forward import Engine
+from actors.api.generation import ROLES, Role
+from actors.api.guidance import Guidance
+from actors.coordinator.stats import CoordinatorMeter
 from actors.metrics import METRICS, Histogram, Recorder, Series
-from actors.replica_stats import ReplicaMeter
-from actors.requests import ROLES, Role
-from benchmarks.local import LocalService, decode, local_service, trio_config
-from tests.coordinators import stage, within
-from tests.trio import LONG, TEXT, decode_all, finished, mixed_requests, request
-from tests.watched import Trio, until, watched
+from actors.replica.engine_thread import Engine
+from actors.replica.stats import ReplicaMeter
+from tests.support.coordinators import stage, within
+from tests.support.local_service import LocalService, decode, local_service, trio_config
+from tests.support.trio import LONG, TEXT, decode_all, finished, mixed_requests, request
+from tests.support.watched import Trio, until, watched
 
 Found = dict[tuple[str, ...], float]
 

@@ -9,7 +9,7 @@ import pytest
 
 from actors.config import ConfigError, ServiceConfig, load_config
 from actors.preflight import Finding, findings, load_tokenizers, position_limit, require_sound, session_limit
-from tests.local_ray import trio_args
+from tests.support.local_ray import trio_args
 
 
 def trio(**changes: Any) -> ServiceConfig:

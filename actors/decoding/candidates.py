@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.api.generation import Role
 from actors.decoding.vocabulary import Known
-from actors.requests import Role
 
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]

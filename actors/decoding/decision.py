@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.api.generation import EXPLAINED, Role, Scores
+from actors.api.sampling_params import Sampling
 from actors.decoding.arithmetic import Floats, RoleRows, combine, outside_estimate, total_variation
 from actors.decoding.candidates import Block
-from actors.decoding.parameters import Sampling
 from actors.decoding.sampling import choose_by, noise_of
 from actors.decoding.scoring import Scored
-from actors.requests import EXPLAINED, Role, Scores
 
 Adjust = Callable[[NDArray[np.int64], Floats], None]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.decoding.parameters import Sampling
+from actors.api.sampling_params import Sampling
 
 Ids = NDArray[np.int64]
 

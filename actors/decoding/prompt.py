@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.api.generation import PromptNote, Role
 from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
 from actors.decoding.candidates import Slice
 from actors.decoding.scoring import likeliest
 from actors.decoding.vocabulary import Known
-from actors.requests import PromptNote, Role
 
 
 def spread(slices: Sequence[Slice], known: Known, width: int) -> RoleRows:

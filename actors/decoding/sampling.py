@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.decoding.parameters import Sampling
+from actors.api.sampling_params import Sampling
 
 Floats = NDArray[np.float64]
 Ints = NDArray[Any]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.api.generation import Candidates, Scores
 from actors.decoding.arithmetic import Floats, RoleRows, log_total
 from actors.decoding.candidates import Ids
-from actors.requests import Candidates, Scores
 
 
 class Scored:

@@ -10,12 +10,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.api.generation import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
 from actors.decoding.answer import AnswerText, Shown
+from actors.decoding.cross_vocab.translators import Alignment, reader_of
 from actors.decoding.penalties import adjust, must_know, touches
-from actors.decoding.readers import Alignment, reader_of
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
-from actors.requests import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
 
 
 class TextStream(Protocol):

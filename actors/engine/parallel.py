@@ -24,12 +24,12 @@ from torch._C._distributed_c10d import TCPStore
 
 from actors.engine.digest import model_digest
 from actors.engine.errors import EngineError, LoadError
+from actors.engine.interface import Extend, Outcome
 from actors.engine.loader import Report, load_model
 from actors.engine.ranks import Followers, RanksLost, Recipe, Rendezvous, StartFollower
 from actors.engine.selfcheck import verify_engine
 from actors.engine.shards import LOOPBACK, device_kind, join_group, use_local_shares
 from actors.engine.step_engine import StepEngine
-from actors.engine.verbs import Extend, Outcome
 
 __all__ = ["FOLLOWED", "FollowerProcess", "ParallelEngine", "RanksLost", "Recipe", "Rendezvous", "StartFollower"]
 __all__ += ["follow", "load_parallel"]

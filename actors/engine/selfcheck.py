@@ -12,8 +12,8 @@ from actors.engine.attention import LayerCall, Ragged, Span
 from actors.engine.backends import Gathered, PerSession
 from actors.engine.errors import LoadError
 from actors.engine.inputs import Batch, Layout, upload
+from actors.engine.interface import Extend, Held
 from actors.engine.step_engine import StepEngine
-from actors.engine.verbs import Extend, Held
 
 _LENGTHS = {-1: 5, -2: 43}  # session keys and their tokens: ragged, and several tiles of exact mode together
 _CHUNKS = 2

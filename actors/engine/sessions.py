@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from actors.decoding.hashing import extend_hashes
+from actors.engine.interface import BLOCK, Extend, Full, KVMiss
 from actors.engine.kv_pool import KVPool
-from actors.engine.verbs import BLOCK, Extend, Full, KVMiss
 
 
 @dataclass(slots=True)

@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.engine.attention import AttentionBackend, Ragged, Span, StepAttention
+from actors.engine.batch_invariant import TILE, tile_linears
 from actors.engine.digest import model_digest
 from actors.engine.errors import BadExtend, EngineError, LoadError, RowGone, StepFailed
 from actors.engine.graphs import CapturedRunner, GraphBuckets, PlainRunner
 from actors.engine.heads import widen_head
 from actors.engine.inputs import Batch, Layout, upload
+from actors.engine.interface import CacheStats, Extend, Full, Held, KVMiss, Outcome
 from actors.engine.kv_pool import KVPool
-from actors.engine.packed import pack_linears
+from actors.engine.onednn_linear import pack_linears
 from actors.engine.registry import choose_backend
 from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, row_budget, values_at
 from actors.engine.sessions import SessionTable, seniority
-from actors.engine.tiles import TILE, tile_linears
-from actors.engine.verbs import CacheStats, Extend, Full, Held, KVMiss, Outcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

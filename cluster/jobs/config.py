@@ -20,8 +20,8 @@ from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from actors.api.guidance import Guidance
 from actors.config import ConfigError
-from actors.decoding.guidance import Guidance
 from cluster.jobs.sample import ALONE, MODES, Mode
 from cluster.serve_file import read_mapping
 

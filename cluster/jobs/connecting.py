@@ -23,7 +23,7 @@ from cluster.launch import LaunchError, running_service
 from cluster.serve_file import read_service_config
 from router.app import ServedCoordinators, bind
 from router.backend import Backend
-from router.resume import Resuming
+from router.failover import Resuming
 
 ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
 POLL_S = 0.5

@@ -10,11 +10,11 @@ from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from rich.table import Table
 
+from actors.api.generation import ROLES
 from actors.config import ConfigError, ModelConfig, ServiceConfig
-from actors.requests import ROLES
 from cluster.jobs.adapters import check_adapters
 from cluster.jobs.config import Evaluation
-from cluster.jobs.tasks import Task, TaskError, check_task
+from cluster.jobs.task_loading import Task, TaskError, check_task
 from cluster.jobs.workload import chosen_task
 from cluster.serve_file import read_service_config
 

@@ -27,20 +27,20 @@ from actors.config import ConfigError
 from actors.engine.errors import LoadError
 from actors.preflight import load_tokenizers
 from cluster.jobs.adapters import service_with
-from cluster.jobs.asking import Answer, Asker, Item, Unanswered
+from cluster.jobs.client import Answer, Asker, Item, Unanswered
 from cluster.jobs.config import AS_CONFIGURED, Evaluation, load_evaluation
 from cluster.jobs.connecting import Connection, connected, ready
 from cluster.jobs.dry_run import dry_run
+from cluster.jobs.evaluation_report import remove_report, write_report
 from cluster.jobs.grading import grade
-from cluster.jobs.lines import UnreadableLine
+from cluster.jobs.jsonl import UnreadableLine
 from cluster.jobs.math_process import GradingError
 from cluster.jobs.progress import Progress
-from cluster.jobs.report import remove_report, write_report
 from cluster.jobs.reproduction import reproduced
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.sample import Sample, Timing
 from cluster.jobs.summary import summarise
-from cluster.jobs.tasks import TaskError
+from cluster.jobs.task_loading import TaskError
 from cluster.jobs.workload import MAY_DIFFER, Workload, load_workload
 from cluster.launch import LaunchError
 

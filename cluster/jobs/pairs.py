@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pydantic import Field, field_validator
 
-from actors.requests import Role
+from actors.api.generation import Role
 from cluster.jobs.config import Section
 from cluster.jobs.sample import Mode, Sample
 

@@ -29,11 +29,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from actors.api.generation import ROLES
+from actors.api.guidance import Guidance
 from actors.config import ConfigError, ServiceConfig, load_config
-from actors.decoding.guidance import Guidance
 from actors.preflight import load_tokenizers
-from actors.requests import ROLES
-from cluster.jobs.asking import Item, sequence
+from cluster.jobs.client import Item, sequence
 from cluster.jobs.config import Arm, Evaluation, checked, validated
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.evaluate import guarded, sample

@@ -21,16 +21,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from actors.api.generation import Generate, Role
 from actors.config import ConfigError, ServiceConfig
 from actors.preflight import load_tokenizers
-from actors.requests import Generate, Role
-from actors.tokenizer import RoleTokenizer
-from cluster.jobs.asking import Answer, Asker
+from actors.text.tokenizer import RoleTokenizer
+from cluster.jobs.client import Answer, Asker
 from cluster.jobs.connecting import Connection, connected, ready
 from cluster.jobs.evaluate import guarded, until_stopped
 from cluster.jobs.sample import MODES, Mode
 from router.backend import ApiError
-from router.convert import plan_chat, plan_completion
+from router.request_planning import plan_chat, plan_completion
 from router.schema import ChatRequest, CompletionRequest, parse
 
 BEFORE, AFTER = 12, 12  # tokens shown on either side of the place where two answers part

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 
 import yaml
 
-from cluster.jobs.lines import LineFile, replace, rows
+from cluster.jobs.jsonl import LineFile, replace, rows
 from cluster.jobs.sample import Key, Sample, Timing
 
 _writing: set[Path] = set()  # folders that this process writes to: a record lock binds other processes only
@@ -79,7 +79,7 @@ class Results:
 
         config: plain data, as resolved; of a folder that has one, all must be equal but the dotted keys in
         `may_differ`, which change no sample. resume: False throws away what the folder holds. Raises InUse, OtherRun,
-        and UnreadableLine of `cluster.jobs.lines`.
+        and UnreadableLine of `cluster.jobs.jsonl`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()

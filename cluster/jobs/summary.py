@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from actors.api.generation import ROLES, Role
 from actors.config import ModelConfig
-from actors.requests import ROLES, Role
 from cluster.jobs.behaviours import Behaviours, behaviours
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.sample import ALONE, MODES, Mode, Sample

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from actors.requests import ROLES
+from actors.api.generation import ROLES
 from cluster.jobs.statistics import Interval
 from cluster.jobs.summary import AVERAGE, Score, Summary
 

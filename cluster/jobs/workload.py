@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from actors.api.generation import ROLES
 from actors.config import ConfigError, ServiceConfig
-from actors.requests import ROLES
 from cluster.jobs.adapters import check_adapters, digests
-from cluster.jobs.asking import Asker, Item
+from cluster.jobs.client import Asker, Item
 from cluster.jobs.config import AS_CONFIGURED, Arm, Evaluation, TaskChoice
 from cluster.jobs.results import ProblemRow
-from cluster.jobs.tasks import Problem, Task, load_task, problems
+from cluster.jobs.task_loading import Problem, Task, load_task, problems
 
 # What changes no sample: a run goes on under another of these.
 _PLACEMENT = ("cache_tokens", "prefill_chunk", "num_cpus", "num_gpus", "resources", "label_selector", "replicas")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.requests import ROLES, Role
+from actors.api.generation import ROLES, Role
 from benchmarks.agreement import agreeing_model
 from benchmarks.shapes import SHAPES
 

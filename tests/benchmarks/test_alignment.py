@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from actors.tokenizer import RoleTokenizer
+from actors.text.tokenizer import RoleTokenizer
 from benchmarks.alignment import COLUMNS, Comparison, Pair, divergence, log_softmax
 from benchmarks.alignment_oracle import Floats, Oracle, Place
 from benchmarks.attribution import FOLLOWED, attribute

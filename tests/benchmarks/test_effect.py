@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from actors.forward import Engine
-from actors.requests import Role
+from actors.api.generation import Role
+from actors.replica.engine_thread import Engine
 from benchmarks.effect import ADAPTER, MODES, measure, run, table
-from benchmarks.local import local_service, trio_config
+from tests.support.local_service import local_service, trio_config
 
 
 async def test_every_question_is_asked_in_every_mode_and_guidance_helps(trio_engines: Mapping[Role, Engine]) -> None:

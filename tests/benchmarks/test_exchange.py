@@ -4,9 +4,9 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.coordinator import Coordinator
+from actors.api.generation import ROLES
+from actors.coordinator.coordinator import Coordinator
 from actors.directory import Endpoint
-from actors.requests import ROLES
 from benchmarks.exchange import Bench, NullModel, StampedTokenizer, Timings, connected, null_config, table
 
 WIDTH, STEPS = 4_000, 30

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.cpu_time import descendants
 from benchmarks.faults import Disturbed, shares, summary
-from benchmarks.killing import Killed, service_config
+from benchmarks.kill_harness import Killed, service_config
 from benchmarks.soak import WARM_S, Memory, resident_mb
 from benchmarks.steady_streams import Case, Reading, StreamLost, cases, requests
 

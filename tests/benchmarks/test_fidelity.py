@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.api.generation import ROLES, Role
 from actors.config import ServiceConfig
-from actors.forward import Engine
 from actors.preflight import load_tokenizers
-from actors.requests import ROLES, Role
+from actors.replica.engine_thread import Engine
 from benchmarks.fidelity import (
     Fidelity,
     bytes_per_token,
@@ -20,11 +20,11 @@ from benchmarks.fidelity import (
     trio_requests,
     worst,
 )
-from benchmarks.local import trio_config
 from benchmarks.lockstep import Lockstep
-from benchmarks.tails import Tail, TailEngine, TailStream
-from benchmarks.wide import guided_request, wide_config
+from benchmarks.synthetic_models import guided_request, wide_config
+from benchmarks.synthetic_rows import Tail, TailEngine, TailStream
 from cluster.demo.task import questions
+from tests.support.local_service import trio_config
 
 WIDTH = 4_000
 

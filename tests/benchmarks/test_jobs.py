@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from actors.forward import Engine
-from actors.requests import Role
+from actors.api.generation import Role
+from actors.replica.engine_thread import Engine
 from benchmarks.jobs import Rates, direct, evaluation, job
-from benchmarks.local import local_service, trio_config
-from cluster.jobs.asking import Asker
+from cluster.jobs.client import Asker
 from cluster.jobs.connecting import Connection
 from cluster.jobs.results import Results
 from cluster.jobs.workload import load_workload
-from tests.jobs.local_backend import LocalBackend
+from tests.support.local_backend import LocalBackend
+from tests.support.local_service import local_service, trio_config
 
 
 async def test_a_job_answers_every_prompt_that_is_asked_directly(

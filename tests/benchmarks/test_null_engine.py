@@ -3,8 +3,8 @@ import pytest
 
 from actors.decoding.hashing import extend_hashes
 from actors.engine.errors import BadExtend
-from actors.engine.verbs import Extend, Full, Held, KVMiss
-from actors.forward import Engine
+from actors.engine.interface import Extend, Full, Held, KVMiss
+from actors.replica.engine_thread import Engine
 from benchmarks.null_engine import NullEngine, RowBank
 
 

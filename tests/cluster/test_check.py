@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.check import fetch, main
 from cluster.serve_file import read_service_config
-from tests.local_ray import ROOT
+from tests.support.local_ray import ROOT
 
 WEIGHTS = ROOT / "cluster" / "demo" / "weights"
 

@@ -20,12 +20,12 @@ from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, NodeTypeConfig
 from ray.serve.schema import ServeDeploySchema
 
+from actors.api.generation import ROLES, Role
 from actors.config import ModelConfig, ServiceConfig
-from actors.requests import ROLES, Role
 from cluster import drain, kuberay
 from cluster.estimate import Estimate, memory_findings
 from cluster.serve_file import read_service_config
-from tests.local_ray import ROOT, wait_until
+from tests.support.local_ray import ROOT, wait_until
 
 SCHEMAS = "THINKLOGIT_SCHEMAS"  # a folder with KubeRay's rayservice_v1.openapi.json
 CLOUDS = ("aws", "gcp")

@@ -11,7 +11,7 @@ import promql_parser as promql
 import pytest
 
 from actors.metrics import COMMON, METRICS, Metric
-from tests.local_ray import ROOT
+from tests.support.local_ray import ROOT
 
 DASHBOARD = json.loads((ROOT / "cluster" / "grafana.json").read_text(encoding="utf-8"))
 DOCS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 
 from actors.config import ConfigError
 from cluster.serve_file import read_service_config
-from tests.local_ray import ROOT
+from tests.support.local_ray import ROOT
 
 TEXT = (ROOT / "ray_config.yaml").read_text(encoding="utf-8")
 

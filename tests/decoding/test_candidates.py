@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from actors.api.generation import Role
 from actors.decoding.candidates import PADDING, Block, Proposal, Slice, blocks, rank
 from actors.decoding.vocabulary import Known
-from actors.requests import Role
 
 IDS = 200
 EVERY_ID = np.arange(IDS)

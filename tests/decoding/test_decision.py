@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from actors.api.generation import ROLES, Role
+from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import Block, Proposal, Slice
 from actors.decoding.decision import Decisions, Question, compare, decide
-from actors.decoding.parameters import Sampling
 from actors.decoding.penalties import adjust
 from actors.decoding.sampling import choose
 from actors.decoding.vocabulary import Known
-from actors.requests import ROLES, Role
 
 VOCABULARY = 300
 NOTHING = Known(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))

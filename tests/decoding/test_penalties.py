@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from actors.decoding.parameters import Sampling
+from actors.api.sampling_params import Sampling
 from actors.decoding.penalties import adjust, must_know, touches
 
 IDS = np.array([2, 5, 9, 30, 31, 77])

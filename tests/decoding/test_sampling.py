@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
+from actors.api.sampling_params import Sampling
 from actors.decoding.hashing import derive_seed, mix64, prefix_hash
-from actors.decoding.parameters import Sampling
 from actors.decoding.sampling import Floats, Ints, choose, filter_logits, gumbel, uniform
 
 SPAN = 1 << 32

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from actors.decoding.guidance import Guidance
+from actors.api.generation import Delta, Generate, Role, Scores
+from actors.api.guidance import Guidance
+from actors.api.sampling_params import Sampling, Thinking
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.parameters import Sampling, Thinking
 from actors.decoding.session import Language, Session, Spelling
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import Vocabulary, map_vocabulary
-from actors.requests import Delta, Generate, Role, Scores
-from tests.decoding.vocabularies import speller, text, vocabulary
+from tests.support.letter_vocabularies import speller, text, vocabulary
 
 END = "</think>"
 LETTER = text()

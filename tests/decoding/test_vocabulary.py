@@ -14,7 +14,7 @@ from actors.decoding.vocabulary import (
     marker_fold,
     own_map,
 )
-from tests.decoding.vocabularies import speller, text, vocabulary
+from tests.support.letter_vocabularies import speller, text, vocabulary
 
 END = "</think>"
 

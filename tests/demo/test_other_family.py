@@ -11,7 +11,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.tokenizer import RoleTokenizer
+from actors.text.tokenizer import RoleTokenizer
 from cluster.demo import other_tokenizer
 from cluster.demo import tokenizer as trio_tokenizer
 from cluster.demo.accuracy import Term, accuracy

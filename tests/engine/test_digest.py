@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from actors.engine.digest import model_digest
-from tests.engine.models import llama, qwen2
+from tests.support.tiny_models import llama, qwen2
 
 
 def test_the_same_model_has_the_same_digest_after_a_restart() -> None:

@@ -8,7 +8,7 @@ import torch
 from actors.engine.errors import LoadError
 from actors.engine.loader import ModelSource, load_engine, load_model
 from actors.engine.sizing import weight_bytes
-from tests.engine.models import ARCHITECTURES, Driver, tokens
+from tests.support.tiny_models import ARCHITECTURES, Driver, tokens
 
 
 def dummy(folder: Path, architecture: str, dtype: str = "auto") -> ModelSource:

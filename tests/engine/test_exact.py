@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from actors.engine.errors import LoadError
+from actors.engine.interface import BLOCK, KEEP_ALL
 from actors.engine.step_engine import Held, KVMiss, StepEngine
-from actors.engine.verbs import BLOCK, KEEP_ALL
-from tests.engine.models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
+from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 
 SESSIONS = 5
 PROMPTS = {session: tokens(9 + 11 * session, 100 + session) for session in range(SESSIONS)}

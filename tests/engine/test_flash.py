@@ -13,7 +13,7 @@ from actors.engine.attention import LayerCall, Ragged, Span
 from actors.engine.backends import Gathered
 from actors.engine.flash import FlashAttention, flash_supported
 from actors.engine.inputs import Batch, Layout
-from tests.engine.varlen import emulated_flash
+from tests.support.varlen import emulated_flash
 
 POOL = 400
 

@@ -16,8 +16,8 @@ from actors.engine.graphs import MAX_SEQUENCES, CapturedRunner, CaptureFailed, G
 from actors.engine.inputs import Batch, Layout
 from actors.engine.registry import BACKENDS, BackendEntry
 from actors.engine.step_engine import StepEngine
-from tests.engine.models import Driver, qwen2, tokens, wide_heads
-from tests.engine.varlen import emulated_flash
+from tests.support.tiny_models import Driver, qwen2, tokens, wide_heads
+from tests.support.varlen import emulated_flash
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import torch
 
 from actors.engine.heads import Float32Head, widen_head
 from actors.engine.step_engine import StepEngine
-from tests.engine.models import VOCABULARY, Driver, qwen2, tokens
+from tests.support.tiny_models import VOCABULARY, Driver, qwen2, tokens
 
 
 def test_a_16_bit_models_rows_are_not_rounded_to_16_bits() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from actors.engine.errors import LoadError
 from actors.engine.loader import LoadProgress, ModelSource, load_engine, load_model
-from tests.engine.models import Driver, qwen2, tokens
+from tests.support.tiny_models import Driver, qwen2, tokens
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from actors.engine.parallel import (
 )
 from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import Held, KVMiss, Outcome, StepEngine
-from tests.engine.models import Driver, llama, qwen2, tokens
+from tests.support.tiny_models import Driver, llama, qwen2, tokens
 
 # The loopback sockets of the process group are torch's own, and so are its warnings about them.
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]

@@ -10,8 +10,8 @@ from actors.engine.flash import FlashAttention
 from actors.engine.registry import BACKENDS, BackendEntry
 from actors.engine.selfcheck import verify_engine
 from actors.engine.step_engine import StepEngine
-from tests.engine.models import ARCHITECTURES, qwen2, wide_heads
-from tests.engine.varlen import emulated_flash
+from tests.support.tiny_models import ARCHITECTURES, qwen2, wide_heads
+from tests.support.varlen import emulated_flash
 
 
 @pytest.mark.parametrize("options", [{}, {"exact": True}, {"backend": "gathered"}])

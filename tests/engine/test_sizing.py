@@ -8,7 +8,7 @@ import pytest
 
 from actors.engine.sizing import cache_bytes_per_token
 from actors.engine.step_engine import StepEngine
-from tests.engine.models import ARCHITECTURES
+from tests.support.tiny_models import ARCHITECTURES
 
 QWEN2_32B = {"num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 5120}
 
@@ -53,7 +53,7 @@ def test_what_cannot_be_sized_is_an_error(config: dict[str, Any], dtype: str) ->
 
 def test_sizing_and_refusals_load_no_torch() -> None:
     code = (
-        "import sys, actors.engine, actors.engine.sizing, actors.engine.compat, actors.engine.verbs; "
+        "import sys, actors.engine, actors.engine.sizing, actors.engine.compat, actors.engine.interface; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

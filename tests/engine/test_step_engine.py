@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from actors.decoding.cross_vocab.translators import AlignedReader
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.readers import AlignedReader
 from actors.decoding.stream import Stream
 from actors.engine.errors import BadExtend, RowGone, StepFailed
 from actors.engine.step_engine import Extend, Full, Held, KVMiss, StepEngine
-from tests.decoding.aligned import alignment
-from tests.engine.models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
+from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
+from tests.support.trained_models import alignment
 
 
 def driver(cache_tokens: int = 1024, **options: Any) -> Driver:

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from actors.api.generation import ROLES
+from actors.api.guidance import Guidance
 from actors.config import ConfigError
-from actors.decoding.guidance import Guidance
-from actors.requests import ROLES
 from cluster.estimate import USABLE
 from cluster.jobs.config import Evaluation, checked, load_evaluation
 from cluster.jobs.dry_run import dry_run

@@ -19,25 +19,25 @@ import pytest
 import yaml
 from rich.console import Console
 
+from actors.api.generation import Role
 from actors.config import ConfigError
-from actors.forward import Engine
-from actors.requests import Role
+from actors.replica.engine_thread import Engine
 from benchmarks.effect import MODES, measure
-from benchmarks.local import LocalService, local_service, trio_config
 from cluster.demo.task import questions
 from cluster.demo.tokenizer import MARKUP
 from cluster.jobs import choose_alpha, evaluate
-from cluster.jobs.asking import Asker
+from cluster.jobs.client import Asker
 from cluster.jobs.config import checked
 from cluster.jobs.connecting import Connection
+from cluster.jobs.evaluation_report import write_report
 from cluster.jobs.replay import partings, replay, requests
-from cluster.jobs.report import write_report
 from cluster.jobs.results import OtherRun, Results
 from cluster.jobs.sample import ALONE, Key
 from cluster.jobs.summary import Variant, summarise
 from cluster.jobs.workload import Workload, load_workload
-from tests.jobs.local_backend import Interruption, LocalBackend
-from tests.local_ray import READY_S, ROOT, wait_until
+from tests.support.local_backend import Interruption, LocalBackend
+from tests.support.local_ray import READY_S, ROOT, wait_until
+from tests.support.local_service import LocalService, local_service, trio_config
 
 HOPS = (2, 3)
 PER_HOP = 6
@@ -149,7 +149,7 @@ def test_a_run_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(tmp_p
 
 
 def command(config: Path) -> list[str]:
-    return [sys.executable, "-m", "tests.jobs.evaluating", str(config)]
+    return [sys.executable, "-m", "tests.support.evaluating", str(config)]
 
 
 def killed(config: Path, folder: Path, enough: int, later_s: float) -> int:

@@ -13,10 +13,9 @@ import yaml
 from datasets import load_from_disk
 from rich.console import Console
 
+from actors.api.generation import Role
 from actors.config import ConfigError
-from actors.forward import Engine
-from actors.requests import Role
-from benchmarks.local import local_service, trio_config
+from actors.replica.engine_thread import Engine
 from cluster.demo.task import grade, questions
 from cluster.jobs import preferences
 from cluster.jobs.config import Evaluation
@@ -28,8 +27,9 @@ from cluster.jobs.pairs import pairs
 from cluster.jobs.preferences import WrongPair, check_grades, load_preferences, problems_asked
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.workload import Workload, load_workload
-from tests.jobs.local_backend import LocalBackend
-from tests.local_ray import ROOT
+from tests.support.local_backend import LocalBackend
+from tests.support.local_ray import ROOT
+from tests.support.local_service import local_service, trio_config
 
 CONSOLE = Console(quiet=True)
 CONFIGS = ROOT / "cluster" / "jobs" / "configs" / "dpo"

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from cluster.jobs.lines import UnreadableLine
+from cluster.jobs.jsonl import UnreadableLine
 from cluster.jobs.results import InUse, OtherRun, ProblemRow, Results, RunError
 from cluster.jobs.sample import Key
-from tests.jobs.writer import CONFIG, KEYS, PROBLEMS, sample, timing
+from tests.support.run_writer import CONFIG, KEYS, PROBLEMS, sample, timing
 
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND, *_ = sorted(KEYS)
@@ -26,7 +26,7 @@ FILES = ("samples.jsonl", "timings.jsonl", "problems.jsonl", "config.yaml")
 
 
 def writer(folder: Path, seconds: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "tests.jobs.writer", str(folder), str(seconds)], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-m", "tests.support.run_writer", str(folder), str(seconds)], cwd=ROOT)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -135,7 +135,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 def test_a_forked_child_that_outlives_the_writer_holds_no_lock(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from tests.jobs.writer import *\n"
+        "import os, sys, time; from pathlib import Path; from tests.support.run_writer import *\n"
         "results = Results(Path(sys.argv[1])).writing(CONFIG, PROBLEMS)\n"
         "child = os.fork()\n"
         "if child: print(child, flush=True); os._exit(0)\n"

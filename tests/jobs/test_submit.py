@@ -21,7 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from benchmarks.effect import ADAPTER, MODES
 from cluster.jobs.results import Results
 from cluster.launch import local_ray
-from tests.local_ray import READY_S, ROOT, trio_args, wait_until
+from tests.support.local_ray import READY_S, ROOT, trio_args, wait_until
 
 # Ray leaves sockets and child processes to its own exit handlers.
 pytestmark = [

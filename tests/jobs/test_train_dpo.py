@@ -29,7 +29,7 @@ from cluster.jobs.dpo.training import Training
 from cluster.jobs.results import RunError
 from cluster.jobs.train_dpo import train
 from cluster.launch import local_ray
-from tests.local_ray import READY_S, trio_args, wait_until
+from tests.support.local_ray import READY_S, trio_args, wait_until
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

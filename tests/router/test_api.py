@@ -9,11 +9,11 @@ import httpx
 import openai
 import pytest
 
+from actors.api.generation import Event, Generate, Rejected
 from actors.config import ServiceConfig
-from actors.requests import Event, Generate, Rejected
 from router.api import create_app
 from router.backend import Status
-from tests.router.service import Reciter, client, config, tokenizers
+from tests.support.scripted_service import Reciter, client, config, tokenizers
 
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
 TEXT = {"model": "duo", "prompt": "Hi"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from router.schema import IGNORED, NOT_SERVED, ChatRequest, CompletionRequest
-from tests.router.service import Reciter, client
+from tests.support.scripted_service import Reciter, client
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "api.md"
 ROW = re.compile(r"\| `(\w+)` \| (both|chat|completions) \| (supported|same|refused) \| `(\{.*\})` \| ?(.*?) ?\|")

@@ -21,9 +21,9 @@ from actors.metrics import COMMON
 from cluster.launch import running_service
 from router.app import DIRECTORY_CPUS, MODEL_NAMES, build
 from tests.cluster.test_grafana import EXPORTED
-from tests.local_ray import APPLICATION, READY_S, replicas, trio_args, wait_until
-from tests.oracle import WEIGHTS, Case, Oracle, choice_seed
-from tests.trio import chat_prompts
+from tests.support.local_ray import APPLICATION, READY_S, replicas, trio_args, wait_until
+from tests.support.oracle import WEIGHTS, Case, Oracle, choice_seed
+from tests.support.trio import chat_prompts
 
 # Ray leaves sockets and child processes to its own exit handlers.
 pytestmark = [

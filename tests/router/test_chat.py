@@ -2,12 +2,12 @@ from typing import Any
 
 import pytest
 
-from actors.requests import ROLES
+from actors.api.generation import ROLES
 from router.backend import BadRequest
 from router.chat import chat_prompts, opened, text_prompts, token_prompts
 from router.schema import ChatRequest, parse
-from tests.router.service import tokenizers
-from tests.router.vocabularies import TEMPLATE, byte_level, role_tokenizer
+from tests.support.scripted_service import tokenizers
+from tests.support.tokenizers import TEMPLATE, byte_level, role_tokenizer
 
 TOKENIZERS = tokenizers()
 

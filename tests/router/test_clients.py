@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from router.api import create_app
-from tests.router.service import Reciter, config, serving, tokenizers
+from tests.support.scripted_service import Reciter, config, serving, tokenizers
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"  # else its import asks the network for prices
 with warnings.catch_warnings():

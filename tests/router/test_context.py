@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
-from actors.requests import ROLES, Role
+from actors.api.generation import ROLES, Role
 from router.backend import BadRequest
 from router.context import Budget, answer_tokens, limits
-from tests.router.service import config, tokenizers
+from tests.support.scripted_service import config, tokenizers
 
 TOKENIZERS = tokenizers()  # 512, 400 and 300 positions
 

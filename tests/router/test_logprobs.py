@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from actors.requests import Scores, TokenNote
+from actors.api.generation import Scores, TokenNote
 from router.logprobs import LEAST, Tokens
-from tests.router.service import Reciter
 from tests.router.test_api import CHAT, TEXT, events, post
-from tests.router.vocabularies import role_tokenizer, sentence_piece
+from tests.support.scripted_service import Reciter
+from tests.support.tokenizers import role_tokenizer, sentence_piece
 
 TOKENIZER = role_tokenizer()
 (A,), (E,) = TOKENIZER.encode("a"), TOKENIZER.encode("e")

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 
 from router.api import create_app
 from router.openapi import VERSION, document
-from tests.router.service import Reciter, client, config, tokenizers
+from tests.support.scripted_service import Reciter, client, config, tokenizers
 
 CASES = int(os.environ.get("API_CASES", "100"))  # of each operation
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]

@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 
-from actors.forward import Engine
-from actors.requests import ROLES, Role
-from benchmarks.local import trio_config
+from actors.api.generation import ROLES, Role
+from actors.replica.engine_thread import Engine
 from cluster.demo.task import questions
 from router.playground import FOLDER
-from tests.router.browsing import Held, Scripted, candidates, explained, serving, trio
-from tests.router.service import Reciter, client, config
+from tests.support.browsing import Held, Scripted, candidates, explained, serving, trio
+from tests.support.local_service import trio_config
+from tests.support.scripted_service import Reciter, client, config
 
 SCREENSHOTS = "PLAYGROUND_SCREENSHOTS"  # environment: set, the pictures of docs/ are taken
 DOCS = Path(__file__).parent.parent.parent / "docs"

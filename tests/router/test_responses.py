@@ -3,10 +3,10 @@ from math import log
 
 import pytest
 
-from actors.requests import Delta, Finished, Scores, TokenNote, Usage
+from actors.api.generation import Delta, Finished, Scores, TokenNote, Usage
 from router.logprobs import Tokens
 from router.responses import Answer, ChatShape, CompletionShape, usage_body
-from tests.router.vocabularies import role_tokenizer
+from tests.support.tokenizers import role_tokenizer
 
 COUNTS = Usage(9, 4, 2, 3, 1, 2, 0.5)
 TOKENIZER = role_tokenizer()

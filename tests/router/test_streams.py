@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from actors.requests import Delta, Event, Finished, Generate, Rejected
+from actors.api.generation import Delta, Event, Finished, Generate, Rejected
 from router.backend import ApiError, Overloaded, Status
-from router.convert import plan_chat
+from router.request_planning import plan_chat
 from router.schema import ChatRequest, parse
 from router.streams import Batch, ClientGone, Generations, while_connected
-from tests.router.service import Reciter, config, tokenizers, usage
+from tests.support.scripted_service import Reciter, config, tokenizers, usage
 
 NEVER_S = 3600.0  # an interval that no test lives to see
 

@@ -36,8 +36,8 @@ from actors.wire.messages import (
     encode,
 )
 from actors.wire.server import Peer
-from tests.coordinators import SECRET, Coordinator, Stage, rows_of, stage
-from tests.wire.peers import WELCOME, Bare, echo
+from tests.support.coordinators import SECRET, Coordinator, Stage, rows_of, stage
+from tests.support.wire_peers import WELCOME, Bare, echo
 
 FRAMES = 10_000
 AT_ONCE = 8  # attackers

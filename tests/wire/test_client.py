@@ -14,7 +14,7 @@ from actors.wire.framing import HEADER, FrameBuffer, frame
 from actors.wire.handshake import CoordinatorHandshake, ModelHandshake
 from actors.wire.link import Limits
 from actors.wire.messages import Hello, Lookup, Message, Proof, decode, encode
-from tests.wire.peers import SECRET, WELCOME, Inbox, echo
+from tests.support.wire_peers import SECRET, WELCOME, Inbox, echo
 
 
 async def test_open_shakes_hands_and_messages_keep_their_order() -> None:

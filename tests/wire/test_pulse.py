@@ -8,7 +8,7 @@ from actors.wire.client import Connection
 from actors.wire.errors import PeerSilent
 from actors.wire.link import Limits
 from actors.wire.messages import Ping
-from tests.wire.peers import SECRET, Bare, Inbox, echo
+from tests.support.wire_peers import SECRET, Bare, Inbox, echo
 from tests.wire.test_server import lookup
 
 QUICK = Limits(silent_s=0.25)

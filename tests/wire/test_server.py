@@ -20,7 +20,7 @@ from actors.wire.messages import (
     encode,
 )
 from actors.wire.server import Peer, Server
-from tests.wire.peers import SECRET, WELCOME, Bare, Echo, echo
+from tests.support.wire_peers import SECRET, WELCOME, Bare, Echo, echo
 
 
 def lookup(ids: int = 3) -> Lookup:

@@ -9,8 +9,8 @@ from actors.wire.client import Connection
 from actors.wire.errors import ConnectionLost
 from actors.wire.messages import Lookup, encode
 from actors.wire.server import Server
-from tests.certificates import ray_tls_settings
-from tests.wire.peers import SECRET, WELCOME, Inbox
+from tests.support.certificates import ray_tls_settings
+from tests.support.wire_peers import SECRET, WELCOME, Inbox
 
 
 @pytest.fixture(scope="module")

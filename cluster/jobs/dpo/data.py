@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import ray
 from rich.console import Console
 
+from actors.api.generation import ROLES, Role
 from actors.config import ConfigError, ServiceConfig
 from actors.preflight import load_tokenizers
-from actors.requests import ROLES, Role
-from actors.tokenizer import RoleTokenizer
+from actors.text.tokenizer import RoleTokenizer
 from cluster.jobs.dpo.prepared import prepare
 from cluster.jobs.dpo.training import Training
 from cluster.jobs.pairs import SPLITS

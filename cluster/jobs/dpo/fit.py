@@ -27,7 +27,7 @@ from trl import DPOConfig
 
 from actors.config import ModelConfig
 from actors.engine.loader import load_model
-from actors.model import source_of
+from actors.replica.build import source_of
 from cluster.jobs.dpo.data import DATA
 from cluster.jobs.dpo.journal import Journal, Line
 from cluster.jobs.dpo.record import ADAPTER

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from actors.requests import Role
-from actors.tokenizer import RoleTokenizer
+from actors.api.generation import Role
+from actors.text.tokenizer import RoleTokenizer
 from cluster.jobs.dpo.training import Training
 from cluster.jobs.pairs import SPLITS, Split, column
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.api.generation import ROLES
 from actors.config import ServiceConfig
-from actors.requests import ROLES
 from cluster.jobs.dpo.journal import Line
 from cluster.jobs.dpo.training import Training
 from cluster.jobs.results import RunError

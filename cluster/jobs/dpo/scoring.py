@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from datasets import load_from_disk
 
+from actors.api.generation import Role
 from actors.config import ModelConfig
 from actors.engine.loader import load_model
-from actors.model import source_of
-from actors.requests import Role
+from actors.replica.build import source_of
 from cluster.jobs.dpo.events import Slices, log_events, others
 from cluster.jobs.dpo.prepared import SIDES
 from cluster.jobs.pairs import SPLITS

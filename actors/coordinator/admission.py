@@ -1,0 +1,264 @@
+"""Who waits for a place, who gets the next one, and who is turned away. Plain: without sockets, its clock is given.
+
+A session is admitted when each model that it needs now has room for its prompt and some growth; what has begun and
+lost its cache, or found none, waits for the same room (it is parked) and comes before whoever has not begun. The
+oldest session is never parked, so something always progresses.
+
+Clients take turns: whoever waits is admitted round-robin over clients, each client's own in order of arrival. When
+the queue is full, a newcomer displaces the youngest waiting session of the client that has most of them, if that client
+still has no fewer than the newcomer's afterwards. Shares of the queue thus only become more equal, and one client alone
+meets a plain bounded queue.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from actors.api.generation import Generate, Rejected, Role
+from actors.config import ServiceConfig
+from actors.coordinator.cache_budget import CacheRoom, Look, need
+from actors.coordinator.replica_pool import Replica
+from actors.coordinator.request_checks import too_long
+from actors.coordinator.session import Live
+from actors.coordinator.window import Window
+
+SHORTEST_S, LONGEST_S = 1.0, 60.0  # what a client is told to wait
+_SMOOTHING = 0.1  # weight of the newest session in how long they take
+
+
+class FairQueue:
+    """Sessions by client: those of one client in order of arrival, the clients in turn."""
+
+    def __init__(self) -> None:
+        self._clients: OrderedDict[str, deque[Live]] = OrderedDict()  # the next one first
+
+    def __len__(self) -> int:
+        return sum(map(len, self._clients.values()))
+
+    def __iter__(self) -> Iterator[Live]:
+        return (live for waiting in self._clients.values() for live in waiting)
+
+    def push(self, live: Live) -> None:
+        """Let a session wait."""
+        self._clients.setdefault(live.client, deque()).append(live)
+
+    def head(self) -> Live | None:
+        """Whose turn it is."""
+        return next(iter(self), None)
+
+    def pop(self) -> Live:
+        """Take the head; its client's next turn comes after everybody else's."""
+        client, waiting = next(iter(self._clients.items()))
+        live = waiting.popleft()
+        self._clients.move_to_end(client)
+        self._tidy(client)
+        return live
+
+    def remove(self, live: Live) -> None:
+        """Forget a session; one that does not wait is ignored."""
+        waiting = self._clients.get(live.client, deque())
+        if live in waiting:
+            waiting.remove(live)
+            self._tidy(live.client)
+
+    def displaced_by(self, client: str) -> Live | None:
+        """Who makes way for a newcomer of this client; None if nobody waits more than one session more often."""
+        most = max(self._clients.values(), key=len, default=deque[Live]())
+        return most[-1] if len(most) >= len(self._clients.get(client, ())) + 2 else None
+
+    def _tidy(self, client: str) -> None:
+        if not self._clients[client]:
+            del self._clients[client]
+
+
+class Turnover:
+    """How fast places come free, by Little's law: sessions that run, over the time that one takes."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._began: dict[int, float] = {}  # by session
+        self._takes_s: float | None = None
+
+    def began(self, live: Live) -> None:
+        """A session was admitted."""
+        self._began[live.key] = self._clock()
+
+    def ended(self, live: Live) -> None:
+        """A session is over; one that never ran is ignored."""
+        began = self._began.pop(live.key, None)
+        if began is not None:
+            took = self._clock() - began
+            self._takes_s = took if self._takes_s is None else self._takes_s + _SMOOTHING * (took - self._takes_s)
+
+    def wait_s(self, ahead: int) -> float:
+        """Seconds in which about so many sessions end, between the shortest and the longest that is told."""
+        now, running = self._clock(), len(self._began)
+        takes_s = self._takes_s
+        if takes_s is None:  # none has ended yet: they take at least as long as the oldest has
+            takes_s = now - min(self._began.values(), default=now)
+        return min(max(takes_s * ahead / max(1, running), SHORTEST_S), LONGEST_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A session that lacks its cache at one model, and how to go on once there is room."""
+
+    window: Window
+    role: Role
+    not_before: float
+    again: Callable[[], None]
+
+
+class Waiting:
+    """The sessions of one coordinator that have no place.
+
+    lives: those that have one. candidates: the replicas that a session of a role may go to, none if nobody plays it.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        lives: Callable[[], Collection[Live]],
+        candidates: Callable[[Role], Sequence[Replica]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._lives, self._candidates, self._clock = config, lives, candidates, clock
+        self._room = CacheRoom(lives)
+        self._turnover = Turnover(clock)
+        self._queue = FairQueue()
+        self._resumed: list[Live] = []  # moved here from another coordinator
+        self._parked: list[Parked] = []
+        self._stirred = self._blocked = False  # whether room may have come free; whether the head found none
+        self._due = math.inf  # when the next pause is over
+
+    def __len__(self) -> int:
+        return len(self._resumed) + len(self._queue)
+
+    def __iter__(self) -> Iterator[Live]:
+        yield from self._resumed
+        yield from self._queue
+
+    @property
+    def parked(self) -> int:
+        """Sessions that have begun and wait for room."""
+        return len(self._parked)
+
+    def refusal(self, request: Generate) -> Rejected | None:
+        """Why one more session cannot wait; None if it can, or another makes way for it."""
+        caches = {
+            role: max((replica.welcome.cache_tokens for replica in self._candidates(role)), default=None)
+            for role in request.prompts
+        }
+        if (refusal := too_long(request, caches, self._config.beyond_context)) is not None:
+            return refusal
+        if request.resumed or not self._full or self._queue.displaced_by(request.client) is not None:
+            return None
+        return self._overloaded()
+
+    def _overloaded(self) -> Rejected:
+        again = self._turnover.wait_s(1 + len(self))
+        return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=again)
+
+    def add(self, live: Live) -> None:
+        """Let a session wait. If the queue is full, another is turned away for it."""
+        self._stirred = True
+        if live.resumed:
+            self._resumed.append(live)
+            self._resumed.sort(key=lambda each: each.age)
+            return
+        out = self._queue.displaced_by(live.client) if self._full else None
+        if out is not None:
+            self._queue.remove(out)
+            out.events.emit(self._overloaded())
+        self._queue.push(live)
+
+    def remove(self, live: Live) -> None:
+        """A session is over, whether it waited, ran or was parked."""
+        self._queue.remove(live)
+        if live in self._resumed:
+            self._resumed.remove(live)
+        self._parked = [each for each in self._parked if each.window.live is not live]
+        self._turnover.ended(live)
+        self._stirred = True
+
+    def park(self, window: Window, role: Role, pause_s: float, again: Callable[[], None]) -> None:
+        """A session lacks its cache at a model. `admit` calls `again` after the pause, once there is room."""
+        live = window.live
+        live.lacks.add(role)
+        self._parked = [each for each in self._parked if (each.window.live, each.role) != (live, role)]
+        self._parked.append(Parked(window, role, self._clock() + pause_s, again))
+        self._stirred = True
+
+    def tick(self) -> None:
+        """Half a second is over."""
+        self._room.note()
+        self._stirred = True
+
+    def admit(self, roles: Callable[[Live], Sequence[Role]]) -> Iterator[Live]:
+        """Let go on who can: parked sessions, oldest first, then resumed ones, then new ones, clients in turn.
+
+        roles: that a session needs now. Who begins is bound to a replica of each, but for roles that nobody plays.
+        """
+        if not (self._parked or len(self)) or not (self._stirred or self._clock() >= self._due):
+            return
+        self._stirred = False
+        look = self._room.look()
+        self._unpark(look)
+        while (live := self._head()) is not None and len(self._lives()) < self._config.coordinator.max_sessions:
+            places = self._places(live, roles(live), look)
+            self._blocked = places is None
+            if places is None:
+                return
+            if live.resumed:
+                self._resumed.remove(live)
+            else:
+                self._queue.pop()
+                live.age = time.time_ns()  # who is older evicts, and waiting earns nobody that
+            for role, replica in places.items():
+                live.bind(role, replica)
+                look.take(live, role, replica)
+            self._turnover.began(live)
+            yield live
+        self._blocked = False
+
+    @property
+    def _full(self) -> bool:
+        config, taken = self._config.coordinator, len(self._lives()) + len(self._resumed)
+        places = 0 if self._blocked else max(0, config.max_sessions - taken)
+        return len(self._queue) >= config.max_waiting + places
+
+    def _head(self) -> Live | None:
+        return self._resumed[0] if self._resumed else self._queue.head()
+
+    def _places(self, live: Live, roles: Sequence[Role], look: Look) -> dict[Role, Replica] | None:
+        """Where a session goes; None if some role has no room."""
+        places = {}
+        for role in roles:
+            if candidates := self._candidates(role):
+                replica = look.choose(live, role, candidates)
+                if replica is None:
+                    return None
+                places[role] = replica
+        return places
+
+    def _unpark(self, look: Look) -> None:
+        """Let parked sessions go on that find room, oldest first; where one waits, no younger one overtakes it."""
+        now, oldest = self._clock(), min(self._lives(), key=lambda live: live.age, default=None)
+        parked, self._parked = sorted(self._parked, key=lambda each: each.window.live.age), []
+        for each in parked:
+            live, role = each.window.live, each.role
+            replica = live.replicas.get(role)
+            if live.window is not each.window or replica is None:  # it began anew, elsewhere or here
+                live.lacks.discard(role)
+            elif now >= each.not_before and (live is oldest or look.fits(replica, need(live, role, replica))):
+                live.lacks.discard(role)
+                look.take(live, role, replica)
+                each.again()
+            else:
+                self._parked.append(each)
+                look.shut.add(replica)
+        self._due = min((each.not_before for each in self._parked if each.not_before > now), default=math.inf)

@@ -1,0 +1,167 @@
+"""From what models said of rows to their candidates, and what is asked of which role until every candidate is known.
+
+The small models usually answer first: the guider's ids are looked up in the target while it still computes (a lookup
+waits for its row). When both have answered, every role is asked for the candidates that it lacks. What rows of one
+shape need is done for all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.api.generation import Role
+from actors.coordinator.inflight import Asked, Lookups, Tickets
+from actors.coordinator.window import Early, Row, Window
+from actors.decoding.candidates import Floats, Ids, Slice, blocks
+from actors.decoding.cross_vocab.logprobs import AlignedBlock, Heard, Straddled, proposals
+from actors.text.vocabularies import Languages
+from actors.wire.messages import WHOLE
+
+GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base only answers for what the others put forward
+SMALL: tuple[Role, ...] = GUIDED[1:]
+
+
+class Joiner:
+    """Asks for what rows lack. k: of slices that were not widened."""
+
+    def __init__(self, k: int, languages: Languages, tickets: Tickets) -> None:
+        self._k, self._languages, self._tickets = k, languages, tickets
+
+    def advance(self, rows: Iterable[Row]) -> None:
+        """Some of these rows may have what makes their candidates."""
+        open_rows = [row for row in rows if row.block is None]
+        self._propose(open_rows)
+        joining = [row for row in open_rows if row.joinable]
+        self._ask_early([row for row in open_rows if not row.joinable])
+        self._join(joining)
+
+    def ask_straddlers(self, windows: Iterable[Window]) -> None:
+        """Ask the small models what earlier rows say of tokens that straddle the text's end so far."""
+        waiting = [row for window in windows for row in window.rows[window.next :] if row.straddled]
+        for role in SMALL:
+            asked = [(row, each) for row in waiting if (each := row.straddled.get(role)) is not None and each.rows]
+            if not asked:
+                continue
+            offsets = np.cumsum([0] + [each.rows for _, each in asked]).tolist()
+            at = np.concatenate([each.at + offset for (_, each), offset in zip(asked, offsets, strict=False)])
+            rows = [row for row, each in asked for _ in range(each.rows)]
+            positions = [each.straddle.first - 1 + number for _, each in asked for number in range(each.rows)]
+            values = Straddled.share([each for _, each in asked])
+            lookups = Lookups(role, rows, at, np.arange(len(at)), partial(_fill_straddled, values), positions)
+            self._look_up(lookups, np.concatenate([each.ids for _, each in asked]))
+
+    def _propose(self, rows: Sequence[Row]) -> None:
+        """What a guider of another family puts forward, once it and the straddlers have answered."""
+        ready: dict[int, list[Row]] = {}
+        for row in rows:
+            if row.window.aligned and row.k != WHOLE and row.proposed is None and "guider" in row.slices:
+                if (straddled := row.straddled.get("guider")) is None or straddled.known:
+                    ready.setdefault(len(row.slices["guider"].ids), []).append(row)
+        for members in ready.values():
+            heard = [Heard(row.slices["guider"], row.straddled.get("guider")) for row in members]
+            ids = proposals(self._languages.alignment("guider").tables, heard, self._k)
+            unknown, nothing = np.full(ids.shape[1], np.nan), np.zeros(0)
+            for row, mine in zip(members, ids, strict=True):
+                row.proposed = Slice(mine, unknown, nothing, 0.0)
+
+    def _join(self, rows: Sequence[Row]) -> None:
+        """The candidates of these rows are known: ask every role for those that it lacks."""
+        plain = [row for row in rows if not row.window.aligned]
+        self._take_blocks(plain, blocks([row.proposal() for row in plain]))
+        aligned = [row for row in rows if row.window.aligned]
+        offered = [row.proposal() for row in aligned]
+
+        def make(indices: list[int]) -> AlignedBlock:
+            heard = {
+                role: [Heard(aligned[index].slices.get(role), aligned[index].straddled.get(role)) for index in indices]
+                for role in SMALL
+            }
+            tables = {role: self._languages.alignment(role).tables for role in SMALL}
+            return AlignedBlock([offered[index] for index in indices], tables, heard)
+
+        self._take_blocks(aligned, blocks(offered, make))
+
+    def _take_blocks(self, rows: Sequence[Row], made: Sequence[tuple[Any, list[int]]]) -> None:
+        for block, indices in made:
+            members = [rows[index] for index in indices]
+            for at, row in enumerate(members):
+                row.block, row.at = block, at
+            window = members[0].window
+            if not window.guided or members[0].k == WHOLE:
+                continue
+            for role in GUIDED:
+                if window.aligned and role != "target":
+                    at_rows, places, ids = block.missing(role, _NO_MAP)
+                    ascending = False
+                else:
+                    theirs = self._languages.plain_map(window.live.primary, role)
+                    at_rows, places, ids = block.missing(role, theirs.to_role)
+                    ascending = theirs.ascending
+                self._look_up(Lookups(role, members, at_rows, places, partial(block.fill, role)), ids, ascending)
+
+    def _ask_early(self, rows: Sequence[Row]) -> None:
+        """The guider has answered before the target: look its ids up in the target, which still computes."""
+        shapes: dict[tuple[object, ...], list[Row]] = {}
+        for row in rows:
+            there = row.proposed is not None if row.window.aligned else "guider" in row.slices
+            if row.window.guided and row.early is None and row.k == self._k and there:
+                known = row.window.known["target"]
+                shape = row.window.aligned, len(_offered(row).ids), known.events.tobytes()
+                shapes.setdefault(shape, []).append(row)
+        for members in shapes.values():
+            aligned, live = members[0].window.aligned, members[0].window.live
+            ids = np.stack([_offered(row).ids for row in members])
+            theirs = self._languages.plain_map(live.primary, "target")
+            asked = (ids >= 0) & (theirs.to_role[ids] >= 0)
+            for event in members[0].window.known["target"].events.tolist():
+                asked &= ids != event
+            early = Early(asked, np.full(ids.shape, np.nan))
+            for at, row in enumerate(members):
+                row.early, row.early_at = early, at
+            at_rows, slots = np.nonzero(asked)
+            ascending = not aligned and self._languages.plain_map(live.primary, "guider").ascending
+            lookups = Lookups("target", members, at_rows, slots, partial(_fill_early, members, early))
+            self._look_up(lookups, theirs.to_role[ids[at_rows, slots]], ascending)
+
+    def _look_up(self, lookups: Lookups, ids: Ids, ascending: bool = True) -> None:
+        """Ask for ids, row after row; unless they are ascending within each row, they are sorted first."""
+        if not len(ids):
+            return
+        if not ascending:
+            ids = lookups.sort(ids)
+        for replica, part, its_ids in lookups.by_replica(ids):
+            outbox = replica.outbox
+            for row, (position, prefix), count in part.counted():
+                live = row.window.live
+                ticket = self._tickets.issue(Asked("lookup", row.window, part.role, row=row, lookups=part))
+                part.tickets.append(ticket)
+                row.waiting += 1
+                outbox.lookups.append((ticket, live.key, prefix, live.epoch, position, count))
+            outbox.ids.append(its_ids)
+
+
+_NO_MAP = np.zeros(0, np.int64)
+
+
+def _offered(row: Row) -> Slice:
+    """What the guider puts forward."""
+    return row.slices["guider"] if row.proposed is None else row.proposed
+
+
+def _fill_early(rows: Sequence[Row], early: Early, at: Ids, places: Ids, values: NDArray[Any]) -> None:
+    """The target's logits at ids that the guider put forward."""
+    early.values[at, places] = values
+    for number in np.unique(at).tolist():
+        row = rows[number]
+        if row.block is not None and row.early is early:  # it was joined meanwhile
+            mine = at == number
+            row.block.early(row.at, places[mine], values[mine])
+
+
+def _fill_straddled(values: Floats, at: Ids, places: Ids, news: NDArray[Any]) -> None:
+    values[places] = news

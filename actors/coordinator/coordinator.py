@@ -1,0 +1,144 @@
+"""Coordinators: requests in, events out. Decoding itself is in `actors.coordinator.loop`."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import ssl
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
+
+from actors.api.generation import Delta, Generate, Moved, Rejected, Role, Told
+from actors.config import ServiceConfig
+from actors.coordinator import request_checks as admission
+from actors.coordinator.loop import DecodeLoop
+from actors.coordinator.prompt_scoring import side_by_side
+from actors.coordinator.replica_pool import Locate
+from actors.coordinator.session import Live
+from actors.coordinator.stats import CoordinatorLoad
+from actors.decoding.session import Session
+from actors.metrics import Recorder
+from actors.text.tokenizer import RoleTokenizer
+from actors.text.vocabularies import Languages
+
+
+class Coordinator:
+    """Decodes sessions against the replicas that `locate` names.
+
+    Raises SpellingError when the models' tokens do not fit. Call from one event loop only.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        tokenizers: Mapping[Role, RoleTokenizer],
+        secret: bytes,
+        locate: Locate,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._config = config
+        self._languages = Languages(tokenizers)
+        self._loop = DecodeLoop(config, self._languages, secret, locate, tls)
+        self._leaving = False
+
+    async def start(self) -> None:
+        """Begin to follow the directory and to decode."""
+        await self._loop.start()
+
+    async def stop(self) -> None:
+        """Hand every session over and close the connections."""
+        self._leaving = True
+        await self._loop.stop()
+
+    def hand_over(self) -> None:
+        """Send every session, and whoever still comes, to another coordinator. This one is about to go."""
+        self._leaving = True
+        self._loop.hand_over()
+
+    def missing_roles(self) -> tuple[Role, ...]:
+        """Roles that no connected replica plays."""
+        return self._loop.missing_roles()
+
+    def load(self) -> CoordinatorLoad:
+        """What is being decoded, and counts since the start."""
+        loop = self._loop
+        return CoordinatorLoad(
+            loop.sessions,
+            len(loop.waiting),
+            replace(loop.counts),
+            loop.planner.drafted,
+            loop.planner.accepted,
+            loop.meter.turns_s,
+            loop.parked,
+        )
+
+    def measured(self) -> Recorder:
+        """What this coordinator measures, as of now."""
+        return self._loop.meter.report(self.load())
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Told, None]:
+        """Decode one sequence: deltas and at last Finished or Moved, or only Rejected. Closing the iterator cancels it.
+
+        Each delta carries what another coordinator needs to go on after it. One comes at least every third of
+        `deadlines.silent_s`, so that a reader can tell a slow answer from a coordinator that hangs.
+        """
+        refusal = self._refusal(request)
+        if refusal is not None:
+            yield refusal
+            return
+        live = await self._begin(request)
+        if isinstance(live, Rejected):
+            yield live
+            return
+        if self._leaving:
+            yield Moved()
+            return
+        deadline = time.monotonic() + self._config.deadlines.request_s
+        told = len(live.session.choices)
+        self._loop.add(live)
+        try:
+            while True:
+                for event in await self._news(live, deadline, request.interval_s):
+                    if isinstance(event, Delta):
+                        session = live.session
+                        event = replace(event, choices=session.choices[told:], tally=session.tally())
+                        told = len(session.choices)
+                    yield event
+                    if not isinstance(event, Delta):
+                        return
+        finally:
+            self._loop.release(live)
+
+    def _refusal(self, request: Generate) -> Rejected | None:
+        return admission.refusal(request, self._languages) or self._loop.waiting.refusal(request)
+
+    async def _begin(self, request: Generate) -> Live | Rejected:
+        reading = None
+        if request.prompt_logprobs is not None:
+            sides = await asyncio.to_thread(side_by_side, request, self._languages)  # a long prompt takes long
+            if isinstance(sides, Rejected):
+                return sides
+            request, reading = sides
+        roles = tuple(request.prompts)
+        language = self._languages.language(request.primary, roles, request.thinking)
+        request = admission.canonical(request, self._languages)
+        seeds = dict.fromkeys(roles, 0)  # each stream is hashed anew when its replica is known
+        session = Session(request, language, seeds)
+        if request.resume is not None:
+            await asyncio.to_thread(session.replay, request.resume)  # a long answer takes long, and others go on
+        live = Live(session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance())
+        live.reading = reading
+        return live
+
+    async def _news(self, live: Live, deadline: float, interval_s: float) -> list[Told]:
+        """What there is to tell; an empty delta if there is nothing for long."""
+        alive = time.monotonic() + self._config.deadlines.silent_s / 3
+        try:
+            async with asyncio.timeout(max(0.0, min(alive, deadline) - time.monotonic())):
+                return await live.events.batch(self._loop.sessions, interval_s)
+        except TimeoutError:
+            if time.monotonic() < deadline:
+                return [Delta()]
+            self._loop.fail(live, f"not finished within {self._config.deadlines.request_s:.0f} s")
+            return await live.events.batch()

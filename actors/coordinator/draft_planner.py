@@ -1,0 +1,108 @@
+"""How many drafts a session's next check gets, from its own acceptance and from what the models' forwards take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.api.generation import Role
+from actors.config import Speculation
+from actors.coordinator.session import Live
+from actors.coordinator.window import Window
+from actors.decoding.speculation import Acceptance, best_length
+
+Source = Literal["guider", "text"]
+SOURCES: tuple[Source, ...] = ("guider", "text")
+_FIRST_GUESS: dict[Source, float] = {"guider": 0.7, "text": 0.3}  # acceptance before anything is known
+_SMOOTHING = 0.02  # weight of one more check in what new sessions expect
+_FEW = 8  # more tokens than this to catch up with are a prefill, which nothing is drafted behind
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The next check: drafts to ask of the guider, or guesses (in the primary's ids) that are there already."""
+
+    drafts: int = 0
+    guesses: tuple[int, ...] = ()
+
+
+class Planner:
+    """Plans the drafts of one coordinator's sessions, and learns what becomes of them."""
+
+    def __init__(self, config: Speculation) -> None:
+        self._config = config
+        self._expected = dict(_FIRST_GUESS)
+        self.drafted = self.accepted = 0
+
+    def acceptance(self) -> dict[str, Acceptance]:
+        """What a new session begins with, by source."""
+        return {source: Acceptance(self._expected[source]) for source in SOURCES}
+
+    def drafter(self, live: Live, guided: bool) -> Source:
+        """Who guesses for a session now."""
+        always = live.session.request.drafter == "guider" and "guider" in live.session.streams
+        return "guider" if guided or always else "text"
+
+    def plan(self, live: Live, guided: bool, room: int, crowd: int) -> Plan:
+        """The drafts of the session's next check.
+
+        room: tokens that may follow before some model's positions end. crowd: sessions that are decoded together.
+        """
+        source, most = self.drafter(live, guided), self._most(live, room)
+        if most < 1 or self._behind(live, source):
+            return Plan()
+        if source == "guider":
+            return Plan(drafts=self._length(live, source, guided, most, crowd))
+        if not self._config.lookup:
+            return Plan()
+        guesses = live.text.guesses(live.session.primary.tokens, most)
+        if not guesses:
+            return Plan()
+        length = self._length(live, source, guided, len(guesses), crowd)
+        return Plan(guesses=tuple(guesses[:length]))
+
+    def learn(self, window: Window) -> None:
+        """A window is over: the session, and those to come, know more."""
+        drafts = window.drafts
+        if not drafts:
+            return
+        live, kept = window.live, window.next - 1
+        live.session.drafted += drafts
+        live.session.accepted += kept
+        self.drafted += drafts
+        self.accepted += kept
+        source: Source = "guider" if window.drafter == "guider" else "text"
+        live.acceptance[source].judge(kept if live.over else drafts, kept)
+        self._expected[source] += _SMOOTHING * (live.acceptance[source].rate - self._expected[source])
+
+    def _most(self, live: Live, room: int) -> int:
+        session, configured = live.session, self._config.drafts
+        wanted = session.request.drafts
+        most = configured if wanted is None else min(wanted, configured)
+        limit = session.request.sampling.max_tokens
+        left = room if limit is None else min(room, limit - session.generated - 1)
+        return 0 if session.lifts else min(most, left)
+
+    @staticmethod
+    def _behind(live: Live, source: Source) -> bool:
+        """Whether a model has a prompt to catch up with first."""
+        roles = {live.primary, *(("guider",) if source == "guider" else ())}
+        return any(len(live.session.streams[role]) - live.session.streams[role].held > _FEW for role in roles)
+
+    def _length(self, live: Live, source: Source, guided: bool, most: int, crowd: int) -> int:
+        if not self._config.adapt:
+            return most
+        acceptance = live.acceptance[source]
+
+        def takes(role: Role, tokens: int) -> float:
+            return live.replicas[role].pace.seconds(tokens)
+
+        def seconds(drafts: int) -> float:
+            check = takes(live.primary, crowd * (drafts + 1))
+            if source == "text":
+                return check
+            drafting = takes("guider", crowd)
+            return max(check, drafting if guided else 0.0) + drafts * drafting
+
+        length = best_length(acceptance.rate, most, seconds)
+        return length or int(not acceptance.rest())

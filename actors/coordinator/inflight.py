@@ -1,0 +1,186 @@
+"""What was asked of models and not answered yet, found again by its ticket."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.api.generation import Role
+from actors.coordinator.replica_pool import Replica
+from actors.coordinator.session import Live
+from actors.coordinator.window import Row, Window
+from actors.decoding.candidates import Ids, Slice
+from actors.decoding.vocabulary import Known
+from actors.wire.messages import Refusal, Refused, Values
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """An item on its way to a model."""
+
+    kind: Literal["extend", "lookup", "widen"]
+    window: Window
+    role: Role
+    known: Known | None = None  # of an extend
+    row: Row | None = None  # of a lookup or widening
+    before: Slice | None = None  # of a widening: the narrower slice
+    lookups: Lookups | None = None  # the lookups that went out with this one
+    start: int = 0  # of an extend: the position of its first row
+    ticket: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that a model refused."""
+
+    live: Live
+    role: Role
+    code: Refusal
+    detail: int
+
+    def pause(self) -> float:
+        """Seconds to wait before asking again, with jitter; a cache that is gone is filled at once, if not often."""
+        misses = self.live.misses
+        pauses: dict[Refusal, float] = {
+            Refusal.FULL: self.detail / 1000,
+            Refusal.FAILED: min(2.0, 0.05 * 2.0**self.live.faults),
+            Refusal.KV_MISS: min(1.0, 0.01 * 2.0 ** min(misses, 10)) if misses > 2 else 0.0,
+        }
+        return pauses.get(self.code, 0.0) * random.uniform(0.5, 1.0)
+
+
+class Tickets:
+    """Everything that was asked and not answered. touched: notes a row of which a lookup is answered."""
+
+    def __init__(self, touched: Callable[[Row], None]) -> None:
+        self._touched = touched
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, Asked] = {}
+
+    def get(self, ticket: int) -> Asked | None:
+        """What was asked with a ticket; None if nobody waits for it any more."""
+        return self._asked.get(ticket)
+
+    def number(self) -> int:
+        """A ticket for an answer that nobody waits for."""
+        return next(self._numbers)
+
+    def issue(self, asked: Asked) -> int:
+        """A ticket for something that is asked now."""
+        ticket = asked.ticket = next(self._numbers)
+        self._asked[ticket] = asked
+        asked.window.live.tickets.setdefault(asked.role, set()).add(ticket)
+        return ticket
+
+    def done(self, asked: Asked) -> None:
+        """It is answered."""
+        del self._asked[asked.ticket]
+        asked.window.live.tickets[asked.role].discard(asked.ticket)
+        if asked.kind == "lookup":
+            assert asked.row is not None
+            asked.row.waiting -= 1
+            self._touched(asked.row)
+
+    def forget(self, live: Live, role: Role, lookups_only: bool = False) -> None:
+        """Nobody waits any more for what a role was asked about a session."""
+        tickets = live.tickets.get(role, set())
+        for ticket in list(tickets):
+            if not lookups_only or self._asked[ticket].kind == "lookup":
+                del self._asked[ticket]
+                tickets.discard(ticket)
+
+    def valued(self, message: Values) -> None:
+        """Take in answers to lookups."""
+        tickets, counts = message.items["ticket"].tolist(), message.items["values"].tolist()
+        asked = self.get(tickets[0]) if tickets else None
+        if asked is not None and asked.lookups is not None and asked.lookups.tickets == tickets:
+            asked.lookups.take(message.values)
+            for ticket in tickets:
+                if (one := self.get(ticket)) is not None:
+                    self.done(one)
+            return
+        begin = 0
+        for ticket, count in zip(tickets, counts, strict=True):
+            if (one := self.get(ticket)) is not None and one.lookups is not None:
+                one.lookups.take(message.values[begin : begin + count], ticket)
+                self.done(one)
+            begin += count
+
+    def refused(self, message: Refused) -> list[Fault]:
+        """Take in refusals: one fault for each session and role."""
+        faults: dict[tuple[int, Role], Fault] = {}
+        for ticket, code, detail in message.items.tolist():
+            if (asked := self.get(ticket)) is not None:
+                self.done(asked)
+                # An extend's refusal says more than those of the lookups that waited for it.
+                live = asked.window.live
+                if asked.kind == "extend" or (live.key, asked.role) not in faults:
+                    faults[live.key, asked.role] = Fault(live, asked.role, Refusal(code), detail)
+        return list(faults.values())
+
+
+Sink = Callable[[Ids, Ids, NDArray[Any]], None]  # where (at, places) the values belong
+
+
+class Lookups:
+    """Lookups about several rows that went to one role together, and where their answers belong.
+
+    at [n]: which of `rows` each id belongs to, ascending. places [n]: where its logit goes, in terms of `sink`.
+    positions: of the rows' tokens in the role's streams, where it is not the rows' own.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        rows: Sequence[Row],
+        at: Ids,
+        places: Ids,
+        sink: Sink,
+        positions: Sequence[int] | None = None,
+    ) -> None:
+        self.role, self.rows, self.at, self.places, self._sink = role, rows, at, places, sink
+        self._positions = positions
+        self.tickets: list[int] = []  # consecutive, one for each row of which something is asked
+        self._counts = np.bincount(at, minlength=len(rows)).tolist()
+
+    def sort(self, ids: Ids) -> Ids:
+        """Bring each row's ids into ascending order."""
+        order = np.argsort((self.at << 32) + ids, kind="stable")
+        self.places = self.places[order]
+        return ids[order]
+
+    def by_replica(self, ids: Ids) -> Iterator[tuple[Replica, Lookups, Ids]]:
+        """The same, each part with the replica that it goes to, and its ids."""
+        replicas = [row.window.live.replicas[self.role] for row in self.rows]
+        if all(replica is replicas[0] for replica in replicas):
+            yield replicas[0], self, ids
+            return
+        for replica in dict.fromkeys(replicas):
+            mine = np.array([each is replica for each in replicas])[self.at]
+            if mine.any():
+                part = Lookups(self.role, self.rows, self.at[mine], self.places[mine], self._sink, self._positions)
+                yield replica, part, ids[mine]
+
+    def counted(self) -> Iterator[tuple[Row, tuple[int, int], int]]:
+        """Rows of which something is asked, what names them to the role's replica, and how many ids."""
+        for number, (row, count) in enumerate(zip(self.rows, self._counts, strict=True)):
+            if count:
+                position = row.position(self.role) if self._positions is None else self._positions[number]
+                yield row, row.window.name(self.role, position), count
+
+    def take(self, values: NDArray[Any], ticket: int | None = None) -> None:
+        """The answer to one ticket, or to all."""
+        part = slice(None) if ticket is None else self._part(ticket)
+        self._sink(self.at[part], self.places[part], values)
+
+    def _part(self, ticket: int) -> slice:
+        counts = [count for count in self._counts if count]
+        number = ticket - self.tickets[0]
+        begin = sum(counts[:number])
+        return slice(begin, begin + counts[number])

@@ -1,0 +1,111 @@
+"""What a coordinator does when a model refuses, fails, hangs or goes: ask again, wait, or give the session up.
+
+A session's choices are the same in the end, whatever was lost on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from actors.api.generation import Role
+from actors.config import Deadlines
+from actors.coordinator.admission import Waiting
+from actors.coordinator.exchange import Exchange
+from actors.coordinator.inflight import Fault
+from actors.coordinator.replica_pool import Replica
+from actors.coordinator.session import Live
+from actors.coordinator.stats import CoordinatorMeter
+from actors.coordinator.window import Window
+from actors.wire.messages import Refusal
+
+MAX_FAULTS = 8  # refusals without a token in between, after which a session is given up
+
+
+class Sessions(Protocol):
+    """The loop whose sessions are mended."""
+
+    def decodes(self, live: Live) -> bool: ...
+    def fail(self, live: Live, error: str) -> None: ...
+    def wake(self) -> None: ...
+
+
+class Mender:
+    """Repairs the windows of one coordinator's sessions. Call from one event loop only.
+
+    drop: gives up the connection to a replica; losing it restarts the rows that it owes.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        exchange: Exchange,
+        waiting: Waiting,
+        deadlines: Deadlines,
+        drop: Callable[[Replica, Exception], None],
+        meter: CoordinatorMeter,
+    ) -> None:
+        self._sessions, self._exchange, self._waiting = sessions, exchange, waiting
+        self._deadlines, self._drop, self._meter = deadlines, drop, meter
+
+    def mend(self, fault: Fault) -> None:
+        """A model refused an item: re-send, wait, or give up."""
+        live, role = fault.live, fault.role
+        window = live.window
+        if window is None or not self._sessions.decodes(live):
+            return
+        self._meter.refused(role, fault.code.name.lower())
+        held = {Refusal.KV_MISS: fault.detail, Refusal.ROW_GONE: window.first[role]}.get(fault.code, 0)
+        if fault.code in (Refusal.SUPERSEDED, Refusal.BAD_ITEM):
+            self._sessions.fail(live, f"the {role} model refused the request ({fault.code.name.lower()})")
+            return
+        if fault.code in (Refusal.FULL, Refusal.KV_MISS):
+            live.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
+            live.row_since = time.monotonic() + fault.detail * (fault.code == Refusal.FULL) / 1000
+        else:
+            live.faults += 1
+        if live.faults > MAX_FAULTS:
+            self._sessions.fail(live, f"the {role} model failed {live.faults} times in a row")
+        elif fault.code == Refusal.FULL or (fault.code == Refusal.KV_MISS and not held):
+            delay = fault.pause()
+            self._waiting.park(window, role, delay, lambda: self._again(window, role, held))
+            asyncio.get_running_loop().call_later(delay, self._sessions.wake)
+        elif delay := fault.pause():
+            asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
+        else:
+            self._again(window, role, held)
+
+    def overdue(self, lives: Iterable[Live]) -> None:
+        """Give up the models that owe a row for longer than `deadlines.step_s` and are silent."""
+        for live in lives:
+            if any(live.tickets.values()) and time.monotonic() - live.row_since > self._deadlines.step_s:
+                self._hang(live)
+
+    def _again(self, window: Window, role: Role, held: int) -> None:
+        """Ask a role for its part of the window anew, unless the session has gone on in the meantime."""
+        live = window.live
+        if live.window is not window or role not in live.replicas:
+            return
+        live.row_since = time.monotonic()
+        self._meter.resent(role, live.session.streams[role].held - held)
+        if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
+            stream = live.session.streams[role]
+            stream.held = min(held, stream.held)
+            self._exchange.drop(live)
+            self._exchange.begin(live, window.guided)
+        else:
+            self._exchange.again(live, role, held)
+        self._sessions.wake()
+
+    def _hang(self, live: Live) -> None:
+        limit, now = self._deadlines.step_s, time.monotonic()
+        owing = [live.replicas[role] for role, owed in live.tickets.items() if owed]
+        silent = [replica for replica in owing if now - replica.heard_at > limit]
+        live.faults += bool(silent)
+        if live.faults > MAX_FAULTS:
+            self._sessions.fail(live, "the models did not answer in time")
+            return
+        for replica in silent:
+            self._drop(replica, TimeoutError(f"no answer in {limit:g} s"))

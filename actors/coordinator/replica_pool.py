@@ -1,0 +1,183 @@
+"""A coordinator's connections to the model replicas that the directory names."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from actors.api.generation import ROLES, Role
+from actors.config import Deadlines
+from actors.coordinator.forward_time import Pace
+from actors.coordinator.outbox import Outbox
+from actors.directory import HEARTBEAT_S, Endpoint
+from actors.wire.client import Connection
+from actors.wire.errors import WireError
+from actors.wire.link import Limits
+from actors.wire.messages import Message, Welcome
+
+log = logging.getLogger(__name__)
+
+Locate = Callable[[], Awaitable[Sequence[Endpoint]]]
+
+
+class Replica:
+    """One model replica that a coordinator is connected to."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.outbox = Outbox()
+        self.pace = Pace()
+        self.connection: Connection | None = None
+        self.heard_at = time.monotonic()  # when it last finished a forward, or connected
+
+    @property
+    def role(self) -> Role:
+        """The role that it plays."""
+        return self.endpoint.role
+
+    @property
+    def welcome(self) -> Welcome:
+        """What it said of itself."""
+        assert self.connection is not None
+        return self.connection.welcome
+
+    def flush(self) -> None:
+        """Send what has been collected, in one piece."""
+        if self.connection is not None:
+            if messages := self.outbox.take(self.welcome.width):
+                self.connection.send(*messages)
+
+
+class Links:
+    """Keeps a connection to every replica of every role, and hands them out to sessions.
+
+    locate: asks the directory who is there; when it does not answer, what is known stays in use.
+    on_message, on_lost, on_found, on_stopping: called on the event loop with the replica concerned.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        locate: Locate,
+        *,
+        on_message: Callable[[Replica, Message], None],
+        on_lost: Callable[[Replica], None],
+        on_found: Callable[[Replica], None],
+        on_stopping: Callable[[Replica], None],
+        deadlines: Deadlines,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._secret, self._locate, self._tls, self._deadlines = secret, locate, tls, deadlines
+        self._on_message, self._on_lost = on_message, on_lost
+        self._on_found, self._on_stopping = on_found, on_stopping
+        self._replicas: dict[str, Replica] = {}  # by incarnation
+        self._connecting: dict[str, asyncio.Task[None]] = {}  # one that does not answer holds up no other
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to follow the directory."""
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        tasks = [task for task in (self._task, *self._connecting.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for replica in list(self._replicas.values()):
+            if replica.connection is not None:
+                await replica.connection.close()
+        self._replicas.clear()
+
+    def pick(self, role: Role) -> Replica | None:
+        """A replica for a new session: of two drawn at random the one with the more free cache. None: nobody there."""
+        choice = self.candidates(role)
+        if not choice:
+            return None
+        return max(random.sample(choice, min(2, len(choice))), key=lambda r: r.endpoint.cache_free or 0)
+
+    def candidates(self, role: Role) -> list[Replica]:
+        """Where a session of the role may go: to nobody who is about to leave, unless only such are there."""
+        there = [r for r in self._replicas.values() if r.role == role and r.connection is not None]
+        return [r for r in there if not r.endpoint.stopping] or there
+
+    def stays(self, role: Role) -> bool:
+        """Whether somebody connected plays the role who is not about to go."""
+        return any(
+            r.role == role and r.connection is not None and not r.endpoint.stopping for r in self._replicas.values()
+        )
+
+    def missing_roles(self) -> tuple[Role, ...]:
+        """Roles that nobody connected plays."""
+        present = {r.role for r in self._replicas.values() if r.connection is not None}
+        return tuple(role for role in ROLES if role not in present)
+
+    def flush(self) -> None:
+        """Send what has been collected for every replica."""
+        for replica in list(self._replicas.values()):
+            try:
+                replica.flush()
+            except WireError as error:
+                self.drop(replica, error)
+
+    def drop(self, replica: Replica, reason: Exception) -> None:
+        """Give up a connection: the replica hangs, or does not read."""
+        log.warning("giving up the connection to %s at %s: %s", replica.role, replica.endpoint.host, reason)
+        if replica.connection is not None:
+            replica.connection.hang_up(reason)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._deadlines.connect_s):
+                    endpoints = await self._locate()
+            except Exception as error:  # the directory may be away for any reason; sessions go on meanwhile
+                log.warning("the directory does not answer, keeping what is known: %s", error)
+            else:
+                self._adopt(endpoints)
+            await asyncio.sleep(HEARTBEAT_S if not self.missing_roles() else HEARTBEAT_S / 5)
+
+    def _adopt(self, endpoints: Sequence[Endpoint]) -> None:
+        for endpoint in endpoints:
+            known = self._replicas.get(endpoint.incarnation)
+            if known is not None:
+                known.endpoint, before = endpoint, known.endpoint
+                if endpoint.stopping and not before.stopping:
+                    self._on_stopping(known)
+            elif endpoint.incarnation not in self._connecting:
+                task = asyncio.get_running_loop().create_task(self._connect(endpoint))
+                self._connecting[endpoint.incarnation] = task
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        replica = Replica(endpoint)
+        try:
+            replica.connection = await Connection.open(
+                endpoint.host,
+                endpoint.port,
+                self._secret,
+                incarnation=endpoint.incarnation,
+                peer="coordinator",
+                deadline_s=self._deadlines.connect_s,
+                tls=self._tls,
+                limits=Limits(silent_s=self._deadlines.silent_s),
+                on_message=lambda message: self._on_message(replica, message),
+                on_closed=lambda error: self._closed(replica, error),
+            )
+        except WireError as error:
+            log.warning("%s at %s:%d is not reachable: %s", endpoint.role, endpoint.host, endpoint.port, error)
+            return
+        finally:
+            del self._connecting[endpoint.incarnation]
+        self._replicas[endpoint.incarnation] = replica
+        self._on_found(replica)
+
+    def _closed(self, replica: Replica, error: Exception | None) -> None:
+        replica.connection = None
+        self._replicas.pop(replica.endpoint.incarnation, None)
+        if error is not None:
+            log.warning("lost %s at %s: %s", replica.role, replica.endpoint.host, error)
+        self._on_lost(replica)

@@ -1,0 +1,63 @@
+"""What a coordinator asks of a request before it takes it on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from actors.api.generation import ROLES, Generate, Rejected, Role
+from actors.text.vocabularies import Languages
+
+
+def refusal(request: Generate, languages: Languages) -> Rejected | None:
+    """Why a request cannot be decoded as it stands; None if it can."""
+    legal = languages.legal(request.primary)
+    sampling = request.sampling
+    chosen = [*(i for i, _ in sampling.logit_bias), *sampling.allowed_token_ids]
+    stray = [i for i in chosen if languages.canonical(request.primary, i) not in legal]
+    stray += [i for i in sampling.stop_token_ids if i < 0]
+    if stray:
+        return Rejected("invalid", f"the request names token ids that do not exist: {stray[:8]}")
+    if any(not tokens for tokens in request.prompts.values()):
+        return Rejected("invalid", "the prompt is empty")
+    if request.primary != "target" and not (
+        request.guidance.never_guides() and set(request.prompts) == {request.primary}
+    ):
+        return Rejected(
+            "invalid", f"{request.primary} alone is not guided: it takes alpha 0 and no other role's prompt"
+        )
+    needed = (request.primary,) if request.guidance.never_guides() else ROLES
+    if any(role not in request.prompts for role in needed):
+        return Rejected("invalid", f"the request needs a prompt for each of {', '.join(needed)}")
+    return None
+
+
+def too_long(request: Generate, caches: Mapping[Role, int | None], beyond_context: str) -> Rejected | None:
+    """Why no replica ever has room for a prompt; None if one may. caches: tokens of each role's largest, None: unknown.
+
+    A small model that guidance can do without (`beyond_context: stop_guidance`) is not asked.
+    """
+    for role, tokens in request.prompts.items():
+        most = caches[role]
+        optional = role != request.primary and beyond_context == "stop_guidance"
+        if most is not None and len(tokens) > most and not optional:
+            return Rejected(
+                "invalid", f"the prompt has {len(tokens)} tokens, the {role}'s cache takes {most}: shorten it"
+            )
+    return None
+
+
+def canonical(request: Generate, languages: Languages) -> Generate:
+    """The request with every end id of its sampling as the one that stands for the end; its own bias comes first."""
+    sampling, role = request.sampling, request.primary
+    bias: dict[int, float] = {}
+    for token, number in sampling.logit_bias:
+        event = languages.canonical(role, token)
+        if event == token or event not in bias:
+            bias[event] = number
+    stops = sorted({languages.canonical(role, i) for i in sampling.stop_token_ids})
+    allowed = sorted({languages.canonical(role, i) for i in sampling.allowed_token_ids})
+    changed = replace(
+        sampling, logit_bias=tuple(bias.items()), stop_token_ids=tuple(stops), allowed_token_ids=tuple(allowed)
+    )
+    return replace(request, sampling=changed)

@@ -1,0 +1,165 @@
+"""What becomes of complete rows: a token, a wider look first, or a check of the slices against whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.api.generation import Scores
+from actors.config import Exchange as ExchangeConfig
+from actors.coordinator.window import Row, Window
+from actors.decoding.candidates import Block
+from actors.decoding.decision import Decisions, Question, compare, decide
+from actors.wire.messages import WHOLE
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has been decided so far. Masses are sums over guided rows."""
+
+    tokens: int = 0
+    guided_rows: int = 0
+    widened_rows: int = 0
+    uncovered_mass: float = 0.0
+    audited_rows: int = 0
+    audits_differing: int = 0  # audited rows whose slices chose another token than the whole rows
+    audited_variation: float = 0.0  # total variation, summed over audited rows
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One row among decided ones, and the alpha that it was decided with."""
+
+    decisions: Decisions
+    index: int
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A row's token, whether the target alone had chosen another, and what was said of it where that is wanted."""
+
+    token: int
+    changed: bool
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wider:
+    """The row must be looked at with this k first (WHOLE: the whole of it)."""
+
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """No token may be chosen, even from the whole row."""
+
+
+Verdict = Chosen | Wider | Stuck
+
+
+class Decider:
+    """Decides rows by slices, widens those of which too much is unseen, and audits one guided row in so many."""
+
+    def __init__(self, config: ExchangeConfig) -> None:
+        self._config = config
+        self._since_audit = 0
+        self.counts = Counts()
+
+    def judge(self, windows: Sequence[Window]) -> list[list[Judged]]:
+        """Per window its next rows, decided: all that are complete if nothing about them depends on earlier tokens."""
+        asked = [_questions(window) for window in windows]
+        groups: dict[Block, list[tuple[Row, Question]]] = {}
+        for each in asked:
+            for row, question in each:
+                assert row.block is not None
+                groups.setdefault(row.block, []).append((row, question))
+        judged: dict[Row, Judged] = {}
+        for block, members in groups.items():
+            window, questions = members[0][0].window, [question for _, question in members]
+            decisions = decide(block, [row.at for row, _ in members], questions, window.live.primary, window.guided)
+            for index, (row, question) in enumerate(members):
+                judged[row] = Judged(decisions, index, question.alpha)
+        return [[judged[row] for row, _ in each] for each in asked]
+
+    def verdict(self, row: Row, judged: Judged) -> Verdict:
+        """What becomes of a row, now that those before it have become tokens."""
+        decisions, index = judged.decisions, judged.index
+        if row.audited is not None:
+            return self._audit(row, judged)
+        if row.k != WHOLE:
+            if decisions.stuck[index] or self._unseen(decisions, index) or _too_few(row, decisions, index):
+                return self._wider(row)
+            if judged.alpha and self._audit_due():
+                row.audited = decisions.row(index)
+                return Wider(WHOLE)
+        elif decisions.stuck[index]:
+            return Stuck()
+        return self._chosen(row, decisions, index)
+
+    def _unseen(self, decisions: Decisions, index: int) -> bool:
+        limit = self._config.widen_above
+        return limit < 1 and bool(decisions.outside[index] > limit)
+
+    def _wider(self, row: Row) -> Wider:
+        """One wider slice, then the whole row. A rule of the row alone, so that nothing else changes its token."""
+        live = row.window.live
+        if row.k == self._config.k:
+            live.session.widened += 1
+            self.counts.widened_rows += 1
+        wider = self._config.k * self._config.widen_factor
+        fits = row.k < wider < live.replicas[live.primary].welcome.width
+        return Wider(wider if fits else WHOLE)
+
+    def _audit_due(self) -> bool:
+        self._since_audit += 1
+        if not self._config.audit_every or self._since_audit < self._config.audit_every:
+            return False
+        self._since_audit = 0
+        return True
+
+    def _audit(self, row: Row, judged: Judged) -> Chosen:
+        """The whole rows of an audited step are here. What the slices chose stands: an audit only measures."""
+        sliced, row.audited = row.audited, None
+        assert sliced is not None
+        whole = judged.decisions.row(judged.index)
+        distance, differs = compare(sliced, whole, row.window.live.session.request.sampling)
+        self.counts.audited_rows += 1
+        self.counts.audits_differing += differs
+        self.counts.audited_variation += distance
+        return self._chosen(row, sliced, 0)
+
+    def _chosen(self, row: Row, decisions: Decisions, index: int) -> Chosen:
+        self.counts.tokens += 1
+        if row.window.guided:
+            uncovered = max(0.0, float(decisions.uncovered[index]))
+            row.window.live.session.uncovered += uncovered
+            self.counts.uncovered_mass += uncovered
+            self.counts.guided_rows += 1
+        token = decisions.tokens[index]
+        return Chosen(int(token), bool(token != decisions.alone[index]), decisions.scores[index])
+
+
+def _too_few(row: Row, decisions: Decisions, index: int) -> bool:
+    """Whether the request wants the log-probabilities of more candidates than the row has."""
+    wanted = row.window.live.session.request.logprobs
+    return wanted is not None and int(np.count_nonzero(decisions.inside[index])) < wanted
+
+
+def _questions(window: Window) -> list[tuple[Row, Question]]:
+    """What is wanted of a window's next rows, as far as they can be decided together."""
+    session = window.live.session
+    request, plain = session.request, session.plain
+    found: list[tuple[Row, Question]] = []
+    for ahead, row in enumerate(window.rows[window.next :]):
+        alpha = window.live.alpha(ahead)
+        if not row.complete or bool(alpha) != window.guided or (ahead and not plain):
+            break
+        adjust = None if plain else session.adjust
+        position = len(session.primary) + ahead
+        question = Question(alpha, request.sampling, request.seed, position, adjust, request.top, request.explain)
+        found.append((row, question))
+    return found

@@ -1,0 +1,223 @@
+"""How each small model reads what the target says, token by token, and what it would read of a guess.
+
+With the target's own text tokens a small model reads one token for one; with another vocabulary it reads the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+from actors.decoding.cross_vocab.boundary_tokens import Straddling
+from actors.decoding.cross_vocab.retokenizer import LOOK_BACK, Reading, Straddle, WholeTexts
+from actors.decoding.cross_vocab.tables import Ids, Speller, Tables
+from actors.decoding.stream import Stream
+from actors.decoding.vocabulary import VocabularyMap
+
+_CONTEXT = 3  # of the target's tokens that a draft's text is spelled together with
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What a role reads of guesses, as far as it reads them one after another.
+
+    tokens: behind its stream. ends: how many of them are read before each row, none before the first; straddles: of
+    each row.
+    """
+
+    tokens: tuple[int, ...]
+    ends: tuple[int, ...]
+    straddles: tuple[Straddle | None, ...]
+
+    def first(self, rows: int) -> Ahead:
+        """Of fewer guesses: so many rows."""
+        if rows == len(self.ends):
+            return self
+        return Ahead(self.tokens[: self.ends[rows - 1]], self.ends[:rows], self.straddles[:rows])
+
+
+NOTHING_AHEAD = Ahead((), (0,), (None,))  # where nothing is guessed, and each row speaks for itself
+
+
+class Reader(Protocol):
+    """Extends one role's stream by what the target says."""
+
+    def read(self, token: int) -> None:
+        """The target said `token`."""
+
+    def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+        """A text came that nobody chose: in the target's ids, and in this role's."""
+
+    def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
+        """The text ends with a marker, which the role spells as `theirs`."""
+
+    def ahead(self, guesses: Sequence[int]) -> Ahead:
+        """What it would read of these tokens of the target."""
+
+    def guesses(self, drafted: Sequence[int]) -> list[int]:
+        """What this role drafted, in the target's tokens."""
+
+    def oldest_row(self) -> int | None:
+        """The earliest position whose row a next row may need; None if each speaks for itself."""
+
+
+class PlainReader:
+    """Reads one token for one, or several where it has no such added token."""
+
+    def __init__(self, mapping: VocabularyMap, stream: Stream) -> None:
+        self._mapping, self._stream = mapping, stream
+
+    def read(self, token: int) -> None:
+        """The target said `token`."""
+        self._stream.append(self._mapping.tokens(token))
+
+    def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+        """A text came that nobody chose."""
+        self._stream.append(theirs)
+
+    def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
+        """A role with a token of its own for the marker reads that token instead."""
+        if tuple(self._stream.tokens[-len(theirs) :]) != tuple(theirs):
+            self._stream.replace_tail(sum(len(self._mapping.tokens(token)) for token in ours), theirs)
+
+    def ahead(self, guesses: Sequence[int]) -> Ahead:
+        """Its own ids of them, until one is not a single token."""
+        if not guesses:
+            return NOTHING_AHEAD
+        tokens = _one_for_one(guesses, self._mapping.to_role)
+        return Ahead(tuple(tokens), tuple(range(len(tokens) + 1)), (None,) * (len(tokens) + 1))
+
+    def guesses(self, drafted: Sequence[int]) -> list[int]:
+        """In the target's ids, until it has none."""
+        return _one_for_one(drafted, self._mapping.to_primary)
+
+    def oldest_row(self) -> int | None:
+        """Each row speaks for itself."""
+        return None
+
+
+def _one_for_one(tokens: Sequence[int], theirs: Ids) -> list[int]:
+    """Tokens in another model's ids, until it has none."""
+    mapped: list[int] = []
+    for token in tokens:
+        if theirs[token] < 0:
+            break
+        mapped.append(int(theirs[token]))
+    return mapped
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A small model of another vocabulary, as the target's sessions need it.
+
+    special: the target's tokens that are one token of the small model by what they are. texts: what the target's tokens
+    say; None for a token that says nothing. from_special: the small model's tokens that are one of the target's so.
+    shown: the texts of its other added tokens.
+    """
+
+    target: Speller
+    role: Speller
+    tables: Tables
+    special: Mapping[int, int]
+    texts: Sequence[bytes | None]
+    from_special: Mapping[int, int]
+    shown: Mapping[int, bytes]
+
+    @cached_property
+    def straddling(self) -> Straddling:
+        """The small tokens that straddle what the target said."""
+        return Straddling(self.tables, self.target, self.said, self.role)
+
+    @cached_property
+    def whole_texts(self) -> WholeTexts:
+        """What the small model reads as one token, whatever stands around it."""
+        return WholeTexts({text.decode(): id_ for id_, text in self.shown.items()})
+
+    def said(self, token: int) -> bytes:
+        """The bytes that the target's `token` adds to the text."""
+        return (self.texts[token] if token < len(self.texts) else None) or b""
+
+
+class AlignedReader:
+    """Reads the text: keeps the stream the true tokens of what was said since the prompt."""
+
+    def __init__(self, alignment: Alignment, stream: Stream) -> None:
+        self._alignment, self._stream = alignment, stream
+        self._prompt = len(stream)
+        self._reading = Reading(alignment.role, alignment.whole_texts)
+        self._said: list[int] = []  # the target's newest tokens since the last that was no text
+
+    def read(self, token: int) -> None:
+        """The target said `token`."""
+        self._stream.replace_tail(*self._push(self._reading, token))
+        self._said = [] if token in self._alignment.special else [*self._said[1 - _CONTEXT :], token]
+
+    def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+        """A text came that nobody chose: it is read as any other."""
+        for token in ours:
+            self.read(token)
+
+    def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
+        """Texts that are a token of its own are read so anyway."""
+
+    def ahead(self, guesses: Sequence[int]) -> Ahead:
+        """The true tokens of them, until one takes back another."""
+        reading, straddling = self._reading.fork() if guesses else self._reading, self._alignment.straddling
+        tokens: list[int] = []
+        ends, straddles = [0], [self._placed(reading.straddle(straddling))]
+        for guess in guesses:
+            back, news = self._push(reading, guess)
+            if back:
+                break
+            tokens += news
+            ends.append(len(tokens))
+            straddles.append(self._placed(reading.straddle(straddling)))
+        return Ahead(tuple(tokens), tuple(ends), tuple(straddles))
+
+    def guesses(self, drafted: Sequence[int]) -> list[int]:
+        """The target's tokens of the text that was drafted, as they follow what it said."""
+        text = b""
+        for token in drafted:
+            if token in self._alignment.from_special:
+                return [*self._spelled(text), self._alignment.from_special[token]]
+            if not (said := self._text(token)):
+                break
+            text += said
+        return self._spelled(text)
+
+    def oldest_row(self) -> int | None:
+        """The row of the earliest boundary that may have straddlers."""
+        return self._prompt + max(self._reading.floor, len(self._reading) - LOOK_BACK) - 1
+
+    def _text(self, token: int) -> bytes | None:
+        texts = self._alignment.role.texts
+        return (texts[token] if token < len(texts) else None) or self._alignment.shown.get(token)
+
+    def _push(self, reading: Reading, token: int) -> tuple[int, list[int]]:
+        special = self._alignment.special.get(token)
+        if special is not None:
+            return reading.special(special, self._alignment.said(token))
+        return reading.push(token, self._alignment.said(token))
+
+    def _placed(self, straddle: Straddle | None) -> Straddle | None:
+        return None if straddle is None else replace(straddle, first=straddle.first + self._prompt)
+
+    def _spelled(self, data: bytes) -> list[int]:
+        """Text that follows what was said, in the target's tokens; what cannot be read yet is left out."""
+        text, target = data.decode(errors="ignore"), self._alignment.target
+        if self._reading.pending or not text:
+            return []  # in the middle of a character the guider does not know how it began
+        before = b"".join(self._alignment.said(token) for token in self._said)
+        try:
+            ids = target.spell(before.decode() + text)[0]
+        except UnicodeDecodeError:
+            return target.spell(text)[0]
+        known = len(self._said)
+        return ids[known:] if ids[:known] == self._said else target.spell(text)[0]
+
+
+def reader_of(mapping: VocabularyMap | Alignment, stream: Stream) -> Reader:
+    """The reader of a role's stream, which holds its prompt."""
+    return AlignedReader(mapping, stream) if isinstance(mapping, Alignment) else PlainReader(mapping, stream)

@@ -1,0 +1,77 @@
+"""A model role from its configuration: the engine, and the replica that serves it. Plain, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING
+
+from actors.api.generation import Role
+from actors.config import ModelConfig, ServiceConfig
+from actors.preflight import session_limit
+from actors.replica.engine_thread import Engine
+from actors.replica.process import on_passing_thread, spin_briefly
+from actors.replica.replica import ModelReplica, ReplicaSettings
+from actors.text.tokenizer import RoleTokenizer
+from actors.wire.link import Limits
+from actors.wire.tls import server_context
+
+if TYPE_CHECKING:
+    from actors.engine.loader import LoadProgress, ModelSource
+    from actors.engine.parallel import StartFollower
+    from actors.engine.step_engine import StepEngine
+
+
+def load_role(
+    config: ServiceConfig,
+    role: Role,
+    report: Callable[[LoadProgress], None] = lambda progress: None,
+    start: StartFollower | None = None,
+) -> StepEngine:
+    """The engine of a role, its weights loaded. Blocks. Raises LoadError with what mends it.
+
+    start: how the other ranks of a tensor-parallel model come to be; as child processes if None.
+    """
+    spin_briefly()
+    from actors.engine.loader import load_engine  # loads torch, which only model processes need
+
+    model = config.models.role(role)
+    source = source_of(model.model_copy(update={"dtype": "float32", "device": "cpu"}) if config.exact else model)
+    backend = None if model.attention == "auto" else model.attention
+    if model.tensor_parallel > 1:
+        from actors.engine.parallel import FollowerProcess, Recipe, load_parallel
+
+        recipe, deadlines = Recipe(source, model.cache_tokens, backend), config.deadlines
+        start = start or FollowerProcess
+        return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
+    load = partial(load_engine, source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
+    return on_passing_thread(load)
+
+
+def source_of(model: ModelConfig) -> ModelSource:
+    """Which weights a role's section names, and how they are loaded. Raises LoadError for what cannot go together."""
+    from actors.engine.loader import ModelSource
+
+    return ModelSource(**{field.name: getattr(model, field.name) for field in fields(ModelSource)})
+
+
+def serve_role(
+    config: ServiceConfig,
+    role: Role,
+    engine: Engine,
+    tokenizer: RoleTokenizer,
+    *,
+    incarnation: str,
+    secret: bytes,
+    host: str = "127.0.0.1",
+) -> ModelReplica:
+    """A replica around a loaded engine, not yet started, that will listen on `host` and nowhere else."""
+    settings = ReplicaSettings(
+        max_position=session_limit(config, role, tokenizer),
+        prefill_chunk=config.models.role(role).prefill_chunk,
+        row_wait_s=config.deadlines.step_s,
+        stuck_s=2 * config.deadlines.step_s,
+    )
+    limits = Limits(silent_s=config.deadlines.silent_s)
+    return ModelReplica(engine, role, incarnation, secret, settings, host=host, tls=server_context(), limits=limits)

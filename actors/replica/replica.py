@@ -1,0 +1,343 @@
+"""One replica of a model role: a loop that turns what coordinators ask into as few forwards as it can.
+
+    gather -> choose -> forward -> answer
+
+Plain asyncio around one engine; no Ray and no torch here. Everything but the forward runs on the event loop's thread:
+frames are read, lookups of held rows answered and sessions fenced while the engine's own thread computes. The loop is
+made of callbacks, each step called by the one before it: where a forward takes no time, tasks and futures are what an
+exchange would wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from actors.engine.errors import EngineError
+from actors.engine.interface import Engine, Full, Held, KVMiss
+from actors.engine.interface import Extend as EngineExtend
+from actors.metrics import Recorder
+from actors.replica.answers import Drawn, width_of, within
+from actors.replica.batching_delay import GatherWindow
+from actors.replica.drafting import Drafter, sampling_of, wrong_draft
+from actors.replica.engine_thread import Failed, ForwardThread, Result, Unshared
+from actors.replica.leases import Ledger, Owned
+from actors.replica.lookups import RowDesk
+from actors.replica.scheduler import Part, Pending, choose
+from actors.replica.stats import ReplicaLoad, ReplicaMeter, ReplicaStats
+from actors.wire.columns import ExtendItem, extend_items
+from actors.wire.link import Limits, cancel
+from actors.wire.messages import WHOLE, Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen
+from actors.wire.replies import Answer, Replies, answer_bytes
+from actors.wire.server import Peer, Server
+
+log = logging.getLogger(__name__)
+
+_FAREWELL_S = 1.0  # how long the end waits for a forward that runs
+_ENVELOPE = 1 << 10  # bytes of a frame around its columns, at most
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """How a replica works. Seconds and tokens."""
+
+    max_position: int  # tokens of one session
+    prefill_chunk: int = 2_048  # prompt tokens in one forward
+    gather_share: float = 0.5  # of a forward's duration: how long to wait for another coordinator's extends
+    gather_cap_s: float = 0.01
+    row_wait_s: float = 30.0  # a lookup waits so long for its row
+    stuck_s: float = 120.0  # a forward that takes longer makes the replica unwell
+
+
+class ReplicaUnwell(RuntimeError):
+    """The replica cannot go on, and must be replaced."""
+
+
+class ModelReplica:
+    """Serves one engine to any number of coordinators. `start`, then `stop`; never both twice."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        role: str,
+        incarnation: str,
+        secret: bytes,
+        settings: ReplicaSettings,
+        *,
+        host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._host = host
+        limits = limits or Limits()
+        self._answer_limit = limits.frame - _ENVELOPE
+        welcome = Welcome(
+            role=role,
+            incarnation=incarnation,
+            width=engine.width,
+            hash_seed=engine.hash_seed,
+            cache_tokens=engine.cache_stats().tokens_total,
+            max_position=settings.max_position,
+            exact=engine.exact,
+        )
+        self._server = Server(secret, welcome, self._on_message, self._on_closed, tls=tls, limits=limits)
+        self._thread = ForwardThread(f"engine-{role}")
+        self._window = GatherWindow(settings.gather_share, settings.gather_cap_s)
+        self._ledger = Ledger()
+        self._replies = Replies(self._answer_limit, engine.width)
+        self._drafter = Drafter(engine, self._replies, settings.max_position)
+        self._rows = RowDesk(engine, self._ledger, self._replies, settings.row_wait_s)
+        self._closing: set[int] = set()  # sessions whose cache goes before the next forward
+        self._due: asyncio.Handle | None = None  # the next turn of the loop
+        self._opened: float | None = None  # since when there is something to do, and company may be due
+        self._forward_began: float | None = None
+        self._over = False
+        self._broken: Exception | None = None  # what ended the loop
+        self._farewell: asyncio.Task[None] | None = None
+        self._stats, self._meter = ReplicaStats(), ReplicaMeter(role)
+
+    async def start(self) -> tuple[str, int]:
+        """Listen and run; (host, port) for coordinators."""
+        self._thread.start()
+        return self._host, await self._server.start(self._host)
+
+    async def stop(self) -> None:
+        """Close every connection, every session's cache and the engine's thread; a forward that hangs is left to it."""
+        self._over = True
+        cancel(self._due)
+        self._rows.close()
+        await self._server.close()
+        closed = asyncio.Event()
+        self._thread.run(self._engine, (), list(self._closing), lambda outcome: closed.set())
+        self._thread.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await closed.wait()
+
+    def load(self) -> ReplicaLoad:
+        """How busy this replica is now."""
+        cache = self._engine.cache_stats()
+        return ReplicaLoad(
+            len(self._ledger), self._ledger.waiting, cache.tokens_total, cache.tokens_used, self._window.forward_s
+        )
+
+    def stats(self) -> ReplicaStats:
+        """Totals since the start, as of now."""
+        open_now = self._server.peers
+        return replace(
+            self._stats,
+            lookups=self._rows.asked,
+            lookups_waited=self._rows.waited,
+            bytes_received=self._stats.bytes_received + sum(peer.bytes_received for peer in open_now),
+            bytes_sent=self._stats.bytes_sent + sum(peer.bytes_sent for peer in open_now),
+            refused_connections=dict(self._server.refused),
+        )
+
+    def measured(self) -> Recorder:
+        """What this replica measures, as of now."""
+        return self._meter.report(self.load(), self._stats)
+
+    async def check_cache(self) -> int:
+        """Sessions left in the cache, whose accounts are proved between two forwards; AssertionError if they fail."""
+        await self._thread.between(self._engine.check)
+        return self._engine.cache_stats().sessions
+
+    def check_health(self) -> None:
+        """Raise ReplicaUnwell if the loop ended or a forward hangs."""
+        if self._broken is not None:
+            raise ReplicaUnwell(f"the replica's loop has ended: {self._broken!r}") from self._broken
+        if self._forward_began is not None and time.monotonic() - self._forward_began > self._settings.stuck_s:
+            raise ReplicaUnwell(f"a forward has been running for more than {self._settings.stuck_s} s")
+
+    # -- the loop
+
+    def _wake(self) -> None:
+        """Something came: take a turn once all that has come by now is read. A forward's end takes one anyway."""
+        if self._forward_began is None and not self._over:
+            cancel(self._due)
+            self._due = asyncio.get_running_loop().call_soon(self._attempt, self._turn)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """Take a step of the loop; an error ends it."""
+        if self._over:
+            return
+        try:
+            step()
+        except Exception as error:
+            log.exception("the replica's loop has ended; its coordinators are sent elsewhere")
+            self._over, self._broken = True, error
+            self._farewell = asyncio.get_running_loop().create_task(self._server.close())
+
+    def _turn(self) -> None:
+        """Run a forward if there is something to do and no more company is due within the window."""
+        assert self._forward_began is None
+        if self._ledger.idle and not self._closing:
+            return
+        now = time.monotonic()
+        if self._opened is None:
+            self._opened = now
+        until = self._window.wait_until(self._opened, now)
+        if until is not None:
+            self._due = asyncio.get_running_loop().call_later(until - now, self._attempt, self._turn)
+            return
+        self._opened, self._forward_began = None, now
+        parts, closing, self._closing = self._choose(), list(self._closing), set()
+        self._thread.run(
+            self._engine, parts, closing, lambda outcome: self._attempt(partial(self._forwarded, parts, outcome))
+        )
+
+    def _forwarded(self, parts: Sequence[Part], outcome: Sequence[Result] | Exception) -> None:
+        """A forward is over: answer, and take the next turn."""
+        assert self._forward_began is not None
+        took, self._forward_began = time.monotonic() - self._forward_began, None
+        if isinstance(outcome, Exception):
+            log.error("a forward over %d sessions failed", len(parts), exc_info=outcome)
+            self._stats.failures += 1
+            outcome = [Failed()] * len(parts)
+        done = [p for p, r in zip(parts, outcome, strict=True) if isinstance(r, Answer | Drawn | Held)]
+        packed = self._count(done, took) if parts else 0
+        concluded = [self._conclude(part, result) for part, result in zip(parts, outcome, strict=True)]
+        self._rows.settle(each for each in concluded if each is not None)
+        self._answer(packed, took)
+        self._turn()
+
+    def _choose(self) -> list[Part]:
+        heads = list(self._ledger.heads())
+        # No forward runs, so the engine may be asked from this thread.
+        parts = choose([pending for _, pending in heads], self._settings.prefill_chunk, self._engine.shared)
+        chosen = {part.pending for part in parts}
+        for owned, pending in heads:
+            owned.running = pending if pending in chosen else None
+        return parts
+
+    def _count(self, parts: Sequence[Part], took: float) -> int:
+        """The tokens that went through a forward."""
+        self._window.forward_took(took)
+        self._meter.forward(parts, took)
+        return self._stats.count(parts, took)
+
+    def _conclude(self, part: Part, result: Result) -> tuple[Owned, Refusal] | None:
+        """Answer a part whose forward is over, unless its session was released or taken over meanwhile.
+
+        The session if it may have new rows, and what to say of those that it has not.
+        """
+        pending = part.pending
+        owned = self._ledger.get(pending.item.session)
+        if owned is None or owned.running is not pending:
+            return None
+        owned.running = None
+        peer, ticket, gone = pending.peer, pending.item.ticket, Refusal.ROW_GONE
+        match result:
+            case Held():
+                pending.advance(part.taken)
+                return None
+            case Unshared():
+                pending.blocks = ()
+                return None
+            case Drawn() if self._drafter.goes_on(pending, part.taken, result, alone=len(owned.queue) == 1):
+                return owned, gone
+            case Drawn():
+                self._drafter.finish(pending)
+            case Answer() if pending.item.draft is not None:
+                self._drafter.complete(pending, result)
+            case Answer():
+                self._replies.rows(peer, ticket, [result])
+            case KVMiss() | Full() if self._drafter.ends_early(pending):
+                pass
+            case KVMiss():
+                self._replies.refuse(peer, ticket, Refusal.KV_MISS, result.held)
+            case Full():
+                self._replies.refuse(peer, ticket, Refusal.FULL, self._retry_ms())
+            case Failed():
+                gone = Refusal.FAILED
+                self._replies.refuse(peer, ticket, gone)
+        owned.queue.popleft()
+        return owned, gone
+
+    def _retry_ms(self) -> int:
+        """After how long it may be worth trying again: a few forwards."""
+        return round(min(max(4_000 * self._window.forward_s, 5), 1_000))
+
+    def _answer(self, packed: int, took: float) -> None:
+        """Send what a forward over `packed` tokens answered."""
+        now = time.monotonic()
+        for recipient in self._replies.flush(packed, round(took * 1e6)):
+            self._window.answered(recipient, now)
+
+    # -- what coordinators ask
+
+    def _on_message(self, peer: Peer, message: Message) -> None:
+        match message:
+            case Extend():
+                self._on_extend(peer, message)
+            case Lookup():
+                began = time.perf_counter()
+                self._rows.look_up(peer, message)
+                self._meter.looked_up(time.perf_counter() - began)
+            case Widen():
+                self._rows.widen(peer, message)
+            case _:
+                raise ProtocolError(f"a model does not take {type(message).__name__}")
+
+    def _on_extend(self, peer: Peer, message: Extend) -> None:
+        items = extend_items(message)
+        for session in message.released.tolist():
+            if self._ledger.release(peer, session, self._replies):
+                self._closing.add(session)
+        sound = within(message.know, self._engine.width)
+        for item in items:
+            self._admit(peer, item, sound=sound)
+        self._replies.flush()
+        if self._ledger.owns_any(peer):
+            self._window.arrived(peer, time.monotonic())
+        else:
+            self._window.forget(peer)
+        self._wake()
+
+    def _admit(self, peer: Peer, item: ExtendItem, *, sound: bool) -> None:
+        owned = self._ledger.claim(peer, item, self._replies)
+        if owned is None:
+            return
+        wrong = self._wrong(item, sound=sound)
+        if wrong:
+            log.warning("an item of %s is refused: %s", peer.name, wrong)
+            self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
+        else:
+            owned.queue.append(Pending(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
+
+    def _wrong(self, item: ExtendItem, *, sound: bool) -> str | None:
+        """What makes an item one that can never succeed."""
+        width, end = self._engine.width, item.position + len(item.tokens)
+        if item.k < WHOLE:
+            return f"k = {item.k}"
+        if not sound and not within(item.know, width):
+            return f"ids to know must lie in [0, {width})"
+        if end > self._settings.max_position:
+            return f"{end} tokens are more than the {self._settings.max_position} of this model"
+        rows = item.rows + (item.draft.drafts if item.draft else 0)
+        if item.draft and (why := wrong_draft(item.rows, item.draft)):
+            return why
+        if answer_bytes(rows, width_of(item.k, width), len(item.know), width) > self._answer_limit:
+            return f"{rows} rows of k = {item.k} do not fit a frame: ask in blocks"
+        extend = EngineExtend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age)
+        try:
+            self._engine.check_extend(extend)
+        except EngineError as error:
+            return str(error)
+        return None
+
+    def _on_closed(self, peer: Peer) -> None:
+        self._closing.update(self._ledger.release_all(peer, self._replies))
+        self._replies.flush()
+        self._window.forget(peer)
+        self._stats.bytes_received += peer.bytes_received
+        self._stats.bytes_sent += peer.bytes_sent
+        self._wake()

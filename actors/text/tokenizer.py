@@ -1,0 +1,289 @@
+"""A role's tokenizer, its end tokens, its limits and its chat template, without loading torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionResolutionError,
+)
+from tokenizers import AddedToken, Tokenizer
+
+from actors.text.chat_template import ChatTemplate, ChatTemplateError, Message
+from actors.text.token_bytes import SpellingError, TokenizerSpeller
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ADDED_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be loaded or a text cannot be encoded; the message says what mends it."""
+
+
+class RoleTokenizer:
+    """Text to token ids and back in one model's vocabulary.
+
+    text_tokens, added_tokens: content -> id; the second are recognised in text as they stand, before it is split.
+    special_ids: the added tokens that decoding skips. eos_ids: each of them ends an answer. bos_ids: what raw text is
+    preceded by. width: columns of the model's logits rows. tied: whether embeddings and head are one, None where
+    its config does not say. max_position: tokens that the model was built for, or None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: Mapping[str, Any],
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        template: str | None = None,
+    ) -> None:
+        """settings, config, generation: the contents of tokenizer_config.json, config.json, generation_config.json."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        _declare_added(tokenizer, settings)
+        self._tokenizer = tokenizer
+        declared = tokenizer.get_added_tokens_decoder()
+        self.added_tokens: dict[str, int] = {token.content: id_ for id_, token in declared.items()}
+        self.special_ids = frozenset(id_ for id_, token in declared.items() if token.special)
+        plain = tokenizer.get_vocab(with_added_tokens=False)
+        self.text_tokens: dict[str, int] = {text: id_ for text, id_ in plain.items() if text not in self.added_tokens}
+        inner = config.get("text_config") or config
+        self.width: int = inner.get("vocab_size") or config.get("vocab_size") or tokenizer.get_vocab_size()
+        self.tied: bool | None = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        self.max_position: int | None = inner.get("max_position_embeddings") or inner.get("n_positions")
+        named = {name: _content(settings[name]) for name in _NAMED_TOKENS if settings.get(name)}
+        self.eos_ids = self._find_ends(named.get("eos_token"), generation or {}, inner, config)
+        self.bos_ids: tuple[int, ...] = tuple(self.encode("", special=True))
+        source = template or _template_of(settings)
+        self._template = ChatTemplate(source, named) if source else None
+
+    @classmethod
+    def load(cls, path: str, revision: str | None = None) -> RoleTokenizer:
+        """The tokenizer in a local folder or of a hub model, of which only the small files in FILES are fetched.
+
+        Raises TokenizerError naming the command that mends it.
+        """
+        folder = _folder(path, revision)
+        if not (folder / "tokenizer.json").is_file():
+            raise TokenizerError(
+                f"{path} has no tokenizer.json; convert its tokenizer once and put the folder into the configuration: "
+                f"python -c \"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained('{path}')"
+                ".save_pretrained('FOLDER')\""
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise TokenizerError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+        settings = {**_json(folder / "special_tokens_map.json"), **_present(_json(folder / "tokenizer_config.json"))}
+        jinja = folder / "chat_template.jinja"
+        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else None
+        generation = _json(folder / "generation_config.json")
+        try:
+            return cls(tokenizer, settings, _json(folder / "config.json"), generation, template)
+        except ChatTemplateError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+
+    @cached_property
+    def speller(self) -> TokenizerSpeller:
+        """How it spells text in the middle of an answer. Raises SpellingError for a kind that cannot be read so."""
+        return TokenizerSpeller(self._tokenizer, self.text_tokens)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render` can be called."""
+        return self._template is not None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text`. special: with what the tokenizer puts around raw text (a BOS, for example)."""
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        except TypeError:  # what tokenizers raises for a str that is not UTF-8
+            raise TokenizerError("the text holds half of a surrogate pair, which is no character") from None
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no character become U+FFFD."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def stream(self, after: Sequence[int] = (), skip_special: bool = True) -> TextStream:
+        """Decode ids as they come. after: the tokens before the first (a prompt), so that a leading space is kept."""
+        return TextStream(self, after, skip_special)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_arguments: Any,
+    ) -> str:
+        """The messages as this model's chat template writes them. Raises ChatTemplateError, fit for a client."""
+        if self._template is None:
+            raise ChatTemplateError("this model has no chat template; use /v1/completions with the whole prompt")
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **template_arguments,
+        )
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as its vocabulary writes it ("Ġis", "▁is"); "" for an id that stands for nothing."""
+        return [self._tokenizer.id_to_token(id_) or "" for id_ in ids]
+
+    @cached_property
+    def spaces_added(self) -> bool:
+        """Whether its decoder puts a space between two added tokens."""
+        return any(self.decode([id_] * 2, skip_special=False) != text * 2 for text, id_ in self.added_tokens.items())
+
+    def token_bytes(self, id_: int) -> bytes:
+        """What a token adds to a text; an added token as it is written, b"" for an id that stands for nothing."""
+        texts = self._token_texts
+        if id_ < len(texts) and (text := texts[id_]) is not None:
+            return text
+        return self.decode([id_], skip_special=False).encode() if self.is_token(id_) else b""
+
+    @cached_property
+    def _token_texts(self) -> Sequence[bytes | None]:
+        try:
+            return self.speller.texts
+        except SpellingError:  # a kind that is read token by token only
+            return ()
+
+    def lead(self, ids: Sequence[int]) -> int:
+        """How many ids at the beginning are what raw text is preceded by."""
+        length = len(self.bos_ids)
+        return length if tuple(ids[:length]) == self.bos_ids else 0
+
+    def is_token(self, id_: int) -> bool:
+        """Whether an id stands for a text; rows may be wider than the vocabulary."""
+        return self._tokenizer.id_to_token(id_) is not None
+
+    def _find_ends(self, eos_token: str | None, *configs: Mapping[str, Any]) -> tuple[int, ...]:
+        stated: Any = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), [])
+        ends = list(stated) if isinstance(stated, list) else [stated]
+        if eos_token is not None and (id_ := self._tokenizer.token_to_id(eos_token)) is not None:
+            ends.append(id_)
+        return tuple(dict.fromkeys(ends))
+
+
+class TextStream:
+    """Incremental decoding: pieces that join to the text of all tokens.
+
+    Works for every decoder because it decodes the new tokens beside the last ones whose text is out: a word's space
+    depends on its neighbour in SentencePiece vocabularies, and a character may spread over tokens in all of them.
+    """
+
+    def __init__(self, tokenizer: RoleTokenizer, after: Sequence[int] = (), skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
+        self._said = [id_ for id_ in after[-2 * _LONGEST_CHARACTER :] if self._has_text(id_)]
+        self._held: list[int] = []
+
+    def push(self, id_: int) -> str:
+        """The text that is certain after one more token; "" while a character is incomplete."""
+        if not self._has_text(id_):
+            return ""
+        self._held.append(id_)
+        text = self._new_text(self._held)
+        if text and not text.endswith("�"):
+            return self._release(len(self._held), text)
+        if len(self._held) >= _LONGEST_CHARACTER:  # the oldest can no longer become part of a character
+            return self._release(1, self._new_text(self._held[:1]))
+        return ""
+
+    def flush(self) -> str:
+        """The text still held back, when no token follows."""
+        return self._release(len(self._held), self._new_text(self._held)) if self._held else ""
+
+    def _has_text(self, id_: int) -> bool:
+        return id_ not in self._skipped and self._tokenizer.is_token(id_)
+
+    def _release(self, count: int, text: str) -> str:
+        self._said, self._held = self._held[:count], self._held[count:]
+        return text
+
+    def _new_text(self, held: list[int]) -> str:
+        before = self._tokenizer.decode(self._said, skip_special=False)
+        both = self._tokenizer.decode(self._said + held, skip_special=False)
+        if both.startswith(before):
+            return both[len(before) :]
+        return self._tokenizer.decode(held, skip_special=False)  # a bad byte spoilt the run of bytes that it ends
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise TokenizerError(f"there is no folder {path}; check the path in the configuration")
+    command = f"hf download {path}" + (f" --revision {revision}" if revision else "")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(FILES)))
+    except GatedRepoError as error:
+        raise TokenizerError(
+            f"{path} asks its users to accept terms: do so at https://huggingface.co/{path}, then run `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise TokenizerError(
+            f"{path} is neither a folder here nor a model on the hub; check its spelling, or run `hf auth login` "
+            "if it is private"
+        ) from error
+    except (HfHubHTTPError, RevisionResolutionError, OSError) as error:
+        raise TokenizerError(f"{path} is not in the cache and cannot be fetched ({error}); run `{command}`") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{file} is not JSON ({error}); download it again") from error
+    return value
+
+
+def _present(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _declare_added(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Older checkpoints declare added tokens, or that they are special, in tokenizer_config.json alone."""
+    known = tokenizer.get_added_tokens_decoder()
+    declared: Mapping[str, Mapping[str, Any]] = settings.get("added_tokens_decoder") or {}
+    for id_, fields in sorted((int(key), fields) for key, fields in declared.items()):
+        token = AddedToken(**{name: fields[name] for name in _ADDED_FIELDS if name in fields})
+        if id_ not in known or known[id_].special != token.special:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(token.content) != id_:
+            raise TokenizerError(f"tokenizer_config.json gives {token.content!r} the id {id_}, tokenizer.json another")
+
+
+def _template_of(settings: Mapping[str, Any]) -> str | None:
+    template: str | Iterable[Mapping[str, str]] | None = settings.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    return {entry["name"]: entry["template"] for entry in template}.get("default")

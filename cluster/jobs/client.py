@@ -1,0 +1,197 @@
+"""Puts the samples of an evaluation to a service as a client would, with seeds of their own, until each is answered.
+
+Whoever decodes is a `Backend`: the coordinators behind Serve's handles, or one coordinator in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from actors.api.generation import Delta, Event, Finished, Generate, Rejected, Role, Usage
+from actors.config import ConfigError, ServiceConfig
+from actors.decoding.hashing import derive_seed, extend_hashes
+from actors.text.tokenizer import RoleTokenizer
+from cluster.jobs.config import Arm
+from cluster.jobs.sample import Key
+from cluster.jobs.task_loading import Problem, Task
+from router.backend import ApiError, Backend, BadRequest, Overloaded, Unavailable, rejection
+from router.request_planning import plan_chat, plan_completion
+from router.schema import ChatMessage, ChatRequest, CompletionRequest, GuidanceFields
+
+PATIENCE_S = 900.0  # a service that takes nothing on for so long is gone; a replica that loads a model takes minutes
+LOSSES = 5  # attempts at one sample that may be lost after they had begun
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+
+
+class Unanswered(RuntimeError):
+    """The service did not answer; what is finished is kept, and the same command goes on from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample that is to be had."""
+
+    task: Task
+    problem: Problem
+    arm: Arm
+    seed: int  # of the run
+    number: int
+
+    @property
+    def key(self) -> Key:
+        """Its name among the results."""
+        return Key(self.task.name, self.problem.id, self.arm.mode, self.arm.setting, self.seed, self.number)
+
+    @property
+    def choice_seed(self) -> int:
+        """H(run seed, task, problem, sample). Mode and setting are left out: common random numbers make pairs."""
+        return derive_seed(self.seed, _hash(self.task.name), _hash(self.problem.id), self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back. seconds: from the request that was answered to its last token."""
+
+    text: str
+    tokens: tuple[int, ...]  # ids, in the vocabulary of the mode's primary role
+    end: Finished
+    seconds: float
+
+    @property
+    def usage(self) -> Usage:
+        """Its counts."""
+        return self.end.usage
+
+
+class Asker:
+    """Asks a backend whose service is configured as `service`.
+
+    tokenizers: of all three roles. heard: called with the number of tokens of each message that arrives.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        service: ServiceConfig,
+        tokenizers: Mapping[Role, RoleTokenizer],
+        *,
+        drafts: int | None = None,
+        patience_s: float = PATIENCE_S,
+        heard: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self._backend, self._service, self._tokenizers = backend, service, dict(tokenizers)
+        self._drafts, self._patience_s, self._heard = drafts, patience_s, heard
+
+    def request(self, item: Item) -> Generate:
+        """The sequence that the HTTP side would make of this sample. Raises ConfigError where it does not fit."""
+        try:
+            made = sequence(item, self._service, self._tokenizers)
+        except ApiError as error:
+            raise ConfigError(f"{item.task.name}, problem {item.problem.id}, {item.arm}: {error.message}") from None
+        unique = "-".join(map(str, item.key))
+        return replace(made, request_id=unique, seed=item.choice_seed, drafts=self._drafts)
+
+    async def ask(self, item: Item) -> Answer:
+        """The answer to one sample, asked for again while the service is full, away or loses it.
+
+        Raises Unanswered after `patience_s` without being taken on or LOSSES lost answers, ConfigError if refused.
+        """
+        return await self.answer(self.request(item))
+
+    async def answer(self, request: Generate) -> Answer:
+        """See `ask`."""
+        refused_since, refusals, losses = time.monotonic(), 0, 0
+        while True:
+            attempt = _Attempt(request, self._heard)
+            try:
+                return await attempt.run(self._backend)
+            except BadRequest as error:
+                raise ConfigError(f"{request.request_id}: the service refuses it: {error.message}") from None
+            except (Overloaded, Unavailable, _Lost) as error:
+                if attempt.begun:
+                    refused_since, refusals, losses = time.monotonic(), 0, losses + 1
+                refusals += 1
+                if losses >= LOSSES or time.monotonic() - refused_since > self._patience_s:
+                    raise Unanswered(f"{request.request_id}: {error}") from error
+                await asyncio.sleep(_pause(refusals))
+
+
+class _Lost(RuntimeError):
+    """An answer ended without its end, or with an error."""
+
+
+class _Attempt:
+    """One try at a request."""
+
+    def __init__(self, request: Generate, heard: Callable[[int], None]) -> None:
+        self._request, self._heard = request, heard
+        self.begun = False  # tokens have come
+
+    async def run(self, backend: Backend) -> Answer:
+        """The answer. Raises what `Backend.generate` raises, the error of a rejection, or _Lost."""
+        began, deltas = time.perf_counter(), []
+        # Closing cancels the generation: nobody waits for what an interrupted run had asked.
+        async with aclosing(cast("AsyncGenerator[Event, None]", backend.generate(self._request))) as events:
+            async for event in events:
+                if isinstance(event, Rejected):
+                    raise rejection(event)
+                if isinstance(event, Delta):
+                    self.begun = True
+                    self._heard(len(event.tokens))
+                    deltas.append(event)
+                    continue
+                if event.reason not in ("stop", "length"):
+                    raise _Lost(event.error or f"it ended with {event.reason}")
+                seconds = time.perf_counter() - began
+                tokens = tuple(token for delta in deltas for token in delta.tokens)
+                return Answer(self._text(deltas), tokens, event, seconds)
+        raise _Lost("the stream ended before the answer did")
+
+    def _text(self, deltas: list[Delta]) -> str:
+        """As it was generated: the mark that the API drops between thinking and answer is put back."""
+        reasoning, content = ("".join(getattr(delta, part) for delta in deltas) for part in ("reasoning", "content"))
+        return reasoning + (self._request.thinking.end if reasoning and content else "") + content
+
+
+def sequence(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]) -> Generate:
+    """What the HTTP side makes of the problem's prompt: a user's message, or the same raw text for every role."""
+    task = item.task
+    fields: dict[str, Any] = {
+        "model": next(name for name, served in service.served_names.items() if served == item.arm.mode),
+        "temperature": task.temperature,
+        "top_p": task.top_p,
+        "max_tokens": task.max_tokens,
+        "stop": list(task.stop),
+        "stop_on_repeat": task.stop_on_repeat,
+        "guidance": _guidance(item.arm),
+    }
+    if task.style == "raw":
+        body = CompletionRequest(prompt=item.problem.prompt, **fields)
+        return plan_completion(body, service, tokenizers, "job").sequences[0]
+    message = ChatMessage(role="user", content=item.problem.prompt)
+    return plan_chat(ChatRequest(messages=[message], **fields), service, tokenizers, "job").sequences[0]
+
+
+def _guidance(arm: Arm) -> GuidanceFields | None:
+    """The whole of the arm's guidance: nothing of the service's own default is left under it."""
+    if arm.mode != "guided":
+        return None
+    own = arm.guidance
+    return GuidanceFields(
+        alpha=own.alpha, warmup_tokens=own.warmup_tokens, schedule=list(own.schedule), guide=own.guide
+    )
+
+
+def _hash(text: str) -> int:
+    return extend_hashes(0, text.encode())[-1]
+
+
+def _pause(refusals: int) -> float:
+    """Seconds before the next try, with jitter, so that those that were refused together do not return together."""
+    return random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(refusals, 16))

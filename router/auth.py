@@ -1,0 +1,66 @@
+"""Who is let in: what every request passes before it reaches its endpoint."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from actors.config import RouterConfig
+from actors.metrics import Recorder
+from router.backend import ApiError
+from router.keys import Keys
+from router.limits import Limits
+from router.request_log import Records, address
+
+
+def guard(app: FastAPI, config: RouterConfig, recorder: Recorder) -> None:
+    """Put the record, the origins and the keys before the application, in this order.
+
+    A browser asks without a key whether it may ask (CORS), so that comes before the keys. Raises ConfigError where the
+    keys cannot be read.
+    """
+    if config.keys.required:
+        app.add_middleware(Gate, config=config, keys=Keys(config.keys))
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(Records, keys=config.keys, recorder=recorder)  # outside, so that it sees the gate's refusals
+
+
+class Gate:
+    """Lets in who has a key and keeps its limits; `keys.open_paths` are open to everybody."""
+
+    def __init__(self, app: ASGIApp, config: RouterConfig, keys: Keys) -> None:
+        self.app, self._keys = app, keys
+        self._limits, self._opens = Limits(config.limits), config.keys.opens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] != "http" or self._opens(address(scope)):
+            await self.app(scope, receive, send)
+            return
+        try:
+            name = self._keys.owner(Headers(scope=scope).get("authorization"))
+            scope["record"].key = name
+            self._limits.enter(name)
+        except ApiError as error:
+            await refusal(scope, error)(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._limits.leave(name)
+
+
+def refusal(scope: Scope, error: ApiError) -> JSONResponse:
+    """The response that an error is, noted in the request's record."""
+    scope["record"].error = error.code or error.type
+    return JSONResponse(error.body(scope["request_id"]), error.status, headers=error.headers)

@@ -1,0 +1,129 @@
+"""Generations that outlive the coordinators that decode them.
+
+A coordinator may die, hang or be stopped in the middle of an answer. What it has chosen so far is all that another one
+needs to go on: the reader of the stream sees a pause, and then the very tokens that it would have had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import cast
+
+from actors.api.generation import Delta, Event, Generate, Moved, Rejected, Resume, Tally, Told
+from actors.config import Deadlines
+from actors.metrics import Recorder
+from router.backend import Coordinators, Status, Unavailable
+
+log = logging.getLogger(__name__)
+
+MAX_LOSSES = 20  # coordinators lost without a token in between: it may be this very request that they die of
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+
+
+class Resuming:
+    """A `Backend` over coordinators that may go at any time.
+
+    Raises Unavailable when nothing has come for `deadlines.missing_s`, after MAX_LOSSES without a token, or when the
+    service itself ends.
+    """
+
+    def __init__(self, coordinators: Coordinators, deadlines: Deadlines, recorder: Recorder | None = None) -> None:
+        self._coordinators, self._deadlines = coordinators, deadlines
+        self._resumes = (recorder or Recorder()).counter("thinklogit_resumes")
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        """See router.backend.Backend.generate."""
+        known = _Known(request)
+        while True:
+            try:
+                async with aclosing(self._attempt(known.request())) as events:
+                    async for event in events:
+                        if isinstance(event, Moved):
+                            raise Unavailable("its coordinator hands it over")
+                        if isinstance(event, Delta):
+                            if (said := known.add(event)) is not None:
+                                yield said
+                        else:
+                            yield event
+                            return
+            except Unavailable as error:
+                known.lost(error, self._deadlines.missing_s)
+            if pause := known.pause():
+                if await self._coordinators.ending():
+                    raise Unavailable("the service is being shut down")
+                await asyncio.sleep(pause)
+
+    async def status(self) -> Status:
+        """See router.backend.Backend.status."""
+        return await self._coordinators.status()
+
+    async def _attempt(self, request: Generate) -> AsyncGenerator[Told, None]:
+        """The events of one coordinator. Raises Unavailable when it is lost, silent or full."""
+        silent_s = self._deadlines.silent_s
+        if request.resumed:
+            self._resumes.add()
+        async with aclosing(cast("AsyncGenerator[Told, None]", self._coordinators.generate(request))) as events:
+            while True:
+                try:
+                    async with asyncio.timeout(silent_s):
+                        event = await anext(events, None)
+                except TimeoutError:
+                    raise Unavailable(f"its coordinator said nothing for {silent_s:g} s") from None
+                if event is None:
+                    raise Unavailable("its coordinator ended the stream before the answer's end")
+                if isinstance(event, Rejected) and event.code != "invalid" and request.resume is not None:
+                    raise Unavailable(event.message)  # it was taken on once
+                yield event
+
+
+class _Known:
+    """What the router knows of a generation: enough to have it continued."""
+
+    def __init__(self, request: Generate) -> None:
+        self._request = request
+        self._choices: list[int] = []
+        self._scored = 0
+        self._tally: Tally | None = None  # None: no coordinator has taken it on
+        self._heard_at = time.monotonic()
+        self._losses = 0  # since the last token
+
+    def request(self) -> Generate:
+        """What the next coordinator is asked."""
+        if self._tally is None:
+            return self._request
+        return replace(self._request, resume=Resume(list(self._choices), self._tally, self._scored))
+
+    def add(self, delta: Delta) -> Delta | None:
+        """Take in what a coordinator has said; what of it the reader is told, if anything."""
+        self._heard_at = time.monotonic()
+        self._tally = delta.tally or self._tally
+        self._choices += delta.choices
+        self._scored += len(delta.prompt)
+        if delta.choices or delta.prompt:
+            self._losses = 0
+        if not (delta.tokens or delta.reasoning or delta.content or delta.prompt):
+            return None
+        return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes, prompt=delta.prompt)
+
+    def lost(self, error: Unavailable, missing_s: float) -> None:
+        """A coordinator is gone. Raises Unavailable when that was the last attempt."""
+        self._losses += 1
+        log.warning("%s: %s; %d tokens are kept", self._request.request_id, error.message, len(self._choices))
+        if self._losses >= MAX_LOSSES:
+            raise Unavailable(f"{self._losses} coordinators were lost without a token in between") from error
+        if time.monotonic() - self._heard_at > missing_s:
+            raise Unavailable(
+                f"no coordinator has taken the request on for {missing_s:g} s: {error.message}"
+            ) from error
+
+    def pause(self) -> float:
+        """Seconds before the next attempt, with jitter; none after the first loss, for others may be there."""
+        if self._losses <= 1:
+            return 0.0
+        return random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**self._losses)

@@ -1,0 +1,172 @@
+"""What is kept of a request: its part of the metrics, and one JSON line at its end, on the logger `router.request_log`.
+
+No text of a prompt or an answer is in it, unless `router.log_prompts` asks for the prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from actors.api.generation import Delta, Event, Finished, Generate
+from actors.config import KeysConfig
+from actors.metrics import Recorder
+from router.backend import Backend, Status
+
+log = logging.getLogger(__name__)
+
+MEASURED = "/v1/"  # requests for addresses below it are counted; probes are not, nor are browsers that ask leave
+LEFT = 499  # the status that stands for a client that left before the answer's end; nobody received it
+
+
+@dataclass(slots=True)
+class Record:
+    """What becomes known of a request on its way; `scope["record"]` is the one of this request.
+
+    key: the name of the key that it came with. model: a name that is served. tokens: so far, by sequence. heard: when
+    the newest of them came. error: the code or the type of the error that it ended with; broke: that error's status
+    where a stream had begun. prompt: only where prompts are logged.
+    """
+
+    recorder: Recorder
+    request_id: str
+    method: str
+    path: str
+    arrived: float = field(default_factory=time.time)  # seconds since the epoch
+    began: float = field(default_factory=time.perf_counter)
+    key: str | None = None
+    model: str | None = None
+    status: int | None = None
+    prompt_tokens: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    heard: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    first_token_s: float | None = None
+    error: str | None = None
+    broke: int | None = None
+    prompt: Any = None
+
+    def watch(self, backend: Backend) -> Backend:
+        """The same backend, with what it says of this request's sequences counted."""
+        return _Watched(self, backend)
+
+    def begin(self, sequence: str) -> None:
+        """One of its sequences is asked for."""
+        self.tokens[sequence] = 0
+
+    def add(self, sequence: str, event: Event) -> None:
+        """Take in what was said of a sequence."""
+        if isinstance(event, Delta) and event.tokens:
+            self._hear(sequence, len(event.tokens))
+        elif isinstance(event, Finished):
+            self.tokens[sequence], self.reasons[sequence] = event.usage.completion_tokens, event.reason
+
+    def end(self) -> None:
+        """The request is over: count it."""
+        if self.path.startswith(MEASURED) and self.method != "OPTIONS":
+            status = next((each for each in (self.broke, self.status) if each is not None), LEFT)
+            self.recorder.counter("thinklogit_requests", *self._asked, str(status)).add()
+
+    @property
+    def _asked(self) -> tuple[str, str]:
+        """Labels: the model and the key, as far as they are known."""
+        return self.model or "", self.key or ""
+
+    def _hear(self, sequence: str, count: int) -> None:
+        now, (model, key) = time.perf_counter(), self._asked
+        if self.first_token_s is None:
+            self.first_token_s = now - self.began
+            self.recorder.counter("thinklogit_prompt_tokens", model, key).add(self.prompt_tokens)
+        if sequence in self.heard:
+            took = self.recorder.histogram("thinklogit_inter_token_seconds", model)
+            took.observe((now - self.heard[sequence]) / count)
+        else:
+            self.recorder.histogram("thinklogit_first_token_seconds", model).observe(now - self.began)
+        self.recorder.counter("thinklogit_completion_tokens", model, key).add(count)
+        self.heard[sequence] = now
+        self.tokens[sequence] += count
+
+    def line(self) -> str:
+        """The request as a JSON object on one line; durations in milliseconds."""
+        fields = {
+            "time": datetime.fromtimestamp(self.arrived, UTC).isoformat(timespec="milliseconds"),
+            "request_id": self.request_id,
+            "key": self.key,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model,
+            "status": self.status,
+            "error": self.error,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": sum(self.tokens.values()),
+            "duration_ms": _milliseconds(time.perf_counter() - self.began),
+            "first_token_ms": None if self.first_token_s is None else _milliseconds(self.first_token_s),
+            "finish_reasons": [self.reasons.get(sequence) for sequence in self.tokens],
+        }
+        return json.dumps(fields | ({} if self.prompt is None else {"prompt": self.prompt}))
+
+
+class _Watched:
+    """A backend as one request sees it."""
+
+    def __init__(self, record: Record, backend: Backend) -> None:
+        self._record, self._backend = record, backend
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        """See router.backend.Backend.generate."""
+        self._record.begin(request.request_id)
+        async with aclosing(cast("AsyncGenerator[Event, None]", self._backend.generate(request))) as events:
+            async for event in events:
+                self._record.add(request.request_id, event)
+                yield event
+
+    async def status(self) -> Status:
+        """See router.backend.Backend.status."""
+        return await self._backend.status()
+
+
+class Records:
+    """Gives every request its record; at the end it is counted, and logged unless its address is an open one."""
+
+    def __init__(self, app: ASGIApp, keys: KeysConfig, recorder: Recorder) -> None:
+        self.app, self._unlogged, self._recorder = app, keys.opens, recorder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its record in the scope."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = scope["record"] = Record(self._recorder, scope["request_id"], scope["method"], address(scope))
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception:
+            record.status, record.broke = record.status or 500, 500  # what the server answers in its place
+            raise
+        finally:
+            record.end()
+            if not self._unlogged(record.path):
+                log.info("%s", record.line())
+
+
+def address(scope: Scope) -> str:
+    """The path of a request, as the service names it wherever it is mounted."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path or "/"
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1_000 * seconds, 1)

@@ -1,0 +1,340 @@
+"""From a request's body to the sequences that coordinators decode.
+
+A request's value stands above the service's default, field by field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel
+
+from actors.api.generation import ROLES, Generate, Role
+from actors.api.guidance import Guidance
+from actors.api.sampling_params import Sampling, Thinking
+from actors.config import ServiceConfig
+from actors.decoding.hashing import derive_seed
+from actors.text.tokenizer import RoleTokenizer
+from router.backend import BadRequest, NotFound
+from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
+from router.context import Budget, answer_tokens, limits
+from router.schema import ChatRequest, CompletionRequest, Conversation, SpeculationFields
+
+WHOLE_S = 1.0  # between two messages of an answer that is not streamed: nobody reads it before its end
+COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
+
+_RENAMED = (
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "allowed_token_ids",
+    "bad_words",
+    "top_k",
+    "max_tokens",
+)  # those that _sampling gives another form
+_COPIED = tuple(item.name for item in fields(Sampling) if item.name not in _RENAMED)
+
+Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request comes to: its sequences in the order of their choices, and the seed that they derive from.
+
+    echoes: the text of each prompt where answers begin with it; else none.
+    """
+
+    sequences: list[Generate]
+    seed: int
+    choices_per_prompt: int
+    echoes: Sequence[str] = ()
+
+    @property
+    def primary(self) -> Role:
+        """The role whose tokens the answers are made of."""
+        return self.sequences[0].primary
+
+    @property
+    def echo(self) -> list[str]:
+        """By choice what its text begins with; empty where it does with the answer."""
+        return [text for text in self.echoes for _ in range(self.choices_per_prompt)]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Each choice's prompt, in the ids of the role that its answer is in."""
+        return [sequence.prompts[sequence.primary] for sequence in self.sequences]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompts, each counted once however many choices it has."""
+        return sum(map(len, self.prompts[:: self.choices_per_prompt]))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that its sequences come to at most, prompts and answers."""
+        return sum(len(s.prompts[s.primary]) + (s.sampling.max_tokens or 0) for s in self.sequences)
+
+    def asked_by(self, client: str) -> Plan:
+        """The same, with who asks."""
+        return replace(self, sequences=[replace(sequence, client=client) for sequence in self.sequences])
+
+
+def client_of(key: str | None, authorization: str | None, user: str | None) -> str:
+    """Who asks, for fairness. key: the name of a key that was checked.
+
+    Else all with one Authorization header are one client; without one, all with one `user`; "" for all others. Of the
+    header only its hash goes on, so that it stands in no log.
+    """
+    if key is not None:
+        return f"name:{key}"
+    if authorization:
+        return f"key:{hashlib.sha256(authorization.encode()).hexdigest()[:16]}"
+    return f"user:{user}" if user else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The part of the service that a served name stands for."""
+
+    primary: Role
+    guidance: Guidance
+    roles: tuple[Role, ...]  # those whose prompts are needed
+
+
+def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str) -> Plan:
+    """The sequences of a chat request. Raises BadRequest or NotFound."""
+    model = _model(request, service)
+    # An answer that is continued has begun its thinking already, or has none.
+    default = service.thinking if opens_turn(request) else replace(service.thinking, start="")
+    thinking = _thinking(request, default)
+    if request.top_logprobs and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+    prompts = chat_prompts(request, model.roles, tokenizers, thinking.start)
+    budget = _chat_budget(request, service.sampling.max_tokens)
+    return _plan(request, service, tokenizers, request_id, model, thinking, [prompts], budget)
+
+
+def plan_completion(
+    request: CompletionRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str
+) -> Plan:
+    """The sequences of a completion request. Raises BadRequest or NotFound."""
+    model = _model(request, service)
+    # Raw text has no thinking of its own: it is told from the answer only when the request says how it is marked.
+    thinking = Thinking() if request.thinking is None else _thinking(request, service.thinking)
+    prompts = [
+        text_prompts(prompt, model.roles, tokenizers, thinking.start, request.add_special_tokens)
+        if isinstance(prompt, str)
+        else token_prompts(prompt, model.primary, model.roles, tokenizers, thinking.start)
+        for prompt in _prompts_of(request)
+    ]
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise BadRequest("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs", param="max_tokens")
+    if request.max_tokens == 0 and request.min_tokens:
+        raise BadRequest("min_tokens asks for an answer, and max_tokens: 0 for none", param="min_tokens")
+    budget = Budget(request.max_tokens, service.sampling.max_tokens or COMPLETION_TOKENS)
+    plan = _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
+    return replace(plan, echoes=_echoes(request, tokenizers[model.primary], thinking.start))
+
+
+def _plan(
+    request: ChatRequest | CompletionRequest,
+    service: ServiceConfig,
+    tokenizers: Tokenizers,
+    request_id: str,
+    model: _Model,
+    thinking: Thinking,
+    prompts: Sequence[Prompts],
+    budget: Budget,
+) -> Plan:
+    if request.prompt_logprobs is not None and request.stream:
+        raise BadRequest("prompt_logprobs come with whole answers alone: leave out stream", param="prompt_logprobs")
+    only_prompt = budget.asked == 0 and isinstance(request, CompletionRequest)
+    _check_count(len(prompts) * request.n, service)
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options are for stream: true alone", param="stream_options")
+    if not request.spaces_between_special_tokens and tokenizers[model.primary].spaces_added:
+        raise BadRequest("this model's decoder always puts those spaces", param="spaces_between_special_tokens")
+    bounds = limits(service, tokenizers, model.primary, model.roles)
+    seed = request.seed if request.seed is not None else secrets.randbits(53)  # exact as a JSON number everywhere
+    unique = f"{request_id}.{secrets.token_hex(4)}"  # a client may use its own id twice
+    speculation = request.speculation or SpeculationFields()
+    sequences: list[Generate] = []
+    words = _ids_of(request.bad_words, tokenizers[model.primary])
+    samplings: dict[int, Sampling] = {}  # by the tokens that an answer may have: all else is the request's
+    for prompt in prompts:
+        if not all(prompt.values()):
+            raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
+        most = max(answer_tokens(prompt, bounds, budget), int(only_prompt))
+        if most not in samplings:
+            samplings[most] = _sampling(request, service.sampling, most, words)
+            _check_ids(samplings[most], tokenizers[model.primary].width)
+        sampling = samplings[most]
+        for _ in range(request.n):
+            index = len(sequences)
+            sequences.append(
+                Generate(
+                    request_id=f"{unique}.{index}",
+                    primary=model.primary,
+                    prompts=prompt,
+                    sampling=sampling,
+                    guidance=model.guidance,
+                    thinking=thinking,
+                    seed=derive_seed(seed, index),
+                    explain=request.explain,
+                    logprobs=request.candidates,
+                    prompt_logprobs=request.prompt_candidates,
+                    only_prompt=only_prompt,
+                    drafts=speculation.drafts,
+                    drafter=speculation.drafter or "auto",
+                    interval_s=0.0 if request.stream else WHOLE_S,
+                )
+            )
+    return Plan(sequences, seed, request.n)
+
+
+def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, start: str) -> list[str]:
+    """The text of each prompt, where it is wanted before the answer."""
+    if not request.echo:
+        return []
+    prompts = _prompts_of(request)
+    return [(p if isinstance(p, str) else tokenizer.decode(p, skip_special=False)) + start for p in prompts]
+
+
+def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _Model:
+    served = served_as(service, request.model)
+    guidance = _guidance(request, service.guidance if served == "guided" else Guidance(alpha=0.0))
+    if served != "guided" and not guidance.never_guides():
+        raise BadRequest(
+            f"{request.model} is one model alone, which nothing guides: ask {service.name} for guidance",
+            param="guidance",
+        )
+    primary = answering(served)
+    return _Model(primary, guidance, (primary,) if guidance.never_guides() else ROLES)
+
+
+def opens_turn(conversation: Conversation) -> bool:
+    """Whether the prompt ends where a new answer begins."""
+    return not conversation.continue_final_message and conversation.add_generation_prompt is not False
+
+
+def served_as(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
+    """What a served name stands for. Raises NotFound."""
+    if name not in service.served_names:
+        served = ", ".join(service.served_names)
+        raise NotFound(f"there is no model {name!r}; served are {served}", param="model", code="model_not_found")
+    return service.served_names[name]
+
+
+def answering(served: Role | Literal["guided"]) -> Role:
+    """The role whose tokens its answers are made of."""
+    return "target" if served == "guided" else served
+
+
+def _guidance(request: ChatRequest | CompletionRequest, default: Guidance) -> Guidance:
+    if request.guidance is None:
+        return default
+    given = request.guidance.model_dump(exclude_none=True, exclude={"explain"})
+    if "schedule" in given:
+        given["schedule"] = tuple((start, alpha) for start, alpha in given["schedule"])
+    elif "alpha" in given:
+        given["schedule"] = ()  # the service's schedule would stand above the alpha that the client asks for
+    return _replaced(default, given, "guidance")
+
+
+def _thinking(request: ChatRequest | CompletionRequest, default: Thinking) -> Thinking:
+    return _replaced(default, _given(request.thinking), "thinking")
+
+
+def _given(fields: BaseModel | None) -> dict[str, Any]:
+    return {} if fields is None else fields.model_dump(exclude_unset=True)
+
+
+def _ids_of(words: list[str] | None, tokenizer: RoleTokenizer) -> tuple[tuple[int, ...], ...] | None:
+    """Words as they are spelled, at the beginning of a text and within it."""
+    if words is None:
+        return None
+    spelled = (tuple(tokenizer.encode(text)) for word in words for text in (word, f" {word.lstrip()}"))
+    return tuple(dict.fromkeys(spelled))
+
+
+def _sampling(
+    request: ChatRequest | CompletionRequest,
+    default: Sampling,
+    max_tokens: int,
+    bad_words: tuple[tuple[int, ...], ...] | None,
+) -> Sampling:
+    given: dict[str, Any] = {name: getattr(request, name) for name in _COPIED}
+    given["top_k"] = 0 if request.top_k == -1 else request.top_k
+    given["stop"] = (request.stop,) if isinstance(request.stop, str) else _tuple(request.stop)
+    given["stop_token_ids"] = _tuple(request.stop_token_ids)
+    given["allowed_token_ids"] = _tuple(request.allowed_token_ids)
+    given["bad_words"] = bad_words
+    given["logit_bias"] = None if request.logit_bias is None else _bias(request.logit_bias)
+    given["max_tokens"] = max_tokens
+    return _replaced(default, {name: value for name, value in given.items() if value is not None}, "")
+
+
+def _replaced(default: Parameters, given: Mapping[str, Any], section: str) -> Parameters:
+    try:
+        return replace(default, **given)
+    except ValueError as error:
+        raise _refusal(str(error), list(given), section) from None
+
+
+def _refusal(message: str, given: Sequence[str], section: str) -> BadRequest:
+    named = [name for name in given if re.search(rf"\b{name}\b", message)]
+    param = ".".join(part for part in (section, *named[:1]) if part)
+    return BadRequest(f"{section}: {message}" if section else message, param=param or None)
+
+
+def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple(sorted((int(id_), number) for id_, number in bias.items()))
+    except ValueError:
+        raise BadRequest("logit_bias must map token ids, as strings, to numbers", param="logit_bias") from None
+
+
+def _check_ids(sampling: Sampling, width: int) -> None:
+    named = {
+        "logit_bias": [id_ for id_, _ in sampling.logit_bias],
+        "stop_token_ids": sampling.stop_token_ids,
+        "allowed_token_ids": sampling.allowed_token_ids,
+    }
+    for param, ids in named.items():
+        for id_ in ids:
+            if not 0 <= id_ < width:
+                raise BadRequest(f"{param}: token id {id_} is outside the vocabulary of {width} ids", param=param)
+
+
+def _check_count(sequences: int, service: ServiceConfig) -> None:
+    coordinator = service.coordinator
+    most = (coordinator.max_sessions + coordinator.max_waiting) * coordinator.replicas.max
+    if sequences > most:
+        raise BadRequest(f"{sequences} answers in one request, but the service holds {most}: send fewer", param="n")
+
+
+def _chat_budget(request: ChatRequest, default: int | None) -> Budget:
+    old, new = request.max_tokens, request.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise BadRequest(
+            f"max_tokens ({old}) is the older name of max_completion_tokens ({new}): give one of them",
+            param="max_completion_tokens",
+        )
+    return Budget(old, default) if new is None else Budget(new, default, "max_completion_tokens")
+
+
+def _prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    prompt = request.prompt
+    if not prompt and isinstance(prompt, list):
+        raise BadRequest("prompt is an empty list", param="prompt")
+    one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return cast("list[str | list[int]]", [prompt] if one else prompt)

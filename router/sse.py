@@ -1,0 +1,127 @@
+"""An answer as server-sent events, and what a client is told where something goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from actors.api.generation import Finished
+from router.backend import ApiError, Backend, DeadlinePassed
+from router.request_log import LEFT
+from router.request_planning import Plan
+from router.responses import Shape, plain_usage
+from router.schema import StreamOptions
+from router.streams import ClientGone, Generations, while_connected
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which readers of server-sent events pass over
+
+
+class EventStream(Response):
+    """An answer as server-sent events. The status waits for the first event, so that an early refusal keeps its own."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        backend: Backend,
+        plan: Plan,
+        shape: Shape,
+        options: StreamOptions,
+        deadline: float | None,
+        idle_s: float,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._backend, self._plan, self._shape = backend, plan, shape
+        self._options, self._deadline, self._idle_s = options, deadline, idle_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until the end, an error or the client's leaving."""
+        request_id: str = scope["request_id"]
+        try:
+            await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
+        except ClientGone:
+            scope["record"].status = LEFT
+            log.info("%s: the client left; its generations are cancelled", request_id)
+
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        request_id: str = scope["request_id"]
+        started = False
+        try:
+            with explained(request_id):
+                async with asyncio.timeout_at(self._deadline), aclosing(self._events()) as events:
+                    async for event in events:
+                        if not started:
+                            started = True
+                            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
+        except ApiError as error:
+            if not started:
+                raise
+            scope["record"].error, scope["record"].broke = error.code or error.type, error.status
+            await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        sent: dict[int, int] = {}  # characters of tokens, by choice
+        ends: dict[int, Finished] = {}
+        counts = [0] * len(self._plan.sequences)  # tokens by choice
+        prompts = [len(prompt) for prompt in self._plan.prompts]
+        async with Generations(self._backend, self._plan.sequences, idle_s=self._idle_s) as generations:
+            async for batch in generations.batches():
+                ends |= batch.finished
+                chunks = []
+                for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
+                    delta, end = batch.deltas.get(choice), batch.finished.get(choice)
+                    offset = sent.get(choice, 0)
+                    chunks.append(self._shape.chunk(choice, delta, end, choice not in sent, offset))
+                    sent[choice] = offset + (self._shape.sent(delta) if delta else 0)
+                    counts[choice] += len(delta.tokens) if delta else 0
+                    if self._options.include_usage and self._options.continuous_usage_stats:
+                        chunks[-1] |= {"usage": plain_usage(prompts[choice], counts[choice])}
+                yield b"".join(map(_event, chunks)) or KEEP_ALIVE
+        if self._options.include_usage:
+            usages = [ends[choice].usage for choice in sorted(ends)]
+            yield _event(self._shape.usage_chunk(usages, self._plan.prompt_tokens))
+        yield b"data: [DONE]\n\n"
+
+
+def _noticing_departure(send: Send) -> Send:
+    async def noticing(message: Message) -> None:
+        try:
+            await send(message)
+        except OSError:  # what servers raise for a closed connection
+            raise ClientGone from None
+
+    return noticing
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # NaN is no JSON
+    return f"data: {text}\n\n".encode()
+
+
+@contextmanager
+def explained(request_id: str) -> Iterator[None]:
+    """Turn what goes wrong into an error for the client; what nobody foresaw goes to the log, not to the client."""
+    try:
+        yield
+    except (ApiError, ClientGone):
+        raise
+    except TimeoutError as error:
+        raise DeadlinePassed("the service's deadline for one request has passed: ask for fewer tokens") from error
+    except ClientDisconnect:
+        raise ClientGone from None
+    except Exception as error:
+        log.exception("%s failed", request_id)
+        raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error

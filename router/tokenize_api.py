@@ -1,0 +1,49 @@
+"""Texts to tokens and back, as a served model reads and writes them: the bodies of /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.api.generation import Role
+from actors.config import ServiceConfig
+from router.backend import BadRequest
+from router.chat import Tokenizers, chat_prompts, text_prompts
+from router.context import longest
+from router.request_planning import answering, opens_turn, served_as
+from router.responses import Json
+from router.schema import DetokenizeRequest, TokenizeChat, TokenizeText, parse
+
+
+def tokenized(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
+    """The tokens of raw text, or of the prompt that a chat request with these messages has. Raises an ApiError."""
+    request: TokenizeChat | TokenizeText
+    if isinstance(body, dict) and "messages" in body:
+        request = parse(TokenizeChat, body)
+        name, role = _model(request.model, service)
+        start = service.thinking.start if opens_turn(request) else ""
+        ids = chat_prompts(request, (role,), tokenizers, start)[role]
+    else:
+        request = parse(TokenizeText, body)
+        name, role = _model(request.model, service)
+        ids = text_prompts(request.prompt, (role,), tokenizers, special=request.add_special_tokens)[role]
+    return {
+        "count": len(ids),
+        "max_model_len": longest(service, tokenizers, name),
+        "tokens": ids,
+        "token_strs": tokenizers[role].pieces(ids) if request.return_token_strs else None,
+    }
+
+
+def detokenized(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
+    """The text of tokens, special ones included. Raises an ApiError."""
+    request = parse(DetokenizeRequest, body)
+    own = tokenizers[_model(request.model, service)[1]]
+    for id_ in request.tokens:
+        if not 0 <= id_ < own.width:
+            raise BadRequest(f"token id {id_} is outside the vocabulary of {own.width} ids", param="tokens")
+    return {"prompt": own.decode(request.tokens, skip_special=False)}
+
+
+def _model(asked: str | None, service: ServiceConfig) -> tuple[str, Role]:
+    name = service.name if asked is None else asked
+    return name, answering(served_as(service, name))

@@ -1,0 +1,253 @@
+"""Who gets the next place, who is turned away, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from actors.api.generation import Rejected, Role
+from actors.config import ServiceConfig
+from actors.coordinator.admission import FairQueue, Turnover, Waiting
+from actors.coordinator.session import Live
+from actors.coordinator.window import Window
+from tests.support.crowd import Unreached, request, session
+from tests.support.scripted_service import config
+
+
+class Clock:
+    """Seconds, moved by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Place:
+    """A coordinator's sessions: those that run, and `waiting`."""
+
+    def __init__(self, *replicas: Unreached, **coordinator: Any) -> None:
+        self.clock, self.lives, self.replicas = Clock(), dict[int, Live](), replicas or (Unreached(),)
+        service: ServiceConfig = config(coordinator=coordinator)
+        self.waiting = Waiting(service, self.lives.values, self._candidates, self.clock)
+
+    def _candidates(self, role: Role) -> Sequence[Unreached]:
+        return [replica for replica in self.replicas if replica.role == role]
+
+    def add(self, *lives: Live) -> None:
+        for live in lives:
+            self.waiting.add(live)
+
+    def admit(self) -> list[Live]:
+        begun = []
+        for live in self.waiting.admit(lambda live: tuple(live.session.streams)):
+            self.lives[live.key] = live
+            begun.append(live)
+        return begun
+
+    def end(self, live: Live) -> None:
+        self.lives.pop(live.key, None)
+        self.waiting.remove(live)
+
+    def park(self, live: Live, again: list[Live], pause_s: float = 0.0) -> None:
+        live.window = live.window or Window(live, guided=False, known={})
+        self.waiting.park(live.window, "target", pause_s, lambda: again.append(live))
+
+    def refused(self, client: str = "") -> Rejected | None:
+        return self.waiting.refusal(request(client=client))
+
+
+def many(count: int, client: str = "", **given: Any) -> list[Live]:
+    return [session(request(client=client, **given)) for _ in range(count)]
+
+
+async def test_clients_take_turns_and_each_is_served_in_its_order() -> None:
+    place = Place(max_sessions=5)
+    busy, calm = many(6, "busy"), many(2, "calm")
+    place.add(*busy, *calm)
+    assert place.admit() == [busy[0], calm[0], busy[1], calm[1], busy[2]]
+
+
+async def test_places_are_limited_and_come_free() -> None:
+    place = Place(max_sessions=2)
+    place.add(*(lives := many(3)))
+    assert place.admit() == lives[:2]
+    assert place.admit() == []
+    place.end(lives[0])
+    assert place.admit() == lives[2:]
+
+
+async def test_a_session_waits_until_its_model_has_room() -> None:
+    place = Place(Unreached(cache_tokens=256))
+    place.add(*(lives := many(3, prompt=96)))
+    assert place.admit() == lives[:2]  # 96 and 16 to grow by, each
+    assert place.lives[lives[1].key].replicas["target"] is place.replicas[0]
+    place.end(lives[0])
+    assert place.admit() == lives[2:]
+
+
+async def test_every_role_that_is_needed_must_have_room() -> None:
+    place = Place(Unreached("target", 4_096), Unreached("guider", 4_096), Unreached("guider_base", 128))
+    place.add(*(lives := many(2, prompt=96, guided=True)), *(alone := many(1, "other", prompt=96)))
+    assert place.admit() == [lives[0], *alone]
+    assert set(lives[0].replicas) == {"target", "guider", "guider_base"}
+    assert not lives[1].replicas
+
+
+async def test_the_first_is_admitted_whatever_others_hold() -> None:
+    place = Place(Unreached(cache_tokens=256))
+    place.replicas[0].says(sessions=4, used=256)
+    place.add(*(lives := many(2, prompt=96)))
+    assert place.admit() == lives[:1]
+
+
+async def test_a_role_that_nobody_plays_holds_up_nobody() -> None:
+    place = Place(Unreached("guider"))
+    place.add(*(lives := many(2)))
+    assert place.admit() == lives
+    assert not lives[0].replicas
+
+
+async def test_a_prompt_that_no_cache_holds_is_refused_by_its_numbers() -> None:
+    refusal = Place(Unreached(cache_tokens=256)).waiting.refusal(request(257))
+    assert refusal is not None
+    assert (refusal.code, refusal.retry_after_s) == ("invalid", None)
+    assert "257" in refusal.message
+    assert "256" in refusal.message
+    assert Place(Unreached(cache_tokens=256)).waiting.refusal(request(256)) is None
+
+
+async def test_a_full_queue_refuses_and_its_places_count_once() -> None:
+    place = Place(max_sessions=2, max_waiting=1)
+    for live in many(3):  # two of them will have a place at the next turn
+        assert place.refused() is None
+        place.add(live)
+    assert place.refused() is not None
+    place.admit()
+    assert len(place.waiting) == 1
+    assert place.refused() is not None
+
+
+async def test_places_without_room_do_not_lengthen_the_queue() -> None:
+    place = Place(Unreached(cache_tokens=256), max_sessions=64, max_waiting=1)
+    place.add(*many(3, prompt=96))
+    place.admit()
+    assert (len(place.lives), len(place.waiting)) == (2, 1)
+    assert place.refused() is not None
+
+
+async def test_a_newcomer_displaces_the_youngest_of_who_waits_most() -> None:
+    place = Place(max_sessions=1, max_waiting=4)
+    place.add(*many(1))
+    place.admit()
+    place.add(*(busy := many(4, "busy")))
+    assert place.refused("busy") is not None
+    for number in (1, 2):
+        assert place.refused("calm") is None
+        place.add(*many(1, "calm"))
+        (told,) = await busy[-number].events.batch()
+        assert isinstance(told, Rejected)
+        assert told.code == "overloaded"
+        assert told.retry_after_s
+    assert [live.client for live in place.waiting] == ["busy", "busy", "calm", "calm"]
+    assert place.refused("calm") is not None  # they are even
+
+
+async def test_one_client_alone_meets_a_plain_bounded_queue() -> None:
+    queue = FairQueue()
+    for live in many(9, "busy"):
+        queue.push(live)
+    assert queue.displaced_by("busy") is None
+    assert queue.displaced_by("calm") is not None
+
+
+async def test_moved_sessions_go_first_oldest_first_and_are_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(max_sessions=1, max_waiting=1)
+    place.add(*many(1))
+    place.admit()
+    place.add(*(new := many(1)))
+    assert place.refused() is not None
+    moved = [session(request(), age=age) for age in (7, 5)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(moved[0].session.request), "resumed", property(lambda self: self in asked))
+        asked = [live.session.request for live in moved]
+        assert place.waiting.refusal(asked[0]) is None
+        place.add(*moved)
+        for expected in (moved[1], moved[0]):
+            place.end(next(iter(place.lives.values())))
+            assert place.admit() == [expected]
+    assert [live.age for live in moved] == [7, 5]  # who is older stays so
+    place.end(moved[0])
+    assert place.admit() == new
+    assert new[0].age > 7
+
+
+async def test_who_lost_its_cache_waits_for_room_and_comes_before_new_ones() -> None:
+    place, again = Place(Unreached(cache_tokens=256)), list[Live]()
+    place.add(*(lives := many(4, prompt=64)))
+    assert place.admit() == lives[:3]
+    oldest, _, youngest = lives[:3]
+    youngest.session.streams["target"].append([1] * 64)  # it has grown, and there is no room for it any more
+    place.park(youngest, again)
+    assert place.admit() == []  # and the new one, for which there is, does not overtake it
+    assert again == []
+    place.end(oldest)
+    assert place.admit() == []
+    assert again == [youngest]
+    assert not youngest.lacks
+
+
+async def test_the_oldest_is_not_held_up() -> None:
+    place, again = Place(Unreached(cache_tokens=256)), list[Live]()
+    place.add(*(lives := many(2, prompt=96)))
+    place.admit()
+    place.replicas[0].says(sessions=3, used=256)
+    for live in lives:
+        place.park(live, again)
+    assert place.admit() == []
+    assert again == lives[:1]
+
+
+async def test_a_parked_session_pauses_first() -> None:
+    place, again = Place(), list[Live]()
+    place.add(*(lives := many(1)))
+    place.admit()
+    place.park(lives[0], again, pause_s=1.0)
+    place.admit()
+    place.clock.now += 0.5
+    place.waiting.tick()
+    place.admit()
+    assert (again, place.waiting.parked) == ([], 1)
+    place.clock.now += 0.6  # nothing but time has passed
+    place.admit()
+    assert (again, place.waiting.parked) == (lives, 0)
+
+
+async def test_a_parked_session_that_began_anew_is_forgotten() -> None:
+    place, again = Place(), list[Live]()
+    place.add(*(lives := many(1)))
+    place.admit()
+    place.park(lives[0], again)
+    lives[0].window = None
+    place.admit()
+    assert (again, place.waiting.parked, lives[0].lacks) == ([], 0, set())
+
+
+async def test_the_wait_that_is_told_follows_from_how_fast_sessions_end() -> None:
+    clock = Clock()
+    turnover = Turnover(clock)
+    assert turnover.wait_s(9) == 1.0  # nobody runs
+    lives = many(4)
+    for live in lives:
+        turnover.began(live)
+    clock.now += 2.0
+    assert turnover.wait_s(8) == 4.0  # four run, for two seconds so far
+    turnover.ended(lives[0])
+    turnover.ended(lives[0])
+    assert turnover.wait_s(9) == 6.0  # three run, each takes two
+    assert turnover.wait_s(0) == 1.0
+    assert turnover.wait_s(10_000) == 60.0
+    clock.now += 1_000.0  # nobody comes: what is known stays
+    assert turnover.wait_s(9) == 6.0

@@ -1,0 +1,119 @@
+"""Connections between coordinator and models that are cut, slow, stalled or say things twice: no token changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+
+from actors.api.generation import ROLES, Generate, Role
+from actors.config import ServiceConfig
+from actors.replica.engine_thread import Engine
+from tests.support.local_service import LocalService, trio_config
+from tests.support.relay import DIRECTIONS, Direction, Relay, relayed
+from tests.support.trio import LONG, alone, chat_prompts, decode_all, request, tokens
+from tests.support.watched import until
+
+RECOVERED_S = 120.0  # within which all is said, on a busy machine too: what hangs forever is what fails
+FRAMES = 12  # that pass before something happens
+
+
+def long_requests(service: LocalService, count: int) -> list[Generate]:
+    """Answers of 60 tokens, drawn."""
+    sampling = replace(LONG, max_tokens=60)
+    texts = chat_prompts(count)
+    return [request(service.tokenizers, text, sampling=sampling, seed=i) for i, text in enumerate(texts)]
+
+
+async def passes(relay: Relay) -> None:
+    """Sessions are under way: so many more frames have passed."""
+    begun = relay.frames
+    await until(lambda: relay.frames >= begun + FRAMES)
+
+
+async def disturbed(
+    config: ServiceConfig, engines: Mapping[Role, Engine], role: Role, act: Callable[[Relay], None]
+) -> Relay:
+    """Let `act` happen to a role's connection in mid-stream; every token must be as without it. The relay."""
+    async with relayed(config, engines) as (service, relays):
+        requests = long_requests(service, 3)
+        expected = await alone(service, requests)
+        relay = relays[role]
+        running = asyncio.create_task(decode_all(service.coordinators[1], requests))
+        await passes(relay)
+        assert not running.done()
+        act(relay)
+        async with asyncio.timeout(RECOVERED_S):
+            assert tokens(await running) == expected
+        return relay
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_connection_that_is_cut_is_opened_anew_and_changes_no_token(
+    trio_engines: Mapping[Role, Engine], role: Role
+) -> None:
+    relay = await disturbed(trio_config(), trio_engines, role, Relay.cut)
+    assert relay.connections == 2
+
+
+async def test_connections_that_are_cut_again_and_again_change_no_token(trio_engines: Mapping[Role, Engine]) -> None:
+    async with relayed(trio_config(), trio_engines) as (service, relays):
+        requests = long_requests(service, 3)
+        expected = await alone(service, requests)
+        running = asyncio.create_task(decode_all(service.coordinators[1], requests))
+        for role in ROLES * 2:
+            await passes(relays[role])
+            relays[role].cut()
+        async with asyncio.timeout(RECOVERED_S):
+            assert tokens(await running) == expected
+        assert all(relay.connections >= 2 for relay in relays.values())
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+async def test_a_connection_that_delays_changes_no_token_and_stays(
+    trio_engines: Mapping[Role, Engine], direction: Direction
+) -> None:
+    def delay(relay: Relay) -> None:
+        relay.flows[direction].delay_s = 0.01
+
+    relay = await disturbed(trio_config(), trio_engines, "guider", delay)
+    assert relay.connections == 1
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+async def test_a_slow_connection_changes_no_token_and_stays(
+    trio_engines: Mapping[Role, Engine], direction: Direction
+) -> None:
+    def throttle(relay: Relay) -> None:
+        relay.flows[direction].rate = 200_000
+
+    relay = await disturbed(trio_config(), trio_engines, "target", throttle)
+    assert relay.connections == 1
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("role", ["target", "guider"])
+async def test_a_connection_that_stalls_is_given_up_and_opened_anew_and_changes_no_token(
+    trio_engines: Mapping[Role, Engine], role: Role, direction: Direction
+) -> None:
+    def stall(relay: Relay) -> None:
+        flow = relay.flows[direction]
+        flow.open.clear()
+        asyncio.get_running_loop().call_later(2.0, flow.open.set)  # the network is back, and the old connection gone
+
+    relay = await disturbed(trio_config(deadlines={"silent_s": 0.5}), trio_engines, role, stall)
+    assert relay.connections >= 2
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+async def test_a_frame_that_comes_twice_ends_the_connection_and_changes_no_token(
+    trio_engines: Mapping[Role, Engine], direction: Direction, caplog: pytest.LogCaptureFixture
+) -> None:
+    def repeat(relay: Relay) -> None:
+        relay.flows[direction].repeat = True
+
+    relay = await disturbed(trio_config(), trio_engines, "target", repeat)
+    assert relay.connections == 2
+    assert "altered, replayed or dropped" in caplog.text

@@ -1,0 +1,220 @@
+"""The decode loop when something goes wrong: caches that are lost or too small, models that fail, die or stay away."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from actors.api.generation import ROLES, Finished, Role
+from actors.api.guidance import Guidance
+from actors.config import ServiceConfig
+from actors.coordinator.exchange import Exchange
+from actors.replica.build import load_role
+from actors.replica.engine_thread import Engine
+from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
+from tests.support.trio import LONG, TEXT, alone, chat_prompts, decode_all, finished, mixed_requests, request, tokens
+from tests.support.watched import Trio, WatchedEngine, until, watched
+
+
+@pytest.fixture
+def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
+    with watched(trio_engines) as trio:
+        yield trio
+
+
+def with_cache(role: Role, cache_tokens: int, **overrides: Any) -> ServiceConfig:
+    """A configuration in which one role's cache holds so many tokens of all sessions together."""
+    models: dict[str, dict[str, Any]] = {each: {"path": str(WEIGHTS / each)} for each in ROLES}
+    models[role]["cache_tokens"] = cache_tokens
+    return trio_config(models=models, **overrides)
+
+
+def forgetful(every: int) -> Any:
+    """Evict all sessions before one forward in so many."""
+
+    def act(engine: WatchedEngine) -> None:
+        if engine.forwards % every == 0:
+            engine.forget_everything()
+
+    return act
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_lost_cache_changes_no_token(trio: Trio, role: Role) -> None:
+    async with local_service(trio_config(exchange={"k": 8}), trio.engines) as service:
+        requests = mixed_requests(service, 6)
+        expected = await alone(service, requests)
+        trio.disturb(forgetful(every=3), role)
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+
+
+async def test_caches_lost_everywhere_at_once_change_no_token(trio: Trio) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 6)
+        expected = await alone(service, requests)
+        trio.disturb(forgetful(every=2))
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+
+
+async def test_a_forward_that_fails_changes_no_token(trio: Trio) -> None:
+    def fail(engine: WatchedEngine) -> None:
+        if engine.forwards % 7 == 3:
+            raise RuntimeError("a fault in the middle")
+
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 4)
+        expected = await alone(service, requests)
+        trio.disturb(fail)
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+
+
+async def test_a_model_that_always_fails_ends_its_sessions_with_an_error(trio: Trio) -> None:
+    def fail(engine: WatchedEngine) -> None:
+        raise RuntimeError("a fault every time")
+
+    async with local_service(trio_config(), trio.engines) as service:
+        trio.disturb(fail, "guider")
+        end = finished(await decode(service.coordinators[0], request(service.tokenizers, TEXT)))
+        assert end.reason == "error"
+        assert "guider" in str(end.error)
+        unguided = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
+        assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
+
+
+async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
+    trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    crowded = with_cache("target", 256, deadlines={"step_s": 0.5})
+    endless = replace(LONG, max_tokens=220)
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = [
+            request(service.tokenizers, text, sampling=endless, guidance=Guidance(0.0), seed=i)
+            for i, text in enumerate(chat_prompts(3))
+        ]
+        expected = tokens(await decode_all(service.coordinators[0], requests))
+    async with local_service(crowded, {**trio_engines, "target": load_role(crowded, "target")}) as service:
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+    assert "giving up" not in caplog.text
+
+
+async def test_sessions_that_do_not_fit_a_cache_together_all_come_to_the_same_end(
+    trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    crowded = with_cache("guider", 256)
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = [
+            request(service.tokenizers, text, sampling=replace(LONG, max_tokens=140), seed=i)
+            for i, text in enumerate(chat_prompts(3))
+        ]
+        expected = tokens(await decode_all(service.coordinators[0], requests))
+    async with local_service(crowded, {**trio_engines, "guider": load_role(crowded, "guider")}) as service:
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+        forwarded = service.replicas["guider"].stats().tokens
+    needed = sum(len(one.prompts["guider"]) + len(answer) for one, answer in zip(requests, expected, strict=True))
+    assert 256 < needed < forwarded
+    print(f"{forwarded} tokens went through the guider, {needed} were needed")  # shown with -rP
+    assert "giving up" not in caplog.text
+
+
+async def test_a_model_that_hangs_is_given_up_and_its_sessions_go_on_when_it_is_back(
+    trio: Trio, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with local_service(trio_config(deadlines={"step_s": 0.3}), trio.engines) as service:
+        requests = mixed_requests(service, 3)
+        expected = await alone(service, requests)
+        free, hung = threading.Event(), threading.Event()
+
+        def hang(engine: WatchedEngine) -> None:
+            hung.set()
+            assert free.wait(20)
+
+        trio.disturb(hang, "guider")
+        running = asyncio.create_task(decode_all(service.coordinators[0], requests))
+        await until(lambda: hung.is_set() and "giving up the connection to guider" in caplog.text)
+        assert "to target" not in caplog.text
+        free.set()
+        assert tokens(await running) == expected
+
+
+async def stop_replica(service: LocalService, role: Role) -> None:
+    """Stop a replica for good: nothing of it computes any more."""
+    replica = service.replicas[role]
+    await replica.stop()
+    await asyncio.to_thread(replica._thread._thread.join, 10)
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_replica_that_dies_and_is_replaced_changes_no_token(trio: Trio, role: Role) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 5)
+        expected = await alone(service, requests)
+        begun = trio.watched["target"].forwards
+        running = asyncio.create_task(decode_all(service.coordinators[0], requests))
+        await until(lambda: trio.watched["target"].forwards >= begun + 8)
+        await stop_replica(service, role)
+        trio.watched[role].clear()
+        await service.start_replica(role)
+        assert tokens(await running) == expected
+
+
+async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_it(trio: Trio) -> None:
+    async with local_service(trio_config(deadlines={"missing_s": 0.2}), trio.engines) as service:
+        stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
+        seen = [await anext(stream)]
+        service._endpoints.pop("guider")
+        await stop_replica(service, "guider")
+        seen += [event async for event in stream]
+        end = seen[-1]
+        assert isinstance(end, Finished)
+        assert end.reason == "error"
+        assert "no replica of guider came back" in str(end.error)
+        unguided = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
+        assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
+
+
+async def test_a_turn_that_fails_loses_no_other_sessions_replies(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 6)
+        expected = await alone(service, requests)
+        absorb, turns = Exchange.absorb, itertools.count()
+
+        def losing(exchange: Exchange, messages: Any) -> Any:
+            if messages and next(turns) % 10 == 9:  # the replies of this turn are gone
+                raise RuntimeError("a fault of the program")
+            return absorb(exchange, messages)
+
+        monkeypatch.setattr(Exchange, "absorb", losing)
+        answers = await decode_all(service.coordinators[0], requests)
+    assert "a turn failed" in caplog.text
+    assert tokens(answers) == expected
+
+
+async def test_turns_that_fail_again_and_again_end_their_sessions(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = mixed_requests(service, 3)
+        expected = await alone(service, requests)
+        with monkeypatch.context() as broken:
+            broken.setattr(Exchange, "advance", lambda exchange: 1 / 0)
+            async with asyncio.timeout(20):
+                answers = await decode_all(service.coordinators[0], requests)
+        assert [finished(answer).error for answer in answers] == ["internal error while decoding"] * 3
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+    assert "a turn failed" in caplog.text
+
+
+async def test_a_request_that_takes_too_long_is_ended(trio: Trio) -> None:
+    endless = replace(LONG, max_tokens=None)
+    async with local_service(trio_config(deadlines={"request_s": 0.3}), trio.engines) as service:
+        answer = await decode(service.coordinators[0], request(service.tokenizers, TEXT, sampling=endless))
+        assert finished(answer).reason == "error"
+        assert "not finished within" in str(finished(answer).error)

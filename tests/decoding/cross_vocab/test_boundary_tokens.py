@@ -1,0 +1,71 @@
+"""Small tokens that straddle the end of what a target of another family said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from actors.decoding.cross_vocab.boundary_tokens import Straddling
+from benchmarks.aligned import AlignedModel
+from tests.support.trained_models import alignment, texts
+
+PAIRS = (("pieces", "single"), ("single", "pieces"), ("grouped", "single"))
+
+
+@pytest.mark.parametrize(("target", "role"), PAIRS)
+def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, role: str) -> None:
+    pair, found = alignment(target, role), 0
+    said = pair.target.spell(texts()["english"].train[:600])[0]
+    for at in range(len(said) - 1):
+        for offset in range(1, len(pair.said(said[at]))):
+            straddlers = pair.straddling.within(said[at : at + 1], offset)
+            if straddlers is None:
+                continue
+            begun = pair.said(said[at])[offset:]
+            assert (np.diff(straddlers.tokens) > 0).all()
+            for token, follows in zip(straddlers.tokens.tolist(), straddlers.nexts.tolist(), strict=True):
+                text = pair.role.texts[token] or b""
+                assert text.startswith(begun)
+                assert len(text) > len(begun)
+                whole = (pair.said(said[at]) + text[len(begun) :]).decode()
+                assert pair.target.spell(whole)[0][:2] == [said[at], follows]
+                found += 1
+    assert found > 20
+
+
+def test_a_place_where_too_many_begin_alike_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = alignment("pieces", "single")
+    places = [(t, n) for t, text in enumerate(pair.target.texts) if text for n in range(1, len(text))]
+    here = next(place for place in places if _count(pair.straddling.within([place[0]], place[1])) > 1)
+    monkeypatch.setattr("actors.decoding.cross_vocab.boundary_tokens._MOST", 1)
+    again = Straddling(pair.tables, pair.target, pair.said, pair.role)
+    assert again.within([here[0]], here[1]) is None
+
+
+def _count(straddlers: object) -> int:
+    return len(getattr(straddlers, "tokens", ()))
+
+
+def test_a_target_token_that_is_heard_by_its_first_small_token_is_heard_of_a_straddler_that_ends_there() -> None:
+    """The small model is certain of "$\\", the target has "\\" and "\\frac", and said "$": both may come."""
+    pair, tried = alignment("pieces", "single"), 0
+    meant = pair.tables.meant
+    longer = {int(x): t for t, x in enumerate(meant) if x != t}  # a target's token, by the one that its first part is
+    assert longer
+    for said in range(len(pair.target.texts)):
+        straddlers = pair.straddling.between([said])
+        if straddlers is None:
+            continue
+        pairs = zip(straddlers.tokens.tolist(), straddlers.nexts.tolist(), straddlers.whole.tolist(), strict=True)
+        for token, follows, whole in pairs:
+            if follows not in longer:
+                continue
+            row = np.full(len(pair.role.texts), -20.0)
+            row[token] = 20.0
+            model = AlignedModel(pair, lambda _, row=row: row)  # type: ignore[misc]
+            model.push(said)
+            masses = np.exp(model.masses())
+            assert masses[follows] > 0.9
+            assert (masses[longer[follows]] > 0.9) == whole
+            tried += 1
+    assert tried > 5

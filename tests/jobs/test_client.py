@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from actors.api.generation import ROLES, Delta, Event, Finished, Generate, Rejected, Usage
+from actors.config import ConfigError
+from actors.preflight import load_tokenizers
+from cluster.jobs import client as asking
+from cluster.jobs.client import LOSSES, Asker, Item, Unanswered
+from cluster.jobs.config import UNGUIDED, Arm, checked
+from cluster.jobs.sample import ALONE
+from cluster.jobs.task_loading import Problem, Task
+from router.backend import Overloaded, Status, Unavailable
+from tests.support.local_service import trio_config
+from tests.support.watched import until
+
+CONFIG = trio_config()
+TOKENIZERS = load_tokenizers(CONFIG)
+USAGE = Usage(5, 2, 0, 0, 0, 0, 0.0)
+END = Finished("stop", USAGE)
+Script = Callable[[], AsyncIterator[Event]]
+
+
+class Scripted:
+    """A backend whose attempts are written down; the last is repeated."""
+
+    def __init__(self, *attempts: list[Event | Exception]) -> None:
+        self.attempts, self.asked = list(attempts), 0
+        self.closed = 0
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        attempt = self.attempts[min(self.asked, len(self.attempts) - 1)]
+        self.asked += 1
+        try:
+            for event in attempt:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                await asyncio.sleep(0)
+        finally:
+            self.closed += 1
+
+    async def status(self) -> Status:
+        return Status()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_FIRST_PAUSE_S", 1e-4)
+    monkeypatch.setattr(asking, "_LONGEST_PAUSE_S", 1e-3)
+
+
+def task(**keys: Any) -> Task:
+    demo = {"hops": [2], "split": "held_out", "n": 4}
+    given: dict[str, Any] = {
+        "name": "questions",
+        "data": {"demo": demo},
+        "prompt": "{question}",
+        "style": "chat",
+        "grader": "multihop",
+        "samples": 1,
+        "max_tokens": 30,
+        "temperature": 0.6,
+        "top_p": 0.95,
+    }
+    return Task.model_validate(given | keys)
+
+
+def item(arm: Arm | None = None, seed: int = 0, number: int = 0, problem: str = "7", **keys: Any) -> Item:
+    text = "Who is the rival of Ada?"
+    return Item(task(**keys), Problem(problem, text, "Ben", text), arm or guided(), seed, number)
+
+
+def guided(**keys: Any) -> Arm:
+    return checked({"run": "x", "tasks": ["multihop"], "modes": ["guided"]} | keys).arms()[0]
+
+
+def asker(backend: Scripted, **keys: Any) -> Asker:
+    return Asker(backend, CONFIG, TOKENIZERS, **keys)
+
+
+def test_a_sample_has_the_same_seed_in_every_mode_and_setting_and_no_other_sample_has() -> None:
+    alone = Arm("target", ALONE, UNGUIDED)
+    assert item(alone).choice_seed == item(guided(alpha=[0.5])).choice_seed
+    others = [item(seed=1), item(number=1), item(problem="8"), item(name="others")]
+    assert len({item().choice_seed, *(other.choice_seed for other in others)}) == 5
+    assert item().choice_seed == 18060674801305240028  # another hash would draw other samples in a run that goes on
+
+
+def test_a_chat_task_is_rendered_by_each_roles_template_and_a_raw_one_is_the_same_text_for_all() -> None:
+    backend = Scripted([END])
+    chat, raw = asker(backend).request(item()), asker(backend).request(item(style="raw"))
+    assert set(chat.prompts) == set(raw.prompts) == set(ROLES)
+    for role in ROLES:
+        tokenizer = TOKENIZERS[role]
+        messages = [{"role": "user", "content": "Who is the rival of Ada?"}]
+        assert chat.prompts[role] == tokenizer.encode(tokenizer.render(messages))
+        assert tokenizer.decode(raw.prompts[role]).strip() == "Who is the rival of Ada?"
+
+
+@pytest.mark.parametrize("mode", ROLES)
+def test_a_role_alone_gets_its_own_prompt_and_no_guidance(mode: Any) -> None:
+    request = asker(Scripted([END])).request(item(Arm(mode, ALONE, UNGUIDED)))
+    assert request.primary == mode
+    assert set(request.prompts) == {mode}
+    assert request.guidance.never_guides()
+
+
+def test_sampling_is_the_tasks_and_guidance_the_arms() -> None:
+    request = asker(Scripted([END]), drafts=3).request(item(guided(alpha=[0.5], warmup_tokens=[8]), stop=["\n\n"]))
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.6, 0.95, 30)
+    assert sampling.stop == ("\n\n",)
+    assert (request.guidance.alpha, request.guidance.warmup_tokens, request.drafts) == (0.5, 8, 3)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_asked() -> None:
+    with pytest.raises(ConfigError, match=r"questions, problem 7, guided a1: .*ask for at most"):
+        asker(Scripted([END])).request(item(max_tokens=10_000_000))
+
+
+async def test_a_service_that_is_full_away_or_loses_an_answer_is_asked_again_and_nothing_is_said_twice() -> None:
+    heard: list[int] = []
+    backend = Scripted(
+        [Rejected("overloaded", "full", 1.0)],
+        [Rejected("unavailable", "a role is away")],
+        [Overloaded("full")],
+        [Delta(content="Ben", tokens=[1]), Unavailable("the coordinator was lost")],
+        [Delta(content="Ben", tokens=[1]), Finished("error", USAGE, error="a model was lost")],
+        [Delta(content="Ben", tokens=[1])],
+        [Delta(content="Ben", tokens=[1]), Delta(content=".", tokens=[2]), END],
+    )
+    answer = await asker(backend, heard=heard.append).ask(item())
+    assert (answer.text, answer.tokens, answer.end) == ("Ben.", (1, 2), END)
+    assert backend.asked == backend.closed == 7
+
+
+async def test_the_mark_between_thinking_and_answer_is_part_of_the_text() -> None:
+    backend = Scripted([Delta(reasoning="He is Ben."), Delta(content="The answer is Ben."), END])
+    assert (await asker(backend).ask(item())).text == "He is Ben.</think>The answer is Ben."
+
+
+async def test_patience_ends() -> None:
+    backend = Scripted([Rejected("unavailable", "the guider is away")])
+    with pytest.raises(Unanswered, match="the guider is away"):
+        await asker(backend, patience_s=0.02).ask(item())
+    assert backend.asked > 1
+
+
+async def test_an_answer_that_is_lost_every_time_ends_the_run() -> None:
+    backend = Scripted([Delta(content="B", tokens=[1]), Finished("error", USAGE, error="not finished within 5 s")])
+    with pytest.raises(Unanswered, match="not finished within 5 s"):
+        await asker(backend).ask(item())
+    assert backend.asked == LOSSES
+
+
+async def test_a_refusal_of_the_request_itself_is_not_repeated() -> None:
+    backend = Scripted([Rejected("invalid", "the prompt is empty")])
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        await asker(backend).ask(item())
+    assert backend.asked == 1
+
+
+async def test_cancelling_closes_the_generation() -> None:
+    class Endless(Scripted):
+        async def generate(self, request: Generate) -> AsyncIterator[Event]:
+            self.asked += 1
+            try:
+                while True:
+                    yield Delta(content="B", tokens=[1])
+                    await asyncio.sleep(0.001)
+            finally:
+                self.closed += 1
+
+    backend = Endless()
+    asking_ = asyncio.create_task(asker(backend).ask(item()))
+    await until(lambda: backend.asked > 0)
+    asking_.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking_
+    assert backend.closed == 1

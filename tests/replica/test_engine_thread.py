@@ -1,0 +1,121 @@
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from actors.engine.interface import Extend, Outcome
+from actors.replica.engine_thread import ForwardThread, Result
+from actors.replica.scheduler import Part, Pending, choose
+from actors.wire.columns import ExtendItem
+from actors.wire.messages import Message
+from actors.wire.replies import Answer
+from benchmarks.null_engine import NullEngine
+
+
+class Nobody:
+    def send(self, *messages: Message) -> None:
+        raise AssertionError("nobody is answered here")
+
+
+def pending(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> Pending:
+    item = ExtendItem(1, age, age, 5, 1, 0, list(range(tokens)), rows, 4, np.zeros(0, np.int32))
+    return Pending(Nobody(), item, 5, done=done)
+
+
+def taken(parts: list[Part]) -> list[tuple[int, int]]:
+    """(age, tokens) of each part."""
+    return [(part.pending.item.age, part.tokens) for part in parts]
+
+
+def test_every_decode_step_goes_first_and_outside_of_the_budget() -> None:
+    parts = choose([pending(100, age=1), pending(1, age=9), pending(8, rows=8, age=8)], 16)
+    assert taken(parts) == [(9, 1), (8, 8), (1, 16)]
+
+
+def test_prompts_share_the_budget_by_age() -> None:
+    parts = choose([pending(20, age=3), pending(10, age=1), pending(30, age=2)], 16)
+    assert taken(parts) == [(1, 10), (2, 6)]
+
+
+def test_the_last_chunk_has_all_tokens_that_give_rows() -> None:
+    assert pending(40, rows=10).part(16).tokens == 16
+    assert pending(40, rows=10, done=16).part(16).tokens == 14
+    assert pending(40, rows=10, done=30).part(16).tokens == 10
+    assert pending(40, rows=1, done=32).part(16).tokens == 8
+
+
+def test_rows_beyond_the_budget_go_alone_and_wait_while_an_older_prompt_uses_it() -> None:
+    assert taken(choose([pending(30, rows=30)], 16)) == [(0, 30)]
+    assert taken(choose([pending(10, age=1), pending(30, rows=30, age=2), pending(9, age=3)], 16)) == [(1, 10), (3, 6)]
+
+
+def test_chunks_join_to_the_whole_with_the_hash_of_what_went_before() -> None:
+    whole, cut = pending(20), pending(20)
+    whole.advance(12)
+    for tokens in (5, 7):
+        cut.advance(tokens)
+    assert (cut.prefix, cut.done) == (whole.prefix, 12)
+    extend = Part(cut, cut.left).extend()
+    assert (extend.position, list(extend.tokens), extend.rows) == (12, list(range(12, 20)), 1)
+    assert Part(cut, 3).extend().rows == 0
+
+
+@pytest.mark.parametrize(("position", "made"), [(9, False), (10, True), (19, True), (20, False)])
+def test_a_pending_extend_knows_which_rows_it_will_give(position: int, made: bool) -> None:
+    assert pending(20, rows=10).makes(position) is made
+
+
+class Failing(NullEngine):
+    """Fails in every forward of more than one extend, and notes the threads that it runs on."""
+
+    def __init__(self) -> None:
+        super().__init__(width=32)
+        self.threads: set[int] = set()
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
+        self.threads.add(threading.get_ident())
+        if len(batch) > 1:
+            raise RuntimeError("out of memory")
+        return super().extend(batch)
+
+
+async def test_forwards_run_in_order_on_one_thread_and_come_back_on_the_loops() -> None:
+    engine, thread = Failing(), ForwardThread("engine")
+    outcomes: list[list[Result] | Exception] = []
+    back, threads = asyncio.Event(), set()
+
+    def done(outcome: list[Result] | Exception) -> None:
+        outcomes.append(outcome)
+        threads.add(threading.get_ident())
+        if len(outcomes) == 3:
+            back.set()
+
+    part = Part(pending(1), 1)
+    part.pending.prefix = engine.hash_seed
+    thread.start()
+    for parts in ([part], [part, part], []):
+        thread.run(engine, parts, [], done)
+    await asyncio.wait_for(back.wait(), 10)
+    thread.stop()
+    rows, failure, nothing = outcomes
+    assert isinstance(rows, list)
+    assert isinstance(rows[0], Answer)
+    assert isinstance(failure, RuntimeError)
+    assert nothing == []
+    assert threads == {threading.get_ident()}
+    assert len(engine.threads) == 1
+    assert engine.threads != threads
+
+
+async def test_work_between_forwards_runs_on_their_thread_and_its_error_comes_back() -> None:
+    def wrong() -> None:
+        raise AssertionError("an extent is owned twice")
+
+    thread = ForwardThread("engine")
+    thread.start()
+    assert await thread.between(threading.get_ident) == thread._thread.ident
+    with pytest.raises(AssertionError, match="owned twice"):
+        await thread.between(wrong)
+    thread.stop()

@@ -1,0 +1,53 @@
+"""Where models are loaded, how helpers wait, and how often Python looks for garbage."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+
+import pytest
+
+from actors.replica.process import COLLECT, SPIN, collect_rarely, on_passing_thread, spin_briefly
+
+
+def test_the_thread_that_makes_is_gone_when_what_it_made_is_there() -> None:
+    maker = on_passing_thread(threading.current_thread)
+    assert maker is not threading.current_thread()
+    assert not maker.is_alive()
+
+
+def test_what_making_raises_reaches_the_caller() -> None:
+    def fail() -> None:
+        raise ValueError("no such model")
+
+    with pytest.raises(ValueError, match="no such model"):
+        on_passing_thread(fail)
+
+
+@pytest.mark.parametrize(
+    ("given", "set_to"),
+    [({}, SPIN[1]), ({SPIN[0]: "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+    ids=["by default", "as the user has it", "not against the user's policy"],
+)
+def test_how_long_helpers_wait_awake(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], set_to: str | None
+) -> None:
+    for name in (SPIN[0], "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back in the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    spin_briefly()
+    assert os.environ.get(SPIN[0]) == set_to
+
+
+def test_garbage_is_looked_for_rarely_and_what_is_there_not_at_all() -> None:
+    before = gc.get_threshold()
+    try:
+        collect_rarely()
+        assert gc.get_threshold() == COLLECT
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)

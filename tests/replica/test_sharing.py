@@ -1,0 +1,142 @@
+"""Prompts with a common head are prefilled once: at a replica whose engine can be looked into."""
+
+from __future__ import annotations
+
+from actors.wire.messages import Refusal
+from tests.support.coordinators import No, rows_of, stage, within
+
+HEAD = list(range(1, 33))  # two blocks
+PROMPT = [*range(1, 41)]
+
+
+async def test_identical_prompts_are_prefilled_once() -> None:
+    async with stage(prefill_chunk=1_000) as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            opener = c.ask(9, [1])
+            await s.engine.entered()
+            replies = [c.ask(session, PROMPT, age=session) for session in range(1, 9)]
+            await c.heard()
+        answers = [await rows_of(reply) for reply in (opener, *replies)][1:]
+        assert s.engine.batches[1:] == [{1: 40}, dict.fromkeys(range(2, 9), 8)]
+        assert all(answer.logits.tolist() == answers[0].logits.tolist() for answer in answers)
+        assert (s.replica.stats().tokens, s.replica.stats().forked_tokens) == (1 + 40 + 7 * 8, 7 * 32)
+
+
+async def test_a_common_head_is_shared_and_different_tails_are_not() -> None:
+    async with stage(prefill_chunk=1_000) as s:
+        c = await s.coordinator()
+        tails = {session: [session] * 10 for session in (1, 2, 3)}
+        with s.engine.held():
+            opener = c.ask(9, [1])
+            await s.engine.entered()
+            replies = [c.ask(session, HEAD + tail, age=session) for session, tail in tails.items()]
+            await c.heard()
+        shared = [await rows_of(reply) for reply in (opener, *replies)][1:]
+        assert s.engine.batches[1:] == [{1: 42}, {2: 10, 3: 10}]
+        c.release(*tails)
+        await c.heard()
+        assert shared[1].logits.tolist() == (await rows_of(c.ask(7, HEAD + tails[2]))).logits.tolist()
+        later = await rows_of(c.ask(2, HEAD + tails[2]))  # what was released is forked from no more
+        assert later.logits.tolist() == shared[1].logits.tolist()
+
+
+async def test_a_head_shorter_than_a_block_is_not_waited_for() -> None:
+    async with stage(prefill_chunk=1_000) as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            opener = c.ask(9, [1])
+            await s.engine.entered()
+            replies = [c.ask(session, HEAD[:15] + [50 + session] * 20) for session in (1, 2)]
+            await c.heard()
+        for reply in (opener, *replies):
+            await rows_of(reply)
+        assert s.engine.batches[1:] == [{1: 35, 2: 35}]
+
+
+async def test_rows_that_are_asked_for_are_computed() -> None:
+    async with stage(prefill_chunk=1_000) as s:
+        c = await s.coordinator()
+        await rows_of(c.ask(1, PROMPT))
+        answer = await rows_of(c.ask(2, PROMPT, rows=20))
+        assert len(answer.logsumexp) == 20
+        assert s.engine.batches == [{1: 40}, {2: 24}]
+
+
+async def test_a_younger_prompt_waits_for_the_chunks_of_an_older_one_while_others_go_on() -> None:
+    async with stage(prefill_chunk=16) as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            opener = c.ask(9, [1])
+            await s.engine.entered()
+            replies = [c.ask(2, PROMPT, age=2), c.ask(1, PROMPT, age=1), c.ask(3, [7] * 20, age=3)]
+            await c.heard()
+        for reply in (opener, *replies):
+            await rows_of(reply)
+        assert s.engine.batches[1:] == [{1: 16}, {1: 16}, {1: 8, 2: 8}, {3: 16}, {3: 4}]
+
+
+async def test_the_younger_goes_on_by_itself_when_the_older_is_released() -> None:
+    async with stage(prefill_chunk=16) as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            older, younger = c.ask(1, PROMPT, age=1), c.ask(2, PROMPT, age=2)
+            await s.engine.entered()
+            c.release(1)
+            assert await within(older) == No(Refusal.ROW_GONE)
+        await rows_of(younger)
+        assert s.engine.batches == [{1: 16}, {2: 16}, {2: 8}]  # the first block was there to fork from
+        assert s.replica.load().sessions == 1
+
+
+async def test_the_younger_goes_on_by_itself_when_the_older_fails() -> None:
+    async with stage(prefill_chunk=16) as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            older, younger = c.ask(1, PROMPT, age=1), c.ask(2, PROMPT, age=2)
+            await s.engine.entered()
+            s.engine.failure = RuntimeError("out of memory")
+        assert await within(older) == No(Refusal.FAILED)
+        await rows_of(younger)
+        assert s.engine.batches == [{1: 16}, {2: 16}, {2: 16}, {2: 8}]
+
+
+async def test_the_younger_goes_on_by_itself_when_the_olders_cache_is_lost() -> None:
+    async with stage(prefill_chunk=16) as s:
+        c = await s.coordinator()
+        with s.engine.held():
+            older, younger = c.ask(1, PROMPT, age=1), c.ask(2, PROMPT, age=2)
+            await s.engine.entered()
+        with s.engine.held():
+            await s.engine.entered()
+            s.engine.close(1)
+        assert await within(older) == No(Refusal.KV_MISS, 0)
+        await rows_of(younger)
+        assert s.engine.batches == [{1: 16}, {1: 16}, {2: 16}, {2: 16}, {2: 8}]
+
+
+async def test_without_room_for_a_fork_a_prompt_is_computed_or_full() -> None:
+    async with stage(cache_tokens=60, prefill_chunk=1_000) as s:
+        c = await s.coordinator()
+        await rows_of(c.ask(1, PROMPT))
+        refused = await within(c.ask(2, PROMPT))
+        assert isinstance(refused, No)
+        assert refused.code is Refusal.FULL
+        c.release(1)
+        await rows_of(c.ask(2, PROMPT))
+        assert s.replica.stats().forked_tokens == 0
+
+
+async def test_a_session_that_is_opened_anew_under_its_name_holds_nothing() -> None:
+    async with stage(prefill_chunk=1_000) as s:
+        c = await s.coordinator()
+        await rows_of(c.ask(1, PROMPT))
+        with s.engine.held():
+            other = c.ask(9, [1])
+            await s.engine.entered()
+            c.release(1)
+            again = c.ask(1, PROMPT)
+            await c.heard()
+        await rows_of(other)
+        await rows_of(again)
+        assert s.engine.batches[-1] in ({1: 40}, {1: 8})

@@ -1,0 +1,252 @@
+import math
+from typing import Any
+
+import pytest
+from tokenizers import decoders
+
+from actors.api.generation import ROLES, Generate
+from actors.config import ServiceConfig
+from actors.decoding.hashing import derive_seed
+from actors.text.tokenizer import RoleTokenizer
+from router.backend import ApiError, BadRequest, NotFound
+from router.request_planning import WHOLE_S, Plan, client_of, plan_chat, plan_completion
+from router.schema import ChatRequest, CompletionRequest, parse
+from tests.support.scripted_service import config, tokenizers
+from tests.support.tokenizers import byte_level, role_tokenizer
+
+TOKENIZERS = tokenizers()
+HI = [{"role": "user", "content": "Hi"}]
+DEFAULTS = {
+    "sampling": {"temperature": 0.6, "top_p": 0.95, "stop_on_repeat": 10},
+    "guidance": {"alpha": 1.0, "warmup_tokens": 100, "schedule": [[50, 0.5]]},
+    "thinking": {"start": "<think>\n", "max_tokens": 90, "min_tokens": 5},
+}
+
+
+def chat(service: ServiceConfig | None = None, **body: Any) -> Plan:
+    request = parse(ChatRequest, {"model": "duo", "messages": HI} | body)
+    return plan_chat(request, service or config(), TOKENIZERS, "r")
+
+
+def completion(service: ServiceConfig | None = None, **body: Any) -> Plan:
+    request = parse(CompletionRequest, {"model": "duo", "prompt": "Hi"} | body)
+    return plan_completion(request, service or config(), TOKENIZERS, "r")
+
+
+def first(plan: Plan) -> Generate:
+    return plan.sequences[0]
+
+
+def test_a_request_stands_above_the_defaults_field_by_field() -> None:
+    body = {
+        "temperature": 0,
+        "guidance": {"warmup_tokens": 3},
+        "thinking": {"max_tokens": None, "wait": "Hold on"},
+    }
+    asked = first(chat(config(**DEFAULTS), **body))
+    assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.stop_on_repeat) == (0, 0.95, 10)
+    assert (asked.guidance.alpha, asked.guidance.warmup_tokens, asked.guidance.schedule) == (1.0, 3, ((50, 0.5),))
+    assert (asked.thinking.start, asked.thinking.max_tokens, asked.thinking.min_tokens) == ("<think>\n", None, 5)
+    assert asked.thinking.wait == "Hold on"
+
+
+def test_an_alpha_that_is_asked_for_holds_throughout() -> None:
+    assert first(chat(config(**DEFAULTS), guidance={"alpha": 0.7})).guidance.schedule == ()
+
+
+def test_every_sampling_field_arrives() -> None:
+    asked = first(
+        chat(
+            top_k=-1,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            presence_penalty=0.2,
+            frequency_penalty=-0.2,
+            logit_bias={"7": 1, "3": -100},
+            min_tokens=2,
+            max_completion_tokens=20,
+            stop="END",
+            stop_token_ids=[5],
+            include_stop_str_in_output=True,
+            ignore_eos=True,
+            stop_on_repeat=4,
+            skip_special_tokens=False,
+        )
+    ).sampling
+    assert (asked.top_k, asked.min_p, asked.repetition_penalty) == (0, 0.1, 1.1)
+    assert (asked.presence_penalty, asked.frequency_penalty) == (0.2, -0.2)
+    assert asked.logit_bias == ((3, -100.0), (7, 1.0))
+    assert (asked.min_tokens, asked.max_tokens, asked.stop, asked.stop_token_ids) == (2, 20, ("END",), (5,))
+    assert (asked.include_stop_str_in_output, asked.ignore_eos, asked.stop_on_repeat) == (True, True, 4)
+    assert asked.skip_special_tokens is False
+    assert first(chat()).sampling.skip_special_tokens is True
+    assert first(chat(stop=["a", "b"])).sampling.stop == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"guidance": {"alpha": math.inf}}, "guidance.alpha"),
+        ({"guidance": {"alpha": math.nan}}, "guidance.alpha"),
+        ({"guidance": {"warmup_tokens": -1}}, "guidance.warmup_tokens"),
+        ({"guidance": {"schedule": [[5, 1], [2, 1]]}}, "guidance.schedule"),
+        ({"thinking": {"min_tokens": -1}}, "thinking.min_tokens"),
+        ({"speculation": {"drafts": 9}}, "speculation.drafts"),
+        ({"speculation": {"drafts": -1}}, "speculation.drafts"),
+        ({"speculation": {"drafter": "target"}}, "speculation.drafter"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop": [""]}, "stop"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        chat(**body)
+    assert caught.value.param == param
+
+
+def test_spaces_between_special_tokens_are_refused_where_the_decoder_always_puts_them() -> None:
+    spaced = byte_level()
+    spaced.decoder = decoders.WordPiece()
+    request = parse(CompletionRequest, {"model": "duo", "prompt": "Hi", "spaces_between_special_tokens": False})
+    assert plan_completion(request, config(), TOKENIZERS, "r").sequences
+    with pytest.raises(BadRequest) as caught:
+        plan_completion(request, config(), TOKENIZERS | {"target": role_tokenizer(spaced)}, "r")
+    assert caught.value.param == "spaces_between_special_tokens"
+
+
+def test_an_unknown_model_is_answered_with_those_that_are_served() -> None:
+    with pytest.raises(NotFound, match="duo, duo/target, duo/guider, duo/guider-base"):
+        chat(model="gpt")
+
+
+def test_each_choice_has_a_seed_and_an_id_of_its_own() -> None:
+    plan = chat(n=3, seed=11)
+    assert [sequence.seed for sequence in plan.sequences] == [derive_seed(11, index) for index in range(3)]
+    assert len({sequence.request_id for sequence in plan.sequences + chat(n=3).sequences}) == 6
+
+
+def test_an_answer_that_is_not_streamed_comes_in_few_messages() -> None:
+    assert first(chat(stream=True)).interval_s == first(completion(stream=True)).interval_s == 0
+    assert first(chat()).interval_s == first(completion()).interval_s == WHOLE_S
+
+
+def test_a_seed_is_drawn_when_none_is_given() -> None:
+    assert chat().seed != chat().seed
+    assert 0 <= chat().seed < 2**53
+
+
+def test_choices_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
+    plan = completion(prompt=["Ada", "Bob Eve"], n=2, seed=1)
+    texts = [TOKENIZERS["target"].decode(sequence.prompts["target"]) for sequence in plan.sequences]
+    assert texts == ["Ada", "Ada", "Bob Eve", "Bob Eve"]
+    assert plan.prompt_tokens == sum(len(TOKENIZERS["target"].encode(text)) for text in ("Ada", "Bob Eve"))
+
+
+def test_bad_words_are_spelled_once_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    spelled: list[str] = []
+    encode = RoleTokenizer.encode
+
+    def noting(tokenizer: RoleTokenizer, text: str, **how: Any) -> list[int]:
+        spelled.append(text)
+        return encode(tokenizer, text, **how)
+
+    monkeypatch.setattr(RoleTokenizer, "encode", noting)
+    completion(prompt=["Ada", "Bob", "Eve"], n=2, bad_words=["zebra"])
+    assert [text for text in spelled if "zebra" in text] == ["zebra", " zebra"]
+
+
+def test_more_answers_than_the_service_holds_are_refused() -> None:
+    service = config(coordinator={"max_sessions": 2, "max_waiting": 1})
+    assert len(chat(service, n=3).sequences) == 3
+    with pytest.raises(BadRequest, match="holds 3"):
+        chat(service, n=4)
+
+
+def test_only_guidance_needs_all_three_roles() -> None:
+    assert tuple(first(chat()).prompts) == ROLES
+    assert tuple(first(chat(guidance={"alpha": 0})).prompts) == ("target",)
+
+
+@pytest.mark.parametrize(("name", "role"), [("target", "target"), ("guider", "guider"), ("guider-base", "guider_base")])
+def test_a_role_alone_is_not_guided(name: str, role: str) -> None:
+    asked = first(chat(config(**DEFAULTS), model=f"duo/{name}"))
+    assert (asked.primary, tuple(asked.prompts)) == (role, (role,))
+    assert asked.guidance.never_guides()
+    assert first(chat(model=f"duo/{name}", guidance={"alpha": 0, "explain": True})).explain
+    for guidance in ({"alpha": 1}, {"schedule": [[0, 1]]}):
+        with pytest.raises(ApiError, match="ask duo for guidance"):
+            chat(model=f"duo/{name}", guidance=guidance)
+
+
+def test_thinking_is_marked_in_a_completion_only_on_demand() -> None:
+    service = config(**DEFAULTS)
+    assert first(completion(service)).thinking.start == ""
+    asked = first(completion(service, thinking={"min_tokens": 7}))
+    assert (asked.thinking.start, asked.thinking.min_tokens) == ("<think>\n", 7)
+    assert TOKENIZERS["target"].decode(asked.prompts["target"]) == "Hi<think>\n"
+
+
+def test_a_continued_answer_opens_no_thinking_of_its_own() -> None:
+    messages = [*HI, {"role": "assistant", "content": "It is"}]
+    asked = first(chat(config(**DEFAULTS), messages=messages, continue_final_message=True))
+    assert asked.thinking.start == ""
+    assert TOKENIZERS["target"].decode(asked.prompts["target"]).endswith("assistant\nIt is")
+
+
+def test_completions_are_16_tokens_and_chats_what_is_left_of_the_context() -> None:
+    assert first(completion()).sampling.max_tokens == 16
+    asked = first(chat())
+    left = {role: (TOKENIZERS[role].max_position or 0) - len(asked.prompts[role]) for role in ROLES}
+    assert asked.sampling.max_tokens == min(left.values())
+    assert first(completion(config(sampling={"max_tokens": 20}))).sampling.max_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("body", "drafts", "drafter"),
+    [
+        ({}, None, "auto"),
+        ({"speculation": None}, None, "auto"),
+        ({"speculation": {"drafts": None, "drafter": None}}, None, "auto"),
+        ({"speculation": {"drafts": 0}}, 0, "auto"),
+        ({"speculation": {"drafts": 8, "drafter": "guider"}}, 8, "guider"),
+    ],
+)
+def test_speculation_is_the_requests_where_it_says_so(body: dict[str, Any], drafts: int | None, drafter: str) -> None:
+    for sequence in (*chat(n=2, **body).sequences, *completion(**body).sequences):
+        assert (sequence.drafts, sequence.drafter) == (drafts, drafter)
+
+
+def test_one_key_is_one_client_whatever_user_it_names() -> None:
+    key = client_of(None, "Bearer secret", "ada")
+    assert key == client_of(None, "Bearer secret", None) != client_of(None, "Bearer other", "ada")
+    assert "secret" not in key
+    assert client_of(None, None, "ada") != client_of(None, None, "eve")
+    assert client_of(None, None, key) != key  # nobody takes another's name
+    assert client_of(None, "", None) == client_of(None, None, "") == ""
+
+
+def test_a_checked_keys_name_is_the_client_whatever_else_is_said() -> None:
+    named = client_of("ada", "Bearer one", "x")
+    assert named == client_of("ada", "Bearer another", None) != client_of("eve", "Bearer one", "x")
+    assert named not in (
+        client_of(None, "Bearer one", None),
+        client_of(None, None, "ada"),
+        client_of(None, None, named),
+    )
+
+
+def test_every_sequence_says_who_asks() -> None:
+    plan = chat(n=3).asked_by("ada")
+    assert [sequence.client for sequence in plan.sequences] == ["ada"] * 3

@@ -1,0 +1,62 @@
+"""/tokenize and /detokenize over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.scripted_service import Reciter, client, config, tokenizers
+
+HI = [{"role": "user", "content": "Hi"}]
+TARGET = tokenizers()["target"]
+
+
+async def post(path: str, body: Any, **service: Any) -> httpx.Response:
+    async with client(Reciter(), config(**service)) as http:
+        return await http.post(path, json=body)
+
+
+async def test_a_text_comes_back_from_its_tokens() -> None:
+    body = (await post("/tokenize", {"prompt": "Who is Ada?<|end|>", "return_token_strs": True})).json()
+    assert body["tokens"] == TARGET.encode("Who is Ada?<|end|>", special=True)
+    assert (body["count"], body["max_model_len"]) == (len(body["tokens"]), 300)
+    assert "".join(body["token_strs"]).replace("Ġ", " ") == "Who is Ada?<|end|>"
+    assert (await post("/detokenize", {"tokens": body["tokens"]})).json() == {"prompt": "Who is Ada?<|end|>"}
+
+
+async def test_a_chat_is_counted_as_it_is_answered() -> None:
+    for more in ({}, {"continue_final_message": True}, {"add_generation_prompt": False}):
+        thinking = {"start": "<think>\n"}
+        told = (await post("/tokenize", {"messages": HI} | more, thinking=thinking)).json()
+        asked = {"model": "duo", "messages": HI, "return_token_ids": True} | more
+        answer = (await post("/v1/chat/completions", asked, thinking=thinking)).json()
+        assert told["tokens"] == answer["prompt_token_ids"]
+        assert told["count"] == answer["usage"]["prompt_tokens"]
+        assert told["token_strs"] is None
+
+
+async def test_each_model_has_its_own_tokens_and_length() -> None:
+    whole, guider = [(await post("/tokenize", {"messages": HI, "model": m})).json() for m in ("duo", "duo/guider")]
+    assert whole["tokens"] != guider["tokens"]
+    assert guider["max_model_len"] == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": HI}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "model": "gpt"}, 404, "model"),
+        ("/tokenize", {"messages": HI, "chat_template": "x"}, 400, "chat_template"),
+        ("/tokenize", {"messages": HI, "chat_template_kwargs": {"self": 1}}, 400, "chat_template_kwargs"),
+        ("/detokenize", {"tokens": [TARGET.width]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+        ("/detokenize", {"tokens": "1"}, 400, "tokens"),
+    ],
+)
+async def test_what_is_wrong_is_named(path: str, body: Any, status: int, param: str) -> None:
+    response = await post(path, body)
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param

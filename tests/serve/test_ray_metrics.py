@@ -1,0 +1,101 @@
+"""What Ray is told, as differences since the last time; that it comes out again is tested with a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter as Bag
+from typing import Any
+
+import pytest
+
+from actors.metrics import COMMON, METRICS, Recorder
+from actors.serve import ray_metrics as exporting
+from actors.serve.ray_metrics import TOGETHER, Exporter
+
+FIRST = "thinklogit_first_token_seconds"
+Told = tuple[str, float, tuple[tuple[str, str], ...]]
+
+
+class Ray:
+    """Ray's metrics, which remember what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+        self.made: list[str] = []
+        self.Counter = self.Gauge = self.Histogram = self._make
+
+    def _make(self, name: str, description: str, *more: Any) -> Any:
+        self.made.append(name)
+        ray = self
+
+        class Metric:
+            def set_default_tags(self, tags: dict[str, str]) -> Metric:
+                assert set(more[-1]) == {*COMMON, *METRICS[name].labels}
+                assert tags == {"application": "app", "replica": "r1"}
+                return self
+
+            def inc(self, value: float, tags: dict[str, str]) -> None:
+                assert value > 0, "Ray refuses others"
+                ray.told.append((name, value, tuple(tags.items())))
+
+            set = observe = inc
+
+        return Metric()
+
+    def heard(self) -> Bag[Told]:
+        told, self.told = Bag(self.told), []
+        return told
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    ray = Ray()
+    monkeypatch.setattr(exporting, "ray_metrics", ray)
+    return ray
+
+
+async def test_a_counter_is_told_by_how_much_it_grew(ray: Ray) -> None:
+    recorder, exporter = Recorder(), Exporter("app", "r1")
+    counter = recorder.counter("thinklogit_refusals", "guider", "full")
+    tags = (("role", "guider"), ("reason", "full"))
+    for value, told in ((0.0, None), (3.0, 3.0), (3.0, None), (5.5, 2.5)):
+        counter.value = value
+        await exporter.publish(recorder)
+        assert ray.heard() == Bag([("thinklogit_refusals", told, tags)] if told else [])
+    assert ray.made == ["thinklogit_refusals"]
+
+
+async def test_a_histogram_is_told_its_new_values_in_their_buckets(ray: Ray) -> None:
+    recorder, exporter = Recorder(), Exporter("app", "r1")
+    histogram, bounds = recorder.histogram(FIRST, "demo"), METRICS[FIRST].buckets
+    tags = (("model", "demo"),)
+    histogram.observe(bounds[0] / 2, times=2)
+    histogram.observe(bounds[-1] + 1)
+    await exporter.publish(recorder)
+    assert ray.heard() == {(FIRST, bounds[0], tags): 2, (FIRST, 2 * bounds[-1], tags): 1}
+    histogram.observe(bounds[1])
+    await exporter.publish(recorder)
+    assert ray.heard() == {(FIRST, bounds[1], tags): 1}
+
+
+async def test_a_gauge_is_told_again_and_again_since_ray_forgets_it(ray: Ray) -> None:
+    recorder, exporter = Recorder(), Exporter("app", "r1")
+    recorder.gauge("thinklogit_sessions", "running").value = 4
+    for _ in range(2):
+        await exporter.publish(recorder)
+        assert ray.heard() == {("thinklogit_sessions", 4, (("state", "running"),)): 1}
+
+
+async def test_many_values_and_those_that_come_meanwhile_are_told_once(ray: Ray) -> None:
+    recorder, exporter = Recorder(), Exporter("app", "r1")
+    histogram = recorder.histogram(FIRST, "demo")
+    histogram.observe(0.3, times=3 * TOGETHER)
+    publishing = asyncio.create_task(exporter.publish(recorder))
+    await asyncio.sleep(0)  # it tells some, and lets others run
+    assert sum(Bag(ray.told).values()) == TOGETHER
+    histogram.observe(0.3, times=5)
+    recorder.counter("thinklogit_resumes").add()
+    await publishing
+    assert sum(ray.heard().values()) == 3 * TOGETHER
+    await exporter.publish(recorder)
+    assert ray.heard() == {(FIRST, 0.5, (("model", "demo"),)): 5, ("thinklogit_resumes", 1, ()): 1}

@@ -1,0 +1,62 @@
+"""Sessions and replicas for what waits and what has room: real sessions, and replicas that are reached by nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from actors.api.generation import ROLES, Generate, Role
+from actors.api.guidance import Guidance
+from actors.api.sampling_params import Sampling, Thinking
+from actors.coordinator.replica_pool import Replica
+from actors.coordinator.session import Live
+from actors.decoding.session import Session
+from actors.directory import Endpoint
+from actors.text.tokenizer import RoleTokenizer
+from actors.text.vocabularies import Languages
+from actors.wire.messages import Welcome
+from tests.support.tokenizers import MARKS, byte_level
+
+_keys = itertools.count(1)
+
+
+@cache
+def languages() -> Languages:
+    """Three equal vocabularies of bytes."""
+    config, generation = {"vocab_size": 400}, {"eos_token_id": [301]}
+    return Languages(
+        dict.fromkeys(ROLES, RoleTokenizer(byte_level(MARKS), {"eos_token": "<|end|>"}, config, generation))
+    )
+
+
+class Unreached(Replica):
+    """A replica without a connection."""
+
+    def __init__(self, role: Role = "target", cache_tokens: int = 1_024, max_position: int = 4_096) -> None:
+        super().__init__(Endpoint(role, "", 0, incarnation=f"{role}-{next(_keys)}", cache_free=cache_tokens))
+        self._welcome = Welcome(role, self.endpoint.incarnation, 400, 1, cache_tokens, max_position, exact=True)
+
+    @property
+    def welcome(self) -> Welcome:
+        return self._welcome
+
+    def says(self, *, sessions: int, used: int) -> None:
+        """A heartbeat."""
+        self.endpoint = replace(self.endpoint, sessions=sessions, cache_free=self.welcome.cache_tokens - used)
+
+
+def request(prompt: int = 32, *, client: str = "", max_tokens: int | None = None, guided: bool = False) -> Generate:
+    """A request with a prompt of so many tokens."""
+    roles: Sequence[Role] = ROLES if guided else ("target",)
+    prompts = {role: [1] * prompt for role in roles}
+    guidance = Guidance(1.0 if guided else 0.0)
+    return Generate("r", "target", prompts, Sampling(max_tokens=max_tokens), guidance, Thinking(), 1, client=client)
+
+
+def session(asked: Generate, age: int = 0) -> Live:
+    """A session that nobody has taken on yet."""
+    roles = tuple(asked.prompts)
+    language = languages().language("target", roles, asked.thinking)
+    return Live(Session(asked, language, dict.fromkeys(roles, 0)), next(_keys), age, {})

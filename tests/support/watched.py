@@ -1,0 +1,94 @@
+"""Engines that a test can look into and disturb, around real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from actors.api.generation import ROLES, Role
+from actors.engine.interface import Extend, Outcome
+from actors.replica.engine_thread import Engine
+
+Disturb = Callable[["WatchedEngine"], None]
+
+
+class WatchedEngine:
+    """Passes everything on to an engine; notes the extends, and lets `disturb` act before each forward.
+
+    All of it runs on the engine's own thread.
+    """
+
+    def __init__(self, inner: Engine) -> None:
+        self._inner = inner
+        self.extends: list[Extend] = []
+        self.forwards = 0
+        self.disturb: Disturb = lambda engine: None
+        self._sessions: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
+        """One forward of the real engine."""
+        self.extends += batch
+        self.forwards += 1
+        self._sessions |= {extend.session for extend in batch}
+        self.disturb(self)
+        return self._inner.extend(batch)
+
+    def forget_everything(self) -> None:
+        """Evict every session, as a cache under pressure may at any time."""
+        for session in self._sessions:
+            cast(Any, self._inner).evict(session)
+
+    def clear(self) -> None:
+        """Close every session."""
+        for session in self._sessions:
+            self._inner.close(session)
+
+
+class Trio:
+    """The three watched engines."""
+
+    def __init__(self, engines: Mapping[Role, Engine]) -> None:
+        self.watched = {role: WatchedEngine(engines[role]) for role in ROLES}
+
+    @property
+    def engines(self) -> Mapping[Role, Engine]:
+        """As a service takes them."""
+        return cast(Mapping[Role, Engine], self.watched)
+
+    def disturb(self, act: Disturb, *roles: Role) -> None:
+        """Let `act` happen before every forward of these roles."""
+        for role in roles or ROLES:
+            self.watched[role].disturb = act
+
+    def extended(self) -> dict[Role, int]:
+        """Extends so far."""
+        return {role: len(engine.extends) for role, engine in self.watched.items()}
+
+    def held(self) -> dict[Role, int]:
+        """Sessions in each cache."""
+        return {role: engine.cache_stats().sessions for role, engine in self.watched.items()}
+
+
+@contextmanager
+def watched(engines: Mapping[Role, Engine]) -> Iterator[Trio]:
+    """The engines under watch; what is left in them is closed at the end."""
+    trio = Trio(engines)
+    try:
+        yield trio
+    finally:
+        for engine in trio.watched.values():
+            engine.clear()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Return once the condition holds; AssertionError if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.002)

@@ -1,0 +1,179 @@
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from actors.text.tokenizer import RoleTokenizer, TokenizerError
+from tests.support.tokenizers import MARKS, TEMPLATE, byte_level, role_tokenizer, save, sentence_piece
+
+TEXTS = [
+    "The mentor of Ada is Bob.",
+    " two  spaces\n\tand a tab ",
+    "naïve café, 你好世界, Ελλάδα",
+    "👩‍👩‍👧 and 🏴󠁧󠁢󠁥󠁮󠁧󠁿 and 𝔘",
+    "the sign � itself",
+    "",
+]
+
+
+@pytest.fixture(params=[byte_level, sentence_piece], ids=["byte-level", "sentence-piece"])
+def tokenizer(request: pytest.FixtureRequest) -> RoleTokenizer:
+    build = request.param
+    return role_tokenizer(build())
+
+
+def streamed(tokenizer: RoleTokenizer, ids: list[int], after: list[int] | None = None) -> str:
+    stream = tokenizer.stream(after or ())
+    return "".join([stream.push(id_) for id_ in ids] + [stream.flush()])
+
+
+def test_importing_it_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, actors.text.tokenizer; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_of_a_stream_join_to_the_whole_text(tokenizer: RoleTokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert streamed(tokenizer, ids) == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", TEXTS[:4])
+def test_a_stream_never_says_a_broken_character(tokenizer: RoleTokenizer, text: str) -> None:
+    stream = tokenizer.stream()
+    assert all("�" not in stream.push(id_) for id_ in tokenizer.encode(text))
+    assert stream.flush() == ""
+
+
+def test_any_cut_between_prompt_and_answer_keeps_every_space(tokenizer: RoleTokenizer) -> None:
+    text = "The mentor of  Ada is Bob. Who is the mentor?"
+    ids = tokenizer.encode(text)
+    for cut in range(1, len(ids)):
+        assert tokenizer.decode(ids[:cut]) + streamed(tokenizer, ids[cut:], ids[:cut]) == text
+
+
+def test_bytes_that_are_no_character_hold_nothing_back_for_long(tokenizer: RoleTokenizer) -> None:
+    rng = random.Random(5)
+    for _ in range(200):
+        ids = [rng.randrange(tokenizer.width) for _ in range(30)]
+        stream = tokenizer.stream()
+        pieces = []
+        for id_ in ids:
+            pieces.append(stream.push(id_))
+            assert len(stream._held) < 4
+        whole = tokenizer.decode(ids)
+        kept = "".join([*pieces, stream.flush()]).replace("�", "")
+        assert set(whole) - {"�"} <= set(kept)
+
+
+def test_special_tokens_are_silent_and_marks_of_thinking_are_text() -> None:
+    tokenizer = role_tokenizer()
+    ids = tokenizer.encode("<think>Ada</think>Bob<|end|>")
+    assert streamed(tokenizer, ids) == "<think>Ada</think>Bob"
+    assert tokenizer.decode(ids, skip_special=False).endswith("<|end|>")
+    assert tokenizer.special_ids == {tokenizer.added_tokens["<|turn|>"], tokenizer.added_tokens["<|end|>"]}
+
+
+def test_ids_beyond_the_vocabulary_have_no_text(tokenizer: RoleTokenizer) -> None:
+    word = tokenizer.encode("Ada")
+    assert streamed(tokenizer, [*word, tokenizer.width - 1, *word]) == tokenizer.decode(word + word)
+
+
+def test_added_tokens_are_told_from_text_tokens() -> None:
+    tokenizer = role_tokenizer()
+    assert set(tokenizer.added_tokens) == set(MARKS)
+    assert not set(MARKS) & set(tokenizer.text_tokens)
+    assert tokenizer.encode("<think>") == [tokenizer.added_tokens["<think>"]]
+    assert tokenizer.width == len(tokenizer.text_tokens) + len(MARKS) + 7
+
+
+def test_raw_text_gets_its_bos_only_when_asked() -> None:
+    tokenizer = role_tokenizer(byte_level(bos="<|begin|>"))
+    assert tokenizer.bos_ids == (tokenizer.added_tokens["<|begin|>"],)
+    assert tokenizer.encode("Ada", special=True) == [*tokenizer.bos_ids, *tokenizer.encode("Ada")]
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer: RoleTokenizer) -> None:
+    with pytest.raises(TokenizerError, match="surrogate"):
+        tokenizer.encode("\ud800")
+
+
+def loaded(folder: Path, tokenizer: Tokenizer | None = None, **files: Any) -> RoleTokenizer:
+    return RoleTokenizer.load(str(save(folder, tokenizer or byte_level(), **files)))
+
+
+def test_ends_come_from_every_file_that_names_one(tmp_path: Path) -> None:
+    tokenizer = loaded(
+        tmp_path,
+        config={"vocab_size": 999, "eos_token_id": 1},
+        generation_config={"eos_token_id": [7, 3, 7]},
+        tokenizer_config={"eos_token": {"content": "<|end|>"}},
+    )
+    assert tokenizer.eos_ids == (7, 3, tokenizer.added_tokens["<|end|>"])
+
+
+def test_the_config_names_the_end_where_generation_does_not(tmp_path: Path) -> None:
+    assert loaded(tmp_path, config={"vocab_size": 999, "eos_token_id": 0}).eos_ids == (0,)
+
+
+def test_limits_are_found_inside_a_multimodal_config(tmp_path: Path) -> None:
+    config = {"text_config": {"vocab_size": 999, "max_position_embeddings": 77, "eos_token_id": 5}}
+    tokenizer = loaded(tmp_path, config=config)
+    assert (tokenizer.width, tokenizer.max_position, tokenizer.eos_ids) == (999, 77, (5,))
+
+
+def test_what_the_settings_alone_declare_special_is_special(tmp_path: Path) -> None:
+    built = byte_level()
+    think = built.token_to_id("<think>")
+    declared = {str(think): {"content": "<think>", "special": True, "__type": "AddedToken"}}
+    tokenizer = loaded(tmp_path, built, tokenizer_config={"added_tokens_decoder": declared})
+    assert think in tokenizer.special_ids
+
+
+def test_ids_on_which_the_files_disagree_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="'<think>' the id 2"):
+        loaded(tmp_path, tokenizer_config={"added_tokens_decoder": {"2": {"content": "<think>", "special": False}}})
+
+
+@pytest.mark.parametrize("form", ["jinja", "string", "named"])
+def test_a_template_is_found_in_each_of_its_places(tmp_path: Path, form: str) -> None:
+    settings = {
+        "jinja": {"chat_template": "unused"},
+        "string": {"chat_template": TEMPLATE},
+        "named": {
+            "chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": TEMPLATE}],
+        },
+    }[form]
+    files: dict[str, Any] = {"tokenizer_config": settings} | ({"chat_template": TEMPLATE} if form == "jinja" else {})
+    tokenizer = loaded(tmp_path, **files)
+    assert tokenizer.render([{"role": "user", "content": "Hi"}]) == "<|turn|>user\nHi<|end|>\n<|turn|>assistant\n"
+
+
+def test_each_refusal_of_a_model_names_what_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TokenizerError, match="no folder"):
+        RoleTokenizer.load(str(tmp_path / "nowhere"))
+    with pytest.raises(TokenizerError, match="save_pretrained"):
+        RoleTokenizer.load(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="not a tokenizer"):
+        RoleTokenizer.load(str(tmp_path))
+    (save(tmp_path, byte_level()) / "config.json").write_text("{")
+    with pytest.raises(TokenizerError, match="download it again"):
+        RoleTokenizer.load(str(tmp_path))
+
+
+def test_a_hub_model_that_cannot_be_fetched_names_the_command(tmp_path: Path) -> None:
+    code = (
+        "from actors.text.tokenizer import RoleTokenizer, TokenizerError\n"
+        "try: RoleTokenizer.load('somebody/some-model', 'main')\n"
+        "except TokenizerError as error: print(error)"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, timeout=60)
+    assert "hf download somebody/some-model --revision main" in run.stdout, run.stderr
