@@ -3,10 +3,10 @@
     python -m benchmarks.faults [--rounds 20] [--replicas 1|2] [--streams 16] [--tokens 400 1000] [--seed 0] [--save]
 
 Three nodes on this machine in `exact` mode (benchmarks.kill_harness), `streams` streams over HTTP at any time, each
-held against the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random times:
-three quarters of them where two replicas of each model and of the coordinator live, the others where there is one (or
-all as --replicas says). A kind is killed only when all its processes serve, and nobody while a stream is silent; kills
-of different kinds fall into one another's recovery.
+held against the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random
+times: three quarters of them where two replicas of each model and of the coordinator live, the others where there is
+one (or all as --replicas says). A kind is killed only when all its processes serve, and nobody while a stream is
+silent; kills of different kinds fall into one another's recovery.
 
 Recovery is the time from a kill until all streams flow again: the longest silence of any stream that holds a moment of
 the second after the kill, counted from the kill; the usual 0.1 s between two messages is part of it. A stream is lost

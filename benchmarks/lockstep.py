@@ -16,9 +16,8 @@ from actors.config import ServiceConfig
 from actors.coordinator.draft_planner import Planner
 from actors.coordinator.exchange import Exchange
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import Live
+from actors.coordinator.session import Live, Window
 from actors.coordinator.verification import Chosen, Decider, Judged, Wider
-from actors.coordinator.window import Window
 from actors.decoding.arithmetic import Floats
 from actors.decoding.decision import Decisions
 from actors.decoding.session import Session

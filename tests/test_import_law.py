@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LONGEST = 350  # lines of a module
 EVERYTHING = ("actors", "router", "cluster", "benchmarks")
 BOTTOM = ("actors.config", "actors.api", "actors.decoding")
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "peft")
@@ -189,6 +189,31 @@ def test_a_process_that_computes_no_logits_starts_without_torch_and_ray(module: 
     assert done.stdout.strip() == "[]"
 
 
-def test_no_module_is_longer_than_a_reader_can_hold() -> None:
-    lengths = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in modules().items()}
-    assert {module: lines for module, lines in lengths.items() if lines > LONGEST} == {}
+def all_imports(module: str) -> set[str]:
+    """The project's modules that a module imports, those for the type checker included."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+    return {name for statement in found for name in names(statement) if name in modules()}
+
+
+def folder(module: str) -> str:
+    """The folder of `actors` that holds a module; the module itself at the top, and elsewhere."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_no_import_leads_back_to_its_own_module() -> None:
+    """Type-only imports included: a module that must be read with another one belongs into it."""
+    TopologicalSorter({module: all_imports(module) for module in modules()}).prepare()
+
+
+def test_no_import_leads_back_to_its_own_folder_of_actors() -> None:
+    graph: dict[str, set[str]] = {}
+    for module in modules():
+        if inside(module, "actors"):
+            graph.setdefault(folder(module), set()).update(folder(name) for name in all_imports(module))
+    TopologicalSorter({name: others - {name} for name, others in graph.items()}).prepare()
+
+
+def test_the_top_of_actors_holds_six_modules_at_most() -> None:
+    top = [module for module in modules() if module.count(".") == 1 and inside(module, "actors")]
+    assert len([module for module in top if modules()[module].name != "__init__.py"]) <= 6

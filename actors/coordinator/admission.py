@@ -23,8 +23,7 @@ from actors.config import ServiceConfig
 from actors.coordinator.cache_budget import CacheRoom, Look, need
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.request_checks import too_long
-from actors.coordinator.session import Live
-from actors.coordinator.window import Window
+from actors.coordinator.session import Live, Window
 
 SHORTEST_S, LONGEST_S = 1.0, 60.0  # what a client is told to wait
 _SMOOTHING = 0.1  # weight of the newest session in how long they take

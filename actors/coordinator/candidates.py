@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.coordinator.inflight import Asked, Lookups, Tickets
-from actors.coordinator.window import Early, Row, Window
+from actors.coordinator.session import Early, Row, Window
 from actors.decoding.candidates import Floats, Ids, Slice, blocks
 from actors.decoding.cross_vocab.logprobs import AlignedBlock, Heard, Straddled, proposals
 from actors.text.vocabularies import Languages

@@ -7,8 +7,7 @@ from typing import Literal
 
 from actors.api.generation import Role
 from actors.config import Speculation
-from actors.coordinator.session import Live
-from actors.coordinator.window import Window
+from actors.coordinator.session import Live, Window
 from actors.decoding.speculation import Acceptance, best_length
 
 Source = Literal["guider", "text"]

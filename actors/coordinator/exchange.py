@@ -13,12 +13,9 @@ import numpy as np
 from actors.api.generation import Role
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.candidates import GUIDED, Joiner
-from actors.coordinator.inflight import Asked, Fault, Tickets
-from actors.coordinator.read_rows import read_rows
+from actors.coordinator.inflight import Asked, Fault, Tickets, read_rows
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.row_history import Trail
-from actors.coordinator.session import Live
-from actors.coordinator.window import Row, Window
+from actors.coordinator.session import Live, Row, Trail, Window
 from actors.decoding.candidates import Slice
 from actors.decoding.cross_vocab.logprobs import Straddled
 from actors.decoding.cross_vocab.translators import NOTHING_AHEAD, Ahead, Alignment

@@ -23,10 +23,9 @@ from actors.coordinator.exchange import Exchange
 from actors.coordinator.prompt_scoring import PromptReader
 from actors.coordinator.recovery import MAX_FAULTS, Mender
 from actors.coordinator.replica_pool import Links, Locate, Replica
-from actors.coordinator.session import Live
+from actors.coordinator.session import Live, Window
 from actors.coordinator.stats import CoordinatorMeter
 from actors.coordinator.verification import Counts, Decider, Judged, Stuck, Wider
-from actors.coordinator.window import Window
 from actors.text.vocabularies import Languages
 from actors.wire.messages import Drafted, Message, Rows
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from actors.api.generation import Delta, Generate, PromptNote, Rejected, Role
+from actors.api.generation import Delta, Generate, PromptNote, Rejected
 from actors.coordinator.exchange import Exchange
-from actors.coordinator.session import Live
-from actors.coordinator.window import Window
+from actors.coordinator.session import Live, PromptReading, Window
 from actors.decoding.cross_vocab.translators import Alignment
-from actors.decoding.prompt import prompt_notes, spread
 from actors.text.vocabularies import Languages
 
-_ROWS, _LOGITS = 32, 1 << 20  # of a role at once at most: so much memory, and so long does nobody else get a token
 _OTHER_FAMILY = (
     "log-probabilities of the prompt need small models of the target's family: ask for alpha 0, or leave out "
     "prompt_logprobs, or echo with logprobs"
@@ -23,60 +20,6 @@ _OTHER_TEXT = (
     "log-probabilities of the prompt need the same text in every model, and the {role} reads another one (its chat "
     "template or its marks differ): ask for alpha 0, or use /v1/completions"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Rows of a prompt that are read together: those of the primary's tokens from `begin` on."""
-
-    begin: int
-    rows: int
-    guided: bool
-
-
-class PromptReading:
-    """How a session's models read its prompt, side by side."""
-
-    def __init__(self, request: Generate, reads: Mapping[Role, Sequence[int]], width: int) -> None:
-        """reads: how many of its tokens a role has read after each of the primary's. width: of the primary's rows."""
-        self._request, self._reads, self._width = request, reads, width
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """All that take part."""
-        return tuple(self._reads)
-
-    def next(self, live: Live) -> Chunk | None:
-        """What is read next; None at the end. A row says what follows its token.
-
-        Where a small model has no row, or none any more, the target speaks alone.
-        """
-        begin = max(live.session.scored - 1, 0)
-        most = min(max(1, min(_ROWS, _LOGITS // self._width)), len(self._reads[live.primary]) - 1 - begin)
-        if most < 1:
-            return None
-        guided = self._guided(live, begin)
-        return Chunk(begin, next((n for n in range(1, most) if self._guided(live, begin + n) != guided), most), guided)
-
-    def reads(self, chunk: Chunk, role: Role) -> Sequence[int]:
-        """How many of its tokens a role has read at each row of a chunk."""
-        return self._reads[role][chunk.begin : chunk.begin + chunk.rows]
-
-    def notes(self, window: Window, languages: Languages) -> list[PromptNote]:
-        """What the complete rows of a window say of the tokens after them."""
-        live, request = window.live, self._request
-        rows = {
-            role: spread([row.slices[role] for row in window.rows], window.known[role], self._width)
-            for role in window.roles
-        }
-        begin = live.session.scored
-        tokens = request.prompts[live.primary][begin : begin + len(window.rows)]
-        events = [languages.canonical(live.primary, token) for token in tokens]
-        return prompt_notes(rows, request.guidance.alpha, tokens, events, request.prompt_logprobs or 0)
-
-    def _guided(self, live: Live, row: int) -> bool:
-        small = [(role, reads[row]) for role, reads in self._reads.items() if role != live.primary]
-        return bool(small) and all(1 <= read <= live.limit(role) for role, read in small)
 
 
 class PromptReader:

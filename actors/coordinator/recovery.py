@@ -16,9 +16,8 @@ from actors.coordinator.admission import Waiting
 from actors.coordinator.exchange import Exchange
 from actors.coordinator.inflight import Fault
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import Live
+from actors.coordinator.session import Live, Window
 from actors.coordinator.stats import CoordinatorMeter
-from actors.coordinator.window import Window
 from actors.wire.messages import Refusal
 
 MAX_FAULTS = 8  # refusals without a token in between, after which a session is given up

@@ -1,23 +1,29 @@
-"""A coordinator's connections to the model replicas that the directory names."""
+"""A coordinator's connections to the model replicas that the directory names, and what it sends to each."""
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
+import math
 import random
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from actors.api.generation import ROLES, Role
 from actors.config import Deadlines
-from actors.coordinator.forward_time import Pace
-from actors.coordinator.outbox import Outbox
 from actors.directory import HEARTBEAT_S, Endpoint
 from actors.wire.client import Connection
+from actors.wire.columns import pack_lookups
 from actors.wire.errors import WireError
 from actors.wire.link import Limits
-from actors.wire.messages import Message, Welcome
+from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, I32, WIDEN_ITEM, Extend, Message, Welcome, Widen
 
 log = logging.getLogger(__name__)
 
@@ -181,3 +187,95 @@ class Links:
         if error is not None:
             log.warning("lost %s at %s: %s", replica.role, replica.endpoint.host, error)
         self._on_lost(replica)
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Items collected during one turn of a coordinator's loop."""
+
+    extends: list[tuple[int, ...]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    know: list[NDArray[Any]] = field(default_factory=list)
+    drafting: list[tuple[float, ...]] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    lookups: list[tuple[int, ...]] = field(default_factory=list)
+    ids: list[NDArray[Any]] = field(default_factory=list)
+    widens: list[tuple[int, ...]] = field(default_factory=list)
+
+    def take(self, width: int) -> list[Message]:
+        """The frames to send now, in order; the outbox is empty afterwards. width: of the model's rows."""
+        messages: list[Message] = []
+        if not (self.extends or self.released or self.lookups or self.widens):
+            return messages
+        if self.extends or self.released:
+            items, drafting = np.array(self.extends, EXTEND_ITEM), np.array(self.drafting, DRAFT_ITEM)
+            released = np.array(self.released, "<u8")
+            messages.append(Extend(items, np.array(self.tokens, I32), _joined(self.know), released, drafting))
+        if self.lookups:
+            messages.append(pack_lookups(self.lookups, _joined(self.ids), width))
+        if self.widens:
+            messages.append(Widen(np.array(self.widens, WIDEN_ITEM)))
+        columns = (
+            self.extends,
+            self.tokens,
+            self.know,
+            self.drafting,
+            self.released,
+            self.lookups,
+            self.ids,
+            self.widens,
+        )
+        for column in columns:
+            column.clear()
+        return messages
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    if len(arrays) == 1:
+        return arrays[0].astype(I32, copy=False)
+    return np.concatenate(arrays).astype(I32, copy=False) if arrays else np.zeros(0, I32)
+
+
+_SMOOTHING = 0.2  # weight of the newest forward in a running mean
+
+
+class Pace:
+    """Seconds of a forward by the number of tokens in it. Between what was seen it is interpolated."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []  # bounds of buckets of which a forward was seen, ascending
+        self._seconds: list[float] = []
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """A forward of so many tokens took so long."""
+        if tokens < 1:
+            return
+        bound = _bucket(tokens)
+        at = bisect.bisect_left(self._tokens, bound)
+        if at == len(self._tokens) or self._tokens[at] != bound:
+            self._tokens.insert(at, bound)
+            self._seconds.insert(at, seconds)
+        else:
+            self._seconds[at] += _SMOOTHING * (seconds - self._seconds[at])
+
+    def seconds(self, tokens: int) -> float:
+        """What a forward of so many tokens is expected to take; beyond what was seen as long as the nearest."""
+        if not self._tokens:
+            return 0.0
+        bound = _bucket(max(tokens, 1))
+        at = bisect.bisect_left(self._tokens, bound)
+        if at == len(self._tokens):
+            return self._seconds[-1]
+        if self._tokens[at] == bound or at == 0:
+            return self._seconds[at]
+        low, high = self._tokens[at - 1], self._tokens[at]
+        share = (bound - low) / (high - low)
+        return self._seconds[at - 1] + share * (self._seconds[at] - self._seconds[at - 1])
+
+
+def _bucket(tokens: int) -> int:
+    """Counts up to 8 by themselves, then four to an octave."""
+    if tokens <= 8:
+        return tokens
+    step = 1 << (int(math.log2(tokens - 1)) - 2)
+    return -(-tokens // step) * step

@@ -1,21 +1,26 @@
-"""A session on its way through a coordinator: where its caches are, the rows in flight, and who reads its events."""
+"""A session on its way through a coordinator: its replicas, its rows in flight, and what its replicas still hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from actors.api.generation import Role
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.api.generation import Generate, PromptNote, Role
 from actors.coordinator.output import Events
-from actors.coordinator.row_history import Trail
+from actors.coordinator.replica_pool import Replica
+from actors.decoding.candidates import Block, Floats, Proposal, Slice
+from actors.decoding.cross_vocab.logprobs import Straddled
+from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
+from actors.decoding.decision import Decisions
+from actors.decoding.prompt import prompt_notes, spread
 from actors.decoding.session import Session
 from actors.decoding.speculation import Acceptance, TextIndex
-
-if TYPE_CHECKING:
-    from actors.coordinator.prompt_scoring import PromptReading
-    from actors.coordinator.replica_pool import Replica
-    from actors.coordinator.window import Window
-    from actors.decoding.vocabulary import Known
+from actors.decoding.vocabulary import Known
+from actors.text.vocabularies import Languages
+from actors.wire.messages import WHOLE
 
 
 class Live:
@@ -76,3 +81,274 @@ class Live:
     def over(self) -> bool:
         """Whether the answer is finished."""
         return self.session.finish_reason is not None
+
+
+_ROWS, _LOGITS = 32, 1 << 20  # of a role at once at most: so much memory, and so long does nobody else get a token
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows of a prompt that are read together: those of the primary's tokens from `begin` on."""
+
+    begin: int
+    rows: int
+    guided: bool
+
+
+class PromptReading:
+    """How a session's models read its prompt, side by side."""
+
+    def __init__(self, request: Generate, reads: Mapping[Role, Sequence[int]], width: int) -> None:
+        """reads: how many of its tokens a role has read after each of the primary's. width: of the primary's rows."""
+        self._request, self._reads, self._width = request, reads, width
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """All that take part."""
+        return tuple(self._reads)
+
+    def next(self, live: Live) -> Chunk | None:
+        """What is read next; None at the end. A row says what follows its token.
+
+        Where a small model has no row, or none any more, the target speaks alone.
+        """
+        begin = max(live.session.scored - 1, 0)
+        most = min(max(1, min(_ROWS, _LOGITS // self._width)), len(self._reads[live.primary]) - 1 - begin)
+        if most < 1:
+            return None
+        guided = self._guided(live, begin)
+        return Chunk(begin, next((n for n in range(1, most) if self._guided(live, begin + n) != guided), most), guided)
+
+    def reads(self, chunk: Chunk, role: Role) -> Sequence[int]:
+        """How many of its tokens a role has read at each row of a chunk."""
+        return self._reads[role][chunk.begin : chunk.begin + chunk.rows]
+
+    def notes(self, window: Window, languages: Languages) -> list[PromptNote]:
+        """What the complete rows of a window say of the tokens after them."""
+        live, request = window.live, self._request
+        rows = {
+            role: spread([row.slices[role] for row in window.rows], window.known[role], self._width)
+            for role in window.roles
+        }
+        begin = live.session.scored
+        tokens = request.prompts[live.primary][begin : begin + len(window.rows)]
+        events = [languages.canonical(live.primary, token) for token in tokens]
+        return prompt_notes(rows, request.guidance.alpha, tokens, events, request.prompt_logprobs or 0)
+
+    def _guided(self, live: Live, row: int) -> bool:
+        small = [(role, reads[row]) for role, reads in self._reads.items() if role != live.primary]
+        return bool(small) and all(1 <= read <= live.limit(role) for role, read in small)
+
+
+@dataclass(slots=True, eq=False)
+class Early:
+    """What was asked of the target about several rows before it answered, by the guider's slices.
+
+    asked [B, k]: which ids. values [B, k]: NaN where the answer is on its way.
+    """
+
+    asked: NDArray[np.bool_]
+    values: Floats
+
+
+class Row:
+    """One row of a window on its way to a token."""
+
+    __slots__ = (
+        "at",
+        "audited",
+        "block",
+        "early",
+        "early_at",
+        "index",
+        "k",
+        "proposed",
+        "slices",
+        "straddled",
+        "waiting",
+        "window",
+    )
+
+    def __init__(self, window: Window, index: int, k: int) -> None:
+        self.window, self.index = window, index
+        self.k = k  # width of its slices; WHOLE: whole rows
+        self.slices: dict[Role, Slice] = {}
+        self.straddled: dict[Role, Straddled] = {}  # by small role of another family, where earlier rows have a say
+        self.proposed: Slice | None = None  # what a guider of another family puts forward, in the target's ids
+        self.early: Early | None = None
+        self.early_at = 0
+        self.block: Block | None = None  # once its candidates are known
+        self.at = 0  # which row of the block it is
+        self.waiting = 0  # lookups on their way
+        self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
+
+    @property
+    def joinable(self) -> bool:
+        """Whether all that put candidates forward have answered."""
+        if not self.window.guided or self.k == WHOLE:
+            return all(role in self.slices for role in self.window.roles)
+        guider = self.proposed is not None if self.window.aligned else "guider" in self.slices
+        return guider and "target" in self.slices
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was asked has come."""
+        known = self.block is not None or self.window.reads_prompt
+        return known and not self.waiting and len(self.slices) == len(self.window.roles)
+
+    def name(self, role: Role) -> tuple[int, int]:
+        """What names it to a replica: the position of its token, and the running hash up to it."""
+        return self.window.name(role, self.position(role))
+
+    def position(self, role: Role) -> int:
+        """Of its token in a role's stream."""
+        return self.window.first[role] + self.window.reads[role][self.index]
+
+    def proposal(self) -> Proposal:
+        """What is known of it, for a block."""
+        slices: Mapping[Role, Slice] = self.slices
+        if self.window.aligned:  # small models speak through their events
+            offered: dict[Role, Slice] = {"target": slices["target"]}
+            slices = offered if self.proposed is None else offered | {"guider": self.proposed}
+        if self.early is None:
+            return Proposal(self.window.known, slices)
+        values, asked = self.early.values[self.early_at], self.early.asked[self.early_at]
+        return Proposal(self.window.known, slices, values, asked)
+
+    def restart(self) -> None:
+        """Forget its candidates: a role answers anew."""
+        self.block, self.early, self.proposed, self.waiting = None, None, None, 0
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """Rows in flight. Row i may be decided when the rows before it came to the drafts that it was computed after."""
+
+    live: Live
+    guided: bool  # whether the small models take part in its decisions
+    known: Mapping[Role, Known]  # what every row must know, by each role that takes part; the primary first
+    drafter: Role | None = None  # who drafts; None: nobody, or the session's own text
+    wanted: int = 0  # drafts asked of the drafter
+    first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
+    tails: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
+    hashes: dict[Role, list[int]] = field(default_factory=dict)  # up to the first row's token, and after each draft
+    reads: dict[Role, Sequence[int]] = field(default_factory=dict)  # how many of its drafts a role read before each row
+    oldest: dict[Role, int] = field(default_factory=dict)  # the earliest position whose row is needed, of aligned roles
+    rows: list[Row] = field(default_factory=list)  # empty while the drafter drafts
+    next: int = 0  # the row to be decided now
+    answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
+    reads_prompt: bool = False  # its whole rows say what follows in the prompt: nothing is chosen
+
+    @property
+    def aligned(self) -> bool:
+        """Whether small models of another family take part."""
+        return bool(self.oldest)
+
+    def name(self, role: Role, position: int) -> tuple[int, int]:
+        """What names a row to a replica: the position of its token, and the running hash up to it."""
+        after = position - self.first[role]
+        stream = self.live.session.streams[role]
+        return position, stream.hash_before(position + 1) if after < 0 else self.hashes[role][after]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles whose rows are needed."""
+        return tuple(self.known)
+
+    @property
+    def drafts(self) -> int:
+        """How many drafts are checked."""
+        return max(0, len(self.rows) - 1)
+
+    def drafted(self, row: Row, token: int) -> bool:
+        """Whether the token of a row is the draft behind it."""
+        drafts = self.tails[self.live.primary]
+        return row.index < len(drafts) and drafts[row.index] == token
+
+    def ready(self) -> bool:
+        """Whether the row to be decided now is complete."""
+        return self.next < len(self.rows) and self.rows[self.next].complete
+
+    def goes_on(self) -> bool:
+        """Whether the session's tokens are those that the next row was computed after, and it is guided as before."""
+        session = self.live.session
+        if self.next >= len(self.rows) or bool(self.live.alpha()) != self.guided:
+            return False
+        for role in self.known:
+            stream, read = session.streams[role], self.reads[role][self.next]
+            length = self.first[role] + read + 1
+            if len(stream) != length or stream.hash_before(length) != self.hashes[role][read]:
+                return False
+        return True
+
+    def settle(self) -> None:
+        """The window is over: note how far what each replica holds is what the session came to."""
+        for role, hashes in self.hashes.items():
+            stream, first = self.live.session.streams[role], self.first[role]
+            held = min(stream.held, first)
+            if role in self.answered or role == self.drafter:
+                # The drafter's last token may still be on its way into its cache.
+                certain = len(hashes) - (role not in self.answered)
+                for index in range(certain - 1, -1, -1):
+                    length = first + index + 1
+                    if length <= len(stream) and stream.hash_before(length) == hashes[index]:
+                        held = length
+                        break
+            stream.held = held
+
+    def dissolve(self) -> list[Row]:
+        """Its rows, which it has no longer: each knows its window, so both would wait for the garbage collector."""
+        rows, self.rows = self.rows, []
+        return rows
+
+
+_LONGEST = 64  # rows that are remembered, whatever the replica holds
+
+NameOf = Callable[[int], tuple[int, int]]  # of a position: itself, and the running hash up to it
+
+
+class Trail:
+    """Slices of rows one after another. A row counts as held while its hash is that of the session's tokens.
+
+    A hash names all tokens up to the row's own, so where one row counts, those before it do too.
+    """
+
+    __slots__ = ("_first", "_rows")
+
+    def __init__(self) -> None:
+        self._first = 0  # position of the first row
+        self._rows: list[tuple[int, Slice]] = []
+
+    def note(self, name: tuple[int, int], part: Slice) -> None:
+        """The replica gave this row; it has none of those behind it."""
+        position, prefix = name
+        at = position - self._first
+        if not 0 <= at <= len(self._rows):
+            self._first, at = position, 0
+        self._rows[at:] = [(prefix, part)]
+        if len(self._rows) > 2 * _LONGEST:
+            del self._rows[:-_LONGEST]
+            self._first = position + 1 - _LONGEST
+
+    def get(self, name: tuple[int, int]) -> Slice | None:
+        """What it said of a row; None if it does not hold it."""
+        at = name[0] - self._first
+        if not 0 <= at < len(self._rows):
+            return None
+        prefix, part = self._rows[at]
+        return part if prefix == name[1] else None
+
+    def reach(self, oldest: int, end: int, name_of: NameOf) -> int:
+        """The first position from `oldest` on, up to `end`, whose row is not held."""
+        if oldest < self._first:
+            return oldest
+        position = min(end, self._first + len(self._rows))
+        while position > oldest and self.get(name_of(position - 1)) is None:
+            position -= 1
+        return max(position, oldest)
+
+    def kept(self, position: int, name_of: NameOf) -> int:
+        """How many rows directly before a position are held and worth keeping."""
+        if position <= self._first or self.get(name_of(position - 1)) is None:
+            return 0
+        return min(KEPT_ROWS, position - self._first)

@@ -9,7 +9,7 @@ import numpy as np
 
 from actors.api.generation import Scores
 from actors.config import Exchange as ExchangeConfig
-from actors.coordinator.window import Row, Window
+from actors.coordinator.session import Row, Window
 from actors.decoding.candidates import Block
 from actors.decoding.decision import Decisions, Question, compare, decide
 from actors.wire.messages import WHOLE

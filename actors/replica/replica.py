@@ -23,9 +23,8 @@ from actors.engine.errors import EngineError
 from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.engine.interface import Extend as EngineExtend
 from actors.metrics import Recorder
-from actors.replica.answers import Drawn, width_of, within
+from actors.replica.answers import Drafter, Drawn, sampling_of, width_of, within, wrong_draft
 from actors.replica.batching_delay import GatherWindow
-from actors.replica.drafting import Drafter, sampling_of, wrong_draft
 from actors.replica.engine_thread import Failed, ForwardThread, Result, Unshared
 from actors.replica.leases import Ledger, Owned
 from actors.replica.lookups import RowDesk

@@ -10,8 +10,7 @@ import pytest
 from actors.api.generation import Rejected, Role
 from actors.config import ServiceConfig
 from actors.coordinator.admission import FairQueue, Turnover, Waiting
-from actors.coordinator.session import Live
-from actors.coordinator.window import Window
+from actors.coordinator.session import Live, Window
 from tests.support.crowd import Unreached, request, session
 from tests.support.scripted_service import config
 

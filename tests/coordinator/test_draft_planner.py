@@ -11,9 +11,8 @@ from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.config import Speculation
 from actors.coordinator.draft_planner import Plan, Planner
-from actors.coordinator.forward_time import Pace
-from actors.coordinator.session import Live
-from actors.coordinator.window import Row, Window
+from actors.coordinator.replica_pool import Pace
+from actors.coordinator.session import Live, Row, Window
 from actors.decoding.session import Session
 from actors.preflight import load_tokenizers
 from actors.text.vocabularies import Languages

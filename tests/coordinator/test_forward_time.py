@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.coordinator.forward_time import Pace
+from actors.coordinator.replica_pool import Pace
 
 
 def test_what_was_seen_is_expected_again_and_follows_changes() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from actors.api.generation import ROLES, Generate, PromptNote, Rejected, Resume, Role
 from actors.api.guidance import Guidance
-from actors.coordinator import prompt_scoring as prompts
+from actors.coordinator import session
 from actors.replica.engine_thread import Engine
 from tests.coordinator.test_logprobs import SAMPLED, normalised
 from tests.support.local_service import LocalService, decode, local_service, trio_config
@@ -48,7 +48,7 @@ async def test_a_prompt_is_scored_by_the_combined_whole_rows(
         tokens = one.prompts["target"]
         first, *notes = await notes_of(service, one)
         assert first == PromptNote(tokens[0], None)
-        assert len(tokens) > 2 * prompts._ROWS  # so that it takes several forwards
+        assert len(tokens) > 2 * session._ROWS  # so that it takes several forwards
         assert [note.id for note in notes] == tokens[1:]
         rows = normalised(oracle.combined(tokens[:1], tokens[1:], alpha))
         for note, row in zip(notes, rows, strict=True):
@@ -107,7 +107,7 @@ async def test_a_cache_lost_in_the_middle_of_a_prompt_changes_no_score(
         trio.disturb(lambda engine: engine.forget_everything() if engine.forwards % 3 == 0 else None, role)
         async with local_service(trio_config(), trio.engines) as service:
             assert await notes_of(service, scored(service)) == expected
-        assert trio.watched[role].forwards > -(-len(scored(service).prompts[role]) // prompts._ROWS)
+        assert trio.watched[role].forwards > -(-len(scored(service).prompts[role]) // session._ROWS)
 
 
 async def test_small_models_read_a_prompt_of_tokens_as_the_target_does(

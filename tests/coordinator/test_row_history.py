@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.coordinator.row_history import Trail
+from actors.coordinator.session import Trail
 from actors.decoding.candidates import Slice
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
 
