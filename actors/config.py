@@ -5,7 +5,8 @@ Frozen, validated once at the edge, defaults written here only; an unknown key i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import warnings
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,7 +20,27 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
+    """One part of the configuration. Takes the keys' names of the release before, with a warning."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed_keys: ClassVar[dict[str, str]] = {}  # old name -> new name; dropped in the next release
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_renamed_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for old, new in cls.renamed_keys.items():
+            if old not in data:
+                continue
+            if new in data:
+                raise ValueError(f"{old} is the old name of {new}, and both are given: leave {old} out")
+            warnings.warn(
+                f"the key {old} is called {new} now; the old name goes in the next release", FutureWarning, stacklevel=2
+            )
+            data[new] = data.pop(old)
+        return data
 
 
 class Replicas(_Section):
@@ -115,9 +136,11 @@ class Models(_Section):
 class Exchange(_Section):
     """What travels between coordinator and models at every step."""
 
+    renamed_keys: ClassVar[dict[str, str]] = {"widen_above": "max_unseen_mass"}
+
     mode: Literal["topk", "full"] = "topk"
     k: int = Field(128, ge=1)  # width of a slice
-    widen_above: float = Field(0.0005, ge=0, le=1)  # estimated unseen mass above which a row is widened; 1: never
+    max_unseen_mass: float = Field(0.0005, ge=0, le=1)  # estimated unseen mass above which a row is widened; 1: never
     widen_factor: int = Field(8, ge=2)  # one widening multiplies k by this; the next takes the whole row
     audit_every: int = Field(1_000, ge=0)  # hold one guided row in so many against whole rows; 0: never
 
@@ -214,10 +237,12 @@ class RouterConfig(_Section):
 class Deadlines(_Section):
     """Seconds after which a wait ends with an error instead of hanging."""
 
+    renamed_keys: ClassVar[dict[str, str]] = {"missing_s": "reconnect_timeout_s", "silent_s": "peer_timeout_s"}
+
     model_load_s: float = Field(1_800, gt=0)
-    missing_s: float = Field(300, gt=0)  # a session waits so long for a model or a coordinator that is away
+    reconnect_timeout_s: float = Field(300, gt=0)  # a session waits so long for a model or a coordinator that is away
     step_s: float = Field(60, gt=0)  # one answer of a model
-    silent_s: float = Field(15, gt=0)  # a peer that says nothing at all for so long hangs or is cut off
+    peer_timeout_s: float = Field(15, gt=0)  # a peer that says nothing at all for so long hangs or is cut off
     connect_s: float = Field(5, gt=0)
     request_s: float = Field(3_600, gt=0)
 
@@ -225,10 +250,12 @@ class Deadlines(_Section):
 class ServiceConfig(_Section):
     """Everything that `ray_config.yaml` says about the service."""
 
+    renamed_keys: ClassVar[dict[str, str]] = {"exact": "batch_invariant"}
+
     version: Literal[1]
     name: str = Field("thinklogit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     models: Models
-    exact: bool = False  # bitwise repeatable: CPU, fp32, one thread; slower
+    batch_invariant: bool = False  # bitwise repeatable: CPU, fp32, one thread; slower
     beyond_context: Literal["continue", "stop_guidance", "error"] = "error"
     guidance: Guidance = Guidance()
     thinking: Thinking = Thinking()

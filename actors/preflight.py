@@ -13,7 +13,7 @@ from actors.api.generation import ROLES, Role
 from actors.config import ConfigError, ServiceConfig
 from actors.decoding.cross_vocab.translators import Alignment
 from actors.text.chat_template import ChatTemplateError
-from actors.text.token_bytes import SpellingError
+from actors.text.token_bytes import UnsupportedTokenizer
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from actors.text.vocabularies import small_maps
 
@@ -89,7 +89,7 @@ def session_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -
 
 
 def _exactness(config: ServiceConfig) -> Iterator[Finding]:
-    for role in ROLES if config.exact else ():
+    for role in ROLES if config.batch_invariant else ():
         model = config.models.role(role)
         if model.dtype not in ("auto", "float32") or model.device == "cuda" or model.num_gpus or model.quantization:
             yield Finding(
@@ -112,7 +112,7 @@ def _dummies(config: ServiceConfig) -> Iterator[Finding]:
 def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
     try:
         maps = small_maps(tokenizers)
-    except SpellingError:
+    except UnsupportedTokenizer:
         yield from _unreadable(tokenizers)
         return
     for role, mapping in maps.items():
@@ -134,8 +134,8 @@ def _unreadable(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
     """The models are of different families, and these have tokens that cannot be read as bytes."""
     for role, tokenizer in tokenizers.items():
         try:
-            tokenizer.speller  # noqa: B018  # made on first use
-        except SpellingError as error:
+            tokenizer.adapter  # noqa: B018  # made on first use
+        except UnsupportedTokenizer as error:
             yield Finding("error", role, f"cannot be used with models of another family: {error}")
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.decoding.candidates import Floats, Slice
-from actors.decoding.cross_vocab.logprobs import Events, Heard, Straddled
-from actors.decoding.cross_vocab.translators import AlignedReader, Alignment
+from actors.decoding.cross_vocab.logprobs import CrossingRows, RoleRowInput, TokenEventLogprobs
+from actors.decoding.cross_vocab.translators import Alignment, RetokenizingTranslator
 from actors.decoding.stream import Stream
 
 LanguageModel = Callable[[Sequence[int]], Floats]  # tokens so far -> the next one's logits [role width]
@@ -22,7 +22,7 @@ class AlignedModel:
         """prompt: in the small model's tokens."""
         self._alignment, self._model = alignment, model
         self.stream = Stream(0, prompt)
-        self._reader = AlignedReader(alignment, self.stream)
+        self._reader = RetokenizingTranslator(alignment, self.stream)
         self._every = np.arange(len(alignment.tables.events.starts) - 1)[None]
 
     def push(self, token: int) -> None:
@@ -31,19 +31,19 @@ class AlignedModel:
 
     def masses(self) -> Floats:
         """[target width] log-probabilities of the target's tokens as next ones; NaN where there is no such event."""
-        straddle = self._reader.ahead(()).straddles[0]
-        straddled = None
-        if straddle is not None:
-            straddled = Straddled(straddle)
-            for number in range(straddled.rows):
-                logits, total = self._row(straddle.first + number)
-                mine = straddled.at == number
-                straddled.values[mine] = logits[straddled.ids[mine]]
-                straddled.sums[number] = total
+        boundaries = self._reader.ahead(()).boundaries_by_row[0]
+        crossing = None
+        if boundaries is not None:
+            crossing = CrossingRows(boundaries)
+            for number in range(crossing.rows):
+                logits, total = self._row(boundaries.first + number)
+                mine = crossing.at == number
+                crossing.values[mine] = logits[crossing.ids[mine]]
+                crossing.sums[number] = total
         logits, total = self._row(len(self.stream))
         whole = Slice(np.arange(len(logits)), logits, np.zeros(0), total)
         inside: NDArray[np.bool_] = np.ones(self._every.shape, np.bool_)
-        events = Events(self._alignment.tables, self._every, inside, [Heard(whole, straddled)])
+        events = TokenEventLogprobs(self._alignment.tables, self._every, inside, [RoleRowInput(whole, crossing)])
         masses: Floats = events.masses()[0]
         return masses
 

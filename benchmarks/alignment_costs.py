@@ -10,8 +10,8 @@ from typing import ClassVar
 import numpy as np
 
 from actors.decoding.candidates import Floats, Ids, Slice
-from actors.decoding.cross_vocab.logprobs import Events, Heard
-from actors.decoding.cross_vocab.retokenizer import Reading
+from actors.decoding.cross_vocab.logprobs import RoleRowInput, TokenEventLogprobs
+from actors.decoding.cross_vocab.retokenizer import IncrementalRetokenizer
 from actors.decoding.cross_vocab.tables import Roles, build_tables
 from actors.decoding.cross_vocab.translators import Alignment
 
@@ -43,12 +43,12 @@ class Costs:
 
 def measure_costs(alignment: Alignment, text: str, width: int) -> Costs:
     """The costs of one pair; what is read is `text`. width: of the small model's rows."""
-    ids = alignment.target.spell(text)[0][:_READ]
+    ids = alignment.target.encode(text)[0][:_READ]
     target_width = len(alignment.tables.events.starts) - 1
     rng = np.random.default_rng(0)
     rows = [_row(alignment, width, rng) for _ in range(_FOLDS)]
     tables = _timed(lambda: build_tables(alignment.target, alignment.role, Roles({}, {}), target_width))
-    reading = Reading(alignment.role)
+    reading = IncrementalRetokenizer(alignment.role)
     read = _timed(lambda: [reading.push(id_, alignment.said(id_)) for id_ in ids])
     fold = _timed(lambda: [_fold(alignment, *row) for row in rows])
     return Costs(tables, read / len(ids) * 1e6, fold / len(rows) * 1e3)
@@ -72,7 +72,7 @@ def _row(alignment: Alignment, width: int, rng: np.random.Generator) -> tuple[Id
 
 
 def _fold(alignment: Alignment, ids: Ids, part: Slice, logits: Floats) -> Floats:
-    events = Events(alignment.tables, ids, np.ones(ids.shape, np.bool_), [Heard(part, None)])
+    events = TokenEventLogprobs(alignment.tables, ids, np.ones(ids.shape, np.bool_), [RoleRowInput(part, None)])
     _, places, asked = events.missing()
     events.fill(places, logits[asked])
     return events.masses()

@@ -148,7 +148,7 @@ async def run(hops: Sequence[int], per_hop: int, alpha: float, family: Family = 
     """Load the trio, serve it in this process, and measure; then again with the adapter, or the published way."""
     others: tuple[Mode, ...] = WITH_ADAPTER if family == "same" else ("one_to_one",)
     everything = (len(MODES) + len(others)) * len(hops) * per_hop
-    plain = trio_config(exact=False, coordinator={"max_sessions": 64, "max_waiting": everything})
+    plain = trio_config(batch_invariant=False, coordinator={"max_sessions": 64, "max_waiting": everything})
     runs = [(plain, MODES), (plain.with_adapter(str(ADAPTER)), WITH_ADAPTER)]
     if family == "other":
         runs = [(plain.with_target(str(OTHER_TARGET)), MODES)]

@@ -191,7 +191,7 @@ async def measure(folder: Path, width: int, rounds: int, done: Callable[[], None
 
 def null_config(folder: Path, width: int) -> ServiceConfig:
     """Nothing is drafted, widened or audited: every step is the same exchange."""
-    exchange = {"widen_above": 1, "audit_every": 0}
+    exchange = {"max_unseen_mass": 1, "audit_every": 0}
     return wide_config(folder, width, exchange=exchange, speculation={"drafts": 0})
 
 

@@ -51,7 +51,9 @@ class Steps:
 def config_of(target: Path | None) -> ServiceConfig:
     """The trio without drafts and audits, with another target if one is named."""
     crowd = {"max_sessions": 64, "max_waiting": 64}
-    config = trio_config(exact=False, exchange={"audit_every": 0}, speculation={"drafts": 0}, coordinator=crowd)
+    config = trio_config(
+        batch_invariant=False, exchange={"audit_every": 0}, speculation={"drafts": 0}, coordinator=crowd
+    )
     return config if target is None else config.with_target(str(target))
 
 

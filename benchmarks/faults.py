@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults [--rounds 20] [--replicas 1|2] [--streams 16] [--tokens 400 1000] [--seed 0] [--save]
 
-Three nodes on this machine in `exact` mode (benchmarks.kill_harness), `streams` streams over HTTP at any time, each
+Three nodes on this machine, `batch_invariant` (benchmarks.kill_harness), `streams` streams over HTTP at any time, each
 held against the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random
 times: three quarters of them where two replicas of each model and of the coordinator live, the others where there is
 one (or all as --replicas says). A kind is killed only when all its processes serve, and nobody while a stream is

@@ -26,7 +26,7 @@ from actors.api.generation import ROLES, Generate, Role
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
-from actors.coordinator.session import Live
+from actors.coordinator.session import ActiveSession
 from actors.decoding.arithmetic import Floats
 from actors.decoding.decision import Decisions
 from actors.preflight import load_tokenizers
@@ -132,7 +132,7 @@ def decode_case(
     yield final.fidelity(case, k, temperature, widening=True)
 
 
-def _decode_row(lockstep: Lockstep, live: Live, temperature: float, narrow: Tally, final: Tally) -> None:
+def _decode_row(lockstep: Lockstep, live: ActiveSession, temperature: float, narrow: Tally, final: Tally) -> None:
     step = lockstep.step(live)
     whole = lockstep.whole(live)
     narrow.add(step.narrow, whole, temperature, False, step.narrow_bytes)
@@ -202,7 +202,7 @@ def _engines(tail: Tail, tokenizers: Mapping[Role, RoleTokenizer]) -> dict[Role,
 
 async def bytes_per_token(folder: Path, mode: str, sessions: int, tokens: int, width: int | None = None) -> float:
     """Both directions of all sockets, framing included, for each token of `sessions` sessions side by side."""
-    exchange = {"mode": mode, "k": K, "widen_above": 1, "audit_every": 0}
+    exchange = {"mode": mode, "k": K, "max_unseen_mass": 1, "audit_every": 0}
     config = wide_config(folder, *([width] if width else []), exchange=exchange, speculation={"drafts": 0})
     engines = _engines(Tail(STEEP), load_tokenizers(config))
     async with local_service(config, engines) as service:

@@ -64,7 +64,7 @@ def service_config(replicas: int) -> ServiceConfig:
         models=models,
         coordinator={"num_cpus": COORDINATOR_CPUS, "replicas": count, "label_selector": LABELS},
         router={"num_cpus": ROUTER_CPUS},
-        deadlines={"missing_s": MISSING_S},
+        deadlines={"reconnect_timeout_s": MISSING_S},
     )
 
 

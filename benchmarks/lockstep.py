@@ -13,21 +13,21 @@ import numpy as np
 
 from actors.api.generation import Generate, Role
 from actors.config import ServiceConfig
-from actors.coordinator.draft_planner import Planner
+from actors.coordinator.draft_planner import DraftPlanner
 from actors.coordinator.exchange import Exchange
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import Live, Window
-from actors.coordinator.verification import Chosen, Decider, Judged, Wider
+from actors.coordinator.session import ActiveSession, VerificationWindow
+from actors.coordinator.verification import Chosen, NeedsWiderTopK, RowDecision, Verifier
 from actors.decoding.arithmetic import Floats
 from actors.decoding.decision import Decisions
 from actors.decoding.session import Session
 from actors.directory import Endpoint
 from actors.replica.engine_thread import Engine, run_forward
-from actors.replica.leases import Ledger
-from actors.replica.lookups import RowDesk
-from actors.replica.scheduler import Part, Pending
+from actors.replica.leases import SessionLeases
+from actors.replica.lookups import LookupService
+from actors.replica.scheduler import Chunk, ScheduledExtend
 from actors.text.tokenizer import RoleTokenizer
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.columns import extend_items
 from actors.wire.framing import HEADER, MAC_BYTES
 from actors.wire.link import Limits
@@ -43,7 +43,7 @@ class StandIn:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._replies = Replies(Limits().frame, engine.width)
-        self._desk = RowDesk(engine, Ledger(), self._replies, wait_s=0.0)
+        self._lookups = LookupService(engine, SessionLeases(), self._replies, wait_s=0.0)
         self._outgoing: list[Message] = []
         self.bytes = 0
 
@@ -58,9 +58,9 @@ class StandIn:
                 case Extend():
                     self._extend(message)
                 case Lookup():
-                    self._desk.look_up(self, message)
+                    self._lookups.look_up(self, message)
                 case Widen():
-                    self._desk.widen(self, message)
+                    self._lookups.widen(self, message)
             self._replies.flush()
         replies, self._outgoing = self._outgoing, []
         return replies
@@ -71,11 +71,11 @@ class StandIn:
         return decode(body)
 
     def _extend(self, message: Extend) -> None:
-        parts = [Part(Pending(self, item, item.prefix), len(item.tokens)) for item in extend_items(message)]
+        parts = [Chunk(ScheduledExtend(self, item, item.prefix), len(item.tokens)) for item in extend_items(message)]
         results = run_forward(self._engine, parts, message.released.tolist())
         for part, result in zip(parts, results, strict=True):
             assert isinstance(result, Answer), result
-            self._replies.rows(self, part.pending.item.ticket, [result])
+            self._replies.rows(self, part.scheduled.item.call_id, [result])
 
 
 class _Neighbour(Replica):
@@ -84,7 +84,7 @@ class _Neighbour(Replica):
     def __init__(self, role: Role, engine: Engine) -> None:
         super().__init__(Endpoint(role, "", 0, incarnation=role))
         cache = engine.cache_stats().tokens_total
-        self._welcome = Welcome(role, role, engine.width, engine.hash_seed, cache, cache, engine.exact)
+        self._welcome = Welcome(role, role, engine.width, engine.hash_seed, cache, cache, engine.batch_invariant)
 
     @property
     def welcome(self) -> Welcome:
@@ -110,74 +110,74 @@ class Lockstep:
         self, config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], engines: Mapping[Role, Engine]
     ) -> None:
         self._engines = engines
-        self._languages = Languages(tokenizers)
-        self._exchange = Exchange(config.exchange, self._languages)
-        self._decider = Decider(config.exchange)
-        self._planner = Planner(config.speculation)
+        self._vocabularies = VocabularyRegistry(tokenizers)
+        self._exchange = Exchange(config.exchange, self._vocabularies)
+        self._verifier = Verifier(config.exchange)
+        self._planner = DraftPlanner(config.speculation)
         self._stand_ins = {role: StandIn(engine) for role, engine in engines.items()}
         self._replicas = {role: _Neighbour(role, engine) for role, engine in engines.items()}
         self._sessions = 0
 
-    def open(self, request: Generate) -> Live:
+    def open(self, request: Generate) -> ActiveSession:
         """A session that has not decoded anything yet."""
         roles = tuple(request.prompts)
-        language = self._languages.language(request.primary, roles, request.thinking)
+        vocabulary = self._vocabularies.vocabulary(request.primary, roles, request.thinking)
         self._sessions += 1
         seeds = {role: self._engines[role].hash_seed for role in roles}
-        session = Session(request, language, seeds)
-        live = Live(session, self._sessions, self._sessions, self._planner.acceptance())
-        live.replicas.update((role, self._replicas[role]) for role in roles)
-        return live
+        session = Session(request, vocabulary, seeds)
+        active = ActiveSession(session, self._sessions, self._sessions, self._planner.acceptance())
+        active.replicas.update((role, self._replicas[role]) for role in roles)
+        return active
 
-    def step(self, live: Live) -> Step:
+    def step(self, active: ActiveSession) -> Step:
         """Decode one token of a session."""
         before = self._bytes()
-        self._exchange.begin(live, guided=True)
+        self._exchange.begin(active, guided=True)
         self._settle()
-        assert live.window is not None
-        (row,) = live.window.rows
-        narrow = final = self._judge(live.window)
+        assert active.window is not None
+        (row,) = active.window.rows
+        narrow = final = self._judge(active.window)
         narrow_bytes = self._bytes() - before
-        verdict = self._decider.verdict(row, final)
-        while isinstance(verdict, Wider):
+        verdict = self._verifier.verdict(row, final)
+        while isinstance(verdict, NeedsWiderTopK):
             self._exchange.widen(row, verdict.k)
             self._settle()
-            final = self._judge(live.window)
-            verdict = self._decider.verdict(row, final)
+            final = self._judge(active.window)
+            verdict = self._verifier.verdict(row, final)
         assert isinstance(verdict, Chosen), verdict
         sizes = narrow_bytes, self._bytes() - before
         return Step(narrow.decisions, final.decisions, verdict, final is not narrow, *sizes)
 
-    def _judge(self, window: Window) -> Judged:
-        ((judged,),) = self._decider.judge([window])
-        return judged
+    def _judge(self, window: VerificationWindow) -> RowDecision:
+        ((row_decisions,),) = self._verifier.verify([window])
+        return row_decisions
 
-    def commit(self, live: Live, step: Step) -> None:
+    def commit(self, active: ActiveSession, step: Step) -> None:
         """Take a step's token."""
-        assert live.window is not None
-        live.session.commit(step.chosen.token, live.alpha(), step.chosen.changed)
-        live.window.settle()
-        self._exchange.drop(live)
+        assert active.window is not None
+        active.session.commit(step.chosen.token, active.alpha(), step.chosen.changed)
+        active.window.settle()
+        self._exchange.drop(active)
 
-    def close(self, live: Live) -> None:
+    def close(self, active: ActiveSession) -> None:
         """Forget a session at the models."""
-        for role in live.replicas:
-            self._engines[role].close(live.key)
+        for role in active.replicas:
+            self._engines[role].close(active.key)
 
-    def whole(self, live: Live) -> Floats:
+    def whole(self, active: ActiveSession) -> Floats:
         """[primary width]: the combined logits of the row that is held, by plain arithmetic on whole rows."""
-        primary = live.primary
-        rows = {role: self._read(live, role) for role in self._engines}
+        primary = active.primary
+        rows = {role: self._read(active, role) for role in self._engines}
         with np.errstate(invalid="ignore"):
             delta = rows["guider"] - rows["guider_base"]
-        combined = rows[primary] + live.alpha() * delta
+        combined = rows[primary] + active.alpha() * delta
         assert not np.isnan(delta[~np.isnan(rows[primary])]).any(), "the roles' vocabularies are the same here"
         return np.where(np.isnan(combined), -np.inf, combined)
 
-    def _read(self, live: Live, role: Role) -> Floats:
+    def _read(self, active: ActiveSession, role: Role) -> Floats:
         """[primary width]: a role's held row at the primary's ids, NaN where it has none."""
-        mapping = self._languages.plain_map(live.primary, role)
-        row = self._engines[role].whole([live.key])[-1].astype(np.float64)
+        mapping = self._vocabularies.plain_map(active.primary, role)
+        row = self._engines[role].whole([active.key])[-1].astype(np.float64)
         theirs = mapping.to_role
         own = np.where(theirs >= 0, row[np.maximum(theirs, 0)], np.nan)
         for event, ids in mapping.folds.items():

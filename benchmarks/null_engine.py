@@ -106,7 +106,7 @@ class NullRows:
 class NullEngine:
     """An engine (`actors.replica.engine_thread.Engine`) without a model. cache_tokens: of all sessions together."""
 
-    exact = True
+    batch_invariant = True
 
     def __init__(self, width: int = PUBLISHED_WIDTH, role: str = "target", cache_tokens: int = 1 << 20) -> None:
         self.width = width

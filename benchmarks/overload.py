@@ -115,7 +115,7 @@ async def crowd(plan: Plan) -> AsyncIterator[Worker]:
     """A client before a running service."""
     models = {role: {"path": str(WEIGHTS / role), "cache_tokens": plan.cache} for role in ROLES}
     places = {"max_sessions": plan.sessions, "max_waiting": plan.waiting}
-    config = trio_config(exact=False, models=models, coordinator=places, exchange={"audit_every": 0})
+    config = trio_config(batch_invariant=False, models=models, coordinator=places, exchange={"audit_every": 0})
     secret, asked = secrets.token_bytes(32), [question.text for question in questions("held_out", 3, 64)]
     async with launcher("processes", plan.threads) as launch:
         workers = [await launch(ModelWorker, SHAPES["trio"], role, 0.0, config, secret, plan.threads) for role in ROLES]

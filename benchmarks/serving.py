@@ -123,8 +123,8 @@ def run(models: str, streams: Sequence[int], tokens: int, rounds: int, alpha: fl
 
 def serving_config(models: str, streams: int) -> ServiceConfig:
     """Every stream is decoded at once. With models that compute nothing, nothing is widened and nothing audited."""
-    exchange = {"widen_above": 1, "audit_every": 0} if models == "null" else {}
-    return trio_config(exact=False, coordinator={"max_sessions": streams}, exchange=exchange)
+    exchange = {"max_unseen_mass": 1, "audit_every": 0} if models == "null" else {}
+    return trio_config(batch_invariant=False, coordinator={"max_sessions": streams}, exchange=exchange)
 
 
 def tables(results: Sequence[Measured]) -> list[Table]:

@@ -157,7 +157,7 @@ def side_by_side(rows: Sequence[WholeRow], k: int) -> NullSlices:
 class TailEngine:
     """An engine (`actors.replica.engine_thread.Engine`) that plays one role of a stream; one row an extend."""
 
-    exact = True
+    batch_invariant = True
 
     def __init__(self, stream: TailStream, role: Role, cache_tokens: int = 1 << 20) -> None:
         self._stream, self._role, self._cache_tokens = stream, role, cache_tokens

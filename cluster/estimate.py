@@ -64,7 +64,7 @@ def estimate(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> tup
     """A role's costs, and what is wrong with its files."""
     model = config.models.role(role)
     settings = _model_config(model)
-    dtype = "float32" if config.exact else model.dtype
+    dtype = "float32" if config.batch_invariant else model.dtype
     dummy = model.load_format == "dummy"
     here, size, stored_dtype, found = _dummy_weights(role, settings, dtype) if dummy else _weights(model, role, dtype)
     try:

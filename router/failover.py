@@ -29,8 +29,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 class Resuming:
     """A `Backend` over coordinators that may go at any time.
 
-    Raises Unavailable when nothing has come for `deadlines.missing_s`, after MAX_LOSSES without a token, or when the
-    service itself ends.
+    Raises Unavailable when nothing has come for `deadlines.reconnect_timeout_s`, after MAX_LOSSES without a token, or
+    when the service itself ends.
     """
 
     def __init__(self, coordinators: Coordinators, deadlines: Deadlines, recorder: Recorder | None = None) -> None:
@@ -53,7 +53,7 @@ class Resuming:
                             yield event
                             return
             except Unavailable as error:
-                known.lost(error, self._deadlines.missing_s)
+                known.lost(error, self._deadlines.reconnect_timeout_s)
             if pause := known.pause():
                 if await self._coordinators.ending():
                     raise Unavailable("the service is being shut down")
@@ -65,16 +65,16 @@ class Resuming:
 
     async def _attempt(self, request: Generate) -> AsyncGenerator[Told, None]:
         """The events of one coordinator. Raises Unavailable when it is lost, silent or full."""
-        silent_s = self._deadlines.silent_s
+        peer_timeout_s = self._deadlines.peer_timeout_s
         if request.resumed:
             self._resumes.add()
         async with aclosing(cast("AsyncGenerator[Told, None]", self._coordinators.generate(request))) as events:
             while True:
                 try:
-                    async with asyncio.timeout(silent_s):
+                    async with asyncio.timeout(peer_timeout_s):
                         event = await anext(events, None)
                 except TimeoutError:
-                    raise Unavailable(f"its coordinator said nothing for {silent_s:g} s") from None
+                    raise Unavailable(f"its coordinator said nothing for {peer_timeout_s:g} s") from None
                 if event is None:
                     raise Unavailable("its coordinator ended the stream before the answer's end")
                 if isinstance(event, Rejected) and event.code != "invalid" and request.resume is not None:
@@ -111,15 +111,15 @@ class _Known:
             return None
         return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes, prompt=delta.prompt)
 
-    def lost(self, error: Unavailable, missing_s: float) -> None:
+    def lost(self, error: Unavailable, reconnect_timeout_s: float) -> None:
         """A coordinator is gone. Raises Unavailable when that was the last attempt."""
         self._losses += 1
         log.warning("%s: %s; %d tokens are kept", self._request.request_id, error.message, len(self._choices))
         if self._losses >= MAX_LOSSES:
             raise Unavailable(f"{self._losses} coordinators were lost without a token in between") from error
-        if time.monotonic() - self._heard_at > missing_s:
+        if time.monotonic() - self._heard_at > reconnect_timeout_s:
             raise Unavailable(
-                f"no coordinator has taken the request on for {missing_s:g} s: {error.message}"
+                f"no coordinator has taken the request on for {reconnect_timeout_s:g} s: {error.message}"
             ) from error
 
     def pause(self) -> float:

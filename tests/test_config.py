@@ -84,7 +84,7 @@ def test_every_wrong_key_is_named_at_once() -> None:
         ("models.target.num_gpus", -1, "0"),
         ("exchange.mode", "rows", "topk"),
         ("exchange.k", 0, "1"),
-        ("exchange.widen_above", 1.5, "1"),
+        ("exchange.max_unseen_mass", 1.5, "1"),
         ("exchange.widen_factor", 1, "2"),
         ("coordinator.max_sessions", 0, "1"),
         ("deadlines.step_s", 0, "0"),
@@ -100,7 +100,7 @@ def test_every_wrong_key_is_named_at_once() -> None:
         ("sampling.temperature", -1, "temperature must be at least 0"),
         ("sampling.top_p", 0, "top_p must be above 0"),
         ("thinking.max_tokens", 0, "thinking.max_tokens"),
-        ("exact", "perhaps", "bool"),
+        ("batch_invariant", "perhaps", "bool"),
     ],
 )
 def test_a_bad_value_is_named_with_what_it_should_be(place: str, value: Any, said: str) -> None:
@@ -109,6 +109,25 @@ def test_a_bad_value_is_named_with_what_it_should_be(place: str, value: Any, sai
     assert place.split(".")[-1] in sentence
     assert said in sentence
     assert "Value error" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("exact", "batch_invariant", True),
+        ("exchange.widen_above", "exchange.max_unseen_mass", 0.25),
+        ("deadlines.missing_s", "deadlines.reconnect_timeout_s", 7.0),
+        ("deadlines.silent_s", "deadlines.peer_timeout_s", 7.0),
+    ],
+)
+def test_a_key_of_the_release_before_is_read_with_a_warning(old: str, new: str, value: Any) -> None:
+    with pytest.warns(FutureWarning, match=f"{old.split('.')[-1]} is called {new.split('.')[-1]} now"):
+        config = load_config(with_value(old, value))
+    assert config == load_config(with_value(new, value))
+    both = with_value(old, value)
+    *path, last = new.split(".")
+    (both[path[0]] if path else both)[last] = value
+    assert "both are given" in refusal(both)
 
 
 def test_coordinators_are_added_before_requests_wait() -> None:
@@ -147,7 +166,7 @@ def test_each_role_is_served_alone_beside_the_guided_model() -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     config = load_config(MINIMAL)
     with pytest.raises(ValidationError, match="frozen"):
-        config.exact = True  # type: ignore[misc]
+        config.batch_invariant = True  # type: ignore[misc]
 
 
 def test_decoding_defaults_are_taken_from_the_file() -> None:

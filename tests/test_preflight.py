@@ -23,12 +23,12 @@ def test_the_embedded_trio_is_sound() -> None:
 
 
 def test_exact_refuses_what_cannot_be_exact() -> None:
-    config = trio(exact=True)
+    config = trio(batch_invariant=True)
     require_sound(config)
     args = trio_args()
     args["models"]["guider"]["dtype"] = "bfloat16"
     with pytest.raises(ConfigError, match=r"models\.guider: exact is true"):
-        require_sound(load_config({**args, "exact": True}))
+        require_sound(load_config({**args, "batch_invariant": True}))
 
 
 def test_every_missing_model_is_named_at_once() -> None:

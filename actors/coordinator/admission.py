@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 from actors.api.generation import Generate, Rejected, Role
 from actors.config import ServiceConfig
-from actors.coordinator.cache_budget import CacheRoom, Look, need
+from actors.coordinator.cache_budget import CacheBudget, CacheSnapshot, need
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.request_checks import too_long
-from actors.coordinator.session import Live, Window
+from actors.coordinator.session import ActiveSession, VerificationWindow
 
 SHORTEST_S, LONGEST_S = 1.0, 60.0  # what a client is told to wait
 _SMOOTHING = 0.1  # weight of the newest session in how long they take
@@ -33,40 +33,40 @@ class FairQueue:
     """Sessions by client: those of one client in order of arrival, the clients in turn."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[str, deque[Live]] = OrderedDict()  # the next one first
+        self._clients: OrderedDict[str, deque[ActiveSession]] = OrderedDict()  # the next one first
 
     def __len__(self) -> int:
         return sum(map(len, self._clients.values()))
 
-    def __iter__(self) -> Iterator[Live]:
-        return (live for waiting in self._clients.values() for live in waiting)
+    def __iter__(self) -> Iterator[ActiveSession]:
+        return (active for waiting in self._clients.values() for active in waiting)
 
-    def push(self, live: Live) -> None:
+    def push(self, active: ActiveSession) -> None:
         """Let a session wait."""
-        self._clients.setdefault(live.client, deque()).append(live)
+        self._clients.setdefault(active.client, deque()).append(active)
 
-    def head(self) -> Live | None:
+    def head(self) -> ActiveSession | None:
         """Whose turn it is."""
         return next(iter(self), None)
 
-    def pop(self) -> Live:
+    def pop(self) -> ActiveSession:
         """Take the head; its client's next turn comes after everybody else's."""
         client, waiting = next(iter(self._clients.items()))
-        live = waiting.popleft()
+        active = waiting.popleft()
         self._clients.move_to_end(client)
         self._tidy(client)
-        return live
+        return active
 
-    def remove(self, live: Live) -> None:
+    def remove(self, active: ActiveSession) -> None:
         """Forget a session; one that does not wait is ignored."""
-        waiting = self._clients.get(live.client, deque())
-        if live in waiting:
-            waiting.remove(live)
-            self._tidy(live.client)
+        waiting = self._clients.get(active.client, deque())
+        if active in waiting:
+            waiting.remove(active)
+            self._tidy(active.client)
 
-    def displaced_by(self, client: str) -> Live | None:
+    def displaced_by(self, client: str) -> ActiveSession | None:
         """Who makes way for a newcomer of this client; None if nobody waits more than one session more often."""
-        most = max(self._clients.values(), key=len, default=deque[Live]())
+        most = max(self._clients.values(), key=len, default=deque[ActiveSession]())
         return most[-1] if len(most) >= len(self._clients.get(client, ())) + 2 else None
 
     def _tidy(self, client: str) -> None:
@@ -74,7 +74,7 @@ class FairQueue:
             del self._clients[client]
 
 
-class Turnover:
+class WaitTimeEstimator:
     """How fast places come free, by Little's law: sessions that run, over the time that one takes."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -82,13 +82,13 @@ class Turnover:
         self._began: dict[int, float] = {}  # by session
         self._takes_s: float | None = None
 
-    def began(self, live: Live) -> None:
+    def began(self, active: ActiveSession) -> None:
         """A session was admitted."""
-        self._began[live.key] = self._clock()
+        self._began[active.key] = self._clock()
 
-    def ended(self, live: Live) -> None:
+    def ended(self, active: ActiveSession) -> None:
         """A session is over; one that never ran is ignored."""
-        began = self._began.pop(live.key, None)
+        began = self._began.pop(active.key, None)
         if began is not None:
             took = self._clock() - began
             self._takes_s = took if self._takes_s is None else self._takes_s + _SMOOTHING * (took - self._takes_s)
@@ -103,41 +103,42 @@ class Turnover:
 
 
 @dataclass(frozen=True, slots=True)
-class Parked:
+class ParkedSession:
     """A session that lacks its cache at one model, and how to go on once there is room."""
 
-    window: Window
+    window: VerificationWindow
     role: Role
     not_before: float
     again: Callable[[], None]
 
 
-class Waiting:
+class AdmissionQueue:
     """The sessions of one coordinator that have no place.
 
-    lives: those that have one. candidates: the replicas that a session of a role may go to, none if nobody plays it.
+    active_sessions: those that have one. candidates: the replicas that a session of a role may go to; none if no
+    replica of the role is connected.
     """
 
     def __init__(
         self,
         config: ServiceConfig,
-        lives: Callable[[], Collection[Live]],
+        active_sessions: Callable[[], Collection[ActiveSession]],
         candidates: Callable[[Role], Sequence[Replica]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._lives, self._candidates, self._clock = config, lives, candidates, clock
-        self._room = CacheRoom(lives)
-        self._turnover = Turnover(clock)
+        self._config, self._active, self._candidates, self._clock = config, active_sessions, candidates, clock
+        self._budget = CacheBudget(active_sessions)
+        self._wait_time = WaitTimeEstimator(clock)
         self._queue = FairQueue()
-        self._resumed: list[Live] = []  # moved here from another coordinator
-        self._parked: list[Parked] = []
+        self._resumed: list[ActiveSession] = []  # moved here from another coordinator
+        self._parked: list[ParkedSession] = []
         self._stirred = self._blocked = False  # whether room may have come free; whether the head found none
         self._due = math.inf  # when the next pause is over
 
     def __len__(self) -> int:
         return len(self._resumed) + len(self._queue)
 
-    def __iter__(self) -> Iterator[Live]:
+    def __iter__(self) -> Iterator[ActiveSession]:
         yield from self._resumed
         yield from self._queue
 
@@ -159,45 +160,45 @@ class Waiting:
         return self._overloaded()
 
     def _overloaded(self) -> Rejected:
-        again = self._turnover.wait_s(1 + len(self))
+        again = self._wait_time.wait_s(1 + len(self))
         return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=again)
 
-    def add(self, live: Live) -> None:
+    def add(self, active: ActiveSession) -> None:
         """Let a session wait. If the queue is full, another is turned away for it."""
         self._stirred = True
-        if live.resumed:
-            self._resumed.append(live)
+        if active.resumed:
+            self._resumed.append(active)
             self._resumed.sort(key=lambda each: each.age)
             return
-        out = self._queue.displaced_by(live.client) if self._full else None
+        out = self._queue.displaced_by(active.client) if self._full else None
         if out is not None:
             self._queue.remove(out)
             out.events.emit(self._overloaded())
-        self._queue.push(live)
+        self._queue.push(active)
 
-    def remove(self, live: Live) -> None:
+    def remove(self, active: ActiveSession) -> None:
         """A session is over, whether it waited, ran or was parked."""
-        self._queue.remove(live)
-        if live in self._resumed:
-            self._resumed.remove(live)
-        self._parked = [each for each in self._parked if each.window.live is not live]
-        self._turnover.ended(live)
+        self._queue.remove(active)
+        if active in self._resumed:
+            self._resumed.remove(active)
+        self._parked = [each for each in self._parked if each.window.active is not active]
+        self._wait_time.ended(active)
         self._stirred = True
 
-    def park(self, window: Window, role: Role, pause_s: float, again: Callable[[], None]) -> None:
+    def park(self, window: VerificationWindow, role: Role, pause_s: float, again: Callable[[], None]) -> None:
         """A session lacks its cache at a model. `admit` calls `again` after the pause, once there is room."""
-        live = window.live
-        live.lacks.add(role)
-        self._parked = [each for each in self._parked if (each.window.live, each.role) != (live, role)]
-        self._parked.append(Parked(window, role, self._clock() + pause_s, again))
+        active = window.active
+        active.lacks.add(role)
+        self._parked = [each for each in self._parked if (each.window.active, each.role) != (active, role)]
+        self._parked.append(ParkedSession(window, role, self._clock() + pause_s, again))
         self._stirred = True
 
     def tick(self) -> None:
         """Half a second is over."""
-        self._room.note()
+        self._budget.note()
         self._stirred = True
 
-    def admit(self, roles: Callable[[Live], Sequence[Role]]) -> Iterator[Live]:
+    def admit(self, roles: Callable[[ActiveSession], Sequence[Role]]) -> Iterator[ActiveSession]:
         """Let go on who can: parked sessions, oldest first, then resumed ones, then new ones, clients in turn.
 
         roles: that a session needs now. Who begins is bound to a replica of each, but for roles that nobody plays.
@@ -205,59 +206,61 @@ class Waiting:
         if not (self._parked or len(self)) or not (self._stirred or self._clock() >= self._due):
             return
         self._stirred = False
-        look = self._room.look()
-        self._unpark(look)
-        while (live := self._head()) is not None and len(self._lives()) < self._config.coordinator.max_sessions:
-            places = self._places(live, roles(live), look)
+        snapshot = self._budget.snapshot()
+        self._unpark(snapshot)
+        while (active := self._head()) is not None and len(self._active()) < self._config.coordinator.max_sessions:
+            places = self._places(active, roles(active), snapshot)
             self._blocked = places is None
             if places is None:
                 return
-            if live.resumed:
-                self._resumed.remove(live)
+            if active.resumed:
+                self._resumed.remove(active)
             else:
                 self._queue.pop()
-                live.age = time.time_ns()  # who is older evicts, and waiting earns nobody that
+                active.age = time.time_ns()  # who is older evicts, and waiting earns nobody that
             for role, replica in places.items():
-                live.bind(role, replica)
-                look.take(live, role, replica)
-            self._turnover.began(live)
-            yield live
+                active.bind(role, replica)
+                snapshot.take(active, role, replica)
+            self._wait_time.began(active)
+            yield active
         self._blocked = False
 
     @property
     def _full(self) -> bool:
-        config, taken = self._config.coordinator, len(self._lives()) + len(self._resumed)
+        config, taken = self._config.coordinator, len(self._active()) + len(self._resumed)
         places = 0 if self._blocked else max(0, config.max_sessions - taken)
         return len(self._queue) >= config.max_waiting + places
 
-    def _head(self) -> Live | None:
+    def _head(self) -> ActiveSession | None:
         return self._resumed[0] if self._resumed else self._queue.head()
 
-    def _places(self, live: Live, roles: Sequence[Role], look: Look) -> dict[Role, Replica] | None:
+    def _places(
+        self, active: ActiveSession, roles: Sequence[Role], snapshot: CacheSnapshot
+    ) -> dict[Role, Replica] | None:
         """Where a session goes; None if some role has no room."""
         places = {}
         for role in roles:
             if candidates := self._candidates(role):
-                replica = look.choose(live, role, candidates)
+                replica = snapshot.choose(active, role, candidates)
                 if replica is None:
                     return None
                 places[role] = replica
         return places
 
-    def _unpark(self, look: Look) -> None:
+    def _unpark(self, snapshot: CacheSnapshot) -> None:
         """Let parked sessions go on that find room, oldest first; where one waits, no younger one overtakes it."""
-        now, oldest = self._clock(), min(self._lives(), key=lambda live: live.age, default=None)
-        parked, self._parked = sorted(self._parked, key=lambda each: each.window.live.age), []
+        now, oldest = self._clock(), min(self._active(), key=lambda active: active.age, default=None)
+        parked, self._parked = sorted(self._parked, key=lambda each: each.window.active.age), []
         for each in parked:
-            live, role = each.window.live, each.role
-            replica = live.replicas.get(role)
-            if live.window is not each.window or replica is None:  # it began anew, elsewhere or here
-                live.lacks.discard(role)
-            elif now >= each.not_before and (live is oldest or look.fits(replica, need(live, role, replica))):
-                live.lacks.discard(role)
-                look.take(live, role, replica)
+            active, role = each.window.active, each.role
+            replica = active.replicas.get(role)
+            if active.window is not each.window or replica is None:  # it began anew, elsewhere or here
+                active.lacks.discard(role)
+            elif now >= each.not_before and (active is oldest or snapshot.fits(replica, need(active, role, replica))):
+                active.lacks.discard(role)
+                snapshot.take(active, role, replica)
                 each.again()
             else:
                 self._parked.append(each)
-                look.shut.add(replica)
+                snapshot.shut.add(replica)
         self._due = min((each.not_before for each in self._parked if each.not_before > now), default=math.inf)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from actors.api.generation import Role
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import Live
+from actors.coordinator.session import ActiveSession
 from actors.engine.interface import BLOCK
 
 GROWTH = 128  # tokens that are kept free for each session to grow by, so that it evicts nobody soon
@@ -22,7 +22,7 @@ REMEMBERED = 6  # notes of what was held here: half a second apart, they reach b
 
 
 @dataclass(slots=True)
-class Use:
+class CacheUse:
     """Of one replica's cache: tokens that sessions hold, and tokens kept for them, growth included."""
 
     sessions: int = 0
@@ -36,50 +36,50 @@ class Use:
         self.kept += kept
 
 
-def growth(live: Live, cache_tokens: int) -> int:
+def growth(active: ActiveSession, cache_tokens: int) -> int:
     """Tokens to keep free for a session in a cache of so many: none that it will never ask for."""
-    most = live.session.request.sampling.max_tokens
-    left = GROWTH if most is None else max(0, most - live.session.generated)
+    most = active.session.request.sampling.max_tokens
+    left = GROWTH if most is None else max(0, most - active.session.generated)
     return min(GROWTH, left, max(BLOCK, cache_tokens // SHARE))
 
 
-def held(live: Live, role: Role) -> int:
+def held(active: ActiveSession, role: Role) -> int:
     """Tokens of a session's stream, in whole blocks."""
-    return -(-len(live.session.streams[role]) // BLOCK) * BLOCK
+    return -(-len(active.session.streams[role]) // BLOCK) * BLOCK
 
 
-def need(live: Live, role: Role, replica: Replica) -> int:
+def need(active: ActiveSession, role: Role, replica: Replica) -> int:
     """Room that a session asks for at a replica; none where its prompt is past the model's positions."""
     welcome = replica.welcome
-    if len(live.session.streams[role]) > welcome.max_position:
+    if len(active.session.streams[role]) > welcome.max_position:
         return 0
-    return held(live, role) + growth(live, welcome.cache_tokens)
+    return held(active, role) + growth(active, welcome.cache_tokens)
 
 
 @dataclass(slots=True)
-class Look:
+class CacheSnapshot:
     """The caches at one moment; what is given out is taken off. shut: replicas where someone else is first."""
 
-    used: dict[Replica, Use]
-    others: Callable[[Replica, Use], int]
+    used: dict[Replica, CacheUse]
+    others: Callable[[Replica, CacheUse], int]
     shut: set[Replica] = field(default_factory=set)
 
     def free(self, replica: Replica) -> int:
         """Tokens that nobody holds and that are kept for nobody."""
-        used = self.used.get(replica, Use())
+        used = self.used.get(replica, CacheUse())
         return replica.welcome.cache_tokens - used.kept - self.others(replica, used)
 
     def fits(self, replica: Replica, tokens: int) -> bool:
         """Whether there is room. For the first session from here there always is: the replica itself decides."""
         if replica in self.shut:
             return False
-        return not self.used.get(replica, Use()).sessions or tokens <= self.free(replica)
+        return not self.used.get(replica, CacheUse()).sessions or tokens <= self.free(replica)
 
-    def take(self, live: Live, role: Role, replica: Replica) -> None:
+    def take(self, active: ActiveSession, role: Role, replica: Replica) -> None:
         """A session begins there, or comes back."""
-        self.used.setdefault(replica, Use()).add(held(live, role), need(live, role, replica))
+        self.used.setdefault(replica, CacheUse()).add(held(active, role), need(active, role, replica))
 
-    def choose(self, live: Live, role: Role, candidates: Sequence[Replica]) -> Replica | None:
+    def choose(self, active: ActiveSession, role: Role, candidates: Sequence[Replica]) -> Replica | None:
         """Where a session goes: of two drawn at random the one with more room, or wherever there is any. None: nowhere.
 
         Several coordinators that all took the emptiest one would fill it together.
@@ -87,27 +87,27 @@ class Look:
         drawn = random.sample(candidates, min(2, len(candidates)))
         for some in (drawn, candidates):
             best = max(some, key=self.free)
-            if self.fits(best, need(live, role, best)):
+            if self.fits(best, need(active, role, best)):
                 return best
-        return next((each for each in candidates if self.fits(each, need(live, role, each))), None)
+        return next((each for each in candidates if self.fits(each, need(active, role, each))), None)
 
 
-class CacheRoom:
+class CacheBudget:
     """Watches the caches through the sessions of one coordinator."""
 
-    def __init__(self, lives: Callable[[], Collection[Live]]) -> None:
-        self._lives = lives
-        self._notes: deque[dict[Replica, Use]] = deque(maxlen=REMEMBERED)
+    def __init__(self, active_sessions: Callable[[], Collection[ActiveSession]]) -> None:
+        self._active = active_sessions
+        self._notes: deque[dict[Replica, CacheUse]] = deque(maxlen=REMEMBERED)
 
     def note(self) -> None:
         """Remember what is held now. Call every half second."""
-        self._notes.append(_used(self._lives()))
+        self._notes.append(_used(self._active()))
 
-    def look(self) -> Look:
+    def snapshot(self) -> CacheSnapshot:
         """The caches now."""
-        return Look(_used(self._lives()), self._others)
+        return CacheSnapshot(_used(self._active()), self._others)
 
-    def _others(self, replica: Replica, now: Use) -> int:
+    def _others(self, replica: Replica, now: CacheUse) -> int:
         """What other coordinators' sessions hold, and room for them to grow."""
         endpoint, total = replica.endpoint, replica.welcome.cache_tokens
         if endpoint.cache_free is None:
@@ -119,10 +119,10 @@ class CacheRoom:
         return tokens + sessions * min(GROWTH, max(BLOCK, total // SHARE)) if tokens else 0
 
 
-def _used(lives: Iterable[Live]) -> dict[Replica, Use]:
-    used: dict[Replica, Use] = {}
-    for live in lives:
-        for role, replica in live.replicas.items():
-            if role not in live.lacks and (role == live.primary or not live.past_context):
-                used.setdefault(replica, Use()).add(held(live, role), need(live, role, replica))
+def _used(active_sessions: Iterable[ActiveSession]) -> dict[Replica, CacheUse]:
+    used: dict[Replica, CacheUse] = {}
+    for active in active_sessions:
+        for role, replica in active.replicas.items():
+            if role not in active.lacks and (role == active.primary or not active.past_context):
+                used.setdefault(replica, CacheUse()).add(held(active, role), need(active, role, replica))
     return used

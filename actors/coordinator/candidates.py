@@ -15,61 +15,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
-from actors.coordinator.inflight import Asked, Lookups, Tickets
-from actors.coordinator.session import Early, Row, Window
+from actors.coordinator.inflight import InflightCall, InflightCalls, Lookups
+from actors.coordinator.session import Early, LogitsRow, VerificationWindow
 from actors.decoding.candidates import Floats, Ids, Slice, blocks
-from actors.decoding.cross_vocab.logprobs import AlignedBlock, Heard, Straddled, proposals
-from actors.text.vocabularies import Languages
+from actors.decoding.cross_vocab.logprobs import AlignedBlock, CrossingRows, RoleRowInput, proposals
+from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import WHOLE
 
 GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base only answers for what the others put forward
 SMALL: tuple[Role, ...] = GUIDED[1:]
 
 
-class Joiner:
+class CandidateCompleter:
     """Asks for what rows lack. k: of slices that were not widened."""
 
-    def __init__(self, k: int, languages: Languages, tickets: Tickets) -> None:
-        self._k, self._languages, self._tickets = k, languages, tickets
+    def __init__(self, k: int, vocabularies: VocabularyRegistry, call_ids: InflightCalls) -> None:
+        self._k, self._vocabularies, self._calls = k, vocabularies, call_ids
 
-    def advance(self, rows: Iterable[Row]) -> None:
+    def advance(self, rows: Iterable[LogitsRow]) -> None:
         """Some of these rows may have what makes their candidates."""
         open_rows = [row for row in rows if row.block is None]
         self._propose(open_rows)
-        joining = [row for row in open_rows if row.joinable]
-        self._ask_early([row for row in open_rows if not row.joinable])
+        joining = [row for row in open_rows if row.can_be_completed]
+        self._ask_early([row for row in open_rows if not row.can_be_completed])
         self._join(joining)
 
-    def ask_straddlers(self, windows: Iterable[Window]) -> None:
+    def look_up_crossing_rows(self, windows: Iterable[VerificationWindow]) -> None:
         """Ask the small models what earlier rows say of tokens that straddle the text's end so far."""
-        waiting = [row for window in windows for row in window.rows[window.next :] if row.straddled]
+        waiting = [row for window in windows for row in window.rows[window.next :] if row.crossing]
         for role in SMALL:
-            asked = [(row, each) for row in waiting if (each := row.straddled.get(role)) is not None and each.rows]
+            asked = [(row, each) for row in waiting if (each := row.crossing.get(role)) is not None and each.rows]
             if not asked:
                 continue
             offsets = np.cumsum([0] + [each.rows for _, each in asked]).tolist()
             at = np.concatenate([each.at + offset for (_, each), offset in zip(asked, offsets, strict=False)])
             rows = [row for row, each in asked for _ in range(each.rows)]
-            positions = [each.straddle.first - 1 + number for _, each in asked for number in range(each.rows)]
-            values = Straddled.share([each for _, each in asked])
-            lookups = Lookups(role, rows, at, np.arange(len(at)), partial(_fill_straddled, values), positions)
+            positions = [each.boundaries.first - 1 + number for _, each in asked for number in range(each.rows)]
+            values = CrossingRows.share([each for _, each in asked])
+            lookups = Lookups(role, rows, at, np.arange(len(at)), partial(_fill_crossing, values), positions)
             self._look_up(lookups, np.concatenate([each.ids for _, each in asked]))
 
-    def _propose(self, rows: Sequence[Row]) -> None:
+    def _propose(self, rows: Sequence[LogitsRow]) -> None:
         """What a guider of another family puts forward, once it and the straddlers have answered."""
-        ready: dict[int, list[Row]] = {}
+        ready: dict[int, list[LogitsRow]] = {}
         for row in rows:
             if row.window.aligned and row.k != WHOLE and row.proposed is None and "guider" in row.slices:
-                if (straddled := row.straddled.get("guider")) is None or straddled.known:
+                if (crossing := row.crossing.get("guider")) is None or crossing.known:
                     ready.setdefault(len(row.slices["guider"].ids), []).append(row)
         for members in ready.values():
-            heard = [Heard(row.slices["guider"], row.straddled.get("guider")) for row in members]
-            ids = proposals(self._languages.alignment("guider").tables, heard, self._k)
+            inputs = [RoleRowInput(row.slices["guider"], row.crossing.get("guider")) for row in members]
+            ids = proposals(self._vocabularies.alignment("guider").tables, inputs, self._k)
             unknown, nothing = np.full(ids.shape[1], np.nan), np.zeros(0)
             for row, mine in zip(members, ids, strict=True):
                 row.proposed = Slice(mine, unknown, nothing, 0.0)
 
-    def _join(self, rows: Sequence[Row]) -> None:
+    def _join(self, rows: Sequence[LogitsRow]) -> None:
         """The candidates of these rows are known: ask every role for those that it lacks."""
         plain = [row for row in rows if not row.window.aligned]
         self._take_blocks(plain, blocks([row.proposal() for row in plain]))
@@ -77,16 +77,19 @@ class Joiner:
         offered = [row.proposal() for row in aligned]
 
         def make(indices: list[int]) -> AlignedBlock:
-            heard = {
-                role: [Heard(aligned[index].slices.get(role), aligned[index].straddled.get(role)) for index in indices]
+            inputs = {
+                role: [
+                    RoleRowInput(aligned[index].slices.get(role), aligned[index].crossing.get(role))
+                    for index in indices
+                ]
                 for role in SMALL
             }
-            tables = {role: self._languages.alignment(role).tables for role in SMALL}
-            return AlignedBlock([offered[index] for index in indices], tables, heard)
+            tables = {role: self._vocabularies.alignment(role).tables for role in SMALL}
+            return AlignedBlock([offered[index] for index in indices], tables, inputs)
 
         self._take_blocks(aligned, blocks(offered, make))
 
-    def _take_blocks(self, rows: Sequence[Row], made: Sequence[tuple[Any, list[int]]]) -> None:
+    def _take_blocks(self, rows: Sequence[LogitsRow], made: Sequence[tuple[Any, list[int]]]) -> None:
         for block, indices in made:
             members = [rows[index] for index in indices]
             for at, row in enumerate(members):
@@ -99,14 +102,14 @@ class Joiner:
                     at_rows, places, ids = block.missing(role, _NO_MAP)
                     ascending = False
                 else:
-                    theirs = self._languages.plain_map(window.live.primary, role)
+                    theirs = self._vocabularies.plain_map(window.active.primary, role)
                     at_rows, places, ids = block.missing(role, theirs.to_role)
                     ascending = theirs.ascending
                 self._look_up(Lookups(role, members, at_rows, places, partial(block.fill, role)), ids, ascending)
 
-    def _ask_early(self, rows: Sequence[Row]) -> None:
+    def _ask_early(self, rows: Sequence[LogitsRow]) -> None:
         """The guider has answered before the target: look its ids up in the target, which still computes."""
-        shapes: dict[tuple[object, ...], list[Row]] = {}
+        shapes: dict[tuple[object, ...], list[LogitsRow]] = {}
         for row in rows:
             there = row.proposed is not None if row.window.aligned else "guider" in row.slices
             if row.window.guided and row.early is None and row.k == self._k and there:
@@ -114,9 +117,9 @@ class Joiner:
                 shape = row.window.aligned, len(_offered(row).ids), known.events.tobytes()
                 shapes.setdefault(shape, []).append(row)
         for members in shapes.values():
-            aligned, live = members[0].window.aligned, members[0].window.live
+            aligned, active = members[0].window.aligned, members[0].window.active
             ids = np.stack([_offered(row).ids for row in members])
-            theirs = self._languages.plain_map(live.primary, "target")
+            theirs = self._vocabularies.plain_map(active.primary, "target")
             asked = (ids >= 0) & (theirs.to_role[ids] >= 0)
             for event in members[0].window.known["target"].events.tolist():
                 asked &= ids != event
@@ -124,7 +127,7 @@ class Joiner:
             for at, row in enumerate(members):
                 row.early, row.early_at = early, at
             at_rows, slots = np.nonzero(asked)
-            ascending = not aligned and self._languages.plain_map(live.primary, "guider").ascending
+            ascending = not aligned and self._vocabularies.plain_map(active.primary, "guider").ascending
             lookups = Lookups("target", members, at_rows, slots, partial(_fill_early, members, early))
             self._look_up(lookups, theirs.to_role[ids[at_rows, slots]], ascending)
 
@@ -137,23 +140,23 @@ class Joiner:
         for replica, part, its_ids in lookups.by_replica(ids):
             outbox = replica.outbox
             for row, (position, prefix), count in part.counted():
-                live = row.window.live
-                ticket = self._tickets.issue(Asked("lookup", row.window, part.role, row=row, lookups=part))
-                part.tickets.append(ticket)
+                active = row.window.active
+                call_id = self._calls.issue(InflightCall("lookup", row.window, part.role, row=row, lookups=part))
+                part.call_ids.append(call_id)
                 row.waiting += 1
-                outbox.lookups.append((ticket, live.key, prefix, live.epoch, position, count))
+                outbox.lookups.append((call_id, active.key, prefix, active.epoch, position, count))
             outbox.ids.append(its_ids)
 
 
 _NO_MAP = np.zeros(0, np.int64)
 
 
-def _offered(row: Row) -> Slice:
+def _offered(row: LogitsRow) -> Slice:
     """What the guider puts forward."""
     return row.slices["guider"] if row.proposed is None else row.proposed
 
 
-def _fill_early(rows: Sequence[Row], early: Early, at: Ids, places: Ids, values: NDArray[Any]) -> None:
+def _fill_early(rows: Sequence[LogitsRow], early: Early, at: Ids, places: Ids, values: NDArray[Any]) -> None:
     """The target's logits at ids that the guider put forward."""
     early.values[at, places] = values
     for number in np.unique(at).tolist():
@@ -163,5 +166,5 @@ def _fill_early(rows: Sequence[Row], early: Early, at: Ids, places: Ids, values:
             row.block.early(row.at, places[mine], values[mine])
 
 
-def _fill_straddled(values: Floats, at: Ids, places: Ids, news: NDArray[Any]) -> None:
+def _fill_crossing(values: Floats, at: Ids, places: Ids, news: NDArray[Any]) -> None:
     values[places] = news

@@ -15,12 +15,12 @@ from actors.coordinator import request_checks as admission
 from actors.coordinator.loop import DecodeLoop
 from actors.coordinator.prompt_scoring import side_by_side
 from actors.coordinator.replica_pool import Locate
-from actors.coordinator.session import Live
+from actors.coordinator.session import ActiveSession
 from actors.coordinator.stats import CoordinatorLoad
 from actors.decoding.session import Session
 from actors.metrics import Recorder
 from actors.text.tokenizer import RoleTokenizer
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 
 
 class Coordinator:
@@ -38,8 +38,8 @@ class Coordinator:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._config = config
-        self._languages = Languages(tokenizers)
-        self._loop = DecodeLoop(config, self._languages, secret, locate, tls)
+        self._vocabularies = VocabularyRegistry(tokenizers)
+        self._loop = DecodeLoop(config, self._vocabularies, secret, locate, tls)
         self._leaving = False
 
     async def start(self) -> None:
@@ -65,7 +65,7 @@ class Coordinator:
         loop = self._loop
         return CoordinatorLoad(
             loop.sessions,
-            len(loop.waiting),
+            len(loop.admission),
             replace(loop.counts),
             loop.planner.drafted,
             loop.planner.accepted,
@@ -81,64 +81,64 @@ class Coordinator:
         """Decode one sequence: deltas and at last Finished or Moved, or only Rejected. Closing the iterator cancels it.
 
         Each delta carries what another coordinator needs to go on after it. One comes at least every third of
-        `deadlines.silent_s`, so that a reader can tell a slow answer from a coordinator that hangs.
+        `deadlines.peer_timeout_s`, so that a reader can tell a slow answer from a coordinator that hangs.
         """
         refusal = self._refusal(request)
         if refusal is not None:
             yield refusal
             return
-        live = await self._begin(request)
-        if isinstance(live, Rejected):
-            yield live
+        active = await self._begin(request)
+        if isinstance(active, Rejected):
+            yield active
             return
         if self._leaving:
             yield Moved()
             return
         deadline = time.monotonic() + self._config.deadlines.request_s
-        told = len(live.session.choices)
-        self._loop.add(live)
+        told = len(active.session.choices)
+        self._loop.add(active)
         try:
             while True:
-                for event in await self._news(live, deadline, request.interval_s):
+                for event in await self._news(active, deadline, request.interval_s):
                     if isinstance(event, Delta):
-                        session = live.session
+                        session = active.session
                         event = replace(event, choices=session.choices[told:], tally=session.tally())
                         told = len(session.choices)
                     yield event
                     if not isinstance(event, Delta):
                         return
         finally:
-            self._loop.release(live)
+            self._loop.release(active)
 
     def _refusal(self, request: Generate) -> Rejected | None:
-        return admission.refusal(request, self._languages) or self._loop.waiting.refusal(request)
+        return admission.refusal(request, self._vocabularies) or self._loop.admission.refusal(request)
 
-    async def _begin(self, request: Generate) -> Live | Rejected:
-        reading = None
+    async def _begin(self, request: Generate) -> ActiveSession | Rejected:
+        prompt_scoring = None
         if request.prompt_logprobs is not None:
-            sides = await asyncio.to_thread(side_by_side, request, self._languages)  # a long prompt takes long
+            sides = await asyncio.to_thread(side_by_side, request, self._vocabularies)  # a long prompt takes long
             if isinstance(sides, Rejected):
                 return sides
-            request, reading = sides
+            request, prompt_scoring = sides
         roles = tuple(request.prompts)
-        language = self._languages.language(request.primary, roles, request.thinking)
-        request = admission.canonical(request, self._languages)
+        vocabulary = self._vocabularies.vocabulary(request.primary, roles, request.thinking)
+        request = admission.canonical(request, self._vocabularies)
         seeds = dict.fromkeys(roles, 0)  # each stream is hashed anew when its replica is known
-        session = Session(request, language, seeds)
+        session = Session(request, vocabulary, seeds)
         if request.resume is not None:
             await asyncio.to_thread(session.replay, request.resume)  # a long answer takes long, and others go on
-        live = Live(session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance())
-        live.reading = reading
-        return live
+        active = ActiveSession(session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance())
+        active.prompt_scoring = prompt_scoring
+        return active
 
-    async def _news(self, live: Live, deadline: float, interval_s: float) -> list[Told]:
+    async def _news(self, active: ActiveSession, deadline: float, interval_s: float) -> list[Told]:
         """What there is to tell; an empty delta if there is nothing for long."""
-        alive = time.monotonic() + self._config.deadlines.silent_s / 3
+        alive = time.monotonic() + self._config.deadlines.peer_timeout_s / 3
         try:
             async with asyncio.timeout(max(0.0, min(alive, deadline) - time.monotonic())):
-                return await live.events.batch(self._loop.sessions, interval_s)
+                return await active.events.batch(self._loop.sessions, interval_s)
         except TimeoutError:
             if time.monotonic() < deadline:
                 return [Delta()]
-            self._loop.fail(live, f"not finished within {self._config.deadlines.request_s:.0f} s")
-            return await live.events.batch()
+            self._loop.fail(active, f"not finished within {self._config.deadlines.request_s:.0f} s")
+            return await active.events.batch()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from actors.api.generation import Role
 from actors.config import Speculation
-from actors.coordinator.session import Live, Window
+from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.decoding.speculation import Acceptance, best_length
 
 Source = Literal["guider", "text"]
@@ -18,14 +18,14 @@ _FEW = 8  # more tokens than this to catch up with are a prefill, which nothing 
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DraftPlan:
     """The next check: drafts to ask of the guider, or guesses (in the primary's ids) that are there already."""
 
     drafts: int = 0
     guesses: tuple[int, ...] = ()
 
 
-class Planner:
+class DraftPlanner:
     """Plans the drafts of one coordinator's sessions, and learns what becomes of them."""
 
     def __init__(self, config: Speculation) -> None:
@@ -37,45 +37,45 @@ class Planner:
         """What a new session begins with, by source."""
         return {source: Acceptance(self._expected[source]) for source in SOURCES}
 
-    def drafter(self, live: Live, guided: bool) -> Source:
+    def drafter(self, active: ActiveSession, guided: bool) -> Source:
         """Who guesses for a session now."""
-        always = live.session.request.drafter == "guider" and "guider" in live.session.streams
+        always = active.session.request.drafter == "guider" and "guider" in active.session.streams
         return "guider" if guided or always else "text"
 
-    def plan(self, live: Live, guided: bool, room: int, crowd: int) -> Plan:
+    def plan(self, active: ActiveSession, guided: bool, room: int, crowd: int) -> DraftPlan:
         """The drafts of the session's next check.
 
         room: tokens that may follow before some model's positions end. crowd: sessions that are decoded together.
         """
-        source, most = self.drafter(live, guided), self._most(live, room)
-        if most < 1 or self._behind(live, source):
-            return Plan()
+        source, most = self.drafter(active, guided), self._most(active, room)
+        if most < 1 or self._behind(active, source):
+            return DraftPlan()
         if source == "guider":
-            return Plan(drafts=self._length(live, source, guided, most, crowd))
+            return DraftPlan(drafts=self._length(active, source, guided, most, crowd))
         if not self._config.lookup:
-            return Plan()
-        guesses = live.text.guesses(live.session.primary.tokens, most)
+            return DraftPlan()
+        guesses = active.text.guesses(active.session.primary.tokens, most)
         if not guesses:
-            return Plan()
-        length = self._length(live, source, guided, len(guesses), crowd)
-        return Plan(guesses=tuple(guesses[:length]))
+            return DraftPlan()
+        length = self._length(active, source, guided, len(guesses), crowd)
+        return DraftPlan(guesses=tuple(guesses[:length]))
 
-    def learn(self, window: Window) -> None:
+    def learn(self, window: VerificationWindow) -> None:
         """A window is over: the session, and those to come, know more."""
         drafts = window.drafts
         if not drafts:
             return
-        live, kept = window.live, window.next - 1
-        live.session.drafted += drafts
-        live.session.accepted += kept
+        active, kept = window.active, window.next - 1
+        active.session.drafted += drafts
+        active.session.accepted += kept
         self.drafted += drafts
         self.accepted += kept
         source: Source = "guider" if window.drafter == "guider" else "text"
-        live.acceptance[source].judge(kept if live.over else drafts, kept)
-        self._expected[source] += _SMOOTHING * (live.acceptance[source].rate - self._expected[source])
+        active.acceptance[source].judge(kept if active.over else drafts, kept)
+        self._expected[source] += _SMOOTHING * (active.acceptance[source].rate - self._expected[source])
 
-    def _most(self, live: Live, room: int) -> int:
-        session, configured = live.session, self._config.drafts
+    def _most(self, active: ActiveSession, room: int) -> int:
+        session, configured = active.session, self._config.drafts
         wanted = session.request.drafts
         most = configured if wanted is None else min(wanted, configured)
         limit = session.request.sampling.max_tokens
@@ -83,21 +83,21 @@ class Planner:
         return 0 if session.lifts else min(most, left)
 
     @staticmethod
-    def _behind(live: Live, source: Source) -> bool:
+    def _behind(active: ActiveSession, source: Source) -> bool:
         """Whether a model has a prompt to catch up with first."""
-        roles = {live.primary, *(("guider",) if source == "guider" else ())}
-        return any(len(live.session.streams[role]) - live.session.streams[role].held > _FEW for role in roles)
+        roles = {active.primary, *(("guider",) if source == "guider" else ())}
+        return any(len(active.session.streams[role]) - active.session.streams[role].held > _FEW for role in roles)
 
-    def _length(self, live: Live, source: Source, guided: bool, most: int, crowd: int) -> int:
+    def _length(self, active: ActiveSession, source: Source, guided: bool, most: int, crowd: int) -> int:
         if not self._config.adapt:
             return most
-        acceptance = live.acceptance[source]
+        acceptance = active.acceptance[source]
 
         def takes(role: Role, tokens: int) -> float:
-            return live.replicas[role].pace.seconds(tokens)
+            return active.replicas[role].forward_time.seconds(tokens)
 
         def seconds(drafts: int) -> float:
-            check = takes(live.primary, crowd * (drafts + 1))
+            check = takes(active.primary, crowd * (drafts + 1))
             if source == "text":
                 return check
             drafting = takes("guider", crowd)

@@ -13,116 +13,116 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import Live, Row, Window
+from actors.coordinator.session import ActiveSession, LogitsRow, VerificationWindow
 from actors.decoding.candidates import Ids, Slice
 from actors.decoding.cross_vocab.translators import Alignment
-from actors.decoding.vocabulary import Known, VocabularyMap
+from actors.decoding.vocabulary import RequiredLogits, VocabularyMap
 from actors.wire.columns import rows_ids
 from actors.wire.messages import WHOLE, Refusal, Refused, Rows, Values
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
+class InflightCall:
     """An item on its way to a model."""
 
     kind: Literal["extend", "lookup", "widen"]
-    window: Window
+    window: VerificationWindow
     role: Role
-    known: Known | None = None  # of an extend
-    row: Row | None = None  # of a lookup or widening
+    known: RequiredLogits | None = None  # of an extend
+    row: LogitsRow | None = None  # of a lookup or widening
     before: Slice | None = None  # of a widening: the narrower slice
     lookups: Lookups | None = None  # the lookups that went out with this one
     start: int = 0  # of an extend: the position of its first row
-    ticket: int = 0
+    call_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Something that a model refused."""
 
-    live: Live
+    active: ActiveSession
     role: Role
     code: Refusal
     detail: int
 
     def pause(self) -> float:
         """Seconds to wait before asking again, with jitter; a cache that is gone is filled at once, if not often."""
-        misses = self.live.misses
+        misses = self.active.misses
         pauses: dict[Refusal, float] = {
             Refusal.FULL: self.detail / 1000,
-            Refusal.FAILED: min(2.0, 0.05 * 2.0**self.live.faults),
+            Refusal.FAILED: min(2.0, 0.05 * 2.0**self.active.faults),
             Refusal.KV_MISS: min(1.0, 0.01 * 2.0 ** min(misses, 10)) if misses > 2 else 0.0,
         }
         return pauses.get(self.code, 0.0) * random.uniform(0.5, 1.0)
 
 
-class Tickets:
+class InflightCalls:
     """Everything that was asked and not answered. touched: notes a row of which a lookup is answered."""
 
-    def __init__(self, touched: Callable[[Row], None]) -> None:
+    def __init__(self, touched: Callable[[LogitsRow], None]) -> None:
         self._touched = touched
         self._numbers = itertools.count(1)
-        self._asked: dict[int, Asked] = {}
+        self._asked: dict[int, InflightCall] = {}
 
-    def get(self, ticket: int) -> Asked | None:
+    def get(self, call_id: int) -> InflightCall | None:
         """What was asked with a ticket; None if nobody waits for it any more."""
-        return self._asked.get(ticket)
+        return self._asked.get(call_id)
 
     def number(self) -> int:
         """A ticket for an answer that nobody waits for."""
         return next(self._numbers)
 
-    def issue(self, asked: Asked) -> int:
+    def issue(self, asked: InflightCall) -> int:
         """A ticket for something that is asked now."""
-        ticket = asked.ticket = next(self._numbers)
-        self._asked[ticket] = asked
-        asked.window.live.tickets.setdefault(asked.role, set()).add(ticket)
-        return ticket
+        call_id = asked.call_id = next(self._numbers)
+        self._asked[call_id] = asked
+        asked.window.active.call_ids.setdefault(asked.role, set()).add(call_id)
+        return call_id
 
-    def done(self, asked: Asked) -> None:
+    def done(self, asked: InflightCall) -> None:
         """It is answered."""
-        del self._asked[asked.ticket]
-        asked.window.live.tickets[asked.role].discard(asked.ticket)
+        del self._asked[asked.call_id]
+        asked.window.active.call_ids[asked.role].discard(asked.call_id)
         if asked.kind == "lookup":
             assert asked.row is not None
             asked.row.waiting -= 1
             self._touched(asked.row)
 
-    def forget(self, live: Live, role: Role, lookups_only: bool = False) -> None:
+    def forget(self, active: ActiveSession, role: Role, lookups_only: bool = False) -> None:
         """Nobody waits any more for what a role was asked about a session."""
-        tickets = live.tickets.get(role, set())
-        for ticket in list(tickets):
-            if not lookups_only or self._asked[ticket].kind == "lookup":
-                del self._asked[ticket]
-                tickets.discard(ticket)
+        call_ids = active.call_ids.get(role, set())
+        for call_id in list(call_ids):
+            if not lookups_only or self._asked[call_id].kind == "lookup":
+                del self._asked[call_id]
+                call_ids.discard(call_id)
 
     def valued(self, message: Values) -> None:
         """Take in answers to lookups."""
-        tickets, counts = message.items["ticket"].tolist(), message.items["values"].tolist()
-        asked = self.get(tickets[0]) if tickets else None
-        if asked is not None and asked.lookups is not None and asked.lookups.tickets == tickets:
+        call_ids, counts = message.items["call_id"].tolist(), message.items["values"].tolist()
+        asked = self.get(call_ids[0]) if call_ids else None
+        if asked is not None and asked.lookups is not None and asked.lookups.call_ids == call_ids:
             asked.lookups.take(message.values)
-            for ticket in tickets:
-                if (one := self.get(ticket)) is not None:
+            for call_id in call_ids:
+                if (one := self.get(call_id)) is not None:
                     self.done(one)
             return
         begin = 0
-        for ticket, count in zip(tickets, counts, strict=True):
-            if (one := self.get(ticket)) is not None and one.lookups is not None:
-                one.lookups.take(message.values[begin : begin + count], ticket)
+        for call_id, count in zip(call_ids, counts, strict=True):
+            if (one := self.get(call_id)) is not None and one.lookups is not None:
+                one.lookups.take(message.values[begin : begin + count], call_id)
                 self.done(one)
             begin += count
 
     def refused(self, message: Refused) -> list[Fault]:
         """Take in refusals: one fault for each session and role."""
         faults: dict[tuple[int, Role], Fault] = {}
-        for ticket, code, detail in message.items.tolist():
-            if (asked := self.get(ticket)) is not None:
+        for call_id, code, detail in message.items.tolist():
+            if (asked := self.get(call_id)) is not None:
                 self.done(asked)
                 # An extend's refusal says more than those of the lookups that waited for it.
-                live = asked.window.live
-                if asked.kind == "extend" or (live.key, asked.role) not in faults:
-                    faults[live.key, asked.role] = Fault(live, asked.role, Refusal(code), detail)
+                active = asked.window.active
+                if asked.kind == "extend" or (active.key, asked.role) not in faults:
+                    faults[active.key, asked.role] = Fault(active, asked.role, Refusal(code), detail)
         return list(faults.values())
 
 
@@ -139,7 +139,7 @@ class Lookups:
     def __init__(
         self,
         role: Role,
-        rows: Sequence[Row],
+        rows: Sequence[LogitsRow],
         at: Ids,
         places: Ids,
         sink: Sink,
@@ -147,7 +147,7 @@ class Lookups:
     ) -> None:
         self.role, self.rows, self.at, self.places, self._sink = role, rows, at, places, sink
         self._positions = positions
-        self.tickets: list[int] = []  # consecutive, one for each row of which something is asked
+        self.call_ids: list[int] = []  # consecutive, one for each row of which something is asked
         self._counts = np.bincount(at, minlength=len(rows)).tolist()
 
     def sort(self, ids: Ids) -> Ids:
@@ -158,7 +158,7 @@ class Lookups:
 
     def by_replica(self, ids: Ids) -> Iterator[tuple[Replica, Lookups, Ids]]:
         """The same, each part with the replica that it goes to, and its ids."""
-        replicas = [row.window.live.replicas[self.role] for row in self.rows]
+        replicas = [row.window.active.replicas[self.role] for row in self.rows]
         if all(replica is replicas[0] for replica in replicas):
             yield replicas[0], self, ids
             return
@@ -168,43 +168,43 @@ class Lookups:
                 part = Lookups(self.role, self.rows, self.at[mine], self.places[mine], self._sink, self._positions)
                 yield replica, part, ids[mine]
 
-    def counted(self) -> Iterator[tuple[Row, tuple[int, int], int]]:
+    def counted(self) -> Iterator[tuple[LogitsRow, tuple[int, int], int]]:
         """Rows of which something is asked, what names them to the role's replica, and how many ids."""
         for number, (row, count) in enumerate(zip(self.rows, self._counts, strict=True)):
             if count:
                 position = row.position(self.role) if self._positions is None else self._positions[number]
                 yield row, row.window.name(self.role, position), count
 
-    def take(self, values: NDArray[Any], ticket: int | None = None) -> None:
+    def take(self, values: NDArray[Any], call_id: int | None = None) -> None:
         """The answer to one ticket, or to all."""
-        part = slice(None) if ticket is None else self._part(ticket)
+        part = slice(None) if call_id is None else self._part(call_id)
         self._sink(self.at[part], self.places[part], values)
 
-    def _part(self, ticket: int) -> slice:
+    def _part(self, call_id: int) -> slice:
         counts = [count for count in self._counts if count]
-        number = ticket - self.tickets[0]
+        number = call_id - self.call_ids[0]
         begin = sum(counts[:number])
         return slice(begin, begin + counts[number])
 
 
-MapOf = Callable[[Live, Role], VocabularyMap | Alignment]
+MapOf = Callable[[ActiveSession, Role], VocabularyMap | Alignment]
 
 
 def read_rows(
-    message: Rows, asked: Sequence[Asked | None], width: int, map_of: MapOf
-) -> Iterator[tuple[Asked | None, list[Slice]]]:
+    message: Rows, asked: Sequence[InflightCall | None], width: int, map_of: MapOf
+) -> Iterator[tuple[InflightCall | None, list[Slice]]]:
     """Per item of the message what was asked (None: nobody waits for it any more) and its rows.
 
     width: logits in a whole row of this model.
     """
     ids = rows_ids(message, width)
-    sums, ours, reader = message.logsumexp.tolist(), dict[tuple[int, bool], NDArray[Any]](), _Reader(message)
+    sums, ours, reader = message.logsumexp.tolist(), dict[tuple[int, bool], NDArray[Any]](), _ColumnCursor(message)
     for one, (_, rows, k, know) in zip(asked, message.items.tolist(), strict=True):
         at = reader.next(rows, max(k, 0), width if k == WHOLE else k, know)
         if one is None:
             yield None, []
             continue
-        mapping = map_of(one.window.live, one.role)
+        mapping = map_of(one.window.active, one.role)
         key = (id(mapping), k == WHOLE)
         if key not in ours:
             own = np.arange(width) if k == WHOLE else ids
@@ -224,7 +224,7 @@ def read_rows(
         yield one, slices
 
 
-class _At:
+class _ItemColumns:
     """Where an item's parts begin in the flat columns."""
 
     __slots__ = ("ids", "known", "logits", "rows")
@@ -233,15 +233,15 @@ class _At:
         self.rows, self.ids, self.logits, self.known = rows, ids, logits, known
 
 
-class _Reader:
+class _ColumnCursor:
     """Walks through the items of a message."""
 
     def __init__(self, message: Rows) -> None:
         self._rows = self._ids = self._logits = self._known = 0
 
-    def next(self, rows: int, ids: int, logits: int, known: int) -> _At:
+    def next(self, rows: int, ids: int, logits: int, known: int) -> _ItemColumns:
         """The next item: `rows` rows of so many ids, logits and known values each."""
-        at = _At(self._rows, self._ids, self._logits, slice(self._known, self._known + rows * known))
+        at = _ItemColumns(self._rows, self._ids, self._logits, slice(self._known, self._known + rows * known))
         self._rows += rows
         self._ids += rows * ids
         self._logits += rows * logits

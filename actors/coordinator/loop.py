@@ -16,17 +16,17 @@ from collections.abc import Sequence
 
 from actors.api.generation import Finished, FinishReason, Moved, Role
 from actors.config import ServiceConfig
-from actors.coordinator.admission import Waiting
+from actors.coordinator.admission import AdmissionQueue
 from actors.coordinator.candidates import GUIDED
-from actors.coordinator.draft_planner import Planner
+from actors.coordinator.draft_planner import DraftPlanner
 from actors.coordinator.exchange import Exchange
-from actors.coordinator.prompt_scoring import PromptReader
-from actors.coordinator.recovery import MAX_FAULTS, Mender
-from actors.coordinator.replica_pool import Links, Locate, Replica
-from actors.coordinator.session import Live, Window
+from actors.coordinator.prompt_scoring import PromptScorer
+from actors.coordinator.recovery import MAX_FAULTS, FaultHandler
+from actors.coordinator.replica_pool import Locate, Replica, ReplicaPool
+from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
-from actors.coordinator.verification import Counts, Decider, Judged, Stuck, Wider
-from actors.text.vocabularies import Languages
+from actors.coordinator.verification import Counts, NeedsWiderTopK, NoLegalToken, RowDecision, Verifier
+from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import Drafted, Message, Rows
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,19 @@ class DecodeLoop:
     """The sessions of one coordinator. Call from one event loop only."""
 
     def __init__(
-        self, config: ServiceConfig, languages: Languages, secret: bytes, locate: Locate, tls: ssl.SSLContext | None
+        self,
+        config: ServiceConfig,
+        vocabularies: VocabularyRegistry,
+        secret: bytes,
+        locate: Locate,
+        tls: ssl.SSLContext | None,
     ) -> None:
         self._config = config
-        self._exchange = Exchange(config.exchange, languages)
-        self._prompts = PromptReader(self._exchange, languages)
-        self._decider = Decider(config.exchange)
-        self.planner = Planner(config.speculation)
-        self._links = Links(
+        self._exchange = Exchange(config.exchange, vocabularies)
+        self._prompts = PromptScorer(self._exchange, vocabularies)
+        self._verifier = Verifier(config.exchange)
+        self.planner = DraftPlanner(config.speculation)
+        self._pool = ReplicaPool(
             secret,
             locate,
             on_message=self._hear,
@@ -56,76 +61,78 @@ class DecodeLoop:
             deadlines=config.deadlines,
             tls=tls,
         )
-        self._lives: dict[int, Live] = {}
-        self.waiting = Waiting(config, self._lives.values, self._links.candidates)
+        self._active: dict[int, ActiveSession] = {}
+        self.admission = AdmissionQueue(config, self._active.values, self._pool.candidates)
         self.meter = CoordinatorMeter()
-        self._mender = Mender(self, self._exchange, self.waiting, config.deadlines, self._links.drop, self.meter)
-        self._stranded: list[Live] = []
+        self._fault_handler = FaultHandler(
+            self, self._exchange, self.admission, config.deadlines, self._pool.drop, self.meter
+        )
+        self._no_replica: list[ActiveSession] = []
         self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to follow the directory and to decode."""
-        self._links.start()
+        self._pool.start()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     def hand_over(self) -> None:
         """Send every session to another coordinator."""
-        for live in [*self._lives.values(), *self.waiting]:
-            live.events.emit(Moved())
-            self.release(live)
+        for active in [*self._active.values(), *self.admission]:
+            active.events.emit(Moved())
+            self.release(active)
 
     async def stop(self) -> None:
         """Hand every session over and close the connections."""
         self.hand_over()
-        self._links.flush()
+        self._pool.flush()
         self._stopped = True
         if self._watching is not None:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watching
-        await self._links.stop()
+        await self._pool.stop()
 
     @property
     def sessions(self) -> int:
         """Sessions that are being decoded."""
-        return len(self._lives)
+        return len(self._active)
 
     @property
     def parked(self) -> int:
         """Of these, sessions that wait for room in a model's cache."""
-        return sum(bool(live.lacks) for live in self._lives.values())
+        return sum(bool(active.lacks) for active in self._active.values())
 
     @property
     def counts(self) -> Counts:
         """What was decided since the start."""
-        return self._decider.counts
+        return self._verifier.counts
 
     def missing_roles(self) -> tuple[Role, ...]:
         """Roles that no connected replica plays."""
-        return self._links.missing_roles()
+        return self._pool.missing_roles()
 
-    def add(self, live: Live) -> None:
+    def add(self, active: ActiveSession) -> None:
         """Decode a session as soon as there is a place for it."""
-        if live.over:  # all that was left of a resumed one was to say so
-            self._end(live)
+        if active.over:  # all that was left of a resumed one was to say so
+            self._end(active)
             return
-        self.waiting.add(live)
+        self.admission.add(active)
         self.wake()
 
-    def release(self, live: Live) -> None:
+    def release(self, active: ActiveSession) -> None:
         """Forget a session, finished or not, here and at the models."""
-        if not live.over:
-            live.session.finish("abort")
-        self._exchange.drop(live)
-        self._lives.pop(live.key, None)
-        self.waiting.remove(live)
-        if live in self._stranded:
-            self._stranded.remove(live)
-        for replica in live.replicas.values():
-            replica.outbox.released.append(live.key)
-        live.replicas = {}
+        if not active.over:
+            active.session.finish("abort")
+        self._exchange.drop(active)
+        self._active.pop(active.key, None)
+        self.admission.remove(active)
+        if active in self._no_replica:
+            self._no_replica.remove(active)
+        for replica in active.replicas.values():
+            replica.outbox.released.append(active.key)
+        active.replicas = {}
         self.wake()
 
     def wake(self) -> None:
@@ -149,135 +156,141 @@ class DecodeLoop:
     def _after_failed_turn(self) -> None:
         """A fault of this program: what it was about to decide ends, or got no token in many turns on end; the others
         start their rows anew, for the replies that the turn had taken are lost."""
-        for live in list(self._lives.values()):
-            if live in self._stranded:
+        for active in list(self._active.values()):
+            if active in self._no_replica:
                 continue
             try:
-                live.faults += 1
-                if live.window is None or live.window.ready() or live.faults > MAX_FAULTS:
-                    self.fail(live, "internal error while decoding")
+                active.faults += 1
+                if active.window is None or active.window.ready() or active.faults > MAX_FAULTS:
+                    self.fail(active, "internal error while decoding")
                 else:
-                    self._restart(live)
+                    self._restart(active)
             except Exception:
                 log.exception("a session cannot be started anew")
-                self.fail(live, "internal error while decoding")
+                self.fail(active, "internal error while decoding")
         self._send()
 
     def _turn(self) -> None:
         messages, self._inbox = self._inbox, []
         for fault in self._exchange.absorb(messages):
-            self._mender.mend(fault)
+            self._fault_handler.handle(fault)
         self._admit()
         windows = self._prompts.tell(self._exchange.advance(), self._next_window)
         while windows:
-            judged = self._decider.judge(windows)
-            windows = [window for window, rows in zip(windows, judged, strict=True) if self._follow(window, rows)]
+            row_decisions = self._verifier.verify(windows)
+            windows = [
+                window for window, rows in zip(windows, row_decisions, strict=True) if self._follow(window, rows)
+            ]
         self._send()
 
     def _send(self) -> None:
-        self._exchange.ask_straddlers()
-        self._links.flush()
+        self._exchange.look_up_crossing_rows()
+        self._pool.flush()
 
     def _admit(self) -> None:
-        for live in self.waiting.admit(self._needs):
-            self._lives[live.key] = live
-            self._next_window(live)
-        stranded, self._stranded = self._stranded, []
-        for live in stranded:
-            self._next_window(live)
+        for active in self.admission.admit(self._needs):
+            self._active[active.key] = active
+            self._next_window(active)
+        stranded, self._no_replica = self._no_replica, []
+        for active in stranded:
+            self._next_window(active)
 
-    def _next_window(self, live: Live) -> None:
+    def _next_window(self, active: ActiveSession) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
-        session = live.session
-        guided = bool(live.alpha())
-        roles = self._needs(live)
-        if not all([self._bind(live, role) for role in roles]):
-            live.stranded_since = live.stranded_since or time.monotonic()
-            self._stranded.append(live)
+        session = active.session
+        guided = bool(active.alpha())
+        roles = self._needs(active)
+        if not all([self._bind(active, role) for role in roles]):
+            active.no_replica_since = active.no_replica_since or time.monotonic()
+            self._no_replica.append(active)
             return
-        live.stranded_since = None
-        if live.reading is not None:
-            if not self._prompts.ask(live, live.reading):
-                self._next_window(live)
+        active.no_replica_since = None
+        if active.prompt_scoring is not None:
+            if not self._prompts.ask(active, active.prompt_scoring):
+                self._next_window(active)
             return
-        if session.request.only_prompt or len(session.primary) >= live.limit(live.primary):
-            self.finish(live, "length")
+        if session.request.only_prompt or len(session.primary) >= active.limit(active.primary):
+            self.finish(active, "length")
             return
         # The primary's last position ends an answer; a small model's last row still gives a token.
-        room = min([live.room(role) - (role == live.primary) for role in roles])
+        room = min([active.room(role) - (role == active.primary) for role in roles])
         if guided and room < 0:
             if self._config.beyond_context == "error":
-                self.finish(live, "length")
+                self.finish(active, "length")
                 return
-            live.past_context, guided, roles = True, False, (live.primary,)
-            room = live.room(live.primary) - 1
-        live.row_since = time.monotonic()
-        plan = self.planner.plan(live, guided, room, len(self._lives))
-        self._exchange.begin(live, guided, plan.guesses, plan.drafts)
+            active.past_context, guided, roles = True, False, (active.primary,)
+            room = active.room(active.primary) - 1
+        active.row_since = time.monotonic()
+        plan = self.planner.plan(active, guided, room, len(self._active))
+        self._exchange.begin(active, guided, plan.guesses, plan.drafts)
         if not guided and session.generated:
-            self._read_ahead(live, GUIDED[1:] if live.alpha(LEAD_TOKENS) else roles[1:])
+            self._read_ahead(active, GUIDED[1:] if active.alpha(LEAD_TOKENS) else roles[1:])
 
-    def _needs(self, live: Live) -> tuple[Role, ...]:
+    def _needs(self, active: ActiveSession) -> tuple[Role, ...]:
         """The roles that a session cannot go on without now."""
-        return live.reading.roles if live.reading is not None else self._roles(live, bool(live.alpha()))
+        return (
+            active.prompt_scoring.roles
+            if active.prompt_scoring is not None
+            else self._roles(active, bool(active.alpha()))
+        )
 
-    def _roles(self, live: Live, guided: bool) -> tuple[Role, ...]:
+    def _roles(self, active: ActiveSession, guided: bool) -> tuple[Role, ...]:
         """The roles that take part in the next window."""
         if guided:
             return GUIDED
-        return (live.primary, "guider") if self.planner.drafter(live, guided) == "guider" else (live.primary,)
+        return (active.primary, "guider") if self.planner.drafter(active, guided) == "guider" else (active.primary,)
 
-    def _read_ahead(self, live: Live, roles: Sequence[Role]) -> None:
+    def _read_ahead(self, active: ActiveSession, roles: Sequence[Role]) -> None:
         """Guidance or drafting starts soon: small models read in the background, where somebody plays them."""
         for role in roles:
-            if (live.window is None or role != live.window.drafter) and self._bind(live, role):
-                if live.room(role) >= 0:
-                    self._exchange.read(live, role)
+            if (active.window is None or role != active.window.drafter) and self._bind(active, role):
+                if active.room(role) >= 0:
+                    self._exchange.read(active, role)
 
-    def _bind(self, live: Live, role: Role) -> bool:
+    def _bind(self, active: ActiveSession, role: Role) -> bool:
         """Give the session a replica of the role; False if nobody plays it now."""
-        if role not in live.replicas:
-            replica = self._links.pick(role)
+        if role not in active.replicas:
+            replica = self._pool.pick(role)
             if replica is None:
                 return False
-            self.meter.resent(role, live.session.streams[role].held)  # where it was bound before
-            live.bind(role, replica)
+            self.meter.resent(role, active.session.streams[role].held)  # where it was bound before
+            active.bind(role, replica)
         return True
 
-    def _follow(self, window: Window, judged: Sequence[Judged]) -> bool:
+    def _follow(self, window: VerificationWindow, row_decisions: Sequence[RowDecision]) -> bool:
         """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
-        live = window.live
-        for one in judged:
-            if one.alpha != live.alpha():
+        active = window.active
+        for one in row_decisions:
+            if one.alpha != active.alpha():
                 return True  # the thinking has just ended: decided anew
             row = window.rows[window.next]
-            verdict = self._decider.verdict(row, one)
-            if isinstance(verdict, Wider):
+            verdict = self._verifier.verdict(row, one)
+            if isinstance(verdict, NeedsWiderTopK):
                 self._exchange.widen(row, verdict.k)
                 return False
-            if isinstance(verdict, Stuck):
-                self.fail(live, "the request's bans and biases leave no token to choose")
+            if isinstance(verdict, NoLegalToken):
+                self.fail(active, "the request's bans and biases leave no token to choose")
                 return False
             drafted = window.drafted(row, verdict.token)
-            said = live.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
-            live.events.emit(said)
-            live.faults = live.misses = 0
+            said = active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
+            active.events.emit(said)
+            active.faults = active.misses = 0
             window.next += 1
-            if live.over or not window.goes_on():
+            if active.over or not window.goes_on():
                 self._close(window)
                 return False
         return window.ready()
 
-    def _close(self, window: Window) -> None:
+    def _close(self, window: VerificationWindow) -> None:
         """A window is over: what it taught is kept, and the session ends or goes on with the next one."""
-        live = window.live
+        active = window.active
         self.planner.learn(window)
         window.settle()
-        self._exchange.drop(live)
-        if live.over:
-            self._end(live)
+        self._exchange.drop(active)
+        if active.over:
+            self._end(active)
         else:
-            self._next_window(live)
+            self._next_window(active)
 
     # -- faults ------------------------------------------------------------------------------------------------
 
@@ -289,60 +302,60 @@ class DecodeLoop:
 
     def _lose(self, replica: Replica) -> None:
         """A connection is gone: its sessions start their row anew, with another replica or the restarted one."""
-        for live in list(self._lives.values()):
-            lost = [role for role, bound in live.replicas.items() if bound is replica]
+        for active in list(self._active.values()):
+            lost = [role for role, bound in active.replicas.items() if bound is replica]
             for role in lost:
-                del live.replicas[role]
-            if lost and not live.over and live not in self._stranded:
-                self._restart(live)
+                del active.replicas[role]
+            if lost and not active.over and active not in self._no_replica:
+                self._restart(active)
         self.wake()
 
     def _relocate(self) -> None:
         """Replicas came or are about to go: sessions leave those that go for others, where there are any."""
-        for live in list(self._lives.values()):
-            leaving = [role for role, bound in live.replicas.items() if bound.endpoint.stopping]
-            moving = [role for role in leaving if self._links.stays(role)]
+        for active in list(self._active.values()):
+            leaving = [role for role, bound in active.replicas.items() if bound.endpoint.stopping]
+            moving = [role for role in leaving if self._pool.stays(role)]
             for role in moving:
-                live.replicas.pop(role).outbox.released.append(live.key)
-            if moving and live not in self._stranded:
-                self._restart(live)
+                active.replicas.pop(role).outbox.released.append(active.key)
+            if moving and active not in self._no_replica:
+                self._restart(active)
         self.wake()
 
-    def _restart(self, live: Live) -> None:
+    def _restart(self, active: ActiveSession) -> None:
         """Begin the window anew."""
-        self._exchange.drop(live)
-        self._next_window(live)
+        self._exchange.drop(active)
+        self._next_window(active)
 
     async def _watch(self) -> None:
         """Hold every wait against its deadline."""
         while True:
             await asyncio.sleep(TICK_S)
             now, limits = time.monotonic(), self._config.deadlines
-            for live in list(self._stranded):
-                if live.stranded_since is not None and now - live.stranded_since > limits.missing_s:
+            for active in list(self._no_replica):
+                if active.no_replica_since is not None and now - active.no_replica_since > limits.reconnect_timeout_s:
                     away = ", ".join(self.missing_roles())
-                    self.fail(live, f"no replica of {away} came back within {limits.missing_s:g} s")
-            self._mender.overdue(list(self._lives.values()))
-            self.waiting.tick()
-            if self._stranded or self.waiting or self.waiting.parked:
+                    self.fail(active, f"no replica of {away} came back within {limits.reconnect_timeout_s:g} s")
+            self._fault_handler.overdue(list(self._active.values()))
+            self.admission.tick()
+            if self._no_replica or self.admission or self.admission.parked:
                 self.wake()
 
-    def decodes(self, live: Live) -> bool:
+    def decodes(self, active: ActiveSession) -> bool:
         """Whether the session is being decoded."""
-        return live.key in self._lives
+        return active.key in self._active
 
-    def fail(self, live: Live, error: str) -> None:
+    def fail(self, active: ActiveSession, error: str) -> None:
         """End a session with an error, which is a sentence for the client."""
-        self.finish(live, "error", error)
+        self.finish(active, "error", error)
 
-    def finish(self, live: Live, reason: FinishReason, error: str | None = None) -> None:
+    def finish(self, active: ActiveSession, reason: FinishReason, error: str | None = None) -> None:
         """End a session from outside its own tokens."""
-        if not live.over:
-            live.events.emit(live.session.finish(reason))
-            self._end(live, error)
+        if not active.over:
+            active.events.emit(active.session.finish(reason))
+            self._end(active, error)
 
-    def _end(self, live: Live, error: str | None = None) -> None:
-        session = live.session
+    def _end(self, active: ActiveSession, error: str | None = None) -> None:
+        session = active.session
         assert session.finish_reason is not None
-        live.events.emit(Finished(session.finish_reason, session.usage(), session.stop_reason, error))
-        self.release(live)
+        active.events.emit(Finished(session.finish_reason, session.usage(), session.stop_reason, error))
+        self.release(active)

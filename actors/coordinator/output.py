@@ -19,7 +19,7 @@ def coalesce_s(streams: int) -> float:
     return min(max(COALESCE_S, streams / MESSAGES_PER_S), MOST_S)
 
 
-class Events:
+class EventQueue:
     """A queue for one reader whose neighbouring deltas are joined."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

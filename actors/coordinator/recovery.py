@@ -12,11 +12,11 @@ from typing import Protocol
 
 from actors.api.generation import Role
 from actors.config import Deadlines
-from actors.coordinator.admission import Waiting
+from actors.coordinator.admission import AdmissionQueue
 from actors.coordinator.exchange import Exchange
 from actors.coordinator.inflight import Fault
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import Live, Window
+from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
 from actors.wire.messages import Refusal
 
@@ -26,12 +26,12 @@ MAX_FAULTS = 8  # refusals without a token in between, after which a session is 
 class Sessions(Protocol):
     """The loop whose sessions are mended."""
 
-    def decodes(self, live: Live) -> bool: ...
-    def fail(self, live: Live, error: str) -> None: ...
+    def decodes(self, active: ActiveSession) -> bool: ...
+    def fail(self, active: ActiveSession, error: str) -> None: ...
     def wake(self) -> None: ...
 
 
-class Mender:
+class FaultHandler:
     """Repairs the windows of one coordinator's sessions. Call from one event loop only.
 
     drop: gives up the connection to a replica; losing it restarts the rows that it owes.
@@ -41,7 +41,7 @@ class Mender:
         self,
         sessions: Sessions,
         exchange: Exchange,
-        waiting: Waiting,
+        waiting: AdmissionQueue,
         deadlines: Deadlines,
         drop: Callable[[Replica, Exception], None],
         meter: CoordinatorMeter,
@@ -49,24 +49,24 @@ class Mender:
         self._sessions, self._exchange, self._waiting = sessions, exchange, waiting
         self._deadlines, self._drop, self._meter = deadlines, drop, meter
 
-    def mend(self, fault: Fault) -> None:
+    def handle(self, fault: Fault) -> None:
         """A model refused an item: re-send, wait, or give up."""
-        live, role = fault.live, fault.role
-        window = live.window
-        if window is None or not self._sessions.decodes(live):
+        active, role = fault.active, fault.role
+        window = active.window
+        if window is None or not self._sessions.decodes(active):
             return
         self._meter.refused(role, fault.code.name.lower())
         held = {Refusal.KV_MISS: fault.detail, Refusal.ROW_GONE: window.first[role]}.get(fault.code, 0)
         if fault.code in (Refusal.SUPERSEDED, Refusal.BAD_ITEM):
-            self._sessions.fail(live, f"the {role} model refused the request ({fault.code.name.lower()})")
+            self._sessions.fail(active, f"the {role} model refused the request ({fault.code.name.lower()})")
             return
         if fault.code in (Refusal.FULL, Refusal.KV_MISS):
-            live.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
-            live.row_since = time.monotonic() + fault.detail * (fault.code == Refusal.FULL) / 1000
+            active.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
+            active.row_since = time.monotonic() + fault.detail * (fault.code == Refusal.FULL) / 1000
         else:
-            live.faults += 1
-        if live.faults > MAX_FAULTS:
-            self._sessions.fail(live, f"the {role} model failed {live.faults} times in a row")
+            active.faults += 1
+        if active.faults > MAX_FAULTS:
+            self._sessions.fail(active, f"the {role} model failed {active.faults} times in a row")
         elif fault.code == Refusal.FULL or (fault.code == Refusal.KV_MISS and not held):
             delay = fault.pause()
             self._waiting.park(window, role, delay, lambda: self._again(window, role, held))
@@ -76,35 +76,35 @@ class Mender:
         else:
             self._again(window, role, held)
 
-    def overdue(self, lives: Iterable[Live]) -> None:
+    def overdue(self, active_sessions: Iterable[ActiveSession]) -> None:
         """Give up the models that owe a row for longer than `deadlines.step_s` and are silent."""
-        for live in lives:
-            if any(live.tickets.values()) and time.monotonic() - live.row_since > self._deadlines.step_s:
-                self._hang(live)
+        for active in active_sessions:
+            if any(active.call_ids.values()) and time.monotonic() - active.row_since > self._deadlines.step_s:
+                self._hang(active)
 
-    def _again(self, window: Window, role: Role, held: int) -> None:
+    def _again(self, window: VerificationWindow, role: Role, held: int) -> None:
         """Ask a role for its part of the window anew, unless the session has gone on in the meantime."""
-        live = window.live
-        if live.window is not window or role not in live.replicas:
+        active = window.active
+        if active.window is not window or role not in active.replicas:
             return
-        live.row_since = time.monotonic()
-        self._meter.resent(role, live.session.streams[role].held - held)
+        active.row_since = time.monotonic()
+        self._meter.resent(role, active.session.streams[role].held - held)
         if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
-            stream = live.session.streams[role]
+            stream = active.session.streams[role]
             stream.held = min(held, stream.held)
-            self._exchange.drop(live)
-            self._exchange.begin(live, window.guided)
+            self._exchange.drop(active)
+            self._exchange.begin(active, window.guided)
         else:
-            self._exchange.again(live, role, held)
+            self._exchange.again(active, role, held)
         self._sessions.wake()
 
-    def _hang(self, live: Live) -> None:
+    def _hang(self, active: ActiveSession) -> None:
         limit, now = self._deadlines.step_s, time.monotonic()
-        owing = [live.replicas[role] for role, owed in live.tickets.items() if owed]
+        owing = [active.replicas[role] for role, owed in active.call_ids.items() if owed]
         silent = [replica for replica in owing if now - replica.heard_at > limit]
-        live.faults += bool(silent)
-        if live.faults > MAX_FAULTS:
-            self._sessions.fail(live, "the models did not answer in time")
+        active.faults += bool(silent)
+        if active.faults > MAX_FAULTS:
+            self._sessions.fail(active, "the models did not answer in time")
             return
         for replica in silent:
             self._drop(replica, TimeoutError(f"no answer in {limit:g} s"))

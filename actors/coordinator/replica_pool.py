@@ -36,7 +36,7 @@ class Replica:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.outbox = Outbox()
-        self.pace = Pace()
+        self.forward_time = ForwardTimeModel()
         self.connection: Connection | None = None
         self.heard_at = time.monotonic()  # when it last finished a forward, or connected
 
@@ -58,7 +58,7 @@ class Replica:
                 self.connection.send(*messages)
 
 
-class Links:
+class ReplicaPool:
     """Keeps a connection to every replica of every role, and hands them out to sessions.
 
     locate: asks the directory who is there; when it does not answer, what is known stays in use.
@@ -169,7 +169,7 @@ class Links:
                 peer="coordinator",
                 deadline_s=self._deadlines.connect_s,
                 tls=self._tls,
-                limits=Limits(silent_s=self._deadlines.silent_s),
+                limits=Limits(peer_timeout_s=self._deadlines.peer_timeout_s),
                 on_message=lambda message: self._on_message(replica, message),
                 on_closed=lambda error: self._closed(replica, error),
             )
@@ -239,7 +239,7 @@ def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
 _SMOOTHING = 0.2  # weight of the newest forward in a running mean
 
 
-class Pace:
+class ForwardTimeModel:
     """Seconds of a forward by the number of tokens in it. Between what was seen it is interpolated."""
 
     def __init__(self) -> None:

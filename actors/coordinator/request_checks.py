@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from actors.api.generation import ROLES, Generate, Rejected, Role
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 
 
-def refusal(request: Generate, languages: Languages) -> Rejected | None:
+def refusal(request: Generate, vocabularies: VocabularyRegistry) -> Rejected | None:
     """Why a request cannot be decoded as it stands; None if it can."""
-    legal = languages.legal(request.primary)
+    legal = vocabularies.legal(request.primary)
     sampling = request.sampling
     chosen = [*(i for i, _ in sampling.logit_bias), *sampling.allowed_token_ids]
-    stray = [i for i in chosen if languages.canonical(request.primary, i) not in legal]
+    stray = [i for i in chosen if vocabularies.canonical(request.primary, i) not in legal]
     stray += [i for i in sampling.stop_token_ids if i < 0]
     if stray:
         return Rejected("invalid", f"the request names token ids that do not exist: {stray[:8]}")
@@ -47,16 +47,16 @@ def too_long(request: Generate, caches: Mapping[Role, int | None], beyond_contex
     return None
 
 
-def canonical(request: Generate, languages: Languages) -> Generate:
+def canonical(request: Generate, vocabularies: VocabularyRegistry) -> Generate:
     """The request with every end id of its sampling as the one that stands for the end; its own bias comes first."""
     sampling, role = request.sampling, request.primary
     bias: dict[int, float] = {}
     for token, number in sampling.logit_bias:
-        event = languages.canonical(role, token)
+        event = vocabularies.canonical(role, token)
         if event == token or event not in bias:
             bias[event] = number
-    stops = sorted({languages.canonical(role, i) for i in sampling.stop_token_ids})
-    allowed = sorted({languages.canonical(role, i) for i in sampling.allowed_token_ids})
+    stops = sorted({vocabularies.canonical(role, i) for i in sampling.stop_token_ids})
+    allowed = sorted({vocabularies.canonical(role, i) for i in sampling.allowed_token_ids})
     changed = replace(
         sampling, logit_bias=tuple(bias.items()), stop_token_ids=tuple(stops), allowed_token_ids=tuple(allowed)
     )

@@ -9,38 +9,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Generate, PromptNote, Role
-from actors.coordinator.output import Events
+from actors.coordinator.output import EventQueue
 from actors.coordinator.replica_pool import Replica
 from actors.decoding.candidates import Block, Floats, Proposal, Slice
-from actors.decoding.cross_vocab.logprobs import Straddled
+from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
 from actors.decoding.decision import Decisions
 from actors.decoding.prompt import prompt_notes, spread
 from actors.decoding.session import Session
 from actors.decoding.speculation import Acceptance, TextIndex
-from actors.decoding.vocabulary import Known
-from actors.text.vocabularies import Languages
+from actors.decoding.vocabulary import RequiredLogits
+from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import WHOLE
 
 
-class Live:
+class ActiveSession:
     """One session, the replicas that it is bound to, and the window of rows in flight."""
 
     def __init__(self, session: Session, key: int, age: int, acceptance: Mapping[str, Acceptance]) -> None:
         self.session, self.key, self.age, self.acceptance = session, key, age, acceptance
-        self.events = Events()
+        self.events = EventQueue()
         self.text = TextIndex()
         self.epoch = 1
         self.replicas: dict[Role, Replica] = {}
-        self.window: Window | None = None
-        self.known: dict[bool, Mapping[Role, Known]] = {}  # what rows must know, guided or not, where no history adds
-        self.trails: dict[Role, Trail] = {}  # of small roles of another family
-        self.tickets: dict[Role, set[int]] = {}  # of what was asked for the window
+        self.window: VerificationWindow | None = None
+        self.known: dict[
+            bool, Mapping[Role, RequiredLogits]
+        ] = {}  # what rows must know, guided or not, where no history adds
+        self.row_histories: dict[Role, RowHistory] = {}  # of small roles of another family
+        self.call_ids: dict[Role, set[int]] = {}  # of what was asked for the window
         self.row_since = 0.0
         self.faults = 0  # refusals since the last token
         self.misses = 0  # how often there was no room for the rows in flight, or their cache was gone
-        self.stranded_since: float | None = None  # when it began to wait for a role that nobody plays
-        self.reading: PromptReading | None = None  # while log-probabilities of the prompt are wanted
+        self.no_replica_since: float | None = None  # when it began to wait for a role that nobody plays
+        self.prompt_scoring: PromptScoring | None = None  # while log-probabilities of the prompt are wanted
         self.lacks: set[Role] = set()  # roles whose caches it lost, or found no room in, and waits for
         self.past_context = False  # a small model's positions are used up: the target goes on alone
 
@@ -63,7 +65,7 @@ class Live:
         """From now on this replica plays the role; it holds nothing yet."""
         self.replicas[role] = replica
         self.session.streams[role].reseed(replica.welcome.hash_seed)
-        self.trails.pop(role, None)
+        self.row_histories.pop(role, None)
 
     def limit(self, role: Role) -> int:
         """Positions that a role's model computes for one session."""
@@ -87,7 +89,7 @@ _ROWS, _LOGITS = 32, 1 << 20  # of a role at once at most: so much memory, and s
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class PromptChunk:
     """Rows of a prompt that are read together: those of the primary's tokens from `begin` on."""
 
     begin: int
@@ -95,7 +97,7 @@ class Chunk:
     guided: bool
 
 
-class PromptReading:
+class PromptScoring:
     """How a session's models read its prompt, side by side."""
 
     def __init__(self, request: Generate, reads: Mapping[Role, Sequence[int]], width: int) -> None:
@@ -107,37 +109,39 @@ class PromptReading:
         """All that take part."""
         return tuple(self._reads)
 
-    def next(self, live: Live) -> Chunk | None:
+    def next(self, active: ActiveSession) -> PromptChunk | None:
         """What is read next; None at the end. A row says what follows its token.
 
         Where a small model has no row, or none any more, the target speaks alone.
         """
-        begin = max(live.session.scored - 1, 0)
-        most = min(max(1, min(_ROWS, _LOGITS // self._width)), len(self._reads[live.primary]) - 1 - begin)
+        begin = max(active.session.scored - 1, 0)
+        most = min(max(1, min(_ROWS, _LOGITS // self._width)), len(self._reads[active.primary]) - 1 - begin)
         if most < 1:
             return None
-        guided = self._guided(live, begin)
-        return Chunk(begin, next((n for n in range(1, most) if self._guided(live, begin + n) != guided), most), guided)
+        guided = self._guided(active, begin)
+        return PromptChunk(
+            begin, next((n for n in range(1, most) if self._guided(active, begin + n) != guided), most), guided
+        )
 
-    def reads(self, chunk: Chunk, role: Role) -> Sequence[int]:
+    def reads(self, chunk: PromptChunk, role: Role) -> Sequence[int]:
         """How many of its tokens a role has read at each row of a chunk."""
         return self._reads[role][chunk.begin : chunk.begin + chunk.rows]
 
-    def notes(self, window: Window, languages: Languages) -> list[PromptNote]:
+    def notes(self, window: VerificationWindow, vocabularies: VocabularyRegistry) -> list[PromptNote]:
         """What the complete rows of a window say of the tokens after them."""
-        live, request = window.live, self._request
+        active, request = window.active, self._request
         rows = {
             role: spread([row.slices[role] for row in window.rows], window.known[role], self._width)
             for role in window.roles
         }
-        begin = live.session.scored
-        tokens = request.prompts[live.primary][begin : begin + len(window.rows)]
-        events = [languages.canonical(live.primary, token) for token in tokens]
+        begin = active.session.scored
+        tokens = request.prompts[active.primary][begin : begin + len(window.rows)]
+        events = [vocabularies.canonical(active.primary, token) for token in tokens]
         return prompt_notes(rows, request.guidance.alpha, tokens, events, request.prompt_logprobs or 0)
 
-    def _guided(self, live: Live, row: int) -> bool:
-        small = [(role, reads[row]) for role, reads in self._reads.items() if role != live.primary]
-        return bool(small) and all(1 <= read <= live.limit(role) for role, read in small)
+    def _guided(self, active: ActiveSession, row: int) -> bool:
+        small = [(role, reads[row]) for role, reads in self._reads.items() if role != active.primary]
+        return bool(small) and all(1 <= read <= active.limit(role) for role, read in small)
 
 
 @dataclass(slots=True, eq=False)
@@ -151,29 +155,29 @@ class Early:
     values: Floats
 
 
-class Row:
+class LogitsRow:
     """One row of a window on its way to a token."""
 
     __slots__ = (
         "at",
         "audited",
         "block",
+        "crossing",
         "early",
         "early_at",
         "index",
         "k",
         "proposed",
         "slices",
-        "straddled",
         "waiting",
         "window",
     )
 
-    def __init__(self, window: Window, index: int, k: int) -> None:
+    def __init__(self, window: VerificationWindow, index: int, k: int) -> None:
         self.window, self.index = window, index
         self.k = k  # width of its slices; WHOLE: whole rows
         self.slices: dict[Role, Slice] = {}
-        self.straddled: dict[Role, Straddled] = {}  # by small role of another family, where earlier rows have a say
+        self.crossing: dict[Role, CrossingRows] = {}  # by small role of another family, where earlier rows have a say
         self.proposed: Slice | None = None  # what a guider of another family puts forward, in the target's ids
         self.early: Early | None = None
         self.early_at = 0
@@ -183,7 +187,7 @@ class Row:
         self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
 
     @property
-    def joinable(self) -> bool:
+    def can_be_completed(self) -> bool:
         """Whether all that put candidates forward have answered."""
         if not self.window.guided or self.k == WHOLE:
             return all(role in self.slices for role in self.window.roles)
@@ -193,7 +197,7 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether all that was asked has come."""
-        known = self.block is not None or self.window.reads_prompt
+        known = self.block is not None or self.window.scores_prompt
         return known and not self.waiting and len(self.slices) == len(self.window.roles)
 
     def name(self, role: Role) -> tuple[int, int]:
@@ -221,23 +225,23 @@ class Row:
 
 
 @dataclass(slots=True, eq=False)
-class Window:
+class VerificationWindow:
     """Rows in flight. Row i may be decided when the rows before it came to the drafts that it was computed after."""
 
-    live: Live
+    active: ActiveSession
     guided: bool  # whether the small models take part in its decisions
-    known: Mapping[Role, Known]  # what every row must know, by each role that takes part; the primary first
+    known: Mapping[Role, RequiredLogits]  # what every row must know, by each role that takes part; the primary first
     drafter: Role | None = None  # who drafts; None: nobody, or the session's own text
     wanted: int = 0  # drafts asked of the drafter
     first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
-    tails: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
+    draft_tokens: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
     hashes: dict[Role, list[int]] = field(default_factory=dict)  # up to the first row's token, and after each draft
     reads: dict[Role, Sequence[int]] = field(default_factory=dict)  # how many of its drafts a role read before each row
     oldest: dict[Role, int] = field(default_factory=dict)  # the earliest position whose row is needed, of aligned roles
-    rows: list[Row] = field(default_factory=list)  # empty while the drafter drafts
+    rows: list[LogitsRow] = field(default_factory=list)  # empty while the drafter drafts
     next: int = 0  # the row to be decided now
     answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
-    reads_prompt: bool = False  # its whole rows say what follows in the prompt: nothing is chosen
+    scores_prompt: bool = False  # its whole rows say what follows in the prompt: nothing is chosen
 
     @property
     def aligned(self) -> bool:
@@ -247,7 +251,7 @@ class Window:
     def name(self, role: Role, position: int) -> tuple[int, int]:
         """What names a row to a replica: the position of its token, and the running hash up to it."""
         after = position - self.first[role]
-        stream = self.live.session.streams[role]
+        stream = self.active.session.streams[role]
         return position, stream.hash_before(position + 1) if after < 0 else self.hashes[role][after]
 
     @property
@@ -260,9 +264,9 @@ class Window:
         """How many drafts are checked."""
         return max(0, len(self.rows) - 1)
 
-    def drafted(self, row: Row, token: int) -> bool:
+    def drafted(self, row: LogitsRow, token: int) -> bool:
         """Whether the token of a row is the draft behind it."""
-        drafts = self.tails[self.live.primary]
+        drafts = self.draft_tokens[self.active.primary]
         return row.index < len(drafts) and drafts[row.index] == token
 
     def ready(self) -> bool:
@@ -271,8 +275,8 @@ class Window:
 
     def goes_on(self) -> bool:
         """Whether the session's tokens are those that the next row was computed after, and it is guided as before."""
-        session = self.live.session
-        if self.next >= len(self.rows) or bool(self.live.alpha()) != self.guided:
+        session = self.active.session
+        if self.next >= len(self.rows) or bool(self.active.alpha()) != self.guided:
             return False
         for role in self.known:
             stream, read = session.streams[role], self.reads[role][self.next]
@@ -284,7 +288,7 @@ class Window:
     def settle(self) -> None:
         """The window is over: note how far what each replica holds is what the session came to."""
         for role, hashes in self.hashes.items():
-            stream, first = self.live.session.streams[role], self.first[role]
+            stream, first = self.active.session.streams[role], self.first[role]
             held = min(stream.held, first)
             if role in self.answered or role == self.drafter:
                 # The drafter's last token may still be on its way into its cache.
@@ -296,7 +300,7 @@ class Window:
                         break
             stream.held = held
 
-    def dissolve(self) -> list[Row]:
+    def dissolve(self) -> list[LogitsRow]:
         """Its rows, which it has no longer: each knows its window, so both would wait for the garbage collector."""
         rows, self.rows = self.rows, []
         return rows
@@ -307,7 +311,7 @@ _LONGEST = 64  # rows that are remembered, whatever the replica holds
 NameOf = Callable[[int], tuple[int, int]]  # of a position: itself, and the running hash up to it
 
 
-class Trail:
+class RowHistory:
     """Slices of rows one after another. A row counts as held while its hash is that of the session's tokens.
 
     A hash names all tokens up to the row's own, so where one row counts, those before it do too.

@@ -9,9 +9,9 @@ import numpy as np
 
 from actors.api.generation import Scores
 from actors.config import Exchange as ExchangeConfig
-from actors.coordinator.session import Row, Window
+from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.decoding.candidates import Block
-from actors.decoding.decision import Decisions, Question, compare, decide
+from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
 from actors.wire.messages import WHOLE
 
 
@@ -29,7 +29,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class RowDecision:
     """One row among decided ones, and the alpha that it was decided with."""
 
     decisions: Decisions
@@ -47,21 +47,21 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class Wider:
+class NeedsWiderTopK:
     """The row must be looked at with this k first (WHOLE: the whole of it)."""
 
     k: int
 
 
 @dataclass(frozen=True, slots=True)
-class Stuck:
+class NoLegalToken:
     """No token may be chosen, even from the whole row."""
 
 
-Verdict = Chosen | Wider | Stuck
+Verdict = Chosen | NeedsWiderTopK | NoLegalToken
 
 
-class Decider:
+class Verifier:
     """Decides rows by slices, widens those of which too much is unseen, and audits one guided row in so many."""
 
     def __init__(self, config: ExchangeConfig) -> None:
@@ -69,50 +69,50 @@ class Decider:
         self._since_audit = 0
         self.counts = Counts()
 
-    def judge(self, windows: Sequence[Window]) -> list[list[Judged]]:
+    def verify(self, windows: Sequence[VerificationWindow]) -> list[list[RowDecision]]:
         """Per window its next rows, decided: all that are complete if nothing about them depends on earlier tokens."""
-        asked = [_questions(window) for window in windows]
-        groups: dict[Block, list[tuple[Row, Question]]] = {}
+        asked = [_sampling_specs(window) for window in windows]
+        groups: dict[Block, list[tuple[LogitsRow, RowSamplingSpec]]] = {}
         for each in asked:
             for row, question in each:
                 assert row.block is not None
                 groups.setdefault(row.block, []).append((row, question))
-        judged: dict[Row, Judged] = {}
+        judged: dict[LogitsRow, RowDecision] = {}
         for block, members in groups.items():
-            window, questions = members[0][0].window, [question for _, question in members]
-            decisions = decide(block, [row.at for row, _ in members], questions, window.live.primary, window.guided)
+            window, specs = members[0][0].window, [question for _, question in members]
+            decisions = decide(block, [row.at for row, _ in members], specs, window.active.primary, window.guided)
             for index, (row, question) in enumerate(members):
-                judged[row] = Judged(decisions, index, question.alpha)
+                judged[row] = RowDecision(decisions, index, question.alpha)
         return [[judged[row] for row, _ in each] for each in asked]
 
-    def verdict(self, row: Row, judged: Judged) -> Verdict:
+    def verdict(self, row: LogitsRow, judged: RowDecision) -> Verdict:
         """What becomes of a row, now that those before it have become tokens."""
         decisions, index = judged.decisions, judged.index
         if row.audited is not None:
             return self._audit(row, judged)
         if row.k != WHOLE:
-            if decisions.stuck[index] or self._unseen(decisions, index) or _too_few(row, decisions, index):
+            if decisions.no_legal_token[index] or self._unseen(decisions, index) or _too_few(row, decisions, index):
                 return self._wider(row)
             if judged.alpha and self._audit_due():
                 row.audited = decisions.row(index)
-                return Wider(WHOLE)
-        elif decisions.stuck[index]:
-            return Stuck()
+                return NeedsWiderTopK(WHOLE)
+        elif decisions.no_legal_token[index]:
+            return NoLegalToken()
         return self._chosen(row, decisions, index)
 
     def _unseen(self, decisions: Decisions, index: int) -> bool:
-        limit = self._config.widen_above
+        limit = self._config.max_unseen_mass
         return limit < 1 and bool(decisions.outside[index] > limit)
 
-    def _wider(self, row: Row) -> Wider:
+    def _wider(self, row: LogitsRow) -> NeedsWiderTopK:
         """One wider slice, then the whole row. A rule of the row alone, so that nothing else changes its token."""
-        live = row.window.live
+        active = row.window.active
         if row.k == self._config.k:
-            live.session.widened += 1
+            active.session.widened += 1
             self.counts.widened_rows += 1
         wider = self._config.k * self._config.widen_factor
-        fits = row.k < wider < live.replicas[live.primary].welcome.width
-        return Wider(wider if fits else WHOLE)
+        fits = row.k < wider < active.replicas[active.primary].welcome.width
+        return NeedsWiderTopK(wider if fits else WHOLE)
 
     def _audit_due(self) -> bool:
         self._since_audit += 1
@@ -121,45 +121,47 @@ class Decider:
         self._since_audit = 0
         return True
 
-    def _audit(self, row: Row, judged: Judged) -> Chosen:
+    def _audit(self, row: LogitsRow, judged: RowDecision) -> Chosen:
         """The whole rows of an audited step are here. What the slices chose stands: an audit only measures."""
         sliced, row.audited = row.audited, None
         assert sliced is not None
         whole = judged.decisions.row(judged.index)
-        distance, differs = compare(sliced, whole, row.window.live.session.request.sampling)
+        distance, differs = compare(sliced, whole, row.window.active.session.request.sampling)
         self.counts.audited_rows += 1
         self.counts.audits_differing += differs
         self.counts.audited_variation += distance
         return self._chosen(row, sliced, 0)
 
-    def _chosen(self, row: Row, decisions: Decisions, index: int) -> Chosen:
+    def _chosen(self, row: LogitsRow, decisions: Decisions, index: int) -> Chosen:
         self.counts.tokens += 1
         if row.window.guided:
             uncovered = max(0.0, float(decisions.uncovered[index]))
-            row.window.live.session.uncovered += uncovered
+            row.window.active.session.uncovered += uncovered
             self.counts.uncovered_mass += uncovered
             self.counts.guided_rows += 1
         token = decisions.tokens[index]
         return Chosen(int(token), bool(token != decisions.alone[index]), decisions.scores[index])
 
 
-def _too_few(row: Row, decisions: Decisions, index: int) -> bool:
+def _too_few(row: LogitsRow, decisions: Decisions, index: int) -> bool:
     """Whether the request wants the log-probabilities of more candidates than the row has."""
-    wanted = row.window.live.session.request.logprobs
+    wanted = row.window.active.session.request.logprobs
     return wanted is not None and int(np.count_nonzero(decisions.inside[index])) < wanted
 
 
-def _questions(window: Window) -> list[tuple[Row, Question]]:
+def _sampling_specs(window: VerificationWindow) -> list[tuple[LogitsRow, RowSamplingSpec]]:
     """What is wanted of a window's next rows, as far as they can be decided together."""
-    session = window.live.session
+    session = window.active.session
     request, plain = session.request, session.plain
-    found: list[tuple[Row, Question]] = []
+    found: list[tuple[LogitsRow, RowSamplingSpec]] = []
     for ahead, row in enumerate(window.rows[window.next :]):
-        alpha = window.live.alpha(ahead)
+        alpha = window.active.alpha(ahead)
         if not row.complete or bool(alpha) != window.guided or (ahead and not plain):
             break
         adjust = None if plain else session.adjust
         position = len(session.primary) + ahead
-        question = Question(alpha, request.sampling, request.seed, position, adjust, request.top, request.explain)
+        question = RowSamplingSpec(
+            alpha, request.sampling, request.seed, position, adjust, request.top, request.explain
+        )
         found.append((row, question))
     return found

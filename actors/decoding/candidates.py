@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
-from actors.decoding.vocabulary import Known
+from actors.decoding.vocabulary import RequiredLogits
 
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -43,7 +43,7 @@ class Proposal:
     for those still on their way; asked [k]: which ids these are.
     """
 
-    known: Mapping[Role, Known]
+    known: Mapping[Role, RequiredLogits]
     slices: Mapping[Role, Slice]
     early: Floats | None = None
     asked: NDArray[np.bool_] | None = None

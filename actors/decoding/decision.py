@@ -20,7 +20,7 @@ Adjust = Callable[[NDArray[np.int64], Floats], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RowSamplingSpec:
     """What a request wants of one row. seed and position feed the noise.
 
     adjust: changes the row's logits in place by the request's history (`penalties.adjust`); None if nothing does.
@@ -42,16 +42,16 @@ class Decisions:
     """What B rows came to.
 
     tokens [B], and alone [B]: what the target by itself had chosen. outside [B]: estimated mass outside the
-    candidates. uncovered [B]: the largest exactly known uncovered mass of a single model. stuck [B]: no candidate may
-    be chosen. ids, logits [B, W]: candidates and their adjusted combined logits; inside [B, W]: where they are real.
-    scores: by row, of its token, where the question wants them.
+    candidates. uncovered [B]: the largest exactly known uncovered mass of a single model. no_legal_token [B]: no
+    candidate may be chosen. ids, logits [B, W]: candidates and their adjusted combined logits; inside [B, W]: where
+    they are real. scores: by row, of its token, where the question wants them.
     """
 
     tokens: NDArray[Any]
     alone: NDArray[Any]
     outside: Floats
     uncovered: Floats
-    stuck: NDArray[np.bool_]
+    no_legal_token: NDArray[np.bool_]
     ids: NDArray[Any]
     logits: Floats
     inside: NDArray[np.bool_]
@@ -65,7 +65,7 @@ class Decisions:
             self.alone[at],
             self.outside[at],
             self.uncovered[at],
-            self.stuck[at],
+            self.no_legal_token[at],
             self.ids[at],
             self.logits[at],
             self.inside[at],
@@ -73,39 +73,41 @@ class Decisions:
         )
 
 
-def decide(block: Block, rows: Sequence[int], questions: Sequence[Question], primary: Role, guided: bool) -> Decisions:
+def decide(
+    block: Block, rows: Sequence[int], specs: Sequence[RowSamplingSpec], primary: Role, guided: bool
+) -> Decisions:
     """Decide some rows of a block, all of them guided or all decoded by `primary` alone."""
     at = slice(None) if list(rows) == list(range(len(block))) else list(rows)
     ids, inside = block.ids[at], block.inside[at]
-    alpha = np.array([question.alpha for question in questions])
+    alpha = np.array([spec.alpha for spec in specs])
     models = [
         RoleRows(block.values(role)[at], inside, block.logsumexp[role][at])
         for role in ((primary, "guider", "guider_base") if guided else (primary,))
     ]
     own = np.where(inside, models[0].logits, -np.inf)
     logits = combine(models[0], models[1], models[2], alpha) if guided else own.copy()
-    wanted = any(question.top is not None for question in questions)
+    wanted = any(spec.top is not None for spec in specs)
     scored = Scored(ids, logits, alpha, *models) if wanted else None  # before anything is adjusted
-    for index, question in enumerate(questions):
-        if question.adjust is not None:
+    for index, spec in enumerate(specs):
+        if spec.adjust is not None:
             count = int(np.count_nonzero(inside[index]))
-            question.adjust(ids[index, :count], logits[index, :count])
-            question.adjust(ids[index, :count], own[index, :count])
-    stuck: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
-    if stuck.any():
-        logits[stuck] = own[stuck] = 0.0  # decided by nobody: the caller widens the row or gives up
-    temperature = np.array([question.sampling.temperature for question in questions])
+            spec.adjust(ids[index, :count], logits[index, :count])
+            spec.adjust(ids[index, :count], own[index, :count])
+    no_legal_token: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
+    if no_legal_token.any():
+        logits[no_legal_token] = own[no_legal_token] = 0.0  # decided by nobody: the caller widens the row or gives up
+    temperature = np.array([spec.sampling.temperature for spec in specs])
     estimate = outside_estimate(logits, alpha, *models, temperature=temperature, ceiling=block.ceiling[at])
-    outside = np.where(stuck, 1.0, estimate)
+    outside = np.where(no_legal_token, 1.0, estimate)
     uncovered = np.max([model.uncovered for model in models], axis=0)
-    tokens, alone = _choose(questions, ids, logits, own, guided)
+    tokens, alone = _choose(specs, ids, logits, own, guided)
     scores = [
         None
-        if scored is None or question.top is None
-        else scored.of(row, int(tokens[row]), question.top, EXPLAINED if question.explain else 0)
-        for row, question in enumerate(questions)
+        if scored is None or spec.top is None
+        else scored.of(row, int(tokens[row]), spec.top, EXPLAINED if spec.explain else 0)
+        for row, spec in enumerate(specs)
     ]
-    return Decisions(tokens, alone, outside, uncovered, stuck, ids, logits, inside, scores)
+    return Decisions(tokens, alone, outside, uncovered, no_legal_token, ids, logits, inside, scores)
 
 
 def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[float, bool]:
@@ -118,16 +120,16 @@ def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[fl
 
 
 def _choose(
-    questions: Sequence[Question],
+    specs: Sequence[RowSamplingSpec],
     ids: NDArray[Any],
     logits: Floats,
     own: Floats,
     guided: bool,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The combined choice and the target's own, with the same noise."""
-    parameters = [question.sampling for question in questions]
-    seeds = np.array([question.seed for question in questions], np.uint64)
-    positions = np.array([question.position for question in questions], np.uint64)
+    parameters = [spec.sampling for spec in specs]
+    seeds = np.array([spec.seed for spec in specs], np.uint64)
+    positions = np.array([spec.position for spec in specs], np.uint64)
     noise = noise_of(ids, parameters, seeds, positions)
     tokens = choose_by(noise, ids, logits, parameters)
     return tokens, choose_by(noise, ids, own, parameters) if guided else tokens

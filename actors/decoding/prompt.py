@@ -11,10 +11,10 @@ from actors.api.generation import PromptNote, Role
 from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
 from actors.decoding.candidates import Slice
 from actors.decoding.scoring import likeliest
-from actors.decoding.vocabulary import Known
+from actors.decoding.vocabulary import RequiredLogits
 
 
-def spread(slices: Sequence[Slice], known: Known, width: int) -> RoleRows:
+def spread(slices: Sequence[Slice], known: RequiredLogits, width: int) -> RoleRows:
     """A role's whole rows [B, width] by the primary's ids; NaN where it has no such id."""
     logits = np.full((len(slices), width), np.nan)
     for row, part in zip(logits, slices, strict=True):

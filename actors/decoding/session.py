@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
 from actors.decoding.answer import AnswerText, Shown
-from actors.decoding.cross_vocab.translators import Alignment, reader_of
+from actors.decoding.cross_vocab.translators import Alignment, translator_for
 from actors.decoding.penalties import adjust, must_know, touches
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
@@ -34,7 +34,7 @@ class Spelling:
 
 
 @dataclass(frozen=True, slots=True)
-class Language:
+class SessionVocabulary:
     """What a session must know of the vocabularies: maps from its primary, and how its texts are spelled."""
 
     maps: Mapping[Role, VocabularyMap | Alignment]  # of the small roles
@@ -47,10 +47,12 @@ class Language:
 class Session:
     """The state machine of one sequence: token in, text out, until it is finished."""
 
-    def __init__(self, request: Generate, language: Language, hash_seeds: Mapping[Role, int]) -> None:
-        self.request, self.language = request, language
+    def __init__(self, request: Generate, vocabulary: SessionVocabulary, hash_seeds: Mapping[Role, int]) -> None:
+        self.request, self.vocabulary = request, vocabulary
         self.streams = {role: Stream(hash_seeds[role], tokens) for role, tokens in request.prompts.items()}
-        self.readers = {role: reader_of(mapping, self.streams[role]) for role, mapping in language.maps.items()}
+        self.translators = {
+            role: translator_for(mapping, self.streams[role]) for role, mapping in vocabulary.maps.items()
+        }
         self.prompt = frozenset(self.primary.tokens)
         self.choices: list[int] = []  # what was chosen; with the request they are the whole state
         self.output: Counter[int] = Counter()
@@ -61,12 +63,12 @@ class Session:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._last_run = (-1, 0)
-        self._text = language.text(self.primary.tokens, request.sampling.skip_special_tokens)
+        self._text = vocabulary.text(self.primary.tokens, request.sampling.skip_special_tokens)
         thinking_end = request.thinking.end if request.thinking.start else None
         self._answer = AnswerText(thinking_end, request.sampling.stop, request.sampling.include_stop_str_in_output)
-        end = language.spellings[request.primary].end
+        end = vocabulary.spellings[request.primary].end
         self._end_seen, self._tail = False, ""  # whether thinking.end was emitted, also where nothing opened it
-        self._end_token = end[0] if len(end) == 1 and end[0] in language.added else None
+        self._end_token = end[0] if len(end) == 1 and end[0] in vocabulary.added else None
 
     @property
     def primary(self) -> Stream:
@@ -97,7 +99,7 @@ class Session:
         sampling = self.request.sampling
         early = self.generated < sampling.min_tokens
         if early or touches(sampling):
-            banned = (*self.language.eos_ids[:1], *sampling.stop_token_ids) if early else ()
+            banned = (*self.vocabulary.eos_ids[:1], *sampling.stop_token_ids) if early else ()
             adjust(ids, logits, sampling, self.prompt, self.output, (*banned, *self._ends_of_bad_words()))
 
     def commit(
@@ -112,13 +114,13 @@ class Session:
         self.changed += changed
         early = self._ends_too_early(token)
         if early:
-            taken, shown = self._force({role: s.wait for role, s in self.language.spellings.items()})
+            taken, shown = self._force({role: s.wait for role, s in self.vocabulary.spellings.items()})
         else:
-            for reader in self.readers.values():
-                reader.read(token)
+            for translator in self.translators.values():
+                translator.read(token)
             taken, shown = self._take((token,))
         if self.finish_reason is None and self._thinks_too_long():
-            forced, closing = self._force({role: s.end for role, s in self.language.spellings.items()})
+            forced, closing = self._force({role: s.end for role, s in self.vocabulary.spellings.items()})
             taken, shown = taken + forced, shown + closing
         notes: list[TokenNote] = []
         if self.request.top is not None:
@@ -175,7 +177,7 @@ class Session:
 
     def _ends_too_early(self, token: int) -> bool:
         early = self._answer.thinking and self.reasoning_tokens < self.request.thinking.min_tokens
-        return early and (token in self.language.eos_ids or token == self._end_token)
+        return early and (token in self.vocabulary.eos_ids or token == self._end_token)
 
     def _thinks_too_long(self) -> bool:
         limit = self.request.thinking.max_tokens
@@ -184,8 +186,8 @@ class Session:
     def _force(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], Shown]:
         """Say what nobody chose: the same text in each role's ids."""
         ours = ids[self.request.primary]
-        for role, reader in self.readers.items():
-            reader.force(ours, ids[role])
+        for role, translator in self.translators.items():
+            translator.force(ours, ids[role])
         return self._take(ours)
 
     def _take(self, ids: Sequence[int]) -> tuple[list[tuple[int, str]], Shown]:
@@ -215,7 +217,7 @@ class Session:
     def _show(self, token: int, text: str) -> Shown:
         """What one more token of the primary shows; decides whether the answer is over."""
         sampling = self.request.sampling
-        ends = token in self.language.eos_ids and not sampling.ignore_eos
+        ends = token in self.vocabulary.eos_ids and not sampling.ignore_eos
         if ends or token in sampling.stop_token_ids:
             kept = self._answer.push(text) if sampling.include_stop_str_in_output else Shown()
             return kept + self._end("stop", None if ends else token)
@@ -223,7 +225,7 @@ class Session:
         if token == self._end_token and self._answer.thinking:
             shown = shown + self._answer.close_thinking()
         elif shown.closed:
-            self._respell_end()
+            self._retokenize_end()
         if shown.stop is not None:
             self.finish_reason, self.stop_reason = "stop", shown.stop
         elif sampling.stop_on_repeat and self._last_run[1] >= sampling.stop_on_repeat:
@@ -236,10 +238,10 @@ class Session:
         rest = self.finish(reason, stop_reason)
         return Shown(rest.reasoning, rest.content)
 
-    def _respell_end(self) -> None:
+    def _retokenize_end(self) -> None:
         """The thinking's end stands there as text: a role with a token of its own for it reads that token instead."""
-        ours = self.language.spellings[self.request.primary].end
+        ours = self.vocabulary.spellings[self.request.primary].end
         if tuple(self.primary.tokens[-len(ours) :]) != ours:
             return
-        for role, reader in self.readers.items():
-            reader.respell(ours, self.language.spellings[role].end, self.request.thinking.end)
+        for role, translator in self.translators.items():
+            translator.retokenize(ours, self.vocabulary.spellings[role].end, self.request.thinking.end)

@@ -100,7 +100,7 @@ def marker_fold(
     role: Vocabulary,
     mapping: VocabularyMap,
     marker: str,
-    spell_primary: Callable[[str], Sequence[int]],
+    encode_primary: Callable[[str], Sequence[int]],
 ) -> dict[int, tuple[int, ...]]:
     """What to fold so that a role's wish to emit a marker (the thinking's end) is heard.
 
@@ -110,7 +110,7 @@ def marker_fold(
     theirs = role.added.get(marker)
     if theirs is None or theirs >= role.width or theirs in role.eos_ids or marker in primary.added:
         return {}
-    first = next(iter(spell_primary(marker)), -1)
+    first = next(iter(encode_primary(marker)), -1)
     if first < 0 or mapping.to_role[first] < 0:
         return {}
     return {first: (int(mapping.to_role[first]), theirs)}
@@ -134,7 +134,7 @@ def _some(ids: list[int]) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Known:
+class RequiredLogits:
     """Ids that every row of a session must know exactly, whatever its top-k, in one role's ids.
 
     ids [n]: flat, group after group. starts [g]: where each group begins. events [g]: the primary id that the group's
@@ -153,10 +153,12 @@ class Known:
         return folded
 
 
-NOTHING_KNOWN = Known(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+NO_REQUIRED_LOGITS = RequiredLogits(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def known(folds: Mapping[int, tuple[int, ...]], mapping: VocabularyMap, forced: Sequence[int] = ()) -> Known:
+def required_logits(
+    folds: Mapping[int, tuple[int, ...]], mapping: VocabularyMap, forced: Sequence[int] = ()
+) -> RequiredLogits:
     """What a role's rows must know: folded events, and `forced` primary ids where the role has them."""
     groups = dict(folds)
     for event in sorted(set(forced) - groups.keys()):
@@ -164,4 +166,4 @@ def known(folds: Mapping[int, tuple[int, ...]], mapping: VocabularyMap, forced: 
             groups[event] = (int(mapping.to_role[event]),)
     starts = np.cumsum([0, *(len(ids) for ids in groups.values())])[:-1]
     flat = np.array([i for ids in groups.values() for i in ids], np.int32)
-    return Known(flat, starts.astype(np.int64), np.array(list(groups), np.int64))
+    return RequiredLogits(flat, starts.astype(np.int64), np.array(list(groups), np.int64))

@@ -1,4 +1,4 @@
-"""Linear layers whose rows have the same bits in any company: what `exact` mode multiplies with.
+"""Linear layers whose rows have the same bits in any company: what `batch_invariant` mode multiplies with.
 
 A matrix product may pick another kernel, and with it another order of summation, for another number of rows, as MKL
 does on some CPU types from 16 rows on. So rows are multiplied in tiles of eight, each a product of one and the same
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TILE = 8  # rows; the engine pads tokens and logits to a multiple of it
 
 
-class TiledLinear(nn.Module):
+class BatchInvariantLinear(nn.Module):
     """A linear layer over the same weight. Rows that are no multiple of a tile are multiplied in one piece."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -36,8 +36,8 @@ class TiledLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def tile_linears(model: PreTrainedModel) -> None:
+def make_linears_batch_invariant(model: PreTrainedModel) -> None:
     """Replace every plain linear layer of a model; parameters keep their names."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(name, TiledLinear(module))
+            model.set_submodule(name, BatchInvariantLinear(module))

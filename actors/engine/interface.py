@@ -99,7 +99,7 @@ class Engine(Protocol):
 
     width: int  # logits in a row
     hash_seed: int
-    exact: bool
+    batch_invariant: bool
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]: ...
     def check_extend(self, extend: Extend) -> None:

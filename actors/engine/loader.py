@@ -93,7 +93,7 @@ def load_engine(
     source: ModelSource,
     cache_tokens: int,
     *,
-    exact: bool = False,
+    batch_invariant: bool = False,
     backend: str | None = None,
     max_held_rows: int | None = None,
     report: Report | None = None,
@@ -101,7 +101,9 @@ def load_engine(
     """Load a model, make its engine and hold it against a plain forward; LoadError if any of it cannot be."""
     began = time.monotonic()
     loaded = load_model(source, report)
-    engine = StepEngine(loaded.model, cache_tokens, exact=exact, backend=backend, max_held_rows=max_held_rows)
+    engine = StepEngine(
+        loaded.model, cache_tokens, batch_invariant=batch_invariant, backend=backend, max_held_rows=max_held_rows
+    )
     _tell(report, source, began, "check", loaded.bytes)
     verify_engine(engine, source.path)
     _tell(report, source, began, "ready", loaded.bytes)

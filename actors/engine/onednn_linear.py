@@ -21,7 +21,7 @@ SMALLEST = 1 << 20  # elements of a weight
 _ROWS = 8  # oneDNN chooses the order for products of so many; it holds for any
 
 
-class PackedLinear(nn.Module):
+class OneDnnLinear(nn.Module):
     """The float32 product of a linear layer, equal to it but for rounding. Its weight replaces the plain one."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
         return product
 
 
-def pack_linears(model: PreTrainedModel, smallest: int = SMALLEST) -> int:
+def use_onednn_linears(model: PreTrainedModel, smallest: int = SMALLEST) -> int:
     """Pack the large float32 linear layers of a model on the CPU; how many were packed, 0 where it is not supported.
 
     A weight that others use too (a head tied to the embeddings) is kept for them beside its packed copy.
@@ -49,7 +49,7 @@ def pack_linears(model: PreTrainedModel, smallest: int = SMALLEST) -> int:
         for name, child in list(parent.named_children()):
             if _packable(child, smallest):
                 assert isinstance(child, nn.Linear)
-                setattr(parent, name, PackedLinear(child))
+                setattr(parent, name, OneDnnLinear(child))
                 packed += 1
     return packed
 

@@ -44,7 +44,7 @@ class HeldRows:
     position: int  # of the first row's token in the session
     hashes: tuple[int, ...]  # per row the running hash including the row's own token
     places: tuple[Place, ...]  # per row, float32 on the device of the model's head
-    alone: bool  # reduce every row by itself, so that its company cannot change a bit (`exact` mode)
+    alone: bool  # reduce every row by itself, so that its company cannot change a bit (`batch_invariant` mode)
     fresh: int  # how many of the last rows are the last extend's own
 
     @property

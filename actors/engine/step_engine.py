@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.engine.attention import AttentionBackend, Ragged, Span, StepAttention
-from actors.engine.batch_invariant import TILE, tile_linears
+from actors.engine.batch_invariant import TILE, make_linears_batch_invariant
 from actors.engine.digest import model_digest
 from actors.engine.errors import BadExtend, EngineError, LoadError, RowGone, StepFailed
 from actors.engine.graphs import CapturedRunner, GraphBuckets, PlainRunner
@@ -26,7 +26,7 @@ from actors.engine.heads import widen_head
 from actors.engine.inputs import Batch, Layout, upload
 from actors.engine.interface import CacheStats, Extend, Full, Held, KVMiss, Outcome
 from actors.engine.kv_pool import KVPool
-from actors.engine.onednn_linear import pack_linears
+from actors.engine.onednn_linear import use_onednn_linears
 from actors.engine.registry import choose_backend
 from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, row_budget, values_at
 from actors.engine.sessions import SessionTable, seniority
@@ -56,9 +56,9 @@ class StepEngine:
 
     cache_tokens: tokens of all sessions together. max_held_rows: rows in memory for lookups, width x 4 bytes each; None
     as many as 450 sessions that draft hold, within a share of the memory.
-    exact: one thread, token and logit counts padded to a multiple of 8 and every token attended as its own row;
-    then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone, token
-    by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small steps to
+    batch_invariant: one thread, token and logit counts padded to a multiple of 8 and every token attended as its own
+    row; then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone,
+    token by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small steps to
     buckets, captured as CUDA graphs where that can be (None: only there).
     digest: of the whole model, where `model` is one rank's share.
     Raises LoadError for a model, device or back end that cannot be served so.
@@ -69,22 +69,22 @@ class StepEngine:
         model: PreTrainedModel,
         cache_tokens: int,
         *,
-        exact: bool = False,
+        batch_invariant: bool = False,
         backend: str | None = None,
         max_held_rows: int | None = None,
         graphs: bool | None = None,
         digest: int | None = None,
     ) -> None:
-        assert not (exact and graphs), "a bucket pads in another way than exact mode"
+        assert not (batch_invariant and graphs), "a bucket pads in another way than exact mode"
         _require_kept_logits(model)
-        if exact:
+        if batch_invariant:
             _require_exact(model)
             torch.set_num_threads(1)
-        self.exact = exact
+        self.batch_invariant = batch_invariant
         self.hash_seed = model_digest(model) if digest is None else digest
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
         widen_head(model)
-        (tile_linears if exact else pack_linears)(model)
+        (make_linears_batch_invariant if batch_invariant else use_onednn_linears)(model)
         self._model = model.eval()
         self._pool = KVPool(cache_tokens)
         self._table = SessionTable(self._pool, self.hash_seed)
@@ -158,7 +158,7 @@ class StepEngine:
 
     def reduce(self, sessions: Sequence[int], k: int) -> RowSlices:
         """The slices of the rows that the last extends of `sessions` gave, in their order; RowGone if one has none."""
-        return reduce_rows(self._fresh_rows(sessions), k, self.exact)
+        return reduce_rows(self._fresh_rows(sessions), k, self.batch_invariant)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
         """The whole rows [R, V] that the last extends of `sessions` gave, in their order; RowGone if one has none."""
@@ -254,7 +254,7 @@ class StepEngine:
             positions += range(extend.position, extend.end)
             write += range(start + extend.position, start + extend.end)
             keep += range(first + count - extend.rows, first + count)
-            if self.exact:
+            if self.batch_invariant:
                 spans += [Span(first + i, 1, start, extend.position + i + 1) for i in range(count)]
             else:
                 spans.append(Span(first, count, start, extend.end))
@@ -304,7 +304,9 @@ class StepEngine:
             if extend.rows:
                 hashes = tuple(self._table.sessions[extend.session].hashes[-extend.rows :])
                 places = tuple(Place(logits, row) for row in range(first, first + extend.rows))
-                held[extend.session] = HeldRows(extend.end - extend.rows, hashes, places, self.exact, extend.rows)
+                held[extend.session] = HeldRows(
+                    extend.end - extend.rows, hashes, places, self.batch_invariant, extend.rows
+                )
                 first += extend.rows
         kept = {extend.session: (extend.position, extend.keep) for extend in admitted if extend.keep}
         self._store.hold(held, len(logits), kept)
@@ -319,7 +321,7 @@ class StepEngine:
         return gather_rows(places) if places else torch.zeros(0, self.width)
 
     def _padded(self, count: int) -> int:
-        return -(-count // TILE) * TILE if self.exact else count
+        return -(-count // TILE) * TILE if self.batch_invariant else count
 
 
 def _require_kept_logits(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from actors.api.sampling_params import Sampling
 from actors.decoding.sampling import choose as choose_tokens
 from actors.engine.errors import EngineError
 from actors.engine.interface import Engine
-from actors.replica.scheduler import Part, Pending
+from actors.replica.scheduler import Chunk, ScheduledExtend
 from actors.wire.columns import Draft
 from actors.wire.messages import WHOLE
 from actors.wire.replies import Answer, Reduced, Replies
@@ -22,62 +22,62 @@ DRAFT_WIDTH = 64  # of the slice that a draft is drawn from, where the answer ha
 _NOTHING = np.zeros((0, 0), np.float32)
 
 
-class Drawn(NamedTuple):
+class SampledDraft(NamedTuple):
     """The rows of an extend that drafts, and the token drawn from the last of them."""
 
     answer: Answer
     token: int
 
 
-def answer_all(engine: Engine, done: Sequence[Pending]) -> list[Answer | Drawn]:
+def answer_all(engine: Engine, done: Sequence[ScheduledExtend]) -> list[Answer | SampledDraft]:
     """The answers to extends whose rows were just made, in their order; rows of one k are reduced together."""
     groups: dict[tuple[int, bool], list[int]] = {}
-    answers: dict[int, Answer | Drawn] = {}
-    for place, pending in enumerate(done):
-        if pending.item.rows:
-            groups.setdefault((width_of(pending.item.k, engine.width), pending.draws), []).append(place)
+    answers: dict[int, Answer | SampledDraft] = {}
+    for place, scheduled in enumerate(done):
+        if scheduled.item.rows:
+            groups.setdefault((width_of(scheduled.item.k, engine.width), scheduled.draws), []).append(place)
         else:
-            answers[place] = _nothing(pending.item.k)
+            answers[place] = _nothing(scheduled.item.k)
     for (k, draws), places in groups.items():
         answers.update(zip(places, _answer(engine, k, draws, [done[place] for place in places]), strict=True))
     return [answers[place] for place in range(len(done))]
 
 
-def _answer(engine: Engine, k: int, draws: bool, group: Sequence[Pending]) -> Iterator[Answer | Drawn]:
-    sessions = [pending.item.session for pending in group]
+def _answer(engine: Engine, k: int, draws: bool, group: Sequence[ScheduledExtend]) -> Iterator[Answer | SampledDraft]:
+    sessions = [scheduled.item.session for scheduled in group]
     wide = min(DRAFT_WIDTH, engine.width) if draws and k <= 0 else max(k, 0)
     slices = engine.reduce(sessions, wide)
     ids, logits = (slices.ids, slices.logits) if wide == k else (slices.ids[:, :0], slices.logits[:, :0])
     reduced = Reduced(k, slices.logsumexp, ids, engine.whole(sessions) if k == WHOLE else logits, _known(engine, group))
     tokens = _draw(slices.ids, slices.logits, group) if draws else [None] * len(group)
     first = known = 0
-    for pending, token in zip(group, tokens, strict=True):
-        rows, know = pending.item.rows, len(pending.item.know)
+    for scheduled, token in zip(group, tokens, strict=True):
+        rows, know = scheduled.item.rows, len(scheduled.item.know)
         answer = Answer(reduced, first, rows, known, know)
         first, known = first + rows, known + rows * know
-        yield answer if token is None else Drawn(answer, token)
+        yield answer if token is None else SampledDraft(answer, token)
 
 
-def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[Pending]) -> list[int]:
+def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[ScheduledExtend]) -> list[int]:
     """The next token of each extend that drafts: one row [B, k] each."""
     parameters, seeds, positions = [], [], []
-    for pending in group:
-        assert pending.item.draft is not None
-        assert pending.sampling is not None
-        parameters.append(pending.sampling)
-        seeds.append(pending.item.draft.seed)
-        positions.append(pending.item.draft.position + len(pending.drafted))
+    for scheduled in group:
+        assert scheduled.item.draft is not None
+        assert scheduled.sampling is not None
+        parameters.append(scheduled.sampling)
+        seeds.append(scheduled.item.draft.seed)
+        positions.append(scheduled.item.draft.position + len(scheduled.drafted))
     tokens: list[int] = choose_tokens(
         ids, logits.astype(np.float64), parameters, np.array(seeds, np.uint64), np.array(positions)
     ).tolist()
     return tokens
 
 
-def _known(engine: Engine, group: Sequence[Pending]) -> NDArray[np.float32]:
+def _known(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.float32]:
     """The logits of all rows at the ids that each of them must know, flat."""
     rows, counts, ids = [], [], []
-    for pending in group:
-        item = pending.item
+    for scheduled in group:
+        item = scheduled.item
         know, made = len(item.know), item.rows
         if know:
             held = engine.rows(item.session)
@@ -119,45 +119,45 @@ class Drafter:
     def __init__(self, engine: Engine, replies: Replies, max_position: int) -> None:
         self._engine, self._replies, self._max_position = engine, replies, max_position
 
-    def goes_on(self, pending: Pending, tokens: int, drawn: Drawn, *, alone: bool) -> bool:
+    def goes_on(self, scheduled: ScheduledExtend, tokens: int, drawn: SampledDraft, *, alone: bool) -> bool:
         """Take in the row of the last `tokens` tokens; whether the token drawn from it is the next to compute.
 
         Not so where the model cannot take it, and not when the session has been asked for something newer.
         """
-        pending.answers.append(drawn.answer)
-        pending.advance(tokens)
-        if not alone or pending.end >= self._max_position:
+        scheduled.answers.append(drawn.answer)
+        scheduled.advance(tokens)
+        if not alone or scheduled.end >= self._max_position:
             return False
-        pending.drafted.append(drawn.token)
+        scheduled.drafted.append(drawn.token)
         try:
-            self._engine.check_extend(Part(pending, 1).extend())
+            self._engine.check_extend(Chunk(scheduled, 1).extend())
         except EngineError:
-            pending.drafted.pop()
+            scheduled.drafted.pop()
             return False
-        if not pending.draws:
-            self._tell(pending)
+        if not scheduled.draws:
+            self._tell(scheduled)
         return True
 
-    def finish(self, pending: Pending) -> None:
+    def finish(self, scheduled: ScheduledExtend) -> None:
         """Answer with the drafts that were computed."""
-        self._tell(pending)
-        self._replies.rows(pending.peer, pending.item.ticket, pending.answers)
+        self._tell(scheduled)
+        self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
 
-    def complete(self, pending: Pending, last: Answer) -> None:
+    def complete(self, scheduled: ScheduledExtend, last: Answer) -> None:
         """The row of the last draft is there: answer with all."""
-        pending.answers.append(last)
-        self._replies.rows(pending.peer, pending.item.ticket, pending.answers)
+        scheduled.answers.append(last)
+        self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
 
-    def ends_early(self, pending: Pending) -> bool:
+    def ends_early(self, scheduled: ScheduledExtend) -> bool:
         """Answer without a draft that the cache did not take; False if that is not possible any more, or yet."""
-        if not pending.is_drafting or not pending.draws:
+        if not scheduled.is_drafting or not scheduled.draws:
             return False
-        pending.drafted.pop()
-        self.finish(pending)
+        scheduled.drafted.pop()
+        self.finish(scheduled)
         return True
 
-    def _tell(self, pending: Pending) -> None:
-        self._replies.drafted(pending.peer, pending.item.ticket, pending.drafted)
+    def _tell(self, scheduled: ScheduledExtend) -> None:
+        self._replies.drafted(scheduled.peer, scheduled.item.call_id, scheduled.drafted)
 
 
 def wrong_draft(rows: int, draft: Draft) -> str | None:

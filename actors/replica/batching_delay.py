@@ -36,7 +36,7 @@ class _Habit:
         return math.inf if self.mean is None else self.mean + _MARGIN * max(self.deviation, _LEAST_DEVIATION_S)
 
 
-class GatherWindow:
+class BatchingDelay:
     """share: of a forward's usual duration, the longest wait. cap_s: the longest wait, seconds. 0 never waits."""
 
     def __init__(self, share: float = 0.5, cap_s: float = 0.01) -> None:

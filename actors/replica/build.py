@@ -37,7 +37,9 @@ def load_role(
     from actors.engine.loader import load_engine  # loads torch, which only model processes need
 
     model = config.models.role(role)
-    source = source_of(model.model_copy(update={"dtype": "float32", "device": "cpu"}) if config.exact else model)
+    source = source_of(
+        model.model_copy(update={"dtype": "float32", "device": "cpu"}) if config.batch_invariant else model
+    )
     backend = None if model.attention == "auto" else model.attention
     if model.tensor_parallel > 1:
         from actors.engine.parallel import FollowerProcess, Recipe, load_parallel
@@ -45,7 +47,9 @@ def load_role(
         recipe, deadlines = Recipe(source, model.cache_tokens, backend), config.deadlines
         start = start or FollowerProcess
         return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
-    load = partial(load_engine, source, model.cache_tokens, exact=config.exact, backend=backend, report=report)
+    load = partial(
+        load_engine, source, model.cache_tokens, batch_invariant=config.batch_invariant, backend=backend, report=report
+    )
     return on_passing_thread(load)
 
 
@@ -73,5 +77,5 @@ def serve_role(
         row_wait_s=config.deadlines.step_s,
         stuck_s=2 * config.deadlines.step_s,
     )
-    limits = Limits(silent_s=config.deadlines.silent_s)
+    limits = Limits(peer_timeout_s=config.deadlines.peer_timeout_s)
     return ModelReplica(engine, role, incarnation, secret, settings, host=host, tls=server_context(), limits=limits)

@@ -12,8 +12,8 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 from actors.engine.interface import Engine, Full, Held, KVMiss
-from actors.replica.answers import Drawn, answer_all
-from actors.replica.scheduler import Part
+from actors.replica.answers import SampledDraft, answer_all
+from actors.replica.scheduler import Chunk
 from actors.wire.replies import Answer
 
 __all__ = ["Engine", "Failed", "ForwardThread", "Result", "run_forward"]
@@ -32,7 +32,7 @@ class Unshared:
 T = TypeVar("T")
 
 # Held: a chunk is done and more is to come.
-Result: TypeAlias = Answer | Drawn | Held | KVMiss | Full | Unshared | Failed
+Result: TypeAlias = Answer | SampledDraft | Held | KVMiss | Full | Unshared | Failed
 
 
 class ForwardThread:
@@ -52,12 +52,12 @@ class ForwardThread:
     def run(
         self,
         engine: Engine,
-        parts: Sequence[Part],
+        chunks: Sequence[Chunk],
         closing: Sequence[int],
         done: Callable[[list[Result] | Exception], None],
     ) -> None:
         """Run a forward (see `run_forward`); then `done` on the caller's event loop with what it gave or raised."""
-        work = partial(run_forward, engine, parts, closing)
+        work = partial(run_forward, engine, chunks, closing)
         self._jobs.put(_Job(asyncio.get_running_loop(), work, done))
 
     async def between(self, work: Callable[[], T]) -> T:
@@ -95,34 +95,34 @@ class _Job:
             self.loop.call_soon_threadsafe(self.done, outcome)
 
 
-def run_forward(engine: Engine, parts: Sequence[Part], closing: Sequence[int]) -> list[Result]:
-    """Fork and close sessions, run one forward, reduce its rows and draw drafts; results in the order of `parts`.
+def run_forward(engine: Engine, chunks: Sequence[Chunk], closing: Sequence[int]) -> list[Result]:
+    """Fork and close sessions, run one forward, reduce its rows and draw drafts; results in the order of `chunks`.
 
     If the engine raises, the sessions of all parts are dropped.
     """
-    anew = {part.pending.item.session for part in parts}.intersection(closing)
+    anew = {chunk.scheduled.item.session for chunk in chunks}.intersection(closing)
     for session in anew:
         engine.close(session)
     try:
-        results: list[Result] = [Unshared()] * len(parts)
-        begun = [place for place, part in enumerate(parts) if not part.forked or _fork(engine, part)]
+        results: list[Result] = [Unshared()] * len(chunks)
+        begun = [place for place, chunk in enumerate(chunks) if not chunk.forked or _fork(engine, chunk)]
         for session in closing:  # a session that goes could still be forked from
             if session not in anew:
                 engine.close(session)
         if not begun:
             return results
-        for place, outcome in zip(begun, engine.extend([parts[place].extend() for place in begun]), strict=True):
+        for place, outcome in zip(begun, engine.extend([chunks[place].extend() for place in begun]), strict=True):
             results[place] = outcome
-        done = [place for place, part in enumerate(parts) if part.is_last and isinstance(results[place], Held)]
-        for place, answer in zip(done, answer_all(engine, [parts[place].pending for place in done]), strict=True):
+        done = [place for place, chunk in enumerate(chunks) if chunk.is_last and isinstance(results[place], Held)]
+        for place, answer in zip(done, answer_all(engine, [chunks[place].scheduled for place in done]), strict=True):
             results[place] = answer
     except Exception:
-        for part in parts:
-            engine.close(part.pending.item.session)
+        for chunk in chunks:
+            engine.close(chunk.scheduled.item.session)
         raise
     return results
 
 
-def _fork(engine: Engine, part: Part) -> bool:
-    item = part.pending.item
-    return engine.fork(item.session, item.tokens[: part.forked], part.forked_blocks, item.age)
+def _fork(engine: Engine, chunk: Chunk) -> bool:
+    item = chunk.scheduled.item
+    return engine.fork(item.session, item.tokens[: chunk.forked], chunk.forked_blocks, item.age)

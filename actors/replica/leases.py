@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.replica.scheduler import Pending
+from actors.replica.scheduler import ScheduledExtend
 from actors.wire.columns import ExtendItem, RowItem
 from actors.wire.messages import Refusal
 from actors.wire.replies import Recipient, Replies
@@ -26,97 +26,97 @@ class Waiter(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Owned:
+class Lease:
     """A session as its model sees it."""
 
     peer: Recipient  # the connection of the coordinator that owns it
     epoch: int
-    ticket: int  # of the last extend: no later one has a lower ticket
-    queue: deque[Pending] = field(default_factory=deque)  # in the order of arrival; the first may be running
-    running: Pending | None = None
+    call_id: int  # of the last extend: no later one has a lower ticket
+    queue: deque[ScheduledExtend] = field(default_factory=deque)  # in the order of arrival; the first may be running
+    running: ScheduledExtend | None = None
     waiters: list[Waiter] = field(default_factory=list)
 
     def makes(self, position: int) -> bool:
         """Whether the row of the token at `position` is still being made."""
-        return any(pending.makes(position) for pending in self.queue)
+        return any(scheduled.makes(position) for scheduled in self.queue)
 
     def refuse(self, replies: Replies, code: Refusal, detail: int = 0) -> None:
         """Answer everything that waits with a refusal. What runs is no longer this owner's."""
-        for pending in self.queue:
-            replies.refuse(pending.peer, pending.item.ticket, code, detail)
+        for scheduled in self.queue:
+            replies.refuse(scheduled.peer, scheduled.item.call_id, code, detail)
         for waiter in self.waiters:
-            replies.refuse(waiter.peer, waiter.item.ticket, code, detail)
+            replies.refuse(waiter.peer, waiter.item.call_id, code, detail)
         self.queue.clear()
         self.waiters.clear()
         self.running = None
 
 
-class Ledger:
+class SessionLeases:
     """All sessions of a model, by key."""
 
     def __init__(self) -> None:
-        self._sessions: dict[int, Owned] = {}
+        self._sessions: dict[int, Lease] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def get(self, session: int) -> Owned | None:
+    def get(self, session: int) -> Lease | None:
         return self._sessions.get(session)
 
     @property
     def waiting(self) -> int:
         """Extends that wait or run."""
-        return sum(len(owned.queue) for owned in self._sessions.values())
+        return sum(len(lease.queue) for lease in self._sessions.values())
 
     @property
     def idle(self) -> bool:
         """Whether no extend waits or runs."""
-        return not any(owned.queue for owned in self._sessions.values())
+        return not any(lease.queue for lease in self._sessions.values())
 
-    def waiters(self) -> Iterator[Owned]:
+    def waiters(self) -> Iterator[Lease]:
         """Sessions for whose rows something waits."""
-        return (owned for owned in self._sessions.values() if owned.waiters)
+        return (lease for lease in self._sessions.values() if lease.waiters)
 
-    def heads(self) -> Iterator[tuple[Owned, Pending]]:
+    def heads(self) -> Iterator[tuple[Lease, ScheduledExtend]]:
         """The first extend of each session that has one."""
-        return ((owned, owned.queue[0]) for owned in self._sessions.values() if owned.queue)
+        return ((lease, lease.queue[0]) for lease in self._sessions.values() if lease.queue)
 
-    def claim(self, peer: Recipient, item: ExtendItem, replies: Replies) -> Owned | None:
+    def claim(self, peer: Recipient, item: ExtendItem, replies: Replies) -> Lease | None:
         """The session, owned by the sender of `item`; None if the item is refused or a late duplicate.
 
         A lower epoch is refused. A higher one takes over, and so does another connection of the same epoch: it is
         its owner, connected anew.
         """
-        owned = self._sessions.get(item.session)
-        if owned is None:
-            owned = self._sessions[item.session] = Owned(peer, item.epoch, item.ticket)
-            return owned
-        if item.epoch < owned.epoch:
-            replies.refuse(peer, item.ticket, Refusal.SUPERSEDED, owned.epoch)
+        lease = self._sessions.get(item.session)
+        if lease is None:
+            lease = self._sessions[item.session] = Lease(peer, item.epoch, item.call_id)
+            return lease
+        if item.epoch < lease.epoch:
+            replies.refuse(peer, item.call_id, Refusal.SUPERSEDED, lease.epoch)
             return None
-        if item.epoch == owned.epoch and item.ticket <= owned.ticket:
+        if item.epoch == lease.epoch and item.call_id <= lease.call_id:
             return None
-        if item.epoch > owned.epoch or owned.peer is not peer:
-            owned.refuse(replies, Refusal.SUPERSEDED, item.epoch)
-            owned.peer, owned.epoch = peer, item.epoch
-        owned.ticket = item.ticket
-        return owned
+        if item.epoch > lease.epoch or lease.peer is not peer:
+            lease.refuse(replies, Refusal.SUPERSEDED, item.epoch)
+            lease.peer, lease.epoch = peer, item.epoch
+        lease.call_id = item.call_id
+        return lease
 
     def release(self, peer: Recipient, session: int, replies: Replies) -> bool:
         """The owner is done with a session. False if `peer` does not own it."""
-        owned = self._sessions.get(session)
-        if owned is None or owned.peer is not peer:
+        lease = self._sessions.get(session)
+        if lease is None or lease.peer is not peer:
             return False
-        owned.refuse(replies, Refusal.ROW_GONE)
+        lease.refuse(replies, Refusal.ROW_GONE)
         del self._sessions[session]
         return True
 
     def release_all(self, peer: Recipient, replies: Replies) -> list[int]:
         """The sessions that a connection which closed has left behind."""
-        left = [session for session, owned in self._sessions.items() if owned.peer is peer]
+        left = [session for session, lease in self._sessions.items() if lease.peer is peer]
         for session in left:
             self.release(peer, session, replies)
         return left
 
     def owns_any(self, peer: Recipient) -> bool:
-        return any(owned.peer is peer for owned in self._sessions.values())
+        return any(lease.peer is peer for lease in self._sessions.values())

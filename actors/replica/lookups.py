@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from actors.engine.interface import Engine, SessionRows
 from actors.replica.answers import width_of, within
-from actors.replica.leases import Ledger, Owned, Waiter
+from actors.replica.leases import Lease, SessionLeases, Waiter
 from actors.wire.columns import RowItem, lookup_items, widen_items
 from actors.wire.link import cancel
 from actors.wire.messages import WHOLE, Lookup, Refusal, Widen
 from actors.wire.replies import Answer, Recipient, Reduced, Replies
 
 
-class _Reading:
+class _OpenFrame:
     """Lookups whose rows are there, to be read together."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class _Reading:
 
     def add(self, peer: Recipient, item: RowItem, row: tuple[SessionRows, int], ids: NDArray[np.int32]) -> None:
         self.peers.append(peer)
-        self.items.append((item.ticket, item.size))
+        self.items.append((item.call_id, item.size))
         self.rows.append(row)
         self.ids.append(ids)
 
@@ -51,14 +51,14 @@ class _Reading:
                 first, begin = place, end
 
 
-class RowDesk:
+class LookupService:
     """Answers every lookup and widening: its value, `ROW_GONE`, `FAILED`, `SUPERSEDED` or `BAD_ITEM`.
 
     wait_s: the longest that one waits for its row.
     """
 
-    def __init__(self, engine: Engine, ledger: Ledger, replies: Replies, wait_s: float) -> None:
-        self._engine, self._ledger, self._replies, self._wait_s = engine, ledger, replies, wait_s
+    def __init__(self, engine: Engine, leases: SessionLeases, replies: Replies, wait_s: float) -> None:
+        self._engine, self._leases, self._replies, self._wait_s = engine, leases, replies, wait_s
         self._sweep: asyncio.TimerHandle | None = None  # set while something waits
         self.asked = 0
         self.waited = 0
@@ -72,64 +72,64 @@ class RowDesk:
         width = self._engine.width
         items, ids = lookup_items(message, width)
         sound = within(ids, width)
-        reading, end = _Reading(), 0
+        reading, end = _OpenFrame(), 0
         for item in items:
             begin, end = end, end + item.size
-            owned = self._ledger.get(item.session)
-            if self._refused(peer, item, owned, bad=not sound and not within(ids[begin:end], width)):
+            lease = self._leases.get(item.session)
+            if self._refused(peer, item, lease, bad=not sound and not within(ids[begin:end], width)):
                 continue
             row = self._find(item)
             if row is not None:
                 reading.add(peer, item, row, ids[begin:end])
             else:
-                self._wait(peer, item, owned, ids[begin:end])
+                self._wait(peer, item, lease, ids[begin:end])
         self._finish(reading, len(items))
 
     def widen(self, peer: Recipient, message: Widen) -> None:
         """The same for widenings."""
         items = widen_items(message)
         for item in items:
-            owned = self._ledger.get(item.session)
-            if self._refused(peer, item, owned, bad=item.size < WHOLE):
+            lease = self._leases.get(item.session)
+            if self._refused(peer, item, lease, bad=item.size < WHOLE):
                 continue
             row = self._find(item)
             if row is not None:
                 self._widen(peer, item, *row)
             else:
-                self._wait(peer, item, owned, None)
-        self._finish(_Reading(), len(items))
+                self._wait(peer, item, lease, None)
+        self._finish(_OpenFrame(), len(items))
 
-    def settle(self, concluded: Iterable[tuple[Owned, Refusal]]) -> None:
+    def settle(self, concluded: Iterable[tuple[Lease, Refusal]]) -> None:
         """Forwards gave rows to these sessions: answer what waited for them.
 
         Who waits for a row that is not there, and not being made, is answered with the refusal.
         """
-        reading = _Reading()
-        for owned, gone in concluded:
-            waiters, owned.waiters = owned.waiters, []
+        reading = _OpenFrame()
+        for lease, gone in concluded:
+            waiters, lease.waiters = lease.waiters, []
             for waiter in waiters:
                 row = self._find(waiter.item)
-                if row is None and owned.makes(waiter.item.position):
-                    owned.waiters.append(waiter)
+                if row is None and lease.makes(waiter.item.position):
+                    lease.waiters.append(waiter)
                 elif row is None:
-                    self._replies.refuse(waiter.peer, waiter.item.ticket, gone)
+                    self._replies.refuse(waiter.peer, waiter.item.call_id, gone)
                 elif waiter.ids is None:
                     self._widen(waiter.peer, waiter.item, *row)
                 else:
                     reading.add(waiter.peer, waiter.item, row, waiter.ids)
         reading.answer(self._engine, self._replies)
 
-    def _finish(self, reading: _Reading, asked: int) -> None:
+    def _finish(self, reading: _OpenFrame, asked: int) -> None:
         self.asked += asked
         reading.answer(self._engine, self._replies)
         self._replies.flush()
 
-    def _refused(self, peer: Recipient, item: RowItem, owned: Owned | None, *, bad: bool) -> bool:
+    def _refused(self, peer: Recipient, item: RowItem, lease: Lease | None, *, bad: bool) -> bool:
         """Refuse an item of a former owner, or one that is bad."""
-        if owned is not None and item.epoch < owned.epoch:
-            self._replies.refuse(peer, item.ticket, Refusal.SUPERSEDED, owned.epoch)
+        if lease is not None and item.epoch < lease.epoch:
+            self._replies.refuse(peer, item.call_id, Refusal.SUPERSEDED, lease.epoch)
         elif bad:
-            self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
+            self._replies.refuse(peer, item.call_id, Refusal.BAD_ITEM)
         else:
             return False
         return True
@@ -144,27 +144,27 @@ class RowDesk:
         slices = held.slices(max(k, 0), [row])
         logits = held.whole([row]) if k == WHOLE else slices.logits
         reduced = Reduced(k, slices.logsumexp, slices.ids, logits, logits[0, :0])
-        self._replies.rows(peer, item.ticket, [Answer(reduced, 0, 1, 0, 0)])
+        self._replies.rows(peer, item.call_id, [Answer(reduced, 0, 1, 0, 0)])
 
-    def _wait(self, peer: Recipient, item: RowItem, owned: Owned | None, ids: NDArray[np.int32] | None) -> None:
-        if owned is None or item.epoch > owned.epoch or not owned.makes(item.position):
-            self._replies.refuse(peer, item.ticket, Refusal.ROW_GONE)
+    def _wait(self, peer: Recipient, item: RowItem, lease: Lease | None, ids: NDArray[np.int32] | None) -> None:
+        if lease is None or item.epoch > lease.epoch or not lease.makes(item.position):
+            self._replies.refuse(peer, item.call_id, Refusal.ROW_GONE)
             return
         self.waited += 1
-        owned.waiters.append(Waiter(peer, item, ids, time.monotonic()))
+        lease.waiters.append(Waiter(peer, item, ids, time.monotonic()))
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(self._wait_s, self._give_up)
 
     def _give_up(self) -> None:
         """Answer those that have waited long enough, and come again when the next ones have."""
         now, oldest = time.monotonic(), None
-        for owned in self._ledger.waiters():
-            late = [waiter for waiter in owned.waiters if waiter.since + self._wait_s <= now]
+        for lease in self._leases.waiters():
+            late = [waiter for waiter in lease.waiters if waiter.since + self._wait_s <= now]
             for waiter in late:
-                self._replies.refuse(waiter.peer, waiter.item.ticket, Refusal.ROW_GONE)
-            owned.waiters = owned.waiters[len(late) :]  # in the order of arrival
-            if owned.waiters and (oldest is None or owned.waiters[0].since < oldest):
-                oldest = owned.waiters[0].since
+                self._replies.refuse(waiter.peer, waiter.item.call_id, Refusal.ROW_GONE)
+            lease.waiters = lease.waiters[len(late) :]  # in the order of arrival
+            if lease.waiters and (oldest is None or lease.waiters[0].since < oldest):
+                oldest = lease.waiters[0].since
         self._sweep = None
         if oldest is not None:
             self._sweep = asyncio.get_running_loop().call_later(oldest + self._wait_s - now, self._give_up)

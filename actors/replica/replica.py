@@ -23,12 +23,12 @@ from actors.engine.errors import EngineError
 from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.engine.interface import Extend as EngineExtend
 from actors.metrics import Recorder
-from actors.replica.answers import Drafter, Drawn, sampling_of, width_of, within, wrong_draft
-from actors.replica.batching_delay import GatherWindow
+from actors.replica.answers import Drafter, SampledDraft, sampling_of, width_of, within, wrong_draft
+from actors.replica.batching_delay import BatchingDelay
 from actors.replica.engine_thread import Failed, ForwardThread, Result, Unshared
-from actors.replica.leases import Ledger, Owned
-from actors.replica.lookups import RowDesk
-from actors.replica.scheduler import Part, Pending, choose
+from actors.replica.leases import Lease, SessionLeases
+from actors.replica.lookups import LookupService
+from actors.replica.scheduler import Chunk, ScheduledExtend, choose
 from actors.replica.stats import ReplicaLoad, ReplicaMeter, ReplicaStats
 from actors.wire.columns import ExtendItem, extend_items
 from actors.wire.link import Limits, cancel
@@ -48,8 +48,8 @@ class ReplicaSettings:
 
     max_position: int  # tokens of one session
     prefill_chunk: int = 2_048  # prompt tokens in one forward
-    gather_share: float = 0.5  # of a forward's duration: how long to wait for another coordinator's extends
-    gather_cap_s: float = 0.01
+    batching_delay_share: float = 0.5  # of a forward's duration: how long to wait for another coordinator's extends
+    batching_delay_cap_s: float = 0.01
     row_wait_s: float = 30.0  # a lookup waits so long for its row
     stuck_s: float = 120.0  # a forward that takes longer makes the replica unwell
 
@@ -85,15 +85,15 @@ class ModelReplica:
             hash_seed=engine.hash_seed,
             cache_tokens=engine.cache_stats().tokens_total,
             max_position=settings.max_position,
-            exact=engine.exact,
+            batch_invariant=engine.batch_invariant,
         )
         self._server = Server(secret, welcome, self._on_message, self._on_closed, tls=tls, limits=limits)
         self._thread = ForwardThread(f"engine-{role}")
-        self._window = GatherWindow(settings.gather_share, settings.gather_cap_s)
-        self._ledger = Ledger()
+        self._window = BatchingDelay(settings.batching_delay_share, settings.batching_delay_cap_s)
+        self._leases = SessionLeases()
         self._replies = Replies(self._answer_limit, engine.width)
         self._drafter = Drafter(engine, self._replies, settings.max_position)
-        self._rows = RowDesk(engine, self._ledger, self._replies, settings.row_wait_s)
+        self._rows = LookupService(engine, self._leases, self._replies, settings.row_wait_s)
         self._closing: set[int] = set()  # sessions whose cache goes before the next forward
         self._due: asyncio.Handle | None = None  # the next turn of the loop
         self._opened: float | None = None  # since when there is something to do, and company may be due
@@ -125,7 +125,7 @@ class ModelReplica:
         """How busy this replica is now."""
         cache = self._engine.cache_stats()
         return ReplicaLoad(
-            len(self._ledger), self._ledger.waiting, cache.tokens_total, cache.tokens_used, self._window.forward_s
+            len(self._leases), self._leases.waiting, cache.tokens_total, cache.tokens_used, self._window.forward_s
         )
 
     def stats(self) -> ReplicaStats:
@@ -178,7 +178,7 @@ class ModelReplica:
     def _turn(self) -> None:
         """Run a forward if there is something to do and no more company is due within the window."""
         assert self._forward_began is None
-        if self._ledger.idle and not self._closing:
+        if self._leases.idle and not self._closing:
             return
         now = time.monotonic()
         if self._opened is None:
@@ -188,78 +188,78 @@ class ModelReplica:
             self._due = asyncio.get_running_loop().call_later(until - now, self._attempt, self._turn)
             return
         self._opened, self._forward_began = None, now
-        parts, closing, self._closing = self._choose(), list(self._closing), set()
+        chunks, closing, self._closing = self._choose(), list(self._closing), set()
         self._thread.run(
-            self._engine, parts, closing, lambda outcome: self._attempt(partial(self._forwarded, parts, outcome))
+            self._engine, chunks, closing, lambda outcome: self._attempt(partial(self._forwarded, chunks, outcome))
         )
 
-    def _forwarded(self, parts: Sequence[Part], outcome: Sequence[Result] | Exception) -> None:
+    def _forwarded(self, chunks: Sequence[Chunk], outcome: Sequence[Result] | Exception) -> None:
         """A forward is over: answer, and take the next turn."""
         assert self._forward_began is not None
         took, self._forward_began = time.monotonic() - self._forward_began, None
         if isinstance(outcome, Exception):
-            log.error("a forward over %d sessions failed", len(parts), exc_info=outcome)
+            log.error("a forward over %d sessions failed", len(chunks), exc_info=outcome)
             self._stats.failures += 1
-            outcome = [Failed()] * len(parts)
-        done = [p for p, r in zip(parts, outcome, strict=True) if isinstance(r, Answer | Drawn | Held)]
-        packed = self._count(done, took) if parts else 0
-        concluded = [self._conclude(part, result) for part, result in zip(parts, outcome, strict=True)]
+            outcome = [Failed()] * len(chunks)
+        done = [p for p, r in zip(chunks, outcome, strict=True) if isinstance(r, Answer | SampledDraft | Held)]
+        packed = self._count(done, took) if chunks else 0
+        concluded = [self._conclude(chunk, result) for chunk, result in zip(chunks, outcome, strict=True)]
         self._rows.settle(each for each in concluded if each is not None)
         self._answer(packed, took)
         self._turn()
 
-    def _choose(self) -> list[Part]:
-        heads = list(self._ledger.heads())
+    def _choose(self) -> list[Chunk]:
+        heads = list(self._leases.heads())
         # No forward runs, so the engine may be asked from this thread.
-        parts = choose([pending for _, pending in heads], self._settings.prefill_chunk, self._engine.shared)
-        chosen = {part.pending for part in parts}
-        for owned, pending in heads:
-            owned.running = pending if pending in chosen else None
-        return parts
+        chunks = choose([scheduled for _, scheduled in heads], self._settings.prefill_chunk, self._engine.shared)
+        chosen = {chunk.scheduled for chunk in chunks}
+        for lease, scheduled in heads:
+            lease.running = scheduled if scheduled in chosen else None
+        return chunks
 
-    def _count(self, parts: Sequence[Part], took: float) -> int:
+    def _count(self, chunks: Sequence[Chunk], took: float) -> int:
         """The tokens that went through a forward."""
         self._window.forward_took(took)
-        self._meter.forward(parts, took)
-        return self._stats.count(parts, took)
+        self._meter.forward(chunks, took)
+        return self._stats.count(chunks, took)
 
-    def _conclude(self, part: Part, result: Result) -> tuple[Owned, Refusal] | None:
+    def _conclude(self, chunk: Chunk, result: Result) -> tuple[Lease, Refusal] | None:
         """Answer a part whose forward is over, unless its session was released or taken over meanwhile.
 
         The session if it may have new rows, and what to say of those that it has not.
         """
-        pending = part.pending
-        owned = self._ledger.get(pending.item.session)
-        if owned is None or owned.running is not pending:
+        scheduled = chunk.scheduled
+        lease = self._leases.get(scheduled.item.session)
+        if lease is None or lease.running is not scheduled:
             return None
-        owned.running = None
-        peer, ticket, gone = pending.peer, pending.item.ticket, Refusal.ROW_GONE
+        lease.running = None
+        peer, call_id, gone = scheduled.peer, scheduled.item.call_id, Refusal.ROW_GONE
         match result:
             case Held():
-                pending.advance(part.taken)
+                scheduled.advance(chunk.taken)
                 return None
             case Unshared():
-                pending.blocks = ()
+                scheduled.blocks = ()
                 return None
-            case Drawn() if self._drafter.goes_on(pending, part.taken, result, alone=len(owned.queue) == 1):
-                return owned, gone
-            case Drawn():
-                self._drafter.finish(pending)
-            case Answer() if pending.item.draft is not None:
-                self._drafter.complete(pending, result)
+            case SampledDraft() if self._drafter.goes_on(scheduled, chunk.taken, result, alone=len(lease.queue) == 1):
+                return lease, gone
+            case SampledDraft():
+                self._drafter.finish(scheduled)
+            case Answer() if scheduled.item.draft is not None:
+                self._drafter.complete(scheduled, result)
             case Answer():
-                self._replies.rows(peer, ticket, [result])
-            case KVMiss() | Full() if self._drafter.ends_early(pending):
+                self._replies.rows(peer, call_id, [result])
+            case KVMiss() | Full() if self._drafter.ends_early(scheduled):
                 pass
             case KVMiss():
-                self._replies.refuse(peer, ticket, Refusal.KV_MISS, result.held)
+                self._replies.refuse(peer, call_id, Refusal.KV_MISS, result.held)
             case Full():
-                self._replies.refuse(peer, ticket, Refusal.FULL, self._retry_ms())
+                self._replies.refuse(peer, call_id, Refusal.FULL, self._retry_ms())
             case Failed():
                 gone = Refusal.FAILED
-                self._replies.refuse(peer, ticket, gone)
-        owned.queue.popleft()
-        return owned, gone
+                self._replies.refuse(peer, call_id, gone)
+        lease.queue.popleft()
+        return lease, gone
 
     def _retry_ms(self) -> int:
         """After how long it may be worth trying again: a few forwards."""
@@ -289,28 +289,28 @@ class ModelReplica:
     def _on_extend(self, peer: Peer, message: Extend) -> None:
         items = extend_items(message)
         for session in message.released.tolist():
-            if self._ledger.release(peer, session, self._replies):
+            if self._leases.release(peer, session, self._replies):
                 self._closing.add(session)
         sound = within(message.know, self._engine.width)
         for item in items:
             self._admit(peer, item, sound=sound)
         self._replies.flush()
-        if self._ledger.owns_any(peer):
+        if self._leases.owns_any(peer):
             self._window.arrived(peer, time.monotonic())
         else:
             self._window.forget(peer)
         self._wake()
 
     def _admit(self, peer: Peer, item: ExtendItem, *, sound: bool) -> None:
-        owned = self._ledger.claim(peer, item, self._replies)
-        if owned is None:
+        lease = self._leases.claim(peer, item, self._replies)
+        if lease is None:
             return
         wrong = self._wrong(item, sound=sound)
         if wrong:
             log.warning("an item of %s is refused: %s", peer.name, wrong)
-            self._replies.refuse(peer, item.ticket, Refusal.BAD_ITEM)
+            self._replies.refuse(peer, item.call_id, Refusal.BAD_ITEM)
         else:
-            owned.queue.append(Pending(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
+            lease.queue.append(ScheduledExtend(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
 
     def _wrong(self, item: ExtendItem, *, sound: bool) -> str | None:
         """What makes an item one that can never succeed."""
@@ -334,7 +334,7 @@ class ModelReplica:
         return None
 
     def _on_closed(self, peer: Peer) -> None:
-        self._closing.update(self._ledger.release_all(peer, self._replies))
+        self._closing.update(self._leases.release_all(peer, self._replies))
         self._replies.flush()
         self._window.forget(peer)
         self._stats.bytes_received += peer.bytes_received

@@ -16,7 +16,7 @@ DECODE_TOKENS = 8  # an extend of so many tokens or fewer is a decode step or a 
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
+class ScheduledExtend:
     """An extend on its way, and how far it has got: a long one takes several forwards, and so do drafts."""
 
     peer: Recipient
@@ -64,11 +64,11 @@ class Pending:
         """Whether the row of the token at `position` will be held when this is done."""
         return self.end - len(self.drafted) - self.item.rows <= position < self.end
 
-    def part(self, budget: int, forked: int = 0) -> Part:
+    def chunk(self, budget: int, forked: int = 0) -> Chunk:
         """What to take into a forward with room for `budget`; all that give rows go together, at the end."""
         left = self.left - forked
         ahead = left - self.item.rows
-        return Part(self, left if left <= budget or ahead <= 0 else min(ahead, budget), forked)
+        return Chunk(self, left if left <= budget or ahead <= 0 else min(ahead, budget), forked)
 
     def tokens(self, count: int, forked: int = 0) -> list[int]:
         """The next `count` tokens to take, behind `forked`."""
@@ -83,10 +83,10 @@ class Pending:
         self.done += tokens
 
 
-class Part(NamedTuple):
+class Chunk(NamedTuple):
     """What one forward takes of an extend."""
 
-    pending: Pending
+    scheduled: ScheduledExtend
     tokens: int  # that it computes
     forked: int = 0  # tokens before them, of whole blocks, that another session's cache already holds
 
@@ -98,53 +98,53 @@ class Part(NamedTuple):
     @property
     def is_last(self) -> bool:
         """Whether this gives the rows of all tokens known by now."""
-        return self.taken == self.pending.left
+        return self.taken == self.scheduled.left
 
     @property
     def forked_blocks(self) -> Sequence[int]:
         """The running hashes after each block that is forked."""
-        return self.pending.blocks[: self.forked // BLOCK]
+        return self.scheduled.blocks[: self.forked // BLOCK]
 
     def extend(self) -> Extend:
-        pending = self.pending
-        item, tokens = pending.item, pending.tokens(self.tokens, self.forked)
+        scheduled = self.scheduled
+        item, tokens = scheduled.item, scheduled.tokens(self.tokens, self.forked)
         rows = item.rows if self.is_last else 0
-        position = item.position + pending.done + self.forked
-        prefix = self.forked_blocks[-1] if self.forked else pending.prefix
-        return Extend(item.session, position, prefix, tokens, rows, item.age, keep=pending.keep)
+        position = item.position + scheduled.done + self.forked
+        prefix = self.forked_blocks[-1] if self.forked else scheduled.prefix
+        return Extend(item.session, position, prefix, tokens, rows, item.age, keep=scheduled.keep)
 
 
 Shared = Callable[[Sequence[int]], int]
 
 
-def choose(waiting: Iterable[Pending], prefill_chunk: int, shared: Shared = lambda blocks: 0) -> list[Part]:
+def choose(waiting: Iterable[ScheduledExtend], prefill_chunk: int, shared: Shared = lambda blocks: 0) -> list[Chunk]:
     """What the next forward takes: every decode step, then prompts, oldest first, up to `prefill_chunk` tokens.
 
     Rows that belong together may exceed the budget, if nothing else uses it. A prompt begins with the blocks that some
     session holds (`shared`: how many, see `Engine`), and waits as long as an older prompt is about to make its next.
     """
-    parts: list[Part] = []
+    chunks: list[Chunk] = []
     coming: set[int] = set()  # blocks that the prompts before this one make
-    prompts: list[Pending] = []
-    for pending in waiting:
-        if pending.is_decode:
-            parts.append(Part(pending, pending.left))
+    prompts: list[ScheduledExtend] = []
+    for scheduled in waiting:
+        if scheduled.is_decode:
+            chunks.append(Chunk(scheduled, scheduled.left))
         else:
-            prompts.append(pending)
+            prompts.append(scheduled)
     budget = prefill_chunk
-    for pending in sorted(prompts, key=lambda pending: pending.item.age):
+    for scheduled in sorted(prompts, key=lambda scheduled: scheduled.item.age):
         held = 0
-        if pending.blocks and not pending.done:
-            held = shared(pending.blocks)
-            if held < len(pending.blocks) and pending.blocks[held] in coming:
+        if scheduled.blocks and not scheduled.done:
+            held = shared(scheduled.blocks)
+            if held < len(scheduled.blocks) and scheduled.blocks[held] in coming:
                 continue
         # What a prompt that waits would make is also made by the one it waits for, as far as it matters to the others.
-        coming.update(pending.blocks)
-        part = pending.part(budget, held * BLOCK)
-        if part.tokens > budget and budget < prefill_chunk:
+        coming.update(scheduled.blocks)
+        chunk = scheduled.chunk(budget, held * BLOCK)
+        if chunk.tokens > budget and budget < prefill_chunk:
             continue
-        parts.append(part)
-        budget -= part.tokens
+        chunks.append(chunk)
+        budget -= chunk.tokens
         if budget <= 0:
             break
-    return parts
+    return chunks

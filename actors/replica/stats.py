@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from actors.metrics import Counter, Recorder
-from actors.replica.scheduler import Part
+from actors.replica.scheduler import Chunk
 
 Phase = Literal["prefill", "extend", "draft", "lookup"]
 
@@ -44,13 +44,13 @@ class ReplicaStats:
     bytes_sent: int = 0
     refused_connections: Mapping[str, int] = field(default_factory=dict)  # by the stable code of what ended them
 
-    def count(self, parts: Sequence[Part], took: float) -> int:
+    def count(self, chunks: Sequence[Chunk], took: float) -> int:
         """A forward over these is over; the tokens that went through it."""
-        packed = sum(part.tokens for part in parts)
+        packed = sum(chunk.tokens for chunk in chunks)
         self.forwards += 1
-        self.items += len(parts)
+        self.items += len(chunks)
         self.tokens += packed
-        self.forked_tokens += sum(part.forked for part in parts)
+        self.forked_tokens += sum(chunk.forked for chunk in chunks)
         self.forward_s += took
         return packed
 
@@ -67,13 +67,13 @@ class ReplicaMeter:
         self._tokens = self._recorder.counter("thinklogit_forward_tokens", role)
         self._failed = self._recorder.counter("thinklogit_failed_forwards", role)
 
-    def forward(self, parts: Sequence[Part], took: float) -> None:
+    def forward(self, chunks: Sequence[Chunk], took: float) -> None:
         """A forward over these parts took so many seconds."""
-        phase = phase_of(parts)
+        phase = phase_of(chunks)
         self._step(phase, took)
         if phase not in self._sessions:
             self._sessions[phase] = self._recorder.counter("thinklogit_batched_sessions", self._role, phase)
-        self._sessions[phase].add(len(parts))
+        self._sessions[phase].add(len(chunks))
 
     def looked_up(self, took: float) -> None:
         """A frame of lookups was answered."""
@@ -97,9 +97,9 @@ class ReplicaMeter:
         seconds.add(took)
 
 
-def phase_of(parts: Sequence[Part]) -> Phase:
+def phase_of(chunks: Sequence[Chunk]) -> Phase:
     """What a forward is for: a prompt's part takes most of its time, drafts are one token each."""
-    if any(not part.pending.is_decode for part in parts):
+    if any(not chunk.scheduled.is_decode for chunk in chunks):
         return "prefill"
-    drafts = bool(parts) and all(part.pending.item.draft is not None for part in parts)
+    drafts = bool(chunks) and all(chunk.scheduled.item.draft is not None for chunk in chunks)
     return "draft" if drafts else "extend"

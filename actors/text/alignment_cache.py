@@ -33,15 +33,15 @@ def align(target: RoleTokenizer, role: RoleTokenizer) -> Alignment:
     known = {*special.values(), *role.eos_ids, *role.special_ids}
     shown = {id_: content.encode() for content, id_ in role.added_tokens.items() if id_ not in known}
     tables = kept_tables(target, role, Roles(events, shown))
-    texts = list(target.speller.texts) + [None] * (max(target.added_tokens.values(), default=-1) + 1)
+    texts = list(target.adapter.texts) + [None] * (max(target.added_tokens.values(), default=-1) + 1)
     for content, id_ in target.added_tokens.items():
         texts[id_] = content.encode()
     for id_ in target.eos_ids:
         texts[id_] = None
     back = {theirs: ours for ours, theirs in same.items()}
     back |= dict.fromkeys(role.eos_ids, target.eos_ids[0]) if ends else {}
-    alignment = Alignment(target.speller, role.speller, tables, special, texts, back, shown)
-    _ = alignment.straddling  # sorts the vocabulary, for which no session should wait
+    alignment = Alignment(target.adapter, role.adapter, tables, special, texts, back, shown)
+    _ = alignment.crossing_finder  # sorts the vocabulary, for which no session should wait
     return alignment
 
 
@@ -52,7 +52,7 @@ def kept_tables(target: RoleTokenizer, role: RoleTokenizer, roles: Roles) -> Tab
         with file.open("rb") as stored, np.load(stored) as columns:
             return Tables(TableArrays(**{name: columns[name] for name in columns.files}))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
-        tables = build_tables(target.speller, role.speller, roles, target.width)
+        tables = build_tables(target.adapter, role.adapter, roles, target.width)
     try:
         _keep(tables, file)
     except OSError as error:
@@ -72,7 +72,7 @@ def _same_added(target: RoleTokenizer, role: RoleTokenizer) -> dict[int, int]:
 
 
 def _digest(target: RoleTokenizer, role: RoleTokenizer, roles: Roles) -> str:
-    parts = (_VERSION, target.speller.digest, role.speller.digest, sorted(roles.same.items()), target.width)
+    parts = (_VERSION, target.adapter.digest, role.adapter.digest, sorted(roles.same.items()), target.width)
     return hashlib.sha256(repr((*parts, sorted(roles.shown.items()))).encode()).hexdigest()
 
 

@@ -23,11 +23,11 @@ _WORDS = re.compile(r" +[^ ]*|[^ ]+")  # pieces that SentencePiece never spells 
 _MOVING = ("Prepend", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents")  # what is left out
 
 
-class SpellingError(ValueError):
+class UnsupportedTokenizer(ValueError):
     """A kind of tokenizer whose tokens cannot be read as bytes; the message names it."""
 
 
-class TokenizerSpeller:
+class ByteTokenizerAdapter:
     """Implements `actors.decoding.cross_vocab.tables.Speller` over a tokenizer of the `tokenizers` library."""
 
     def __init__(self, tokenizer: Tokenizer, text_tokens: Mapping[str, int]) -> None:
@@ -37,7 +37,7 @@ class TokenizerSpeller:
         self._bare = Tokenizer.from_str(json.dumps(settings))
         self._sees_bytes = self._kind == "bytes"
         # Sessions spell the same words over and over, and each small model spells what the other has.
-        self._remembered = lru_cache(_REMEMBERED)(self._spell)
+        self._remembered = lru_cache(_REMEMBERED)(self._encode)
         self._remembered_restart = lru_cache(_REMEMBERED)(self._restart)
         self.texts: list[bytes | None] = [None] * (max(text_tokens.values(), default=-1) + 1)
         for token, id_ in text_tokens.items():
@@ -51,11 +51,11 @@ class TokenizerSpeller:
         """Of all that decides how it spells."""
         return hashlib.sha256(self._bare.to_str().encode()).hexdigest()
 
-    def spell(self, text: str) -> tuple[list[int], list[int]]:
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of a text, and the bytes of it up to the end of each; neither may be changed."""
-        return self._remembered(text) if len(text) <= _SHORT else self._spell(text)
+        return self._remembered(text) if len(text) <= _SHORT else self._encode(text)
 
-    def _spell(self, text: str) -> tuple[list[int], list[int]]:
+    def _encode(self, text: str) -> tuple[list[int], list[int]]:
         encoding = self._bare.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         texts = self.texts
@@ -65,11 +65,11 @@ class TokenizerSpeller:
         # A token that stands for other bytes than its own (an unknown word, another case): where its characters end.
         return ids, [len(text[:end].encode()) for _, end in encoding.offsets[:-1]] + [len(text.encode())] * bool(ids)
 
-    def spell_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts."""
         return [encoding.ids for encoding in self._bare.encode_batch(list(texts), add_special_tokens=False)]
 
-    def spell_bytes(self, data: bytes) -> list[int]:
+    def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of bytes that are no text: those of single bytes merged as the vocabulary merges them, where it has them.
 
         Empty where it has none for them.
@@ -150,7 +150,7 @@ def _kind_of(settings: Mapping[str, Any]) -> str:
     spaced = any(_SPACE in token for token in _entries(settings["model"]))
     if model in ("BPE", "Unigram") and spaced:
         return "spaces"
-    raise SpellingError(f"a {model} vocabulary that is neither byte-level nor SentencePiece's")
+    raise UnsupportedTokenizer(f"a {model} vocabulary that is neither byte-level nor SentencePiece's")
 
 
 def _types(step: Mapping[str, Any] | None, parts: str) -> Iterator[str]:

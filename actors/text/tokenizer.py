@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from tokenizers import AddedToken, Tokenizer
 
 from actors.text.chat_template import ChatTemplate, ChatTemplateError, Message
-from actors.text.token_bytes import SpellingError, TokenizerSpeller
+from actors.text.token_bytes import ByteTokenizerAdapter, UnsupportedTokenizer
 
 FILES = (
     "tokenizer.json",
@@ -102,9 +102,9 @@ class RoleTokenizer:
             raise TokenizerError(f"{path}: {error}") from error
 
     @cached_property
-    def speller(self) -> TokenizerSpeller:
-        """How it spells text in the middle of an answer. Raises SpellingError for a kind that cannot be read so."""
-        return TokenizerSpeller(self._tokenizer, self.text_tokens)
+    def adapter(self) -> ByteTokenizerAdapter:
+        """Encodes text in the middle of an answer. Raises UnsupportedTokenizer for a kind that cannot do so."""
+        return ByteTokenizerAdapter(self._tokenizer, self.text_tokens)
 
     @property
     def has_chat_template(self) -> bool:
@@ -165,8 +165,8 @@ class RoleTokenizer:
     @cached_property
     def _token_texts(self) -> Sequence[bytes | None]:
         try:
-            return self.speller.texts
-        except SpellingError:  # a kind that is read token by token only
+            return self.adapter.texts
+        except UnsupportedTokenizer:  # a kind that is read token by token only
             return ()
 
     def lead(self, ids: Sequence[int]) -> int:

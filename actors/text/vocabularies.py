@@ -9,17 +9,17 @@ from itertools import accumulate
 from actors.api.generation import Role
 from actors.api.sampling_params import Thinking
 from actors.decoding.cross_vocab.translators import Alignment
-from actors.decoding.session import Language, Spelling
+from actors.decoding.session import SessionVocabulary, Spelling
 from actors.decoding.vocabulary import (
-    NOTHING_KNOWN,
-    Known,
+    NO_REQUIRED_LOGITS,
+    RequiredLogits,
     Vocabulary,
     VocabularyError,
     VocabularyMap,
-    known,
     map_vocabulary,
     marker_fold,
     own_map,
+    required_logits,
 )
 from actors.text.alignment_cache import align
 from actors.text.tokenizer import RoleTokenizer
@@ -40,7 +40,7 @@ def small_maps(tokenizers: Mapping[Role, RoleTokenizer]) -> dict[Role, Vocabular
         return {role: align(target, tokenizers[role]) for role in small}
 
 
-class Languages:
+class VocabularyRegistry:
     """Maps between roles, and spellings of the texts that decoding may force.
 
     Where the target's text tokens are not those of both small models, these are aligned with it by their texts. Raises
@@ -54,7 +54,7 @@ class Languages:
         self._own = {role: own_map(vocabulary) for role, vocabulary in self._vocabularies.items()}
         self._small = small_maps(tokenizers)
         self.aligned = any(isinstance(mapping, Alignment) for mapping in self._small.values())  # of another family
-        self.language = lru_cache(maxsize=256)(self._language)
+        self.vocabulary = lru_cache(maxsize=256)(self._vocabulary)
         self.known = lru_cache(maxsize=256)(self._known)
 
     def map(self, primary: Role, role: Role) -> VocabularyMap | Alignment:
@@ -106,18 +106,18 @@ class Languages:
         ends = self._vocabularies[role].eos_ids
         return ends[0] if token in ends else token
 
-    def _known(self, primary: Role, role: Role, end: str, forced: tuple[int, ...] = ()) -> Known:
+    def _known(self, primary: Role, role: Role, end: str, forced: tuple[int, ...] = ()) -> RequiredLogits:
         """What rows of `role` must know: `end` closes the thinking, and `forced` primary ids are wanted."""
         mapping = self.map(primary, role)
         if isinstance(mapping, Alignment):
-            return NOTHING_KNOWN  # its tables say what each event is
+            return NO_REQUIRED_LOGITS  # its tables say what each event is
         folds = dict(mapping.folds)
         if end and primary != role:
             vocabularies = self._vocabularies[primary], self._vocabularies[role]
             folds |= marker_fold(*vocabularies, mapping, end, self._tokenizers[primary].encode)
-        return known(folds, mapping, forced)
+        return required_logits(folds, mapping, forced)
 
-    def _language(self, primary: Role, roles: tuple[Role, ...], thinking: Thinking) -> Language:
+    def _vocabulary(self, primary: Role, roles: tuple[Role, ...], thinking: Thinking) -> SessionVocabulary:
         """The language of sessions of these roles."""
         spellings = {
             role: Spelling(
@@ -126,7 +126,7 @@ class Languages:
             for role in roles
         }
         tokenizer = self._tokenizers[primary]
-        return Language(
+        return SessionVocabulary(
             maps={role: self.map(primary, role) for role in roles if role != primary},
             spellings=spellings,
             eos_ids=tokenizer.eos_ids,

@@ -36,7 +36,7 @@ class Draft(NamedTuple):
 class ExtendItem(NamedTuple):
     """One item of an `Extend`, with its part of the flat columns."""
 
-    ticket: int
+    call_id: int
     session: int
     age: int
     prefix: int
@@ -53,7 +53,7 @@ class ExtendItem(NamedTuple):
 class RowItem(NamedTuple):
     """One item of a `Lookup` or a `Widen`: a row, and how many ids of it are asked for or how wide a slice (`k`)."""
 
-    ticket: int
+    call_id: int
     session: int
     row: int
     epoch: int
@@ -67,13 +67,13 @@ def extend_items(message: Extend) -> list[ExtendItem]:
     items = []
     token = known = 0
     for place, row in enumerate(message.items.tolist()):
-        ticket, session, age, prefix, epoch, position, count, rows, k, ids, keep = row
+        call_id, session, age, prefix, epoch, position, count, rows, k, ids, keep = row
         if min(count, rows, ids, keep) < 0:
             raise ProtocolError("Extend.items has a negative count")
         mine = know[known : known + ids] if ids else _NO_IDS
         own = flat[token : token + count]
         draft = drafts.get(place)
-        items.append(ExtendItem(ticket, session, age, prefix, epoch, position, own, rows, k, mine, draft, keep))
+        items.append(ExtendItem(call_id, session, age, prefix, epoch, position, own, rows, k, mine, draft, keep))
         token, known = token + count, known + ids
     if token != len(flat) or known != len(know):
         raise ProtocolError(f"Extend counts {token} tokens and {known} ids, its columns have {len(flat)}, {len(know)}")
@@ -116,10 +116,10 @@ def rows_ids(message: Rows, width: int) -> NDArray[np.int32]:
 def drafted_items(message: Drafted) -> list[tuple[int, list[int]]]:
     """(ticket, drafted tokens) of each item. Raises ProtocolError if counts and columns do not fit."""
     items, flat, begin = [], message.tokens.tolist(), 0
-    for ticket, count in message.items.tolist():
+    for call_id, count in message.items.tolist():
         if count < 0:
             raise ProtocolError("Drafted.items has a negative count")
-        items.append((ticket, flat[begin : begin + count]))
+        items.append((call_id, flat[begin : begin + count]))
         begin += count
     if begin != len(flat):
         raise ProtocolError(f"Drafted counts {begin} tokens, its column has {len(flat)}")

@@ -30,7 +30,7 @@ class Limits:
     strangers: int = 128  # connections at a time that have not proved themselves; more are closed at once
     handshake_s: float = 5.0
     stall_s: float = 30.0  # a peer that leaves much unread for so long is closed
-    silent_s: float = 15.0  # a peer that has proved itself and then sends nothing for so long is closed
+    peer_timeout_s: float = 15.0  # a peer that has proved itself and then sends nothing for so long is closed
     farewell_s: float = 1.0  # how long a closing connection tries to deliver its last frames
 
 
@@ -171,7 +171,7 @@ class Link(asyncio.Protocol, ABC):
                 self._message(message)
 
     def _beat_later(self) -> None:
-        pause, loop = self.limits.silent_s / _BEATS, asyncio.get_running_loop()
+        pause, loop = self.limits.peer_timeout_s / _BEATS, asyncio.get_running_loop()
         self._pulse = loop.call_later(pause, self._beat, self.bytes_sent, self.bytes_received)
 
     def _beat(self, sent: int, received: int) -> None:
@@ -183,7 +183,7 @@ class Link(asyncio.Protocol, ABC):
             return
         self._silent_beats = self._silent_beats + 1 if received == self.bytes_received else 0
         if self._silent_beats >= _BEATS:
-            self._abort(PeerSilent(f"the peer said nothing for {self.limits.silent_s:g} s"))
+            self._abort(PeerSilent(f"the peer said nothing for {self.limits.peer_timeout_s:g} s"))
             return
         if sent == self.bytes_sent:
             with contextlib.suppress(WireError):  # it is closed then, and `_ended` tells

@@ -2,7 +2,7 @@
 
 A frame's body is a msgpack array `[tag, field, ...]`, its fields in the order of the dataclass. Columns of numbers
 travel as raw little-endian bytes whose dtype is fixed here, so a peer cannot choose it and nothing is ever pickled.
-Ragged columns are flat; the counts stand in the item tables. A `ticket` is drawn by the coordinator, rises with every
+Ragged columns are flat; the counts stand in the item tables. A `call_id` is drawn by the coordinator, rises with every
 item that it sends, and names the item in the reply.
 """
 
@@ -38,7 +38,7 @@ class Refusal(IntEnum):
 
 EXTEND_ITEM = np.dtype(
     [
-        ("ticket", "<u8"),
+        ("call_id", "<u8"),
         ("session", "<u8"),
         ("age", "<u8"),  # global admission age: smaller is older, and older is served first
         ("prefix", "<u8"),  # running hash of the tokens before `position`
@@ -61,10 +61,10 @@ DRAFT_ITEM = np.dtype(
         ("top_p", "<f4"),
     ]
 )
-DRAFTED_ITEM = np.dtype([("ticket", "<u8"), ("tokens", "<i4")])
+DRAFTED_ITEM = np.dtype([("call_id", "<u8"), ("tokens", "<i4")])
 LOOKUP_ITEM = np.dtype(
     [
-        ("ticket", "<u8"),
+        ("call_id", "<u8"),
         ("session", "<u8"),
         ("row", "<u8"),  # running hash of the row's tokens, its own included
         ("epoch", "<u4"),
@@ -74,7 +74,7 @@ LOOKUP_ITEM = np.dtype(
 )
 WIDEN_ITEM = np.dtype(
     [
-        ("ticket", "<u8"),
+        ("call_id", "<u8"),
         ("session", "<u8"),
         ("row", "<u8"),
         ("epoch", "<u4"),
@@ -84,14 +84,14 @@ WIDEN_ITEM = np.dtype(
 )
 ROWS_ITEM = np.dtype(
     [
-        ("ticket", "<u8"),
+        ("call_id", "<u8"),
         ("rows", "<i4"),
         ("k", "<i4"),  # as asked, or the model's width if that is smaller; WHOLE: no ids, width values a row
         ("know", "<i4"),  # values per row beside the slice
     ]
 )
-VALUES_ITEM = np.dtype([("ticket", "<u8"), ("values", "<i4")])
-REFUSED_ITEM = np.dtype([("ticket", "<u8"), ("code", "<i4"), ("detail", "<i8")])
+VALUES_ITEM = np.dtype([("call_id", "<u8"), ("values", "<i4")])
+REFUSED_ITEM = np.dtype([("call_id", "<u8"), ("code", "<i4"), ("detail", "<i8")])
 
 U16, I32, F32, U64 = np.dtype("<u2"), np.dtype("<i4"), np.dtype("<f4"), np.dtype("<u8")
 Array = NDArray[Any]
@@ -141,7 +141,7 @@ class Welcome:
     hash_seed: int  # running hashes of this model start here
     cache_tokens: int
     max_position: int  # tokens per session the model was built for
-    exact: bool
+    batch_invariant: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -74,19 +74,19 @@ class Replies:
         self._limit, self._width = frame_limit, width
         self._mail: dict[Recipient, _Mail] = {}
 
-    def drafted(self, peer: Recipient, ticket: int, tokens: Sequence[int]) -> None:
-        self._of(peer).drafted.append((ticket, tokens))
+    def drafted(self, peer: Recipient, call_id: int, tokens: Sequence[int]) -> None:
+        self._of(peer).drafted.append((call_id, tokens))
 
-    def rows(self, peer: Recipient, ticket: int, answers: Sequence[Answer]) -> None:
+    def rows(self, peer: Recipient, call_id: int, answers: Sequence[Answer]) -> None:
         """The rows of one item, in the order of `answers`; all of one k."""
-        self._of(peer).rows.append((ticket, answers))
+        self._of(peer).rows.append((call_id, answers))
 
     def values(self, peer: Recipient, items: Sequence[tuple[int, int]], values: NDArray[np.float32]) -> None:
         """The values of lookups (ticket, count), flat."""
         self._of(peer).values.append((items, values))
 
-    def refuse(self, peer: Recipient, ticket: int, code: Refusal, detail: int = 0) -> None:
-        self._of(peer).refused.append((ticket, code, detail))
+    def refuse(self, peer: Recipient, call_id: int, code: Refusal, detail: int = 0) -> None:
+        self._of(peer).refused.append((call_id, code, detail))
 
     def flush(self, packed: int = 0, micros: int = 0) -> list[Recipient]:
         """Send everything; who got rows or a refusal, and may ask for the next.
@@ -117,13 +117,13 @@ class Replies:
     def _frames(self, items: Sequence[tuple[int, Sequence[Answer]]]) -> Iterator[list[tuple[int, Sequence[Answer]]]]:
         frame: list[tuple[int, Sequence[Answer]]] = []
         size = 0
-        for ticket, answers in items:
+        for call_id, answers in items:
             rows = sum(answer.rows for answer in answers)
             length = answer_bytes(rows, answers[0].reduced.k, answers[0].know, self._width)
             if frame and size + length > self._limit:
                 yield frame
                 frame, size = [], 0
-            frame.append((ticket, answers))
+            frame.append((call_id, answers))
             size += length
         if frame:
             yield frame
@@ -162,12 +162,12 @@ def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed:
     """One message from (ticket, answers) pairs."""
     table = []
     runs: list[_Run] = []
-    for ticket, answers in items:
+    for call_id, answers in items:
         for answer in answers:
             if not runs or not runs[-1].takes(answer):
                 runs.append(_Run(answer))
                 runs[-1].takes(answer)
-        table.append((ticket, sum(answer.rows for answer in answers), answers[0].reduced.k, answers[0].know))
+        table.append((call_id, sum(answer.rows for answer in answers), answers[0].reduced.k, answers[0].know))
     columns = np.array(table, ROWS_ITEM)
     ids = _flat([run.reduced.ids[run.first : run.last] for run in runs])
     return Rows(
@@ -187,7 +187,7 @@ def _pack_values(parts: Sequence[tuple[Sequence[tuple[int, int]], NDArray[np.flo
 
 
 def _pack_drafted(drafted: Sequence[tuple[int, Sequence[int]]]) -> Drafted:
-    items = [(ticket, len(tokens)) for ticket, tokens in drafted]
+    items = [(call_id, len(tokens)) for call_id, tokens in drafted]
     return Drafted(np.array(items, DRAFTED_ITEM), np.array([token for _, tokens in drafted for token in tokens], I32))
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from actors.api.generation import Rejected, Role
 from actors.config import ServiceConfig
-from actors.coordinator.admission import FairQueue, Turnover, Waiting
-from actors.coordinator.session import Live, Window
+from actors.coordinator.admission import AdmissionQueue, FairQueue, WaitTimeEstimator
+from actors.coordinator.session import ActiveSession, VerificationWindow
 from tests.support.crowd import Unreached, request, session
 from tests.support.scripted_service import config
 
@@ -28,37 +28,41 @@ class Place:
     """A coordinator's sessions: those that run, and `waiting`."""
 
     def __init__(self, *replicas: Unreached, **coordinator: Any) -> None:
-        self.clock, self.lives, self.replicas = Clock(), dict[int, Live](), replicas or (Unreached(),)
+        self.clock, self.active_sessions, self.replicas = (
+            Clock(),
+            dict[int, ActiveSession](),
+            replicas or (Unreached(),),
+        )
         service: ServiceConfig = config(coordinator=coordinator)
-        self.waiting = Waiting(service, self.lives.values, self._candidates, self.clock)
+        self.waiting = AdmissionQueue(service, self.active_sessions.values, self._candidates, self.clock)
 
     def _candidates(self, role: Role) -> Sequence[Unreached]:
         return [replica for replica in self.replicas if replica.role == role]
 
-    def add(self, *lives: Live) -> None:
-        for live in lives:
-            self.waiting.add(live)
+    def add(self, *active_sessions: ActiveSession) -> None:
+        for active in active_sessions:
+            self.waiting.add(active)
 
-    def admit(self) -> list[Live]:
+    def admit(self) -> list[ActiveSession]:
         begun = []
-        for live in self.waiting.admit(lambda live: tuple(live.session.streams)):
-            self.lives[live.key] = live
-            begun.append(live)
+        for active in self.waiting.admit(lambda active: tuple(active.session.streams)):
+            self.active_sessions[active.key] = active
+            begun.append(active)
         return begun
 
-    def end(self, live: Live) -> None:
-        self.lives.pop(live.key, None)
-        self.waiting.remove(live)
+    def end(self, active: ActiveSession) -> None:
+        self.active_sessions.pop(active.key, None)
+        self.waiting.remove(active)
 
-    def park(self, live: Live, again: list[Live], pause_s: float = 0.0) -> None:
-        live.window = live.window or Window(live, guided=False, known={})
-        self.waiting.park(live.window, "target", pause_s, lambda: again.append(live))
+    def park(self, active: ActiveSession, again: list[ActiveSession], pause_s: float = 0.0) -> None:
+        active.window = active.window or VerificationWindow(active, guided=False, known={})
+        self.waiting.park(active.window, "target", pause_s, lambda: again.append(active))
 
     def refused(self, client: str = "") -> Rejected | None:
         return self.waiting.refusal(request(client=client))
 
 
-def many(count: int, client: str = "", **given: Any) -> list[Live]:
+def many(count: int, client: str = "", **given: Any) -> list[ActiveSession]:
     return [session(request(client=client, **given)) for _ in range(count)]
 
 
@@ -71,42 +75,42 @@ async def test_clients_take_turns_and_each_is_served_in_its_order() -> None:
 
 async def test_places_are_limited_and_come_free() -> None:
     place = Place(max_sessions=2)
-    place.add(*(lives := many(3)))
-    assert place.admit() == lives[:2]
+    place.add(*(active_sessions := many(3)))
+    assert place.admit() == active_sessions[:2]
     assert place.admit() == []
-    place.end(lives[0])
-    assert place.admit() == lives[2:]
+    place.end(active_sessions[0])
+    assert place.admit() == active_sessions[2:]
 
 
 async def test_a_session_waits_until_its_model_has_room() -> None:
     place = Place(Unreached(cache_tokens=256))
-    place.add(*(lives := many(3, prompt=96)))
-    assert place.admit() == lives[:2]  # 96 and 16 to grow by, each
-    assert place.lives[lives[1].key].replicas["target"] is place.replicas[0]
-    place.end(lives[0])
-    assert place.admit() == lives[2:]
+    place.add(*(active_sessions := many(3, prompt=96)))
+    assert place.admit() == active_sessions[:2]  # 96 and 16 to grow by, each
+    assert place.active_sessions[active_sessions[1].key].replicas["target"] is place.replicas[0]
+    place.end(active_sessions[0])
+    assert place.admit() == active_sessions[2:]
 
 
 async def test_every_role_that_is_needed_must_have_room() -> None:
     place = Place(Unreached("target", 4_096), Unreached("guider", 4_096), Unreached("guider_base", 128))
-    place.add(*(lives := many(2, prompt=96, guided=True)), *(alone := many(1, "other", prompt=96)))
-    assert place.admit() == [lives[0], *alone]
-    assert set(lives[0].replicas) == {"target", "guider", "guider_base"}
-    assert not lives[1].replicas
+    place.add(*(active_sessions := many(2, prompt=96, guided=True)), *(alone := many(1, "other", prompt=96)))
+    assert place.admit() == [active_sessions[0], *alone]
+    assert set(active_sessions[0].replicas) == {"target", "guider", "guider_base"}
+    assert not active_sessions[1].replicas
 
 
 async def test_the_first_is_admitted_whatever_others_hold() -> None:
     place = Place(Unreached(cache_tokens=256))
     place.replicas[0].says(sessions=4, used=256)
-    place.add(*(lives := many(2, prompt=96)))
-    assert place.admit() == lives[:1]
+    place.add(*(active_sessions := many(2, prompt=96)))
+    assert place.admit() == active_sessions[:1]
 
 
 async def test_a_role_that_nobody_plays_holds_up_nobody() -> None:
     place = Place(Unreached("guider"))
-    place.add(*(lives := many(2)))
-    assert place.admit() == lives
-    assert not lives[0].replicas
+    place.add(*(active_sessions := many(2)))
+    assert place.admit() == active_sessions
+    assert not active_sessions[0].replicas
 
 
 async def test_a_prompt_that_no_cache_holds_is_refused_by_its_numbers() -> None:
@@ -120,9 +124,9 @@ async def test_a_prompt_that_no_cache_holds_is_refused_by_its_numbers() -> None:
 
 async def test_a_full_queue_refuses_and_its_places_count_once() -> None:
     place = Place(max_sessions=2, max_waiting=1)
-    for live in many(3):  # two of them will have a place at the next turn
+    for active in many(3):  # two of them will have a place at the next turn
         assert place.refused() is None
-        place.add(live)
+        place.add(active)
     assert place.refused() is not None
     place.admit()
     assert len(place.waiting) == 1
@@ -133,7 +137,7 @@ async def test_places_without_room_do_not_lengthen_the_queue() -> None:
     place = Place(Unreached(cache_tokens=256), max_sessions=64, max_waiting=1)
     place.add(*many(3, prompt=96))
     place.admit()
-    assert (len(place.lives), len(place.waiting)) == (2, 1)
+    assert (len(place.active_sessions), len(place.waiting)) == (2, 1)
     assert place.refused() is not None
 
 
@@ -150,14 +154,14 @@ async def test_a_newcomer_displaces_the_youngest_of_who_waits_most() -> None:
         assert isinstance(told, Rejected)
         assert told.code == "overloaded"
         assert told.retry_after_s
-    assert [live.client for live in place.waiting] == ["busy", "busy", "calm", "calm"]
+    assert [active.client for active in place.waiting] == ["busy", "busy", "calm", "calm"]
     assert place.refused("calm") is not None  # they are even
 
 
 async def test_one_client_alone_meets_a_plain_bounded_queue() -> None:
     queue = FairQueue()
-    for live in many(9, "busy"):
-        queue.push(live)
+    for active in many(9, "busy"):
+        queue.push(active)
     assert queue.displaced_by("busy") is None
     assert queue.displaced_by("calm") is not None
 
@@ -171,23 +175,23 @@ async def test_moved_sessions_go_first_oldest_first_and_are_never_refused(monkey
     moved = [session(request(), age=age) for age in (7, 5)]
     with monkeypatch.context() as patch:
         patch.setattr(type(moved[0].session.request), "resumed", property(lambda self: self in asked))
-        asked = [live.session.request for live in moved]
+        asked = [active.session.request for active in moved]
         assert place.waiting.refusal(asked[0]) is None
         place.add(*moved)
         for expected in (moved[1], moved[0]):
-            place.end(next(iter(place.lives.values())))
+            place.end(next(iter(place.active_sessions.values())))
             assert place.admit() == [expected]
-    assert [live.age for live in moved] == [7, 5]  # who is older stays so
+    assert [active.age for active in moved] == [7, 5]  # who is older stays so
     place.end(moved[0])
     assert place.admit() == new
     assert new[0].age > 7
 
 
 async def test_who_lost_its_cache_waits_for_room_and_comes_before_new_ones() -> None:
-    place, again = Place(Unreached(cache_tokens=256)), list[Live]()
-    place.add(*(lives := many(4, prompt=64)))
-    assert place.admit() == lives[:3]
-    oldest, _, youngest = lives[:3]
+    place, again = Place(Unreached(cache_tokens=256)), list[ActiveSession]()
+    place.add(*(active_sessions := many(4, prompt=64)))
+    assert place.admit() == active_sessions[:3]
+    oldest, _, youngest = active_sessions[:3]
     youngest.session.streams["target"].append([1] * 64)  # it has grown, and there is no room for it any more
     place.park(youngest, again)
     assert place.admit() == []  # and the new one, for which there is, does not overtake it
@@ -199,21 +203,21 @@ async def test_who_lost_its_cache_waits_for_room_and_comes_before_new_ones() -> 
 
 
 async def test_the_oldest_is_not_held_up() -> None:
-    place, again = Place(Unreached(cache_tokens=256)), list[Live]()
-    place.add(*(lives := many(2, prompt=96)))
+    place, again = Place(Unreached(cache_tokens=256)), list[ActiveSession]()
+    place.add(*(active_sessions := many(2, prompt=96)))
     place.admit()
     place.replicas[0].says(sessions=3, used=256)
-    for live in lives:
-        place.park(live, again)
+    for active in active_sessions:
+        place.park(active, again)
     assert place.admit() == []
-    assert again == lives[:1]
+    assert again == active_sessions[:1]
 
 
 async def test_a_parked_session_pauses_first() -> None:
-    place, again = Place(), list[Live]()
-    place.add(*(lives := many(1)))
+    place, again = Place(), list[ActiveSession]()
+    place.add(*(active_sessions := many(1)))
     place.admit()
-    place.park(lives[0], again, pause_s=1.0)
+    place.park(active_sessions[0], again, pause_s=1.0)
     place.admit()
     place.clock.now += 0.5
     place.waiting.tick()
@@ -221,32 +225,32 @@ async def test_a_parked_session_pauses_first() -> None:
     assert (again, place.waiting.parked) == ([], 1)
     place.clock.now += 0.6  # nothing but time has passed
     place.admit()
-    assert (again, place.waiting.parked) == (lives, 0)
+    assert (again, place.waiting.parked) == (active_sessions, 0)
 
 
 async def test_a_parked_session_that_began_anew_is_forgotten() -> None:
-    place, again = Place(), list[Live]()
-    place.add(*(lives := many(1)))
+    place, again = Place(), list[ActiveSession]()
+    place.add(*(active_sessions := many(1)))
     place.admit()
-    place.park(lives[0], again)
-    lives[0].window = None
+    place.park(active_sessions[0], again)
+    active_sessions[0].window = None
     place.admit()
-    assert (again, place.waiting.parked, lives[0].lacks) == ([], 0, set())
+    assert (again, place.waiting.parked, active_sessions[0].lacks) == ([], 0, set())
 
 
 async def test_the_wait_that_is_told_follows_from_how_fast_sessions_end() -> None:
     clock = Clock()
-    turnover = Turnover(clock)
-    assert turnover.wait_s(9) == 1.0  # nobody runs
-    lives = many(4)
-    for live in lives:
-        turnover.began(live)
+    wait_time = WaitTimeEstimator(clock)
+    assert wait_time.wait_s(9) == 1.0  # nobody runs
+    active_sessions = many(4)
+    for active in active_sessions:
+        wait_time.began(active)
     clock.now += 2.0
-    assert turnover.wait_s(8) == 4.0  # four run, for two seconds so far
-    turnover.ended(lives[0])
-    turnover.ended(lives[0])
-    assert turnover.wait_s(9) == 6.0  # three run, each takes two
-    assert turnover.wait_s(0) == 1.0
-    assert turnover.wait_s(10_000) == 60.0
+    assert wait_time.wait_s(8) == 4.0  # four run, for two seconds so far
+    wait_time.ended(active_sessions[0])
+    wait_time.ended(active_sessions[0])
+    assert wait_time.wait_s(9) == 6.0  # three run, each takes two
+    assert wait_time.wait_s(0) == 1.0
+    assert wait_time.wait_s(10_000) == 60.0
     clock.now += 1_000.0  # nobody comes: what is known stays
-    assert turnover.wait_s(9) == 6.0
+    assert wait_time.wait_s(9) == 6.0

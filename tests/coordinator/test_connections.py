@@ -103,7 +103,7 @@ async def test_a_connection_that_stalls_is_given_up_and_opened_anew_and_changes_
         flow.open.clear()
         asyncio.get_running_loop().call_later(2.0, flow.open.set)  # the network is back, and the old connection gone
 
-    relay = await disturbed(trio_config(deadlines={"silent_s": 0.5}), trio_engines, role, stall)
+    relay = await disturbed(trio_config(deadlines={"peer_timeout_s": 0.5}), trio_engines, role, stall)
     assert relay.connections >= 2
 
 

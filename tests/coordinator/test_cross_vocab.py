@@ -18,7 +18,7 @@ from actors.config import ServiceConfig
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
 from actors.text.alignment_cache import align
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 from tests.support import families
 from tests.support.local_service import LocalService, decode, local_service, trio_config
 from tests.support.trained_models import tokenizer
@@ -194,7 +194,7 @@ async def test_a_small_model_lost_on_the_way_changes_no_token(trio: Trio, folder
 
 async def test_equal_vocabularies_are_read_one_for_one(trio_engines: Mapping[Role, Engine]) -> None:
     async with local_service(trio_config(), trio_engines) as service:
-        assert not Languages(service.tokenizers).aligned
+        assert not VocabularyRegistry(service.tokenizers).aligned
 
 
 async def test_one_vocabulary_aligned_with_itself_gives_the_tokens_of_plain_guidance(
@@ -214,5 +214,5 @@ async def test_one_vocabulary_aligned_with_itself_gives_the_tokens_of_plain_guid
         lambda those: {role: align(those["target"], those[role]) for role in those if role != "target"},
     )
     async with local_service(config, trio_engines) as service:
-        assert Languages(service.tokenizers).aligned
+        assert VocabularyRegistry(service.tokenizers).aligned
         assert await answers(service, asked) == expected

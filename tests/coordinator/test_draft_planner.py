@@ -10,12 +10,12 @@ from actors.api.generation import ROLES, Generate, Role
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.config import Speculation
-from actors.coordinator.draft_planner import Plan, Planner
-from actors.coordinator.replica_pool import Pace
-from actors.coordinator.session import Live, Row, Window
+from actors.coordinator.draft_planner import DraftPlan, DraftPlanner
+from actors.coordinator.replica_pool import ForwardTimeModel
+from actors.coordinator.session import ActiveSession, LogitsRow, VerificationWindow
 from actors.decoding.session import Session
 from actors.preflight import load_tokenizers
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 from tests.support.local_service import trio_config
 
 FAR = 1_000
@@ -26,48 +26,48 @@ class Replica:
     """The part of a replica that the planner reads."""
 
     def __init__(self, seconds: float, per_token: float = 0.0) -> None:
-        self.pace = Pace()
+        self.forward_time = ForwardTimeModel()
         for tokens in range(1, 129):
-            self.pace.observe(tokens, seconds + per_token * tokens)
+            self.forward_time.observe(tokens, seconds + per_token * tokens)
 
 
 @pytest.fixture(scope="module")
-def languages() -> Languages:
-    return Languages(load_tokenizers(trio_config()))
+def vocabularies() -> VocabularyRegistry:
+    return VocabularyRegistry(load_tokenizers(trio_config()))
 
 
 def session_of(
-    planner: Planner,
-    languages: Languages,
+    planner: DraftPlanner,
+    vocabularies: VocabularyRegistry,
     *,
     target: Replica | None = None,
     guider: Replica | None = None,
     sampling: Sampling | None = None,
     **request: Any,
-) -> Live:
+) -> ActiveSession:
     """A session in the middle of its answer: everything but its newest token is in every cache."""
     prompts: dict[Role, list[int]] = {role: list(TOKENS) for role in ROLES}
     one = Generate("r", "target", prompts, sampling or Sampling(), Guidance(), Thinking(), 1, **request)
-    session = Session(one, languages.language("target", ROLES, one.thinking), dict.fromkeys(ROLES, 0))
-    live = Live(session, 1, 1, planner.acceptance())
+    session = Session(one, vocabularies.vocabulary("target", ROLES, one.thinking), dict.fromkeys(ROLES, 0))
+    active = ActiveSession(session, 1, 1, planner.acceptance())
     for stream in session.streams.values():
         stream.held = len(stream) - 1
     replicas = {"target": target or Replica(0.03), "guider": guider or Replica(0.002), "guider_base": Replica(0.002)}
-    live.replicas = cast(Any, replicas)
-    return live
+    active.replicas = cast(Any, replicas)
+    return active
 
 
-def checked(planner: Planner, live: Live, drafts: int, kept: int) -> None:
+def checked(planner: DraftPlanner, active: ActiveSession, drafts: int, kept: int) -> None:
     """A check of drafts is over, of which the first `kept` were kept."""
-    window = Window(live, True, {}, "guider", drafts)
-    window.rows = [Row(window, index, 8) for index in range(drafts + 1)]
+    window = VerificationWindow(active, True, {}, "guider", drafts)
+    window.rows = [LogitsRow(window, index, 8) for index in range(drafts + 1)]
     window.next = kept + 1
     planner.learn(window)
 
 
-def test_cheap_drafts_that_are_kept_grow_long_and_those_that_are_not_cease(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    good, bad = session_of(planner, languages), session_of(planner, languages)
+def test_cheap_drafts_that_are_kept_grow_long_and_those_that_are_not_cease(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation())
+    good, bad = session_of(planner, vocabularies), session_of(planner, vocabularies)
     for _ in range(40):
         checked(planner, good, 7, 7)
         checked(planner, bad, 2, 0)
@@ -76,62 +76,62 @@ def test_cheap_drafts_that_are_kept_grow_long_and_those_that_are_not_cease(langu
     assert plans.count(0) >= 6
 
 
-def test_a_guider_as_slow_as_its_target_drafts_less_than_a_fast_one(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    fast = session_of(planner, languages, guider=Replica(0.002))
-    slow = session_of(planner, languages, guider=Replica(0.03))
+def test_a_guider_as_slow_as_its_target_drafts_less_than_a_fast_one(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation())
+    fast = session_of(planner, vocabularies, guider=Replica(0.002))
+    slow = session_of(planner, vocabularies, guider=Replica(0.03))
     assert planner.plan(fast, True, FAR, 1).drafts > planner.plan(slow, True, FAR, 1).drafts == 0
 
 
-def test_where_each_token_of_a_check_costs_a_crowd_drafts_less_than_one(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    live = session_of(planner, languages, target=Replica(0.03, per_token=0.003))
-    alone, crowded = planner.plan(live, True, FAR, 1).drafts, planner.plan(live, True, FAR, 32).drafts
+def test_where_each_token_of_a_check_costs_a_crowd_drafts_less_than_one(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation())
+    active = session_of(planner, vocabularies, target=Replica(0.03, per_token=0.003))
+    alone, crowded = planner.plan(active, True, FAR, 1).drafts, planner.plan(active, True, FAR, 32).drafts
     assert alone > crowded
 
 
 @pytest.mark.parametrize(("configured", "asked", "drafts"), [(7, None, 7), (7, 3, 3), (2, 8, 2), (0, 8, 0), (7, 0, 0)])
 def test_request_and_configuration_bound_the_drafts(
-    languages: Languages, configured: int, asked: int | None, drafts: int
+    vocabularies: VocabularyRegistry, configured: int, asked: int | None, drafts: int
 ) -> None:
-    planner = Planner(Speculation(drafts=configured, adapt=False))
-    assert planner.plan(session_of(planner, languages, drafts=asked), True, FAR, 1) == Plan(drafts=drafts)
+    planner = DraftPlanner(Speculation(drafts=configured, adapt=False))
+    assert planner.plan(session_of(planner, vocabularies, drafts=asked), True, FAR, 1) == DraftPlan(drafts=drafts)
 
 
-def test_nothing_is_drafted_past_the_answers_end_or_the_last_position(languages: Languages) -> None:
-    planner = Planner(Speculation(adapt=False))
-    live = session_of(planner, languages, sampling=Sampling(max_tokens=4))
-    assert planner.plan(live, True, FAR, 1).drafts == 3
-    assert planner.plan(live, True, 2, 1).drafts == 2
-    assert planner.plan(live, True, 0, 1).drafts == 0
+def test_nothing_is_drafted_past_the_answers_end_or_the_last_position(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation(adapt=False))
+    active = session_of(planner, vocabularies, sampling=Sampling(max_tokens=4))
+    assert planner.plan(active, True, FAR, 1).drafts == 3
+    assert planner.plan(active, True, 2, 1).drafts == 2
+    assert planner.plan(active, True, 0, 1).drafts == 0
 
 
-def test_nothing_is_drafted_behind_a_prompt_or_for_words_that_lift_themselves(languages: Languages) -> None:
-    planner = Planner(Speculation(adapt=False))
-    live = session_of(planner, languages)
-    live.session.streams["guider"].append([30] * 20)
-    assert planner.plan(live, True, FAR, 1) == Plan()
-    lifting = session_of(planner, languages, sampling=Sampling(presence_penalty=-1))
-    assert planner.plan(lifting, True, FAR, 1) == Plan()
+def test_nothing_is_drafted_behind_a_prompt_or_for_words_that_lift_themselves(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation(adapt=False))
+    active = session_of(planner, vocabularies)
+    active.session.streams["guider"].append([30] * 20)
+    assert planner.plan(active, True, FAR, 1) == DraftPlan()
+    lifting = session_of(planner, vocabularies, sampling=Sampling(presence_penalty=-1))
+    assert planner.plan(lifting, True, FAR, 1) == DraftPlan()
 
 
-def test_without_guidance_the_text_guesses_unless_the_guider_is_asked_for(languages: Languages) -> None:
-    planner = Planner(Speculation(adapt=False))
-    live = session_of(planner, languages)
-    live.session.streams["target"].append([50, 51, 52, 50, 51])
-    live.session.streams["target"].held = len(live.session.primary) - 1
-    assert planner.plan(live, False, FAR, 1) == Plan(guesses=(52, 50, 51))
-    assert planner.plan(session_of(planner, languages), False, FAR, 1) == Plan()
-    assert planner.plan(session_of(planner, languages, drafter="guider"), False, FAR, 1) == Plan(drafts=7)
-    assert Planner(Speculation(lookup=False)).plan(live, False, FAR, 1) == Plan()
+def test_without_guidance_the_text_guesses_unless_the_guider_is_asked_for(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation(adapt=False))
+    active = session_of(planner, vocabularies)
+    active.session.streams["target"].append([50, 51, 52, 50, 51])
+    active.session.streams["target"].held = len(active.session.primary) - 1
+    assert planner.plan(active, False, FAR, 1) == DraftPlan(guesses=(52, 50, 51))
+    assert planner.plan(session_of(planner, vocabularies), False, FAR, 1) == DraftPlan()
+    assert planner.plan(session_of(planner, vocabularies, drafter="guider"), False, FAR, 1) == DraftPlan(drafts=7)
+    assert DraftPlanner(Speculation(lookup=False)).plan(active, False, FAR, 1) == DraftPlan()
 
 
-def test_what_becomes_of_drafts_is_counted_and_taught_to_later_sessions(languages: Languages) -> None:
-    planner = Planner(Speculation())
-    live = session_of(planner, languages)
+def test_what_becomes_of_drafts_is_counted_and_taught_to_later_sessions(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation())
+    active = session_of(planner, vocabularies)
     before = planner.acceptance()["guider"].rate
     for _ in range(100):
-        checked(planner, live, 4, 0)
-    assert (live.session.drafted, live.session.accepted) == (400, 0)
+        checked(planner, active, 4, 0)
+    assert (active.session.drafted, active.session.accepted) == (400, 0)
     assert (planner.drafted, planner.accepted) == (400, 0)
     assert planner.acceptance()["guider"].rate < before

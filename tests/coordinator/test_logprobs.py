@@ -91,7 +91,7 @@ async def test_explanations_are_what_each_model_says_alone(oracle: Oracle, trio_
 
 
 async def test_more_candidates_than_a_slice_has_come_from_wider_rows(trio_engines: Mapping[Role, Engine]) -> None:
-    config = trio_config(exchange={"k": 4, "widen_above": 1})
+    config = trio_config(exchange={"k": 4, "max_unseen_mass": 1})
     async with local_service(config, trio_engines) as service:
         for one in requests_to(service, logprobs=20):
             notes = await notes_of(service, one)

@@ -188,7 +188,7 @@ async def test_the_small_models_read_ahead_shortly_before_guidance_starts(trio: 
 @pytest.mark.parametrize("mode", ["topk", "full"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 async def test_where_guidance_ends_the_target_goes_on_alone(trio: Trio, sampling: Sampling, mode: str) -> None:
-    exchange = {"mode": mode, "widen_above": 1.0}
+    exchange = {"mode": mode, "max_unseen_mass": 1.0}
     async with local_service(trio_config(deadlines={"step_s": 5}, exchange=exchange), trio.engines) as service:
         guided = request(service.tokenizers, TEXT, sampling=sampling, guidance=Guidance(1.0, schedule=((5, 0.0),)))
         answer = await decode(service.coordinators[0], guided)
@@ -226,7 +226,7 @@ async def test_a_small_model_is_served_alone(trio: Trio, role: Role) -> None:
 
 @pytest.mark.parametrize("mode", ["topk", "full"])
 async def test_a_bias_chooses_an_id_that_is_in_no_slice(trio: Trio, mode: str) -> None:
-    exchange = {"mode": mode, "k": 4, "widen_above": 1.0}
+    exchange = {"mode": mode, "k": 4, "max_unseen_mass": 1.0}
     async with local_service(trio_config(exchange=exchange), trio.engines) as service:
         sampling = Sampling(temperature=0, max_tokens=3, logit_bias=((NOT_IN_ANY_SLICE, 100.0),))
         for alpha in (0.0, 1.0):
@@ -235,7 +235,7 @@ async def test_a_bias_chooses_an_id_that_is_in_no_slice(trio: Trio, mode: str) -
 
 
 async def test_bans_beyond_the_slice_widen_the_row(trio: Trio) -> None:
-    async with local_service(trio_config(exchange={"k": 1, "widen_above": 1.0}), trio.engines) as service:
+    async with local_service(trio_config(exchange={"k": 1, "max_unseen_mass": 1.0}), trio.engines) as service:
         first = (await decode(service.coordinators[0], request(service.tokenizers, TEXT))).tokens[0]
         sampling = Sampling(temperature=0, max_tokens=1, stop_token_ids=(first,), min_tokens=1)
         one = request(service.tokenizers, TEXT, sampling=sampling, guidance=Guidance(0.0))
@@ -249,7 +249,7 @@ async def test_audits_come_by_the_count_and_change_no_token(trio: Trio) -> None:
         requests = [request(service.tokenizers, text, seed=i) for i, text in enumerate(chat_prompts(4))]
         expected = tokens(await decode_all(service.coordinators[0], requests))
         assert service.coordinators[0].load().counts.audited_rows == 0
-    async with local_service(trio_config(exchange={"audit_every": 5, "widen_above": 1.0}), trio.engines) as service:
+    async with local_service(trio_config(exchange={"audit_every": 5, "max_unseen_mass": 1.0}), trio.engines) as service:
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected
         counts = service.coordinators[0].load().counts
         assert counts.audited_rows == counts.guided_rows // 5 > 0

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from actors.api.generation import Delta, Finished, TokenNote, Told, Usage
-from actors.coordinator.output import COALESCE_S, MESSAGES_PER_S, MOST_S, Events, coalesce_s
+from actors.coordinator.output import COALESCE_S, MESSAGES_PER_S, MOST_S, EventQueue, coalesce_s
 
 END = Finished("stop", Usage(1, 2, 0, 0, 0, 0, 0.0))
 
@@ -25,14 +25,14 @@ def ids(events: list[Told]) -> list[int]:
     return [id_ for event in events if isinstance(event, Delta) for id_ in event.tokens]
 
 
-async def at_once(events: Events, streams: int = 1) -> list[Told]:
+async def at_once(events: EventQueue, streams: int = 1) -> list[Told]:
     """A batch that waits for no time to pass."""
     async with asyncio.timeout(COALESCE_S / 5):
         return await events.batch(streams)
 
 
 async def test_the_first_token_goes_at_once_and_the_next_ones_do_not() -> None:
-    events = Events(Clock())
+    events = EventQueue(Clock())
     events.emit(token(0))
     assert ids(await at_once(events)) == [0]
     events.emit(token(1))
@@ -42,7 +42,7 @@ async def test_the_first_token_goes_at_once_and_the_next_ones_do_not() -> None:
 
 async def test_tokens_within_the_interval_are_one_message() -> None:
     clock = Clock()
-    events = Events(clock)
+    events = EventQueue(clock)
     events.emit(token(0))
     await at_once(events)
     for number in range(1, 6):
@@ -56,7 +56,7 @@ async def test_tokens_within_the_interval_are_one_message() -> None:
 
 async def test_a_reader_in_no_hurry_gets_fewer_messages_and_the_end_at_once() -> None:
     clock = Clock()
-    events = Events(clock)
+    events = EventQueue(clock)
     events.emit(token(0))
     await events.batch(interval_s=30.0)
     events.emit(token(1))
@@ -72,7 +72,7 @@ async def test_a_reader_in_no_hurry_gets_fewer_messages_and_the_end_at_once() ->
 
 
 async def test_the_end_goes_at_once_with_all_that_is_left() -> None:
-    events = Events(Clock())
+    events = EventQueue(Clock())
     events.emit(token(0))
     await at_once(events)
     waiting = asyncio.create_task(events.batch(10_000))
@@ -88,7 +88,7 @@ async def test_the_end_goes_at_once_with_all_that_is_left() -> None:
 
 async def test_many_streams_widen_the_interval() -> None:
     clock = Clock()
-    events = Events(clock)
+    events = EventQueue(clock)
     events.emit(token(0))
     await at_once(events, 256)
     events.emit(token(1))
@@ -101,7 +101,7 @@ async def test_many_streams_widen_the_interval() -> None:
 
 async def test_no_token_is_lost_or_reordered_by_a_wait_that_is_cancelled() -> None:
     clock = Clock()
-    events, heard = Events(clock), list[Told]()
+    events, heard = EventQueue(clock), list[Told]()
     for number in range(40):
         events.emit(token(number))
         waiting = asyncio.create_task(events.batch())

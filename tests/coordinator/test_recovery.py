@@ -164,7 +164,7 @@ async def test_a_replica_that_dies_and_is_replaced_changes_no_token(trio: Trio, 
 
 
 async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_it(trio: Trio) -> None:
-    async with local_service(trio_config(deadlines={"missing_s": 0.2}), trio.engines) as service:
+    async with local_service(trio_config(deadlines={"reconnect_timeout_s": 0.2}), trio.engines) as service:
         stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
         seen = [await anext(stream)]
         service._endpoints.pop("guider")

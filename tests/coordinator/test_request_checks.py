@@ -11,7 +11,7 @@ from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.coordinator import request_checks as admission
 from actors.text.tokenizer import RoleTokenizer
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 from tests.support.tokenizers import MARKS, byte_level
 
 ENDS = (301, 300)  # <|end|> and <|turn|>, that order
@@ -20,11 +20,11 @@ WIDTH = 400
 
 
 @pytest.fixture(scope="module")
-def languages() -> Languages:
+def vocabularies() -> VocabularyRegistry:
     settings, config = {"eos_token": "<|end|>"}, {"vocab_size": WIDTH}
     tokenizer = RoleTokenizer(byte_level(MARKS), settings, config, {"eos_token_id": list(ENDS)})
     assert tokenizer.eos_ids == ENDS
-    return Languages(dict.fromkeys(ROLES, tokenizer))
+    return VocabularyRegistry(dict.fromkeys(ROLES, tokenizer))
 
 
 def request(
@@ -37,64 +37,64 @@ def request(
     return Generate("r", primary, prompts, sampling or Sampling(), guidance or Guidance(), Thinking(), 1)
 
 
-def refused(one: Generate, languages: Languages) -> str:
+def refused(one: Generate, vocabularies: VocabularyRegistry) -> str:
     """Why it is refused."""
-    answer = admission.refusal(one, languages)
+    answer = admission.refusal(one, vocabularies)
     assert isinstance(answer, Rejected)
     assert (answer.code, answer.retry_after_s) == ("invalid", None)
     return answer.message
 
 
-def test_a_good_request_is_taken(languages: Languages) -> None:
+def test_a_good_request_is_taken(vocabularies: VocabularyRegistry) -> None:
     bias = ((5, 1.0), (FIRST, -1.0), (SECOND, 2.0))
-    assert admission.refusal(request(), languages) is None
-    assert admission.refusal(request(Sampling(logit_bias=bias, stop_token_ids=(7, SECOND))), languages) is None
+    assert admission.refusal(request(), vocabularies) is None
+    assert admission.refusal(request(Sampling(logit_bias=bias, stop_token_ids=(7, SECOND))), vocabularies) is None
 
 
 @pytest.mark.parametrize("stray", [-1, WIDTH - 1, WIDTH, 10**9])
-def test_bias_on_ids_that_do_not_exist_is_refused_by_name(languages: Languages, stray: int) -> None:
-    assert str(stray) in refused(request(Sampling(logit_bias=((5, 1.0), (stray, 1.0)))), languages)
+def test_bias_on_ids_that_do_not_exist_is_refused_by_name(vocabularies: VocabularyRegistry, stray: int) -> None:
+    assert str(stray) in refused(request(Sampling(logit_bias=((5, 1.0), (stray, 1.0)))), vocabularies)
 
 
-def test_negative_stop_ids_are_refused_by_name(languages: Languages) -> None:
-    assert "-3" in refused(request(Sampling(stop_token_ids=(5, -3))), languages)
+def test_negative_stop_ids_are_refused_by_name(vocabularies: VocabularyRegistry) -> None:
+    assert "-3" in refused(request(Sampling(stop_token_ids=(5, -3))), vocabularies)
 
 
 @pytest.mark.parametrize("empty", ROLES)
-def test_an_empty_prompt_of_any_role_is_refused(languages: Languages, empty: Role) -> None:
+def test_an_empty_prompt_of_any_role_is_refused(vocabularies: VocabularyRegistry, empty: Role) -> None:
     prompts: dict[Role, list[int]] = {role: [] if role == empty else [1] for role in ROLES}
-    assert "empty" in refused(request(prompts=prompts), languages)
+    assert "empty" in refused(request(prompts=prompts), vocabularies)
 
 
 @pytest.mark.parametrize("lacking", ROLES)
-def test_guidance_without_a_prompt_for_every_role_is_refused(languages: Languages, lacking: Role) -> None:
+def test_guidance_without_a_prompt_for_every_role_is_refused(vocabularies: VocabularyRegistry, lacking: Role) -> None:
     prompts: dict[Role, list[int]] = {role: [1] for role in ROLES if role != lacking}
     late = Guidance(0.0, schedule=((100, 1.0),))
     for guidance in (Guidance(1.0), Guidance(1.0, warmup_tokens=100), late):
-        assert "guider_base" in refused(request(guidance=guidance, prompts=prompts), languages)
+        assert "guider_base" in refused(request(guidance=guidance, prompts=prompts), vocabularies)
 
 
 @pytest.mark.parametrize("primary", ROLES)
-def test_without_guidance_the_primarys_prompt_is_enough(languages: Languages, primary: Role) -> None:
+def test_without_guidance_the_primarys_prompt_is_enough(vocabularies: VocabularyRegistry, primary: Role) -> None:
     alone = request(guidance=Guidance(0.0), prompts={primary: [1]}, primary=primary)
-    assert admission.refusal(alone, languages) is None
+    assert admission.refusal(alone, vocabularies) is None
     others: dict[Role, list[int]] = {role: [1] for role in ROLES if role != primary}
-    assert primary in refused(replace(alone, prompts=others), languages)
+    assert primary in refused(replace(alone, prompts=others), vocabularies)
 
 
-def test_any_end_id_counts_for_the_first(languages: Languages) -> None:
+def test_any_end_id_counts_for_the_first(vocabularies: VocabularyRegistry) -> None:
     sampling = Sampling(logit_bias=((SECOND, 2.0), (5, 1.0)), stop_token_ids=(SECOND, 9, FIRST))
-    changed = admission.canonical(request(sampling), languages).sampling
+    changed = admission.canonical(request(sampling), vocabularies).sampling
     assert changed.logit_bias == ((FIRST, 2.0), (5, 1.0))
     assert changed.stop_token_ids == (9, FIRST)
 
 
-def test_a_request_without_end_ids_stays_as_it_is(languages: Languages) -> None:
+def test_a_request_without_end_ids_stays_as_it_is(vocabularies: VocabularyRegistry) -> None:
     asked = request(Sampling(logit_bias=((5, 1.0), (4, 0.5)), stop_token_ids=(7, 9), temperature=0.5))
-    assert admission.canonical(asked, languages) == asked
+    assert admission.canonical(asked, vocabularies) == asked
 
 
-def test_allowed_ids_must_exist_and_ends_among_them_are_one(languages: Languages) -> None:
-    assert str(WIDTH) in refused(request(Sampling(allowed_token_ids=(5, WIDTH))), languages)
-    asked = admission.canonical(request(Sampling(allowed_token_ids=(SECOND, 5))), languages)
+def test_allowed_ids_must_exist_and_ends_among_them_are_one(vocabularies: VocabularyRegistry) -> None:
+    assert str(WIDTH) in refused(request(Sampling(allowed_token_ids=(5, WIDTH))), vocabularies)
+    asked = admission.canonical(request(Sampling(allowed_token_ids=(SECOND, 5))), vocabularies)
     assert asked.sampling.allowed_token_ids == (5, FIRST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.coordinator.session import Trail
+from actors.coordinator.session import RowHistory
 from actors.decoding.candidates import Slice
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
 
@@ -18,15 +18,15 @@ def name(position: int) -> tuple[int, int]:
     return position, 100 + position
 
 
-def trail(*positions: int) -> Trail:
-    made = Trail()
+def history(*positions: int) -> RowHistory:
+    made = RowHistory()
     for position in positions:
         made.note(name(position), part(float(position)))
     return made
 
 
 def test_a_row_counts_only_while_its_tokens_are_the_sessions() -> None:
-    held = trail(4, 5)
+    held = history(4, 5)
     assert held.get(name(5)) is not None
     assert held.get((5, 999)) is None, "another token stands there now"
     held.note((5, 999), part(1.0))
@@ -34,29 +34,29 @@ def test_a_row_counts_only_while_its_tokens_are_the_sessions() -> None:
 
 
 def test_it_reaches_to_the_first_row_that_is_not_held() -> None:
-    assert trail(3, 4, 5).reach(3, 9, name) == 6
-    assert trail(3, 4, 5).reach(3, 5, name) == 5
-    assert trail(4).reach(3, 9, name) == 3
-    held = trail(3, 4, 5, 6)
+    assert history(3, 4, 5).reach(3, 9, name) == 6
+    assert history(3, 4, 5).reach(3, 5, name) == 5
+    assert history(4).reach(3, 9, name) == 3
+    held = history(3, 4, 5, 6)
     assert held.reach(3, 9, lambda position: (position, 100 + position if position < 5 else 0)) == 5
 
 
 def test_only_rows_without_a_gap_are_kept_and_no_more_than_are_needed() -> None:
-    assert trail(1, 2, 4, 5).kept(6, name) == 2
-    assert trail(1, 2, 4, 5).kept(3, name) == 0
-    assert trail(*range(20)).kept(20, name) == KEPT_ROWS
-    assert trail(0, 1).kept(2, name) == 2
-    assert trail(0, 1).kept(0, name) == 0
+    assert history(1, 2, 4, 5).kept(6, name) == 2
+    assert history(1, 2, 4, 5).kept(3, name) == 0
+    assert history(*range(20)).kept(20, name) == KEPT_ROWS
+    assert history(0, 1).kept(2, name) == 2
+    assert history(0, 1).kept(0, name) == 0
 
 
 def test_the_oldest_notes_are_forgotten() -> None:
-    held = trail(*range(500))
+    held = history(*range(500))
     assert held.get(name(0)) is None
     assert held.get(name(499)) is not None
 
 
 def test_a_row_that_comes_again_ends_those_behind_it() -> None:
-    held = trail(4, 5, 6)
+    held = history(4, 5, 6)
     held.note(name(5), part(1.0))
     assert held.get(name(6)) is None
     assert held.reach(4, 9, name) == 6

@@ -9,15 +9,15 @@ import pytest
 
 from actors.api.generation import Role
 from actors.decoding.candidates import PADDING, Block, Proposal, Slice, blocks, rank
-from actors.decoding.vocabulary import Known
+from actors.decoding.vocabulary import RequiredLogits
 
 IDS = 200
 EVERY_ID = np.arange(IDS)
 
 
-def needed(events: list[int]) -> Known:
+def needed(events: list[int]) -> RequiredLogits:
     """Single ids that a row must know."""
-    return Known(np.array(events, np.int32), np.arange(len(events)), np.array(events, np.int64))
+    return RequiredLogits(np.array(events, np.int32), np.arange(len(events)), np.array(events, np.int64))
 
 
 def part(draw: np.random.Generator, k: int, events: int) -> Slice:
@@ -34,7 +34,7 @@ def guided(draw: np.random.Generator, with_base: bool, early: bool) -> Proposal:
     slices: dict[Role, Slice] = {"target": part(draw, k, events), "guider": part(draw, k, events)}
     if with_base:
         slices["guider_base"] = Slice(np.zeros(0, np.int64), np.zeros(0), draw.normal(size=events), 0.25)
-    known: dict[Role, Known] = {role: needed(chosen) for role in ("target", "guider", "guider_base")}
+    known: dict[Role, RequiredLogits] = {role: needed(chosen) for role in ("target", "guider", "guider_base")}
     if not early:
         return Proposal(known, slices)
     ids = slices["guider"].ids
@@ -159,13 +159,13 @@ def test_early_answers_that_come_after_the_block_was_made_find_their_places() ->
 
 
 def test_folded_events_stand_above_the_slice() -> None:
-    known: dict[Role, Known] = {"target": needed([7, 8])}
+    known: dict[Role, RequiredLogits] = {"target": needed([7, 8])}
     row = Proposal(known, {"target": Slice(np.array([3, 7]), np.array([1.0, 2.0]), np.array([2.5, 0.0]), 0.0)})
     assert table(Block([row]), 0, "target") == {3: 1.0, 7: 2.5, 8: 0.0}
 
 
 def test_nothing_outside_a_slice_is_above_its_lowest_logit() -> None:
-    known: dict[Role, Known] = {"target": needed([])}
+    known: dict[Role, RequiredLogits] = {"target": needed([])}
     none = np.zeros(0)
     row = Proposal(known, {"target": Slice(np.array([1, 2]), np.array([3.0, -1.0]), none, 0.0)})
     empty = Proposal(known, {"target": Slice(np.zeros(0, np.int64), none, none, 0.0)})

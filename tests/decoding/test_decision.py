@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import Block, Proposal, Slice
-from actors.decoding.decision import Decisions, Question, compare, decide
+from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
 from actors.decoding.penalties import adjust
 from actors.decoding.sampling import choose
-from actors.decoding.vocabulary import Known
+from actors.decoding.vocabulary import RequiredLogits
 
 VOCABULARY = 300
-NOTHING = Known(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
-Rows = list[tuple[NDArray[np.float32], Question]]
+NOTHING = RequiredLogits(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+Rows = list[tuple[NDArray[np.float32], RowSamplingSpec]]
 
 
 def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> Block:
@@ -44,8 +44,8 @@ def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> Bloc
 def decided(rows: Rows, k: int | None, guided: bool = True) -> Decisions:
     """Decide all rows of a block."""
     roles: tuple[Role, ...] = ROLES if guided else ("target",)
-    questions = [question for _, question in rows]
-    return decide(block_of(rows, k, roles), range(len(rows)), questions, "target", guided)
+    specs = [spec for _, spec in rows]
+    return decide(block_of(rows, k, roles), range(len(rows)), specs, "target", guided)
 
 
 def rows(count: int, sampling: Sampling, spread: float = 3.0) -> Rows:
@@ -53,13 +53,15 @@ def rows(count: int, sampling: Sampling, spread: float = 3.0) -> Rows:
     return [
         (
             draw.normal(0, spread, (3, VOCABULARY)).astype(np.float32),
-            Question(0.25 * (i % 7), sampling, 1_000 + i, i, None),
+            RowSamplingSpec(0.25 * (i % 7), sampling, 1_000 + i, i, None),
         )
         for i in range(count)
     ]
 
 
-def changed(row: tuple[NDArray[np.float32], Question], **changes: Any) -> tuple[NDArray[np.float32], Question]:
+def changed(
+    row: tuple[NDArray[np.float32], RowSamplingSpec], **changes: Any
+) -> tuple[NDArray[np.float32], RowSamplingSpec]:
     return row[0], replace(row[1], **changes)
 
 
@@ -67,17 +69,17 @@ def changed(row: tuple[NDArray[np.float32], Question], **changes: Any) -> tuple[
 def test_whole_rows_are_decided_by_the_formula(sampling: Sampling) -> None:
     many = rows(12, sampling)
     decisions = decided(many, None)
-    for i, (whole, question) in enumerate(many):
+    for i, (whole, spec) in enumerate(many):
         target, guider, base = whole.astype(np.float64)
-        z = target + question.alpha * (guider - base)
+        z = target + spec.alpha * (guider - base)
         ids, seed, position = (
             np.arange(VOCABULARY)[None],
-            np.array([question.seed], np.uint64),
+            np.array([spec.seed], np.uint64),
             np.array([i], np.uint64),
         )
         assert decisions.tokens[i] == choose(ids, z[None], [sampling], seed, position)[0]
         assert decisions.alone[i] == choose(ids, target[None], [sampling], seed, position)[0]
-    assert not decisions.stuck.any()
+    assert not decisions.no_legal_token.any()
 
 
 @pytest.mark.parametrize("k", [4, 20, None])
@@ -94,9 +96,9 @@ def test_company_changes_no_decision_and_no_bit_of_its_estimates(k: int | None) 
 
 def test_some_rows_of_a_block_are_decided_as_all_of_them_are() -> None:
     many = rows(7, Sampling(temperature=1.0))
-    block, questions = block_of(many, 20), [question for _, question in many]
-    whole = decide(block, range(7), questions, "target", guided=True)
-    some = decide(block, [5, 2], [questions[5], questions[2]], "target", guided=True)
+    block, specs = block_of(many, 20), [spec for _, spec in many]
+    whole = decide(block, range(7), specs, "target", guided=True)
+    some = decide(block, [5, 2], [specs[5], specs[2]], "target", guided=True)
     assert some.tokens.tolist() == whole.tokens[[5, 2]].tolist()
     assert some.outside.tobytes() == whole.outside[[5, 2]].tobytes()
     assert whole.row(3).tokens.tolist() == [whole.tokens[3]]
@@ -135,7 +137,7 @@ def test_a_row_in_which_nothing_may_be_chosen_is_stuck_and_its_neighbours_are_no
     free = decided(many, 8)
     many[1] = changed(many[1], adjust=ban_all)
     decisions = decided(many, 8)
-    assert decisions.stuck.tolist() == [False, True, False]
+    assert decisions.no_legal_token.tolist() == [False, True, False]
     assert decisions.tokens[[0, 2]].tolist() == free.tokens[[0, 2]].tolist()
     assert decisions.outside[1] == 1
 

@@ -9,7 +9,7 @@ from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
 from actors.decoding.candidates import Slice
 from actors.decoding.prompt import prompt_notes, spread
 from actors.decoding.scoring import Scored, likeliest
-from actors.decoding.vocabulary import NOTHING_KNOWN, Known
+from actors.decoding.vocabulary import NO_REQUIRED_LOGITS, RequiredLogits
 from tests.decoding.test_arithmetic import covered, logsumexp, whole_rows
 
 ALPHA = np.array([0.8, 1.4])
@@ -83,7 +83,7 @@ def test_candidates_of_one_probability_stand_by_their_ids() -> None:
 
 
 def test_a_whole_row_is_spread_over_the_primarys_ids_with_its_events() -> None:
-    known = Known(np.zeros(2, np.int32), np.zeros(1, np.int64), np.array([4]))
+    known = RequiredLogits(np.zeros(2, np.int32), np.zeros(1, np.int64), np.array([4]))
     part = Slice(np.array([2, -1, 4, 0]), np.array([0.2, 9.0, 0.4, 0.0]), np.array([0.5]), 1.0)
     rows = spread([part], known, 6)
     np.testing.assert_array_equal(rows.logits, [[0.0, np.nan, 0.2, np.nan, 0.5, np.nan]])
@@ -93,7 +93,7 @@ def test_a_whole_row_is_spread_over_the_primarys_ids_with_its_events() -> None:
 
 def test_a_prompts_token_is_ranked_among_the_whole_vocabulary() -> None:
     z = np.log(np.array([0.2, 0.5, 0.3]))
-    rows = spread([Slice(np.arange(3), z, np.zeros(0), 0.0)], NOTHING_KNOWN, 4)
+    rows = spread([Slice(np.arange(3), z, np.zeros(0), 0.0)], NO_REQUIRED_LOGITS, 4)
     (note,) = prompt_notes({"target": rows}, 0.0, [2], [2], 1)
     assert (note.id, note.rank, [id_ for id_, _ in note.guided]) == (2, 2, [1])
     assert note.logprob == pytest.approx(np.log(0.3))

@@ -12,10 +12,10 @@ from actors.api.generation import Delta, Generate, Role, Scores
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.session import Language, Session, Spelling
+from actors.decoding.session import Session, SessionVocabulary, Spelling
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import Vocabulary, map_vocabulary
-from tests.support.letter_vocabularies import speller, text, vocabulary
+from tests.support.letter_vocabularies import adapter, text, vocabulary
 
 END = "</think>"
 LETTER = text()
@@ -63,10 +63,10 @@ class Setting:
         texts = {i: t for tokens in (self.target.text, self.target.added) for t, i in tokens.items()}
         texts |= {self.target.added[t]: "" for t in self.special}
         vocabularies: dict[Role, Vocabulary] = {"target": self.target, **dict.fromkeys(SMALL, self.small)}
-        language = Language(
-            {role: map_vocabulary(self.target, self.small, speller(self.small)) for role in SMALL},
+        vocabulary = SessionVocabulary(
+            {role: map_vocabulary(self.target, self.small, adapter(self.small)) for role in SMALL},
             {
-                role: Spelling(tuple(speller(v)(thinking.end)), tuple(speller(v)(thinking.wait)))
+                role: Spelling(tuple(adapter(v)(thinking.end)), tuple(adapter(v)(thinking.wait)))
                 for role, v in vocabularies.items()
             },
             self.target.eos_ids,
@@ -75,9 +75,9 @@ class Setting:
                 texts if skip else texts | {i: t for t, i in self.target.added.items()}, self.late
             ),
         )
-        prompts = {role: speller(v)("ab") for role, v in vocabularies.items()}
+        prompts = {role: adapter(v)("ab") for role, v in vocabularies.items()}
         request = Generate("r", "target", prompts, sampling or Sampling(), guidance or Guidance(), thinking, 1, explain)
-        return Session(request, language, dict.fromkeys(vocabularies, 9))
+        return Session(request, vocabulary, dict.fromkeys(vocabularies, 9))
 
 
 def feed(session: Session, tokens: Sequence[int] | str, alpha: float = 1.0) -> Delta:
@@ -404,8 +404,8 @@ def test_a_spelled_end_is_read_as_the_roles_own_token() -> None:
 
 def test_an_end_spelled_over_other_borders_is_left_as_it_is() -> None:
     session = TEXT_TARGET.session(thinking=THINK)
-    spellings = {**session.language.spellings, "target": Spelling((LETTER["<"],), ())}
-    session.language = replace(session.language, spellings=spellings)
+    spellings = {**session.vocabulary.spellings, "target": Spelling((LETTER["<"],), ())}
+    session.vocabulary = replace(session.vocabulary, spellings=spellings)
     feed(session, f"a{END}b")
     assert generated(session, "guider") == [LETTER[c] + 20 for c in f"a{END}b"]
 

@@ -9,22 +9,22 @@ from actors.decoding.vocabulary import (
     Vocabulary,
     VocabularyError,
     VocabularyMap,
-    known,
     map_vocabulary,
     marker_fold,
     own_map,
+    required_logits,
 )
-from tests.support.letter_vocabularies import speller, text, vocabulary
+from tests.support.letter_vocabularies import adapter, text, vocabulary
 
 END = "</think>"
 
 
 def mapped(primary: Vocabulary, role: Vocabulary) -> VocabularyMap:
-    return map_vocabulary(primary, role, speller(role))
+    return map_vocabulary(primary, role, adapter(role))
 
 
 def folded_marker(primary: Vocabulary, role: Vocabulary) -> dict[int, tuple[int, ...]]:
-    return marker_fold(primary, role, mapped(primary, role), END, speller(primary))
+    return marker_fold(primary, role, mapped(primary, role), END, adapter(primary))
 
 
 def test_text_tokens_match_by_spelling_wherever_they_stand() -> None:
@@ -146,7 +146,7 @@ def test_a_marker_whose_spelling_begins_with_what_the_role_lacks_is_not_folded()
 
 def test_folding_adds_probabilities() -> None:
     mapping = VocabularyMap(np.arange(6), np.arange(6), {}, {5: (5, 2, 3), 1: (1,)})
-    groups = known(mapping.folds, mapping)
+    groups = required_logits(mapping.folds, mapping)
     logits = np.random.default_rng(0).normal(0, 30, (4, 6)).astype(np.float32)
     folded = groups.fold(logits[:, groups.ids])
     assert groups.events.tolist() == [5, 1]
@@ -157,7 +157,7 @@ def test_folding_adds_probabilities() -> None:
 
 
 def test_a_rows_folding_is_the_same_in_any_company() -> None:
-    groups = known({8: (8, 3, 4, 5), 1: (1, 2)}, VocabularyMap(np.arange(9), np.arange(9)), [6])
+    groups = required_logits({8: (8, 3, 4, 5), 1: (1, 2)}, VocabularyMap(np.arange(9), np.arange(9)), [6])
     logits = np.random.default_rng(1).normal(0, 5, (50, len(groups.ids))).astype(np.float32)
     together = groups.fold(logits)
     assert all(groups.fold(logits[i : i + 1]).tobytes() == together[i : i + 1].tobytes() for i in range(50))
@@ -165,7 +165,7 @@ def test_a_rows_folding_is_the_same_in_any_company() -> None:
 
 def test_forced_ids_are_known_once_and_only_where_the_role_has_them() -> None:
     mapping = VocabularyMap(np.array([0, -1, 4, 3, 2]), np.arange(5), {}, {3: (3, 1)})
-    groups = known(mapping.folds, mapping, [4, 2, 1, 3, 2])
+    groups = required_logits(mapping.folds, mapping, [4, 2, 1, 3, 2])
     assert groups.events.tolist() == [3, 2, 4]
     assert groups.ids.tolist() == [3, 1, 4, 2]
     assert groups.starts.tolist() == [0, 2, 3]
@@ -175,4 +175,4 @@ def test_without_end_tokens_there_is_nothing_to_fold() -> None:
     plain = vocabulary({"<x>": 40})
     assert own_map(plain).folds == {}
     assert mapped(plain, plain).folds == {}
-    assert known({}, own_map(plain)).ids.tolist() == []
+    assert required_logits({}, own_map(plain)).ids.tolist() == []

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from actors.engine.batch_invariant import TILE, TiledLinear
+from actors.engine.batch_invariant import TILE, BatchInvariantLinear
 
 
 @pytest.mark.parametrize(("wide", "out"), [(256, 128), (128, 384), (48, 2048)])
@@ -10,7 +10,7 @@ from actors.engine.batch_invariant import TILE, TiledLinear
 def test_a_rows_bits_are_the_same_in_any_company(wide: int, out: int, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(wide, out, bias=bias)
-    tiled, x = TiledLinear(linear), torch.randn(1, 8 * TILE, wide)
+    tiled, x = BatchInvariantLinear(linear), torch.randn(1, 8 * TILE, wide)
     with torch.inference_mode():
         alone = torch.cat([tiled(part) for part in torch.split(x, TILE, dim=1)], dim=1)
         for rows in range(TILE, 8 * TILE + 1, TILE):

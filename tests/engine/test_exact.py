@@ -22,7 +22,7 @@ TEXTS = {session: tokens(24, 200 + session) for session in range(SESSIONS)}
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def alone(request: pytest.FixtureRequest) -> tuple[str, dict[int, torch.Tensor]]:
     """The rows [24, V] of every text's tokens, each session in an engine of its own company: none."""
-    run = Driver(StepEngine(ARCHITECTURES[request.param](), 2048, exact=True))
+    run = Driver(StepEngine(ARCHITECTURES[request.param](), 2048, batch_invariant=True))
     reference = {}
     for session in range(SESSIONS):
         for token in PROMPTS[session]:
@@ -38,7 +38,7 @@ def alone(request: pytest.FixtureRequest) -> tuple[str, dict[int, torch.Tensor]]
 
 def test_chunked_prefill_and_rejected_drafts_leave_no_bit_changed(alone: tuple[str, dict[int, torch.Tensor]]) -> None:
     architecture, reference = alone
-    engine = StepEngine(ARCHITECTURES[architecture](), 2048, exact=True)
+    engine = StepEngine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
     run, draw = Driver(engine), random.Random(3)
     prompts = {session: list(prompt) for session, prompt in PROMPTS.items()}
     at = dict.fromkeys(range(SESSIONS), 0)
@@ -65,7 +65,7 @@ def test_chunked_prefill_and_rejected_drafts_leave_no_bit_changed(alone: tuple[s
 
 def test_eviction_and_forks_leave_no_bit_changed(alone: tuple[str, dict[int, torch.Tensor]]) -> None:
     architecture, reference = alone
-    engine = StepEngine(ARCHITECTURES[architecture](), 2048, exact=True)
+    engine = StepEngine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
     run = Driver(engine)
     engine.extend([run.make(session, PROMPTS[session], rows=0) for session in range(SESSIONS)])
     for step in range(12):
@@ -93,7 +93,7 @@ def test_rows_of_drafts_have_the_bits_of_decoding_and_a_rejection_leaves_no_trac
     alone: tuple[str, dict[int, torch.Tensor]],
 ) -> None:
     architecture, reference = alone
-    engine = StepEngine(ARCHITECTURES[architecture](), 2048, exact=True)
+    engine = StepEngine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
     run, draw = Driver(engine), random.Random(5)
     engine.extend([run.make(session, PROMPTS[session], rows=0) for session in range(SESSIONS)])
     at = 0
@@ -117,7 +117,7 @@ def test_rows_of_drafts_have_the_bits_of_decoding_and_a_rejection_leaves_no_trac
 
 
 def test_slices_do_not_depend_on_company() -> None:
-    engine = StepEngine(qwen2(), 2048, exact=True)
+    engine = StepEngine(qwen2(), 2048, batch_invariant=True)
     run = Driver(engine)
     engine.extend([run.make(session, tokens(5 + session, session), rows=3) for session in range(9)])
     together = engine.reduce(range(9), 64)
@@ -129,7 +129,7 @@ def test_slices_do_not_depend_on_company() -> None:
 
 
 def test_the_thread_that_runs_the_forward_does_not_matter() -> None:
-    engine = StepEngine(qwen2(), 2048, exact=True)
+    engine = StepEngine(qwen2(), 2048, batch_invariant=True)
     run, text = Driver(engine), tokens(30)
     run.extend(1, text)
     with ThreadPoolExecutor(1) as pool:
@@ -139,4 +139,4 @@ def test_the_thread_that_runs_the_forward_does_not_matter() -> None:
 
 def test_exact_mode_is_refused_where_it_is_not_claimed() -> None:
     with pytest.raises(LoadError, match="exact mode"):
-        StepEngine(qwen2().bfloat16(), 64, exact=True)
+        StepEngine(qwen2().bfloat16(), 64, batch_invariant=True)

@@ -202,5 +202,5 @@ def test_a_capture_that_fails_leaves_plain_steps_and_one_line(caplog: pytest.Log
 
 def test_on_a_cpu_there_are_no_buckets_unless_they_are_asked_for() -> None:
     assert StepEngine(qwen2(), 64).graphs is None
-    assert StepEngine(qwen2(), 64, exact=True).graphs is None
+    assert StepEngine(qwen2(), 64, batch_invariant=True).graphs is None
     assert StepEngine(qwen2(), 64, graphs=True).graphs is not None

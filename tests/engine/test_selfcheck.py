@@ -14,7 +14,7 @@ from tests.support.tiny_models import ARCHITECTURES, qwen2, wide_heads
 from tests.support.varlen import emulated_flash
 
 
-@pytest.mark.parametrize("options", [{}, {"exact": True}, {"backend": "gathered"}])
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True}, {"backend": "gathered"}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sound_models_pass_and_nothing_stays_in_the_cache(architecture: str, options: dict[str, Any]) -> None:
     engine = StepEngine(ARCHITECTURES[architecture](), 128, **options)
@@ -46,7 +46,7 @@ def test_a_layer_without_attention_is_refused() -> None:
 
 
 def test_bits_that_depend_on_company_are_refused_in_exact_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = StepEngine(qwen2(), 128, exact=True)
+    engine = StepEngine(qwen2(), 128, batch_invariant=True)
     attend = engine._attention.backend.attend
 
     def coarse(step: Any, *arguments: Any) -> torch.Tensor:

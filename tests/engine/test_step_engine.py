@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.decoding.cross_vocab.translators import AlignedReader
+from actors.decoding.cross_vocab.translators import RetokenizingTranslator
 from actors.decoding.hashing import extend_hashes
 from actors.decoding.stream import Stream
 from actors.engine.errors import BadExtend, RowGone, StepFailed
@@ -68,8 +68,8 @@ def test_logits_after_every_rollback_are_those_of_a_fresh_prefill(target: str) -
     engine = StepEngine(qwen2(), 1024)
     run, stream = Driver(engine), Stream(0, tokens(3))
     run.extend(1, stream.tokens)
-    reader, taken_back = AlignedReader(pair, stream), 0
-    for token in pair.target.spell("It isn't  12345 storys;\n\n  Größe, 日本語 don't")[0]:
+    reader, taken_back = RetokenizingTranslator(pair, stream), 0
+    for token in pair.target.encode("It isn't  12345 storys;\n\n  Größe, 日本語 don't")[0]:
         before = stream.tokens[:]
         reader.read(token)
         same = next((at for at, (a, b) in enumerate(zip(before, stream.tokens, strict=False)) if a != b), len(before))

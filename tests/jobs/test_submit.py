@@ -42,7 +42,11 @@ def dashboard() -> Iterator[str]:
 
 def config(tmp_path: Path, concurrency: int | None, **changed: Any) -> Path:
     """An evaluation of all modes, and a service in exact mode to bring up for it."""
-    application = {"name": "thinklogit", "import_path": "router.app:build", "args": trio_args() | {"exact": True}}
+    application = {
+        "name": "thinklogit",
+        "import_path": "router.app:build",
+        "args": trio_args() | {"batch_invariant": True},
+    }
     service = tmp_path / "service.yaml"
     service.write_text(yaml.safe_dump({"applications": [application]}), encoding="utf-8")
     path = tmp_path / "config.yaml"

@@ -7,7 +7,7 @@ import pytest
 
 from actors.engine.interface import Extend, Outcome
 from actors.replica.engine_thread import ForwardThread, Result
-from actors.replica.scheduler import Part, Pending, choose
+from actors.replica.scheduler import Chunk, ScheduledExtend, choose
 from actors.wire.columns import ExtendItem
 from actors.wire.messages import Message
 from actors.wire.replies import Answer
@@ -19,52 +19,55 @@ class Nobody:
         raise AssertionError("nobody is answered here")
 
 
-def pending(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> Pending:
+def scheduled(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> ScheduledExtend:
     item = ExtendItem(1, age, age, 5, 1, 0, list(range(tokens)), rows, 4, np.zeros(0, np.int32))
-    return Pending(Nobody(), item, 5, done=done)
+    return ScheduledExtend(Nobody(), item, 5, done=done)
 
 
-def taken(parts: list[Part]) -> list[tuple[int, int]]:
+def taken(chunks: list[Chunk]) -> list[tuple[int, int]]:
     """(age, tokens) of each part."""
-    return [(part.pending.item.age, part.tokens) for part in parts]
+    return [(chunk.scheduled.item.age, chunk.tokens) for chunk in chunks]
 
 
 def test_every_decode_step_goes_first_and_outside_of_the_budget() -> None:
-    parts = choose([pending(100, age=1), pending(1, age=9), pending(8, rows=8, age=8)], 16)
-    assert taken(parts) == [(9, 1), (8, 8), (1, 16)]
+    chunks = choose([scheduled(100, age=1), scheduled(1, age=9), scheduled(8, rows=8, age=8)], 16)
+    assert taken(chunks) == [(9, 1), (8, 8), (1, 16)]
 
 
 def test_prompts_share_the_budget_by_age() -> None:
-    parts = choose([pending(20, age=3), pending(10, age=1), pending(30, age=2)], 16)
-    assert taken(parts) == [(1, 10), (2, 6)]
+    chunks = choose([scheduled(20, age=3), scheduled(10, age=1), scheduled(30, age=2)], 16)
+    assert taken(chunks) == [(1, 10), (2, 6)]
 
 
 def test_the_last_chunk_has_all_tokens_that_give_rows() -> None:
-    assert pending(40, rows=10).part(16).tokens == 16
-    assert pending(40, rows=10, done=16).part(16).tokens == 14
-    assert pending(40, rows=10, done=30).part(16).tokens == 10
-    assert pending(40, rows=1, done=32).part(16).tokens == 8
+    assert scheduled(40, rows=10).chunk(16).tokens == 16
+    assert scheduled(40, rows=10, done=16).chunk(16).tokens == 14
+    assert scheduled(40, rows=10, done=30).chunk(16).tokens == 10
+    assert scheduled(40, rows=1, done=32).chunk(16).tokens == 8
 
 
 def test_rows_beyond_the_budget_go_alone_and_wait_while_an_older_prompt_uses_it() -> None:
-    assert taken(choose([pending(30, rows=30)], 16)) == [(0, 30)]
-    assert taken(choose([pending(10, age=1), pending(30, rows=30, age=2), pending(9, age=3)], 16)) == [(1, 10), (3, 6)]
+    assert taken(choose([scheduled(30, rows=30)], 16)) == [(0, 30)]
+    assert taken(choose([scheduled(10, age=1), scheduled(30, rows=30, age=2), scheduled(9, age=3)], 16)) == [
+        (1, 10),
+        (3, 6),
+    ]
 
 
 def test_chunks_join_to_the_whole_with_the_hash_of_what_went_before() -> None:
-    whole, cut = pending(20), pending(20)
+    whole, cut = scheduled(20), scheduled(20)
     whole.advance(12)
     for tokens in (5, 7):
         cut.advance(tokens)
     assert (cut.prefix, cut.done) == (whole.prefix, 12)
-    extend = Part(cut, cut.left).extend()
+    extend = Chunk(cut, cut.left).extend()
     assert (extend.position, list(extend.tokens), extend.rows) == (12, list(range(12, 20)), 1)
-    assert Part(cut, 3).extend().rows == 0
+    assert Chunk(cut, 3).extend().rows == 0
 
 
 @pytest.mark.parametrize(("position", "made"), [(9, False), (10, True), (19, True), (20, False)])
 def test_a_pending_extend_knows_which_rows_it_will_give(position: int, made: bool) -> None:
-    assert pending(20, rows=10).makes(position) is made
+    assert scheduled(20, rows=10).makes(position) is made
 
 
 class Failing(NullEngine):
@@ -92,11 +95,11 @@ async def test_forwards_run_in_order_on_one_thread_and_come_back_on_the_loops() 
         if len(outcomes) == 3:
             back.set()
 
-    part = Part(pending(1), 1)
-    part.pending.prefix = engine.hash_seed
+    chunk = Chunk(scheduled(1), 1)
+    chunk.scheduled.prefix = engine.hash_seed
     thread.start()
-    for parts in ([part], [part, part], []):
-        thread.run(engine, parts, [], done)
+    for chunks in ([chunk], [chunk, chunk], []):
+        thread.run(engine, chunks, [], done)
     await asyncio.wait_for(back.wait(), 10)
     thread.stop()
     rows, failure, nothing = outcomes

@@ -188,7 +188,7 @@ async def test_a_lookup_of_ids_that_no_row_has_is_refused_at_once_and_hurts_no_o
         assert isinstance(await within(good), list)
         await rows_of(row)
         (one, refused), (other, value) = c._expect(), c._expect()
-        items = np.array([(ticket, 1, c.hash_of([1]), 1, 0, 1) for ticket in (one, other)], LOOKUP_ITEM)
+        items = np.array([(call_id, 1, c.hash_of([1]), 1, 0, 1) for call_id in (one, other)], LOOKUP_ITEM)
         c.connection.send(Lookup(items, np.array([WIDTH, 5])))
         assert await within(refused) == No(Refusal.BAD_ITEM)
         assert await within(value) == await within(good)
@@ -336,20 +336,20 @@ async def test_an_owner_that_connects_anew_goes_on_with_its_sessions() -> None:
     async with stage() as s:
         first, second = await s.coordinator(), await s.coordinator()
         await rows_of(first.ask(1, [1, 2]))
-        await rows_of(second.ask(1, [3], before=[1, 2], ticket=50))
+        await rows_of(second.ask(1, [3], before=[1, 2], call_id=50))
         await first.connection.close()
-        await rows_of(second.ask(1, [4], before=[1, 2, 3], ticket=51))
+        await rows_of(second.ask(1, [4], before=[1, 2, 3], call_id=51))
 
 
 async def test_a_late_duplicate_is_dropped_without_a_word() -> None:
     async with stage() as s:
         c = await s.coordinator()
-        await rows_of(c.ask(1, [1], ticket=10))
-        await rows_of(c.ask(1, [2], before=[1], ticket=11))
-        late = c.ask(1, [1], ticket=10)
+        await rows_of(c.ask(1, [1], call_id=10))
+        await rows_of(c.ask(1, [2], before=[1], call_id=11))
+        late = c.ask(1, [1], call_id=10)
         await c.heard()
         assert not late.done()
-        await rows_of(c.ask(1, [3], before=[1, 2], ticket=12))
+        await rows_of(c.ask(1, [3], before=[1, 2], call_id=12))
         assert len(s.engine.batches) == 3
 
 

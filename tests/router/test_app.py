@@ -43,7 +43,7 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]  # by name and labe
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The service of `ray_config.yaml` in exact mode."""
-    args = trio_args() | {"exact": True, "coordinator": {"max_sessions": PROMPTS}}
+    args = trio_args() | {"batch_invariant": True, "coordinator": {"max_sessions": PROMPTS}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # Ray's shortest
         with running_service(load_config(args), num_cpus=2, dashboard=True) as url:

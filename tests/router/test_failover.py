@@ -191,7 +191,7 @@ async def test_whatever_an_answer_depends_on_is_carried_over_any_number_of_times
 async def test_a_coordinator_that_hangs_is_left_within_the_silence_deadline(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
-    async with fleet(trio_engines, silent_s=1.0) as (service, those, backend):
+    async with fleet(trio_engines, peer_timeout_s=1.0) as (service, those, backend):
 
         async def hang() -> None:
             coordinator = service.coordinators[0]
@@ -232,7 +232,7 @@ async def test_an_answer_that_was_complete_but_for_its_end_is_ended_at_once(
 
 async def test_a_stream_that_is_slow_says_that_it_lives(trio: Trio) -> None:
     free = threading.Event()
-    async with fleet(trio.engines, silent_s=0.3) as (service, those, backend):
+    async with fleet(trio.engines, peer_timeout_s=0.3) as (service, those, backend):
         trio.disturb(lambda engine: (free.wait(10), None)[1], "target")
         running = asyncio.create_task(answer(backend, request(service.tokenizers, TEXT)))
         await asyncio.sleep(1.0)
@@ -314,7 +314,7 @@ async def test_a_request_of_which_coordinators_die_does_not_kill_them_for_ever(i
 
 async def test_a_coordinator_that_never_comes_back_is_waited_for_no_longer_than_configured(impatient: None) -> None:
     with pytest.raises(Unavailable, match="its coordinator was lost"):
-        [event async for event in Resuming(Scripted([LOST]), Deadlines(missing_s=0.001)).generate(ANY)]
+        [event async for event in Resuming(Scripted([LOST]), Deadlines(reconnect_timeout_s=0.001)).generate(ANY)]
 
 
 async def test_the_end_of_the_service_ends_its_streams(impatient: None) -> None:

@@ -50,7 +50,10 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One replica of each deployment on the head, whose only card the target has."""
-    args = trio_args() | {"exact": True, "speculation": {"drafts": 0, "lookup": False}}  # so that answers take long
+    args = trio_args() | {
+        "batch_invariant": True,
+        "speculation": {"drafts": 0, "lookup": False},
+    }  # so that answers take long
     args["models"]["target"] |= {"resources": {CARD: 1}, "num_cpus": 0, "cache_tokens": CACHE_TOKENS}
     args["models"]["target"]["replicas"] = FAST | {"target_cache": 0.4}
     args["coordinator"] = {"replicas": FAST | {"target_ongoing": 5}}

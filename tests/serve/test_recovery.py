@@ -31,7 +31,7 @@ Stream = list[tuple[int, str]]  # token ids and their texts
 
 
 def config(**changed: Any) -> ServiceConfig:
-    args = trio_args() | {"exact": True, "deadlines": {"silent_s": 5}} | changed
+    args = trio_args() | {"batch_invariant": True, "deadlines": {"peer_timeout_s": 5}} | changed
     args["coordinator"]["replicas"] = {"min": 2, "max": 2}
     return load_config(args)
 

@@ -107,7 +107,7 @@ class Coordinator:
 
     def __init__(self, engine: NullEngine) -> None:
         self._engine = engine
-        self._tickets = itertools.count(1)
+        self._calls = itertools.count(1)
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self.drafted: dict[int, list[int]] = {}  # by ticket
         self.frames: list[Message] = []
@@ -129,13 +129,13 @@ class Coordinator:
         know: Sequence[int] = (),
         epoch: int = 1,
         age: int = 0,
-        ticket: int | None = None,
+        call_id: int | None = None,
         draft: tuple[int, int, int, float, float] | None = None,
     ) -> asyncio.Future[Reply]:
         """Extend a session that holds the tokens `before`. draft: drafts, seed, position, temperature and top_p."""
-        ticket, reply = self._expect(ticket)
+        call_id, reply = self._expect(call_id)
         prefix = self.hash_of(before)
-        item = (ticket, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(know), 0)
+        item = (call_id, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(know), 0)
         drafting = np.array([] if draft is None else [(0, *draft)], DRAFT_ITEM)
         items = np.array([item], EXTEND_ITEM)
         self.connection.send(Extend(items, np.array(tokens), np.array(know), drafting=drafting))
@@ -145,15 +145,15 @@ class Coordinator:
         self, session: int, tokens: Sequence[int], ids: Sequence[int], *, epoch: int = 1
     ) -> asyncio.Future[Reply]:
         """Look up the row of the last of all the session's `tokens`."""
-        ticket, reply = self._expect()
-        item = (ticket, session, self.hash_of(tokens), epoch, len(tokens) - 1, len(ids))
+        call_id, reply = self._expect()
+        item = (call_id, session, self.hash_of(tokens), epoch, len(tokens) - 1, len(ids))
         self.connection.send(pack_lookups([item], np.array(ids, np.int64), WIDTH))
         return reply
 
     def widen(self, session: int, tokens: Sequence[int], k: int) -> asyncio.Future[Reply]:
         """Widen the row of the last of all the session's `tokens`."""
-        ticket, reply = self._expect()
-        item = (ticket, session, self.hash_of(tokens), 1, len(tokens) - 1, k)
+        call_id, reply = self._expect()
+        item = (call_id, session, self.hash_of(tokens), 1, len(tokens) - 1, k)
         self.connection.send(Widen(np.array([item], WIDEN_ITEM)))
         return reply
 
@@ -164,10 +164,10 @@ class Coordinator:
         """Everything sent so far has been taken in: a lookup of no session is answered at once, and in its turn."""
         assert await self.look_up(0, [1], []) == No(Refusal.ROW_GONE)
 
-    def _expect(self, ticket: int | None = None) -> tuple[int, asyncio.Future[Reply]]:
-        ticket = next(self._tickets) if ticket is None else ticket
-        self._replies[ticket] = asyncio.get_running_loop().create_future()
-        return ticket, self._replies[ticket]
+    def _expect(self, call_id: int | None = None) -> tuple[int, asyncio.Future[Reply]]:
+        call_id = next(self._calls) if call_id is None else call_id
+        self._replies[call_id] = asyncio.get_running_loop().create_future()
+        return call_id, self._replies[call_id]
 
     def on_message(self, message: Message) -> None:
         self.frames.append(message)
@@ -178,17 +178,17 @@ class Coordinator:
                 self.drafted.update(drafted_items(message))
             case Values():
                 first = 0
-                for ticket, count in message.items.tolist():
-                    self._replies.pop(ticket).set_result(message.values[first : first + count].tolist())
+                for call_id, count in message.items.tolist():
+                    self._replies.pop(call_id).set_result(message.values[first : first + count].tolist())
                     first += count
             case Refused():
-                for ticket, code, detail in message.items.tolist():
-                    self._replies.pop(ticket).set_result(No(Refusal(code), detail))
+                for call_id, code, detail in message.items.tolist():
+                    self._replies.pop(call_id).set_result(No(Refusal(code), detail))
 
     def _take_rows(self, message: Rows) -> None:
         ids = rows_ids(message, WIDTH)
         row = slot = value = known = 0
-        for ticket, rows, k, know in message.items.tolist():
+        for call_id, rows, k, know in message.items.tolist():
             slots, values = (0, WIDTH) if k == WHOLE else (k, k)
             answer = Answered(
                 message.logsumexp[row : row + rows].tolist(),
@@ -197,7 +197,7 @@ class Coordinator:
                 message.known[known : known + rows * know].reshape(rows, know),
             )
             row, slot, value, known = row + rows, slot + rows * slots, value + rows * values, known + rows * know
-            self._replies.pop(ticket).set_result(answer)
+            self._replies.pop(call_id).set_result(answer)
         assert (row, slot, value, known) == tuple(
             len(part) for part in (message.logsumexp, ids, message.logits, message.known)
         )
@@ -238,7 +238,9 @@ async def stage(
 ) -> AsyncIterator[Stage]:
     """A running replica that never waits for company."""
     engine = StagedEngine(cache_tokens)
-    settings = ReplicaSettings(max_position, prefill_chunk, gather_share=0.0, row_wait_s=row_wait_s, stuck_s=stuck_s)
+    settings = ReplicaSettings(
+        max_position, prefill_chunk, batching_delay_share=0.0, row_wait_s=row_wait_s, stuck_s=stuck_s
+    )
     replica = ModelReplica(engine, "guider", "g-1", SECRET, settings, limits=limits or Limits(farewell_s=0.2))
     host, port = await replica.start()
     try:

@@ -11,11 +11,11 @@ from actors.api.generation import ROLES, Generate, Role
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import Live
+from actors.coordinator.session import ActiveSession
 from actors.decoding.session import Session
 from actors.directory import Endpoint
 from actors.text.tokenizer import RoleTokenizer
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import Welcome
 from tests.support.tokenizers import MARKS, byte_level
 
@@ -23,10 +23,10 @@ _keys = itertools.count(1)
 
 
 @cache
-def languages() -> Languages:
+def vocabularies() -> VocabularyRegistry:
     """Three equal vocabularies of bytes."""
     config, generation = {"vocab_size": 400}, {"eos_token_id": [301]}
-    return Languages(
+    return VocabularyRegistry(
         dict.fromkeys(ROLES, RoleTokenizer(byte_level(MARKS), {"eos_token": "<|end|>"}, config, generation))
     )
 
@@ -36,7 +36,9 @@ class Unreached(Replica):
 
     def __init__(self, role: Role = "target", cache_tokens: int = 1_024, max_position: int = 4_096) -> None:
         super().__init__(Endpoint(role, "", 0, incarnation=f"{role}-{next(_keys)}", cache_free=cache_tokens))
-        self._welcome = Welcome(role, self.endpoint.incarnation, 400, 1, cache_tokens, max_position, exact=True)
+        self._welcome = Welcome(
+            role, self.endpoint.incarnation, 400, 1, cache_tokens, max_position, batch_invariant=True
+        )
 
     @property
     def welcome(self) -> Welcome:
@@ -55,8 +57,8 @@ def request(prompt: int = 32, *, client: str = "", max_tokens: int | None = None
     return Generate("r", "target", prompts, Sampling(max_tokens=max_tokens), guidance, Thinking(), 1, client=client)
 
 
-def session(asked: Generate, age: int = 0) -> Live:
+def session(asked: Generate, age: int = 0) -> ActiveSession:
     """A session that nobody has taken on yet."""
     roles = tuple(asked.prompts)
-    language = languages().language("target", roles, asked.thinking)
-    return Live(Session(asked, language, dict.fromkeys(roles, 0)), next(_keys), age, {})
+    language = vocabularies().vocabulary("target", roles, asked.thinking)
+    return ActiveSession(Session(asked, language, dict.fromkeys(roles, 0)), next(_keys), age, {})

@@ -22,7 +22,7 @@ def vocabulary(
     return Vocabulary(text(first), dict(added), tuple(added[e] for e in eos), width or max(ids.values()) + 1)
 
 
-def speller(of: Vocabulary) -> Callable[[str], list[int]]:
+def adapter(of: Vocabulary) -> Callable[[str], list[int]]:
     """Encodes as a tokenizer does: added tokens as they stand, the rest letter by letter."""
 
     def spell(string: str) -> list[int]:

@@ -158,7 +158,10 @@ def _processes(host: Host) -> list[int]:
 
 def roles_apart() -> dict[str, Any]:
     """The trio in exact mode: the target on the node labelled large, both small models on the one labelled small."""
-    args = trio_args() | {"exact": True, "deadlines": {"step_s": 3, "connect_s": 2, "missing_s": 60}}
+    args = trio_args() | {
+        "batch_invariant": True,
+        "deadlines": {"step_s": 3, "connect_s": 2, "reconnect_timeout_s": 60},
+    }
     for role, model in args["models"].items():
         model["label_selector"] = {"thinklogit-node": "large" if role == "target" else "small"}
     return args

@@ -47,7 +47,7 @@ def alignment(target: str, role: str) -> Alignment:
 
 def hashed(of: RoleTokenizer, seed: int, order: int = 3) -> Callable[[Sequence[int]], Floats]:
     """Logits that follow from the texts of the newest tokens, whatever the ids."""
-    texts = [text if text is not None else b"" for text in of.speller.texts]
+    texts = [text if text is not None else b"" for text in of.adapter.texts]
     texts += [b"<end>"] * (of.width - len(texts))
     vectors = np.stack([_vector(bytes([seed]) + text) for text in texts])
 

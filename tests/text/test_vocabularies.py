@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models
 
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Thinking
-from actors.text.token_bytes import SpellingError
+from actors.text.token_bytes import UnsupportedTokenizer
 from actors.text.tokenizer import RoleTokenizer
-from actors.text.vocabularies import Languages
+from actors.text.vocabularies import VocabularyRegistry
 from tests.support.tokenizers import MARKS, byte_level, role_tokenizer, sentence_piece
 
 END = "</think>"
@@ -33,12 +33,12 @@ _added = role_tokenizer(byte_level(MARKS[:2])).added_tokens
 ENDS = [_added["<|end|>"], _added["<|turn|>"]]
 
 
-def languages(target: RoleTokenizer | None = None, small: RoleTokenizer | None = None) -> Languages:
-    return Languages({"target": target or plain(), **dict.fromkeys(SMALL, small or thinks())})
+def vocabularies(target: RoleTokenizer | None = None, small: RoleTokenizer | None = None) -> VocabularyRegistry:
+    return VocabularyRegistry({"target": target or plain(), **dict.fromkeys(SMALL, small or thinks())})
 
 
 def test_all_end_ids_stand_for_the_first() -> None:
-    built = languages()
+    built = vocabularies()
     assert [built.canonical("target", i) for i in (*ENDS, 5)] == [ENDS[0], ENDS[0], 5]
     assert ENDS[0] in built.legal("target")
     assert ENDS[1] not in built.legal("target")
@@ -46,17 +46,17 @@ def test_all_end_ids_stand_for_the_first() -> None:
 
 def test_legal_ids_are_those_of_the_vocabulary() -> None:
     tokens = {*plain().text_tokens.values(), *plain().added_tokens.values()}
-    assert languages().legal("target") == tokens - {ENDS[1]}
+    assert vocabularies().legal("target") == tokens - {ENDS[1]}
 
 
 def test_each_role_is_its_own_primary_and_the_target_is_read_by_all() -> None:
-    built = languages()
+    built = vocabularies()
     assert built.plain_map("target", "guider").tokens(ENDS[0]) == (thinks().added_tokens["<|end|>"],)
     assert built.plain_map("guider", "guider").tokens(7) == (7,)
 
 
 def test_what_the_guider_has_one_token_for_counts_towards_the_targets_spelling() -> None:
-    groups = languages().known("target", "guider", END)
+    groups = vocabularies().known("target", "guider", END)
     first = plain().encode(END)[0]
     assert groups.events.tolist() == [ENDS[0], first]
     their_first = thinks().text_tokens["<"]
@@ -64,14 +64,14 @@ def test_what_the_guider_has_one_token_for_counts_towards_the_targets_spelling()
 
 
 def test_the_targets_own_rows_and_requests_without_an_end_fold_the_ends_alone() -> None:
-    built = languages()
+    built = vocabularies()
     assert built.known("target", "target", END).ids.tolist() == ENDS
     assert built.known("target", "guider", "").events.tolist() == [ENDS[0]]
     assert built.known("target", "guider", "no token of anyone").events.tolist() == [ENDS[0]]
 
 
 def test_forced_ids_are_known_beside_the_folded_events() -> None:
-    built = languages()
+    built = vocabularies()
     letter = plain().text_tokens["A"]
     assert built.known("target", "guider", "", (letter,)).ids.tolist() == [
         thinks().added_tokens["<|end|>"],
@@ -80,44 +80,44 @@ def test_forced_ids_are_known_beside_the_folded_events() -> None:
 
 
 def test_clients_that_send_ever_new_texts_leave_nothing_behind() -> None:
-    built = languages()
+    built = vocabularies()
     before = built.plain_map("target", "guider").folds.copy()
     for i in range(600):
         thinking = Thinking(start="<think>", end=f"</think {i}>")
-        built.language("target", ROLES, thinking)
+        built.vocabulary("target", ROLES, thinking)
         for role in ROLES:
             built.known("target", role, thinking.end, (i % 200,))
-    for kept in (built.known.cache_info(), built.language.cache_info()):
+    for kept in (built.known.cache_info(), built.vocabulary.cache_info()):
         assert kept.maxsize is not None
         assert kept.currsize <= kept.maxsize <= 512
     assert built.plain_map("target", "guider").folds == before
 
 
 def test_the_same_texts_are_worked_out_once() -> None:
-    built = languages()
+    built = vocabularies()
     assert built.known("target", "guider", END, (3, 4)) is built.known("target", "guider", END, (3, 4))
-    assert built.language("target", ROLES, Thinking()) is built.language("target", ROLES, Thinking())
+    assert built.vocabulary("target", ROLES, Thinking()) is built.vocabulary("target", ROLES, Thinking())
 
 
 def test_a_language_spells_the_forced_texts_in_each_roles_own_ids() -> None:
-    language = languages().language("target", ROLES, Thinking(end=END, wait="Wait"))
-    assert set(language.maps) == set(SMALL)
-    assert language.spellings["guider"].end == (thinks().added_tokens[END],)
-    assert language.spellings["target"].end == tuple(plain().encode(END))
-    assert language.spellings["target"].wait == tuple(plain().encode("Wait"))
-    assert language.eos_ids == tuple(ENDS)
-    assert language.added == frozenset(plain().added_tokens.values())
+    vocabulary = vocabularies().vocabulary("target", ROLES, Thinking(end=END, wait="Wait"))
+    assert set(vocabulary.maps) == set(SMALL)
+    assert vocabulary.spellings["guider"].end == (thinks().added_tokens[END],)
+    assert vocabulary.spellings["target"].end == tuple(plain().encode(END))
+    assert vocabulary.spellings["target"].wait == tuple(plain().encode("Wait"))
+    assert vocabulary.eos_ids == tuple(ENDS)
+    assert vocabulary.added == frozenset(plain().added_tokens.values())
 
 
 def test_a_small_role_alone_reads_no_other_vocabulary() -> None:
-    language = languages().language("guider", ("guider",), Thinking())
-    assert (language.maps, set(language.spellings)) == ({}, {"guider"})
+    vocabulary = vocabularies().vocabulary("guider", ("guider",), Thinking())
+    assert (vocabulary.maps, set(vocabulary.spellings)) == ({}, {"guider"})
 
 
 def test_small_models_whose_text_tokens_differ_are_aligned_by_their_texts() -> None:
-    built = languages(small=role_tokenizer(sentence_piece(), bos_token="<s>", eos_token="</s>"))
+    built = vocabularies(small=role_tokenizer(sentence_piece(), bos_token="<s>", eos_token="</s>"))
     assert built.aligned
-    assert not languages().aligned
+    assert not vocabularies().aligned
     pair = built.alignment("guider")
     assert pair.special[ENDS[0]] == pair.special[ENDS[1]], "all ends are one event"
     assert built.known("target", "guider", END).ids.tolist() == []
@@ -125,36 +125,36 @@ def test_small_models_whose_text_tokens_differ_are_aligned_by_their_texts() -> N
 
 def test_a_vocabulary_that_is_neither_bytes_nor_words_is_refused_by_name() -> None:
     words = Tokenizer(models.WordLevel({"Ada": 0, "Bob": 1}, unk_token="Ada"))
-    with pytest.raises(SpellingError, match="WordLevel"):
-        languages(small=role_tokenizer(words, eos_token="Bob"))
+    with pytest.raises(UnsupportedTokenizer, match="WordLevel"):
+        vocabularies(small=role_tokenizer(words, eos_token="Bob"))
 
 
 def test_a_small_model_reads_a_prompt_token_by_token_after_its_own_beginning() -> None:
     target, small = plain(), role_tokenizer(byte_level(MARKS, bos="<s>"))
     ours, theirs = target.encode("The mentor of Ada"), small.encode("The mentor of Ada", special=True)
     assert len(theirs) == len(ours) + 1
-    built = languages(target, small)
+    built = vocabularies(target, small)
     assert built.token_by_token("target", "guider", ours, theirs) == (theirs, list(range(2, len(theirs) + 1)))
-    own = Languages({"target": small, "guider": target, "guider_base": target})
+    own = VocabularyRegistry({"target": small, "guider": target, "guider_base": target})
     assert own.token_by_token("target", "guider", theirs, ours) == (ours, list(range(len(ours) + 1)))
 
 
 def test_a_mark_that_a_small_model_lacks_is_read_as_its_letters() -> None:
     target, small = role_tokenizer(), plain()
     ours, theirs = target.encode("a<think>a"), small.encode("a<think>a")
-    read = languages(target, small).token_by_token("target", "guider", ours, theirs)
+    read = vocabularies(target, small).token_by_token("target", "guider", ours, theirs)
     assert read == (theirs, [1, len(theirs) - 1, len(theirs)])
 
 
 def test_other_tokens_of_the_same_text_are_read_as_the_target_has_them() -> None:
     text = "The mentor"
     letters = [token for letter in text for token in plain().encode(letter)]
-    read = languages().token_by_token("target", "guider", letters, thinks().encode(text))
+    read = vocabularies().token_by_token("target", "guider", letters, thinks().encode(text))
     assert read is not None
     assert len(read[0]) == len(letters) > len(thinks().encode(text))
 
 
 def test_prompts_of_other_texts_are_not_read_side_by_side() -> None:
-    built, ours = languages(), plain().encode("Ada")
+    built, ours = vocabularies(), plain().encode("Ada")
     assert built.token_by_token("target", "guider", ours, thinks().encode("Bob")) is None
     assert built.token_by_token("target", "guider", [399], thinks().encode("Bob")) is None  # no token at all

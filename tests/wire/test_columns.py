@@ -95,8 +95,8 @@ def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
 
 def test_rows_that_are_too_long_for_one_frame_go_out_in_several() -> None:
     replies, peer = Replies(2 * answer_bytes(1, WHOLE, 0, 10), 10), Mailbox()
-    for ticket in range(5):
-        replies.rows(peer, ticket, [answer(1, WHOLE)])
+    for call_id in range(5):
+        replies.rows(peer, call_id, [answer(1, WHOLE)])
     replies.flush()
     sizes = [len(frame.items) for frame in peer.frames if isinstance(frame, Rows)]
     assert sizes == [2, 2, 1]

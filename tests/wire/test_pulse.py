@@ -11,7 +11,7 @@ from actors.wire.messages import Ping
 from tests.support.wire_peers import SECRET, Bare, Inbox, echo
 from tests.wire.test_server import lookup
 
-QUICK = Limits(silent_s=0.25)
+QUICK = Limits(peer_timeout_s=0.25)
 
 
 async def connected(port: int, limits: Limits) -> tuple[Connection, Inbox]:
@@ -30,7 +30,7 @@ async def connected(port: int, limits: Limits) -> tuple[Connection, Inbox]:
 async def test_an_idle_connection_outlives_the_silence_limit_and_still_carries_messages() -> None:
     async with echo(QUICK) as running:
         connection, inbox = await connected(running.port, QUICK)
-        await asyncio.sleep(4 * QUICK.silent_s)
+        await asyncio.sleep(4 * QUICK.peer_timeout_s)
         assert inbox.messages.empty()  # pings are nobody's messages
         connection.send(lookup())
         assert type(await inbox.next()) is type(lookup())
@@ -50,6 +50,6 @@ async def test_a_model_gives_up_a_coordinator_that_says_nothing() -> None:
 
 
 async def test_a_coordinator_gives_up_a_model_that_says_nothing() -> None:
-    async with echo(Limits(silent_s=3600)) as running:  # it will not say anything for an hour
+    async with echo(Limits(peer_timeout_s=3600)) as running:  # it will not say anything for an hour
         _, inbox = await connected(running.port, QUICK)
         assert isinstance(await inbox.end(), PeerSilent)

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.decoding.candidates import Block, Floats, Ids, Proposal, Slice
-from actors.decoding.cross_vocab.retokenizer import Straddle
+from actors.decoding.cross_vocab.retokenizer import CrossedBoundaries
 from actors.decoding.cross_vocab.tables import Tables
 
 FLOOR = -60.0  # of a log-probability: below it guidance says nothing
 
 
-class Straddled:
+class CrossingRows:
     """The rows of a straddle, and what they say.
 
     at [m]: which row, counted from the earliest. ids [m]: what is asked of it, ascending within a row. nexts [m]: the
@@ -30,22 +30,22 @@ class Straddled:
     values [m]: logits, NaN until they are known. sums: the rows' logsumexp.
     """
 
-    __slots__ = ("at", "ids", "nexts", "rows", "straddle", "sums", "values", "whole")
+    __slots__ = ("at", "boundaries", "ids", "nexts", "rows", "sums", "values", "whole")
 
-    def __init__(self, straddle: Straddle) -> None:
-        self.straddle = straddle
+    def __init__(self, boundaries: CrossedBoundaries) -> None:
+        self.boundaries = boundaries
         rows, ids, nexts, whole = [], [], [], []
-        for number, straddlers in enumerate(straddle.straddlers):
-            if number < len(straddle.path):
+        for number, crossing_tokens in enumerate(boundaries.crossing_tokens):
+            if number < len(boundaries.path):
                 rows.append(np.array([number]))
-                ids.append(np.array([straddle.path[number]]))
+                ids.append(np.array([boundaries.path[number]]))
                 nexts.append(_OWN)
                 whole.append(_NOT)
-            if straddlers is not None:
-                rows.append(np.full(len(straddlers.tokens), number))
-                ids.append(straddlers.tokens)
-                nexts.append(straddlers.nexts)
-                whole.append(straddlers.whole)
+            if crossing_tokens is not None:
+                rows.append(np.full(len(crossing_tokens.tokens), number))
+                ids.append(crossing_tokens.tokens)
+                nexts.append(crossing_tokens.nexts)
+                whole.append(crossing_tokens.whole)
         at, flat = np.concatenate(rows or [_NOTHING]), np.concatenate(ids or [_NOTHING])
         order = np.lexsort((flat, at))
         self.at, self.ids, self.nexts = at[order], flat[order], np.concatenate(nexts or [_NOTHING])[order]
@@ -55,7 +55,7 @@ class Straddled:
         self.sums = np.full(self.rows, np.nan)
 
     @staticmethod
-    def share(asked: Sequence[Straddled]) -> Floats:
+    def share(asked: Sequence[CrossingRows]) -> Floats:
         """Their values are asked, from the beginning: one array that holds them all, one after another."""
         values = np.full(sum(len(each.ids) for each in asked), np.nan)
         end = 0
@@ -78,7 +78,7 @@ class Straddled:
         own = self.nexts < 0
         weights = np.concatenate([[0.0], np.cumsum(log_p[own])])
         across = weights[self.at[~own]] + log_p[~own]
-        mine = -np.inf if self.straddle.partial else float(weights[-1])
+        mine = -np.inf if self.boundaries.partial else float(weights[-1])
         top = max(mine, float(across.max(initial=-np.inf)))
         if top == -np.inf:
             return None
@@ -102,20 +102,20 @@ _OWN, _NOT = np.array([-1]), np.array([False])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Heard:
+class RoleRowInput:
     """What a small model said of one row so far, in its own ids. slice: None if it has not answered."""
 
     slice: Slice | None
-    straddled: Straddled | None
+    crossing: CrossingRows | None
 
 
-def proposals(tables: Tables, heard: Sequence[Heard], k: int) -> NDArray[np.int64]:
+def proposals(tables: Tables, inputs: Sequence[RoleRowInput], k: int) -> NDArray[np.int64]:
     """[B, n] the target's tokens that the guider puts forward in each row: images of its slice and of straddlers; -1
     behind and in between."""
-    slices = [each.slice.ids for each in heard if each.slice is not None]
+    slices = [each.slice.ids for each in inputs if each.slice is not None]
     images = np.sort(tables.image[np.stack(slices)], axis=1)
     images[:, 1:][images[:, 1:] == images[:, :-1]] = -1
-    across = [each.straddled.proposals(k) if each.straddled is not None else _NOTHING for each in heard]
+    across = [each.crossing.proposals(k) if each.crossing is not None else _NOTHING for each in inputs]
     if not any(len(nexts) for nexts in across):
         return images
     out = np.full((len(images), images.shape[1] + k), -1, np.int64)
@@ -126,10 +126,10 @@ def proposals(tables: Tables, heard: Sequence[Heard], k: int) -> NDArray[np.int6
     return out
 
 
-class Events:
+class TokenEventLogprobs:
     """One small model's part of a block: log-probabilities of the candidates as events."""
 
-    def __init__(self, tables: Tables, ids: Ids, inside: NDArray[np.bool_], heard: Sequence[Heard]) -> None:
+    def __init__(self, tables: Tables, ids: Ids, inside: NDArray[np.bool_], inputs: Sequence[RoleRowInput]) -> None:
         self._ids = ids
         self._meant = tables.meant[np.where(inside, ids, 0)]
         self._lone = inside & (self._meant != ids)
@@ -138,11 +138,11 @@ class Events:
         self.at = np.repeat(np.arange(len(ids)), counts.reshape(ids.shape).sum(1))
         self.values = np.full(len(self.tokens), np.nan)
         self._counts, self._sums = counts, np.zeros(len(ids))
-        self._straddled = [each.straddled for each in heard]
+        self._crossing = [each.crossing for each in inputs]
         self._masses: Floats | None = None
         ends = np.cumsum(counts.reshape(ids.shape).sum(1))
         self._parts = [slice(end - size, end) for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
-        self._arrive_together([(row, each.slice) for row, each in enumerate(heard) if each.slice is not None])
+        self._arrive_together([(row, each.slice) for row, each in enumerate(inputs) if each.slice is not None])
 
     def arrive(self, row: int, part: Slice) -> None:
         """Take in a slice of one row."""
@@ -190,25 +190,25 @@ class Events:
             with np.errstate(invalid="ignore"):  # rows of which something is still on its way
                 out[there] = np.logaddexp.reduceat(self.values, begin)
         folded = out.reshape(self._ids.shape) - self._sums[:, None]
-        for row, straddled in enumerate(self._straddled):
-            if straddled is not None:
+        for row, crossing in enumerate(self._crossing):
+            if crossing is not None:
                 with np.errstate(invalid="ignore"):
-                    folded[row] = self._across(folded[row], row, straddled)
+                    folded[row] = self._across(folded[row], row, crossing)
         floored: Floats = np.maximum(folded, FLOOR)  # NaN stays
         return floored
 
-    def _across(self, own: Floats, row: int, straddled: Straddled) -> Floats:
-        weighed = straddled.weigh()
+    def _across(self, own: Floats, row: int, crossing: CrossingRows) -> Floats:
+        weighed = crossing.weigh()
         if weighed is None:
             return np.full(own.shape, np.nan)
         weight, nexts, across = weighed
         masses = own + weight
         _add(masses, _summed(self._ids[row], nexts, across))
         if (lone := np.flatnonzero(self._lone[row])).size:
-            heard, which = np.unique(self._meant[row, lone], return_inverse=True)
-            whole = straddled.whole[straddled.nexts >= 0]
+            inputs, which = np.unique(self._meant[row, lone], return_inverse=True)
+            whole = crossing.whole[crossing.nexts >= 0]
             shared = np.full(len(masses), -np.inf)
-            shared[lone] = _summed(heard, nexts[whole], across[whole])[which]
+            shared[lone] = _summed(inputs, nexts[whole], across[whole])[which]
             _add(masses, shared)
         return masses
 
@@ -232,12 +232,14 @@ class AlignedBlock(Block):
     """B rows side by side whose small models have other vocabularies: their values are log-probabilities of events."""
 
     def __init__(
-        self, rows: Sequence[Proposal], tables: Mapping[Role, Tables], heard: Mapping[Role, Sequence[Heard]]
+        self, rows: Sequence[Proposal], tables: Mapping[Role, Tables], inputs: Mapping[Role, Sequence[RoleRowInput]]
     ) -> None:
-        """rows: of one shape; what the guider puts forward is in the target's ids. heard: by small role, row by row."""
+        """rows: of one shape; the guider's proposals are in the target's ids. inputs: by small role, row by row."""
         super().__init__(rows)
-        self._events = {role: Events(tables[role], self.ids, self.inside, each) for role, each in heard.items()}
-        for role in heard:
+        self._events = {
+            role: TokenEventLogprobs(tables[role], self.ids, self.inside, each) for role, each in inputs.items()
+        }
+        for role in inputs:
             self.logsumexp[role] = np.zeros(len(rows))
 
     def values(self, role: Role) -> Floats:

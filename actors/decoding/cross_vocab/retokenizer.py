@@ -11,8 +11,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.decoding.cross_vocab.boundary_tokens import Straddlers, Straddling
-from actors.decoding.cross_vocab.tables import Speller
+from actors.decoding.cross_vocab.boundary_tokens import CrossingTokenFinder, CrossingTokens
+from actors.decoding.cross_vocab.tables import TokenizerAdapter
 
 LOOK_BACK = 2  # B: boundaries of the small model's tokens, before its newest, whose rows may have straddlers
 KEPT_ROWS = LOOK_BACK + 3  # rows that are kept for it: a rollback takes back three tokens at most, nearly always
@@ -21,17 +21,17 @@ _REMEMBERED, _ROOM = 64, 256  # tokens whose ends are remembered at least, and a
 
 
 @dataclass(frozen=True, slots=True)
-class Straddle:
+class CrossedBoundaries:
     """What a row takes from the rows of earlier boundaries.
 
-    first: tokens before the earliest of these rows. path: the tokens from there to the newest row. straddlers: of each
-    row and the newest; None where nothing straddles. partial: whether the newest row lies before the text's end, which
-    is in the middle of a character.
+    first: tokens before the earliest of these rows. path: the tokens from there to the newest row. crossing_tokens: of
+    each row and the newest; None where no token crosses. partial: whether the newest row lies before the text's end,
+    which is in the middle of a character.
     """
 
     first: int
     path: tuple[int, ...]
-    straddlers: tuple[Straddlers | None, ...]
+    crossing_tokens: tuple[CrossingTokens | None, ...]
     partial: bool
 
 
@@ -57,13 +57,14 @@ class WholeTexts:
         return len(text)
 
 
-class Reading:
+class IncrementalRetokenizer:
     """The tokens of a text since the prompt, which is a hard boundary.
 
     Positions count from the prompt's end. Every change answers how many tokens to take back, and which to add then.
     """
 
     __slots__ = (
+        "_adapter",
         "_bad",
         "_base",
         "_ends",
@@ -71,15 +72,14 @@ class Reading:
         "_ids",
         "_marks",
         "_said",
-        "_speller",
         "_tail",
         "_tail_tokens",
         "_whole_texts",
     )
 
-    def __init__(self, speller: Speller, whole_texts: WholeTexts | None = None) -> None:
+    def __init__(self, adapter: TokenizerAdapter, whole_texts: WholeTexts | None = None) -> None:
         """whole_texts: those that are one token, whatever stands around them."""
-        self._speller, self._whole_texts = speller, whole_texts or WholeTexts({})
+        self._adapter, self._whole_texts = adapter, whole_texts or WholeTexts({})
         self._base = 0  # tokens before the first that is remembered
         self._ids: list[int] = []
         self._ends: list[int] = [0]  # bytes up to the end of each, those up to the first before them
@@ -102,10 +102,10 @@ class Reading:
         """The beginning of a character whose rest is to come."""
         return self._bad
 
-    def fork(self) -> Reading:
+    def fork(self) -> IncrementalRetokenizer:
         """The same again, to read ahead."""
-        other = Reading.__new__(Reading)
-        other._speller, other._whole_texts = self._speller, self._whole_texts
+        other = IncrementalRetokenizer.__new__(IncrementalRetokenizer)
+        other._adapter, other._whole_texts = self._adapter, self._whole_texts
         other._base, other._floor = self._base, self._floor
         other._ids, other._ends = self._ids[:], self._ends[:]
         other._tail, other._tail_tokens, other._bad = self._tail, self._tail_tokens, self._bad
@@ -146,46 +146,46 @@ class Reading:
         self._bound()
         return 0, self._since(before)
 
-    def straddle(self, straddling: Straddling) -> Straddle | None:
+    def boundaries(self, crossing_finder: CrossingTokenFinder) -> CrossedBoundaries | None:
         """What the row of the newest token takes from earlier ones; None if it speaks for itself."""
         newest, partial = len(self), bool(self._bad)
         oldest = max(self._floor, newest - LOOK_BACK)
-        found: list[Straddlers | None] = []
+        found: list[CrossingTokens | None] = []
         for boundary in range(oldest, newest + partial):
-            straddlers = self._straddlers(boundary, straddling)
-            if straddlers is not None or found:
-                found.append(straddlers)
+            crossing_tokens = self._crossing_tokens(boundary, crossing_finder)
+            if crossing_tokens is not None or found:
+                found.append(crossing_tokens)
         if not found:
-            return Straddle(newest, (), (None,), partial) if partial else None
+            return CrossedBoundaries(newest, (), (None,), partial) if partial else None
         if not partial:
             found.append(None)
         first = newest + 1 - len(found)
-        return Straddle(first, tuple(self._ids[first - self._base :]), tuple(found), partial)
+        return CrossedBoundaries(first, tuple(self._ids[first - self._base :]), tuple(found), partial)
 
-    def _straddlers(self, boundary: int, straddling: Straddling) -> Straddlers | None:
+    def _crossing_tokens(self, boundary: int, crossing_finder: CrossingTokenFinder) -> CrossingTokens | None:
         end = self._ends[boundary - self._base]
         at = bisect_left(self._marks, end)
         if at == len(self._marks):
             return None
         if self._marks[at] == end:
-            return straddling.between(self._said[at:])
-        return straddling.within(self._said[at - 1 :], end - self._marks[at - 1]) if at else None
+            return crossing_finder.between(self._said[at:])
+        return crossing_finder.within(self._said[at - 1 :], end - self._marks[at - 1]) if at else None
 
     def _read(self, text: str) -> int:
         """Text came: how many tokens stay."""
         kept, rest = len(self), self._tail + text
         while (found := self._whole_texts.find(rest, len(self._tail))) is not None:
             start, end, token = found
-            kept = min(kept, self._spell(rest[:start]))
+            kept = min(kept, self._encode(rest[:start]))
             self._add([token], [self._ends[-1] + len(rest[start:end].encode())])
             self._bound()
             rest = rest[end:]
-        return min(kept, self._spell(rest)) if rest else kept
+        return min(kept, self._encode(rest)) if rest else kept
 
-    def _spell(self, tail: str) -> int:
+    def _encode(self, tail: str) -> int:
         """The tail reads otherwise now: how many tokens stay."""
         self._tail = tail
-        ids, ends = self._speller.spell(tail)
+        ids, ends = self._adapter.encode(tail)
         known, most = self._tail_tokens, min(self._tail_tokens, len(ids))
         begin, same = len(self._ids) - known, 0
         while same < most and self._ids[begin + same] == ids[same]:
@@ -200,10 +200,10 @@ class Reading:
 
     def _cut(self) -> None:
         """Nothing that comes changes the tokens before here."""
-        settled = self._speller.restart(self._tail)
+        settled = self._adapter.restart(self._tail)
         if settled and (begun := self._whole_texts.begun(self._tail)) < len(self._tail):
             settled = min(
-                settled, self._speller.restart(self._tail[:begun])
+                settled, self._adapter.restart(self._tail[:begun])
             )  # what is before it may come to stand alone
         if not settled and len(self._tail) > _LONGEST_TAIL:
             settled = len(self._tail)
@@ -217,7 +217,7 @@ class Reading:
 
     def _raw(self, data: bytes) -> None:
         """Bytes that are no text."""
-        ids = self._speller.spell_bytes(data)
+        ids = self._adapter.encode_bytes(data)
         if len(ids) == len(data):
             self._add(ids, range(self._ends[-1] + 1, self._ends[-1] + 1 + len(data)))
         elif ids:

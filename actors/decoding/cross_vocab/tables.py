@@ -20,7 +20,7 @@ Ids = NDArray[np.int64]
 NOWHERE = 0  # the trie's root: no straddler
 
 
-class Speller(Protocol):
+class TokenizerAdapter(Protocol):
     """How one tokenizer spells text, without the marks that it puts around a text.
 
     texts: by id the bytes that a token stands for; None for tokens without a text, and for ids that are no token.
@@ -29,13 +29,13 @@ class Speller(Protocol):
     @property
     def texts(self) -> Sequence[bytes | None]: ...
 
-    def spell(self, text: str) -> tuple[list[int], list[int]]:
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of a text, and the bytes of it up to the end of each; neither may be changed."""
 
-    def spell_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts."""
 
-    def spell_bytes(self, data: bytes) -> list[int]:
+    def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of bytes that are no text; empty where the vocabulary has none for them."""
 
     def restart(self, text: str) -> int:
@@ -142,9 +142,9 @@ class TableArrays:
     edge_nodes: Ids
     edge_tokens: Ids
     edge_children: Ids
-    straddler_starts: Ids
-    straddler_tokens: Ids
-    straddler_nexts: Ids
+    crossing_starts: Ids
+    crossing_tokens_flat: Ids
+    crossing_nexts: Ids
     texts: Ids
 
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -159,8 +159,8 @@ class Tables:
         self.arrays = arrays
         self.image = arrays.image
         self.events = Ragged(arrays.event_starts, arrays.event_tokens)
-        self.straddlers = Ragged(arrays.straddler_starts, arrays.straddler_tokens)
-        self.nexts = Ragged(arrays.straddler_starts, arrays.straddler_nexts)
+        self.crossing_tokens = Ragged(arrays.crossing_starts, arrays.crossing_tokens_flat)
+        self.nexts = Ragged(arrays.crossing_starts, arrays.crossing_nexts)
 
     @cached_property
     def _edges(self) -> dict[tuple[int, int], int]:
@@ -200,7 +200,7 @@ class Tables:
         return len(self.arrays.edge_children)
 
 
-def build_tables(target: Speller, role: Speller, roles: Roles, width: int) -> Tables:
+def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: Roles, width: int) -> Tables:
     """The tables of one pair. width: of the target's rows; ids beyond it have no event.
 
     An exact match of bytes stands above what the tokenizer makes of a text: some tokens do not spell themselves.
@@ -252,7 +252,9 @@ def _by_bytes(texts: Mapping[int, bytes]) -> dict[bytes, int]:
     return {text: id_ for id_, text in sorted(texts.items())}
 
 
-def _spellings(texts: Mapping[int, bytes], speller: Speller, exact: Mapping[bytes, int]) -> dict[int, Sequence[int]]:
+def _spellings(
+    texts: Mapping[int, bytes], adapter: TokenizerAdapter, exact: Mapping[bytes, int]
+) -> dict[int, Sequence[int]]:
     """How another vocabulary spells these tokens."""
     spelled: dict[int, Sequence[int]] = {}
     asked: list[tuple[int, str]] = []
@@ -263,7 +265,7 @@ def _spellings(texts: Mapping[int, bytes], speller: Speller, exact: Mapping[byte
         try:
             asked.append((id_, data.decode()))
         except UnicodeDecodeError:
-            spelled[id_] = speller.spell_bytes(data)
-    ids = speller.spell_all([text for _, text in asked])
+            spelled[id_] = adapter.encode_bytes(data)
+    ids = adapter.encode_batch([text for _, text in asked])
     spelled.update(zip((id_ for id_, _ in asked), ids, strict=True))
     return spelled

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from actors.decoding.cross_vocab.boundary_tokens import Straddling
-from actors.decoding.cross_vocab.retokenizer import LOOK_BACK, Reading, Straddle, WholeTexts
-from actors.decoding.cross_vocab.tables import Ids, Speller, Tables
+from actors.decoding.cross_vocab.boundary_tokens import CrossingTokenFinder
+from actors.decoding.cross_vocab.retokenizer import LOOK_BACK, CrossedBoundaries, IncrementalRetokenizer, WholeTexts
+from actors.decoding.cross_vocab.tables import Ids, Tables, TokenizerAdapter
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
 
@@ -20,7 +20,7 @@ _CONTEXT = 3  # of the target's tokens that a draft's text is spelled together w
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class DraftTranslation:
     """What a role reads of guesses, as far as it reads them one after another.
 
     tokens: behind its stream. ends: how many of them are read before each row, none before the first; straddles: of
@@ -29,19 +29,19 @@ class Ahead:
 
     tokens: tuple[int, ...]
     ends: tuple[int, ...]
-    straddles: tuple[Straddle | None, ...]
+    boundaries_by_row: tuple[CrossedBoundaries | None, ...]
 
-    def first(self, rows: int) -> Ahead:
+    def first(self, rows: int) -> DraftTranslation:
         """Of fewer guesses: so many rows."""
         if rows == len(self.ends):
             return self
-        return Ahead(self.tokens[: self.ends[rows - 1]], self.ends[:rows], self.straddles[:rows])
+        return DraftTranslation(self.tokens[: self.ends[rows - 1]], self.ends[:rows], self.boundaries_by_row[:rows])
 
 
-NOTHING_AHEAD = Ahead((), (0,), (None,))  # where nothing is guessed, and each row speaks for itself
+NO_DRAFTS = DraftTranslation((), (0,), (None,))  # where nothing is guessed, and each row speaks for itself
 
 
-class Reader(Protocol):
+class TokenTranslator(Protocol):
     """Extends one role's stream by what the target says."""
 
     def read(self, token: int) -> None:
@@ -50,10 +50,10 @@ class Reader(Protocol):
     def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
         """A text came that nobody chose: in the target's ids, and in this role's."""
 
-    def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
+    def retokenize(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
         """The text ends with a marker, which the role spells as `theirs`."""
 
-    def ahead(self, guesses: Sequence[int]) -> Ahead:
+    def ahead(self, guesses: Sequence[int]) -> DraftTranslation:
         """What it would read of these tokens of the target."""
 
     def guesses(self, drafted: Sequence[int]) -> list[int]:
@@ -63,7 +63,7 @@ class Reader(Protocol):
         """The earliest position whose row a next row may need; None if each speaks for itself."""
 
 
-class PlainReader:
+class OneToOneTranslator:
     """Reads one token for one, or several where it has no such added token."""
 
     def __init__(self, mapping: VocabularyMap, stream: Stream) -> None:
@@ -77,17 +77,17 @@ class PlainReader:
         """A text came that nobody chose."""
         self._stream.append(theirs)
 
-    def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
+    def retokenize(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
         """A role with a token of its own for the marker reads that token instead."""
         if tuple(self._stream.tokens[-len(theirs) :]) != tuple(theirs):
             self._stream.replace_tail(sum(len(self._mapping.tokens(token)) for token in ours), theirs)
 
-    def ahead(self, guesses: Sequence[int]) -> Ahead:
+    def ahead(self, guesses: Sequence[int]) -> DraftTranslation:
         """Its own ids of them, until one is not a single token."""
         if not guesses:
-            return NOTHING_AHEAD
+            return NO_DRAFTS
         tokens = _one_for_one(guesses, self._mapping.to_role)
-        return Ahead(tuple(tokens), tuple(range(len(tokens) + 1)), (None,) * (len(tokens) + 1))
+        return DraftTranslation(tuple(tokens), tuple(range(len(tokens) + 1)), (None,) * (len(tokens) + 1))
 
     def guesses(self, drafted: Sequence[int]) -> list[int]:
         """In the target's ids, until it has none."""
@@ -117,8 +117,8 @@ class Alignment:
     shown: the texts of its other added tokens.
     """
 
-    target: Speller
-    role: Speller
+    target: TokenizerAdapter
+    role: TokenizerAdapter
     tables: Tables
     special: Mapping[int, int]
     texts: Sequence[bytes | None]
@@ -126,9 +126,9 @@ class Alignment:
     shown: Mapping[int, bytes]
 
     @cached_property
-    def straddling(self) -> Straddling:
+    def crossing_finder(self) -> CrossingTokenFinder:
         """The small tokens that straddle what the target said."""
-        return Straddling(self.tables, self.target, self.said, self.role)
+        return CrossingTokenFinder(self.tables, self.target, self.said, self.role)
 
     @cached_property
     def whole_texts(self) -> WholeTexts:
@@ -140,18 +140,18 @@ class Alignment:
         return (self.texts[token] if token < len(self.texts) else None) or b""
 
 
-class AlignedReader:
+class RetokenizingTranslator:
     """Reads the text: keeps the stream the true tokens of what was said since the prompt."""
 
     def __init__(self, alignment: Alignment, stream: Stream) -> None:
         self._alignment, self._stream = alignment, stream
         self._prompt = len(stream)
-        self._reading = Reading(alignment.role, alignment.whole_texts)
+        self._retokenizer = IncrementalRetokenizer(alignment.role, alignment.whole_texts)
         self._said: list[int] = []  # the target's newest tokens since the last that was no text
 
     def read(self, token: int) -> None:
         """The target said `token`."""
-        self._stream.replace_tail(*self._push(self._reading, token))
+        self._stream.replace_tail(*self._push(self._retokenizer, token))
         self._said = [] if token in self._alignment.special else [*self._said[1 - _CONTEXT :], token]
 
     def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
@@ -159,65 +159,72 @@ class AlignedReader:
         for token in ours:
             self.read(token)
 
-    def respell(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
+    def retokenize(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
         """Texts that are a token of its own are read so anyway."""
 
-    def ahead(self, guesses: Sequence[int]) -> Ahead:
+    def ahead(self, guesses: Sequence[int]) -> DraftTranslation:
         """The true tokens of them, until one takes back another."""
-        reading, straddling = self._reading.fork() if guesses else self._reading, self._alignment.straddling
+        reading, crossing_finder = (
+            self._retokenizer.fork() if guesses else self._retokenizer,
+            self._alignment.crossing_finder,
+        )
         tokens: list[int] = []
-        ends, straddles = [0], [self._placed(reading.straddle(straddling))]
+        ends, boundaries_by_row = [0], [self._placed(reading.boundaries(crossing_finder))]
         for guess in guesses:
             back, news = self._push(reading, guess)
             if back:
                 break
             tokens += news
             ends.append(len(tokens))
-            straddles.append(self._placed(reading.straddle(straddling)))
-        return Ahead(tuple(tokens), tuple(ends), tuple(straddles))
+            boundaries_by_row.append(self._placed(reading.boundaries(crossing_finder)))
+        return DraftTranslation(tuple(tokens), tuple(ends), tuple(boundaries_by_row))
 
     def guesses(self, drafted: Sequence[int]) -> list[int]:
         """The target's tokens of the text that was drafted, as they follow what it said."""
         text = b""
         for token in drafted:
             if token in self._alignment.from_special:
-                return [*self._spelled(text), self._alignment.from_special[token]]
+                return [*self._encoded(text), self._alignment.from_special[token]]
             if not (said := self._text(token)):
                 break
             text += said
-        return self._spelled(text)
+        return self._encoded(text)
 
     def oldest_row(self) -> int | None:
         """The row of the earliest boundary that may have straddlers."""
-        return self._prompt + max(self._reading.floor, len(self._reading) - LOOK_BACK) - 1
+        return self._prompt + max(self._retokenizer.floor, len(self._retokenizer) - LOOK_BACK) - 1
 
     def _text(self, token: int) -> bytes | None:
         texts = self._alignment.role.texts
         return (texts[token] if token < len(texts) else None) or self._alignment.shown.get(token)
 
-    def _push(self, reading: Reading, token: int) -> tuple[int, list[int]]:
+    def _push(self, reading: IncrementalRetokenizer, token: int) -> tuple[int, list[int]]:
         special = self._alignment.special.get(token)
         if special is not None:
             return reading.special(special, self._alignment.said(token))
         return reading.push(token, self._alignment.said(token))
 
-    def _placed(self, straddle: Straddle | None) -> Straddle | None:
-        return None if straddle is None else replace(straddle, first=straddle.first + self._prompt)
+    def _placed(self, boundaries: CrossedBoundaries | None) -> CrossedBoundaries | None:
+        return None if boundaries is None else replace(boundaries, first=boundaries.first + self._prompt)
 
-    def _spelled(self, data: bytes) -> list[int]:
+    def _encoded(self, data: bytes) -> list[int]:
         """Text that follows what was said, in the target's tokens; what cannot be read yet is left out."""
         text, target = data.decode(errors="ignore"), self._alignment.target
-        if self._reading.pending or not text:
+        if self._retokenizer.pending or not text:
             return []  # in the middle of a character the guider does not know how it began
         before = b"".join(self._alignment.said(token) for token in self._said)
         try:
-            ids = target.spell(before.decode() + text)[0]
+            ids = target.encode(before.decode() + text)[0]
         except UnicodeDecodeError:
-            return target.spell(text)[0]
+            return target.encode(text)[0]
         known = len(self._said)
-        return ids[known:] if ids[:known] == self._said else target.spell(text)[0]
+        return ids[known:] if ids[:known] == self._said else target.encode(text)[0]
 
 
-def reader_of(mapping: VocabularyMap | Alignment, stream: Stream) -> Reader:
+def translator_for(mapping: VocabularyMap | Alignment, stream: Stream) -> TokenTranslator:
     """The reader of a role's stream, which holds its prompt."""
-    return AlignedReader(mapping, stream) if isinstance(mapping, Alignment) else PlainReader(mapping, stream)
+    return (
+        RetokenizingTranslator(mapping, stream)
+        if isinstance(mapping, Alignment)
+        else OneToOneTranslator(mapping, stream)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.decoding.cross_vocab.boundary_tokens import Straddling
+from actors.decoding.cross_vocab.boundary_tokens import CrossingTokenFinder
 from benchmarks.aligned import AlignedModel
 from tests.support.trained_models import alignment, texts
 
@@ -15,20 +15,20 @@ PAIRS = (("pieces", "single"), ("single", "pieces"), ("grouped", "single"))
 @pytest.mark.parametrize(("target", "role"), PAIRS)
 def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, role: str) -> None:
     pair, found = alignment(target, role), 0
-    said = pair.target.spell(texts()["english"].train[:600])[0]
+    said = pair.target.encode(texts()["english"].train[:600])[0]
     for at in range(len(said) - 1):
         for offset in range(1, len(pair.said(said[at]))):
-            straddlers = pair.straddling.within(said[at : at + 1], offset)
-            if straddlers is None:
+            crossing_tokens = pair.crossing_finder.within(said[at : at + 1], offset)
+            if crossing_tokens is None:
                 continue
             begun = pair.said(said[at])[offset:]
-            assert (np.diff(straddlers.tokens) > 0).all()
-            for token, follows in zip(straddlers.tokens.tolist(), straddlers.nexts.tolist(), strict=True):
+            assert (np.diff(crossing_tokens.tokens) > 0).all()
+            for token, follows in zip(crossing_tokens.tokens.tolist(), crossing_tokens.nexts.tolist(), strict=True):
                 text = pair.role.texts[token] or b""
                 assert text.startswith(begun)
                 assert len(text) > len(begun)
                 whole = (pair.said(said[at]) + text[len(begun) :]).decode()
-                assert pair.target.spell(whole)[0][:2] == [said[at], follows]
+                assert pair.target.encode(whole)[0][:2] == [said[at], follows]
                 found += 1
     assert found > 20
 
@@ -36,14 +36,14 @@ def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, r
 def test_a_place_where_too_many_begin_alike_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = alignment("pieces", "single")
     places = [(t, n) for t, text in enumerate(pair.target.texts) if text for n in range(1, len(text))]
-    here = next(place for place in places if _count(pair.straddling.within([place[0]], place[1])) > 1)
+    here = next(place for place in places if _count(pair.crossing_finder.within([place[0]], place[1])) > 1)
     monkeypatch.setattr("actors.decoding.cross_vocab.boundary_tokens._MOST", 1)
-    again = Straddling(pair.tables, pair.target, pair.said, pair.role)
+    again = CrossingTokenFinder(pair.tables, pair.target, pair.said, pair.role)
     assert again.within([here[0]], here[1]) is None
 
 
-def _count(straddlers: object) -> int:
-    return len(getattr(straddlers, "tokens", ()))
+def _count(crossing_tokens: object) -> int:
+    return len(getattr(crossing_tokens, "tokens", ()))
 
 
 def test_a_target_token_that_is_heard_by_its_first_small_token_is_heard_of_a_straddler_that_ends_there() -> None:
@@ -53,10 +53,12 @@ def test_a_target_token_that_is_heard_by_its_first_small_token_is_heard_of_a_str
     longer = {int(x): t for t, x in enumerate(meant) if x != t}  # a target's token, by the one that its first part is
     assert longer
     for said in range(len(pair.target.texts)):
-        straddlers = pair.straddling.between([said])
-        if straddlers is None:
+        crossing_tokens = pair.crossing_finder.between([said])
+        if crossing_tokens is None:
             continue
-        pairs = zip(straddlers.tokens.tolist(), straddlers.nexts.tolist(), straddlers.whole.tolist(), strict=True)
+        pairs = zip(
+            crossing_tokens.tokens.tolist(), crossing_tokens.nexts.tolist(), crossing_tokens.whole.tolist(), strict=True
+        )
         for token, follows, whole in pairs:
             if follows not in longer:
                 continue

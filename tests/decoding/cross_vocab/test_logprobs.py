@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from actors.decoding.candidates import PADDING, Floats, Slice
-from actors.decoding.cross_vocab.logprobs import FLOOR, Events, Heard, Straddled
-from actors.decoding.cross_vocab.translators import AlignedReader, Alignment
+from actors.decoding.cross_vocab.logprobs import FLOOR, CrossingRows, RoleRowInput, TokenEventLogprobs
+from actors.decoding.cross_vocab.translators import Alignment, RetokenizingTranslator
 from actors.decoding.stream import Stream
 from benchmarks.aligned import AlignedModel, difference
 from benchmarks.trigrams import Trigrams
@@ -38,7 +38,7 @@ def decode(target: Model, pair: Alignment, guider: Model, base: Model, steps: in
 def test_with_one_tokenizer_an_event_is_its_token(kind: str) -> None:
     pair, model = alignment(kind, kind), hashed(tokenizer(kind), 2)
     aligned = AlignedModel(pair, model)
-    for token in pair.target.spell(texts()["reasoning"].train[:300])[0]:
+    for token in pair.target.encode(texts()["reasoning"].train[:300])[0]:
         logits = model(aligned.stream.tokens)
         log_p = np.maximum(logits - np.logaddexp.reduce(logits), FLOOR)
         masses = aligned.masses()
@@ -50,7 +50,7 @@ def test_with_one_tokenizer_an_event_is_its_token(kind: str) -> None:
 @pytest.mark.parametrize(("target", "role"), PAIRS)
 def test_a_guider_that_is_its_base_changes_nothing(target: str, role: str) -> None:
     own, small = hashed(tokenizer(target), 1), hashed(tokenizer(role), 2)
-    legal = np.array([bool(text) for text in tokenizer(target).speller.texts])
+    legal = np.array([bool(text) for text in tokenizer(target).adapter.texts])
     alone: list[int] = []
     for _ in range(60):
         alone.append(int(np.where(legal, own(alone)[: len(legal)], -np.inf).argmax()))
@@ -70,7 +70,7 @@ def test_the_events_of_a_row_share_one_probability(target: str, role: str) -> No
     pair = alignment(target, role)
     model = AlignedModel(pair, hashed(tokenizer(role), 2))
     totals = []
-    for token in pair.target.spell(texts()["english"].train[:400])[0]:
+    for token in pair.target.encode(texts()["english"].train[:400])[0]:
         masses = model.masses()
         # Tokens that are nobody's image borrow the mass of one that is: they do not count twice.
         images = np.unique(pair.tables.image[pair.tables.image >= 0])
@@ -103,7 +103,7 @@ def _first_bytes(model: Model, pair: Alignment, tokens: Sequence[int], pending: 
 def test_a_target_of_bytes_comes_near_the_enumeration_of_all_spellings() -> None:
     pair, corpus = alignment("bytes", "single"), texts()["reasoning"].train
     spellable = [id_ for id_, data in enumerate(pair.role.texts) if data]
-    trigrams = Trigrams(pair.role.spell(corpus[2_000:])[0], tokenizer("single").width, spellable)
+    trigrams = Trigrams(pair.role.encode(corpus[2_000:])[0], tokenizer("single").width, spellable)
     model, text = cache(lambda tokens: trigrams(tokens[-2:])), corpus[:150].encode()
     by_byte = {data[0]: id_ for id_, data in enumerate(pair.target.texts) if data}
     aligned, distances = AlignedModel(pair, lambda tokens: model(tuple(tokens))), list[float]()
@@ -124,29 +124,29 @@ def test_a_target_of_bytes_comes_near_the_enumeration_of_all_spellings() -> None
 
 def _settled(pair: Alignment, tokens: Sequence[int], text: bytes, begun: int) -> bool:
     """Whether a text's true tokens begin with those of its first `begun` bytes."""
-    return pair.role.spell(text.decode())[0][: len(tokens)] == list(tokens)
+    return pair.role.encode(text.decode())[0][: len(tokens)] == list(tokens)
 
 
 def test_rows_of_one_block_do_not_change_each_other() -> None:
     pair, draw = alignment("pieces", "single"), np.random.default_rng(4)
     width, tables = tokenizer("single").width, pair.tables
-    reader = AlignedReader(pair, Stream(1, [3]))
-    heard, candidates = [], []
-    for token in pair.target.spell(texts()["english"].train[:150])[0]:
-        straddle = reader.ahead(()).straddles[0]
-        straddled = Straddled(straddle) if straddle is not None else None
-        if straddled is not None:
-            straddled.values[:], straddled.sums[:] = draw.normal(size=len(straddled.ids)), 8.0
-        heard.append(Heard(Slice(np.arange(width), draw.normal(size=width), np.zeros(0), 8.0), straddled))
+    reader = RetokenizingTranslator(pair, Stream(1, [3]))
+    inputs, candidates = [], []
+    for token in pair.target.encode(texts()["english"].train[:150])[0]:
+        boundaries = reader.ahead(()).boundaries_by_row[0]
+        crossing = CrossingRows(boundaries) if boundaries is not None else None
+        if crossing is not None:
+            crossing.values[:], crossing.sums[:] = draw.normal(size=len(crossing.ids)), 8.0
+        inputs.append(RoleRowInput(Slice(np.arange(width), draw.normal(size=width), np.zeros(0), 8.0), crossing))
         candidates.append(np.sort(draw.choice(tokenizer("pieces").width, 40, replace=False)))
         reader.read(token)
-    ids, inside = np.stack(candidates), np.ones((len(heard), 40), np.bool_)
+    ids, inside = np.stack(candidates), np.ones((len(inputs), 40), np.bool_)
     inside[::3, 30:] = False  # some rows have fewer
     ids[::3, 30:] = PADDING
-    together = Events(tables, ids, inside, heard).masses()
-    assert any(each.straddled is not None for each in heard)
-    for row, each in enumerate(heard):
-        alone = Events(tables, ids[row : row + 1], inside[row : row + 1], [each]).masses()
+    together = TokenEventLogprobs(tables, ids, inside, inputs).masses()
+    assert any(each.crossing is not None for each in inputs)
+    for row, each in enumerate(inputs):
+        alone = TokenEventLogprobs(tables, ids[row : row + 1], inside[row : row + 1], [each]).masses()
         assert np.array_equal(together[row], alone[0], equal_nan=True)
 
 
@@ -154,9 +154,13 @@ def test_a_slice_and_lookups_say_what_the_whole_row_says() -> None:
     pair, row = alignment("grouped", "single"), np.random.default_rng(9).normal(size=tokenizer("single").width)
     total, ids = float(np.logaddexp.reduce(row)), np.arange(200, 260)[None]
     inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = np.ones(ids.shape, np.bool_)
-    whole = Events(pair.tables, ids, inside, [Heard(Slice(np.arange(len(row)), row, np.zeros(0), total), None)])
+    whole = TokenEventLogprobs(
+        pair.tables, ids, inside, [RoleRowInput(Slice(np.arange(len(row)), row, np.zeros(0), total), None)]
+    )
     top = np.unique(whole.tokens)[::2]
-    sliced = Events(pair.tables, ids, inside, [Heard(Slice(top, row[top], np.zeros(0), total), None)])
+    sliced = TokenEventLogprobs(
+        pair.tables, ids, inside, [RoleRowInput(Slice(top, row[top], np.zeros(0), total), None)]
+    )
     _, places, asked = sliced.missing()
     assert 0 < len(asked) < len(sliced.tokens)
     sliced.fill(places, row[asked])
@@ -166,10 +170,10 @@ def test_a_slice_and_lookups_say_what_the_whole_row_says() -> None:
 def test_straddlers_lead_to_what_the_small_model_meant() -> None:
     pair = alignment("pieces", "single")
     tables = pair.tables
-    straddled = 0
-    for node in itertools.islice(range(1, len(tables.straddlers.starts) - 1), 200):
-        for token, follows in zip(tables.straddlers[node].tolist(), tables.nexts[node].tolist(), strict=True):
-            spelling = pair.target.spell((pair.role.texts[token] or b"").decode(errors="replace"))[0]
+    crossing = 0
+    for node in itertools.islice(range(1, len(tables.crossing_tokens.starts) - 1), 200):
+        for token, follows in zip(tables.crossing_tokens[node].tolist(), tables.nexts[node].tolist(), strict=True):
+            spelling = pair.target.encode((pair.role.texts[token] or b"").decode(errors="replace"))[0]
             at = [n for n in range(1, len(spelling)) if tables.walk(spelling[:n]) == node]
-            straddled += bool(at) and spelling[at[0]] == follows
-    assert straddled > 200
+            crossing += bool(at) and spelling[at[0]] == follows
+    assert crossing > 200

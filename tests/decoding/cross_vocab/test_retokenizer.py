@@ -8,9 +8,9 @@ import re
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from actors.decoding.cross_vocab.retokenizer import Reading, WholeTexts
-from actors.decoding.cross_vocab.tables import Speller
-from actors.decoding.cross_vocab.translators import AlignedReader
+from actors.decoding.cross_vocab.retokenizer import IncrementalRetokenizer, WholeTexts
+from actors.decoding.cross_vocab.tables import TokenizerAdapter
+from actors.decoding.cross_vocab.translators import RetokenizingTranslator
 from actors.decoding.hashing import prefix_hash
 from actors.decoding.stream import Stream
 from actors.text.tokenizer import RoleTokenizer
@@ -42,10 +42,10 @@ def _pieces(draw: random.Random, data: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_in_pieces_is_spelled_as_a_whole(kind: str) -> None:
-    speller, draw = tokenizer(kind).speller, random.Random(11)
+    adapter, draw = tokenizer(kind).adapter, random.Random(11)
     checks = longest = 0
     for _ in range(25):
-        reading, ids, said = Reading(speller), list[int](), b""
+        reading, ids, said = IncrementalRetokenizer(adapter), list[int](), b""
         for piece in _pieces(draw, _draw(draw).encode()):
             back, news = reading.push(0, piece)
             ids[len(ids) - back :] = news
@@ -55,7 +55,7 @@ def test_a_text_in_pieces_is_spelled_as_a_whole(kind: str) -> None:
                 whole = said.decode()
             except UnicodeDecodeError:
                 continue
-            assert ids == speller.spell(whole)[0], whole
+            assert ids == adapter.encode(whole)[0], whole
             checks += 1
     assert checks > 1_000
     assert longest <= 12, "bytes come one by one here; by tokens of a target it is three"
@@ -64,11 +64,11 @@ def test_a_text_in_pieces_is_spelled_as_a_whole(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_that_is_one_token_is_read_so_whatever_stands_around_it(kind: str) -> None:
     """As a tokenizer does that finds its added tokens before it splits anything."""
-    speller, draw = tokenizer(kind).speller, random.Random(13)
+    adapter, draw = tokenizer(kind).adapter, random.Random(13)
     whole_texts = {"<think>": 100_001, "</think>": 100_002, "</thinking aloud>": 100_003}
     found = 0
     for _ in range(25):
-        reading, ids = Reading(speller, WholeTexts(whole_texts)), list[int]()
+        reading, ids = IncrementalRetokenizer(adapter, WholeTexts(whole_texts)), list[int]()
         parts = [
             part for piece in draw.sample(STRANGE, 3) for part in (piece, draw.choice([*whole_texts, "</thin", ".<"]))
         ]
@@ -78,29 +78,29 @@ def test_a_text_that_is_one_token_is_read_so_whatever_stands_around_it(kind: str
         expected = list[int]()
         for part in re.split("(<think>|</think>|</thinking aloud>)", "".join(parts)):
             found += part in whole_texts
-            expected += [whole_texts[part]] if part in whole_texts else speller.spell(part)[0]
+            expected += [whole_texts[part]] if part in whole_texts else adapter.encode(part)[0]
         assert ids == expected
     assert found > 50
 
 
 def test_nothing_straddles_the_end_of_a_text_that_is_one_token() -> None:
     pair = alignment("grouped", "single")
-    reading = Reading(pair.role, WholeTexts({"</think>": 100_002}))
+    reading = IncrementalRetokenizer(pair.role, WholeTexts({"</think>": 100_002}))
     reading.push(0, b"so</think")
-    reading.push(pair.target.spell(">")[0][0], b">The")  # one token of the target reaches over it
-    straddle = reading.straddle(pair.straddling)
-    assert straddle is None or straddle.first >= len(reading)
+    reading.push(pair.target.encode(">")[0][0], b">The")  # one token of the target reaches over it
+    boundaries = reading.boundaries(pair.crossing_finder)
+    assert boundaries is None or boundaries.first >= len(reading)
 
 
 @pytest.mark.parametrize("role", [kind for kind in KINDS if kind != "bytes"])
 def test_bytes_that_are_no_text_are_read_as_bytes_and_what_follows_stands_alone(role: str) -> None:
-    speller = tokenizer(role).speller
-    reading, ids = Reading(speller), list[int]()
+    adapter = tokenizer(role).adapter
+    reading, ids = IncrementalRetokenizer(adapter), list[int]()
     for piece in (b"a good \xe4", b"\xff day", b" and \xf0\x9f", b" night"):
         back, news = reading.push(0, piece)
         ids[len(ids) - back :] = news
-    assert b"".join(speller.texts[id_] or b"?" for id_ in ids) == b"a good \xe4\xff day and \xf0\x9f night"
-    assert ids[-len(speller.spell(" night")[0]) :] == speller.spell(" night")[0]
+    assert b"".join(adapter.texts[id_] or b"?" for id_ in ids) == b"a good \xe4\xff day and \xf0\x9f night"
+    assert ids[-len(adapter.encode(" night")[0]) :] == adapter.encode(" night")[0]
 
 
 def test_words_in_pieces_are_spelled_as_a_whole() -> None:
@@ -111,27 +111,27 @@ def test_words_in_pieces_are_spelled_as_a_whole() -> None:
     words.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[UNK]"], show_progress=False)
     words.train_from_iterator([texts()["english"].train], trainer)
-    speller = RoleTokenizer(words, {}, {}).speller
+    adapter = RoleTokenizer(words, {}, {}).adapter
     said = "The value of 12 items isn't UNKNOWN (so far), is it?  No."
-    reading, ids = Reading(speller), list[int]()
+    reading, ids = IncrementalRetokenizer(adapter), list[int]()
     for at in range(0, len(said), 3):
         back, news = reading.push(0, said[at : at + 3].encode())
         ids[len(ids) - back :] = news
-        assert ids == speller.spell(said[: at + 3])[0]
+        assert ids == adapter.encode(said[: at + 3])[0]
     assert len(ids) > 12
 
 
 def test_a_fork_reads_ahead_and_leaves_the_reading_as_it_was() -> None:
-    speller = tokenizer("single").speller
-    reading = Reading(speller)
+    adapter = tokenizer("single").adapter
+    reading = IncrementalRetokenizer(adapter)
     reading.push(0, b"the num")
     fork = reading.fork()
     fork.push(0, b"ber 12")
-    assert reading.push(0, b"bers") == Reading.push(_after(speller, b"the num"), 0, b"bers")
+    assert reading.push(0, b"bers") == IncrementalRetokenizer.push(_after(adapter, b"the num"), 0, b"bers")
 
 
-def _after(speller: Speller, data: bytes) -> Reading:
-    reading = Reading(speller)
+def _after(adapter: TokenizerAdapter, data: bytes) -> IncrementalRetokenizer:
+    reading = IncrementalRetokenizer(adapter)
     reading.push(0, data)
     return reading
 
@@ -140,40 +140,40 @@ def _after(speller: Speller, data: bytes) -> Reading:
 def test_a_stream_holds_the_true_tokens_and_hashes_after_every_rollback(target: str, role: str) -> None:
     pair, draw = alignment(target, role), random.Random(5)
     stream = Stream(9, [1, 2, 3])
-    reader, text = AlignedReader(pair, stream), _draw(draw)
-    tokens = pair.target.spell(text)[0]
+    reader, text = RetokenizingTranslator(pair, stream), _draw(draw)
+    tokens = pair.target.encode(text)[0]
     for token in tokens:
         reader.read(token)
         running = 9
         for at, each in enumerate(stream.tokens):
             running = prefix_hash(running, each)
             assert stream.hash_before(at + 1) == running
-    assert stream.tokens[3:] == pair.role.spell(_text(pair.target, tokens))[0]
+    assert stream.tokens[3:] == pair.role.encode(_text(pair.target, tokens))[0]
 
 
 @pytest.mark.parametrize(("target", "role"), [("grouped", "single"), ("pieces", "single"), ("bytes", "large")])
 def test_what_is_read_ahead_is_what_is_read(target: str, role: str) -> None:
     pair, draw = alignment(target, role), random.Random(7)
-    tokens = pair.target.spell(_draw(draw))[0]
+    tokens = pair.target.encode(_draw(draw))[0]
     stream = Stream(1, [5])
-    reader = AlignedReader(pair, stream)
+    reader = RetokenizingTranslator(pair, stream)
     cut = 0
     for at, token in enumerate(tokens[:-4]):
         ahead = reader.ahead(tokens[at : at + 4])
-        assert reader.ahead(()).straddles[0] == ahead.straddles[0]
+        assert reader.ahead(()).boundaries_by_row[0] == ahead.boundaries_by_row[0]
         for rows, read in enumerate(ahead.ends[1:], 1):
             said = tokens[: at + rows]
             if _whole(pair.target, said):
-                assert [*stream.tokens[1:], *ahead.tokens[:read]] == pair.role.spell(_text(pair.target, said))[0]
+                assert [*stream.tokens[1:], *ahead.tokens[:read]] == pair.role.encode(_text(pair.target, said))[0]
         cut += len(ahead.ends) < 5
         reader.read(token)
     assert cut < len(tokens) - 4, "some are read to their end"
 
 
-def _text(speller: Speller, tokens: list[int]) -> str:
-    return b"".join(speller.texts[token] or b"" for token in tokens).decode(errors="ignore")
+def _text(adapter: TokenizerAdapter, tokens: list[int]) -> str:
+    return b"".join(adapter.texts[token] or b"" for token in tokens).decode(errors="ignore")
 
 
-def _whole(speller: Speller, tokens: list[int]) -> bool:
-    data = b"".join(speller.texts[token] or b"" for token in tokens)
+def _whole(adapter: TokenizerAdapter, tokens: list[int]) -> bool:
+    data = b"".join(adapter.texts[token] or b"" for token in tokens)
     return data.decode(errors="ignore").encode() == data

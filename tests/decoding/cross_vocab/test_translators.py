@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from actors.decoding.candidates import Floats
-from actors.decoding.cross_vocab.translators import AlignedReader, Alignment
+from actors.decoding.cross_vocab.translators import Alignment, RetokenizingTranslator
 from actors.decoding.stream import Stream
 from actors.text.alignment_cache import align
 from actors.text.tokenizer import RoleTokenizer
@@ -54,7 +54,7 @@ def test_an_end_that_is_text_to_the_target_is_lifted_piece_by_piece(pair: Alignm
     wish = GUIDER.added_tokens[END]
     row, base_row = saying({wish: 0.9}, GUIDER.width), saying({}, BASE.width)
     guider, base = AlignedModel(pair, lambda tokens: row), AlignedModel(align(TARGET, BASE), lambda tokens: base_row)
-    spelled = TARGET.speller.spell(END)[0]
+    spelled = TARGET.adapter.encode(END)[0]
     assert len(spelled) > 3, "several pieces, so that its later ones are straddled"
     for piece in spelled[:3]:
         delta = difference(guider.masses(), base.masses())
@@ -66,24 +66,27 @@ def test_an_end_that_is_text_to_the_target_is_lifted_piece_by_piece(pair: Alignm
 
 def test_the_guider_reads_its_own_mark_once_the_text_is_there(pair: Alignment) -> None:
     streams = Stream(3, [1, 2]), Stream(3, [1, 2])
-    readers = AlignedReader(pair, streams[0]), AlignedReader(align(TARGET, BASE), streams[1])
-    spelled = TARGET.speller.spell("Ada." + END)[0]
-    for reader in readers:
+    translators = RetokenizingTranslator(pair, streams[0]), RetokenizingTranslator(align(TARGET, BASE), streams[1])
+    spelled = TARGET.adapter.encode("Ada." + END)[0]
+    for translator in translators:
         for token in spelled:
-            reader.read(token)
-    readers[0].respell(TARGET.encode(END), [GUIDER.added_tokens[END]], END)
-    readers[1].respell(TARGET.encode(END), BASE.encode(END), END)
-    assert streams[0].tokens[2:] == [*GUIDER.speller.spell("Ada.")[0], GUIDER.added_tokens[END]]
-    assert streams[1].tokens[2:] == BASE.speller.spell("Ada." + END)[0]
+            translator.read(token)
+    translators[0].retokenize(TARGET.encode(END), [GUIDER.added_tokens[END]], END)
+    translators[1].retokenize(TARGET.encode(END), BASE.encode(END), END)
+    assert streams[0].tokens[2:] == [*GUIDER.adapter.encode("Ada.")[0], GUIDER.added_tokens[END]]
+    assert streams[1].tokens[2:] == BASE.adapter.encode("Ada." + END)[0]
 
 
 def test_a_draft_is_spelled_as_it_follows_what_was_said(pair: Alignment) -> None:
-    reader = AlignedReader(pair, Stream(3, [1]))
-    whole = TARGET.speller.spell("The mentor of Ada is")[0]
-    said, rest = whole[:2], b"".join(TARGET.speller.texts[token] or b"" for token in whole[2:]).decode()
+    translator = RetokenizingTranslator(pair, Stream(3, [1]))
+    whole = TARGET.adapter.encode("The mentor of Ada is")[0]
+    said, rest = whole[:2], b"".join(TARGET.adapter.texts[token] or b"" for token in whole[2:]).decode()
     for token in said:
-        reader.read(token)
-    assert reader.guesses([*GUIDER.speller.spell(rest)[0], GUIDER.eos_ids[1], 5]) == [*whole[2:], TARGET.eos_ids[0]]
+        translator.read(token)
+    assert translator.guesses([*GUIDER.adapter.encode(rest)[0], GUIDER.eos_ids[1], 5]) == [
+        *whole[2:],
+        TARGET.eos_ids[0],
+    ]
 
 
 def test_permuted_ids_of_the_small_model_change_no_event() -> None:
@@ -100,7 +103,7 @@ def test_permuted_ids_of_the_small_model_change_no_event() -> None:
         AlignedModel(align(TARGET, GUIDER), lambda tokens: row),
         AlignedModel(align(TARGET, permuted), lambda tokens: other),
     )
-    for token in TARGET.speller.spell("The mentor of Ada is Bob. 漢")[0]:
+    for token in TARGET.adapter.encode("The mentor of Ada is Bob. 漢")[0]:
         assert np.allclose(one.masses(), two.masses(), equal_nan=True)
         one.push(token)
         two.push(token)
