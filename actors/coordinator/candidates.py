@@ -60,7 +60,7 @@ class CandidateCompleter:
         ready: dict[int, list[LogitsRow]] = {}
         for row in rows:
             if row.window.aligned and row.k != WHOLE and row.proposed is None and "guider" in row.slices:
-                if (crossing := row.crossing.get("guider")) is None or crossing.known:
+                if (crossing := row.crossing.get("guider")) is None or crossing.complete:
                     ready.setdefault(len(row.slices["guider"].ids), []).append(row)
         for members in ready.values():
             inputs = [RoleRowInput(row.slices["guider"], row.crossing.get("guider")) for row in members]
@@ -113,15 +113,15 @@ class CandidateCompleter:
         for row in rows:
             there = row.proposed is not None if row.window.aligned else "guider" in row.slices
             if row.window.guided and row.early is None and row.k == self._k and there:
-                known = row.window.known["target"]
-                shape = row.window.aligned, len(_offered(row).ids), known.events.tobytes()
+                required = row.window.required["target"]
+                shape = row.window.aligned, len(_offered(row).ids), required.events.tobytes()
                 shapes.setdefault(shape, []).append(row)
         for members in shapes.values():
             aligned, active = members[0].window.aligned, members[0].window.active
             ids = np.stack([_offered(row).ids for row in members])
             theirs = self._vocabularies.plain_map(active.primary, "target")
             asked = (ids >= 0) & (theirs.to_role[ids] >= 0)
-            for event in members[0].window.known["target"].events.tolist():
+            for event in members[0].window.required["target"].events.tolist():
                 asked &= ids != event
             early = Early(asked, np.full(ids.shape, np.nan))
             for at, row in enumerate(members):

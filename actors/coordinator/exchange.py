@@ -43,8 +43,8 @@ class Exchange:
 
         guesses: drafts that are known already, in the primary's ids. drafts: how many to ask of the guider instead.
         """
-        known = self._known(active, guided)
-        window = active.window = VerificationWindow(active, guided, known, "guider" if drafts else None, drafts)
+        required = self._required(active, guided)
+        window = active.window = VerificationWindow(active, guided, required, "guider" if drafts else None, drafts)
         if guided:
             needed = {role: translator.oldest_row() for role, translator in active.session.translators.items()}
             window.oldest = {role: oldest for role, oldest in needed.items() if oldest is not None}
@@ -59,7 +59,7 @@ class Exchange:
 
     def read_prompt(self, active: ActiveSession, guided: bool, reads: Mapping[Role, Sequence[int]]) -> None:
         """Ask for whole rows inside the prompt. reads: how many of its tokens each role has read at each row."""
-        window = active.window = VerificationWindow(active, guided, self._known(active, guided), scores_prompt=True)
+        window = active.window = VerificationWindow(active, guided, self._required(active, guided), scores_prompt=True)
         for role in window.roles:
             stream, ends = active.session.streams[role], reads[role]
             first = window.first[role] = ends[0] - 1
@@ -70,17 +70,17 @@ class Exchange:
         for role in window.roles:
             self._extend(window, role)
 
-    def _known(self, active: ActiveSession, guided: bool) -> Mapping[Role, RequiredLogits]:
+    def _required(self, active: ActiveSession, guided: bool) -> Mapping[Role, RequiredLogits]:
         """What the rows of the session's next window must know, by role."""
         lifted = active.session.must_know()
-        if not lifted and guided in active.known:
-            return active.known[guided]
+        if not lifted and guided in active.required:
+            return active.required[guided]
         forced = tuple(sorted(lifted & self._vocabularies.legal(active.primary)))
         end, roles = active.session.request.thinking.end, GUIDED if guided else (active.primary,)
-        known = {role: self._vocabularies.known(active.primary, role, end, forced) for role in roles}
+        required = {role: self._vocabularies.required(active.primary, role, end, forced) for role in roles}
         if not lifted:
-            active.known[guided] = known
-        return known
+            active.required[guided] = required
+        return required
 
     def again(self, active: ActiveSession, role: Role, held: int) -> None:
         """Ask one role for its part of the window anew, from what its replica holds."""
@@ -221,7 +221,7 @@ class Exchange:
 
     def _extend(self, window: VerificationWindow, role: Role, drafting: bool = False) -> None:
         """Send a role the session's newest tokens and the drafts behind them; ask for the window's rows."""
-        active, needed, first = window.active, window.known.get(role), window.first[role]
+        active, needed, first = window.active, window.required.get(role), window.first[role]
         stream, tail = active.session.streams[role], window.draft_tokens.get(role, [])
         end, fresh, keep = first + 1 + len(tail), first, 0
         if role in window.oldest:
@@ -241,13 +241,13 @@ class Exchange:
         k = self._width(window, role)
         ids = needed.ids if needed is not None else np.zeros(0, np.int32)
         rows = end - fresh
-        call_id = self._calls.issue(InflightCall("extend", window, role, known=needed, start=fresh))
+        call_id = self._calls.issue(InflightCall("extend", window, role, required=needed, start=fresh))
         prefix = stream.hash_before(position)
         outbox = active.replicas[role].outbox
         item = (call_id, active.key, active.age, prefix, active.epoch, position, len(tokens), rows, k, len(ids), keep)
         outbox.extends.append(item)
         outbox.tokens += tokens
-        outbox.know.append(ids)
+        outbox.required_ids.append(ids)
 
     def _recall(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
         """Rows before `fresh` are known already."""
@@ -259,7 +259,7 @@ class Exchange:
 
     def _width(self, window: VerificationWindow, role: Role) -> int:
         """Of the slices that a role is asked for."""
-        if role not in window.known:
+        if role not in window.required:
             return 0  # it only drafts
         if self._config.mode == "full" or window.scores_prompt:
             return WHOLE
@@ -307,7 +307,7 @@ class Exchange:
                 used = window.first[role] + len(window.hashes[role])  # more may have been drafted
                 for position, part in zip(range(one.start, used), slices):  # noqa: B905
                     history.note(window.name(role, position), part)
-            if role in window.known:
+            if role in window.required:
                 for row in window.rows[window.next :]:
                     at = row.position(role) - one.start
                     if 0 <= at < len(slices):  # drafts may have been cut

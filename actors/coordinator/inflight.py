@@ -28,7 +28,7 @@ class InflightCall:
     kind: Literal["extend", "lookup", "widen"]
     window: VerificationWindow
     role: Role
-    known: RequiredLogits | None = None  # of an extend
+    required: RequiredLogits | None = None  # of an extend
     row: LogitsRow | None = None  # of a lookup or widening
     before: Slice | None = None  # of a widening: the narrower slice
     lookups: Lookups | None = None  # the lookups that went out with this one
@@ -199,8 +199,8 @@ def read_rows(
     """
     ids = rows_ids(message, width)
     sums, ours, reader = message.logsumexp.tolist(), dict[tuple[int, bool], NDArray[Any]](), _ColumnCursor(message)
-    for one, (_, rows, k, know) in zip(asked, message.items.tolist(), strict=True):
-        at = reader.next(rows, max(k, 0), width if k == WHOLE else k, know)
+    for one, (_, rows, k, required_ids) in zip(asked, message.items.tolist(), strict=True):
+        at = reader.next(rows, max(k, 0), width if k == WHOLE else k, required_ids)
         if one is None:
             yield None, []
             continue
@@ -210,8 +210,8 @@ def read_rows(
             own = np.arange(width) if k == WHOLE else ids
             ours[key] = own if isinstance(mapping, Alignment) else mapping.to_primary[own]
         theirs = ours[key]
-        values = message.known[at.known].reshape(rows, know)
-        folded = one.known.fold(values) if one.known is not None else values
+        values = message.required[at.required].reshape(rows, required_ids)
+        folded = one.required.fold(values) if one.required is not None else values
         slices = []
         for row in range(rows):
             if k == WHOLE:
@@ -227,23 +227,23 @@ def read_rows(
 class _ItemColumns:
     """Where an item's parts begin in the flat columns."""
 
-    __slots__ = ("ids", "known", "logits", "rows")
+    __slots__ = ("ids", "logits", "required", "rows")
 
-    def __init__(self, rows: int, ids: int, logits: int, known: slice) -> None:
-        self.rows, self.ids, self.logits, self.known = rows, ids, logits, known
+    def __init__(self, rows: int, ids: int, logits: int, required: slice) -> None:
+        self.rows, self.ids, self.logits, self.required = rows, ids, logits, required
 
 
 class _ColumnCursor:
     """Walks through the items of a message."""
 
     def __init__(self, message: Rows) -> None:
-        self._rows = self._ids = self._logits = self._known = 0
+        self._rows = self._ids = self._logits = self._required = 0
 
-    def next(self, rows: int, ids: int, logits: int, known: int) -> _ItemColumns:
+    def next(self, rows: int, ids: int, logits: int, required: int) -> _ItemColumns:
         """The next item: `rows` rows of so many ids, logits and known values each."""
-        at = _ItemColumns(self._rows, self._ids, self._logits, slice(self._known, self._known + rows * known))
+        at = _ItemColumns(self._rows, self._ids, self._logits, slice(self._required, self._required + rows * required))
         self._rows += rows
         self._ids += rows * ids
         self._logits += rows * logits
-        self._known += rows * known
+        self._required += rows * required
         return at

@@ -195,7 +195,7 @@ class Outbox:
 
     extends: list[tuple[int, ...]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    know: list[NDArray[Any]] = field(default_factory=list)
+    required_ids: list[NDArray[Any]] = field(default_factory=list)
     drafting: list[tuple[float, ...]] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     lookups: list[tuple[int, ...]] = field(default_factory=list)
@@ -210,7 +210,7 @@ class Outbox:
         if self.extends or self.released:
             items, drafting = np.array(self.extends, EXTEND_ITEM), np.array(self.drafting, DRAFT_ITEM)
             released = np.array(self.released, "<u8")
-            messages.append(Extend(items, np.array(self.tokens, I32), _joined(self.know), released, drafting))
+            messages.append(Extend(items, np.array(self.tokens, I32), _joined(self.required_ids), released, drafting))
         if self.lookups:
             messages.append(pack_lookups(self.lookups, _joined(self.ids), width))
         if self.widens:
@@ -218,7 +218,7 @@ class Outbox:
         columns = (
             self.extends,
             self.tokens,
-            self.know,
+            self.required_ids,
             self.drafting,
             self.released,
             self.lookups,

@@ -33,7 +33,7 @@ class ActiveSession:
         self.epoch = 1
         self.replicas: dict[Role, Replica] = {}
         self.window: VerificationWindow | None = None
-        self.known: dict[
+        self.required: dict[
             bool, Mapping[Role, RequiredLogits]
         ] = {}  # what rows must know, guided or not, where no history adds
         self.row_histories: dict[Role, RowHistory] = {}  # of small roles of another family
@@ -131,7 +131,7 @@ class PromptScoring:
         """What the complete rows of a window say of the tokens after them."""
         active, request = window.active, self._request
         rows = {
-            role: spread([row.slices[role] for row in window.rows], window.known[role], self._width)
+            role: spread([row.slices[role] for row in window.rows], window.required[role], self._width)
             for role in window.roles
         }
         begin = active.session.scored
@@ -197,8 +197,8 @@ class LogitsRow:
     @property
     def complete(self) -> bool:
         """Whether all that was asked has come."""
-        known = self.block is not None or self.window.scores_prompt
-        return known and not self.waiting and len(self.slices) == len(self.window.roles)
+        required = self.block is not None or self.window.scores_prompt
+        return required and not self.waiting and len(self.slices) == len(self.window.roles)
 
     def name(self, role: Role) -> tuple[int, int]:
         """What names it to a replica: the position of its token, and the running hash up to it."""
@@ -215,9 +215,9 @@ class LogitsRow:
             offered: dict[Role, Slice] = {"target": slices["target"]}
             slices = offered if self.proposed is None else offered | {"guider": self.proposed}
         if self.early is None:
-            return Proposal(self.window.known, slices)
+            return Proposal(self.window.required, slices)
         values, asked = self.early.values[self.early_at], self.early.asked[self.early_at]
-        return Proposal(self.window.known, slices, values, asked)
+        return Proposal(self.window.required, slices, values, asked)
 
     def restart(self) -> None:
         """Forget its candidates: a role answers anew."""
@@ -230,7 +230,7 @@ class VerificationWindow:
 
     active: ActiveSession
     guided: bool  # whether the small models take part in its decisions
-    known: Mapping[Role, RequiredLogits]  # what every row must know, by each role that takes part; the primary first
+    required: Mapping[Role, RequiredLogits]  # what every row must know, by each role that takes part; the primary first
     drafter: Role | None = None  # who drafts; None: nobody, or the session's own text
     wanted: int = 0  # drafts asked of the drafter
     first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
@@ -257,7 +257,7 @@ class VerificationWindow:
     @property
     def roles(self) -> tuple[Role, ...]:
         """The roles whose rows are needed."""
-        return tuple(self.known)
+        return tuple(self.required)
 
     @property
     def drafts(self) -> int:
@@ -278,7 +278,7 @@ class VerificationWindow:
         session = self.active.session
         if self.next >= len(self.rows) or bool(self.active.alpha()) != self.guided:
             return False
-        for role in self.known:
+        for role in self.required:
             stream, read = session.streams[role], self.reads[role][self.next]
             length = self.first[role] + read + 1
             if len(stream) != length or stream.hash_before(length) != self.hashes[role][read]:

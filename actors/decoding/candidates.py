@@ -43,7 +43,7 @@ class Proposal:
     for those still on their way; asked [k]: which ids these are.
     """
 
-    known: Mapping[Role, RequiredLogits]
+    required: Mapping[Role, RequiredLogits]
     slices: Mapping[Role, Slice]
     early: Floats | None = None
     asked: NDArray[np.bool_] | None = None
@@ -51,7 +51,7 @@ class Proposal:
     @property
     def shape(self) -> tuple[object, ...]:
         """Rows of one shape make a block."""
-        kinds = [(role, len(needed.events), role in self.slices) for role, needed in self.known.items()]
+        kinds = [(role, len(needed.events), role in self.slices) for role, needed in self.required.items()]
         return (*kinds, *(len(part.ids) for part in self.slices.values()), self.early is None)
 
 
@@ -66,11 +66,11 @@ class Block:
     def __init__(self, rows: Sequence[Proposal]) -> None:
         """All rows are of one shape."""
         first = rows[0]
-        self._roles = tuple(first.known)
+        self._roles = tuple(first.required)
         columns: list[Ids] = []
         self._columns: dict[tuple[str, Role], slice] = {}
         for role in self._roles:
-            parts = [("events", [row.known[role].events for row in rows])]
+            parts = [("events", [row.required[role].events for row in rows])]
             if role in first.slices:
                 parts.append(("slice", [row.slices[role].ids for row in rows]))
             for kind, arrays in parts:

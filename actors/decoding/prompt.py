@@ -14,13 +14,13 @@ from actors.decoding.scoring import likeliest
 from actors.decoding.vocabulary import RequiredLogits
 
 
-def spread(slices: Sequence[Slice], known: RequiredLogits, width: int) -> RoleRows:
+def spread(slices: Sequence[Slice], required: RequiredLogits, width: int) -> RoleRows:
     """A role's whole rows [B, width] by the primary's ids; NaN where it has no such id."""
     logits = np.full((len(slices), width), np.nan)
     for row, part in zip(logits, slices, strict=True):
         ours = part.ids >= 0
         row[part.ids[ours]] = part.logits[ours]
-        row[known.events] = part.folded
+        row[required.events] = part.folded
     sums = np.array([part.logsumexp for part in slices])
     return RoleRows(logits, ~np.isnan(logits), sums)
 

@@ -58,8 +58,8 @@ class StepEngine:
     as many as 450 sessions that draft hold, within a share of the memory.
     batch_invariant: one thread, token and logit counts padded to a multiple of 8 and every token attended as its own
     row; then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone,
-    token by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small steps to
-    buckets, captured as CUDA graphs where that can be (None: only there).
+    token by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small
+    steps to buckets, captured as CUDA graphs where that can be (None: only there).
     digest: of the whole model, where `model` is one rank's share.
     Raises LoadError for a model, device or back end that cannot be served so.
     """

@@ -48,13 +48,15 @@ def _answer(engine: Engine, k: int, draws: bool, group: Sequence[ScheduledExtend
     wide = min(DRAFT_WIDTH, engine.width) if draws and k <= 0 else max(k, 0)
     slices = engine.reduce(sessions, wide)
     ids, logits = (slices.ids, slices.logits) if wide == k else (slices.ids[:, :0], slices.logits[:, :0])
-    reduced = Reduced(k, slices.logsumexp, ids, engine.whole(sessions) if k == WHOLE else logits, _known(engine, group))
+    reduced = Reduced(
+        k, slices.logsumexp, ids, engine.whole(sessions) if k == WHOLE else logits, _required(engine, group)
+    )
     tokens = _draw(slices.ids, slices.logits, group) if draws else [None] * len(group)
-    first = known = 0
+    first = required = 0
     for scheduled, token in zip(group, tokens, strict=True):
-        rows, know = scheduled.item.rows, len(scheduled.item.know)
-        answer = Answer(reduced, first, rows, known, know)
-        first, known = first + rows, known + rows * know
+        rows, required_ids = scheduled.item.rows, len(scheduled.item.required_ids)
+        answer = Answer(reduced, first, rows, required, required_ids)
+        first, required = first + rows, required + rows * required_ids
         yield answer if token is None else SampledDraft(answer, token)
 
 
@@ -73,19 +75,19 @@ def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[S
     return tokens
 
 
-def _known(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.float32]:
+def _required(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.float32]:
     """The logits of all rows at the ids that each of them must know, flat."""
     rows, counts, ids = [], [], []
     for scheduled in group:
         item = scheduled.item
-        know, made = len(item.know), item.rows
-        if know:
+        required_ids, made = len(item.required_ids), item.rows
+        if required_ids:
             held = engine.rows(item.session)
             assert held is not None, "rows are held until the session's next extend"
             for row in range(held.size - made, held.size):
                 rows.append((held, row))
-                counts.append(know)
-                ids.append(item.know)
+                counts.append(required_ids)
+                ids.append(item.required_ids)
     if not rows:
         return _NOTHING.reshape(-1)
     return engine.values(rows, counts, ids[0] if len(ids) == 1 else np.concatenate(ids))

@@ -291,7 +291,7 @@ class ModelReplica:
         for session in message.released.tolist():
             if self._leases.release(peer, session, self._replies):
                 self._closing.add(session)
-        sound = within(message.know, self._engine.width)
+        sound = within(message.required_ids, self._engine.width)
         for item in items:
             self._admit(peer, item, sound=sound)
         self._replies.flush()
@@ -317,14 +317,14 @@ class ModelReplica:
         width, end = self._engine.width, item.position + len(item.tokens)
         if item.k < WHOLE:
             return f"k = {item.k}"
-        if not sound and not within(item.know, width):
+        if not sound and not within(item.required_ids, width):
             return f"ids to know must lie in [0, {width})"
         if end > self._settings.max_position:
             return f"{end} tokens are more than the {self._settings.max_position} of this model"
         rows = item.rows + (item.draft.drafts if item.draft else 0)
         if item.draft and (why := wrong_draft(item.rows, item.draft)):
             return why
-        if answer_bytes(rows, width_of(item.k, width), len(item.know), width) > self._answer_limit:
+        if answer_bytes(rows, width_of(item.k, width), len(item.required_ids), width) > self._answer_limit:
             return f"{rows} rows of k = {item.k} do not fit a frame: ask in blocks"
         extend = EngineExtend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age)
         try:

@@ -55,7 +55,7 @@ class VocabularyRegistry:
         self._small = small_maps(tokenizers)
         self.aligned = any(isinstance(mapping, Alignment) for mapping in self._small.values())  # of another family
         self.vocabulary = lru_cache(maxsize=256)(self._vocabulary)
-        self.known = lru_cache(maxsize=256)(self._known)
+        self.required = lru_cache(maxsize=256)(self._required)
 
     def map(self, primary: Role, role: Role) -> VocabularyMap | Alignment:
         """The map from `primary` to `role`."""
@@ -106,7 +106,7 @@ class VocabularyRegistry:
         ends = self._vocabularies[role].eos_ids
         return ends[0] if token in ends else token
 
-    def _known(self, primary: Role, role: Role, end: str, forced: tuple[int, ...] = ()) -> RequiredLogits:
+    def _required(self, primary: Role, role: Role, end: str, forced: tuple[int, ...] = ()) -> RequiredLogits:
         """What rows of `role` must know: `end` closes the thinking, and `forced` primary ids are wanted."""
         mapping = self.map(primary, role)
         if isinstance(mapping, Alignment):

@@ -45,7 +45,7 @@ class ExtendItem(NamedTuple):
     tokens: list[int]
     rows: int
     k: int
-    know: NDArray[np.int32]
+    required_ids: NDArray[np.int32]
     draft: Draft | None = None
     keep: int = 0
 
@@ -63,20 +63,22 @@ class RowItem(NamedTuple):
 
 def extend_items(message: Extend) -> list[ExtendItem]:
     """The items of an `Extend`. Raises ProtocolError if counts and columns do not fit."""
-    flat, know, drafts = message.tokens.tolist(), message.know, _drafts(message)
+    flat, required_ids, drafts = message.tokens.tolist(), message.required_ids, _drafts(message)
     items = []
-    token = known = 0
+    token = required = 0
     for place, row in enumerate(message.items.tolist()):
         call_id, session, age, prefix, epoch, position, count, rows, k, ids, keep = row
         if min(count, rows, ids, keep) < 0:
             raise ProtocolError("Extend.items has a negative count")
-        mine = know[known : known + ids] if ids else _NO_IDS
+        mine = required_ids[required : required + ids] if ids else _NO_IDS
         own = flat[token : token + count]
         draft = drafts.get(place)
         items.append(ExtendItem(call_id, session, age, prefix, epoch, position, own, rows, k, mine, draft, keep))
-        token, known = token + count, known + ids
-    if token != len(flat) or known != len(know):
-        raise ProtocolError(f"Extend counts {token} tokens and {known} ids, its columns have {len(flat)}, {len(know)}")
+        token, required = token + count, required + ids
+    if token != len(flat) or required != len(required_ids):
+        raise ProtocolError(
+            f"Extend counts {token} tokens and {required} ids, its columns have {len(flat)}, {len(required_ids)}"
+        )
     return items
 
 

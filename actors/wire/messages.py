@@ -47,7 +47,7 @@ EXTEND_ITEM = np.dtype(
         ("tokens", "<i4"),  # how many of the flat `tokens` are this item's (at least 1)
         ("rows", "<i4"),  # logits rows wanted, for the last so many tokens
         ("k", "<i4"),  # width of the slices; 0: only logsumexp; WHOLE: whole rows
-        ("know", "<i4"),  # how many of the flat `know` are this item's: ids wanted for each of its rows
+        ("required_ids", "<i4"),  # how many of the flat `required_ids` are this item's: ids wanted for each of its rows
         ("keep", "<i4"),  # rows of earlier extends, directly before `position`, that stay held
     ]
 )
@@ -87,7 +87,7 @@ ROWS_ITEM = np.dtype(
         ("call_id", "<u8"),
         ("rows", "<i4"),
         ("k", "<i4"),  # as asked, or the model's width if that is smaller; WHOLE: no ids, width values a row
-        ("know", "<i4"),  # values per row beside the slice
+        ("required_ids", "<i4"),  # values per row beside the slice
     ]
 )
 VALUES_ITEM = np.dtype([("call_id", "<u8"), ("values", "<i4")])
@@ -156,7 +156,7 @@ class Extend:
     tag: ClassVar[int] = 5
     items: Array = column(EXTEND_ITEM)
     tokens: Array = column(I32)
-    know: Array = column(I32)
+    required_ids: Array = column(I32)
     released: Array = column(U64)  # sessions that are over: their cache may go
     drafting: Array = column(DRAFT_ITEM)
 
@@ -187,8 +187,8 @@ class Rows:
     """The rows of some items of `Extend` or `Widen`: those that went through one forward together.
 
     `logsumexp` has one value a row; `ids` and `logits` k a row, ids ascending (a whole row has no ids and `width`
-    logits); `known` has the values asked for by `know`, row after row. `ids` and `pages` are the ids of all slices,
-    each a row, as `actors.wire.ids` writes them. `packed`: tokens in the forward that they come from, `micros`: how
+    logits); `required` has the logits at `Extend.required_ids`, row after row. `ids` and `pages` are the ids of all
+    slices, each a row, as `actors.wire.ids` writes them. `packed`: tokens in the forward that they come from, `micros`: how
     long it took; 0 where rows did not need one.
     """
 
@@ -198,7 +198,7 @@ class Rows:
     ids: Array = column(U16)
     pages: Array = column(U16)
     logits: Array = column(F32)
-    known: Array = column(F32)
+    required: Array = column(F32)
     packed: int = 0
     micros: int = 0
 

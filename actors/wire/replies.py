@@ -36,17 +36,17 @@ class Reduced(NamedTuple):
     logsumexp: NDArray[np.float32]  # [R]
     ids: NDArray[np.int32]  # [R, k], ascending
     logits: NDArray[np.float32]  # [R, k]
-    known: NDArray[np.float32]  # flat: what was asked beside, item after item and row after row
+    required: NDArray[np.float32]  # flat: what was asked beside, item after item and row after row
 
 
 class Answer(NamedTuple):
-    """The rows of one item: `rows` of `reduced` from `first` on, and `know` values a row from `known` on."""
+    """The rows of one item: `rows` of `reduced` from `first` on, and `required_ids` values a row from `required` on."""
 
     reduced: Reduced
     first: int
     rows: int
-    known: int
-    know: int
+    required: int
+    required_ids: int
 
 
 class Recipient(Protocol):
@@ -119,7 +119,7 @@ class Replies:
         size = 0
         for call_id, answers in items:
             rows = sum(answer.rows for answer in answers)
-            length = answer_bytes(rows, answers[0].reduced.k, answers[0].know, self._width)
+            length = answer_bytes(rows, answers[0].reduced.k, answers[0].required_ids, self._width)
             if frame and size + length > self._limit:
                 yield frame
                 frame, size = [], 0
@@ -129,32 +129,32 @@ class Replies:
             yield frame
 
 
-def answer_bytes(rows: int, k: int, know: int, width: int) -> int:
+def answer_bytes(rows: int, k: int, required_ids: int, width: int) -> int:
     """The bytes that an answer takes in a frame."""
-    return ROWS_ITEM.itemsize + rows * _row_bytes(k, know, width)
+    return ROWS_ITEM.itemsize + rows * _row_bytes(k, required_ids, width)
 
 
 @lru_cache(256)
-def _row_bytes(k: int, know: int, width: int) -> int:
+def _row_bytes(k: int, required_ids: int, width: int) -> int:
     ids = max(k, 0) + page_counts(width)
-    return F32.itemsize * (1 + know + (width if k == WHOLE else max(k, 0))) + U16.itemsize * ids
+    return F32.itemsize * (1 + required_ids + (width if k == WHOLE else max(k, 0))) + U16.itemsize * ids
 
 
 class _Run:
     """Answers that stand side by side in what was reduced together."""
 
-    __slots__ = ("first", "known", "known_end", "last", "reduced")
+    __slots__ = ("first", "last", "reduced", "required", "required_end")
 
     def __init__(self, answer: Answer) -> None:
-        self.reduced, self.first, self.known = answer.reduced, answer.first, answer.known
-        self.last, self.known_end = self.first, self.known
+        self.reduced, self.first, self.required = answer.reduced, answer.first, answer.required
+        self.last, self.required_end = self.first, self.required
 
     def takes(self, answer: Answer) -> bool:
         """Add an answer that begins where the last one ended; False if it does not."""
-        if answer.reduced is not self.reduced or answer.first != self.last or answer.known != self.known_end:
+        if answer.reduced is not self.reduced or answer.first != self.last or answer.required != self.required_end:
             return False
         self.last += answer.rows
-        self.known_end += answer.rows * answer.know
+        self.required_end += answer.rows * answer.required_ids
         return True
 
 
@@ -167,7 +167,7 @@ def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed:
             if not runs or not runs[-1].takes(answer):
                 runs.append(_Run(answer))
                 runs[-1].takes(answer)
-        table.append((call_id, sum(answer.rows for answer in answers), answers[0].reduced.k, answers[0].know))
+        table.append((call_id, sum(answer.rows for answer in answers), answers[0].reduced.k, answers[0].required_ids))
     columns = np.array(table, ROWS_ITEM)
     ids = _flat([run.reduced.ids[run.first : run.last] for run in runs])
     return Rows(
@@ -175,7 +175,7 @@ def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed:
         _flat([run.reduced.logsumexp[run.first : run.last] for run in runs]),
         *split_ids(ids, np.repeat(np.maximum(columns["k"], 0), columns["rows"]), width),
         _flat([run.reduced.logits[run.first : run.last] for run in runs]),
-        _flat([run.reduced.known[run.known : run.known_end] for run in runs]),
+        _flat([run.reduced.required[run.required : run.required_end] for run in runs]),
         packed,
         micros,
     )

@@ -55,7 +55,7 @@ class Place:
         self.waiting.remove(active)
 
     def park(self, active: ActiveSession, again: list[ActiveSession], pause_s: float = 0.0) -> None:
-        active.window = active.window or VerificationWindow(active, guided=False, known={})
+        active.window = active.window or VerificationWindow(active, guided=False, required={})
         self.waiting.park(active.window, "target", pause_s, lambda: again.append(active))
 
     def refused(self, client: str = "") -> Rejected | None:

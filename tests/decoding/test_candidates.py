@@ -34,15 +34,15 @@ def guided(draw: np.random.Generator, with_base: bool, early: bool) -> Proposal:
     slices: dict[Role, Slice] = {"target": part(draw, k, events), "guider": part(draw, k, events)}
     if with_base:
         slices["guider_base"] = Slice(np.zeros(0, np.int64), np.zeros(0), draw.normal(size=events), 0.25)
-    known: dict[Role, RequiredLogits] = {role: needed(chosen) for role in ("target", "guider", "guider_base")}
+    required: dict[Role, RequiredLogits] = {role: needed(chosen) for role in ("target", "guider", "guider_base")}
     if not early:
-        return Proposal(known, slices)
+        return Proposal(required, slices)
     ids = slices["guider"].ids
     asked = (ids >= 0) & ~np.isin(ids, chosen)
     values = np.where(asked, draw.normal(size=k), np.nan)
     own = {int(i): float(z) for i, z in zip(slices["target"].ids, slices["target"].logits, strict=True)}
     values = np.array([own.get(int(i), v) if a else v for i, v, a in zip(ids, values, asked, strict=True)])
-    return Proposal(known, slices, values, asked)
+    return Proposal(required, slices, values, asked)
 
 
 def many(seed: int, count: int = 17) -> list[Proposal]:
@@ -51,7 +51,7 @@ def many(seed: int, count: int = 17) -> list[Proposal]:
 
 
 def proposed(row: Proposal) -> list[int]:
-    events = {int(i) for known in row.known.values() for i in known.events}
+    events = {int(i) for required in row.required.values() for i in required.events}
     return sorted(events | {int(i) for part in row.slices.values() for i in part.ids if i >= 0})
 
 
@@ -64,7 +64,7 @@ def told(row: Proposal, role: Role) -> dict[int, float]:
     if role in row.slices:
         mine = row.slices[role]
         found |= {int(i): float(z) for i, z in zip(mine.ids, mine.logits, strict=True) if i >= 0}
-        found |= dict(zip(row.known[role].events.tolist(), mine.folded.tolist(), strict=True))
+        found |= dict(zip(row.required[role].events.tolist(), mine.folded.tolist(), strict=True))
     return found
 
 
@@ -93,7 +93,7 @@ def test_candidates_are_what_anyone_put_forward_in_id_order(seed: int) -> None:
 def test_values_are_what_was_told_and_nothing_where_it_was_not(seed: int) -> None:
     rows = many(seed)
     for number, (block, at) in each(rows).items():
-        for role in rows[number].known:
+        for role in rows[number].required:
             assert table(block, at, role) == told(rows[number], role)
             if role in rows[number].slices:
                 assert block.logsumexp[role][at] == rows[number].slices[role].logsumexp
@@ -106,7 +106,7 @@ def test_company_changes_neither_candidates_nor_values(seed: int) -> None:
         alone = Block([rows[number]])
         width = alone.width
         assert block.ids[at, :width].tolist() == alone.ids[0].tolist()
-        for role in rows[number].known:
+        for role in rows[number].required:
             assert block.values(role)[at, :width].tobytes() == alone.values(role)[0].tobytes()
 
 
@@ -115,11 +115,11 @@ def test_what_is_missing_is_never_what_slice_events_or_early_lookups_bring(seed:
     rows = many(seed)
     found = each(rows)
     for block, numbers in blocks(rows):
-        for role in rows[numbers[0]].known:
+        for role in rows[numbers[0]].required:
             at_rows, places, ids = block.missing(role, EVERY_ID)
             assert (block.ids[at_rows, places] == ids).all()
             for at, number in enumerate(numbers):
-                brings = set(told(rows[number], role)) | {int(i) for i in rows[number].known[role].events}
+                brings = set(told(rows[number], role)) | {int(i) for i in rows[number].required[role].events}
                 assert ids[at_rows == at].tolist() == [i for i in proposed(rows[number]) if i not in brings]
     assert found
 
@@ -136,7 +136,7 @@ def test_a_base_that_answers_after_the_block_was_made_leaves_the_same_values() -
     draw = np.random.default_rng(0)
     whole = guided(draw, with_base=True, early=False)
     base = whole.slices["guider_base"]
-    late = Proposal(whole.known, {role: part for role, part in whole.slices.items() if role != "guider_base"})
+    late = Proposal(whole.required, {role: part for role, part in whole.slices.items() if role != "guider_base"})
     block, at_once = Block([late]), Block([whole])
     assert not table(block, 0, "guider_base")
     block.arrive("guider_base", 0, base)
@@ -150,7 +150,7 @@ def test_early_answers_that_come_after_the_block_was_made_find_their_places() ->
     whole = guided(draw, with_base=True, early=True)
     assert whole.early is not None
     assert whole.asked is not None
-    pending = Proposal(whole.known, whole.slices, np.full_like(whole.early, np.nan), whole.asked)
+    pending = Proposal(whole.required, whole.slices, np.full_like(whole.early, np.nan), whole.asked)
     block, at_once = Block([pending]), Block([whole])
     assert block.missing("target", EVERY_ID)[2].tolist() == at_once.missing("target", EVERY_ID)[2].tolist()
     slots = np.flatnonzero(whole.asked)
@@ -159,16 +159,16 @@ def test_early_answers_that_come_after_the_block_was_made_find_their_places() ->
 
 
 def test_folded_events_stand_above_the_slice() -> None:
-    known: dict[Role, RequiredLogits] = {"target": needed([7, 8])}
-    row = Proposal(known, {"target": Slice(np.array([3, 7]), np.array([1.0, 2.0]), np.array([2.5, 0.0]), 0.0)})
+    required: dict[Role, RequiredLogits] = {"target": needed([7, 8])}
+    row = Proposal(required, {"target": Slice(np.array([3, 7]), np.array([1.0, 2.0]), np.array([2.5, 0.0]), 0.0)})
     assert table(Block([row]), 0, "target") == {3: 1.0, 7: 2.5, 8: 0.0}
 
 
 def test_nothing_outside_a_slice_is_above_its_lowest_logit() -> None:
-    known: dict[Role, RequiredLogits] = {"target": needed([])}
+    required: dict[Role, RequiredLogits] = {"target": needed([])}
     none = np.zeros(0)
-    row = Proposal(known, {"target": Slice(np.array([1, 2]), np.array([3.0, -1.0]), none, 0.0)})
-    empty = Proposal(known, {"target": Slice(np.zeros(0, np.int64), none, none, 0.0)})
+    row = Proposal(required, {"target": Slice(np.array([1, 2]), np.array([3.0, -1.0]), none, 0.0)})
+    empty = Proposal(required, {"target": Slice(np.zeros(0, np.int64), none, none, 0.0)})
     assert Block([row]).ceiling.tolist() == [-1.0]
     assert Block([empty]).ceiling.tolist() == [np.inf]
     assert Block([empty]).ids.tolist() == [[PADDING]]

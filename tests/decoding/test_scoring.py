@@ -70,8 +70,8 @@ def test_where_candidates_have_more_than_all_of_a_small_model_it_lifts_the_outsi
 
 def test_of_one_model_alone_the_total_is_exact_whatever_the_candidates() -> None:
     target = trio()[0]
-    known = covered(target, np.arange(3))
-    np.testing.assert_array_equal(log_total(known.logits, np.zeros(2), known), logsumexp(target))
+    required = covered(target, np.arange(3))
+    np.testing.assert_array_equal(log_total(required.logits, np.zeros(2), required), logsumexp(target))
 
 
 def test_candidates_of_one_probability_stand_by_their_ids() -> None:
@@ -83,9 +83,9 @@ def test_candidates_of_one_probability_stand_by_their_ids() -> None:
 
 
 def test_a_whole_row_is_spread_over_the_primarys_ids_with_its_events() -> None:
-    known = RequiredLogits(np.zeros(2, np.int32), np.zeros(1, np.int64), np.array([4]))
+    required = RequiredLogits(np.zeros(2, np.int32), np.zeros(1, np.int64), np.array([4]))
     part = Slice(np.array([2, -1, 4, 0]), np.array([0.2, 9.0, 0.4, 0.0]), np.array([0.5]), 1.0)
-    rows = spread([part], known, 6)
+    rows = spread([part], required, 6)
     np.testing.assert_array_equal(rows.logits, [[0.0, np.nan, 0.2, np.nan, 0.5, np.nan]])
     assert rows.inside.tolist() == [[True, False, True, False, True, False]]
     assert rows.logsumexp.tolist() == [1.0]

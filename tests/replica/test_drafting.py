@@ -59,7 +59,7 @@ async def test_drafts_are_what_is_chosen_token_by_token(temperature: float, top_
 async def test_all_rows_of_drafts_are_found_until_the_next_extend() -> None:
     async with stage() as s:
         c = await s.coordinator()
-        drafted = await drafts_of(c, c.ask(1, [1, 2], k=0, know=[7], draft=(3, SEED, 0, 1.0, 1.0)))
+        drafted = await drafts_of(c, c.ask(1, [1, 2], k=0, required_ids=[7], draft=(3, SEED, 0, 1.0, 1.0)))
         text = [1, 2, *drafted]
         held = s.engine.rows(1)
         assert held is not None

@@ -16,14 +16,14 @@ PROMPT = list(range(1, 41))  # 40 tokens: three chunks of 16, 16 and 8
 async def test_an_extend_is_answered_with_the_rows_of_its_last_tokens() -> None:
     async with stage() as s:
         c = await s.coordinator()
-        answer = await rows_of(c.ask(7, [1, 2, 3], rows=2, k=4, know=[5, 60]))
+        answer = await rows_of(c.ask(7, [1, 2, 3], rows=2, k=4, required_ids=[5, 60]))
         held = s.engine.rows(7)
         assert held is not None
         expected = held.slices(4)
         assert answer.ids.tolist() == expected.ids.tolist()
         assert answer.logits.tolist() == expected.logits.tolist()
         assert answer.logsumexp == expected.logsumexp.tolist()
-        assert answer.known.tolist() == held.whole()[:, [5, 60]].tolist()
+        assert answer.required.tolist() == held.whole()[:, [5, 60]].tolist()
 
 
 async def test_k_may_be_nothing_the_whole_row_or_more_than_the_row_has() -> None:
@@ -234,8 +234,8 @@ async def test_no_room_is_full_with_a_time_to_try_again() -> None:
         lambda c: c.ask(1, []),
         lambda c: c.ask(1, [1], rows=2),
         lambda c: c.ask(1, [1], k=-2),
-        lambda c: c.ask(1, [1], know=[WIDTH]),
-        lambda c: c.ask(1, [1], know=[-1]),
+        lambda c: c.ask(1, [1], required_ids=[WIDTH]),
+        lambda c: c.ask(1, [1], required_ids=[-1]),
         lambda c: c.ask(1, [1] * 501),
     ],
     ids=["token too large", "token negative", "no tokens", "rows", "k", "know too large", "know negative", "too long"],

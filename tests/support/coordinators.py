@@ -88,7 +88,7 @@ class Answered:
     logsumexp: list[float]
     ids: NDArray[np.int32]  # [R, k]
     logits: NDArray[np.float32]  # [R, k] or [R, width]
-    known: NDArray[np.float32]  # [R, know]
+    required: NDArray[np.float32]  # [R, know]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Coordinator:
         before: Sequence[int] = (),
         rows: int = 1,
         k: int = 4,
-        know: Sequence[int] = (),
+        required_ids: Sequence[int] = (),
         epoch: int = 1,
         age: int = 0,
         call_id: int | None = None,
@@ -135,10 +135,10 @@ class Coordinator:
         """Extend a session that holds the tokens `before`. draft: drafts, seed, position, temperature and top_p."""
         call_id, reply = self._expect(call_id)
         prefix = self.hash_of(before)
-        item = (call_id, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(know), 0)
+        item = (call_id, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(required_ids), 0)
         drafting = np.array([] if draft is None else [(0, *draft)], DRAFT_ITEM)
         items = np.array([item], EXTEND_ITEM)
-        self.connection.send(Extend(items, np.array(tokens), np.array(know), drafting=drafting))
+        self.connection.send(Extend(items, np.array(tokens), np.array(required_ids), drafting=drafting))
         return reply
 
     def look_up(
@@ -187,19 +187,24 @@ class Coordinator:
 
     def _take_rows(self, message: Rows) -> None:
         ids = rows_ids(message, WIDTH)
-        row = slot = value = known = 0
-        for call_id, rows, k, know in message.items.tolist():
+        row = slot = value = required = 0
+        for call_id, rows, k, required_ids in message.items.tolist():
             slots, values = (0, WIDTH) if k == WHOLE else (k, k)
             answer = Answered(
                 message.logsumexp[row : row + rows].tolist(),
                 ids[slot : slot + rows * slots].reshape(rows, slots),
                 message.logits[value : value + rows * values].reshape(rows, values),
-                message.known[known : known + rows * know].reshape(rows, know),
+                message.required[required : required + rows * required_ids].reshape(rows, required_ids),
             )
-            row, slot, value, known = row + rows, slot + rows * slots, value + rows * values, known + rows * know
+            row, slot, value, required = (
+                row + rows,
+                slot + rows * slots,
+                value + rows * values,
+                required + rows * required_ids,
+            )
             self._replies.pop(call_id).set_result(answer)
-        assert (row, slot, value, known) == tuple(
-            len(part) for part in (message.logsumexp, ids, message.logits, message.known)
+        assert (row, slot, value, required) == tuple(
+            len(part) for part in (message.logsumexp, ids, message.logits, message.required)
         )
 
 

@@ -56,7 +56,7 @@ def test_each_role_is_its_own_primary_and_the_target_is_read_by_all() -> None:
 
 
 def test_what_the_guider_has_one_token_for_counts_towards_the_targets_spelling() -> None:
-    groups = vocabularies().known("target", "guider", END)
+    groups = vocabularies().required("target", "guider", END)
     first = plain().encode(END)[0]
     assert groups.events.tolist() == [ENDS[0], first]
     their_first = thinks().text_tokens["<"]
@@ -65,15 +65,15 @@ def test_what_the_guider_has_one_token_for_counts_towards_the_targets_spelling()
 
 def test_the_targets_own_rows_and_requests_without_an_end_fold_the_ends_alone() -> None:
     built = vocabularies()
-    assert built.known("target", "target", END).ids.tolist() == ENDS
-    assert built.known("target", "guider", "").events.tolist() == [ENDS[0]]
-    assert built.known("target", "guider", "no token of anyone").events.tolist() == [ENDS[0]]
+    assert built.required("target", "target", END).ids.tolist() == ENDS
+    assert built.required("target", "guider", "").events.tolist() == [ENDS[0]]
+    assert built.required("target", "guider", "no token of anyone").events.tolist() == [ENDS[0]]
 
 
 def test_forced_ids_are_known_beside_the_folded_events() -> None:
     built = vocabularies()
     letter = plain().text_tokens["A"]
-    assert built.known("target", "guider", "", (letter,)).ids.tolist() == [
+    assert built.required("target", "guider", "", (letter,)).ids.tolist() == [
         thinks().added_tokens["<|end|>"],
         thinks().text_tokens["A"],
     ]
@@ -86,8 +86,8 @@ def test_clients_that_send_ever_new_texts_leave_nothing_behind() -> None:
         thinking = Thinking(start="<think>", end=f"</think {i}>")
         built.vocabulary("target", ROLES, thinking)
         for role in ROLES:
-            built.known("target", role, thinking.end, (i % 200,))
-    for kept in (built.known.cache_info(), built.vocabulary.cache_info()):
+            built.required("target", role, thinking.end, (i % 200,))
+    for kept in (built.required.cache_info(), built.vocabulary.cache_info()):
         assert kept.maxsize is not None
         assert kept.currsize <= kept.maxsize <= 512
     assert built.plain_map("target", "guider").folds == before
@@ -95,7 +95,7 @@ def test_clients_that_send_ever_new_texts_leave_nothing_behind() -> None:
 
 def test_the_same_texts_are_worked_out_once() -> None:
     built = vocabularies()
-    assert built.known("target", "guider", END, (3, 4)) is built.known("target", "guider", END, (3, 4))
+    assert built.required("target", "guider", END, (3, 4)) is built.required("target", "guider", END, (3, 4))
     assert built.vocabulary("target", ROLES, Thinking()) is built.vocabulary("target", ROLES, Thinking())
 
 
@@ -120,7 +120,7 @@ def test_small_models_whose_text_tokens_differ_are_aligned_by_their_texts() -> N
     assert not vocabularies().aligned
     pair = built.alignment("guider")
     assert pair.special[ENDS[0]] == pair.special[ENDS[1]], "all ends are one event"
-    assert built.known("target", "guider", END).ids.tolist() == []
+    assert built.required("target", "guider", END).ids.tolist() == []
 
 
 def test_a_vocabulary_that_is_neither_bytes_nor_words_is_refused_by_name() -> None:

@@ -67,7 +67,7 @@ class Attacker:
         assert isinstance(challenge, Challenge)
         return handshake, challenge
 
-    async def known(self) -> Bare:
+    async def required(self) -> Bare:
         """A connection whose handshake is done: from here on the attacker sits between the two ends."""
         assert isinstance(await self.bare.shake_hands(), Welcome)
         return self.bare
@@ -141,39 +141,39 @@ class Attacker:
     # -- after it: frames of others, and its own in the wrong place
 
     async def flipped(self) -> None:
-        bare = await self.known()
+        bare = await self.required()
         data = bytearray(frame(encode(Extend()), bare.outgoing, LONGEST))
         data[self.draw.randrange(HEADER.size, len(data))] ^= 1 << self.draw.randrange(8)
         bare.write(bytes(data))
 
     async def foreign(self) -> None:
-        (await self.known()).write(self.draw.choice(self.captured[2:]))
+        (await self.required()).write(self.draw.choice(self.captured[2:]))
 
     async def replayed(self) -> None:
-        bare = await self.known()
+        bare = await self.required()
         data = frame(encode(Extend()), bare.outgoing, LONGEST)
         bare.write(data + data)
 
     async def reordered(self) -> None:
-        bare = await self.known()
+        bare = await self.required()
         first, second = (frame(encode(Extend()), bare.outgoing, LONGEST) for _ in range(2))
         bare.write(second + first)
 
     async def unsealed(self) -> None:
-        (await self.known()).write(self.body(Extend()))
+        (await self.required()).write(self.body(Extend()))
 
     async def oversized_later(self) -> None:
-        (await self.known()).write(HEADER.pack(self.draw.randrange(Limits().frame + 1, 1 << 32)))
+        (await self.required()).write(HEADER.pack(self.draw.randrange(Limits().frame + 1, 1 << 32)))
 
     async def sealed_nonsense(self) -> None:
-        bare = await self.known()
+        bare = await self.required()
         tags = [tag for tag in MESSAGES if tag != Ping.tag]  # a ping without fields is no nonsense
         parts: list[object] = [self.draw.choice(tags), *[b"odd" for _ in range(self.draw.randrange(7))]]
         bare.write(frame(msgpack.packb(parts), bare.outgoing, LONGEST))
 
     async def models_words(self) -> None:
         words: list[Message] = [WELCOME, Challenge(b"n" * 32, b"p" * 32), Proof(b"p")]
-        (await self.known()).send(self.draw.choice(words))
+        (await self.required()).send(self.draw.choice(words))
 
 
 Attack = Callable[[Attacker], Awaitable[None]]

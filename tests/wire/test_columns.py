@@ -34,24 +34,24 @@ class Mailbox:
         self.frames += [decode(encode(message)) for message in messages]
 
 
-def answer(rows: int, k: int, know: int = 0, width: int = 10) -> Answer:
+def answer(rows: int, k: int, required_ids: int = 0, width: int = 10) -> Answer:
     ids = 0 if k == WHOLE else k
     reduced = Reduced(
         k,
         np.arange(rows, dtype=np.float32),
         np.ones((rows, ids), np.int32),
         np.full((rows, width if k == WHOLE else k), 2, np.float32),
-        np.full(rows * know, 3, np.float32),
+        np.full(rows * required_ids, 3, np.float32),
     )
-    return Answer(reduced, 0, rows, 0, know)
+    return Answer(reduced, 0, rows, 0, required_ids)
 
 
 def test_items_of_an_extend_carry_their_part_of_the_flat_columns() -> None:
     items = np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 8, 0, 3), (2, 3, 3, 7, 4, 0, 1, 0, WHOLE, 2, 0)], EXTEND_ITEM)
     first, second = extend_items(Extend(items, np.array([10, 11, 12]), np.array([5, 6])))
-    assert (first.tokens, first.know.tolist(), first.prefix, first.k) == ([10, 11], [], 2**64 - 1, 8)
+    assert (first.tokens, first.required_ids.tolist(), first.prefix, first.k) == ([10, 11], [], 2**64 - 1, 8)
     assert (first.keep, second.keep) == (3, 0)
-    assert (second.tokens, second.know.tolist(), second.rows, second.k) == ([12], [5, 6], 0, WHOLE)
+    assert (second.tokens, second.required_ids.tolist(), second.rows, second.k) == ([12], [5, 6], 0, WHOLE)
     assert list(extend_items(Extend())) == []
 
 
@@ -73,7 +73,7 @@ def test_counts_that_are_not_what_the_column_has_are_refused_before_the_first_it
 def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
     replies, a, b = Replies(1 << 20, 10), Mailbox(), Mailbox()
     replies.values(a, [(3, 1)], np.array([7], np.float32))
-    replies.rows(a, 1, [answer(2, 4, know=1)])
+    replies.rows(a, 1, [answer(2, 4, required_ids=1)])
     replies.rows(a, 2, [answer(1, WHOLE)])
     replies.refuse(a, 4, Refusal.KV_MISS, 12)
     replies.values(a, [(5, 2)], np.array([8, 9], np.float32))
@@ -83,7 +83,7 @@ def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
     rows, values, refused = a.frames
     assert isinstance(rows, Rows)
     assert rows.items.tolist() == [(1, 2, 4, 1), (2, 1, WHOLE, 0)]
-    assert [len(part) for part in (rows.logsumexp, rows.ids, rows.logits, rows.known)] == [3, 8, 18, 2]
+    assert [len(part) for part in (rows.logsumexp, rows.ids, rows.logits, rows.required)] == [3, 8, 18, 2]
     assert isinstance(values, Values)
     assert (values.items.tolist(), values.values.tolist()) == ([(3, 1), (5, 2)], [7, 8, 9])
     assert isinstance(refused, Refused)
@@ -102,11 +102,11 @@ def test_rows_that_are_too_long_for_one_frame_go_out_in_several() -> None:
     assert sizes == [2, 2, 1]
 
 
-@pytest.mark.parametrize(("rows", "k", "know"), [(3, 4, 2), (2, WHOLE, 0), (1, 0, 0), (0, 4, 1)])
-def test_the_bytes_of_an_answer_are_known_before_it_is_made(rows: int, k: int, know: int) -> None:
-    message = pack_rows([(1, [answer(rows, k, know)])], 10)
-    columns = (message.items, message.logsumexp, message.ids, message.pages, message.logits, message.known)
-    assert answer_bytes(rows, k, know, 10) == sum(column.nbytes for column in columns)
+@pytest.mark.parametrize(("rows", "k", "required_ids"), [(3, 4, 2), (2, WHOLE, 0), (1, 0, 0), (0, 4, 1)])
+def test_the_bytes_of_an_answer_are_known_before_it_is_made(rows: int, k: int, required_ids: int) -> None:
+    message = pack_rows([(1, [answer(rows, k, required_ids)])], 10)
+    columns = (message.items, message.logsumexp, message.ids, message.pages, message.logits, message.required)
+    assert answer_bytes(rows, k, required_ids, 10) == sum(column.nbytes for column in columns)
 
 
 def test_rows_of_one_reduction_and_of_several_come_out_as_they_went_in() -> None:
@@ -123,4 +123,4 @@ def test_rows_of_one_reduction_and_of_several_come_out_as_they_went_in() -> None
     assert (
         message.logits.tolist() == np.concatenate([values[:3], values[5:], [values[0] + 100] * 2]).reshape(-1).tolist()
     )
-    assert message.known.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert message.required.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]

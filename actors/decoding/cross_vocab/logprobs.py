@@ -65,7 +65,7 @@ class CrossingRows:
         return values
 
     @property
-    def known(self) -> bool:
+    def complete(self) -> bool:
         """Whether all that was asked has come."""
         return not np.isnan(self.values).any()
 
