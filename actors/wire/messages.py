@@ -188,8 +188,8 @@ class Rows:
 
     `logsumexp` has one value a row; `ids` and `logits` k a row, ids ascending (a whole row has no ids and `width`
     logits); `required` has the logits at `Extend.required_ids`, row after row. `ids` and `pages` are the ids of all
-    slices, each a row, as `actors.wire.ids` writes them. `packed`: tokens in the forward that they come from, `micros`: how
-    long it took; 0 where rows did not need one.
+    slices, each a row, as `actors.wire.ids` writes them. `packed`: tokens in the forward that they come from,
+    `micros`: how long it took; 0 where rows did not need one.
     """
 
     tag: ClassVar[int] = 8
