@@ -12,8 +12,7 @@ import ray
 from ray import serve
 
 from actors.config import ServiceConfig
-from actors.replica.build import load_role
-from actors.serve.deployments import Load
+from actors.replica.build import Load, load_role
 from router.app import bind
 
 LOOPBACK = "127.0.0.1"

@@ -26,17 +26,12 @@ from actors.config import (
 )
 from actors.metrics import Recorder
 from actors.preflight import load_tokenizers, require_sound
-from actors.replica.build import load_role
+from actors.replica.build import Load, load_role
 from actors.replica.process import collect_rarely
-from actors.serve.deployments import (
-    DRAIN_S,
-    CoordinatorShell,
-    DirectoryShell,
-    Load,
-    ModelShell,
-    application_details,
-    show_logs,
-)
+from actors.serve.application import DRAIN_S, application_details, show_logs
+from actors.serve.coordinator import CoordinatorShell
+from actors.serve.directory import DirectoryShell
+from actors.serve.model import ModelShell
 from actors.serve.ray_metrics import keep_exporting
 from router.api import create_app
 from router.backend import Overloaded, Status, Unavailable

@@ -23,7 +23,7 @@ HEAVY = ("torch", "transformers", "safetensors", "accelerate", "peft")
 # Processes other than a model's must start without torch, so the engine is imported where it is loaded.
 LAZY = {
     "actors.replica.build": {"actors.engine.loader", "actors.engine.parallel", "actors.engine.step_engine"},
-    "actors.serve.deployments": {"actors.engine.parallel"},
+    "actors.serve.model": {"actors.engine.parallel"},
 }
 # What a model says and is told, as plain data: no torch behind it.
 VERBS = ("actors.engine.interface", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
@@ -34,7 +34,10 @@ MAY_USE_TORCH = (
     *(f"cluster.jobs.dpo.{module}" for module in ("events", "scoring", "trainer", "fit")),
     "benchmarks",
 )
-MAY_USE_RAY = ("actors.serve.deployments", "actors.serve.ray_metrics", "router.app", "cluster", "benchmarks")
+MAY_USE_RAY = (
+    *(f"actors.serve.{module}" for module in ("application", "coordinator", "directory", "model", "ray_metrics")),
+    *("router.app", "cluster", "benchmarks"),
+)
 
 UNPICKLERS = (
     "pickle",

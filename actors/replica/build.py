@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from actors.engine.loader import LoadProgress, ModelSource
     from actors.engine.parallel import StartFollower
     from actors.engine.step_engine import StepEngine
+
+Load: TypeAlias = "Callable[[ServiceConfig, Role, Callable[[LoadProgress], None], StartFollower], Engine]"
 
 
 def load_role(

@@ -10,7 +10,7 @@ from ray import serve
 from ray.util.state.common import ActorState
 
 from actors.api.generation import ROLES, Role
-from actors.serve.deployments import SECRET_BYTES, application_secret
+from actors.serve.application import SECRET_BYTES, application_secret
 from router.app import MODEL_NAMES, build
 from tests.support.local_ray import APPLICATION, labelled_nodes, replicas, trio_args
 
