@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.decoding.candidates import Floats, Slice
+from actors.decoding.candidates import Floats, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows, RoleRowInput, TokenEventLogprobs
 from actors.decoding.cross_vocab.translators import Alignment, RetokenizingTranslator
 from actors.decoding.stream import Stream
@@ -27,11 +27,11 @@ class AlignedModel:
 
     def push(self, token: int) -> None:
         """The target said `token`."""
-        self._reader.read(token)
+        self._reader.append(token)
 
     def masses(self) -> Floats:
         """[target width] log-probabilities of the target's tokens as next ones; NaN where there is no such event."""
-        boundaries = self._reader.ahead(()).boundaries_by_row[0]
+        boundaries = self._reader.translate_drafts(()).boundaries_by_row[0]
         crossing = None
         if boundaries is not None:
             crossing = CrossingRows(boundaries)
@@ -41,7 +41,7 @@ class AlignedModel:
                 crossing.values[mine] = logits[crossing.ids[mine]]
                 crossing.sums[number] = total
         logits, total = self._row(len(self.stream))
-        whole = Slice(np.arange(len(logits)), logits, np.zeros(0), total)
+        whole = RowSlice(np.arange(len(logits)), logits, np.zeros(0), total)
         inside: NDArray[np.bool_] = np.ones(self._every.shape, np.bool_)
         events = TokenEventLogprobs(self._alignment.tables, self._every, inside, [RoleRowInput(whole, crossing)])
         masses: Floats = events.masses()[0]

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from actors.decoding.candidates import Floats, Ids, Slice
+from actors.decoding.candidates import Floats, Ids, RowSlice
 from actors.decoding.cross_vocab.logprobs import RoleRowInput, TokenEventLogprobs
 from actors.decoding.cross_vocab.retokenizer import IncrementalRetokenizer
-from actors.decoding.cross_vocab.tables import Roles, build_tables
+from actors.decoding.cross_vocab.tables import SpecialTokenMatches, build_tables
 from actors.decoding.cross_vocab.translators import Alignment
 
 CANDIDATES = 64
@@ -47,7 +47,7 @@ def measure_costs(alignment: Alignment, text: str, width: int) -> Costs:
     target_width = len(alignment.tables.events.starts) - 1
     rng = np.random.default_rng(0)
     rows = [_row(alignment, width, rng) for _ in range(_FOLDS)]
-    tables = _timed(lambda: build_tables(alignment.target, alignment.role, Roles({}, {}), target_width))
+    tables = _timed(lambda: build_tables(alignment.target, alignment.role, SpecialTokenMatches({}, {}), target_width))
     reading = IncrementalRetokenizer(alignment.role)
     read = _timed(lambda: [reading.push(id_, alignment.said(id_)) for id_ in ids])
     fold = _timed(lambda: [_fold(alignment, *row) for row in rows])
@@ -60,7 +60,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _row(alignment: Alignment, width: int, rng: np.random.Generator) -> tuple[Ids, Slice, Floats]:
+def _row(alignment: Alignment, width: int, rng: np.random.Generator) -> tuple[Ids, RowSlice, Floats]:
     """Candidates, half of them images of the slice; the slice; and the whole row."""
     logits = rng.normal(0.0, 2.0, width)
     top = np.sort(np.argpartition(logits, -K)[-K:])
@@ -68,11 +68,11 @@ def _row(alignment: Alignment, width: int, rng: np.random.Generator) -> tuple[Id
     spoken = np.flatnonzero(np.diff(alignment.tables.events.starts))
     own = rng.choice(spoken, CANDIDATES, replace=False)
     ids = np.unique(np.concatenate([images[images >= 0][: CANDIDATES // 2], own]))[:CANDIDATES]
-    return ids[None], Slice(top, logits[top], np.zeros(0), float(np.logaddexp.reduce(logits))), logits
+    return ids[None], RowSlice(top, logits[top], np.zeros(0), float(np.logaddexp.reduce(logits))), logits
 
 
-def _fold(alignment: Alignment, ids: Ids, part: Slice, logits: Floats) -> Floats:
+def _fold(alignment: Alignment, ids: Ids, part: RowSlice, logits: Floats) -> Floats:
     events = TokenEventLogprobs(alignment.tables, ids, np.ones(ids.shape, np.bool_), [RoleRowInput(part, None)])
-    _, places, asked = events.missing()
+    _, places, asked = events.missing_logits()
     events.fill(places, logits[asked])
     return events.masses()

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import uvicorn
 
-from actors.api.generation import Generate, Told
+from actors.api.generation import CoordinatorEvent, Generate
 from actors.config import ServiceConfig
 from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.stats import CoordinatorLoad
@@ -63,7 +63,7 @@ class Front(CoordinatorWorker):
             await asyncio.sleep(0.01)
         return f"http://{LOOPBACK}:{port}"
 
-    def generate(self, request: Generate) -> AsyncIterator[Told]:
+    def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         """See router.backend.Coordinators.generate."""
         return self._coordinator.generate(request)
 

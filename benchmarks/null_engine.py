@@ -15,18 +15,9 @@ from numpy.typing import NDArray
 
 from actors.decoding.hashing import derive_seed, extend_hashes
 from actors.engine.errors import BadExtend
-from actors.engine.interface import BLOCK, CacheStats, Extend, Full, Held, KVMiss, Outcome
+from actors.engine.interface import BLOCK, CacheStats, Extend, Full, Held, KVMiss, Outcome, TopKSlices
 
 PUBLISHED_WIDTH = 152_064  # of the published target
-
-
-@dataclass(frozen=True, slots=True)
-class NullSlices:
-    """R rows reduced to k, ids ascending; ties at the k-th place went to the lowest ids."""
-
-    ids: NDArray[np.int32]  # [R, k]
-    logits: NDArray[np.float32]  # [R, k]
-    logsumexp: NDArray[np.float32]  # [R]
 
 
 class RowBank:
@@ -47,11 +38,11 @@ class RowBank:
         )
         self._heads: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}  # by k
 
-    def slices(self, rows: Sequence[int], k: int) -> NullSlices:
+    def slices(self, rows: Sequence[int], k: int) -> TopKSlices:
         """Rows of the bank, reduced to k."""
         index = np.asarray(rows, np.int64)
         ids, logits = self._head(k)
-        return NullSlices(ids[index], logits[index], self.logsumexp[index])
+        return TopKSlices(ids[index], logits[index], self.logsumexp[index])
 
     def _head(self, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The k likeliest ids [size, k] of every row, ascending, and their logits."""
@@ -79,7 +70,7 @@ class NullRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> NullSlices:
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
         return self.bank.slices(self._numbers(rows), k)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
@@ -159,7 +150,7 @@ class NullEngine:
         values: NDArray[np.float32] = self._bank.logits.take(np.repeat(numbers * self.width, counts) + ids)
         return values
 
-    def reduce(self, sessions: Sequence[int], k: int) -> NullSlices:
+    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
         """The slices of the rows that the last extends of `sessions` gave, in their order."""
         return self._bank.slices(self._numbers(sessions), k)
 

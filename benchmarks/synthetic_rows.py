@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from actors.api.generation import ROLES, Role
 from actors.decoding.hashing import derive_seed, extend_hashes
 from actors.engine.errors import BadExtend
-from actors.engine.interface import CacheStats, Extend, Held, KVMiss, Outcome
-from benchmarks.null_engine import PUBLISHED_WIDTH, NullSlices
+from actors.engine.interface import CacheStats, Extend, Held, KVMiss, Outcome, TopKSlices
+from benchmarks.null_engine import PUBLISHED_WIDTH
 
 _OWN_NOISE = 0.95  # of a ranking, in nats of rank: half of the 128 likeliest ids are shared
 _HEAD = 128  # the guider's ranks from which on a far base falls away
@@ -130,7 +130,7 @@ class TailRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> NullSlices:
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
         return side_by_side([self.row(row) for row in self._rows(rows)], k)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
@@ -144,10 +144,10 @@ class TailRows:
         return range(len(self.hashes)) if rows is None else rows
 
 
-def side_by_side(rows: Sequence[WholeRow], k: int) -> NullSlices:
+def side_by_side(rows: Sequence[WholeRow], k: int) -> TopKSlices:
     """The slices of some rows."""
     heads = [row.head(k) for row in rows]
-    return NullSlices(
+    return TopKSlices(
         np.array([ids for ids, _ in heads], np.int32).reshape(len(rows), -1),
         np.array([logits for _, logits in heads], np.float32).reshape(len(rows), -1),
         np.array([row.logsumexp for row in rows], np.float32),
@@ -202,7 +202,7 @@ class TailEngine:
             values[mine] = row.logits[ids[mine]]
         return values
 
-    def reduce(self, sessions: Sequence[int], k: int) -> NullSlices:
+    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
         """The slices of the last rows of `sessions`, in their order."""
         return side_by_side([self._last(session) for session in sessions], k)
 

@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from actors.api.generation import Generate, Role, Told
+from actors.api.generation import CoordinatorEvent, Generate, Role
 from actors.config import (
     CoordinatorConfig,
     ModelConfig,
@@ -64,7 +64,7 @@ class ServedCoordinators:
         self._coordinator = coordinator.options(stream=True, _by_reference=False)
         self._application, self._directory = application, directory
 
-    async def generate(self, request: Generate) -> AsyncIterator[Told]:
+    async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         """See router.backend.Coordinators.generate."""
         response = self._coordinator.generate.remote(request)
         try:

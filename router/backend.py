@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.api.generation import Event, Generate, Rejected, Role, Told
+from actors.api.generation import CoordinatorEvent, Event, Generate, Rejected, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Backend(Protocol):
 class Coordinators(Protocol):
     """Whoever decodes at the moment; any of them may go at any time."""
 
-    def generate(self, request: Generate) -> AsyncIterator[Told]:
+    def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         """Deltas and then one Finished or Moved, or one Rejected alone. Closing the iterator cancels the generation.
 
         Raises Unavailable when its coordinator is lost.

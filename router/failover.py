@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import cast
 
-from actors.api.generation import Delta, Event, Generate, Moved, Rejected, Resume, Tally, Told
+from actors.api.generation import CoordinatorEvent, Delta, Event, Generate, Moved, Rejected, Resume, Tally
 from actors.config import Deadlines
 from actors.metrics import Recorder
 from router.backend import Coordinators, Status, Unavailable
@@ -63,12 +63,14 @@ class Resuming:
         """See router.backend.Backend.status."""
         return await self._coordinators.status()
 
-    async def _attempt(self, request: Generate) -> AsyncGenerator[Told, None]:
+    async def _attempt(self, request: Generate) -> AsyncGenerator[CoordinatorEvent, None]:
         """The events of one coordinator. Raises Unavailable when it is lost, silent or full."""
         peer_timeout_s = self._deadlines.peer_timeout_s
         if request.resumed:
             self._resumes.add()
-        async with aclosing(cast("AsyncGenerator[Told, None]", self._coordinators.generate(request))) as events:
+        async with aclosing(
+            cast("AsyncGenerator[CoordinatorEvent, None]", self._coordinators.generate(request))
+        ) as events:
             while True:
                 try:
                     async with asyncio.timeout(peer_timeout_s):

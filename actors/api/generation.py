@@ -208,4 +208,4 @@ class Moved:
 
 
 Event = Delta | Finished | Rejected  # what the reader of an answer hears
-Told = Event | Moved  # what a coordinator says
+CoordinatorEvent = Event | Moved  # what a coordinator says

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from actors.api.generation import Role
 from actors.coordinator.inflight import InflightCall, InflightCalls, Lookups
 from actors.coordinator.session import Early, LogitsRow, VerificationWindow
-from actors.decoding.candidates import Floats, Ids, Slice, blocks
-from actors.decoding.cross_vocab.logprobs import AlignedBlock, CrossingRows, RoleRowInput, proposals
+from actors.decoding.candidates import Floats, Ids, RowSlice, group_into_blocks
+from actors.decoding.cross_vocab.logprobs import CrossingRows, CrossVocabBlock, RoleRowInput, proposed_tokens
 from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import WHOLE
 
@@ -51,7 +51,7 @@ class CandidateCompleter:
             at = np.concatenate([each.at + offset for (_, each), offset in zip(asked, offsets, strict=False)])
             rows = [row for row, each in asked for _ in range(each.rows)]
             positions = [each.boundaries.first - 1 + number for _, each in asked for number in range(each.rows)]
-            values = CrossingRows.share([each for _, each in asked])
+            values = CrossingRows.share_values([each for _, each in asked])
             lookups = Lookups(role, rows, at, np.arange(len(at)), partial(_fill_crossing, values), positions)
             self._look_up(lookups, np.concatenate([each.ids for _, each in asked]))
 
@@ -64,19 +64,19 @@ class CandidateCompleter:
                     ready.setdefault(len(row.slices["guider"].ids), []).append(row)
         for members in ready.values():
             inputs = [RoleRowInput(row.slices["guider"], row.crossing.get("guider")) for row in members]
-            ids = proposals(self._vocabularies.alignment("guider").tables, inputs, self._k)
+            ids = proposed_tokens(self._vocabularies.alignment("guider").tables, inputs, self._k)
             unknown, nothing = np.full(ids.shape[1], np.nan), np.zeros(0)
             for row, mine in zip(members, ids, strict=True):
-                row.proposed = Slice(mine, unknown, nothing, 0.0)
+                row.proposed = RowSlice(mine, unknown, nothing, 0.0)
 
     def _join(self, rows: Sequence[LogitsRow]) -> None:
         """The candidates of these rows are known: ask every role for those that it lacks."""
         plain = [row for row in rows if not row.window.aligned]
-        self._take_blocks(plain, blocks([row.proposal() for row in plain]))
+        self._take_blocks(plain, group_into_blocks([row.proposal() for row in plain]))
         aligned = [row for row in rows if row.window.aligned]
         offered = [row.proposal() for row in aligned]
 
-        def make(indices: list[int]) -> AlignedBlock:
+        def make(indices: list[int]) -> CrossVocabBlock:
             inputs = {
                 role: [
                     RoleRowInput(aligned[index].slices.get(role), aligned[index].crossing.get(role))
@@ -85,9 +85,9 @@ class CandidateCompleter:
                 for role in SMALL
             }
             tables = {role: self._vocabularies.alignment(role).tables for role in SMALL}
-            return AlignedBlock([offered[index] for index in indices], tables, inputs)
+            return CrossVocabBlock([offered[index] for index in indices], tables, inputs)
 
-        self._take_blocks(aligned, blocks(offered, make))
+        self._take_blocks(aligned, group_into_blocks(offered, make))
 
     def _take_blocks(self, rows: Sequence[LogitsRow], made: Sequence[tuple[Any, list[int]]]) -> None:
         for block, indices in made:
@@ -99,11 +99,11 @@ class CandidateCompleter:
                 continue
             for role in GUIDED:
                 if window.aligned and role != "target":
-                    at_rows, places, ids = block.missing(role, _NO_MAP)
+                    at_rows, places, ids = block.missing_logits(role, _NO_MAP)
                     ascending = False
                 else:
                     theirs = self._vocabularies.plain_map(window.active.primary, role)
-                    at_rows, places, ids = block.missing(role, theirs.to_role)
+                    at_rows, places, ids = block.missing_logits(role, theirs.to_role)
                     ascending = theirs.ascending
                 self._look_up(Lookups(role, members, at_rows, places, partial(block.fill, role)), ids, ascending)
 
@@ -151,7 +151,7 @@ class CandidateCompleter:
 _NO_MAP = np.zeros(0, np.int64)
 
 
-def _offered(row: LogitsRow) -> Slice:
+def _offered(row: LogitsRow) -> RowSlice:
     """What the guider puts forward."""
     return row.slices["guider"] if row.proposed is None else row.proposed
 

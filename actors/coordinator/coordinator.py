@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
-from actors.api.generation import Delta, Generate, Moved, Rejected, Role, Told
+from actors.api.generation import CoordinatorEvent, Delta, Generate, Moved, Rejected, Role
 from actors.config import ServiceConfig
 from actors.coordinator import request_checks as admission
 from actors.coordinator.loop import DecodeLoop
@@ -77,7 +77,7 @@ class Coordinator:
         """What this coordinator measures, as of now."""
         return self._loop.meter.report(self.load())
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Told, None]:
+    async def generate(self, request: Generate) -> AsyncGenerator[CoordinatorEvent, None]:
         """Decode one sequence: deltas and at last Finished or Moved, or only Rejected. Closing the iterator cancels it.
 
         Each delta carries what another coordinator needs to go on after it. One comes at least every third of
@@ -131,7 +131,7 @@ class Coordinator:
         active.prompt_scoring = prompt_scoring
         return active
 
-    async def _news(self, active: ActiveSession, deadline: float, interval_s: float) -> list[Told]:
+    async def _news(self, active: ActiveSession, deadline: float, interval_s: float) -> list[CoordinatorEvent]:
         """What there is to tell; an empty delta if there is nothing for long."""
         alive = time.monotonic() + self._config.deadlines.peer_timeout_s / 3
         try:

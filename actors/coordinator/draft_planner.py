@@ -80,7 +80,7 @@ class DraftPlanner:
         most = configured if wanted is None else min(wanted, configured)
         limit = session.request.sampling.max_tokens
         left = room if limit is None else min(room, limit - session.generated - 1)
-        return 0 if session.lifts else min(most, left)
+        return 0 if session.lifts_own_output else min(most, left)
 
     @staticmethod
     def _behind(active: ActiveSession, source: Source) -> bool:

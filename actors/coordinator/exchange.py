@@ -16,7 +16,7 @@ from actors.coordinator.candidates import GUIDED, CandidateCompleter
 from actors.coordinator.inflight import Fault, InflightCall, InflightCalls, read_rows
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, LogitsRow, RowHistory, VerificationWindow
-from actors.decoding.candidates import Slice
+from actors.decoding.candidates import RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, Alignment, DraftTranslation
 from actors.decoding.hashing import extend_hashes
@@ -46,7 +46,7 @@ class Exchange:
         required = self._required(active, guided)
         window = active.window = VerificationWindow(active, guided, required, "guider" if drafts else None, drafts)
         if guided:
-            needed = {role: translator.oldest_row() for role, translator in active.session.translators.items()}
+            needed = {role: translator.oldest_needed_row() for role, translator in active.session.translators.items()}
             window.oldest = {role: oldest for role, oldest in needed.items() if oldest is not None}
         if (
             drafts and window.aligned and not self._ready_to_draft(window)
@@ -72,7 +72,7 @@ class Exchange:
 
     def _required(self, active: ActiveSession, guided: bool) -> Mapping[Role, RequiredLogits]:
         """What the rows of the session's next window must know, by role."""
-        lifted = active.session.must_know()
+        lifted = active.session.required_ids()
         if not lifted and guided in active.required:
             return active.required[guided]
         forced = tuple(sorted(lifted & self._vocabularies.legal(active.primary)))
@@ -144,7 +144,7 @@ class Exchange:
             return False
         return row.k == WHOLE or not (role == "guider_base" and row.window.guided)
 
-    def _widen(self, row: LogitsRow, role: Role, before: Slice) -> None:
+    def _widen(self, row: LogitsRow, role: Role, before: RowSlice) -> None:
         active = row.window.active
         position, prefix = row.name(role)
         call_id = self._calls.issue(InflightCall("widen", row.window, role, row=row, before=before))
@@ -189,7 +189,7 @@ class Exchange:
         translators = {
             r: translator for r, translator in session.translators.items() if r in window.roles or r == window.drafter
         }
-        small = {role: translator.ahead(guesses) for role, translator in translators.items()}
+        small = {role: translator.translate_drafts(guesses) for role, translator in translators.items()}
         rows = len(guesses) + 1
         for role, part in small.items() if guesses else ():
             room = active.room(role)
@@ -201,7 +201,7 @@ class Exchange:
                 ]
             rows = min(rows, max(1, fitting.index(False) if False in fitting else len(fitting)))
         own = DraftTranslation(tuple(guesses[: rows - 1]), tuple(range(rows)), (None,) * rows) if guesses else NO_DRAFTS
-        return {active.primary: own} | {role: part.first(rows) for role, part in small.items()}
+        return {active.primary: own} | {role: part.truncated(rows) for role, part in small.items()}
 
     def _begin_role(self, window: VerificationWindow, role: Role) -> int:
         """Note where a role's rows begin; the running hash up to the first row's token."""
@@ -313,14 +313,14 @@ class Exchange:
                     if 0 <= at < len(slices):  # drafts may have been cut
                         self._hear(row, role, slices[at])
 
-    def _hear(self, row: LogitsRow, role: Role, part: Slice) -> None:
+    def _hear(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
         """A role said of a row what an extend says."""
         if self._too_narrow(row, role):
             self._widen(row, role, part)  # it had been widened when the role began anew
         else:
             self._arrive(row, role, part)
 
-    def _arrive(self, row: LogitsRow, role: Role, part: Slice) -> None:
+    def _arrive(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
         if (crossing := row.crossing.get(role)) is not None:
             history, window = row.window.active.row_histories[role], row.window
             for number in range(crossing.rows):
@@ -329,7 +329,7 @@ class Exchange:
                 crossing.sums[number] = earlier.logsumexp
         row.slices[role] = part
         if row.block is not None:
-            row.block.arrive(role, row.at, part)
+            row.block.add_slice(role, row.at, part)
         self._touch(row)
 
     def _touch(self, row: LogitsRow) -> None:
@@ -340,7 +340,7 @@ class Exchange:
             asked = self._calls.get(call_id)
             if asked is not None and not asked.window.rows:
                 window = asked.window
-                self._check(window, window.active.session.translators["guider"].guesses(tokens), tokens)
+                self._check(window, window.active.session.translators["guider"].drafts_in_target(tokens), tokens)
 
     def _map(self, active: ActiveSession, role: Role) -> VocabularyMap | Alignment:
         return self._vocabularies.map(active.primary, role)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from actors.api.generation import Role
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, LogitsRow, VerificationWindow
-from actors.decoding.candidates import Ids, Slice
+from actors.decoding.candidates import Ids, RowSlice
 from actors.decoding.cross_vocab.translators import Alignment
 from actors.decoding.vocabulary import RequiredLogits, VocabularyMap
 from actors.wire.columns import rows_ids
@@ -30,7 +30,7 @@ class InflightCall:
     role: Role
     required: RequiredLogits | None = None  # of an extend
     row: LogitsRow | None = None  # of a lookup or widening
-    before: Slice | None = None  # of a widening: the narrower slice
+    before: RowSlice | None = None  # of a widening: the narrower slice
     lookups: Lookups | None = None  # the lookups that went out with this one
     start: int = 0  # of an extend: the position of its first row
     call_id: int = 0
@@ -192,7 +192,7 @@ MapOf = Callable[[ActiveSession, Role], VocabularyMap | Alignment]
 
 def read_rows(
     message: Rows, asked: Sequence[InflightCall | None], width: int, map_of: MapOf
-) -> Iterator[tuple[InflightCall | None, list[Slice]]]:
+) -> Iterator[tuple[InflightCall | None, list[RowSlice]]]:
     """Per item of the message what was asked (None: nobody waits for it any more) and its rows.
 
     width: logits in a whole row of this model.
@@ -220,7 +220,7 @@ def read_rows(
                 mine = theirs[at.ids + row * k : at.ids + (row + 1) * k]
                 logits = message.logits[at.logits + row * k : at.logits + (row + 1) * k]
             events = folded[row] if one.before is None else one.before.folded
-            slices.append(Slice(mine, logits, events, sums[at.rows + row]))
+            slices.append(RowSlice(mine, logits, events, sums[at.rows + row]))
         yield one, slices
 
 

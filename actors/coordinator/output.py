@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from actors.api.generation import Delta, Told
+from actors.api.generation import CoordinatorEvent, Delta
 
 COALESCE_S = 0.05  # a stream's messages are at least this far apart, but for the first and the last
 MESSAGES_PER_S = 500  # of one coordinator: a message costs about a millisecond on its way through router and proxy
@@ -24,19 +24,19 @@ class EventQueue:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._events: list[Told] = []
+        self._events: list[CoordinatorEvent] = []
         self._news = asyncio.Event()
         self._urgent = asyncio.Event()  # the end is among them
         self._sent = float("-inf")  # when the last batch went out
 
-    def emit(self, event: Told) -> None:
+    def emit(self, event: CoordinatorEvent) -> None:
         """Add an event; anything but a delta is the last one."""
         self._events.append(event)
         self._news.set()
         if not isinstance(event, Delta):
             self._urgent.set()
 
-    async def batch(self, streams: int = 1, interval_s: float = 0.0) -> list[Told]:
+    async def batch(self, streams: int = 1, interval_s: float = 0.0) -> list[CoordinatorEvent]:
         """What has come: the first at once, the end at once, else a batch every `coalesce_s(streams)`, or `interval_s`
         if that is longer.
 
@@ -54,9 +54,9 @@ class EventQueue:
         return _joined(events)
 
 
-def _joined(events: list[Told]) -> list[Told]:
+def _joined(events: list[CoordinatorEvent]) -> list[CoordinatorEvent]:
     """Each run of deltas as one, in their order. Joined once: adding one by one would copy the run for each."""
-    joined: list[Told] = []
+    joined: list[CoordinatorEvent] = []
     run: list[Delta] = []
     for event in events:
         if isinstance(event, Delta):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from actors.api.generation import Generate, PromptNote, Role
 from actors.coordinator.output import EventQueue
 from actors.coordinator.replica_pool import Replica
-from actors.decoding.candidates import Block, Floats, Proposal, Slice
+from actors.decoding.candidates import CandidateBlock, Floats, RowProposal, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
 from actors.decoding.decision import Decisions
@@ -176,12 +176,12 @@ class LogitsRow:
     def __init__(self, window: VerificationWindow, index: int, k: int) -> None:
         self.window, self.index = window, index
         self.k = k  # width of its slices; WHOLE: whole rows
-        self.slices: dict[Role, Slice] = {}
+        self.slices: dict[Role, RowSlice] = {}
         self.crossing: dict[Role, CrossingRows] = {}  # by small role of another family, where earlier rows have a say
-        self.proposed: Slice | None = None  # what a guider of another family puts forward, in the target's ids
+        self.proposed: RowSlice | None = None  # what a guider of another family puts forward, in the target's ids
         self.early: Early | None = None
         self.early_at = 0
-        self.block: Block | None = None  # once its candidates are known
+        self.block: CandidateBlock | None = None  # once its candidates are known
         self.at = 0  # which row of the block it is
         self.waiting = 0  # lookups on their way
         self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
@@ -208,16 +208,16 @@ class LogitsRow:
         """Of its token in a role's stream."""
         return self.window.first[role] + self.window.reads[role][self.index]
 
-    def proposal(self) -> Proposal:
+    def proposal(self) -> RowProposal:
         """What is known of it, for a block."""
-        slices: Mapping[Role, Slice] = self.slices
+        slices: Mapping[Role, RowSlice] = self.slices
         if self.window.aligned:  # small models speak through their events
-            offered: dict[Role, Slice] = {"target": slices["target"]}
+            offered: dict[Role, RowSlice] = {"target": slices["target"]}
             slices = offered if self.proposed is None else offered | {"guider": self.proposed}
         if self.early is None:
-            return Proposal(self.window.required, slices)
+            return RowProposal(self.window.required, slices)
         values, asked = self.early.values[self.early_at], self.early.asked[self.early_at]
-        return Proposal(self.window.required, slices, values, asked)
+        return RowProposal(self.window.required, slices, values, asked)
 
     def restart(self) -> None:
         """Forget its candidates: a role answers anew."""
@@ -321,9 +321,9 @@ class RowHistory:
 
     def __init__(self) -> None:
         self._first = 0  # position of the first row
-        self._rows: list[tuple[int, Slice]] = []
+        self._rows: list[tuple[int, RowSlice]] = []
 
-    def note(self, name: tuple[int, int], part: Slice) -> None:
+    def note(self, name: tuple[int, int], part: RowSlice) -> None:
         """The replica gave this row; it has none of those behind it."""
         position, prefix = name
         at = position - self._first
@@ -334,7 +334,7 @@ class RowHistory:
             del self._rows[:-_LONGEST]
             self._first = position + 1 - _LONGEST
 
-    def get(self, name: tuple[int, int]) -> Slice | None:
+    def get(self, name: tuple[int, int]) -> RowSlice | None:
         """What it said of a row; None if it does not hold it."""
         at = name[0] - self._first
         if not 0 <= at < len(self._rows):

@@ -10,7 +10,7 @@ import numpy as np
 from actors.api.generation import Scores
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.session import LogitsRow, VerificationWindow
-from actors.decoding.candidates import Block
+from actors.decoding.candidates import CandidateBlock
 from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
 from actors.wire.messages import WHOLE
 
@@ -72,7 +72,7 @@ class Verifier:
     def verify(self, windows: Sequence[VerificationWindow]) -> list[list[RowDecision]]:
         """Per window its next rows, decided: all that are complete if nothing about them depends on earlier tokens."""
         asked = [_sampling_specs(window) for window in windows]
-        groups: dict[Block, list[tuple[LogitsRow, RowSamplingSpec]]] = {}
+        groups: dict[CandidateBlock, list[tuple[LogitsRow, RowSamplingSpec]]] = {}
         for each in asked:
             for row, question in each:
                 assert row.block is not None
@@ -140,7 +140,7 @@ class Verifier:
             self.counts.uncovered_mass += uncovered
             self.counts.guided_rows += 1
         token = decisions.tokens[index]
-        return Chosen(int(token), bool(token != decisions.alone[index]), decisions.scores[index])
+        return Chosen(int(token), bool(token != decisions.target_tokens[index]), decisions.scores[index])
 
 
 def _too_few(row: LogitsRow, decisions: Decisions, index: int) -> bool:
@@ -152,7 +152,7 @@ def _too_few(row: LogitsRow, decisions: Decisions, index: int) -> bool:
 def _sampling_specs(window: VerificationWindow) -> list[tuple[LogitsRow, RowSamplingSpec]]:
     """What is wanted of a window's next rows, as far as they can be decided together."""
     session = window.active.session
-    request, plain = session.request, session.plain
+    request, plain = session.request, session.history_free
     found: list[tuple[LogitsRow, RowSamplingSpec]] = []
     for ahead, row in enumerate(window.rows[window.next :]):
         alpha = window.active.alpha(ahead)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class VisibleText:
     """Text that is now certain, the stop text if one was met, and whether the thinking was just closed."""
 
     reasoning: str = ""
@@ -15,8 +15,8 @@ class Shown:
     stop: str | None = None
     closed: bool = False
 
-    def __add__(self, later: Shown) -> Shown:
-        return Shown(
+    def __add__(self, later: VisibleText) -> VisibleText:
+        return VisibleText(
             self.reasoning + later.reasoning,
             self.content + later.content,
             later.stop if self.stop is None else self.stop,
@@ -40,7 +40,7 @@ class AnswerText:
         """Whether the thinking is still open."""
         return self._end is not None
 
-    def push(self, text: str) -> Shown:
+    def push(self, text: str) -> VisibleText:
         """Add text; returns what can be shown. After a stop text nothing more may be pushed."""
         self._held += text
         at, marker = self._first_marker()
@@ -49,24 +49,24 @@ class AnswerText:
         if marker in self._stops:
             shown = self._show(at + (len(marker) if self._include_stop else 0))
             self._held = ""
-            return Shown(shown.reasoning, shown.content, marker)
+            return VisibleText(shown.reasoning, shown.content, marker)
         thought = self._held[:at]
         self._held, self._end = self._held[at + len(marker) :], None
-        return Shown(reasoning=thought, closed=True) + self.push("")
+        return VisibleText(reasoning=thought, closed=True) + self.push("")
 
-    def close_thinking(self) -> Shown:
+    def close_thinking(self) -> VisibleText:
         """The thinking ended by a token of its own: show what was held back of it."""
-        shown = Shown(reasoning=self._held, closed=True)
+        shown = VisibleText(reasoning=self._held, closed=True)
         self._held, self._end = "", None
         return shown
 
-    def flush(self) -> Shown:
+    def flush(self) -> VisibleText:
         """The answer is over: show what was held back."""
         return self._show(len(self._held))
 
-    def _show(self, length: int) -> Shown:
+    def _show(self, length: int) -> VisibleText:
         text, self._held = self._held[:length], self._held[length:]
-        return Shown(reasoning=text) if self.thinking else Shown(content=text)
+        return VisibleText(reasoning=text) if self.thinking else VisibleText(content=text)
 
     def _markers(self) -> tuple[str, ...]:
         return self._stops if self._end is None else (*self._stops, self._end)

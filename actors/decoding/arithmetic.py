@@ -20,7 +20,7 @@ _FAR = 1e9  # beyond every logit
 
 
 @dataclass(frozen=True, eq=False)
-class RoleRows:
+class RoleLogits:
     """One role's logits at the candidates [B, W] (NaN: it has no such id), which are real [B, W], and logsumexp [B]."""
 
     logits: Floats
@@ -34,7 +34,7 @@ class RoleRows:
         return np.asarray(1.0 - np.cumsum(np.where(np.isnan(mass), 0.0, mass), 1)[:, -1])
 
 
-def combine(target: RoleRows, guider: RoleRows, guider_base: RoleRows, alpha: Floats) -> Floats:
+def combine(target: RoleLogits, guider: RoleLogits, guider_base: RoleLogits, alpha: Floats) -> Floats:
     """[B, W] combined logits, -inf outside the candidates; alpha is [B].
 
     Where a small model has no counterpart of an id, guidance is silent: the delta is 0 on log-probabilities, which on
@@ -49,9 +49,9 @@ def combine(target: RoleRows, guider: RoleRows, guider_base: RoleRows, alpha: Fl
 def outside_estimate(
     combined: Floats,
     alpha: Floats,
-    target: RoleRows,
-    guider: RoleRows | None = None,
-    guider_base: RoleRows | None = None,
+    target: RoleLogits,
+    guider: RoleLogits | None = None,
+    guider_base: RoleLogits | None = None,
     *,
     temperature: Floats | float = 1.0,
     ceiling: Floats | float = 0.0,
@@ -80,9 +80,9 @@ def outside_estimate(
 def log_total(
     combined: Floats,
     alpha: Floats,
-    target: RoleRows,
-    guider: RoleRows | None = None,
-    guider_base: RoleRows | None = None,
+    target: RoleLogits,
+    guider: RoleLogits | None = None,
+    guider_base: RoleLogits | None = None,
 ) -> Floats:
     """[B]: log of the sum of exp(combined) over a whole vocabulary, of which the candidates are known.
 
@@ -102,7 +102,7 @@ def log_total(
 
 
 def _lift_of_least_liked(
-    alpha: Floats, target: RoleRows, guider: RoleRows, guider_base: RoleRows, heat: Floats
+    alpha: Floats, target: RoleLogits, guider: RoleLogits, guider_base: RoleLogits, heat: Floats
 ) -> Floats:
     """[B]: log of the factor by which guidance lifts the target's mass, at a temperature [B], of the quarter of the
     candidates that the guider likes least, of those that it has; NaN where it has none."""
@@ -122,7 +122,7 @@ def _log_sum(logits: Floats, where: NDArray[np.bool_]) -> Floats:
     return np.asarray(top + np.log(np.maximum(np.cumsum(weights, 1)[:, -1], np.finfo(np.float64).tiny)))
 
 
-def _log_uncovered(rows: RoleRows) -> Floats:
+def _log_uncovered(rows: RoleLogits) -> Floats:
     """[B]: log of the sum of exp(logits) outside the candidates."""
     return np.asarray(np.log(np.maximum(rows.uncovered, _NOISE)) + rows.logsumexp)
 

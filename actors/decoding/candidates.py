@@ -22,7 +22,7 @@ PADDING = 1 << 32  # above every id, so that it sorts last
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slice:
+class RowSlice:
     """What one role said of one row, in the primary's ids.
 
     ids, logits [k]: the slice; -1 where the primary has no such id; empty for a role that puts nothing forward.
@@ -36,7 +36,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Proposal:
+class RowProposal:
     """One row's part of a block: what its roles must know, and what they said so far.
 
     early [k]: the target's logits at the guider's ids, as far as they were asked for before the target answered: NaN
@@ -44,7 +44,7 @@ class Proposal:
     """
 
     required: Mapping[Role, RequiredLogits]
-    slices: Mapping[Role, Slice]
+    slices: Mapping[Role, RowSlice]
     early: Floats | None = None
     asked: NDArray[np.bool_] | None = None
 
@@ -55,7 +55,7 @@ class Proposal:
         return (*kinds, *(len(part.ids) for part in self.slices.values()), self.early is None)
 
 
-class Block:
+class CandidateBlock:
     """B rows side by side.
 
     ids [B, W]: each row's candidates, ascending, then PADDING; inside [B, W]: where they are real. values: per role its
@@ -63,7 +63,7 @@ class Block:
     above it lies no logit of the target's outside its slice.
     """
 
-    def __init__(self, rows: Sequence[Proposal]) -> None:
+    def __init__(self, rows: Sequence[RowProposal]) -> None:
         """All rows are of one shape."""
         first = rows[0]
         self._roles = tuple(first.required)
@@ -77,7 +77,7 @@ class Block:
                 begin = sum(column.shape[1] for column in columns)
                 columns.append(_stacked(arrays))
                 self._columns[kind, role] = slice(begin, begin + columns[-1].shape[1])
-        self.ids, self.inside, self._places = rank(np.concatenate(columns, axis=1))
+        self.ids, self.inside, self._places = rank_ids(np.concatenate(columns, axis=1))
         self._lacking = {role: self._unproposed() for role in self._roles}
         self._values = {role: np.full((len(rows), self.width + 1), np.nan) for role in self._roles}
         self.logsumexp = {role: np.zeros(len(rows)) for role in self._roles}
@@ -102,7 +102,7 @@ class Block:
         """[B, W]."""
         return self._values[role][:, :-1]
 
-    def arrive(self, role: Role, row: int, part: Slice) -> None:
+    def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
         """Take in what a role that puts nothing forward said of one row after the block was made."""
         self.logsumexp[role][row] = part.logsumexp
         self._values[role][row, self._places[row, self._columns["events", role]]] = part.folded
@@ -111,7 +111,7 @@ class Block:
         """The target's logits at so many of the guider's slice come after the block was made."""
         self._values["target"][row, self._places[row, self._columns["slice", "guider"]][slots]] = values
 
-    def missing(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
+    def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
         """Rows [n], places [n] and the role's ids [n] of the candidates that a role has and was not asked for.
 
         theirs: the primary's ids as the role's, -1 where it has none.
@@ -139,7 +139,7 @@ class Block:
             if (kind, role) in self._columns:
                 np.put_along_axis(self._lacking[role], self._places[:, self._columns[kind, role]], False, 1)
 
-    def _take(self, role: Role, parts: Sequence[Slice]) -> None:
+    def _take(self, role: Role, parts: Sequence[RowSlice]) -> None:
         """Slices first, then events: a folded event stands above the logit of its first id."""
         out = self._values[role]
         if ("slice", role) in self._columns:
@@ -151,7 +151,7 @@ class Block:
         self.logsumexp[role][:] = [part.logsumexp for part in parts]
         out[:, -1] = np.nan
 
-    def _take_early(self, rows: Sequence[Proposal]) -> None:
+    def _take_early(self, rows: Sequence[RowProposal]) -> None:
         asked = _stacked([row.asked for row in rows if row.asked is not None])
         values = _stacked([row.early for row in rows if row.early is not None])
         places = np.where(asked, self._places[:, self._columns["slice", "guider"]], self.width)
@@ -159,16 +159,18 @@ class Block:
         np.put_along_axis(self._lacking["target"], places, False, 1)
 
 
-def blocks(rows: Sequence[Proposal], make: Callable[[list[int]], Block] | None = None) -> list[tuple[Block, list[int]]]:
+def group_into_blocks(
+    rows: Sequence[RowProposal], make: Callable[[list[int]], CandidateBlock] | None = None
+) -> list[tuple[CandidateBlock, list[int]]]:
     """Blocks that hold all of `rows`, each with the indices of its rows in their order. make: one, of such rows."""
     shapes: dict[tuple[object, ...], list[int]] = {}
     for index, row in enumerate(rows):
         shapes.setdefault(row.shape, []).append(index)
-    make = make or (lambda indices: Block([rows[index] for index in indices]))
+    make = make or (lambda indices: CandidateBlock([rows[index] for index in indices]))
     return [(make(indices), indices) for indices in shapes.values()]
 
 
-def rank(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
+def rank_ids(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
     """[B, N] ids -> [B, W] each row's distinct ids ascending (then PADDING), where they are real, and [B, N] places.
 
     An id of -1 is nowhere: its place is W.

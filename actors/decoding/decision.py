@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from actors.api.generation import EXPLAINED, Role, Scores
 from actors.api.sampling_params import Sampling
-from actors.decoding.arithmetic import Floats, RoleRows, combine, outside_estimate, total_variation
-from actors.decoding.candidates import Block
-from actors.decoding.sampling import choose_by, noise_of
-from actors.decoding.scoring import Scored
+from actors.decoding.arithmetic import Floats, RoleLogits, combine, outside_estimate, total_variation
+from actors.decoding.candidates import CandidateBlock
+from actors.decoding.sampling import choose_with_noise, noise_of
+from actors.decoding.scoring import CandidateLogprobs
 
 Adjust = Callable[[NDArray[np.int64], Floats], None]
 
@@ -41,14 +41,14 @@ class RowSamplingSpec:
 class Decisions:
     """What B rows came to.
 
-    tokens [B], and alone [B]: what the target by itself had chosen. outside [B]: estimated mass outside the
+    tokens [B], and target_tokens [B]: what the target by itself had chosen. outside [B]: estimated mass outside the
     candidates. uncovered [B]: the largest exactly known uncovered mass of a single model. no_legal_token [B]: no
     candidate may be chosen. ids, logits [B, W]: candidates and their adjusted combined logits; inside [B, W]: where
     they are real. scores: by row, of its token, where the question wants them.
     """
 
     tokens: NDArray[Any]
-    alone: NDArray[Any]
+    target_tokens: NDArray[Any]
     outside: Floats
     uncovered: Floats
     no_legal_token: NDArray[np.bool_]
@@ -62,7 +62,7 @@ class Decisions:
         at = slice(index, index + 1)
         return Decisions(
             self.tokens[at],
-            self.alone[at],
+            self.target_tokens[at],
             self.outside[at],
             self.uncovered[at],
             self.no_legal_token[at],
@@ -74,20 +74,20 @@ class Decisions:
 
 
 def decide(
-    block: Block, rows: Sequence[int], specs: Sequence[RowSamplingSpec], primary: Role, guided: bool
+    block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], primary: Role, guided: bool
 ) -> Decisions:
     """Decide some rows of a block, all of them guided or all decoded by `primary` alone."""
     at = slice(None) if list(rows) == list(range(len(block))) else list(rows)
     ids, inside = block.ids[at], block.inside[at]
     alpha = np.array([spec.alpha for spec in specs])
     models = [
-        RoleRows(block.values(role)[at], inside, block.logsumexp[role][at])
+        RoleLogits(block.values(role)[at], inside, block.logsumexp[role][at])
         for role in ((primary, "guider", "guider_base") if guided else (primary,))
     ]
     own = np.where(inside, models[0].logits, -np.inf)
     logits = combine(models[0], models[1], models[2], alpha) if guided else own.copy()
     wanted = any(spec.top is not None for spec in specs)
-    scored = Scored(ids, logits, alpha, *models) if wanted else None  # before anything is adjusted
+    scored = CandidateLogprobs(ids, logits, alpha, *models) if wanted else None  # before anything is adjusted
     for index, spec in enumerate(specs):
         if spec.adjust is not None:
             count = int(np.count_nonzero(inside[index]))
@@ -100,14 +100,14 @@ def decide(
     estimate = outside_estimate(logits, alpha, *models, temperature=temperature, ceiling=block.ceiling[at])
     outside = np.where(no_legal_token, 1.0, estimate)
     uncovered = np.max([model.uncovered for model in models], axis=0)
-    tokens, alone = _choose(specs, ids, logits, own, guided)
+    tokens, target_tokens = _choose(specs, ids, logits, own, guided)
     scores = [
         None
         if scored is None or spec.top is None
         else scored.of(row, int(tokens[row]), spec.top, EXPLAINED if spec.explain else 0)
         for row, spec in enumerate(specs)
     ]
-    return Decisions(tokens, alone, outside, uncovered, no_legal_token, ids, logits, inside, scores)
+    return Decisions(tokens, target_tokens, outside, uncovered, no_legal_token, ids, logits, inside, scores)
 
 
 def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[float, bool]:
@@ -131,5 +131,5 @@ def _choose(
     seeds = np.array([spec.seed for spec in specs], np.uint64)
     positions = np.array([spec.position for spec in specs], np.uint64)
     noise = noise_of(ids, parameters, seeds, positions)
-    tokens = choose_by(noise, ids, logits, parameters)
-    return tokens, choose_by(noise, ids, own, parameters) if guided else tokens
+    tokens = choose_with_noise(noise, ids, logits, parameters)
+    return tokens, choose_with_noise(noise, ids, own, parameters) if guided else tokens

@@ -14,7 +14,7 @@ from actors.api.sampling_params import Sampling
 Ids = NDArray[np.int64]
 
 
-def touches(sampling: Sampling) -> bool:
+def changes_rows(sampling: Sampling) -> bool:
     """Whether the history changes rows at all."""
     return bool(
         sampling.logit_bias
@@ -26,7 +26,7 @@ def touches(sampling: Sampling) -> bool:
     )
 
 
-def must_know(sampling: Sampling, prompt: Collection[int], output: Counter[int]) -> set[int]:
+def lifted_ids(sampling: Sampling, prompt: Collection[int], output: Counter[int]) -> set[int]:
     """Ids that the request lifts, so that they may be chosen from outside every slice."""
     lifted = {token for token, bias in sampling.logit_bias if bias > 0}
     if sampling.presence_penalty < 0 or sampling.frequency_penalty < 0:

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import PromptNote, Role
-from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
-from actors.decoding.candidates import Slice
+from actors.decoding.arithmetic import Floats, RoleLogits, combine, log_total
+from actors.decoding.candidates import RowSlice
 from actors.decoding.scoring import likeliest
 from actors.decoding.vocabulary import RequiredLogits
 
 
-def spread(slices: Sequence[Slice], required: RequiredLogits, width: int) -> RoleRows:
+def spread(slices: Sequence[RowSlice], required: RequiredLogits, width: int) -> RoleLogits:
     """A role's whole rows [B, width] by the primary's ids; NaN where it has no such id."""
     logits = np.full((len(slices), width), np.nan)
     for row, part in zip(logits, slices, strict=True):
@@ -22,11 +22,11 @@ def spread(slices: Sequence[Slice], required: RequiredLogits, width: int) -> Rol
         row[part.ids[ours]] = part.logits[ours]
         row[required.events] = part.folded
     sums = np.array([part.logsumexp for part in slices])
-    return RoleRows(logits, ~np.isnan(logits), sums)
+    return RoleLogits(logits, ~np.isnan(logits), sums)
 
 
 def prompt_notes(
-    rows: Mapping[Role, RoleRows], alpha: float, tokens: Sequence[int], events: Sequence[int], top: int
+    rows: Mapping[Role, RoleLogits], alpha: float, tokens: Sequence[int], events: Sequence[int], top: int
 ) -> list[PromptNote]:
     """What B rows say of the B tokens that follow them, each with its `top` likeliest candidates.
 

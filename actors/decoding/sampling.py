@@ -79,7 +79,7 @@ def _filter(scaled: Floats, top_k: Ints, top_p: Floats, min_p: Floats) -> Floats
 
 def choose(ids: Ints, logits: Floats, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Ints:
     """The chosen id of each row, [B]. ids, logits: [B, W]; ties go to the lowest id. A row must have a finite logit."""
-    return choose_by(noise_of(ids, parameters, seeds, positions), ids, logits, parameters)
+    return choose_with_noise(noise_of(ids, parameters, seeds, positions), ids, logits, parameters)
 
 
 def noise_of(ids: Ints, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Floats | None:
@@ -87,7 +87,7 @@ def noise_of(ids: Ints, parameters: Sequence[Sampling], seeds: Ints, positions: 
     return gumbel(seeds, positions, ids) if any(p.temperature > 0 for p in parameters) else None
 
 
-def choose_by(noise: Floats | None, ids: Ints, logits: Floats, parameters: Sequence[Sampling]) -> Ints:
+def choose_with_noise(noise: Floats | None, ids: Ints, logits: Floats, parameters: Sequence[Sampling]) -> Ints:
     """`choose`, with the noise at hand."""
     scores = filter_logits(logits, parameters)
     if noise is not None:

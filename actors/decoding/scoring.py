@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Candidates, Scores
-from actors.decoding.arithmetic import Floats, RoleRows, log_total
+from actors.decoding.arithmetic import Floats, RoleLogits, log_total
 from actors.decoding.candidates import Ids
 
 
-class Scored:
+class CandidateLogprobs:
     """Log-probabilities of B rows' candidates, ids [B, W]: in the combined distribution, and in each model alone."""
 
-    def __init__(self, ids: Ids, combined: Floats, alpha: Floats, target: RoleRows, *small: RoleRows) -> None:
+    def __init__(self, ids: Ids, combined: Floats, alpha: Floats, target: RoleLogits, *small: RoleLogits) -> None:
         """combined [B, W]: the formula's logits. small: guider and guider base, where they take part."""
         self._ids = ids
         self._guided = combined - log_total(combined, alpha, target, *small)[:, None]

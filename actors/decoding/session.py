@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
-from actors.decoding.answer import AnswerText, Shown
+from actors.decoding.answer import AnswerText, VisibleText
 from actors.decoding.cross_vocab.translators import Alignment, translator_for
-from actors.decoding.penalties import adjust, must_know, touches
+from actors.decoding.penalties import adjust, changes_rows, lifted_ids
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
 
@@ -26,7 +26,7 @@ class TextStream(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
+class ForcedTextIds:
     """One role's ids of the texts that decoding may force."""
 
     end: tuple[int, ...]  # of thinking.end
@@ -38,7 +38,7 @@ class SessionVocabulary:
     """What a session must know of the vocabularies: maps from its primary, and how its texts are spelled."""
 
     maps: Mapping[Role, VocabularyMap | Alignment]  # of the small roles
-    spellings: Mapping[Role, Spelling]  # of every role of the session
+    forced_texts: Mapping[Role, ForcedTextIds]  # of every role of the session
     eos_ids: tuple[int, ...]  # of the primary, the first one stands for all
     added: frozenset[int]  # the primary's added tokens
     text: Callable[[Sequence[int], bool], TextStream]  # decodes what follows these ids; true: without special tokens
@@ -66,7 +66,7 @@ class Session:
         self._text = vocabulary.text(self.primary.tokens, request.sampling.skip_special_tokens)
         thinking_end = request.thinking.end if request.thinking.start else None
         self._answer = AnswerText(thinking_end, request.sampling.stop, request.sampling.include_stop_str_in_output)
-        end = vocabulary.spellings[request.primary].end
+        end = vocabulary.forced_texts[request.primary].end
         self._end_seen, self._tail = False, ""  # whether thinking.end was emitted, also where nothing opened it
         self._end_token = end[0] if len(end) == 1 and end[0] in vocabulary.added else None
 
@@ -80,25 +80,25 @@ class Session:
         return self.request.guidance.alpha_at(self.generated + ahead, self._end_seen)
 
     @property
-    def lifts(self) -> bool:
+    def lifts_own_output(self) -> bool:
         """Whether what was said makes itself likelier, so that every token adds to what the next row must know."""
         sampling = self.request.sampling
         return sampling.presence_penalty < 0 or sampling.frequency_penalty < 0 or sampling.repetition_penalty < 1
 
     @property
-    def plain(self) -> bool:
+    def history_free(self) -> bool:
         """Whether no token so far has a say in how the next ones are chosen."""
-        return self.generated >= self.request.sampling.min_tokens and not touches(self.request.sampling)
+        return self.generated >= self.request.sampling.min_tokens and not changes_rows(self.request.sampling)
 
-    def must_know(self) -> set[int]:
+    def required_ids(self) -> set[int]:
         """Primary ids that the next row must know exactly, beside the folded events."""
-        return must_know(self.request.sampling, self.prompt, self.output)
+        return lifted_ids(self.request.sampling, self.prompt, self.output)
 
     def adjust(self, ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
         """Change the next row in place by the request's history; before min_tokens nothing may end the answer."""
         sampling = self.request.sampling
         early = self.generated < sampling.min_tokens
-        if early or touches(sampling):
+        if early or changes_rows(sampling):
             banned = (*self.vocabulary.eos_ids[:1], *sampling.stop_token_ids) if early else ()
             adjust(ids, logits, sampling, self.prompt, self.output, (*banned, *self._ends_of_bad_words()))
 
@@ -114,13 +114,13 @@ class Session:
         self.changed += changed
         early = self._ends_too_early(token)
         if early:
-            taken, shown = self._force({role: s.wait for role, s in self.vocabulary.spellings.items()})
+            taken, shown = self._force({role: s.wait for role, s in self.vocabulary.forced_texts.items()})
         else:
             for translator in self.translators.values():
-                translator.read(token)
+                translator.append(token)
             taken, shown = self._take((token,))
         if self.finish_reason is None and self._thinks_too_long():
-            forced, closing = self._force({role: s.end for role, s in self.vocabulary.spellings.items()})
+            forced, closing = self._force({role: s.end for role, s in self.vocabulary.forced_texts.items()})
             taken, shown = taken + forced, shown + closing
         notes: list[TokenNote] = []
         if self.request.top is not None:
@@ -183,17 +183,17 @@ class Session:
         limit = self.request.thinking.max_tokens
         return self._answer.thinking and limit is not None and self.reasoning_tokens >= limit
 
-    def _force(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], Shown]:
+    def _force(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], VisibleText]:
         """Say what nobody chose: the same text in each role's ids."""
         ours = ids[self.request.primary]
         for role, translator in self.translators.items():
-            translator.force(ours, ids[role])
+            translator.append_forced(ours, ids[role])
         return self._take(ours)
 
-    def _take(self, ids: Sequence[int]) -> tuple[list[tuple[int, str]], Shown]:
+    def _take(self, ids: Sequence[int]) -> tuple[list[tuple[int, str]], VisibleText]:
         """Say the primary's ids, which the others have read, until the answer is over: with texts and what shows."""
         taken: list[tuple[int, str]] = []
-        shown = Shown()
+        shown = VisibleText()
         for token in ids:
             self.primary.append((token,))
             self.output[token] += 1
@@ -214,12 +214,12 @@ class Session:
             self._tail = (self._tail + text)[-len(end) - len(text) :]
             self._end_seen = token == self._end_token or end in self._tail
 
-    def _show(self, token: int, text: str) -> Shown:
+    def _show(self, token: int, text: str) -> VisibleText:
         """What one more token of the primary shows; decides whether the answer is over."""
         sampling = self.request.sampling
         ends = token in self.vocabulary.eos_ids and not sampling.ignore_eos
         if ends or token in sampling.stop_token_ids:
-            kept = self._answer.push(text) if sampling.include_stop_str_in_output else Shown()
+            kept = self._answer.push(text) if sampling.include_stop_str_in_output else VisibleText()
             return kept + self._end("stop", None if ends else token)
         shown = self._answer.push(text)
         if token == self._end_token and self._answer.thinking:
@@ -234,14 +234,14 @@ class Session:
             shown = shown + self._end("length")
         return shown
 
-    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> Shown:
+    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> VisibleText:
         rest = self.finish(reason, stop_reason)
-        return Shown(rest.reasoning, rest.content)
+        return VisibleText(rest.reasoning, rest.content)
 
     def _retokenize_end(self) -> None:
         """The thinking's end stands there as text: a role with a token of its own for it reads that token instead."""
-        ours = self.vocabulary.spellings[self.request.primary].end
+        ours = self.vocabulary.forced_texts[self.request.primary].end
         if tuple(self.primary.tokens[-len(ours) :]) != ours:
             return
         for role, translator in self.translators.items():
-            translator.retokenize(ours, self.vocabulary.spellings[role].end, self.request.thinking.end)
+            translator.retokenize(ours, self.vocabulary.forced_texts[role].end, self.request.thinking.end)

@@ -60,7 +60,7 @@ class VocabularyMap:
         return (mapped,) if mapped >= 0 else self.spelled[token]
 
 
-def own_map(vocabulary: Vocabulary) -> VocabularyMap:
+def self_map(vocabulary: Vocabulary) -> VocabularyMap:
     """The map of the primary onto itself: illegal ids dropped, its end ids folded into the first."""
     ids = np.where(vocabulary.legal(), np.arange(vocabulary.width), -1)
     folds = {vocabulary.eos_ids[0]: vocabulary.eos_ids} if vocabulary.eos_ids else {}
@@ -70,9 +70,9 @@ def own_map(vocabulary: Vocabulary) -> VocabularyMap:
 def map_vocabulary(
     primary: Vocabulary,
     role: Vocabulary,
-    spell: Callable[[str], Sequence[int]],
+    encode: Callable[[str], Sequence[int]],
 ) -> VocabularyMap:
-    """The map from `primary` to `role`. spell: encodes a text into ids of the role, recognising added tokens.
+    """The map from `primary` to `role`. encode: encodes a text into ids of the role, recognising added tokens.
 
     Raises VocabularyError when the text tokens differ.
     """
@@ -88,7 +88,7 @@ def map_vocabulary(
         pairs.append((primary.eos_ids[0], role.eos_ids[0]))
     for ours, theirs in pairs:
         to_role[ours], to_primary[theirs] = theirs, ours
-    spelled = {i: tuple(spell(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
+    spelled = {i: tuple(encode(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
     spelled |= {i: (role.eos_ids[0],) for i in primary.eos_ids[1:] if role.eos_ids}
     folds = {primary.eos_ids[0]: role.eos_ids} if primary.eos_ids and role.eos_ids else {}
     ascending = bool(np.all(np.diff(to_role[to_role >= 0]) > 0))
@@ -124,12 +124,12 @@ def _check_text(primary: Vocabulary, role: Vocabulary) -> None:
     only_theirs = sorted(theirs[token] for token in theirs.keys() - ours.keys())
     if only_ours or only_theirs:
         raise VocabularyError(
-            f"the text tokens differ: {len(only_ours)} are only in the first model (ids {_some(only_ours)}), "
-            f"{len(only_theirs)} only in the second (ids {_some(only_theirs)})"
+            f"the text tokens differ: {len(only_ours)} are only in the first model (ids {_first_ids(only_ours)}), "
+            f"{len(only_theirs)} only in the second (ids {_first_ids(only_theirs)})"
         )
 
 
-def _some(ids: list[int]) -> str:
+def _first_ids(ids: list[int]) -> str:
     return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "") if ids else "none"
 
 

@@ -48,7 +48,7 @@ class Varlen(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
+class RaggedBatch:
     """What one forward attends to."""
 
     spans: tuple[Span, ...]
@@ -88,7 +88,7 @@ class AttentionBackend(Protocol):
     name: str
     static: bool  # a captured step may be replayed: nothing on the host depends on the spans
 
-    def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
+    def attend(self, step: RaggedBatch, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         """query [T, heads, d], key and value pools [rows, kv_heads, d] -> [T, heads, d_v]; padding's rows are zero."""
         ...
 
@@ -98,7 +98,7 @@ class StepAttention:
 
     def __init__(self, pool: KVPool, backend: AttentionBackend) -> None:
         self.pool, self.backend = pool, backend
-        self.step: Ragged | None = None
+        self.step: RaggedBatch | None = None
         # transformers gives a meaning to "flash", "paged|" and "/" in a name.
         self.name = f"step_engine_{next(_numbers)}"
         ALL_ATTENTION_FUNCTIONS[self.name] = self

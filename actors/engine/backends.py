@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.engine.attention import LayerCall, Ragged, Span
+from actors.engine.attention import LayerCall, RaggedBatch, Span
 
 
 class PerSession:
@@ -17,7 +17,7 @@ class PerSession:
     name = "per_session"
     static = False
 
-    def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
+    def attend(self, step: RaggedBatch, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         parts = []
         for span in step.spans:
             # The first new token sees the least of the past; nothing before its window is read.
@@ -35,7 +35,7 @@ class PerSession:
         return torch.cat([*parts, query.new_zeros(padding, query.shape[1], values.shape[-1])])
 
     @staticmethod
-    def _mask(step: Ragged, count: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:
+    def _mask(step: RaggedBatch, count: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:
         """[1, count, seen], true where a token sees a key; None for a single token, which sees all."""
         if count == 1:
             return None
@@ -53,7 +53,7 @@ class Gathered:
     name = "gathered"
     static = False
 
-    def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
+    def attend(self, step: RaggedBatch, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         out = query.new_zeros(step.tokens, query.shape[1], values.shape[-1])
         for group in self._groups(step):
             rows, index, last = self._indices(step, group, query.device, keys.shape[0] - 1)
@@ -62,7 +62,7 @@ class Gathered:
         return out
 
     @staticmethod
-    def _groups(step: Ragged) -> list[tuple[Span, ...]]:
+    def _groups(step: RaggedBatch) -> list[tuple[Span, ...]]:
         if "groups" not in step.memo:
             by_count: defaultdict[int, list[Span]] = defaultdict(list)
             for span in step.spans:
@@ -73,7 +73,7 @@ class Gathered:
 
     @staticmethod
     def _indices(
-        step: Ragged, group: tuple[Span, ...], device: torch.device, trash: int
+        step: RaggedBatch, group: tuple[Span, ...], device: torch.device, trash: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Packed rows [B, n], pool rows [B, L], and the absolute position [B, n] of each new token."""
         key = ("indices", group[0].count, device)
@@ -88,7 +88,7 @@ class Gathered:
         return indices
 
     @staticmethod
-    def _mask(step: Ragged, group: tuple[Span, ...], last: Tensor, longest: int, window: int | None) -> Tensor:
+    def _mask(step: RaggedBatch, group: tuple[Span, ...], last: Tensor, longest: int, window: int | None) -> Tensor:
         key = ("mask", group[0].count, window, last.device)
         if key not in step.memo:
             step.memo[key] = _visible(last, longest, window)

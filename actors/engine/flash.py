@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.engine.attention import LayerCall, Ragged
+from actors.engine.attention import LayerCall, RaggedBatch
 from actors.engine.backends import Gathered
 
 _WIDEST_HEAD = 256  # and a multiple of 8
@@ -38,7 +38,7 @@ class FlashAttention:
         self._gathered = Gathered()
         self.static = True
 
-    def attend(self, step: Ragged, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
+    def attend(self, step: RaggedBatch, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         if not _fits(query, values, call):
             self.static = False
             return self._gathered.attend(step, query, keys, values, call)

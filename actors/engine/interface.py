@@ -66,18 +66,16 @@ class CacheStats:
     sessions: int  # sessions that hold at least one token
 
 
-class Slices(Protocol):
-    """R rows reduced to k: ids ascending; ties at the k-th place went to the lowest ids."""
+@dataclass(frozen=True, slots=True)
+class TopKSlices:
+    """The k largest logits of R rows, in the host's memory; of equal logits at the k-th place the lowest ids."""
 
-    @property
-    def ids(self) -> NDArray[np.int32]: ...  # [R, k]
-    @property
-    def logits(self) -> NDArray[np.float32]: ...  # [R, k]
-    @property
-    def logsumexp(self) -> NDArray[np.float32]: ...  # [R]
+    ids: NDArray[np.int32]  # [R, k], ascending
+    logits: NDArray[np.float32]  # [R, k]
+    logsumexp: NDArray[np.float32]  # [R], over the whole row
 
 
-class SessionRows(Protocol):
+class HeldRows(Protocol):
     """The rows of a session's last extend and of those that it kept: a snapshot that any thread may read."""
 
     @property
@@ -87,7 +85,7 @@ class SessionRows(Protocol):
     def index(self, position: int, prefix: int) -> int | None:
         """Which row is at `position`, built from tokens with this running hash, its own token included."""
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> Slices: ...
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices: ...
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]: ...
 
 
@@ -114,11 +112,11 @@ class Engine(Protocol):
         It then holds nothing, or what it held.
         """
 
-    def rows(self, session: int) -> SessionRows | None: ...
+    def rows(self, session: int) -> HeldRows | None: ...
     def values(self, rows: Sequence[tuple[Any, int]], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
         """The logits [N] of rows (what `rows` gave, and which of them) at ids [N], `counts` of each row in turn."""
 
-    def reduce(self, sessions: Sequence[int], k: int) -> Slices:
+    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
         """The slices of the rows that the last extends of `sessions` gave."""
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]: ...

@@ -16,7 +16,7 @@ from actors.engine.extents import Extent, Extents
 
 
 @dataclass(slots=True)
-class Slot:
+class SessionCache:
     """The cache of one session: an extent, of which `length` rows hold keys and values."""
 
     extent: Extent
@@ -29,7 +29,7 @@ class KVPool:
 
     def __init__(self, tokens: int, unit: int = 32) -> None:
         self.extents = Extents(tokens, unit)
-        self.slots: dict[int, Slot] = {}
+        self.caches: dict[int, SessionCache] = {}
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys [total + 1, kv_heads, head_dim], and values
 
     @property
@@ -40,15 +40,15 @@ class KVPool:
     @property
     def used(self) -> int:
         """Rows that sessions need, in whole units, without the slack of their extents."""
-        return sum(self.extents.round(slot.needed) for slot in self.slots.values())
+        return sum(self.extents.round(cache.needed) for cache in self.caches.values())
 
     def length(self, session: int) -> int:
         """Tokens of `session` in the cache, 0 if it has none."""
-        return self.slots[session].length if session in self.slots else 0
+        return self.caches[session].length if session in self.caches else 0
 
     def start(self, session: int) -> int:
         """The pool row of the session's first token."""
-        return self.slots[session].extent.start
+        return self.caches[session].extent.start
 
     def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [T, kv_heads, head_dim] at pool rows `index` [T]; return the layer's pools.
@@ -68,29 +68,29 @@ class KVPool:
 
     def reserve(self, session: int, tokens: int) -> bool:
         """Make the session's extent hold `tokens`, moving caches where that helps; False if there is no room."""
-        slot = self.slots.get(session)
-        if slot is None:
+        cache = self.caches.get(session)
+        if cache is None:
             return self._reserve_new(session, tokens)
-        if tokens > slot.extent.capacity and not self._grow(session, slot, tokens):
+        if tokens > cache.extent.capacity and not self._grow(session, cache, tokens):
             return False
-        slot.needed = max(slot.length, tokens)
+        cache.needed = max(cache.length, tokens)
         return True
 
     def room_for(self, session: int, without: Iterable[int] = ()) -> int:
         """Rows that `session` could have, its own included, after a compaction `without` some other sessions."""
-        others = (self.slots[other].needed for other in self.slots.keys() - {session, *without})
+        others = (self.caches[other].needed for other in self.caches.keys() - {session, *without})
         return self.extents.total - sum(map(self.extents.round, others))
 
     def commit(self, session: int, length: int) -> None:
         """The session now holds `length` tokens (after a forward, or shortened by a rewind)."""
-        slot = self.slots[session]
-        assert 0 < length <= slot.extent.capacity
-        slot.length = slot.needed = length
+        cache = self.caches[session]
+        assert 0 < length <= cache.extent.capacity
+        cache.length = cache.needed = length
 
     def fork(self, source: int, session: int, length: int) -> bool:
         """Copy the first `length` tokens of `source` to the new `session`; False if there is no room."""
         assert 0 < length <= self.length(source)
-        assert session not in self.slots
+        assert session not in self.caches
         if not self.reserve(session, length):
             return False
         self._copy(self.start(source), self.start(session), length)
@@ -99,44 +99,44 @@ class KVPool:
 
     def drop(self, session: int) -> None:
         """Give the session's rows back; nothing happens if it has none."""
-        slot = self.slots.pop(session, None)
-        if slot is not None:
-            self.extents.release(slot.extent)
+        cache = self.caches.pop(session, None)
+        if cache is not None:
+            self.extents.release(cache.extent)
 
     def check(self) -> None:
         """Prove that every row is free or owned once and that slots are consistent; AssertionError if not."""
-        self.extents.check(slot.extent for slot in self.slots.values())
-        for session, slot in self.slots.items():
-            assert 0 < slot.length == slot.needed <= slot.extent.capacity, f"session {session}: {slot}"
+        self.extents.check(cache.extent for cache in self.caches.values())
+        for session, cache in self.caches.items():
+            assert 0 < cache.length == cache.needed <= cache.extent.capacity, f"session {session}: {cache}"
 
     def _reserve_new(self, session: int, tokens: int) -> bool:
         extent = self.extents.allocate(tokens)
         if extent is None and self.room_for(session) >= self.extents.round(tokens):
-            self._compact(self.slots)
+            self._compact(self.caches)
             extent = self.extents.allocate(tokens)
         if extent is None:
             return False
-        self.slots[session] = Slot(extent, length=0, needed=tokens)
+        self.caches[session] = SessionCache(extent, length=0, needed=tokens)
         return True
 
-    def _grow(self, session: int, slot: Slot, tokens: int) -> bool:
-        grown = self.extents.grow(slot.extent, tokens)
+    def _grow(self, session: int, cache: SessionCache, tokens: int) -> bool:
+        grown = self.extents.grow(cache.extent, tokens)
         if grown is not None:
-            slot.extent = grown
+            cache.extent = grown
             return True
         # Doubling makes the copies of a growing session linear in its length.
-        moved = self.extents.allocate(max(tokens, 2 * slot.extent.capacity)) or self.extents.allocate(tokens)
+        moved = self.extents.allocate(max(tokens, 2 * cache.extent.capacity)) or self.extents.allocate(tokens)
         if moved is not None:
-            self._copy(slot.extent.start, moved.start, slot.length)
-            self.extents.release(slot.extent)
-            slot.extent = moved
+            self._copy(cache.extent.start, moved.start, cache.length)
+            self.extents.release(cache.extent)
+            cache.extent = moved
             return True
         if self.room_for(session) < self.extents.round(tokens):
             return False
-        self._compact([*(other for other in self.slots if other != session), session])
-        grown = self.extents.grow(slot.extent, tokens)
+        self._compact([*(other for other in self.caches if other != session), session])
+        grown = self.extents.grow(cache.extent, tokens)
         assert grown is not None, "a compacted pool has all its free rows behind the last extent"
-        slot.extent = grown
+        cache.extent = grown
         return True
 
     @torch.inference_mode()
@@ -149,11 +149,11 @@ class KVPool:
         """Move all extents to the front of the pool, in `order`, without slack."""
         sources, targets, cursor = [], [], 0
         for session in order:
-            slot = self.slots[session]
-            sources.append(torch.arange(slot.extent.start, slot.extent.start + slot.length))
-            targets.append(torch.arange(cursor, cursor + slot.length))
-            slot.extent = Extent(cursor, self.extents.round(slot.needed))
-            cursor = slot.extent.end
+            cache = self.caches[session]
+            sources.append(torch.arange(cache.extent.start, cache.extent.start + cache.length))
+            targets.append(torch.arange(cursor, cursor + cache.length))
+            cache.extent = Extent(cursor, self.extents.round(cache.needed))
+            cursor = cache.extent.end
         self.extents.restart(cursor)
         if sources:
             self._move(torch.cat(sources), torch.cat(targets))

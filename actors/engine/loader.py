@@ -104,9 +104,9 @@ def load_engine(
     engine = StepEngine(
         loaded.model, cache_tokens, batch_invariant=batch_invariant, backend=backend, max_held_rows=max_held_rows
     )
-    _tell(report, source, began, "check", loaded.bytes)
+    _report_progress(report, source, began, "check", loaded.bytes)
     verify_engine(engine, source.path)
-    _tell(report, source, began, "ready", loaded.bytes)
+    _report_progress(report, source, began, "ready", loaded.bytes)
     return engine
 
 
@@ -117,28 +117,28 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
     cannot serve, an unknown quantisation or an adapter that does not fit.
     """
     began = time.monotonic()
-    _tell(report, source, began, "config", 0)
-    with _explained(source):
+    _report_progress(report, source, began, "config", 0)
+    with _errors_explained(source):
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     refuse_config(config.to_dict(), source.path)
     if source.tensor_parallel > 1:
         refuse_ranks(config.to_dict(), source.tensor_parallel, source.path)
-    _tell(report, source, began, "weights", _bytes_on_disk(source))
+    _report_progress(report, source, began, "weights", _bytes_on_disk(source))
     model = _dummy(source, config) if source.load_format == "dummy" else _checkpoint(source, config)
     if source.adapter is not None:
-        _tell(report, source, began, "adapter", 0)
+        _report_progress(report, source, began, "adapter", 0)
         plain = source.quantization is None and getattr(config, "quantization_config", None) is None
         model = _with_adapter(model, source, merge=plain)
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    _tell(report, source, began, "loaded", size)
+    _report_progress(report, source, began, "loaded", size)
     return LoadedModel(model.eval(), size)
 
 
 def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
     quantization, placement = _quantization_config(source), _placement(source)
-    with _explained(source):
+    with _errors_explained(source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
@@ -157,7 +157,7 @@ def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
 
 def _dummy(source: ModelSource, config: Any) -> PreTrainedModel:
     device = _device(source)
-    with _explained(source):
+    with _errors_explained(source):
         return dummy_model(config, device, source.dtype, trust_remote_code=source.trust_remote_code)
 
 
@@ -210,15 +210,15 @@ def _with_adapter(model: PreTrainedModel, source: ModelSource, merge: bool) -> P
 
 
 @contextmanager
-def _explained(source: ModelSource) -> Iterator[None]:
+def _errors_explained(source: ModelSource) -> Iterator[None]:
     """Turn the errors of a missing, gated or unreadable model into a LoadError with the command that mends it."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise LoadError(source.path, _first_line(error), _mend(source, error)) from error
+        raise LoadError(source.path, _first_line(error), _remedy(source, error)) from error
 
 
-def _mend(source: ModelSource, error: Exception) -> str:
+def _remedy(source: ModelSource, error: Exception) -> str:
     text = f"{type(error).__name__} {error}".lower()
     revision = f" --revision {source.revision}" if source.revision else ""
     if isinstance(error, torch.OutOfMemoryError):
@@ -246,7 +246,7 @@ def _bytes_on_disk(source: ModelSource) -> int:
     return sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
 
 
-def _tell(report: Report | None, source: ModelSource, began: float, stage: str, size: int) -> None:
+def _report_progress(report: Report | None, source: ModelSource, began: float, stage: str, size: int) -> None:
     progress = LoadProgress(stage, size, time.monotonic() - began)
     log.info("%s: %s, %.1f MB after %.1f s", source.path, stage, size / 1e6, progress.seconds)
     if report is not None:

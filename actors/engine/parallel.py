@@ -74,19 +74,19 @@ class ParallelEngine(StepEngine):
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
         self.check_batch(batch)  # refused before anybody hears of it
-        return self._all("extend", super().extend, batch, wire=[_packed(extend) for extend in batch])
+        return self._on_all_ranks("extend", super().extend, batch, wire=[_packed(extend) for extend in batch])
 
     def close(self, session: int) -> None:
-        self._all("close", super().close, session)
+        self._on_all_ranks("close", super().close, session)
 
     def evict(self, session: int) -> None:
-        self._all("evict", super().evict, session)
+        self._on_all_ranks("evict", super().evict, session)
 
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
-        return self._all("fork", super().fork, session, list(tokens), list(blocks), age)
+        return self._on_all_ranks("fork", super().fork, session, list(tokens), list(blocks), age)
 
     def plain_logits(self, tokens: Sequence[int]) -> Tensor:
-        return self._all("plain_logits", super().plain_logits, list(tokens))
+        return self._on_all_ranks("plain_logits", super().plain_logits, list(tokens))
 
     def check_health(self) -> None:
         """Raise RanksLost once a rank has died or fallen out of step."""
@@ -98,16 +98,16 @@ class ParallelEngine(StepEngine):
         if self._followers is not None:
             self._followers.stop()
 
-    def _all(self, verb: str, here: Callable[..., T], *arguments: Any, wire: Any = None) -> T:
+    def _on_all_ranks(self, operation: str, local: Callable[..., T], *arguments: Any, wire: Any = None) -> T:
         """Do a verb on every rank. An error, but for ValueError, leaves the ranks out of step for good."""
         assert self._followers is not None
-        self._followers.tell(verb, *(arguments if wire is None else [wire]))
+        self._followers.broadcast(operation, *(arguments if wire is None else [wire]))
         try:
-            return here(*arguments)
+            return local(*arguments)
         except ValueError:
             raise  # refused by the session table, on every rank alike
         except Exception as error:
-            raise self._followers.lose(f"rank 0: {error}") from error
+            raise self._followers.mark_lost(f"rank 0: {error}") from error
 
 
 class FollowingEngine(StepEngine):
@@ -135,7 +135,7 @@ def load_parallel(
         join_group(followers.store, 0, recipe.ranks, kind, step_s)
         loaded = load_model(recipe.source, report)
         followers.wait_for_all("load")
-        followers.tell("build")
+        followers.broadcast("build")
         options = _options(recipe, loaded.model)
         engine = ParallelEngine(followers, loaded.model, recipe.cache_tokens, **options)
         verify_engine(engine, recipe.source.path)
@@ -149,9 +149,9 @@ def load_parallel(
 
 def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
     """Be rank `rank` until the leader is gone. Raises what ended it; the leader hears of it first."""
-    pipe = Client((LOOPBACK, rendezvous.verbs_port), authkey=rendezvous.key)
-    verbs: SimpleQueue[bytes | None] = SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, verbs), name="leader", daemon=True).start()
+    pipe = Client((LOOPBACK, rendezvous.operations_port), authkey=rendezvous.key)
+    operations: SimpleQueue[bytes | None] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, operations), name="leader", daemon=True).start()
     pipe.send_bytes(msgpack.packb(rank))
     try:
         store = TCPStore(LOOPBACK, rendezvous.store_port, recipe.ranks, False, timedelta(seconds=rendezvous.load_s))
@@ -159,11 +159,11 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         join_group(store, rank, recipe.ranks, kind, rendezvous.step_s)
         model = load_model(recipe.source).model
         pipe.send_bytes(msgpack.packb(""))  # loaded; what comes now is done together
-        if verbs.get() is None:
+        if operations.get() is None:
             return
         engine = FollowingEngine(model, recipe.cache_tokens, **_options(recipe, model))
-        while (message := verbs.get()) is not None:
-            obey(engine, message)
+        while (message := operations.get()) is not None:
+            apply_operation(engine, message)
     except Exception as error:
         pipe.send_bytes(msgpack.packb(f"{type(error).__name__}: {error}"))
         raise
@@ -173,15 +173,15 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         pipe.close()
 
 
-def obey(engine: StepEngine, message: bytes) -> None:
+def apply_operation(engine: StepEngine, message: bytes) -> None:
     """Do one verb that the leader has sent."""
-    verb, *arguments = msgpack.unpackb(message)
-    if verb not in FOLLOWED:
-        raise EngineError(f"{verb!r} is no verb of a follower")
-    if verb == "extend":
+    operation, *arguments = msgpack.unpackb(message)
+    if operation not in FOLLOWED:
+        raise EngineError(f"{operation!r} is no operation of a follower")
+    if operation == "extend":
         arguments = [[Extend(*values) for values in arguments[0]]]
     with contextlib.suppress(ValueError):  # refused on every rank alike
-        getattr(engine, verb)(*arguments)
+        getattr(engine, operation)(*arguments)
 
 
 def _options(recipe: Recipe, model: Any) -> Mapping[str, Any]:
@@ -197,13 +197,13 @@ def _packed(extend: Extend) -> tuple[Any, ...]:
     return extend.session, extend.position, extend.prefix, tokens, extend.rows, extend.age
 
 
-def _receive(pipe: Connection, verbs: SimpleQueue[bytes | None]) -> None:
+def _receive(pipe: Connection, operations: SimpleQueue[bytes | None]) -> None:
     """Queue what the leader sends. When it is gone, even a rank that waits in a collective must end."""
     try:
         while True:
-            verbs.put(pipe.recv_bytes())
+            operations.put(pipe.recv_bytes())
     except (OSError, EOFError, TypeError):
-        verbs.put(None)
+        operations.put(None)
     time.sleep(_GRACE_S)
     if dist.is_initialized():
         os._exit(1)

@@ -51,7 +51,7 @@ class Recipe:
 class Rendezvous:
     """Where a follower finds its leader: loopback ports of the node that they share."""
 
-    verbs_port: int
+    operations_port: int
     store_port: int
     key: bytes  # by which the two ends of a verb connection know each other
     load_s: float  # the leader waits so long for its followers to load
@@ -110,17 +110,17 @@ class Followers:
                     out = "Look at the log of that rank; raise deadlines.model_load_s if it only needs longer."
                     raise LoadError(f"{self._what} over {len(self._handles) + 1} ranks", why, out) from None
 
-    def tell(self, verb: str, *arguments: Any) -> None:
+    def broadcast(self, operation: str, *arguments: Any) -> None:
         """Send a verb to every follower. Raises RanksLost."""
         self.check()
-        message = msgpack.packb([verb, *arguments])
+        message = msgpack.packb([operation, *arguments])
         for rank, pipe in self._pipes.items():
             try:
                 pipe.send_bytes(message)
             except OSError as error:
-                raise self.lose(f"rank {rank} is gone: {error}") from error
+                raise self.mark_lost(f"rank {rank} is gone: {error}") from error
 
-    def lose(self, why: str) -> RanksLost:
+    def mark_lost(self, why: str) -> RanksLost:
         """The ranks are out of step from here on; the first reason stays."""
         self._lost = self._lost or why
         return RanksLost(f"{self._what}: {self._lost}")
@@ -160,9 +160,9 @@ class Followers:
             while True:
                 failure = msgpack.unpackb(pipe.recv_bytes())
                 if failure:
-                    self.lose(f"rank {rank}: {failure}")
+                    self.mark_lost(f"rank {rank}: {failure}")
                 else:
                     self._ready.put(rank)
         except (OSError, EOFError, TypeError):  # TypeError: closed by `stop` while it was read
             if not self._stopping:
-                log.error("%s", self.lose(f"rank {rank} ended"))
+                log.error("%s", self.mark_lost(f"rank {rank} ended"))

@@ -16,21 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.engine.interface import TopKSlices
+
 MAX_ROWS = 4_096  # a session that drafts holds up to 9
 MIN_ROWS = 256  # however wide: what one extend may ask for
 _ROWS_SHARE = 1 / 32  # of the memory; three roles may share a device
 
 
-@dataclass(frozen=True, slots=True)
-class RowSlices:
-    """R rows reduced to their k largest logits, of equal ones the lowest ids."""
-
-    ids: NDArray[np.int32]  # [R, k], ascending
-    logits: NDArray[np.float32]  # [R, k]
-    logsumexp: NDArray[np.float32]  # [R], over the whole row
-
-
-class Place(NamedTuple):
+class RowLocation(NamedTuple):
     """Where a row lies: in the logits [B, V] of one forward."""
 
     block: Tensor
@@ -38,13 +31,13 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class HeldRows:
+class DeviceRows:
     """The rows of one session's last extend and of those that it kept: a snapshot, safe to read from any thread."""
 
     position: int  # of the first row's token in the session
     hashes: tuple[int, ...]  # per row the running hash including the row's own token
-    places: tuple[Place, ...]  # per row, float32 on the device of the model's head
-    alone: bool  # reduce every row by itself, so that its company cannot change a bit (`batch_invariant` mode)
+    places: tuple[RowLocation, ...]  # per row, float32 on the device of the model's head
+    batch_invariant: bool  # reduce every row by itself, so that no other row changes a bit of it
     fresh: int  # how many of the last rows are the last extend's own
 
     @property
@@ -62,9 +55,9 @@ class HeldRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> RowSlices:
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
         """The slices of `rows` (all if None); k = 0 gives only the logsumexp, k > V the whole row."""
-        return reduce_rows(self._select(rows), k, self.alone)
+        return reduce_rows(self._select(rows), k, self.batch_invariant)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """The whole logits [m, V] of `rows` (all if None), read-only."""
@@ -73,23 +66,23 @@ class HeldRows:
     def _select(self, rows: Sequence[int] | None) -> Tensor:
         return gather_rows(self.places if rows is None else [self.places[row] for row in rows])
 
-    def between(self, first: int, end: int) -> HeldRows | None:
+    def at_positions(self, first: int, end: int) -> DeviceRows | None:
         """Those of them at positions from `first` on, before `end`; None if there are none."""
         begin, stop = max(first - self.position, 0), end - self.position
         if begin >= min(stop, self.size):
             return None
         part = slice(begin, stop)
-        return HeldRows(self.position + begin, self.hashes[part], self.places[part], self.alone, 0)
+        return DeviceRows(self.position + begin, self.hashes[part], self.places[part], self.batch_invariant, 0)
 
-    def and_then(self, later: HeldRows) -> HeldRows:
+    def joined_with(self, later: DeviceRows) -> DeviceRows:
         """These rows and those of an extend that went on where they end; only the later ones if it did not."""
         if self.position + len(self.hashes) != later.position:
             return later
         hashes, places = self.hashes + later.hashes, self.places + later.places
-        return HeldRows(self.position, hashes, places, self.alone, later.fresh)
+        return DeviceRows(self.position, hashes, places, self.batch_invariant, later.fresh)
 
 
-def gather_rows(places: Sequence[Place]) -> Tensor:
+def gather_rows(places: Sequence[RowLocation]) -> Tensor:
     """The rows [len(places), V] side by side: a view if one forward made them in this order."""
     block, first = places[0]
     if all(place.block is block for place in places):
@@ -101,7 +94,7 @@ def gather_rows(places: Sequence[Place]) -> Tensor:
 
 
 @torch.inference_mode()
-def values_at(places: Sequence[Place], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
+def values_at(places: Sequence[RowLocation], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
     """The exact logits [N] of rows at ids [N], of which `counts` belong to each row in turn; one copy a forward.
 
     IndexError for an id outside the rows.
@@ -128,20 +121,20 @@ def _take(block: Tensor, flat: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 @torch.inference_mode()
-def reduce_rows(logits: Tensor, k: int, alone: bool) -> RowSlices:
+def reduce_rows(logits: Tensor, k: int, batch_invariant: bool) -> TopKSlices:
     """Reduce logits [R, V] on their device and bring the result to the host in one copy.
 
-    With `alone` each logsumexp runs over a fresh copy of its row: vectorised kernels treat the last lanes of a
+    If batch_invariant, each logsumexp runs over a fresh copy of its row: vectorised kernels treat the last lanes of a
     *tensor* differently, so that a row's bits would depend on the rows around it. Top-k compares and never rounds.
     """
-    if alone:
+    if batch_invariant:
         sums = torch.stack([row.clone().logsumexp(-1) for row in logits]) if len(logits) else logits.new_zeros(0)
     else:
         sums = logits.logsumexp(-1)
     k = min(k, logits.shape[-1])
     if logits.device.type == "cpu":
         values, ids = top_k(logits, k)
-        return RowSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums))
+        return TopKSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums))
     values, ids = top_k_on_device(logits, k)
     return unpack_slices(_to_host(pack_slices(ids, values, sums)), len(logits), k)
 
@@ -185,14 +178,14 @@ def pack_slices(ids: Tensor, values: Tensor, sums: Tensor) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def unpack_slices(packed: NDArray[np.int32], rows: int, k: int) -> RowSlices:
+def unpack_slices(packed: NDArray[np.int32], rows: int, k: int) -> TopKSlices:
     """What `pack_slices` packed, as views."""
     ids, values, sums = np.split(packed, [rows * k, 2 * rows * k])
-    return RowSlices(ids.reshape(rows, k), values.view(np.float32).reshape(rows, k), sums.view(np.float32))
+    return TopKSlices(ids.reshape(rows, k), values.view(np.float32).reshape(rows, k), sums.view(np.float32))
 
 
 @dataclass(slots=True)
-class _Block:
+class _ForwardRows:
     """The logits of one forward; they stay in memory until the last session that reads them lets go."""
 
     size: int  # rows, padding included
@@ -208,14 +201,14 @@ def row_budget(width: int, device: torch.device) -> int:
     return max(MIN_ROWS, min(MAX_ROWS, int(memory * _ROWS_SHARE) // (4 * width)))
 
 
-class RowStore:
+class LogitsRowStore:
     """The held rows of all sessions, at most `budget` rows of memory: the oldest forward's rows go first."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._rows: dict[int, HeldRows] = {}
+        self._rows: dict[int, DeviceRows] = {}
         self._blocks_of: dict[int, dict[int, Tensor]] = {}  # by session the forwards that its rows lie in
-        self._blocks: dict[int, _Block] = {}  # by forward, in order
+        self._blocks: dict[int, _ForwardRows] = {}  # by forward, in order
         self._forwards = 0
 
     @property
@@ -223,7 +216,7 @@ class RowStore:
         """Rows in memory."""
         return sum(block.size for block in self._blocks.values())
 
-    def get(self, session: int) -> HeldRows | None:
+    def get(self, session: int) -> DeviceRows | None:
         return self._rows.get(session)
 
     def drop(self, session: int) -> None:
@@ -239,25 +232,27 @@ class RowStore:
             for session in tuple(oldest.sessions):
                 self.drop(session)
 
-    def hold(self, rows: Mapping[int, HeldRows], size: int, kept: Mapping[int, tuple[int, int]] | None = None) -> None:
+    def hold(
+        self, rows: Mapping[int, DeviceRows], size: int, kept: Mapping[int, tuple[int, int]] | None = None
+    ) -> None:
         """Keep what one forward of `size` rows, padding included, gave to each session.
 
         kept: by session a position, and how many of the rows that it still holds stay before it; None: no rows stay.
         """
         self._forwards += 1
         if rows:
-            self._blocks[self._forwards] = _Block(size, set(rows))
+            self._blocks[self._forwards] = _ForwardRows(size, set(rows))
         for session, held in rows.items():
             block, before = held.places[0].block, self._rows.get(session)
             position, keep = (kept or {}).get(session, (0, 0))
-            if before is not None and (stays := before.between(position - keep, position)) is not None:
-                held = stays.and_then(held)
+            if before is not None and (stays := before.at_positions(position - keep, position)) is not None:
+                held = stays.joined_with(held)
             self._rows[session] = held
             blocks = self._blocks_of.setdefault(session, {})
             blocks[self._forwards] = block
             self._let_go(session, blocks, held)
 
-    def _let_go(self, session: int, blocks: dict[int, Tensor], held: HeldRows) -> None:
+    def _let_go(self, session: int, blocks: dict[int, Tensor], held: DeviceRows) -> None:
         """Of the forwards in which none of its rows lie any more."""
         used = {id(place.block) for place in held.places}
         for number in [number for number, block in blocks.items() if id(block) not in used]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from actors.decoding.hashing import extend_hashes
-from actors.engine.attention import LayerCall, Ragged, Span
+from actors.engine.attention import LayerCall, RaggedBatch, Span
 from actors.engine.backends import Gathered, PerSession
 from actors.engine.errors import LoadError
 from actors.engine.inputs import Batch, Layout, upload
@@ -76,7 +76,7 @@ def verify_backend(engine: StepEngine) -> None:
             real = sum(span.count for span in spans)
             batch = Batch([0] * real, [0] * real, [_TRASH] * real, spans, [])
             flat = upload(layout.flatten(batch, _TRASH), engine.device)
-            step = Ragged(spans, layout.tokens, layout.read(flat).write, partial(layout.read_varlen, flat))
+            step = RaggedBatch(spans, layout.tokens, layout.read(flat).write, partial(layout.read_varlen, flat))
             call = LayerCall(scale, window, None, None)
             try:
                 ours = backend.attend(step, query, key_pool, value_pool, call).float()

@@ -100,7 +100,7 @@ class SessionTable:
     def check(self) -> None:
         """Prove that table and pool agree; AssertionError if not."""
         self.pool.check()
-        assert self.sessions.keys() == self.pool.slots.keys()
+        assert self.sessions.keys() == self.pool.caches.keys()
         for key, session in self.sessions.items():
             assert session.length == self.pool.length(key), f"session {key}: {session.length} hashes"
             assert session.hashes[0] == self.seed

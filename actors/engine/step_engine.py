@@ -17,38 +17,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.engine.attention import AttentionBackend, Ragged, Span, StepAttention
+from actors.engine.attention import AttentionBackend, RaggedBatch, Span, StepAttention
 from actors.engine.batch_invariant import TILE, make_linears_batch_invariant
 from actors.engine.digest import model_digest
-from actors.engine.errors import BadExtend, EngineError, LoadError, RowGone, StepFailed
+from actors.engine.errors import BadExtend, LoadError, RowGone, StepFailed
 from actors.engine.graphs import CapturedRunner, GraphBuckets, PlainRunner
 from actors.engine.heads import widen_head
 from actors.engine.inputs import Batch, Layout, upload
-from actors.engine.interface import CacheStats, Extend, Full, Held, KVMiss, Outcome
+from actors.engine.interface import CacheStats, Extend, Full, Held, KVMiss, Outcome, TopKSlices
 from actors.engine.kv_pool import KVPool
 from actors.engine.onednn_linear import use_onednn_linears
 from actors.engine.registry import choose_backend
-from actors.engine.rows import HeldRows, Place, RowSlices, RowStore, gather_rows, reduce_rows, row_budget, values_at
+from actors.engine.rows import (
+    DeviceRows,
+    LogitsRowStore,
+    RowLocation,
+    gather_rows,
+    reduce_rows,
+    row_budget,
+    values_at,
+)
 from actors.engine.sessions import SessionTable, seniority
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = [
-    "BadExtend",
-    "CacheStats",
-    "EngineError",
-    "Extend",
-    "Full",
-    "Held",
-    "HeldRows",
-    "KVMiss",
-    "Outcome",
-    "RowGone",
-    "RowSlices",
-    "StepEngine",
-    "StepFailed",
-]
 
 
 class StepEngine:
@@ -93,7 +85,7 @@ class StepEngine:
         model.set_attn_implementation(self._attention.name)
         self.graphs: GraphBuckets | None = None
         self.width = int(self._forward(Batch([0], [0], [self._pool.trash], [], [0])).shape[-1])  # also makes the pools
-        self._store = RowStore(max_held_rows or row_budget(self.width, model.device))
+        self._store = LogitsRowStore(max_held_rows or row_budget(self.width, model.device))
         self.graphs = self._graphs(graphs)  # the pools must be there before a capture
         self.layers = len(self._pool.layers)  # that attended
         self.hidden_layers = int(model.config.get_text_config().num_hidden_layers)
@@ -146,17 +138,17 @@ class StepEngine:
         """The pools [rows, kv_heads, head_dim] of keys and values of each layer."""
         return self._pool.layers.values()
 
-    def rows(self, session: int) -> HeldRows | None:
+    def rows(self, session: int) -> DeviceRows | None:
         """The rows of the session's last extend, or None if they are gone. From any thread."""
         return self._store.get(session)
 
     def values(
-        self, rows: Sequence[tuple[HeldRows, int]], counts: Sequence[int], ids: NDArray[Any]
+        self, rows: Sequence[tuple[DeviceRows, int]], counts: Sequence[int], ids: NDArray[Any]
     ) -> NDArray[np.float32]:
         """The logits [N] of held rows at ids [N], of which `counts` belong to each row in turn. From any thread."""
         return values_at([held.places[row] for held, row in rows], counts, ids)
 
-    def reduce(self, sessions: Sequence[int], k: int) -> RowSlices:
+    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
         """The slices of the rows that the last extends of `sessions` gave, in their order; RowGone if one has none."""
         return reduce_rows(self._fresh_rows(sessions), k, self.batch_invariant)
 
@@ -275,7 +267,7 @@ class StepEngine:
         """Logits [rows, V] float32 of inputs on the device; with a static back end nothing depends on `spans`."""
         inputs = layout.read(flat)
         read_varlen = partial(layout.read_varlen, flat)
-        self._attention.step = Ragged(tuple(spans), layout.tokens, inputs.write, read_varlen)
+        self._attention.step = RaggedBatch(tuple(spans), layout.tokens, inputs.write, read_varlen)
         try:
             output = self._model(
                 input_ids=inputs.ids[None],
@@ -303,8 +295,8 @@ class StepEngine:
         for extend in admitted:
             if extend.rows:
                 hashes = tuple(self._table.sessions[extend.session].hashes[-extend.rows :])
-                places = tuple(Place(logits, row) for row in range(first, first + extend.rows))
-                held[extend.session] = HeldRows(
+                places = tuple(RowLocation(logits, row) for row in range(first, first + extend.rows))
+                held[extend.session] = DeviceRows(
                     extend.end - extend.rows, hashes, places, self.batch_invariant, extend.rows
                 )
                 first += extend.rows
@@ -312,7 +304,7 @@ class StepEngine:
         self._store.hold(held, len(logits), kept)
 
     def _fresh_rows(self, sessions: Sequence[int]) -> Tensor:
-        places: list[Place] = []
+        places: list[RowLocation] = []
         for session in sessions:
             held = self._store.get(session)
             if held is None:

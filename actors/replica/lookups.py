@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engine.interface import Engine, SessionRows
+from actors.engine.interface import Engine, HeldRows
 from actors.replica.answers import width_of, within
 from actors.replica.leases import Lease, SessionLeases, Waiter
 from actors.wire.columns import RowItem, lookup_items, widen_items
@@ -28,10 +28,10 @@ class _OpenFrame:
     def __init__(self) -> None:
         self.peers: list[Recipient] = []
         self.items: list[tuple[int, int]] = []  # ticket, ids
-        self.rows: list[tuple[SessionRows, int]] = []
+        self.rows: list[tuple[HeldRows, int]] = []
         self.ids: list[NDArray[np.int32]] = []
 
-    def add(self, peer: Recipient, item: RowItem, row: tuple[SessionRows, int], ids: NDArray[np.int32]) -> None:
+    def add(self, peer: Recipient, item: RowItem, row: tuple[HeldRows, int], ids: NDArray[np.int32]) -> None:
         self.peers.append(peer)
         self.items.append((item.call_id, item.size))
         self.rows.append(row)
@@ -134,12 +134,12 @@ class LookupService:
             return False
         return True
 
-    def _find(self, item: RowItem) -> tuple[SessionRows, int] | None:
+    def _find(self, item: RowItem) -> tuple[HeldRows, int] | None:
         held = self._engine.rows(item.session)
         row = held.index(item.position, item.row) if held is not None else None
         return None if held is None or row is None else (held, row)
 
-    def _widen(self, peer: Recipient, item: RowItem, held: SessionRows, row: int) -> None:
+    def _widen(self, peer: Recipient, item: RowItem, held: HeldRows, row: int) -> None:
         k = width_of(item.size, self._engine.width)
         slices = held.slices(max(k, 0), [row])
         logits = held.whole([row]) if k == WHOLE else slices.logits

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from actors.api.generation import Generate, Role, Told
+from actors.api.generation import CoordinatorEvent, Generate, Role
 from actors.config import ServiceConfig
 from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.stats import CoordinatorLoad
@@ -45,7 +45,7 @@ class CoordinatorShell:
         self._exporting = asyncio.create_task(keep_exporting(self._coordinator.measured))
         collect_rarely()
 
-    async def generate(self, request: Generate) -> AsyncIterator[Told]:
+    async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         """See Coordinator.generate."""
         async with contextlib.aclosing(self._coordinator.generate(request)) as events:
             async for event in events:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.decoding.cross_vocab.tables import Roles, TableArrays, Tables, build_tables
+from actors.decoding.cross_vocab.tables import SpecialTokenMatches, TableArrays, Tables, build_tables
 from actors.decoding.cross_vocab.translators import Alignment
 from actors.text.tokenizer import RoleTokenizer
 
@@ -32,7 +32,7 @@ def align(target: RoleTokenizer, role: RoleTokenizer) -> Alignment:
     events = {ours: (theirs,) for ours, theirs in same.items()} | ({target.eos_ids[0]: role.eos_ids} if ends else {})
     known = {*special.values(), *role.eos_ids, *role.special_ids}
     shown = {id_: content.encode() for content, id_ in role.added_tokens.items() if id_ not in known}
-    tables = kept_tables(target, role, Roles(events, shown))
+    tables = cached_tables(target, role, SpecialTokenMatches(events, shown))
     texts = list(target.adapter.texts) + [None] * (max(target.added_tokens.values(), default=-1) + 1)
     for content, id_ in target.added_tokens.items():
         texts[id_] = content.encode()
@@ -45,7 +45,7 @@ def align(target: RoleTokenizer, role: RoleTokenizer) -> Alignment:
     return alignment
 
 
-def kept_tables(target: RoleTokenizer, role: RoleTokenizer, roles: Roles) -> Tables:
+def cached_tables(target: RoleTokenizer, role: RoleTokenizer, roles: SpecialTokenMatches) -> Tables:
     """The tables of a pair, from disk if they are there."""
     file = _folder() / f"{_digest(target, role, roles)}.npz"
     try:
@@ -71,7 +71,7 @@ def _same_added(target: RoleTokenizer, role: RoleTokenizer) -> dict[int, int]:
     }
 
 
-def _digest(target: RoleTokenizer, role: RoleTokenizer, roles: Roles) -> str:
+def _digest(target: RoleTokenizer, role: RoleTokenizer, roles: SpecialTokenMatches) -> str:
     parts = (_VERSION, target.adapter.digest, role.adapter.digest, sorted(roles.same.items()), target.width)
     return hashlib.sha256(repr((*parts, sorted(roles.shown.items()))).encode()).hexdigest()
 

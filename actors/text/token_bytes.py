@@ -35,7 +35,7 @@ class ByteTokenizerAdapter:
         settings = _bare(json.loads(tokenizer.to_str()))
         self._kind = _kind_of(settings)
         self._bare = Tokenizer.from_str(json.dumps(settings))
-        self._sees_bytes = self._kind == "bytes"
+        self._byte_level = self._kind == "bytes"
         # Sessions spell the same words over and over, and each small model spells what the other has.
         self._remembered = lru_cache(_REMEMBERED)(self._encode)
         self._remembered_restart = lru_cache(_REMEMBERED)(self._restart)
@@ -74,7 +74,7 @@ class ByteTokenizerAdapter:
 
         Empty where it has none for them.
         """
-        if self._sees_bytes:
+        if self._byte_level:
             written = "".join(_LETTERS[byte] for byte in data)
             return [token.id for token in self._bare.model.tokenize(written)]
         ids = [self._byte_ids.get(byte, -1) for byte in data]
@@ -97,7 +97,7 @@ class ByteTokenizerAdapter:
         return (start for _, (start, _) in self._bare.pre_tokenizer.pre_tokenize_str(text))
 
     def _bytes_alone(self, text_tokens: Mapping[str, int]) -> dict[int, int]:
-        if self._sees_bytes:
+        if self._byte_level:
             return {byte: text_tokens[letter] for byte, letter in enumerate(_LETTERS) if letter in text_tokens}
         found = ((_BYTE.fullmatch(token), id_) for token, id_ in text_tokens.items())
         return {int(match[1], 16): id_ for match, id_ in found if match}

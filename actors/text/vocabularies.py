@@ -9,7 +9,7 @@ from itertools import accumulate
 from actors.api.generation import Role
 from actors.api.sampling_params import Thinking
 from actors.decoding.cross_vocab.translators import Alignment
-from actors.decoding.session import SessionVocabulary, Spelling
+from actors.decoding.session import ForcedTextIds, SessionVocabulary
 from actors.decoding.vocabulary import (
     NO_REQUIRED_LOGITS,
     RequiredLogits,
@@ -18,8 +18,8 @@ from actors.decoding.vocabulary import (
     VocabularyMap,
     map_vocabulary,
     marker_fold,
-    own_map,
     required_logits,
+    self_map,
 )
 from actors.text.alignment_cache import align
 from actors.text.tokenizer import RoleTokenizer
@@ -51,7 +51,7 @@ class VocabularyRegistry:
         self._tokenizers = dict(tokenizers)
         self._vocabularies = {role: vocabulary_of(tokenizer) for role, tokenizer in tokenizers.items()}
         self._legal = {role: frozenset(v.legal().nonzero()[0].tolist()) for role, v in self._vocabularies.items()}
-        self._own = {role: own_map(vocabulary) for role, vocabulary in self._vocabularies.items()}
+        self._own = {role: self_map(vocabulary) for role, vocabulary in self._vocabularies.items()}
         self._small = small_maps(tokenizers)
         self.aligned = any(isinstance(mapping, Alignment) for mapping in self._small.values())  # of another family
         self.vocabulary = lru_cache(maxsize=256)(self._vocabulary)
@@ -119,8 +119,8 @@ class VocabularyRegistry:
 
     def _vocabulary(self, primary: Role, roles: tuple[Role, ...], thinking: Thinking) -> SessionVocabulary:
         """The language of sessions of these roles."""
-        spellings = {
-            role: Spelling(
+        forced_texts = {
+            role: ForcedTextIds(
                 tuple(self._tokenizers[role].encode(thinking.end)), tuple(self._tokenizers[role].encode(thinking.wait))
             )
             for role in roles
@@ -128,7 +128,7 @@ class VocabularyRegistry:
         tokenizer = self._tokenizers[primary]
         return SessionVocabulary(
             maps={role: self.map(primary, role) for role in roles if role != primary},
-            spellings=spellings,
+            forced_texts=forced_texts,
             eos_ids=tokenizer.eos_ids,
             added=frozenset(tokenizer.added_tokens.values()),
             text=tokenizer.stream,

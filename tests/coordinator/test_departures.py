@@ -13,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 
-from actors.api.generation import ROLES, Generate, Role, Told
+from actors.api.generation import ROLES, CoordinatorEvent, Generate, Role
 from actors.coordinator.coordinator import Coordinator
 from actors.replica.engine_thread import Engine
 from cluster.launch import LOOPBACK, free_port
@@ -35,7 +35,7 @@ class One:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
 
-    def generate(self, request: Generate) -> AsyncIterator[Told]:
+    def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         return self._coordinator.generate(request)
 
     async def status(self) -> Status:

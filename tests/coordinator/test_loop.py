@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.api.generation import ROLES, Delta, Finished, Generate, Rejected, Role, Told
+from actors.api.generation import ROLES, CoordinatorEvent, Delta, Finished, Generate, Rejected, Role
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
@@ -50,7 +50,7 @@ def limited(role: Role, positions: int, **overrides: Any) -> ServiceConfig:
     return trio_config(models=models, **overrides)
 
 
-async def events(coordinator: Coordinator, one: Generate) -> list[Told]:
+async def events(coordinator: Coordinator, one: Generate) -> list[CoordinatorEvent]:
     async with aclosing(coordinator.generate(one)) as stream:
         return [event async for event in stream]
 

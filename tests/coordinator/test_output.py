@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from actors.api.generation import Delta, Finished, TokenNote, Told, Usage
+from actors.api.generation import CoordinatorEvent, Delta, Finished, TokenNote, Usage
 from actors.coordinator.output import COALESCE_S, MESSAGES_PER_S, MOST_S, EventQueue, coalesce_s
 
 END = Finished("stop", Usage(1, 2, 0, 0, 0, 0, 0.0))
@@ -21,11 +21,11 @@ def token(number: int) -> Delta:
     return Delta(content=f" {number}", tokens=[number], notes=[TokenNote(number, f" {number}", 1.0, False)])
 
 
-def ids(events: list[Told]) -> list[int]:
+def ids(events: list[CoordinatorEvent]) -> list[int]:
     return [id_ for event in events if isinstance(event, Delta) for id_ in event.tokens]
 
 
-async def at_once(events: EventQueue, streams: int = 1) -> list[Told]:
+async def at_once(events: EventQueue, streams: int = 1) -> list[CoordinatorEvent]:
     """A batch that waits for no time to pass."""
     async with asyncio.timeout(COALESCE_S / 5):
         return await events.batch(streams)
@@ -101,7 +101,7 @@ async def test_many_streams_widen_the_interval() -> None:
 
 async def test_no_token_is_lost_or_reordered_by_a_wait_that_is_cancelled() -> None:
     clock = Clock()
-    events, heard = EventQueue(clock), list[Told]()
+    events, heard = EventQueue(clock), list[CoordinatorEvent]()
     for number in range(40):
         events.emit(token(number))
         waiting = asyncio.create_task(events.batch())

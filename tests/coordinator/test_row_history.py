@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from actors.coordinator.session import RowHistory
-from actors.decoding.candidates import Slice
+from actors.decoding.candidates import RowSlice
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
 
 
-def part(logsumexp: float) -> Slice:
-    return Slice(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), logsumexp)
+def part(logsumexp: float) -> RowSlice:
+    return RowSlice(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), logsumexp)
 
 
 def name(position: int) -> tuple[int, int]:

@@ -6,12 +6,14 @@ import itertools
 
 import pytest
 
-from actors.decoding.answer import AnswerText, Shown
+from actors.decoding.answer import AnswerText, VisibleText
 
 
-def run(pieces: list[str], end: str | None = None, stops: tuple[str, ...] = (), include_stop: bool = False) -> Shown:
+def run(
+    pieces: list[str], end: str | None = None, stops: tuple[str, ...] = (), include_stop: bool = False
+) -> VisibleText:
     """All that is shown of an answer in pieces, flushed unless it was stopped."""
-    answer, shown = AnswerText(end, stops, include_stop), Shown()
+    answer, shown = AnswerText(end, stops, include_stop), VisibleText()
     for piece in pieces:
         shown = shown + answer.push(piece)
         if shown.stop is not None:
@@ -32,12 +34,12 @@ def cuts(text: str) -> list[list[str]]:
 
 def test_a_stop_text_is_found_across_any_borders() -> None:
     for pieces in cuts("one STOP two"):
-        assert run(pieces, stops=("STOP",)) == Shown(content="one ", stop="STOP")
+        assert run(pieces, stops=("STOP",)) == VisibleText(content="one ", stop="STOP")
 
 
 def test_a_stop_text_is_shown_when_asked_for() -> None:
     for pieces in cuts("one STOP two"):
-        assert run(pieces, stops=("STOP",), include_stop=True) == Shown(content="one STOP", stop="STOP")
+        assert run(pieces, stops=("STOP",), include_stop=True) == VisibleText(content="one STOP", stop="STOP")
 
 
 def test_the_first_stop_text_counts_and_the_longest_of_two_that_begin_together() -> None:
@@ -47,11 +49,11 @@ def test_the_first_stop_text_counts_and_the_longest_of_two_that_begin_together()
 
 def test_nothing_is_shown_that_may_become_a_stop_text() -> None:
     answer = AnswerText(None, ("</end>",), False)
-    assert answer.push("so </e") == Shown(content="so ")
-    assert answer.push("n") == Shown()
-    assert answer.push("ough") == Shown(content="</enough")
-    assert answer.push("<") == Shown()
-    assert answer.flush() == Shown(content="<")
+    assert answer.push("so </e") == VisibleText(content="so ")
+    assert answer.push("n") == VisibleText()
+    assert answer.push("ough") == VisibleText(content="</enough")
+    assert answer.push("<") == VisibleText()
+    assert answer.flush() == VisibleText(content="<")
 
 
 def test_text_without_markers_is_shown_at_once() -> None:
@@ -61,39 +63,39 @@ def test_text_without_markers_is_shown_at_once() -> None:
 
 def test_the_thinkings_end_parts_the_text_wherever_it_is_cut() -> None:
     for pieces in cuts("hm</think>42"):
-        assert run(pieces, end="</think>") == Shown(reasoning="hm", content="42", closed=True)
+        assert run(pieces, end="</think>") == VisibleText(reasoning="hm", content="42", closed=True)
 
 
 def test_an_unclosed_thinking_is_all_reasoning() -> None:
     for pieces in cuts("hm </thi"):
-        assert run(pieces, end="</think>") == Shown(reasoning="hm </thi")
+        assert run(pieces, end="</think>") == VisibleText(reasoning="hm </thi")
 
 
 def test_only_the_first_end_closes_the_thinking() -> None:
-    assert run(["a</think>b</think>c"], end="</think>") == Shown(reasoning="a", content="b</think>c", closed=True)
+    assert run(["a</think>b</think>c"], end="</think>") == VisibleText(reasoning="a", content="b</think>c", closed=True)
 
 
 def test_stop_texts_count_in_the_thinking_too() -> None:
     for pieces in cuts("a STOP</think>b"):
-        assert run(pieces, end="</think>", stops=("STOP",)) == Shown(reasoning="a ", stop="STOP")
+        assert run(pieces, end="</think>", stops=("STOP",)) == VisibleText(reasoning="a ", stop="STOP")
 
 
 def test_a_stop_text_right_after_the_thinking_stops() -> None:
     for pieces in cuts("a</think>STOP"):
-        assert run(pieces, end="</think>", stops=("STOP",)) == Shown(reasoning="a", closed=True, stop="STOP")
+        assert run(pieces, end="</think>", stops=("STOP",)) == VisibleText(reasoning="a", closed=True, stop="STOP")
 
 
 def test_a_stop_text_that_is_the_thinkings_end_stops() -> None:
-    assert run(["a</think>b"], end="</think>", stops=("</think>",)) == Shown(reasoning="a", stop="</think>")
+    assert run(["a</think>b"], end="</think>", stops=("</think>",)) == VisibleText(reasoning="a", stop="</think>")
 
 
 def test_a_thinking_that_ended_by_a_token_shows_what_was_held_back() -> None:
     answer = AnswerText("</think>", (), False)
-    assert answer.push("x </th") == Shown(reasoning="x ")
+    assert answer.push("x </th") == VisibleText(reasoning="x ")
     before = answer.thinking
-    assert answer.close_thinking() == Shown(reasoning="</th", closed=True)
+    assert answer.close_thinking() == VisibleText(reasoning="</th", closed=True)
     assert (before, answer.thinking) == (True, False)
-    assert answer.push("y") == Shown(content="y")
+    assert answer.push("y") == VisibleText(content="y")
 
 
 @pytest.mark.parametrize("stops", [(), ("ab",), ("aba", "bb")])

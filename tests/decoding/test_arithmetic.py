@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from actors.decoding.arithmetic import Floats, RoleRows, combine, outside_estimate, total_variation
+from actors.decoding.arithmetic import Floats, RoleLogits, combine, outside_estimate, total_variation
 
 WIDTH = 400
 
@@ -21,17 +21,17 @@ def whole_rows(count: int, seed: int, spread: float = 3.0) -> Floats:
     return np.random.default_rng(seed).normal(0, spread, (count, WIDTH))
 
 
-def covered(rows: Floats, places: np.ndarray) -> RoleRows:
+def covered(rows: Floats, places: np.ndarray) -> RoleLogits:
     """What is known of whole rows [B, V] when only `places` were asked for."""
     return real(rows[:, places], logsumexp(rows))
 
 
-def real(logits: Floats, logsumexp: Floats) -> RoleRows:
+def real(logits: Floats, logsumexp: Floats) -> RoleLogits:
     """Rows without padding."""
-    return RoleRows(logits, np.ones(logits.shape, np.bool_), logsumexp)
+    return RoleLogits(logits, np.ones(logits.shape, np.bool_), logsumexp)
 
 
-def combined_of(rows: list[RoleRows], alpha: Floats) -> Floats:
+def combined_of(rows: list[RoleLogits], alpha: Floats) -> Floats:
     target, guider, base = rows
     return combine(target, guider, base, alpha)
 
@@ -100,11 +100,11 @@ def test_padding_and_company_change_no_bit_of_the_estimates(temperature: float) 
         assert outside_estimate(combined[one], alpha[one], *alone, temperature=temperature)[0] == estimate[row]
 
 
-def padded(rows: RoleRows, by: int) -> RoleRows:
+def padded(rows: RoleLogits, by: int) -> RoleLogits:
     """The same rows, wider: NaN in the padding."""
     around = ((0, 0), (0, by))
     logits = np.pad(rows.logits, around, constant_values=np.nan)
-    return RoleRows(logits, np.pad(rows.inside, around), rows.logsumexp)
+    return RoleLogits(logits, np.pad(rows.inside, around), rows.logsumexp)
 
 
 def test_nothing_is_outside_when_everything_is_covered() -> None:

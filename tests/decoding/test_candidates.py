@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.api.generation import Role
-from actors.decoding.candidates import PADDING, Block, Proposal, Slice, blocks, rank
+from actors.decoding.candidates import PADDING, CandidateBlock, RowProposal, RowSlice, group_into_blocks, rank_ids
 from actors.decoding.vocabulary import RequiredLogits
 
 IDS = 200
@@ -20,42 +20,42 @@ def needed(events: list[int]) -> RequiredLogits:
     return RequiredLogits(np.array(events, np.int32), np.arange(len(events)), np.array(events, np.int64))
 
 
-def part(draw: np.random.Generator, k: int, events: int) -> Slice:
+def part(draw: np.random.Generator, k: int, events: int) -> RowSlice:
     """A slice of k ids, a fifth of them without a counterpart."""
     ids = draw.choice(IDS, k, replace=False)
     ids = np.where(draw.random(k) < 0.2, -1, np.sort(ids))
-    return Slice(ids, draw.normal(size=k).astype(np.float32), draw.normal(size=events), float(draw.normal()))
+    return RowSlice(ids, draw.normal(size=k).astype(np.float32), draw.normal(size=events), float(draw.normal()))
 
 
-def guided(draw: np.random.Generator, with_base: bool, early: bool) -> Proposal:
+def guided(draw: np.random.Generator, with_base: bool, early: bool) -> RowProposal:
     """A row of which target and guider have answered, and perhaps the base; perhaps with early lookups."""
     k, events = int(draw.integers(1, 12)), int(draw.integers(1, 3))
     chosen = draw.choice(IDS, events, replace=False).tolist()
-    slices: dict[Role, Slice] = {"target": part(draw, k, events), "guider": part(draw, k, events)}
+    slices: dict[Role, RowSlice] = {"target": part(draw, k, events), "guider": part(draw, k, events)}
     if with_base:
-        slices["guider_base"] = Slice(np.zeros(0, np.int64), np.zeros(0), draw.normal(size=events), 0.25)
+        slices["guider_base"] = RowSlice(np.zeros(0, np.int64), np.zeros(0), draw.normal(size=events), 0.25)
     required: dict[Role, RequiredLogits] = {role: needed(chosen) for role in ("target", "guider", "guider_base")}
     if not early:
-        return Proposal(required, slices)
+        return RowProposal(required, slices)
     ids = slices["guider"].ids
     asked = (ids >= 0) & ~np.isin(ids, chosen)
     values = np.where(asked, draw.normal(size=k), np.nan)
     own = {int(i): float(z) for i, z in zip(slices["target"].ids, slices["target"].logits, strict=True)}
     values = np.array([own.get(int(i), v) if a else v for i, v, a in zip(ids, values, asked, strict=True)])
-    return Proposal(required, slices, values, asked)
+    return RowProposal(required, slices, values, asked)
 
 
-def many(seed: int, count: int = 17) -> list[Proposal]:
+def many(seed: int, count: int = 17) -> list[RowProposal]:
     draw = np.random.default_rng(seed)
     return [guided(draw, bool(draw.random() < 0.5), bool(draw.random() < 0.5)) for _ in range(count)]
 
 
-def proposed(row: Proposal) -> list[int]:
+def proposed(row: RowProposal) -> list[int]:
     events = {int(i) for required in row.required.values() for i in required.events}
     return sorted(events | {int(i) for part in row.slices.values() for i in part.ids if i >= 0})
 
 
-def told(row: Proposal, role: Role) -> dict[int, float]:
+def told(row: RowProposal, role: Role) -> dict[int, float]:
     """By brute force: what a role said of its own accord or when asked early, the events last."""
     found: dict[int, float] = {}
     if role == "target" and row.early is not None and row.asked is not None:
@@ -68,15 +68,15 @@ def told(row: Proposal, role: Role) -> dict[int, float]:
     return found
 
 
-def table(block: Block, at: int, role: Role) -> dict[int, float]:
+def table(block: CandidateBlock, at: int, role: Role) -> dict[int, float]:
     """What a block says that a role knows of a row's candidates."""
     pairs = zip(block.ids[at].tolist(), block.values(role)[at].tolist(), strict=True)
     return {i: z for i, z in pairs if not np.isnan(z)}
 
 
-def each(rows: list[Proposal]) -> Mapping[int, tuple[Block, int]]:
+def each(rows: list[RowProposal]) -> Mapping[int, tuple[CandidateBlock, int]]:
     """Row number -> its block and its place there."""
-    return {number: (block, at) for block, numbers in blocks(rows) for at, number in enumerate(numbers)}
+    return {number: (block, at) for block, numbers in group_into_blocks(rows) for at, number in enumerate(numbers)}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -103,7 +103,7 @@ def test_values_are_what_was_told_and_nothing_where_it_was_not(seed: int) -> Non
 def test_company_changes_neither_candidates_nor_values(seed: int) -> None:
     rows = many(seed, 23)
     for number, (block, at) in each(rows).items():
-        alone = Block([rows[number]])
+        alone = CandidateBlock([rows[number]])
         width = alone.width
         assert block.ids[at, :width].tolist() == alone.ids[0].tolist()
         for role in rows[number].required:
@@ -114,9 +114,9 @@ def test_company_changes_neither_candidates_nor_values(seed: int) -> None:
 def test_what_is_missing_is_never_what_slice_events_or_early_lookups_bring(seed: int) -> None:
     rows = many(seed)
     found = each(rows)
-    for block, numbers in blocks(rows):
+    for block, numbers in group_into_blocks(rows):
         for role in rows[numbers[0]].required:
-            at_rows, places, ids = block.missing(role, EVERY_ID)
+            at_rows, places, ids = block.missing_logits(role, EVERY_ID)
             assert (block.ids[at_rows, places] == ids).all()
             for at, number in enumerate(numbers):
                 brings = set(told(rows[number], role)) | {int(i) for i in rows[number].required[role].events}
@@ -127,8 +127,8 @@ def test_what_is_missing_is_never_what_slice_events_or_early_lookups_bring(seed:
 def test_ids_that_a_role_does_not_have_are_not_asked_of_it() -> None:
     (row,) = many(1, 1)
     theirs = np.where(EVERY_ID % 2 == 0, EVERY_ID + 1_000, -1)
-    block = Block([row])
-    every, (_, _, ids) = block.missing("guider_base", EVERY_ID)[2], block.missing("guider_base", theirs)
+    block = CandidateBlock([row])
+    every, (_, _, ids) = block.missing_logits("guider_base", EVERY_ID)[2], block.missing_logits("guider_base", theirs)
     assert ids.tolist() == [i + 1_000 for i in every.tolist() if i % 2 == 0]
 
 
@@ -136,12 +136,15 @@ def test_a_base_that_answers_after_the_block_was_made_leaves_the_same_values() -
     draw = np.random.default_rng(0)
     whole = guided(draw, with_base=True, early=False)
     base = whole.slices["guider_base"]
-    late = Proposal(whole.required, {role: part for role, part in whole.slices.items() if role != "guider_base"})
-    block, at_once = Block([late]), Block([whole])
+    late = RowProposal(whole.required, {role: part for role, part in whole.slices.items() if role != "guider_base"})
+    block, at_once = CandidateBlock([late]), CandidateBlock([whole])
     assert not table(block, 0, "guider_base")
-    block.arrive("guider_base", 0, base)
+    block.add_slice("guider_base", 0, base)
     assert table(block, 0, "guider_base") == table(at_once, 0, "guider_base")
-    assert block.missing("guider_base", EVERY_ID)[2].tolist() == at_once.missing("guider_base", EVERY_ID)[2].tolist()
+    assert (
+        block.missing_logits("guider_base", EVERY_ID)[2].tolist()
+        == at_once.missing_logits("guider_base", EVERY_ID)[2].tolist()
+    )
     assert block.logsumexp["guider_base"][0] == base.logsumexp
 
 
@@ -150,9 +153,11 @@ def test_early_answers_that_come_after_the_block_was_made_find_their_places() ->
     whole = guided(draw, with_base=True, early=True)
     assert whole.early is not None
     assert whole.asked is not None
-    pending = Proposal(whole.required, whole.slices, np.full_like(whole.early, np.nan), whole.asked)
-    block, at_once = Block([pending]), Block([whole])
-    assert block.missing("target", EVERY_ID)[2].tolist() == at_once.missing("target", EVERY_ID)[2].tolist()
+    pending = RowProposal(whole.required, whole.slices, np.full_like(whole.early, np.nan), whole.asked)
+    block, at_once = CandidateBlock([pending]), CandidateBlock([whole])
+    assert (
+        block.missing_logits("target", EVERY_ID)[2].tolist() == at_once.missing_logits("target", EVERY_ID)[2].tolist()
+    )
     slots = np.flatnonzero(whole.asked)
     block.early(0, slots, whole.early[slots])
     assert table(block, 0, "target") == table(at_once, 0, "target")
@@ -160,23 +165,23 @@ def test_early_answers_that_come_after_the_block_was_made_find_their_places() ->
 
 def test_folded_events_stand_above_the_slice() -> None:
     required: dict[Role, RequiredLogits] = {"target": needed([7, 8])}
-    row = Proposal(required, {"target": Slice(np.array([3, 7]), np.array([1.0, 2.0]), np.array([2.5, 0.0]), 0.0)})
-    assert table(Block([row]), 0, "target") == {3: 1.0, 7: 2.5, 8: 0.0}
+    row = RowProposal(required, {"target": RowSlice(np.array([3, 7]), np.array([1.0, 2.0]), np.array([2.5, 0.0]), 0.0)})
+    assert table(CandidateBlock([row]), 0, "target") == {3: 1.0, 7: 2.5, 8: 0.0}
 
 
 def test_nothing_outside_a_slice_is_above_its_lowest_logit() -> None:
     required: dict[Role, RequiredLogits] = {"target": needed([])}
     none = np.zeros(0)
-    row = Proposal(required, {"target": Slice(np.array([1, 2]), np.array([3.0, -1.0]), none, 0.0)})
-    empty = Proposal(required, {"target": Slice(np.zeros(0, np.int64), none, none, 0.0)})
-    assert Block([row]).ceiling.tolist() == [-1.0]
-    assert Block([empty]).ceiling.tolist() == [np.inf]
-    assert Block([empty]).ids.tolist() == [[PADDING]]
+    row = RowProposal(required, {"target": RowSlice(np.array([1, 2]), np.array([3.0, -1.0]), none, 0.0)})
+    empty = RowProposal(required, {"target": RowSlice(np.zeros(0, np.int64), none, none, 0.0)})
+    assert CandidateBlock([row]).ceiling.tolist() == [-1.0]
+    assert CandidateBlock([empty]).ceiling.tolist() == [np.inf]
+    assert CandidateBlock([empty]).ids.tolist() == [[PADDING]]
 
 
 def test_ranking_puts_equal_ids_in_one_place_even_at_the_largest() -> None:
     largest = np.iinfo(np.int32).max
-    ids, inside, places = rank(np.array([[largest, 0, -1, largest], [1, 0, 1, 5]]))
+    ids, inside, places = rank_ids(np.array([[largest, 0, -1, largest], [1, 0, 1, 5]]))
     assert ids.tolist() == [[0, largest, PADDING], [0, 1, 5]]
     assert inside.tolist() == [[True, True, False], [True] * 3]
     assert places.tolist() == [[1, 0, 3, 1], [1, 0, 1, 2]]

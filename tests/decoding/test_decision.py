@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
-from actors.decoding.candidates import Block, Proposal, Slice
+from actors.decoding.candidates import CandidateBlock, RowProposal, RowSlice
 from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
 from actors.decoding.penalties import adjust
 from actors.decoding.sampling import choose
@@ -23,19 +23,19 @@ NOTHING = RequiredLogits(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(
 Rows = list[tuple[NDArray[np.float32], RowSamplingSpec]]
 
 
-def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> Block:
+def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> CandidateBlock:
     """Candidates of whole rows [3, V] and what the roles know of them; k None: all ids."""
     proposals = []
     for whole, _ in rows:
-        slices: dict[Role, Slice] = {}
+        slices: dict[Role, RowSlice] = {}
         for role, z in zip(ROLES, whole, strict=True):
             width = 0 if role == "guider_base" else k or VOCABULARY
             at = np.sort(np.argsort(-z, kind="stable")[:width])
-            slices[role] = Slice(at, z[at], np.zeros(0), float(np.logaddexp.reduce(z.astype(np.float64))))
-        proposals.append(Proposal(dict.fromkeys(roles, NOTHING), {role: slices[role] for role in roles}))
-    block = Block(proposals)
+            slices[role] = RowSlice(at, z[at], np.zeros(0), float(np.logaddexp.reduce(z.astype(np.float64))))
+        proposals.append(RowProposal(dict.fromkeys(roles, NOTHING), {role: slices[role] for role in roles}))
+    block = CandidateBlock(proposals)
     for role in roles:
-        at_rows, places, ids = block.missing(role, np.arange(VOCABULARY))
+        at_rows, places, ids = block.missing_logits(role, np.arange(VOCABULARY))
         table = np.stack([whole[ROLES.index(role)] for whole, _ in rows])
         block.fill(role, at_rows, places, table[at_rows, ids])
     return block
@@ -78,7 +78,7 @@ def test_whole_rows_are_decided_by_the_formula(sampling: Sampling) -> None:
             np.array([i], np.uint64),
         )
         assert decisions.tokens[i] == choose(ids, z[None], [sampling], seed, position)[0]
-        assert decisions.alone[i] == choose(ids, target[None], [sampling], seed, position)[0]
+        assert decisions.target_tokens[i] == choose(ids, target[None], [sampling], seed, position)[0]
     assert not decisions.no_legal_token.any()
 
 
@@ -89,7 +89,7 @@ def test_company_changes_no_decision_and_no_bit_of_its_estimates(k: int | None) 
     for i, row in enumerate(many):
         alone = decided([row], k)
         assert alone.tokens[0] == together.tokens[i]
-        assert alone.alone[0] == together.alone[i]
+        assert alone.target_tokens[0] == together.target_tokens[i]
         assert alone.outside[0] == together.outside[i]
         assert alone.uncovered[0] == together.uncovered[i]
 
@@ -108,25 +108,25 @@ def test_decoding_alone_needs_no_small_models() -> None:
     many = rows(5, Sampling(temperature=0))
     decisions = decided(many, None, guided=False)
     assert decisions.tokens.tolist() == [int(np.argmax(whole[0])) for whole, _ in many]
-    assert decisions.alone.tolist() == decisions.tokens.tolist()
+    assert decisions.target_tokens.tolist() == decisions.tokens.tolist()
 
 
 def test_alpha_zero_decides_as_the_target_alone() -> None:
     decisions = decided([changed(row, alpha=0.0) for row in rows(9, Sampling(temperature=1.0))], None)
-    assert decisions.tokens.tolist() == decisions.alone.tolist()
+    assert decisions.tokens.tolist() == decisions.target_tokens.tolist()
 
 
 def test_both_choices_are_made_under_the_requests_history() -> None:
     (row,) = rows(1, Sampling(temperature=0))
     first = decided([row], None)
-    banned = [int(first.tokens[0]), int(first.alone[0])]
+    banned = [int(first.tokens[0]), int(first.target_tokens[0])]
 
     def ban(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
         adjust(ids, logits, row[1].sampling, (), Counter(), banned)
 
     second = decided([changed(row, adjust=ban)], None)
     assert second.tokens[0] not in banned
-    assert second.alone[0] not in banned
+    assert second.target_tokens[0] not in banned
 
 
 def test_a_row_in_which_nothing_may_be_chosen_is_stuck_and_its_neighbours_are_not() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.api.sampling_params import Sampling
-from actors.decoding.penalties import adjust, must_know, touches
+from actors.decoding.penalties import adjust, changes_rows, lifted_ids
 
 IDS = np.array([2, 5, 9, 30, 31, 77])
 LOGITS = np.array([1.5, -2.0, 0.0, 4.0, -0.5, 3.0])
@@ -57,19 +57,19 @@ def test_ids_that_are_no_candidates_are_passed_over() -> None:
 
 
 def test_the_history_touches_rows_only_where_it_was_asked_to() -> None:
-    assert not touches(Sampling(temperature=0.3, top_k=4, min_tokens=9))
+    assert not changes_rows(Sampling(temperature=0.3, top_k=4, min_tokens=9))
     for sampling in (
         Sampling(logit_bias=((1, 1.0),)),
         Sampling(repetition_penalty=1.1),
         Sampling(presence_penalty=0.1),
         Sampling(frequency_penalty=-0.1),
     ):
-        assert touches(sampling)
+        assert changes_rows(sampling)
 
 
 def test_what_the_request_lifts_must_be_known() -> None:
-    assert must_know(Sampling(logit_bias=((1, 5.0), (2, -5.0))), PROMPT, OUTPUT) == {1}
-    assert must_know(Sampling(presence_penalty=-1), PROMPT, OUTPUT) == set(OUTPUT)
-    assert must_know(Sampling(frequency_penalty=-1), PROMPT, OUTPUT) == set(OUTPUT)
-    assert must_know(Sampling(repetition_penalty=0.5), PROMPT, OUTPUT) == {*PROMPT, *OUTPUT}
-    assert must_know(Sampling(repetition_penalty=2, presence_penalty=2), PROMPT, OUTPUT) == set()
+    assert lifted_ids(Sampling(logit_bias=((1, 5.0), (2, -5.0))), PROMPT, OUTPUT) == {1}
+    assert lifted_ids(Sampling(presence_penalty=-1), PROMPT, OUTPUT) == set(OUTPUT)
+    assert lifted_ids(Sampling(frequency_penalty=-1), PROMPT, OUTPUT) == set(OUTPUT)
+    assert lifted_ids(Sampling(repetition_penalty=0.5), PROMPT, OUTPUT) == {*PROMPT, *OUTPUT}
+    assert lifted_ids(Sampling(repetition_penalty=2, presence_penalty=2), PROMPT, OUTPUT) == set()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.decoding.arithmetic import Floats, RoleRows, combine, log_total
-from actors.decoding.candidates import Slice
+from actors.decoding.arithmetic import Floats, RoleLogits, combine, log_total
+from actors.decoding.candidates import RowSlice
 from actors.decoding.prompt import prompt_notes, spread
-from actors.decoding.scoring import Scored, likeliest
+from actors.decoding.scoring import CandidateLogprobs, likeliest
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS, RequiredLogits
 from tests.decoding.test_arithmetic import covered, logsumexp, whole_rows
 
@@ -20,7 +20,7 @@ def trio() -> tuple[Floats, Floats, Floats]:
     return target, guider, base
 
 
-def rows_of(places: np.ndarray) -> tuple[RoleRows, RoleRows, RoleRows]:
+def rows_of(places: np.ndarray) -> tuple[RoleLogits, RoleLogits, RoleLogits]:
     target, guider, base = (covered(rows, places) for rows in trio())
     return target, guider, base
 
@@ -34,7 +34,7 @@ def expected() -> Floats:
 def test_whole_rows_give_the_log_softmax_of_the_formula() -> None:
     models = rows_of(np.arange(400))
     ids = np.tile(np.arange(400), (2, 1))
-    scored = Scored(ids, combine(*models, ALPHA), ALPHA, *models)
+    scored = CandidateLogprobs(ids, combine(*models, ALPHA), ALPHA, *models)
     for row, logprobs in enumerate(expected()):
         scores = scored.of(row, 7, 400, 3)
         assert scores.logprob == pytest.approx(logprobs[7], abs=1e-6)
@@ -62,7 +62,7 @@ def test_where_candidates_have_more_than_all_of_a_small_model_it_lifts_the_outsi
     base = np.log(np.array([[0.7, 0.3, 0.2, 0.1]]))
     whole = np.asarray(target + guider - base)
     ids = np.array([0, 1, 2])
-    a, b, c = (RoleRows(rows[:, ids], np.ones((1, 3), bool), np.zeros(1)) for rows in (target, guider, base))
+    a, b, c = (RoleLogits(rows[:, ids], np.ones((1, 3), bool), np.zeros(1)) for rows in (target, guider, base))
     assert np.all(b.uncovered < 0)
     total = log_total(combine(a, b, c, np.ones(1)), np.ones(1), a, b, c)
     np.testing.assert_allclose(total, logsumexp(whole), atol=1e-12)  # the ids 2 and 3 are halved alike
@@ -84,7 +84,7 @@ def test_candidates_of_one_probability_stand_by_their_ids() -> None:
 
 def test_a_whole_row_is_spread_over_the_primarys_ids_with_its_events() -> None:
     required = RequiredLogits(np.zeros(2, np.int32), np.zeros(1, np.int64), np.array([4]))
-    part = Slice(np.array([2, -1, 4, 0]), np.array([0.2, 9.0, 0.4, 0.0]), np.array([0.5]), 1.0)
+    part = RowSlice(np.array([2, -1, 4, 0]), np.array([0.2, 9.0, 0.4, 0.0]), np.array([0.5]), 1.0)
     rows = spread([part], required, 6)
     np.testing.assert_array_equal(rows.logits, [[0.0, np.nan, 0.2, np.nan, 0.5, np.nan]])
     assert rows.inside.tolist() == [[True, False, True, False, True, False]]
@@ -93,7 +93,7 @@ def test_a_whole_row_is_spread_over_the_primarys_ids_with_its_events() -> None:
 
 def test_a_prompts_token_is_ranked_among_the_whole_vocabulary() -> None:
     z = np.log(np.array([0.2, 0.5, 0.3]))
-    rows = spread([Slice(np.arange(3), z, np.zeros(0), 0.0)], NO_REQUIRED_LOGITS, 4)
+    rows = spread([RowSlice(np.arange(3), z, np.zeros(0), 0.0)], NO_REQUIRED_LOGITS, 4)
     (note,) = prompt_notes({"target": rows}, 0.0, [2], [2], 1)
     assert (note.id, note.rank, [id_ for id_, _ in note.guided]) == (2, 2, [1])
     assert note.logprob == pytest.approx(np.log(0.3))

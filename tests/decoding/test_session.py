@@ -12,7 +12,7 @@ from actors.api.generation import Delta, Generate, Role, Scores
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.session import Session, SessionVocabulary, Spelling
+from actors.decoding.session import ForcedTextIds, Session, SessionVocabulary
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import Vocabulary, map_vocabulary
 from tests.support.letter_vocabularies import adapter, text, vocabulary
@@ -66,7 +66,7 @@ class Setting:
         vocabulary = SessionVocabulary(
             {role: map_vocabulary(self.target, self.small, adapter(self.small)) for role in SMALL},
             {
-                role: Spelling(tuple(adapter(v)(thinking.end)), tuple(adapter(v)(thinking.wait)))
+                role: ForcedTextIds(tuple(adapter(v)(thinking.end)), tuple(adapter(v)(thinking.wait)))
                 for role, v in vocabularies.items()
             },
             self.target.eos_ids,
@@ -404,8 +404,8 @@ def test_a_spelled_end_is_read_as_the_roles_own_token() -> None:
 
 def test_an_end_spelled_over_other_borders_is_left_as_it_is() -> None:
     session = TEXT_TARGET.session(thinking=THINK)
-    spellings = {**session.vocabulary.spellings, "target": Spelling((LETTER["<"],), ())}
-    session.vocabulary = replace(session.vocabulary, spellings=spellings)
+    forced_texts = {**session.vocabulary.forced_texts, "target": ForcedTextIds((LETTER["<"],), ())}
+    session.vocabulary = replace(session.vocabulary, forced_texts=forced_texts)
     feed(session, f"a{END}b")
     assert generated(session, "guider") == [LETTER[c] + 20 for c in f"a{END}b"]
 
@@ -472,4 +472,4 @@ def test_penalties_count_what_was_forced_too() -> None:
         thinking=Thinking("<think>", END, max_tokens=1), sampling=Sampling(presence_penalty=-1.0)
     )
     feed(session, "a")
-    assert session.must_know() == {LETTER["a"], 42}
+    assert session.required_ids() == {LETTER["a"], 42}

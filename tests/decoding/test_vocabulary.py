@@ -11,8 +11,8 @@ from actors.decoding.vocabulary import (
     VocabularyMap,
     map_vocabulary,
     marker_fold,
-    own_map,
     required_logits,
+    self_map,
 )
 from tests.support.letter_vocabularies import adapter, text, vocabulary
 
@@ -74,8 +74,8 @@ def test_the_end_is_one_event_however_many_ids_it_has() -> None:
     assert mapping.to_role[[40, 41]].tolist() == [30, -1]
     assert mapping.to_primary[[30, 31, 32]].tolist() == [40, -1, -1]
     assert mapping.tokens(40) == mapping.tokens(41) == (30,)
-    assert own_map(primary).folds == {40: (40, 41)}
-    assert own_map(primary).to_role[41] == -1
+    assert self_map(primary).folds == {40: (40, 41)}
+    assert self_map(primary).to_role[41] == -1
 
 
 def test_only_the_first_end_may_be_chosen() -> None:
@@ -173,6 +173,6 @@ def test_forced_ids_are_known_once_and_only_where_the_role_has_them() -> None:
 
 def test_without_end_tokens_there_is_nothing_to_fold() -> None:
     plain = vocabulary({"<x>": 40})
-    assert own_map(plain).folds == {}
+    assert self_map(plain).folds == {}
     assert mapped(plain, plain).folds == {}
-    assert required_logits({}, own_map(plain)).ids.tolist() == []
+    assert required_logits({}, self_map(plain)).ids.tolist() == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from actors.engine.attention import AttentionBackend, LayerCall, Ragged, Span
+from actors.engine.attention import AttentionBackend, LayerCall, RaggedBatch, Span
 from actors.engine.backends import Gathered, PerSession
 from actors.engine.inputs import Batch, Layout
 
@@ -25,7 +25,7 @@ def test_attention_is_the_formula(
     spans = (Span(0, 3, 32, 10), Span(3, 1, 0, 1), Span(4, 3, 16, 3))  # and one token of padding
     layout = Layout(8, 0, 3, 3, 10)
     flat = torch.tensor(layout.flatten(Batch([0] * 7, [0] * 7, [64] * 7, spans, []), 64))
-    step = Ragged(spans, 8, layout.read(flat).write, partial(layout.read_varlen, flat))
+    step = RaggedBatch(spans, 8, layout.read(flat).write, partial(layout.read_varlen, flat))
     out = backend.attend(step, query, keys, values, LayerCall(0.3, window, softcap, sink))
     assert out.shape == (8, 4, 8)
     assert torch.count_nonzero(out[7]) == 0

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from actors.engine.errors import LoadError
-from actors.engine.interface import BLOCK, KEEP_ALL
-from actors.engine.step_engine import Held, KVMiss, StepEngine
+from actors.engine.interface import BLOCK, KEEP_ALL, Held, KVMiss
+from actors.engine.step_engine import StepEngine
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 
 SESSIONS = 5

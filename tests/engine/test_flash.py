@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from actors.engine.attention import LayerCall, Ragged, Span
+from actors.engine.attention import LayerCall, RaggedBatch, Span
 from actors.engine.backends import Gathered
 from actors.engine.flash import FlashAttention, flash_supported
 from actors.engine.inputs import Batch, Layout
@@ -30,11 +30,11 @@ def ragged(draw: random.Random, sequences: int) -> list[Span]:
     return spans
 
 
-def step(spans: list[Span], layout: Layout) -> Ragged:
+def step(spans: list[Span], layout: Layout) -> RaggedBatch:
     real = sum(span.count for span in spans)
     numbers = layout.flatten(Batch([1] * real, [0] * real, [0] * real, spans, []), POOL)
     flat = torch.tensor(numbers)
-    return Ragged(tuple(spans), layout.tokens, layout.read(flat).write, partial(layout.read_varlen, flat))
+    return RaggedBatch(tuple(spans), layout.tokens, layout.read(flat).write, partial(layout.read_varlen, flat))
 
 
 @pytest.mark.parametrize("window", [None, 1, 6])

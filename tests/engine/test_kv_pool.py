@@ -102,6 +102,6 @@ def test_content_survives_any_history() -> None:
 def test_a_wrong_length_is_noticed() -> None:
     pool = KVPool(64, unit=8)
     fill(pool, 1, 0, [1.0])
-    pool.slots[1].length = 2
+    pool.caches[1].length = 2
     with pytest.raises(AssertionError):
         pool.check()

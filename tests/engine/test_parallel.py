@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from actors.engine.errors import LoadError
+from actors.engine.interface import Held, KVMiss, Outcome
 from actors.engine.loader import ModelSource, load_engine
 from actors.engine.parallel import (
     FOLLOWED,
@@ -25,7 +26,7 @@ from actors.engine.parallel import (
     load_parallel,
 )
 from actors.engine.shards import refuse_ranks
-from actors.engine.step_engine import Held, KVMiss, Outcome, StepEngine
+from actors.engine.step_engine import StepEngine
 from tests.support.tiny_models import Driver, llama, qwen2, tokens
 
 # The loopback sockets of the process group are torch's own, and so are its warnings about them.
@@ -172,6 +173,6 @@ def test_heads_that_cannot_be_shared_are_refused_with_what_can_be_set() -> None:
 
 
 def test_every_verb_of_an_engine_is_followed_by_all_ranks_or_known_to_be_rank_0s_alone() -> None:
-    verbs = {name for name, _ in inspect.getmembers(StepEngine, inspect.isfunction) if not name.startswith("_")}
-    assert verbs == FOLLOWED | ALONE
+    operations = {name for name, _ in inspect.getmembers(StepEngine, inspect.isfunction) if not name.startswith("_")}
+    assert operations == FOLLOWED | ALONE
     assert FOLLOWED <= ParallelEngine.__dict__.keys()

@@ -9,9 +9,9 @@ import torch
 from actors.engine.rows import (
     MAX_ROWS,
     MIN_ROWS,
-    HeldRows,
-    Place,
-    RowStore,
+    DeviceRows,
+    LogitsRowStore,
+    RowLocation,
     pack_slices,
     reduce_rows,
     row_budget,
@@ -22,9 +22,9 @@ from actors.engine.rows import (
 )
 
 
-def held(logits: torch.Tensor, position: int = 0) -> HeldRows:
-    places = tuple(Place(logits, row) for row in range(len(logits)))
-    return HeldRows(position, tuple(range(100, 100 + len(logits))), places, alone=True, fresh=len(logits))
+def held(logits: torch.Tensor, position: int = 0) -> DeviceRows:
+    places = tuple(RowLocation(logits, row) for row in range(len(logits)))
+    return DeviceRows(position, tuple(range(100, 100 + len(logits))), places, batch_invariant=True, fresh=len(logits))
 
 
 def test_as_many_rows_are_held_as_fit_a_share_of_the_memory_within_bounds() -> None:
@@ -68,7 +68,7 @@ def test_slices_travel_to_the_host_in_one_piece(rows: int, k: int) -> None:
     values, ids = top_k_on_device(logits, k)
     packed = pack_slices(ids, values, logits.logsumexp(-1))
     assert packed.shape == (rows * (2 * k + 1),)
-    one, other = unpack_slices(packed.numpy(), rows, k), reduce_rows(logits, k, alone=False)
+    one, other = unpack_slices(packed.numpy(), rows, k), reduce_rows(logits, k, batch_invariant=False)
     assert np.array_equal(one.ids, other.ids)
     assert np.array_equal(one.logits, other.logits)
     assert np.array_equal(one.logsumexp, other.logsumexp)
@@ -83,16 +83,16 @@ def test_k_zero_gives_only_the_logsumexp_and_a_large_k_the_whole_row() -> None:
 
 def test_a_row_reduced_alone_has_the_same_bits_in_any_company() -> None:
     logits = torch.randn(9, 509, generator=torch.Generator().manual_seed(2))
-    together = reduce_rows(logits, 16, alone=True)
+    together = reduce_rows(logits, 16, batch_invariant=True)
     for row in range(9):
-        single = reduce_rows(logits[row : row + 1], 16, alone=True)
+        single = reduce_rows(logits[row : row + 1], 16, batch_invariant=True)
         assert single.logsumexp[0].tobytes() == together.logsumexp[row].tobytes()
         assert np.array_equal(single.ids[0], together.ids[row])
 
 
 def test_lookups_are_exact_and_refuse_ids_outside_the_row() -> None:
     one, other = (torch.randn(3, 20, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
-    places = [Place(one, 2), Place(other, 0), Place(one, 0)]
+    places = [RowLocation(one, 2), RowLocation(other, 0), RowLocation(one, 0)]
     values = values_at(places, [2, 0, 1], np.array([19, 0, 3]))
     assert values.tolist() == [float(one[2, 19]), float(one[2, 0]), float(one[0, 3])]
     mixed = values_at(places, [1, 2, 1], np.array([4, 5, 6, 7]))
@@ -118,7 +118,7 @@ def test_a_row_is_found_by_position_and_hash_together() -> None:
 
 
 def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
-    store = RowStore(budget=8)
+    store = LogitsRowStore(budget=8)
     store.hold({1: held(torch.zeros(2, 4)), 2: held(torch.zeros(1, 4))}, size=4)
     store.hold({3: held(torch.zeros(1, 4))}, size=2)
     store.make_room(2)
@@ -132,7 +132,7 @@ def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
 
 
 def test_a_forwards_memory_counts_until_its_last_session_lets_go() -> None:
-    store = RowStore(budget=8)
+    store = LogitsRowStore(budget=8)
     store.hold({1: held(torch.zeros(1, 4)), 2: held(torch.zeros(1, 4))}, size=8)
     store.drop(1)
     assert store.size == 8
@@ -142,7 +142,7 @@ def test_a_forwards_memory_counts_until_its_last_session_lets_go() -> None:
 
 
 def test_rows_that_are_kept_stay_with_the_newer_ones_and_no_others_do() -> None:
-    store = RowStore(budget=16)
+    store = LogitsRowStore(budget=16)
     store.hold({1: held(torch.zeros(3, 4), position=10)}, size=3)
     store.hold({1: held(torch.ones(1, 4), position=13)}, size=1, kept={1: (13, 2)})
     rows = store.get(1)

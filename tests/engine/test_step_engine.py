@@ -12,7 +12,8 @@ from actors.decoding.cross_vocab.translators import RetokenizingTranslator
 from actors.decoding.hashing import extend_hashes
 from actors.decoding.stream import Stream
 from actors.engine.errors import BadExtend, RowGone, StepFailed
-from actors.engine.step_engine import Extend, Full, Held, KVMiss, StepEngine
+from actors.engine.interface import Extend, Full, Held, KVMiss
+from actors.engine.step_engine import StepEngine
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 from tests.support.trained_models import alignment
 
@@ -71,7 +72,7 @@ def test_logits_after_every_rollback_are_those_of_a_fresh_prefill(target: str) -
     reader, taken_back = RetokenizingTranslator(pair, stream), 0
     for token in pair.target.encode("It isn't  12345 storys;\n\n  Größe, 日本語 don't")[0]:
         before = stream.tokens[:]
-        reader.read(token)
+        reader.append(token)
         same = next((at for at, (a, b) in enumerate(zip(before, stream.tokens, strict=False)) if a != b), len(before))
         same = min(same, len(stream))
         taken_back += same < len(before)

@@ -13,6 +13,7 @@ import pytest
 
 from actors.api.generation import (
     ROLES,
+    CoordinatorEvent,
     Delta,
     Finished,
     Generate,
@@ -22,7 +23,6 @@ from actors.api.generation import (
     Resume,
     Role,
     Tally,
-    Told,
     Usage,
 )
 from actors.api.guidance import Guidance
@@ -70,7 +70,7 @@ class Fleet:
         self.short_lived: int | None = None  # so many messages, and the coordinator is lost to its stream
         self.asked: list[Generate] = []
 
-    async def generate(self, request: Generate) -> AsyncIterator[Told]:
+    async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         """As Serve would: whoever is there, and an error when its process dies."""
         said = 0
         living = [c for c in self._service.coordinators if c not in self.dead | self.leaving]
@@ -244,11 +244,11 @@ async def test_a_stream_that_is_slow_says_that_it_lives(trio: Trio) -> None:
 class Scripted:
     """Coordinators that fail as told: each attempt plays the next list of events, an exception ends it."""
 
-    def __init__(self, *attempts: Sequence[Told | Exception], ends: bool = False) -> None:
+    def __init__(self, *attempts: Sequence[CoordinatorEvent | Exception], ends: bool = False) -> None:
         self._attempts, self._ends = list(attempts), ends
         self.asked: list[Generate] = []
 
-    async def generate(self, request: Generate) -> AsyncIterator[Told]:
+    async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         self.asked.append(request)
         for event in self._attempts.pop(0) if len(self._attempts) > 1 else self._attempts[0]:
             if isinstance(event, Exception):

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
-from actors.api.generation import Delta, Event, Finished, Generate, Moved, Rejected, Resume, Tally, Told
+from actors.api.generation import CoordinatorEvent, Delta, Event, Finished, Generate, Moved, Rejected, Resume, Tally
 from actors.config import KeysConfig
 from actors.metrics import METRICS, Recorder
 from router.api import create_app
@@ -240,7 +240,7 @@ class Handing:
     def __init__(self) -> None:
         self.asked: list[Resume | None] = []
 
-    async def generate(self, request: Generate) -> AsyncIterator[Told]:
+    async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         self.asked.append(request.resume)
         if request.resume is None:
             yield Delta(content="It", tokens=[1], choices=[1], tally=Tally())

@@ -13,14 +13,14 @@ from actors.serve import ray_metrics as exporting
 from actors.serve.ray_metrics import TOGETHER, Exporter
 
 FIRST = "thinklogit_first_token_seconds"
-Told = tuple[str, float, tuple[tuple[str, str], ...]]
+CoordinatorEvent = tuple[str, float, tuple[tuple[str, str], ...]]
 
 
 class Ray:
     """Ray's metrics, which remember what they are told."""
 
     def __init__(self) -> None:
-        self.told: list[Told] = []
+        self.told: list[CoordinatorEvent] = []
         self.made: list[str] = []
         self.Counter = self.Gauge = self.Histogram = self._make
 
@@ -42,7 +42,7 @@ class Ray:
 
         return Metric()
 
-    def heard(self) -> Bag[Told]:
+    def heard(self) -> Bag[CoordinatorEvent]:
         told, self.told = Bag(self.told), []
         return told
 

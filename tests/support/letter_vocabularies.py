@@ -25,7 +25,7 @@ def vocabulary(
 def adapter(of: Vocabulary) -> Callable[[str], list[int]]:
     """Encodes as a tokenizer does: added tokens as they stand, the rest letter by letter."""
 
-    def spell(string: str) -> list[int]:
+    def encode(string: str) -> list[int]:
         ids = []
         while string:
             found = next((token for token in of.added if string.startswith(token)), string[0])
@@ -33,4 +33,4 @@ def adapter(of: Vocabulary) -> Callable[[str], list[int]]:
             string = string[len(found) :]
         return ids
 
-    return spell
+    return encode

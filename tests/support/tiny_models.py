@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from actors.decoding.hashing import extend_hashes
-from actors.engine.interface import BLOCK
-from actors.engine.step_engine import Extend, Outcome, StepEngine
+from actors.engine.interface import BLOCK, Extend, Outcome
+from actors.engine.step_engine import StepEngine
 
 VOCABULARY = 509  # not a multiple of a vector's width: the tail of a row is computed in another way
 WINDOW = 6

@@ -102,16 +102,16 @@ def test_the_same_texts_are_worked_out_once() -> None:
 def test_a_language_spells_the_forced_texts_in_each_roles_own_ids() -> None:
     vocabulary = vocabularies().vocabulary("target", ROLES, Thinking(end=END, wait="Wait"))
     assert set(vocabulary.maps) == set(SMALL)
-    assert vocabulary.spellings["guider"].end == (thinks().added_tokens[END],)
-    assert vocabulary.spellings["target"].end == tuple(plain().encode(END))
-    assert vocabulary.spellings["target"].wait == tuple(plain().encode("Wait"))
+    assert vocabulary.forced_texts["guider"].end == (thinks().added_tokens[END],)
+    assert vocabulary.forced_texts["target"].end == tuple(plain().encode(END))
+    assert vocabulary.forced_texts["target"].wait == tuple(plain().encode("Wait"))
     assert vocabulary.eos_ids == tuple(ENDS)
     assert vocabulary.added == frozenset(plain().added_tokens.values())
 
 
 def test_a_small_role_alone_reads_no_other_vocabulary() -> None:
     vocabulary = vocabularies().vocabulary("guider", ("guider",), Thinking())
-    assert (vocabulary.maps, set(vocabulary.spellings)) == ({}, {"guider"})
+    assert (vocabulary.maps, set(vocabulary.forced_texts)) == ({}, {"guider"})
 
 
 def test_small_models_whose_text_tokens_differ_are_aligned_by_their_texts() -> None:

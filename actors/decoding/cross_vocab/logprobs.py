@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
-from actors.decoding.candidates import Block, Floats, Ids, Proposal, Slice
+from actors.decoding.candidates import CandidateBlock, Floats, Ids, RowProposal, RowSlice
 from actors.decoding.cross_vocab.retokenizer import CrossedBoundaries
 from actors.decoding.cross_vocab.tables import Tables
 
@@ -55,7 +55,7 @@ class CrossingRows:
         self.sums = np.full(self.rows, np.nan)
 
     @staticmethod
-    def share(asked: Sequence[CrossingRows]) -> Floats:
+    def share_values(asked: Sequence[CrossingRows]) -> Floats:
         """Their values are asked, from the beginning: one array that holds them all, one after another."""
         values = np.full(sum(len(each.ids) for each in asked), np.nan)
         end = 0
@@ -69,7 +69,7 @@ class CrossingRows:
         """Whether all that was asked has come."""
         return not np.isnan(self.values).any()
 
-    def weigh(self) -> tuple[float, Ids, Floats] | None:
+    def log_weights(self) -> tuple[float, Ids, Floats] | None:
         """Log-weights: of the newest row's own events, and of each straddler with the token that it goes on with.
 
         None if nothing is known of what comes next. They are normalised: exp of them all adds up to 1.
@@ -86,9 +86,9 @@ class CrossingRows:
         norm = top + float(np.log(total))
         return mine - norm, self.nexts[~own], across - norm
 
-    def proposals(self, most: int) -> Ids:
+    def proposed_tokens(self, most: int) -> Ids:
         """The tokens that the likeliest straddlers go on with; of equal ones those of the lowest ids."""
-        weighed = self.weigh()
+        weighed = self.log_weights()
         if weighed is None:
             return _NOTHING
         _, nexts, across = weighed
@@ -105,17 +105,17 @@ _OWN, _NOT = np.array([-1]), np.array([False])
 class RoleRowInput:
     """What a small model said of one row so far, in its own ids. slice: None if it has not answered."""
 
-    slice: Slice | None
+    slice: RowSlice | None
     crossing: CrossingRows | None
 
 
-def proposals(tables: Tables, inputs: Sequence[RoleRowInput], k: int) -> NDArray[np.int64]:
+def proposed_tokens(tables: Tables, inputs: Sequence[RoleRowInput], k: int) -> NDArray[np.int64]:
     """[B, n] the target's tokens that the guider puts forward in each row: images of its slice and of straddlers; -1
     behind and in between."""
     slices = [each.slice.ids for each in inputs if each.slice is not None]
     images = np.sort(tables.image[np.stack(slices)], axis=1)
     images[:, 1:][images[:, 1:] == images[:, :-1]] = -1
-    across = [each.crossing.proposals(k) if each.crossing is not None else _NOTHING for each in inputs]
+    across = [each.crossing.proposed_tokens(k) if each.crossing is not None else _NOTHING for each in inputs]
     if not any(len(nexts) for nexts in across):
         return images
     out = np.full((len(images), images.shape[1] + k), -1, np.int64)
@@ -131,8 +131,8 @@ class TokenEventLogprobs:
 
     def __init__(self, tables: Tables, ids: Ids, inside: NDArray[np.bool_], inputs: Sequence[RoleRowInput]) -> None:
         self._ids = ids
-        self._meant = tables.meant[np.where(inside, ids, 0)]
-        self._lone = inside & (self._meant != ids)
+        self._represented_by = tables.represented_by[np.where(inside, ids, 0)]
+        self._indirect = inside & (self._represented_by != ids)
         counts = np.zeros(ids.size, np.int64)
         self.tokens, counts[inside.reshape(-1)] = tables.events.take(ids[inside])
         self.at = np.repeat(np.arange(len(ids)), counts.reshape(ids.shape).sum(1))
@@ -142,9 +142,9 @@ class TokenEventLogprobs:
         self._masses: Floats | None = None
         ends = np.cumsum(counts.reshape(ids.shape).sum(1))
         self._parts = [slice(end - size, end) for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
-        self._arrive_together([(row, each.slice) for row, each in enumerate(inputs) if each.slice is not None])
+        self._add_slices([(row, each.slice) for row, each in enumerate(inputs) if each.slice is not None])
 
-    def arrive(self, row: int, part: Slice) -> None:
+    def add_slice(self, row: int, part: RowSlice) -> None:
         """Take in a slice of one row."""
         self._sums[row], self._masses = part.logsumexp, None
         if not len(part.ids):
@@ -154,7 +154,7 @@ class TokenEventLogprobs:
         here = part.ids[found] == mine
         self.values[self._parts[row]][here] = part.logits[found[here]]
 
-    def _arrive_together(self, parts: Sequence[tuple[int, Slice]]) -> None:
+    def _add_slices(self, parts: Sequence[tuple[int, RowSlice]]) -> None:
         for row, part in parts:
             self._sums[row] = part.logsumexp
         parts = [(row, part) for row, part in parts if len(part.ids)]
@@ -167,7 +167,7 @@ class TokenEventLogprobs:
         here = keys[found] == mine
         self.values[here] = logits[found[here]]
 
-    def missing(self) -> tuple[Ids, Ids, Ids]:
+    def missing_logits(self) -> tuple[Ids, Ids, Ids]:
         """Rows [n], places [n] and ids [n] of what must be looked up."""
         places = np.flatnonzero(np.isnan(self.values))
         return self.at[places], places, self.tokens[places]
@@ -198,14 +198,14 @@ class TokenEventLogprobs:
         return floored
 
     def _across(self, own: Floats, row: int, crossing: CrossingRows) -> Floats:
-        weighed = crossing.weigh()
+        weighed = crossing.log_weights()
         if weighed is None:
             return np.full(own.shape, np.nan)
         weight, nexts, across = weighed
         masses = own + weight
         _add(masses, _summed(self._ids[row], nexts, across))
-        if (lone := np.flatnonzero(self._lone[row])).size:
-            inputs, which = np.unique(self._meant[row, lone], return_inverse=True)
+        if (lone := np.flatnonzero(self._indirect[row])).size:
+            inputs, which = np.unique(self._represented_by[row, lone], return_inverse=True)
             whole = crossing.whole[crossing.nexts >= 0]
             shared = np.full(len(masses), -np.inf)
             shared[lone] = _summed(inputs, nexts[whole], across[whole])[which]
@@ -228,11 +228,11 @@ def _add(masses: Floats, more: Floats) -> None:
     masses[here] = np.logaddexp(np.where(np.isnan(masses[here]), -np.inf, masses[here]), more[here])
 
 
-class AlignedBlock(Block):
+class CrossVocabBlock(CandidateBlock):
     """B rows side by side whose small models have other vocabularies: their values are log-probabilities of events."""
 
     def __init__(
-        self, rows: Sequence[Proposal], tables: Mapping[Role, Tables], inputs: Mapping[Role, Sequence[RoleRowInput]]
+        self, rows: Sequence[RowProposal], tables: Mapping[Role, Tables], inputs: Mapping[Role, Sequence[RoleRowInput]]
     ) -> None:
         """rows: of one shape; the guider's proposals are in the target's ids. inputs: by small role, row by row."""
         super().__init__(rows)
@@ -246,18 +246,18 @@ class AlignedBlock(Block):
         """[B, W]."""
         return self._events[role].masses() if role in self._events else super().values(role)
 
-    def arrive(self, role: Role, row: int, part: Slice) -> None:
+    def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
         """Take in a slice that came after the block was made."""
         if role in self._events:
-            self._events[role].arrive(row, part)
+            self._events[role].add_slice(row, part)
         else:
-            super().arrive(role, row, part)
+            super().add_slice(role, row, part)
 
-    def missing(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
+    def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
         """Rows [n], places [n] and the role's ids [n] of what it was not asked for yet."""
         if role in self._events:
-            return self._events[role].missing()
-        return super().missing(role, theirs)
+            return self._events[role].missing_logits()
+        return super().missing_logits(role, theirs)
 
     def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
         """Take in what was looked up."""

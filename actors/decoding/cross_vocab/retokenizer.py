@@ -35,7 +35,7 @@ class CrossedBoundaries:
     partial: bool
 
 
-class WholeTexts:
+class AddedTokenMatcher:
     """Texts that a tokenizer finds before it splits anything else: each is one token."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
@@ -65,6 +65,7 @@ class IncrementalRetokenizer:
 
     __slots__ = (
         "_adapter",
+        "_added_tokens",
         "_bad",
         "_base",
         "_ends",
@@ -74,12 +75,11 @@ class IncrementalRetokenizer:
         "_said",
         "_tail",
         "_tail_tokens",
-        "_whole_texts",
     )
 
-    def __init__(self, adapter: TokenizerAdapter, whole_texts: WholeTexts | None = None) -> None:
-        """whole_texts: those that are one token, whatever stands around them."""
-        self._adapter, self._whole_texts = adapter, whole_texts or WholeTexts({})
+    def __init__(self, adapter: TokenizerAdapter, added_tokens: AddedTokenMatcher | None = None) -> None:
+        """added_tokens: those that are one token, whatever stands around them."""
+        self._adapter, self._added_tokens = adapter, added_tokens or AddedTokenMatcher({})
         self._base = 0  # tokens before the first that is remembered
         self._ids: list[int] = []
         self._ends: list[int] = [0]  # bytes up to the end of each, those up to the first before them
@@ -105,7 +105,7 @@ class IncrementalRetokenizer:
     def fork(self) -> IncrementalRetokenizer:
         """The same again, to read ahead."""
         other = IncrementalRetokenizer.__new__(IncrementalRetokenizer)
-        other._adapter, other._whole_texts = self._adapter, self._whole_texts
+        other._adapter, other._added_tokens = self._adapter, self._added_tokens
         other._base, other._floor = self._base, self._floor
         other._ids, other._ends = self._ids[:], self._ends[:]
         other._tail, other._tail_tokens, other._bad = self._tail, self._tail_tokens, self._bad
@@ -174,7 +174,7 @@ class IncrementalRetokenizer:
     def _read(self, text: str) -> int:
         """Text came: how many tokens stay."""
         kept, rest = len(self), self._tail + text
-        while (found := self._whole_texts.find(rest, len(self._tail))) is not None:
+        while (found := self._added_tokens.find(rest, len(self._tail))) is not None:
             start, end, token = found
             kept = min(kept, self._encode(rest[:start]))
             self._add([token], [self._ends[-1] + len(rest[start:end].encode())])
@@ -201,7 +201,7 @@ class IncrementalRetokenizer:
     def _cut(self) -> None:
         """Nothing that comes changes the tokens before here."""
         settled = self._adapter.restart(self._tail)
-        if settled and (begun := self._whole_texts.begun(self._tail)) < len(self._tail):
+        if settled and (begun := self._added_tokens.begun(self._tail)) < len(self._tail):
             settled = min(
                 settled, self._adapter.restart(self._tail[:begun])
             )  # what is before it may come to stand alone

@@ -43,7 +43,7 @@ class TokenizerAdapter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Roles:
+class SpecialTokenMatches:
     """Tokens of a small model that are not text to the target, matched by what they are.
 
     same: by the target's id the ids that are the same event (the ends of a text; an added token of the same content).
@@ -55,14 +55,14 @@ class Roles:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ragged:
+class RaggedArray:
     """Lists of different lengths, end to end: list i is flat[starts[i]:starts[i + 1]]."""
 
     starts: Ids
     flat: Ids
 
     @classmethod
-    def of(cls, owners: Ids, items: Ids, count: int) -> Ragged:
+    def of(cls, owners: Ids, items: Ids, count: int) -> RaggedArray:
         """From pairs; each list keeps the order of its items."""
         order = np.argsort(owners, kind="stable")
         starts = np.zeros(count + 1, np.int64)
@@ -91,11 +91,11 @@ class Trie:
     edge_nodes: Ids
     edge_tokens: Ids
     edge_children: Ids
-    tokens: Ragged
-    nexts: Ragged
+    tokens: RaggedArray
+    nexts: RaggedArray
 
     @classmethod
-    def of(cls, ids: Ids, spellings: Ragged) -> Trie:
+    def of(cls, ids: Ids, spellings: RaggedArray) -> Trie:
         """ids [n]: small tokens, ascending; spellings: of each of them in the target's tokens, two or more."""
         lengths = np.diff(spellings.starts)
         at, nodes, count = np.zeros(len(ids), np.int64), np.arange(len(ids)), 1
@@ -119,8 +119,8 @@ class Trie:
             joined[0],
             joined[1],
             joined[2],
-            Ragged.of(owner, np.concatenate(tokens), count),
-            Ragged.of(owner, np.concatenate(nexts), count),
+            RaggedArray.of(owner, np.concatenate(tokens), count),
+            RaggedArray.of(owner, np.concatenate(nexts), count),
         )
 
 
@@ -158,9 +158,9 @@ class Tables:
     def __init__(self, arrays: TableArrays) -> None:
         self.arrays = arrays
         self.image = arrays.image
-        self.events = Ragged(arrays.event_starts, arrays.event_tokens)
-        self.crossing_tokens = Ragged(arrays.crossing_starts, arrays.crossing_tokens_flat)
-        self.nexts = Ragged(arrays.crossing_starts, arrays.crossing_nexts)
+        self.events = RaggedArray(arrays.event_starts, arrays.event_tokens)
+        self.crossing_tokens = RaggedArray(arrays.crossing_starts, arrays.crossing_tokens_flat)
+        self.nexts = RaggedArray(arrays.crossing_starts, arrays.crossing_nexts)
 
     @cached_property
     def _edges(self) -> dict[tuple[int, int], int]:
@@ -169,15 +169,15 @@ class Tables:
         return dict(zip(pairs, arrays.edge_children.tolist(), strict=True))
 
     @cached_property
-    def meant(self) -> Ids:
+    def represented_by(self) -> Ids:
         """[target width]: where no small token counts towards a token, so that it is heard by its first small token,
         the one that this small token counts towards; else the token itself."""
         starts = self.arrays.event_starts
-        meant = np.arange(len(starts) - 1)
+        represented_by = np.arange(len(starts) - 1)
         heard = np.flatnonzero(np.diff(starts))
         image = self.image[self.arrays.event_tokens[starts[heard]]]
-        meant[heard] = np.where(image < 0, heard, image)
-        return meant
+        represented_by[heard] = np.where(image < 0, heard, image)
+        return represented_by
 
     def walk(self, tokens: Sequence[int]) -> int:
         """The node of small tokens whose spelling properly begins with `tokens`; NOWHERE if there are none."""
@@ -200,7 +200,7 @@ class Tables:
         return len(self.arrays.edge_children)
 
 
-def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: Roles, width: int) -> Tables:
+def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: SpecialTokenMatches, width: int) -> Tables:
     """The tables of one pair. width: of the target's rows; ids beyond it have no event.
 
     An exact match of bytes stands above what the tokenizer makes of a text: some tokens do not spell themselves.
@@ -215,7 +215,7 @@ def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: Roles,
     said = large_texts.keys()  # not the token for what it cannot spell: nobody means that
     ids = np.array(sorted(v for v, spelling in ours.items() if spelling and said >= {*spelling}), np.int64)
     image[ids] = [ours[v][0] for v in ids.tolist()]
-    members = Ragged.of(image[ids], ids, width)
+    members = RaggedArray.of(image[ids], ids, width)
     owners, tokens = [np.repeat(np.arange(width), np.diff(members.starts))], [members.flat]
     lone = [t for t in large_texts if members.starts[t] == members.starts[t + 1] and theirs[t]]
     owners.append(np.array(lone, np.int64))
@@ -224,11 +224,11 @@ def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: Roles,
         owners.append(np.full(len(same), t))
         tokens.append(np.array(same, np.int64))
         image[list(same)] = t
-    events = Ragged.of(np.concatenate(owners), np.concatenate(tokens), width)
+    events = RaggedArray.of(np.concatenate(owners), np.concatenate(tokens), width)
     several = [v for v in ids.tolist() if len(ours[v]) > 1]
     flat = np.array([t for v in several for t in ours[v]], np.int64)
     starts = np.cumsum([0, *(len(ours[v]) for v in several)]).astype(np.int64)
-    trie = Trie.of(np.array(several, np.int64), Ragged(starts, flat))
+    trie = Trie.of(np.array(several, np.int64), RaggedArray(starts, flat))
     exact = sum(text in small_ids for text in large_texts.values())
     return Tables(
         TableArrays(

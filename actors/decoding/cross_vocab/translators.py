@@ -1,4 +1,4 @@
-"""How each small model reads what the target says, token by token, and what it would read of a guess.
+"""How each small model reads what the target says, token by token, and what it would read of a draft.
 
 With the target's own text tokens a small model reads one token for one; with another vocabulary it reads the text.
 """
@@ -11,7 +11,12 @@ from functools import cached_property
 from typing import Protocol
 
 from actors.decoding.cross_vocab.boundary_tokens import CrossingTokenFinder
-from actors.decoding.cross_vocab.retokenizer import LOOK_BACK, CrossedBoundaries, IncrementalRetokenizer, WholeTexts
+from actors.decoding.cross_vocab.retokenizer import (
+    LOOK_BACK,
+    AddedTokenMatcher,
+    CrossedBoundaries,
+    IncrementalRetokenizer,
+)
 from actors.decoding.cross_vocab.tables import Ids, Tables, TokenizerAdapter
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
@@ -21,7 +26,7 @@ _CONTEXT = 3  # of the target's tokens that a draft's text is spelled together w
 
 @dataclass(frozen=True, slots=True)
 class DraftTranslation:
-    """What a role reads of guesses, as far as it reads them one after another.
+    """What a role reads of drafts, as far as it reads them one after another.
 
     tokens: behind its stream. ends: how many of them are read before each row, none before the first; straddles: of
     each row.
@@ -31,8 +36,8 @@ class DraftTranslation:
     ends: tuple[int, ...]
     boundaries_by_row: tuple[CrossedBoundaries | None, ...]
 
-    def first(self, rows: int) -> DraftTranslation:
-        """Of fewer guesses: so many rows."""
+    def truncated(self, rows: int) -> DraftTranslation:
+        """Of fewer drafts: so many rows."""
         if rows == len(self.ends):
             return self
         return DraftTranslation(self.tokens[: self.ends[rows - 1]], self.ends[:rows], self.boundaries_by_row[:rows])
@@ -44,22 +49,22 @@ NO_DRAFTS = DraftTranslation((), (0,), (None,))  # where nothing is guessed, and
 class TokenTranslator(Protocol):
     """Extends one role's stream by what the target says."""
 
-    def read(self, token: int) -> None:
+    def append(self, token: int) -> None:
         """The target said `token`."""
 
-    def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+    def append_forced(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
         """A text came that nobody chose: in the target's ids, and in this role's."""
 
     def retokenize(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
         """The text ends with a marker, which the role spells as `theirs`."""
 
-    def ahead(self, guesses: Sequence[int]) -> DraftTranslation:
+    def translate_drafts(self, drafts: Sequence[int]) -> DraftTranslation:
         """What it would read of these tokens of the target."""
 
-    def guesses(self, drafted: Sequence[int]) -> list[int]:
+    def drafts_in_target(self, drafted: Sequence[int]) -> list[int]:
         """What this role drafted, in the target's tokens."""
 
-    def oldest_row(self) -> int | None:
+    def oldest_needed_row(self) -> int | None:
         """The earliest position whose row a next row may need; None if each speaks for itself."""
 
 
@@ -69,11 +74,11 @@ class OneToOneTranslator:
     def __init__(self, mapping: VocabularyMap, stream: Stream) -> None:
         self._mapping, self._stream = mapping, stream
 
-    def read(self, token: int) -> None:
+    def append(self, token: int) -> None:
         """The target said `token`."""
         self._stream.append(self._mapping.tokens(token))
 
-    def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+    def append_forced(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
         """A text came that nobody chose."""
         self._stream.append(theirs)
 
@@ -82,18 +87,18 @@ class OneToOneTranslator:
         if tuple(self._stream.tokens[-len(theirs) :]) != tuple(theirs):
             self._stream.replace_tail(sum(len(self._mapping.tokens(token)) for token in ours), theirs)
 
-    def ahead(self, guesses: Sequence[int]) -> DraftTranslation:
+    def translate_drafts(self, drafts: Sequence[int]) -> DraftTranslation:
         """Its own ids of them, until one is not a single token."""
-        if not guesses:
+        if not drafts:
             return NO_DRAFTS
-        tokens = _one_for_one(guesses, self._mapping.to_role)
+        tokens = _one_for_one(drafts, self._mapping.to_role)
         return DraftTranslation(tuple(tokens), tuple(range(len(tokens) + 1)), (None,) * (len(tokens) + 1))
 
-    def guesses(self, drafted: Sequence[int]) -> list[int]:
+    def drafts_in_target(self, drafted: Sequence[int]) -> list[int]:
         """In the target's ids, until it has none."""
         return _one_for_one(drafted, self._mapping.to_primary)
 
-    def oldest_row(self) -> int | None:
+    def oldest_needed_row(self) -> int | None:
         """Each row speaks for itself."""
         return None
 
@@ -131,9 +136,9 @@ class Alignment:
         return CrossingTokenFinder(self.tables, self.target, self.said, self.role)
 
     @cached_property
-    def whole_texts(self) -> WholeTexts:
+    def added_tokens(self) -> AddedTokenMatcher:
         """What the small model reads as one token, whatever stands around it."""
-        return WholeTexts({text.decode(): id_ for id_, text in self.shown.items()})
+        return AddedTokenMatcher({text.decode(): id_ for id_, text in self.shown.items()})
 
     def said(self, token: int) -> bytes:
         """The bytes that the target's `token` adds to the text."""
@@ -146,32 +151,32 @@ class RetokenizingTranslator:
     def __init__(self, alignment: Alignment, stream: Stream) -> None:
         self._alignment, self._stream = alignment, stream
         self._prompt = len(stream)
-        self._retokenizer = IncrementalRetokenizer(alignment.role, alignment.whole_texts)
+        self._retokenizer = IncrementalRetokenizer(alignment.role, alignment.added_tokens)
         self._said: list[int] = []  # the target's newest tokens since the last that was no text
 
-    def read(self, token: int) -> None:
+    def append(self, token: int) -> None:
         """The target said `token`."""
         self._stream.replace_tail(*self._push(self._retokenizer, token))
         self._said = [] if token in self._alignment.special else [*self._said[1 - _CONTEXT :], token]
 
-    def force(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
+    def append_forced(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
         """A text came that nobody chose: it is read as any other."""
         for token in ours:
-            self.read(token)
+            self.append(token)
 
     def retokenize(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
         """Texts that are a token of its own are read so anyway."""
 
-    def ahead(self, guesses: Sequence[int]) -> DraftTranslation:
+    def translate_drafts(self, drafts: Sequence[int]) -> DraftTranslation:
         """The true tokens of them, until one takes back another."""
         reading, crossing_finder = (
-            self._retokenizer.fork() if guesses else self._retokenizer,
+            self._retokenizer.fork() if drafts else self._retokenizer,
             self._alignment.crossing_finder,
         )
         tokens: list[int] = []
         ends, boundaries_by_row = [0], [self._placed(reading.boundaries(crossing_finder))]
-        for guess in guesses:
-            back, news = self._push(reading, guess)
+        for draft in drafts:
+            back, news = self._push(reading, draft)
             if back:
                 break
             tokens += news
@@ -179,7 +184,7 @@ class RetokenizingTranslator:
             boundaries_by_row.append(self._placed(reading.boundaries(crossing_finder)))
         return DraftTranslation(tuple(tokens), tuple(ends), tuple(boundaries_by_row))
 
-    def guesses(self, drafted: Sequence[int]) -> list[int]:
+    def drafts_in_target(self, drafted: Sequence[int]) -> list[int]:
         """The target's tokens of the text that was drafted, as they follow what it said."""
         text = b""
         for token in drafted:
@@ -190,7 +195,7 @@ class RetokenizingTranslator:
             text += said
         return self._encoded(text)
 
-    def oldest_row(self) -> int | None:
+    def oldest_needed_row(self) -> int | None:
         """The row of the earliest boundary that may have straddlers."""
         return self._prompt + max(self._retokenizer.floor, len(self._retokenizer) - LOOK_BACK) - 1
 

@@ -49,8 +49,10 @@ def _count(crossing_tokens: object) -> int:
 def test_a_target_token_that_is_heard_by_its_first_small_token_is_heard_of_a_straddler_that_ends_there() -> None:
     """The small model is certain of "$\\", the target has "\\" and "\\frac", and said "$": both may come."""
     pair, tried = alignment("pieces", "single"), 0
-    meant = pair.tables.meant
-    longer = {int(x): t for t, x in enumerate(meant) if x != t}  # a target's token, by the one that its first part is
+    represented_by = pair.tables.represented_by
+    longer = {
+        int(x): t for t, x in enumerate(represented_by) if x != t
+    }  # a target's token, by the one that its first part is
     assert longer
     for said in range(len(pair.target.texts)):
         crossing_tokens = pair.crossing_finder.between([said])

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from actors.decoding.candidates import PADDING, Floats, Slice
+from actors.decoding.candidates import PADDING, Floats, RowSlice
 from actors.decoding.cross_vocab.logprobs import FLOOR, CrossingRows, RoleRowInput, TokenEventLogprobs
 from actors.decoding.cross_vocab.translators import Alignment, RetokenizingTranslator
 from actors.decoding.stream import Stream
@@ -133,13 +133,13 @@ def test_rows_of_one_block_do_not_change_each_other() -> None:
     reader = RetokenizingTranslator(pair, Stream(1, [3]))
     inputs, candidates = [], []
     for token in pair.target.encode(texts()["english"].train[:150])[0]:
-        boundaries = reader.ahead(()).boundaries_by_row[0]
+        boundaries = reader.translate_drafts(()).boundaries_by_row[0]
         crossing = CrossingRows(boundaries) if boundaries is not None else None
         if crossing is not None:
             crossing.values[:], crossing.sums[:] = draw.normal(size=len(crossing.ids)), 8.0
-        inputs.append(RoleRowInput(Slice(np.arange(width), draw.normal(size=width), np.zeros(0), 8.0), crossing))
+        inputs.append(RoleRowInput(RowSlice(np.arange(width), draw.normal(size=width), np.zeros(0), 8.0), crossing))
         candidates.append(np.sort(draw.choice(tokenizer("pieces").width, 40, replace=False)))
-        reader.read(token)
+        reader.append(token)
     ids, inside = np.stack(candidates), np.ones((len(inputs), 40), np.bool_)
     inside[::3, 30:] = False  # some rows have fewer
     ids[::3, 30:] = PADDING
@@ -155,13 +155,13 @@ def test_a_slice_and_lookups_say_what_the_whole_row_says() -> None:
     total, ids = float(np.logaddexp.reduce(row)), np.arange(200, 260)[None]
     inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = np.ones(ids.shape, np.bool_)
     whole = TokenEventLogprobs(
-        pair.tables, ids, inside, [RoleRowInput(Slice(np.arange(len(row)), row, np.zeros(0), total), None)]
+        pair.tables, ids, inside, [RoleRowInput(RowSlice(np.arange(len(row)), row, np.zeros(0), total), None)]
     )
     top = np.unique(whole.tokens)[::2]
     sliced = TokenEventLogprobs(
-        pair.tables, ids, inside, [RoleRowInput(Slice(top, row[top], np.zeros(0), total), None)]
+        pair.tables, ids, inside, [RoleRowInput(RowSlice(top, row[top], np.zeros(0), total), None)]
     )
-    _, places, asked = sliced.missing()
+    _, places, asked = sliced.missing_logits()
     assert 0 < len(asked) < len(sliced.tokens)
     sliced.fill(places, row[asked])
     assert np.array_equal(sliced.masses(), whole.masses(), equal_nan=True)

@@ -8,7 +8,7 @@ import re
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from actors.decoding.cross_vocab.retokenizer import IncrementalRetokenizer, WholeTexts
+from actors.decoding.cross_vocab.retokenizer import AddedTokenMatcher, IncrementalRetokenizer
 from actors.decoding.cross_vocab.tables import TokenizerAdapter
 from actors.decoding.cross_vocab.translators import RetokenizingTranslator
 from actors.decoding.hashing import prefix_hash
@@ -68,7 +68,7 @@ def test_a_text_that_is_one_token_is_read_so_whatever_stands_around_it(kind: str
     whole_texts = {"<think>": 100_001, "</think>": 100_002, "</thinking aloud>": 100_003}
     found = 0
     for _ in range(25):
-        reading, ids = IncrementalRetokenizer(adapter, WholeTexts(whole_texts)), list[int]()
+        reading, ids = IncrementalRetokenizer(adapter, AddedTokenMatcher(whole_texts)), list[int]()
         parts = [
             part for piece in draw.sample(STRANGE, 3) for part in (piece, draw.choice([*whole_texts, "</thin", ".<"]))
         ]
@@ -85,7 +85,7 @@ def test_a_text_that_is_one_token_is_read_so_whatever_stands_around_it(kind: str
 
 def test_nothing_straddles_the_end_of_a_text_that_is_one_token() -> None:
     pair = alignment("grouped", "single")
-    reading = IncrementalRetokenizer(pair.role, WholeTexts({"</think>": 100_002}))
+    reading = IncrementalRetokenizer(pair.role, AddedTokenMatcher({"</think>": 100_002}))
     reading.push(0, b"so</think")
     reading.push(pair.target.encode(">")[0][0], b">The")  # one token of the target reaches over it
     boundaries = reading.boundaries(pair.crossing_finder)
@@ -143,7 +143,7 @@ def test_a_stream_holds_the_true_tokens_and_hashes_after_every_rollback(target: 
     reader, text = RetokenizingTranslator(pair, stream), _draw(draw)
     tokens = pair.target.encode(text)[0]
     for token in tokens:
-        reader.read(token)
+        reader.append(token)
         running = 9
         for at, each in enumerate(stream.tokens):
             running = prefix_hash(running, each)
@@ -159,14 +159,14 @@ def test_what_is_read_ahead_is_what_is_read(target: str, role: str) -> None:
     reader = RetokenizingTranslator(pair, stream)
     cut = 0
     for at, token in enumerate(tokens[:-4]):
-        ahead = reader.ahead(tokens[at : at + 4])
-        assert reader.ahead(()).boundaries_by_row[0] == ahead.boundaries_by_row[0]
+        ahead = reader.translate_drafts(tokens[at : at + 4])
+        assert reader.translate_drafts(()).boundaries_by_row[0] == ahead.boundaries_by_row[0]
         for rows, read in enumerate(ahead.ends[1:], 1):
             said = tokens[: at + rows]
             if _whole(pair.target, said):
                 assert [*stream.tokens[1:], *ahead.tokens[:read]] == pair.role.encode(_text(pair.target, said))[0]
         cut += len(ahead.ends) < 5
-        reader.read(token)
+        reader.append(token)
     assert cut < len(tokens) - 4, "some are read to their end"
 
 

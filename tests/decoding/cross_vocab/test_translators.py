@@ -70,7 +70,7 @@ def test_the_guider_reads_its_own_mark_once_the_text_is_there(pair: Alignment) -
     spelled = TARGET.adapter.encode("Ada." + END)[0]
     for translator in translators:
         for token in spelled:
-            translator.read(token)
+            translator.append(token)
     translators[0].retokenize(TARGET.encode(END), [GUIDER.added_tokens[END]], END)
     translators[1].retokenize(TARGET.encode(END), BASE.encode(END), END)
     assert streams[0].tokens[2:] == [*GUIDER.adapter.encode("Ada.")[0], GUIDER.added_tokens[END]]
@@ -82,8 +82,8 @@ def test_a_draft_is_spelled_as_it_follows_what_was_said(pair: Alignment) -> None
     whole = TARGET.adapter.encode("The mentor of Ada is")[0]
     said, rest = whole[:2], b"".join(TARGET.adapter.texts[token] or b"" for token in whole[2:]).decode()
     for token in said:
-        translator.read(token)
-    assert translator.guesses([*GUIDER.adapter.encode(rest)[0], GUIDER.eos_ids[1], 5]) == [
+        translator.append(token)
+    assert translator.drafts_in_target([*GUIDER.adapter.encode(rest)[0], GUIDER.eos_ids[1], 5]) == [
         *whole[2:],
         TARGET.eos_ids[0],
     ]
