@@ -131,33 +131,35 @@ S = TypeVar("S", Counter, Gauge, Histogram)
 
 
 class Recorder:
-    """The metrics of one process. Each series begins when it is first asked for; whoever updates it keeps it."""
+    """The registry of one process: every counter, gauge and histogram is kept here and nowhere else.
+
+    The first request for a series creates it. Code that counts often keeps the object that it got.
+    """
 
     def __init__(self) -> None:
-        self._series: dict[str, dict[tuple[str, ...], Series]] = {}
+        self._series: dict[tuple[str, ...], Series] = {}  # by the metric's name and the values of its labels
 
     def counter(self, name: str, *labels: str) -> Counter:
         """The counter of that name and these values of its labels, in the table's order."""
-        return self._find(name, labels, Counter)
+        return self._find(Counter, name, labels)
 
     def gauge(self, name: str, *labels: str) -> Gauge:
         """The same for a gauge."""
-        return self._find(name, labels, Gauge)
+        return self._find(Gauge, name, labels)
 
     def histogram(self, name: str, *labels: str) -> Histogram:
         """The same for a histogram."""
-        return self._find(name, labels, Histogram)
+        return self._find(Histogram, name, labels)
 
     def __iter__(self) -> Iterator[tuple[Metric, tuple[str, ...], Series]]:
         """All series: the metric, the values of its labels, and what is counted."""
-        for name, by_labels in self._series.items():
-            for labels, series in by_labels.items():
-                yield METRICS[name], labels, series
+        for (name, *labels), series in self._series.items():
+            yield METRICS[name], tuple(labels), series
 
-    def _find(self, name: str, labels: tuple[str, ...], kind: type[S]) -> S:
-        series = self._series.setdefault(name, {}).get(labels)
+    def _find(self, kind: type[S], name: str, labels: tuple[str, ...]) -> S:
+        series = self._series.get((name, *labels))
         if series is None:
-            series = self._series[name][labels] = _new(METRICS[name], labels)
+            series = self._series[name, *labels] = _new(METRICS[name], labels)
         assert isinstance(series, kind), f"{name} is a {METRICS[name].kind}"
         return series
 

@@ -16,7 +16,7 @@ import logging
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from actors.engine.errors import EngineError
@@ -101,7 +101,7 @@ class ModelReplica:
         self._over = False
         self._broken: Exception | None = None  # what ended the loop
         self._farewell: asyncio.Task[None] | None = None
-        self._stats, self._meter = ReplicaStats(), ReplicaMeter(role)
+        self._meter = ReplicaMeter(role)
 
     async def start(self) -> tuple[str, int]:
         """Listen and run; (host, port) for coordinators."""
@@ -130,19 +130,11 @@ class ModelReplica:
 
     def stats(self) -> ReplicaStats:
         """Totals since the start, as of now."""
-        open_now = self._server.peers
-        return replace(
-            self._stats,
-            lookups=self._rows.asked,
-            lookups_waited=self._rows.waited,
-            bytes_received=self._stats.bytes_received + sum(peer.bytes_received for peer in open_now),
-            bytes_sent=self._stats.bytes_sent + sum(peer.bytes_sent for peer in open_now),
-            refused_connections=dict(self._server.refused),
-        )
+        return self._meter.stats(self._rows, self._server)
 
     def measured(self) -> Recorder:
         """What this replica measures, as of now."""
-        return self._meter.report(self.load(), self._stats)
+        return self._meter.report(self.load())
 
     async def check_cache(self) -> int:
         """Sessions left in the cache, whose accounts are proved between two forwards; AssertionError if they fail."""
@@ -199,7 +191,7 @@ class ModelReplica:
         took, self._forward_began = time.monotonic() - self._forward_began, None
         if isinstance(outcome, Exception):
             log.error("a forward over %d sessions failed", len(chunks), exc_info=outcome)
-            self._stats.failures += 1
+            self._meter.failed()
             outcome = [Failed()] * len(chunks)
         done = [p for p, r in zip(chunks, outcome, strict=True) if isinstance(r, Answer | SampledDraft | Held)]
         packed = self._count(done, took) if chunks else 0
@@ -220,8 +212,7 @@ class ModelReplica:
     def _count(self, chunks: Sequence[Chunk], took: float) -> int:
         """The tokens that went through a forward."""
         self._window.forward_took(took)
-        self._meter.forward(chunks, took)
-        return self._stats.count(chunks, took)
+        return self._meter.forward(chunks, took)
 
     def _conclude(self, chunk: Chunk, result: Result) -> tuple[Lease, Refusal] | None:
         """Answer a part whose forward is over, unless its session was released or taken over meanwhile.
@@ -337,6 +328,5 @@ class ModelReplica:
         self._closing.update(self._leases.release_all(peer, self._replies))
         self._replies.flush()
         self._window.forget(peer)
-        self._stats.bytes_received += peer.bytes_received
-        self._stats.bytes_sent += peer.bytes_sent
+        self._meter.disconnected(peer)
         self._wake()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from actors.metrics import Counter, Recorder
+from actors.replica.lookups import LookupService
 from actors.replica.scheduler import Chunk
+from actors.wire.server import Peer, Server
 
 Phase = Literal["prefill", "extend", "draft", "lookup"]
 
@@ -28,73 +30,95 @@ class ReplicaLoad:
         return self.cache_total - self.cache_used
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ReplicaStats:
     """Totals since the start."""
 
-    forwards: int = 0
-    items: int = 0  # parts of extends that went through a forward
-    tokens: int = 0  # that went through a forward
-    forked_tokens: int = 0  # whose cache was copied from another session's instead
-    lookups: int = 0  # rows looked up or widened
-    lookups_waited: int = 0  # of these, rows that were still being made
-    failures: int = 0  # forwards that raised
-    forward_s: float = 0.0
-    bytes_received: int = 0
-    bytes_sent: int = 0
-    refused_connections: Mapping[str, int] = field(default_factory=dict)  # by the stable code of what ended them
+    forwards: int
+    forward_s: float
+    items: int  # chunks of extends that went through a forward
+    tokens: int  # that went through a forward
+    forked_tokens: int  # whose cache was copied from another session's instead
+    failures: int  # forwards that raised
+    lookups: int  # rows looked up or widened
+    lookups_waited: int  # of these, rows that were still being made
+    bytes_received: int
+    bytes_sent: int
+    refused_connections: Mapping[str, int]  # by the stable code of what ended them
 
-    def count(self, chunks: Sequence[Chunk], took: float) -> int:
-        """A forward over these is over; the tokens that went through it."""
-        packed = sum(chunk.tokens for chunk in chunks)
-        self.forwards += 1
-        self.items += len(chunks)
-        self.tokens += packed
-        self.forked_tokens += sum(chunk.forked for chunk in chunks)
-        self.forward_s += took
-        return packed
+
+class _PhaseCounters(NamedTuple):
+    """The counters of one phase. sessions: in forwards, summed over these."""
+
+    steps: Counter
+    seconds: Counter
+    sessions: Counter
 
 
 class ReplicaMeter:
-    """What a replica of a role measures."""
+    """The metrics of one replica, and the totals that are no metrics."""
 
     def __init__(self, role: str) -> None:
         self._role, self._recorder = role, Recorder()
-        self._steps: dict[Phase, tuple[Counter, Counter]] = {}  # how many, and their seconds
-        self._sessions: dict[Phase, Counter] = {}
+        self._phases: dict[Phase, _PhaseCounters] = {}
         self._cache = self._recorder.gauge("thinklogit_cache_used_ratio", role)
         self._waiting = self._recorder.gauge("thinklogit_extends_waiting", role)
         self._tokens = self._recorder.counter("thinklogit_forward_tokens", role)
         self._failed = self._recorder.counter("thinklogit_failed_forwards", role)
+        self._forked_tokens = self._bytes_received = self._bytes_sent = 0
 
-    def forward(self, chunks: Sequence[Chunk], took: float) -> None:
-        """A forward over these parts took so many seconds."""
-        phase = phase_of(chunks)
-        self._step(phase, took)
-        if phase not in self._sessions:
-            self._sessions[phase] = self._recorder.counter("thinklogit_batched_sessions", self._role, phase)
-        self._sessions[phase].add(len(chunks))
+    def forward(self, chunks: Sequence[Chunk], took: float) -> int:
+        """Count a forward over these chunks, which took so many seconds. Returns the tokens that went through it."""
+        tokens = sum(chunk.tokens for chunk in chunks)
+        self._step(phase_of(chunks), took, len(chunks))
+        self._tokens.add(tokens)
+        self._forked_tokens += sum(chunk.forked for chunk in chunks)
+        return tokens
+
+    def failed(self) -> None:
+        """Count a forward that raised."""
+        self._failed.add()
 
     def looked_up(self, took: float) -> None:
-        """A frame of lookups was answered."""
+        """Count a frame of lookups that was answered within so many seconds."""
         self._step("lookup", took)
 
-    def report(self, load: ReplicaLoad, stats: ReplicaStats) -> Recorder:
-        """All that was measured, as of now."""
+    def disconnected(self, peer: Peer) -> None:
+        """Keep the bytes of a connection that is over."""
+        self._bytes_received += peer.bytes_received
+        self._bytes_sent += peer.bytes_sent
+
+    def report(self, load: ReplicaLoad) -> Recorder:
+        """All metrics, with the gauges set from `load`."""
         self._cache.value = load.cache_used / load.cache_total
         self._waiting.value = load.waiting
-        self._tokens.value, self._failed.value = stats.tokens, stats.failures
         return self._recorder
 
-    def _step(self, phase: Phase, took: float) -> None:
-        if phase not in self._steps:
-            self._steps[phase] = (
-                self._recorder.counter("thinklogit_steps", self._role, phase),
-                self._recorder.counter("thinklogit_step_seconds", self._role, phase),
-            )
-        steps, seconds = self._steps[phase]
-        steps.add()
-        seconds.add(took)
+    def stats(self, lookups: LookupService, server: Server) -> ReplicaStats:
+        """The totals as of now."""
+        forwards = [counters for phase, counters in self._phases.items() if phase != "lookup"]
+        return ReplicaStats(
+            forwards=int(sum(counters.steps.value for counters in forwards)),
+            forward_s=sum(counters.seconds.value for counters in forwards),
+            items=int(sum(counters.sessions.value for counters in forwards)),
+            tokens=int(self._tokens.value),
+            forked_tokens=self._forked_tokens,
+            failures=int(self._failed.value),
+            lookups=lookups.asked,
+            lookups_waited=lookups.waited,
+            bytes_received=self._bytes_received + sum(peer.bytes_received for peer in server.peers),
+            bytes_sent=self._bytes_sent + sum(peer.bytes_sent for peer in server.peers),
+            refused_connections=dict(server.refused),
+        )
+
+    def _step(self, phase: Phase, took: float, sessions: int = 0) -> None:
+        if phase not in self._phases:
+            names = ("thinklogit_steps", "thinklogit_step_seconds", "thinklogit_batched_sessions")
+            self._phases[phase] = _PhaseCounters(*(self._recorder.counter(name, self._role, phase) for name in names))
+        counters = self._phases[phase]
+        counters.steps.add()
+        counters.seconds.add(took)
+        counters.sessions.add(sessions)
 
 
 def phase_of(chunks: Sequence[Chunk]) -> Phase:
