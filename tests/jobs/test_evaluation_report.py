@@ -15,7 +15,7 @@ import pytest
 from actors.api.generation import ROLES
 from cluster.jobs.contrasts import contrasts
 from cluster.jobs.evaluation_report import write_report
-from cluster.jobs.report_page import ends
+from cluster.jobs.report_page import shorten
 from cluster.jobs.results import ProblemRow, Results, RunError
 from cluster.jobs.sample import ALONE, Key, Mode, Sample, Timing
 from cluster.jobs.summary import AVERAGE, TARGET, Variant, summarise
@@ -166,6 +166,7 @@ def test_the_page_refers_to_nothing_outside_and_runs_no_text_as_markup(run: Path
     assert all((first or second).startswith("#") for first, second in references)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
+    assert "<b>so" not in page
     assert "default-src 'none'" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -235,8 +236,8 @@ def test_differing_verdicts_come_from_each_task_in_turn_with_every_modes_text(ru
 
 
 def test_a_long_text_is_shown_by_its_ends() -> None:
-    assert ends("abc", 4) == "abc"
-    assert ends("abcdefgh", 4) == "ab\n\n[… 4 characters left out …]\n\ngh"
+    assert shorten("abc", 4) == "abc"
+    assert shorten("abcdefgh", 4) == "ab\n\n[… 4 characters left out …]\n\ngh"
 
 
 def test_a_folder_without_samples_says_so(tmp_path: Path) -> None:
