@@ -32,7 +32,7 @@ class Finding:
     """One thing about a role, or the HTTP side, that a person should know. Errors refuse the start."""
 
     severity: Literal["error", "warning", "note"]
-    role: Role | Literal["router"]
+    role: Role | Literal["router", "config"]
     message: str
 
     def rank(self) -> int:

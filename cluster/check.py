@@ -1,9 +1,9 @@
-"""Is this configuration sound, and does it fit? Nothing is loaded or started.
+"""Checks a Serve config file and whether its models fit this machine, without loading a model or starting Ray.
 
     python -m cluster.check ray_config.yaml [--download]
 
-Prints what each role costs, what its checkpoints disagree about, and what is missing with the command that mends it.
-Exit status 0: the service can start. 1: it cannot, or not as configured.
+Prints the memory that each role needs, the differences between the three checkpoints, and every missing file with the
+command that fetches it. Exit status: 0 if the service can start as configured, otherwise 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import ipaddress
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,17 +31,17 @@ from router.keys import Keys
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check one file; the exit status."""
+    """Check one file. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cluster.check", description="Check a service's configuration.")
     parser.add_argument("file", type=Path, help="the Serve config file, ray_config.yaml")
-    parser.add_argument("--download", action="store_true", help="fetch the weights that are not here")
+    parser.add_argument("--download", action="store_true", help="first fetch weights that are missing here")
     options = parser.parse_args(arguments)
     console = Console()
     try:
-        config = read_service_config(options.file)
+        config, old_keys = read_with_old_keys(options.file)
         if options.download:
             fetch(config, console)
-        return check(config, listening_host(options.file), console)
+        return check(config, listening_host(options.file), console, old_keys)
     except ConfigError as error:
         for line in str(error).splitlines():
             console.print(f"[bold red]error[/] {options.file}: ", end="")
@@ -48,10 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def check(config: ServiceConfig, host: str, console: Console) -> int:
-    """Print everything about a configuration whose keys are sound; 1 if it cannot start. host: where it listens."""
+def read_with_old_keys(file: Path) -> tuple[ServiceConfig, list[Finding]]:
+    """The configuration, and a warning for each key under the name of an earlier release. Raises ConfigError."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        config = read_service_config(file)
+    return config, [Finding("warning", "config", str(each.message)) for each in caught]
+
+
+def check(config: ServiceConfig, host: str, console: Console, old_keys: Sequence[Finding] = ()) -> int:
+    """Print the costs and all findings. Returns 1 if the service cannot start. host: the address that it listens on.
+
+    old_keys: findings of `read_with_old_keys`.
+    """
     tokenizers = load_tokenizers(config)
-    found = findings(config, tokenizers)
+    found = [*old_keys, *findings(config, tokenizers)]
     estimates: list[Estimate] = []
     for role in ROLES:
         costs, missing = estimate(config, role, tokenizers[role])
@@ -60,7 +72,7 @@ def check(config: ServiceConfig, host: str, console: Console) -> int:
     gpus = gpu_memory() if any(costs.gpus for costs in estimates) else []
     found += memory_findings(estimates, gpus)
     found += disk_findings(estimates, free_disk())
-    found += entrance_findings(config.router, host)
+    found += authentication_findings(config.router, host)
     found.sort(key=Finding.rank)
     show(console, estimates, gpus, found)
     errors = sum(finding.severity == "error" for finding in found)
@@ -68,21 +80,21 @@ def check(config: ServiceConfig, host: str, console: Console) -> int:
     return 1 if errors else 0
 
 
-def entrance_findings(router: RouterConfig, host: str) -> list[Finding]:
-    """What is to say about who may ask. Raises ConfigError where the API keys that are here are not sound."""
+def authentication_findings(router: RouterConfig, host: str) -> list[Finding]:
+    """Findings about HTTP authentication. Raises ConfigError if API keys on this machine are malformed."""
     if not router.keys.required:
         if _is_loopback(host):
             return []
-        message = f"listens on {host} and asks nobody for a key: set router.keys, or put a gateway before it that does"
-        return [Finding("warning", "router", message)]
+        message = f"listens on {host} without authentication: set router.keys, or put a gateway with authentication "
+        return [Finding("warning", "router", message + "in front of it")]
     file, variable = router.keys.file, router.keys.env
     missing = [
-        *([f"router.keys.file {file}"] if file and not Path(file).expanduser().exists() else []),
-        *([f"router.keys.env {variable}"] if variable and variable not in os.environ else []),
+        *([f"router.keys.file {file} does not exist"] if file and not Path(file).expanduser().exists() else []),
+        *([f"router.keys.env {variable} is not set"] if variable and variable not in os.environ else []),
     ]
     if not missing:
         Keys(router.keys)
-    return [Finding("warning", "router", f"{name} is not here; each router needs it to start") for name in missing]
+    return [Finding("warning", "router", f"{one} on this machine; every router needs it to start") for one in missing]
 
 
 def _is_loopback(host: str) -> bool:
@@ -93,8 +105,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def fetch(config: ServiceConfig, console: Console) -> None:
-    """Download what is not a folder here. Raises ConfigError for what the hub refuses."""
-    load_tokenizers(config)  # explains a gated or misspelt model before gigabytes are asked for
+    """Download the weights of every role whose path is no local folder. Raises ConfigError if the hub refuses one."""
+    load_tokenizers(config)  # a gated or misspelt model is refused before gigabytes are downloaded
     for role in ROLES:
         model = config.models.role(role)
         if model.load_format == "dummy" or Path(model.path).expanduser().is_dir():
@@ -103,7 +115,7 @@ def fetch(config: ServiceConfig, console: Console) -> None:
         try:
             download(model.path, model.revision)
         except (HfHubHTTPError, OSError) as error:
-            raise ConfigError(f"models.{role}: {model.path} cannot be fetched: {error}") from error
+            raise ConfigError(f"models.{role}: {model.path} cannot be downloaded: {error}") from error
 
 
 if __name__ == "__main__":

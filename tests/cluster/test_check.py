@@ -1,4 +1,4 @@
-"""`cluster.check` says what is wrong in words, and its exit status says whether the service can start."""
+"""`cluster.check` prints every finding; its exit status tells whether the service can start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(tmp_path: Path, **models: str | Path) -> Path:
-    """The repository's file with absolute paths, and other models for some roles."""
+    """A copy of the repository's file with absolute paths, and the given models for some roles."""
     file = yaml.safe_load((ROOT / "ray_config.yaml").read_text(encoding="utf-8"))
     for role, model in file["applications"][0]["args"]["models"].items():
         model["path"] = str(models.get(role, WEIGHTS / role))
@@ -53,12 +53,35 @@ def test_a_misspelt_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "guidance.alhpa: unknown key" in capsys.readouterr().out
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("section", "old", "new"),
+    [
+        (None, "exact", "batch_invariant"),
+        ("exchange", "widen_above", "max_unseen_mass"),
+        ("deadlines", "missing_s", "reconnect_timeout_s"),
+        ("deadlines", "silent_s", "peer_timeout_s"),
+    ],
+)
+def test_an_old_config_key_draws_a_warning(
+    section: str | None, old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path)
+    file = yaml.safe_load(path.read_text(encoding="utf-8"))
+    args = file["applications"][0]["args"]
+    keys = args.setdefault(section, {}) if section else args
+    keys.pop(new, None)
+    keys[old] = old == "exact" or 1
+    path.write_text(yaml.safe_dump(file), encoding="utf-8")
+    assert main([str(path)]) == 0
+    assert f"warning config: the key {old} is called {new} now" in capsys.readouterr().out
+
+
+def test_a_missing_model_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(written(tmp_path, guider="/nowhere/guider"))]) == 1
     assert "models.guider: there is no folder /nowhere/guider" in capsys.readouterr().out
 
 
-def test_a_pair_of_another_family_is_named_with_its_coverage(
+def test_a_guider_of_another_family_is_reported_with_its_coverage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(tmp_path, "guider")
@@ -76,7 +99,7 @@ def test_a_pair_of_another_family_is_named_with_its_coverage(
     assert "99.95% of the target's text tokens" in printed
 
 
-def test_positions_special_tokens_and_templates_that_differ_are_noted(
+def test_differing_positions_and_chat_templates_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(tmp_path, "guider_base")
@@ -98,7 +121,7 @@ def test_damaged_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not a whole safetensors file" in capsys.readouterr().out
 
 
-def test_dummy_weights_are_not_asked_for_and_said_to_mean_nothing(
+def test_dummy_weights_are_not_downloaded_and_draw_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied(tmp_path, "target")
@@ -111,11 +134,11 @@ def test_dummy_weights_are_not_asked_for_and_said_to_mean_nothing(
     capsys.readouterr()
     assert main([str(file)]) == 0
     assert "its weights are random" in capsys.readouterr().out
-    monkeypatch.setattr("cluster.check.download", lambda path, revision: pytest.fail("weights were asked for"))
+    monkeypatch.setattr("cluster.check.download", lambda path, revision: pytest.fail("weights were downloaded"))
     fetch(read_service_config(file), Console(quiet=True))
 
 
-def test_download_fetches_what_is_no_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_fetches_models_that_are_no_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_service_config(written(tmp_path, guider="some/guider"))
     fetched: list[tuple[str, str | None]] = []
     monkeypatch.setattr("cluster.check.load_tokenizers", lambda _: {})
@@ -124,8 +147,8 @@ def test_download_fetches_what_is_no_folder_here(tmp_path: Path, monkeypatch: py
     assert fetched == [("some/guider", None)]
 
 
-def entrance(tmp_path: Path, host: str, **router: object) -> Path:
-    """The repository's file, listening on `host`, with more in its router section."""
+def listening(tmp_path: Path, host: str, **router: object) -> Path:
+    """A copy of the repository's file that listens on `host`, with more keys in its router section."""
     path = written(tmp_path)
     file = yaml.safe_load(path.read_text(encoding="utf-8"))
     file["http_options"]["host"] = host
@@ -138,27 +161,27 @@ def entrance(tmp_path: Path, host: str, **router: object) -> Path:
     ("host", "warned"),
     [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("10.0.0.7", True), ("::", True)],  # noqa: S104
 )
-def test_an_entrance_for_others_without_keys_is_warned_of(
+def test_listening_beyond_loopback_without_keys_draws_a_warning(
     host: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(entrance(tmp_path, host))]) == 0
-    assert (f"warning router: listens on {host} and asks nobody for a key" in capsys.readouterr().out) is warned
+    assert main([str(listening(tmp_path, host))]) == 0
+    assert (f"warning router: listens on {host} without authentication" in capsys.readouterr().out) is warned
     (tmp_path / "keys").write_text("ada:ada-secret-0123456789", encoding="utf-8")
-    assert main([str(entrance(tmp_path, host, keys={"file": str(tmp_path / "keys")}))]) == 0
+    assert main([str(listening(tmp_path, host, keys={"file": str(tmp_path / "keys")}))]) == 0
     assert "router:" not in capsys.readouterr().out
 
 
-def test_keys_that_are_not_here_are_noted_and_unsound_ones_refused(
+def test_missing_keys_draw_a_warning_and_malformed_keys_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SERVICE_KEYS", raising=False)
     keys = {"file": str(tmp_path / "keys"), "env": "SERVICE_KEYS"}
-    assert main([str(entrance(tmp_path, "127.0.0.1", keys=keys))]) == 0
+    assert main([str(listening(tmp_path, "127.0.0.1", keys=keys))]) == 0
     printed = capsys.readouterr().out
-    assert f"router.keys.file {tmp_path / 'keys'} is not here" in printed
-    assert "router.keys.env SERVICE_KEYS is not here" in printed
+    assert f"router.keys.file {tmp_path / 'keys'} does not exist on this machine" in printed
+    assert "router.keys.env SERVICE_KEYS is not set on this machine" in printed
     monkeypatch.setenv("SERVICE_KEYS", "ada-secret-0123456789")
-    assert main([str(entrance(tmp_path, "127.0.0.1", keys={"env": "SERVICE_KEYS"}))]) == 1
+    assert main([str(listening(tmp_path, "127.0.0.1", keys={"env": "SERVICE_KEYS"}))]) == 1
     printed = capsys.readouterr().out
     assert "router.keys.env: SERVICE_KEYS, line 1: an entry is name:key" in printed
     assert "secret" not in printed
