@@ -1,4 +1,4 @@
-"""What `cluster.check` found, as tables and sentences for a person."""
+"""Prints the findings of `cluster.check` as tables and sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from actors.preflight import Finding
 from cluster.estimate import Estimate, free_disk, size
 
-CONTEXTS = (2_048, 8_192, 32_768)  # tokens a session for which the table counts the sessions that fit
+CONTEXTS = (2_048, 8_192, 32_768)  # tokens of one session; the tables count the sessions of each length that fit
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
 
@@ -20,7 +20,7 @@ def show(console: Console, estimates: Sequence[Estimate], gpus: Sequence[int], f
     """Print the costs, the cache folder and every finding."""
     console.print(costs_table(estimates))
     if gpus:
-        console.print(f"GPUs here: {', '.join(size(gpu) for gpu in gpus)}")
+        console.print(f"GPUs of this machine: {', '.join(size(gpu) for gpu in gpus)}")
         console.print(fit_table(estimates, min(gpus)))
     console.print(f"Hub cache: {HF_HUB_CACHE}, {size(free_disk())} free", highlight=False, soft_wrap=True)
     for finding in found:
@@ -29,7 +29,7 @@ def show(console: Console, estimates: Sequence[Estimate], gpus: Sequence[int], f
 
 
 def costs_table(estimates: Sequence[Estimate]) -> Table:
-    """Per role: weights, dtype, cache, positions, and the sessions that the configured cache holds."""
+    """For each role: weights, dtype, cache, positions, and the sessions that the configured cache holds."""
     table = Table()
     table.add_column("")
     for costs in estimates:
@@ -44,13 +44,13 @@ def costs_table(estimates: Sequence[Estimate]) -> Table:
         "GPUs": lambda costs: costs.share,
         "sessions x context": lambda costs: _sessions(costs.cache_tokens, costs.position_limit),
     }
-    for name, words in rows.items():
-        table.add_row(name, *(words(costs) for costs in estimates))
+    for name, cell in rows.items():
+        table.add_row(name, *(cell(costs) for costs in estimates))
     return table
 
 
 def fit_table(estimates: Sequence[Estimate], gpu: int) -> Table:
-    """Per role on a GPU: the sessions x context for which its share of this machine's GPUs has room."""
+    """For each role on a GPU: the sessions x context that fit its share of GPUs of `gpu` bytes each."""
     table = Table(title=f"Room on GPUs of {size(gpu)}", title_justify="left")
     for name in ("role", "share", "cache tokens that fit", "sessions x context"):
         table.add_column(name)

@@ -1,10 +1,10 @@
-"""Empty this Ray node before its machine or pod goes: its replicas are started elsewhere, then told to stop.
+"""Drains this Ray node before its machine or pod is removed: Serve starts its replicas elsewhere, then stops them here.
 
     python -m cluster.drain --seconds 600
 
-Returns once no Serve replica runs on this machine, or after so many seconds: a replacement loads its weights before the
-replica here is told to stop. The node takes nothing new from then on, so end it afterwards. Pods of
-cluster/kuberay.yaml do this before they are stopped.
+Returns when no Serve replica runs on this machine any more, or after that many seconds. A replacement loads its weights
+before Serve stops the replica here. The node accepts no new work afterwards, so remove it. Pods of cluster/kuberay.yaml
+run this command before they stop.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-REPLICA = b"ray::ServeReplica"  # how Ray names the processes of Serve's replicas
+REPLICA = b"ray::ServeReplica"  # Ray's process title of a Serve replica begins with it
 POLL_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Drain; the exit status: 0 when nothing is left, 1 when time was up."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.drain", description="Empty this Ray node.")
-    parser.add_argument("--seconds", type=int, default=600, help="how long replicas may take to move")
+    """Drain the node. Returns the exit status: 0 if no replica is left, 1 if time ran out."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.drain", description="Drain this Ray node.")
+    parser.add_argument("--seconds", type=int, default=600, help="time for replicas to move")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.seconds
-    refusal = ask_for_drain(options.seconds)
+    refusal = request_drain(options.seconds)
     if refusal:
-        print(f"not drained by this call: {refusal}", file=sys.stderr)  # by the autoscaler's perhaps: wait all the same
-    while left := replicas_here():
+        print(f"Ray refused to drain this node: {refusal}", file=sys.stderr)
+        # The autoscaler may be draining it already: wait all the same.
+    while left := local_replicas():
         if time.monotonic() > deadline:
-            print(f"{len(left)} replicas are still here: {', '.join(map(str, left))}", file=sys.stderr)
+            print(f"{len(left)} replicas still run here: {', '.join(map(str, left))}", file=sys.stderr)
             return 1
         time.sleep(POLL_S)
     return 0
 
 
-def ask_for_drain(seconds: int) -> str:
-    """Tell Ray that this node goes in so many seconds; why it refused, or an empty text."""
+def request_drain(seconds: int) -> str:
+    """Ask Ray to drain this node within `seconds`. Returns Ray's error message, empty if it agreed."""
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the machine is going away"]
     command = ["ray", "drain-node", *reason, "--deadline-remaining-seconds", str(seconds)]
     try:
@@ -48,8 +49,8 @@ def ask_for_drain(seconds: int) -> str:
     return done.stderr.strip() if done.returncode else ""
 
 
-def replicas_here(processes: Path = Path("/proc")) -> list[int]:
-    """Process ids of the Serve replicas on this machine, or in this container."""
+def local_replicas(processes: Path = Path("/proc")) -> list[int]:
+    """Process ids of the Serve replicas on this machine or in this container."""
     found = []
     for folder in processes.iterdir():
         if not folder.name.isdigit():
@@ -57,7 +58,7 @@ def replicas_here(processes: Path = Path("/proc")) -> list[int]:
         try:
             command = (folder / "cmdline").read_bytes()
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         if command.startswith(REPLICA):
             found.append(int(folder.name))
     return sorted(found)

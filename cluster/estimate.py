@@ -1,4 +1,4 @@
-"""What each role costs, and whether it fits where the configuration puts it: arithmetic on files, nothing is loaded."""
+"""Memory and disk that each role needs, and whether its place has them: arithmetic on files, no model is loaded."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from actors.preflight import Finding, position_limit
 from actors.text.tokenizer import RoleTokenizer
 from cluster.weights import Weights, WeightsError, cached_folder, local_weights, remote_bytes
 
-USABLE = 0.92  # of a GPU: the rest is the CUDA context, activations and rows in flight
+USABLE = 0.92  # share of a GPU's memory; the rest is the CUDA context, activations and rows in flight
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One role's costs. here: whether its weights are on this machine; gpus: of one rank of a replica.
+    """The memory that one replica of a role needs. Weights and cache are sums over its tensor-parallel ranks.
 
-    Weights and cache are of all ranks together, each of which holds its share of both.
+    here: True if the weights are on this machine. gpus: GPUs of one rank, a fraction if roles share one.
     """
 
     role: Role
@@ -42,26 +42,26 @@ class Estimate:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the whole cache."""
+        """Bytes of the whole cache."""
         return self.cache_tokens * self.cache_token_bytes
 
     @property
     def share(self) -> str:
-        """Of GPUs, for a person: 0.7, or 2 x 1 for two ranks of one each."""
+        """GPUs of a replica as text: 0.7, or 2 x 1 for two ranks with one GPU each."""
         return f"{self.gpus:g}" if self.ranks == 1 else f"{self.ranks} x {self.gpus:g}"
 
     def sessions(self, context: int) -> int:
-        """How many sessions of `context` tokens the configured cache holds."""
+        """Sessions of `context` tokens that the configured cache holds."""
         return self.cache_tokens // context
 
     def fitting_tokens(self, gpu_bytes: int) -> int:
-        """Cache tokens that this role's share of GPUs of `gpu_bytes` each has room for, beside its weights."""
+        """Cache tokens that fit beside the weights if each GPU has `gpu_bytes`."""
         room = int(self.ranks * self.gpus * gpu_bytes * USABLE) - self.weights_bytes
         return max(0, room // max(1, self.cache_token_bytes))
 
 
 def estimate(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> tuple[Estimate, list[Finding]]:
-    """A role's costs, and what is wrong with its files."""
+    """The costs of a role, and findings about its files."""
     model = config.models.role(role)
     settings = _model_config(model)
     dtype = "float32" if config.batch_invariant else model.dtype
@@ -79,7 +79,7 @@ def estimate(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> tup
 
 
 def memory_findings(estimates: Sequence[Estimate], gpus: Sequence[int]) -> list[Finding]:
-    """Roles whose weights and cache exceed their share of this machine's GPUs (bytes each; none: nothing is said)."""
+    """An error for each role whose weights and cache exceed its share of the GPUs, whose bytes `gpus` lists."""
     found = []
     for costs in estimates if gpus else ():
         if not costs.gpus:
@@ -93,33 +93,33 @@ def memory_findings(estimates: Sequence[Estimate], gpus: Sequence[int]) -> list[
                     costs.role,
                     f"{size(costs.weights_bytes)} of weights and {costs.cache_tokens:,} tokens x "
                     f"{size(costs.cache_token_bytes)} = {size(costs.cache_bytes)} of cache exceed its share of "
-                    f"{size(room)} ({costs.share} x {size(gpu)} x {USABLE}); " + _way_out(costs.fitting_tokens(gpu)),
+                    f"{size(room)} ({costs.share} x {size(gpu)} x {USABLE}); " + _remedy(costs.fitting_tokens(gpu)),
                 )
             )
     return found
 
 
 def disk_findings(estimates: Sequence[Estimate], free: int) -> list[Finding]:
-    """Weights that are still to be fetched, and whether the disk of the cache folder has room for them."""
-    away = [costs for costs in estimates if not costs.here]
+    """A warning for each role whose weights must be downloaded, an error if the cache folder's disk is too small."""
+    missing = [costs for costs in estimates if not costs.here]
     found = [
         Finding(
             "warning",
             costs.role,
-            f"its weights ({size(costs.weights_bytes)}) are not here; a start fetches them. Sooner: "
-            f"`hf download {costs.path}`, or this check with --download",
+            f"its weights ({size(costs.weights_bytes)}) are not on this machine; the service downloads them when it "
+            f"starts. To download them now: `hf download {costs.path}`, or this check with --download",
         )
-        for costs in away
+        for costs in missing
     ]
-    needed = sum({costs.path: costs.weights_bytes for costs in away}.values())
+    needed = sum({costs.path: costs.weights_bytes for costs in missing}.values())
     if needed > free:
-        where = f"{size(needed)} are to be fetched and {size(free)} are free in {HF_HUB_CACHE}"
-        found.append(Finding("error", away[0].role, f"{where}; set HF_HOME to a larger disk"))
+        shortage = f"{size(needed)} must be downloaded and {size(free)} are free in {HF_HUB_CACHE}"
+        found.append(Finding("error", missing[0].role, f"{shortage}; set HF_HOME to a larger disk"))
     return found
 
 
 def free_disk() -> int:
-    """Bytes free where the hub's cache is, or will be."""
+    """Free bytes on the disk of the hub's cache folder, which may not exist yet."""
     folder = Path(HF_HUB_CACHE)
     while not folder.exists():
         folder = folder.parent
@@ -127,21 +127,21 @@ def free_disk() -> int:
 
 
 def size(count: int) -> str:
-    """Bytes for a person: 65.5 GB, 3.1 MB, 262.1 kB, in powers of ten."""
+    """Bytes as text, in powers of ten: 65.5 GB, 3.1 MB, 262.1 kB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count} B"
 
 
-def _way_out(tokens: int) -> str:
+def _remedy(tokens: int) -> str:
     if tokens < 64:
-        return "give it more num_gpus, or quantization"
-    return f"lower cache_tokens to {tokens:,}, or give it more num_gpus"
+        return "raise its num_gpus, or use quantization"
+    return f"lower cache_tokens to {tokens:,}, or raise its num_gpus"
 
 
 def _weights(model: ModelConfig, role: Role, dtype: str) -> tuple[bool, int, str, list[Finding]]:
-    """Whether they are here, their bytes in memory, the dtype that they are stored in, and what is wrong."""
+    """(on this machine, bytes in memory, stored dtype, findings)."""
     local = Path(model.path).expanduser()
     folder = local if local.is_dir() else cached_folder(model.path, model.revision)
     if folder is None:
@@ -157,7 +157,7 @@ def _weights(model: ModelConfig, role: Role, dtype: str) -> tuple[bool, int, str
 
 
 def _dummy_weights(role: Role, settings: Mapping[str, Any], dtype: str) -> tuple[bool, int, str, list[Finding]]:
-    """As `_weights`, of random ones: they are made at the start, so none is missing."""
+    """As `_weights`, for random weights: the replica makes them when it starts, so none are missing."""
     try:
         return True, weight_bytes(settings, dtype), "dummy", []
     except ValueError as error:
@@ -167,13 +167,13 @@ def _dummy_weights(role: Role, settings: Mapping[str, Any], dtype: str) -> tuple
 def _unreachable(model: ModelConfig) -> str:
     revision = f" --revision {model.revision}" if model.revision else ""
     return (
-        f"the weights of {model.path} are not here and the hub lists no safetensors for them; "
-        f"run `hf auth login` if they are gated, then `hf download {model.path}{revision}`"
+        f"the weights of {model.path} are not on this machine, and the hub lists no safetensors files for them; "
+        f"run `hf auth login` if the model is gated, then `hf download {model.path}{revision}`"
     )
 
 
 def _model_config(model: ModelConfig) -> Mapping[str, Any]:
-    """The model's config.json; its tokenizer was loaded before, so it is here."""
+    """The model's config.json. Loading the tokenizer before has downloaded it."""
     local = Path(model.path).expanduser()
     file = local / "config.json"
     if not local.is_dir():

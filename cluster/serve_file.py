@@ -1,6 +1,6 @@
-"""The whole of `ray_config.yaml`, checked key by key.
+"""Reads and checks a Serve config file such as `ray_config.yaml`.
 
-Ray accepts unknown keys in silence at every level of a Serve config file; here each is an error that names it.
+Ray silently accepts unknown keys at every level of such a file. Here each one is an error that names the key.
 """
 
 from __future__ import annotations
@@ -21,31 +21,28 @@ IMPORT_PATH = "router.app:build"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings say each key once; PyYAML by itself keeps the last one in silence."""
+    """A YAML loader that refuses a mapping with a repeated key; PyYAML silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
-            raise ConfigError(f"line {node.start_mark.line + 1}: {', '.join(twice)} stands twice in one mapping")
+            raise ConfigError(f"line {node.start_mark.line + 1}: the key {', '.join(twice)} is repeated in one mapping")
         return super().construct_mapping(node, deep)
 
 
 def read_service_config(path: Path) -> ServiceConfig:
-    """The service's configuration in a Serve config file.
-
-    Raises ConfigError that names every key that is wrong, unknown keys of Ray's own part included.
-    """
+    """The service's configuration in a Serve config file. Raises ConfigError naming every wrong key, Ray's included."""
     file = read_mapping(path)
     problems = [*_unknown_keys(ServeDeploySchema, file), *_invalid_values(file)]
     applications = [a for a in _list(file.get("applications")) if isinstance(a, dict)]
     ours = [(i, a) for i, a in enumerate(applications) if a.get("import_path") == IMPORT_PATH]
     if len(ours) != 1:
-        problems.append(f"applications: exactly one must have import_path {IMPORT_PATH}, {len(ours)} have")
+        problems.append(f"applications: exactly one must have import_path {IMPORT_PATH}, but {len(ours)} have")
     for i, application in ours:
         if application.get("deployments"):
             problems.append(
-                f"applications.{i}.deployments: must stay empty; replicas, CPUs and GPUs are said in args.models, "
+                f"applications.{i}.deployments: must stay empty; set replicas, CPUs and GPUs in args.models, "
                 "args.coordinator and args.router"
             )
     try:
@@ -59,13 +56,13 @@ def read_service_config(path: Path) -> ServiceConfig:
 
 
 def listening_host(path: Path) -> str:
-    """The address on which the service of a sound Serve config file listens."""
+    """The HTTP host of a Serve config file that `read_service_config` accepts."""
     host: str = ServeDeploySchema.model_validate(read_mapping(path)).http_options.host
     return host
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file whose mappings say each key once. Raises ConfigError."""
+    """The mapping in a YAML file. Raises ConfigError for an unreadable file, another content or a repeated key."""
     try:
         file = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
@@ -78,7 +75,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _unknown_keys(schema: type[BaseModel], data: dict[str, Any], where: str = "") -> Iterator[str]:
-    """One sentence for each key of `data` that `schema`, or a schema inside it, does not have."""
+    """A sentence for each key of `data` that is unknown to `schema` or to a schema inside it."""
     fields = {field.alias or name: field for name, field in schema.model_fields.items()} | dict(schema.model_fields)
     for key, value in data.items():
         if key not in fields:

@@ -1,4 +1,4 @@
-"""How large a checkpoint is and whether it is here, from file headers and the hub's listing: nothing is loaded."""
+"""Size and completeness of checkpoints, from safetensors headers and the hub's listing: no tensor is loaded."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class WeightsError(ValueError):
-    """A checkpoint that is incomplete or unreadable; the message says what mends it."""
+    """A checkpoint is incomplete or unreadable. The message says how to repair it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A checkpoint's tensors. parameters: by safetensors dtype (F32, BF16, ...). stored_bytes: of the tensors."""
+    """Size of a checkpoint. stored_bytes: of all tensors in their files. parameters: count by safetensors dtype."""
 
     stored_bytes: int
     parameters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
-        """The dtype of most parameters, in torch's words where it has one."""
+        """The dtype of most parameters, by torch's name if torch has one."""
         most = max(self.parameters, key=lambda name: self.parameters[name], default="unknown")
         return _DTYPE_NAMES.get(most, most)
 
     def bytes_as(self, dtype: str) -> int:
-        """Bytes in memory when the floating-point tensors are loaded in `dtype` ("auto": as they are stored)."""
+        """Bytes in memory if floating-point tensors are loaded in `dtype`; "auto" keeps their stored dtype."""
         if dtype not in ITEM_BYTES:
             return self.stored_bytes
         cast = sum(count * ITEM_BYTES[dtype] for name, count in self.parameters.items() if name in _DTYPE_NAMES)
@@ -50,9 +50,9 @@ class Weights:
 
 
 def local_weights(folder: Path) -> Weights:
-    """The weights in a folder of Hugging Face layout, from the headers of its safetensors files.
+    """The size of the checkpoint in a folder of Hugging Face layout.
 
-    Raises WeightsError when files are missing, cut short, or of another format.
+    Raises WeightsError if files are missing, truncated or of another format.
     """
     parameters: Counter[str] = Counter()
     stored = 0
@@ -69,7 +69,7 @@ def local_weights(folder: Path) -> Weights:
 
 
 def cached_folder(path: str, revision: str | None) -> Path | None:
-    """Where a hub model's files lie on this machine, or None when its weights are not here whole."""
+    """The folder of a hub model in the local cache; None if its weights are missing or incomplete."""
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS, local_files_only=True))
         _weight_files(folder)
@@ -79,7 +79,7 @@ def cached_folder(path: str, revision: str | None) -> Path | None:
 
 
 def remote_bytes(path: str, revision: str | None) -> int | None:
-    """Bytes of a hub model's safetensors, from the hub's listing; None when the hub does not answer."""
+    """Bytes of a hub model's safetensors files according to the hub; None if the hub does not answer."""
     try:
         info = HfApi().model_info(path, revision=revision, files_metadata=True)
     except (HfHubHTTPError, OSError):
@@ -89,7 +89,7 @@ def remote_bytes(path: str, revision: str | None) -> int | None:
 
 
 def download(path: str, revision: str | None) -> Path:
-    """Fetch a hub model into the cache, with the hub's own progress bars."""
+    """Download a hub model into the local cache, with the hub library's progress bars. Returns its folder."""
     return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
 
 
@@ -100,7 +100,7 @@ def _weight_files(folder: Path) -> list[Path]:
     elif (folder / SINGLE).is_file():
         names = {SINGLE}
     else:
-        raise WeightsError(f"{folder} holds no {SINGLE} and no {INDEX}; only safetensors are loaded")
+        raise WeightsError(f"{folder} holds no {SINGLE} and no {INDEX}; only safetensors files are supported")
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise WeightsError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
@@ -108,7 +108,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _header(file: Path) -> Iterable[Any]:
-    """The descriptions of a safetensors file's tensors. Raises WeightsError for a file that is cut short."""
+    """The header entries of a file's tensors. Raises WeightsError for a truncated file."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""The files of `ray up` and KubeRay pass their own validators, and place every role where the service wants it."""
+"""The cluster files for `ray up` and KubeRay pass their own validators and place every role on its nodes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.support.local_ray import ROOT, wait_until
 
 SCHEMAS = "THINKLOGIT_SCHEMAS"  # a folder with KubeRay's rayservice_v1.openapi.json
 CLOUDS = ("aws", "gcp")
-# Of the published trio in bfloat16: bytes of weights, and of a token's cache.
+# The published trio in bfloat16: bytes of the weights, and bytes of cache for each token.
 SIZES: dict[Role, tuple[int, int]] = {
     "target": (65_527_752_704, 262_144),
     "guider": (3_554_176_000, 28_672),
     "guider_base": (3_087_428_608, 28_672),
 }
 GIB = 2**30
-# The smallest GPU of each kind of node, as its driver reports it.
+# Memory of the smallest GPU of each kind of node, as its driver reports it.
 MEMORY = {"target": {"aws": 79 * GIB, "gcp": 79 * GIB}, "guiders": {"aws": 44 * GIB, "gcp": 39 * GIB}}
 
 
@@ -51,7 +51,7 @@ def cloud_file(cloud: str) -> dict[str, Any]:
 
 
 def node_types(cloud: str) -> dict[str, NodeTypeConfig]:
-    """As Ray's autoscaler reads them: it has filled in its defaults and checked the whole file."""
+    """The node types as Ray's autoscaler reads them, after it has filled in defaults and validated the file."""
     types: dict[str, NodeTypeConfig] = AutoscalingConfig(
         cloud_file(cloud), skip_content_hash=True
     ).get_node_type_configs()
@@ -73,31 +73,31 @@ def models() -> list[ModelConfig]:
 
 
 def selectors() -> list[dict[str, str]]:
-    """What each model, and the coordinators, ask of their nodes."""
+    """The label selectors of the models and the coordinators."""
     return [*(model.label_selector for model in models()), service().coordinator.label_selector]
 
 
 def gpus_wanted(labels: dict[str, str], replicas: Literal["min", "max"]) -> float:
-    """GPUs of all replicas that a node with these labels may take, when each role has its least or most of them."""
+    """GPUs of all replicas that nodes with these labels may run, at each role's smallest or largest count."""
     wanted = [m for m in models() if m.label_selector.items() <= labels.items()]
     counts = [m.replicas.max if replicas == "max" else m.replicas.min for m in wanted]
     return sum(count * m.tensor_parallel * m.num_gpus for count, m in zip(counts, wanted, strict=True))
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_ray_accepts_the_file_of_ray_up(cloud: str) -> None:
+def test_ray_accepts_the_cluster_file(cloud: str) -> None:
     assert {"head", "target", "guiders"} == set(node_types(cloud))
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 @pytest.mark.parametrize("wrong", [{"idle_timeout": 5}, {"max_workers": 1}, {"head_node_type": "haed"}])
-def test_ray_refuses_the_file_with_a_mistake_in_it(cloud: str, wrong: dict[str, Any]) -> None:
+def test_ray_refuses_a_cluster_file_with_a_mistake(cloud: str, wrong: dict[str, Any]) -> None:
     with pytest.raises((jsonschema.ValidationError, ValueError)):
         AutoscalingConfig(cloud_file(cloud) | wrong, skip_content_hash=True)
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_every_role_finds_nodes_by_its_labels(cloud: str) -> None:
+def test_every_label_selector_matches_a_node_type(cloud: str) -> None:
     labelled = [kind.labels for kind in node_types(cloud).values()]
     for selector in selectors():
         assert selector
@@ -107,7 +107,7 @@ def test_every_role_finds_nodes_by_its_labels(cloud: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_nodes_have_gpus_for_as_many_replicas_as_there_may_be(cloud: str) -> None:
+def test_node_types_have_gpus_for_all_configured_replicas(cloud: str) -> None:
     for kind in node_types(cloud).values():
         gpus = kind.resources.get("GPU", 0)
         assert gpus * kind.min_worker_nodes >= gpus_wanted(kind.labels, "min") or kind.name == "head"
@@ -137,7 +137,7 @@ def test_weights_and_cache_fit_the_gpus_of_their_nodes(cloud: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_the_head_takes_no_replica_and_every_node_asks_for_the_token(cloud: str) -> None:
+def test_the_head_runs_no_replica_and_every_node_requires_the_token(cloud: str) -> None:
     head = node_types(cloud)["head"]
     assert head.resources == {"CPU": 0, "GPU": 0}
     file = prepare_config(cloud_file(cloud))
@@ -150,7 +150,7 @@ def test_the_head_takes_no_replica_and_every_node_asks_for_the_token(cloud: str)
     assert "0.0.0.0/0" not in json.dumps(file["provider"])
 
 
-def test_aws_takes_what_its_nodes_are_started_with() -> None:
+def test_aws_accepts_the_node_configurations() -> None:
     session = pytest.importorskip("botocore.session", reason="boto3 is not installed")
     validate = pytest.importorskip("botocore.validate")
     shape = session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
@@ -159,13 +159,13 @@ def test_aws_takes_what_its_nodes_are_started_with() -> None:
         assert not report.has_errors(), report.generate_report()
 
 
-def test_the_kubernetes_file_is_what_the_generator_makes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kubernetes_file_equals_the_generators_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert kuberay.main([]) == 0
     assert (ROOT / "cluster" / "kuberay.yaml").read_text(encoding="utf-8") == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("redis", [[], ["--redis", "redis:6379"]])
-def test_the_kubernetes_file_keeps_the_schema_of_its_kind(redis: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kubernetes_file_conforms_to_kuberays_schema(redis: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = os.environ.get(SCHEMAS)
     if not folder:
         pytest.skip(f"{SCHEMAS} names no folder with rayservice_v1.openapi.json")
@@ -179,7 +179,7 @@ def test_the_kubernetes_file_keeps_the_schema_of_its_kind(redis: list[str], caps
 
 
 def closed(schema: Any) -> Any:
-    """The schema with unknown keys as errors: Kubernetes drops them in silence. Its integer-or-string is spelt out."""
+    """The schema with unknown keys as errors, which Kubernetes silently drops, and integer-or-string spelt out."""
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
@@ -193,7 +193,7 @@ def closed(schema: Any) -> Any:
     return made
 
 
-def test_the_served_config_inside_is_sound_for_ray_and_for_the_service(tmp_path: Path) -> None:
+def test_the_embedded_serve_config_is_valid_for_ray_and_the_service(tmp_path: Path) -> None:
     text = manifest()["spec"]["serveConfigV2"]
     ServeDeploySchema.model_validate(yaml.safe_load(text))
     file = tmp_path / "inside.yaml"
@@ -201,7 +201,7 @@ def test_the_served_config_inside_is_sound_for_ray_and_for_the_service(tmp_path:
     assert read_service_config(file) == service()
 
 
-def test_pods_have_the_labels_gpus_and_numbers_that_the_roles_ask_for() -> None:
+def test_pod_groups_have_the_labels_gpus_and_counts_of_their_roles() -> None:
     for selector in selectors():
         assert [group for group in worker_groups().values() if selector.items() <= group["labels"].items()]
     for group in worker_groups().values():
@@ -213,7 +213,7 @@ def test_pods_have_the_labels_gpus_and_numbers_that_the_roles_ask_for() -> None:
     assert set(worker_groups()) == {"target", "guiders"}
 
 
-def test_pods_are_let_go_only_when_empty_and_old_clusters_when_answered() -> None:
+def test_pods_drain_before_they_stop_and_old_clusters_finish_requests() -> None:
     for group in worker_groups().values():
         pod = group["template"]["spec"]
         command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
@@ -224,7 +224,7 @@ def test_pods_are_let_go_only_when_empty_and_old_clusters_when_answered() -> Non
     assert spec["excludeHeadPodFromServeSvc"]
 
 
-def test_the_kubernetes_file_has_a_token_and_holds_no_secret() -> None:
+def test_the_kubernetes_file_requires_a_token_and_holds_no_secret() -> None:
     cluster = manifest()["spec"]["rayClusterConfig"]
     assert cluster["authOptions"]["mode"] == "token"
     assert cluster["authOptions"]["secretName"]
@@ -234,11 +234,11 @@ def test_the_kubernetes_file_has_a_token_and_holds_no_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("host: 0.0.0.0", "host: 127.0.0.1", "cannot be reached from another pod"),
         ("runtime_env:", "runtime_env:\n      working_dir: .", "Expected URI but received path"),
-        ("label_selector: {thinklogit-role: target}\n          r", "r", "models.target.label_selector: must say"),
+        ("label_selector: {thinklogit-role: target}\n          r", "r", "models.target.label_selector: needs"),
         (
             "thinklogit-role: guiders}\n          replicas: {min: 1, max: 2}\n        guider_base",
             "thinklogit-role: x}\n        guider_base",
@@ -247,25 +247,25 @@ def test_the_kubernetes_file_has_a_token_and_holds_no_secret() -> None:
         ("proxy_location", "proxy_locaton", "unknown key"),
     ],
 )
-def test_the_generator_refuses_what_pods_could_not_serve(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, said: str
+def test_the_generator_refuses_files_that_pods_cannot_serve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
 ) -> None:
     text = kuberay.SERVE_FILE.read_text(encoding="utf-8")
     assert old in text
     file = tmp_path / "serve.yaml"
     file.write_text(text.replace(old, new), encoding="utf-8")
     assert kuberay.main([str(file)]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_the_kubernetes_file_of_a_laptops_config_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_generator_refuses_a_laptops_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert kuberay.main([str(ROOT / "ray_config.yaml")]) == 1
     assert "cannot be reached from another pod" in capsys.readouterr().err
 
 
 @pytest.fixture
 def replica() -> Iterator[subprocess.Popen[bytes]]:
-    """A process under the name that Ray gives a Serve replica, which lives for a minute."""
+    """A process with the title that Ray gives a Serve replica. It lives for a minute."""
     command = ["ray::ServeReplica:app:Target", "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(command, executable=sys.executable) as process:
         yield process
@@ -275,11 +275,11 @@ def replica() -> Iterator[subprocess.Popen[bytes]]:
 def test_draining_waits_for_the_last_replica_of_the_machine(
     replica: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drain, "ask_for_drain", lambda seconds: "")
+    monkeypatch.setattr(drain, "request_drain", lambda seconds: "")
     monkeypatch.setattr(drain, "POLL_S", 0.05)
-    here = drain.replicas_here
-    monkeypatch.setattr(drain, "replicas_here", lambda: [pid for pid in here() if pid == replica.pid])
-    wait_until(lambda: drain.replicas_here() == [replica.pid], "the process's own name", deadline_s=10)
+    here = drain.local_replicas
+    monkeypatch.setattr(drain, "local_replicas", lambda: [pid for pid in here() if pid == replica.pid])
+    wait_until(lambda: drain.local_replicas() == [replica.pid], "the process's own name", deadline_s=10)
     began = time.monotonic()
     assert drain.main(["--seconds", "1"]) == 1
     assert time.monotonic() - began >= 1
@@ -288,12 +288,12 @@ def test_draining_waits_for_the_last_replica_of_the_machine(
     assert drain.main(["--seconds", "30"]) == 0
 
 
-def test_a_node_that_refuses_to_drain_is_waited_for_all_the_same(
+def test_draining_waits_although_ray_refuses_the_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(drain, "ask_for_drain", lambda seconds: "no such node")
+    monkeypatch.setattr(drain, "request_drain", lambda seconds: "no such node")
     answers = iter(([7], []))
-    monkeypatch.setattr(drain, "replicas_here", lambda: next(answers))
+    monkeypatch.setattr(drain, "local_replicas", lambda: next(answers))
     assert drain.main([]) == 0
     assert next(answers, None) is None
     assert "no such node" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The arithmetic of memory and disk, held against published models."""
+"""The arithmetic of memory and disk, compared with published models."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TARGET = Estimate(
 )
 
 
-def test_a_role_that_fits_its_share_is_not_mentioned() -> None:
+def test_a_role_that_fits_its_share_yields_no_finding() -> None:
     assert memory_findings([TARGET], [141 * GB]) == []
 
 
-def test_a_role_that_does_not_fit_gets_the_arithmetic_and_the_cache_that_would() -> None:
+def test_an_oversized_role_is_shown_the_arithmetic_and_a_fitting_cache() -> None:
     (finding,) = memory_findings([TARGET], [80 * GB])
     assert finding.severity == "error"
     fitting = TARGET.fitting_tokens(80 * GB)
@@ -33,34 +33,34 @@ def test_a_role_that_does_not_fit_gets_the_arithmetic_and_the_cache_that_would()
     assert memory_findings([replace(TARGET, cache_tokens=fitting)], [80 * GB]) == []
 
 
-def test_weights_that_alone_exceed_the_share_need_more_gpus() -> None:
+def test_weights_larger_than_the_share_need_more_gpus() -> None:
     (finding,) = memory_findings([replace(TARGET, gpus=0.5)], [80 * GB])
-    assert "give it more num_gpus" in finding.message
+    assert "raise its num_gpus" in finding.message
     assert "lower cache_tokens" not in finding.message
 
 
-def test_ranks_have_a_share_each_of_weights_and_cache() -> None:
+def test_ranks_share_weights_and_cache() -> None:
     assert memory_findings([replace(TARGET, ranks=2)], [80 * GB]) == []
     (finding,) = memory_findings([replace(TARGET, ranks=2)], [40 * GB])
     assert "(2 x 1 x 40.0 GB x 0.92)" in finding.message
 
 
-def test_without_gpus_here_or_asked_for_nothing_is_said_of_them() -> None:
+def test_without_gpus_memory_yields_no_finding() -> None:
     assert memory_findings([TARGET], []) == []
     assert memory_findings([replace(TARGET, gpus=0)], [8 * GB]) == []
 
 
-def test_missing_weights_come_with_the_command_that_fetches_them() -> None:
+def test_missing_weights_are_reported_with_the_download_command() -> None:
     (finding,) = disk_findings([replace(TARGET, here=False)], free=100 * GB)
     assert finding.severity == "warning"
     assert "hf download Qwen/Qwen2.5-32B" in finding.message
 
 
-def test_a_disk_too_small_for_what_is_missing_is_an_error() -> None:
+def test_a_disk_too_small_for_missing_weights_is_an_error() -> None:
     found = disk_findings([replace(TARGET, here=False)], free=10 * GB)
     assert [finding.severity for finding in found] == ["warning", "error"]
-    assert "65.5 GB are to be fetched and 10.0 GB are free" in found[1].message
+    assert "65.5 GB must be downloaded and 10.0 GB are free" in found[1].message
 
 
-def test_sizes_read_well() -> None:
+def test_sizes_are_shown_in_powers_of_ten() -> None:
     assert [size(n) for n in (384, 262_144, 2_800_000, 65_500_000_000)] == ["384 B", "262.1 kB", "2.8 MB", "65.5 GB"]

@@ -1,4 +1,4 @@
-"""The dashboard shows every metric that the service declares, and no other, as Ray names them."""
+"""The dashboard shows every metric that the service declares, under Ray's name for it, and no other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VARIABLES = {"$__rate_interval": "1m", "$application": ".*"}
 
 
 def exported(metric: Metric) -> str:
-    """The name of a metric's series, as an expression takes them from Ray."""
+    """The name under which Ray exports a metric's series."""
     return f"ray_{metric.name}" + {"counter": "_total", "gauge": "", "histogram": "_bucket"}[metric.kind]
 
 
@@ -36,7 +36,7 @@ def expressions() -> list[str]:
 
 
 def parsed(expression: str) -> promql.Expr:
-    """An expression with Grafana's variables filled in. Raises ValueError if it is not PromQL."""
+    """An expression with Grafana's variables filled in. Raises ValueError for invalid PromQL."""
     for name, value in VARIABLES.items():
         expression = expression.replace(name, value)
     assert "$" not in expression
@@ -60,7 +60,7 @@ def labels_of(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("expression", expressions())
-def test_an_expression_asks_for_what_the_service_exports(expression: str) -> None:
+def test_an_expression_selects_exported_metrics_and_labels(expression: str) -> None:
     asked = selectors(parsed(expression))
     assert asked
     for selector in asked:
@@ -71,7 +71,7 @@ def test_an_expression_asks_for_what_the_service_exports(expression: str) -> Non
 
 
 @pytest.mark.parametrize("expression", expressions())
-def test_an_expression_groups_by_labels_that_are_there(expression: str) -> None:
+def test_an_expression_groups_by_existing_labels(expression: str) -> None:
     for node in nodes(parsed(expression)):
         if isinstance(node, promql.AggregateExpr) and node.modifier is not None:
             for selector in selectors(node):
@@ -80,7 +80,7 @@ def test_an_expression_groups_by_labels_that_are_there(expression: str) -> None:
 
 
 @pytest.mark.parametrize("expression", expressions())
-def test_totals_are_shown_as_rates_and_gauges_as_they_are(expression: str) -> None:
+def test_counters_are_shown_as_rates_and_gauges_as_values(expression: str) -> None:
     tree = parsed(expression)
     over_time = [n.vector_selector.name for n in nodes(tree) if isinstance(n, promql.MatrixSelector)]
     for selector in selectors(tree):
@@ -88,7 +88,7 @@ def test_totals_are_shown_as_rates_and_gauges_as_they_are(expression: str) -> No
         assert (selector.name in over_time) == (EXPORTED[selector.name].kind != "gauge")
 
 
-def test_a_legend_names_labels_that_its_expression_keeps() -> None:
+def test_a_legend_uses_labels_that_its_expression_keeps() -> None:
     for panel in panels():
         for target in panel["targets"]:
             kept: set[str] = set()
@@ -103,7 +103,7 @@ def test_every_declared_metric_is_shown() -> None:
     assert shown == set(EXPORTED)
 
 
-def test_the_rows_are_what_clients_see_decoding_capacity_and_faults() -> None:
+def test_the_rows_are_clients_decoding_capacity_and_faults() -> None:
     assert [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"] == ROWS
     (variable,) = (each for each in DASHBOARD["templating"]["list"] if each["name"] == "application")
     name, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]

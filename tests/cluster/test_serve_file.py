@@ -1,4 +1,4 @@
-"""A Serve config file is refused for any key that Ray would ignore, wherever it stands."""
+"""A Serve config file with a key that Ray would ignore is refused, at every level."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
     return file
 
 
-def test_the_file_of_the_repository_is_sound() -> None:
+def test_the_repositorys_file_is_valid() -> None:
     config = read_service_config(ROOT / "ray_config.yaml")
     assert config.models.target.path == "cluster/demo/weights/target"
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("proxy_location: HeadOnly", "proxy_locaton: HeadOnly", "proxy_locaton: unknown key; did you mean proxy_loc"),
         ("host: 127.0.0.1", "hots: 127.0.0.1", "http_options.hots: unknown key; did you mean host"),
@@ -36,28 +36,28 @@ def test_the_file_of_the_repository_is_sound() -> None:
         ("alpha: 1.0", "alhpa: 1.0", "applications.0.args.guidance.alhpa: unknown key"),
     ],
 )
-def test_a_misspelt_key_is_named_at_every_level(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_a_misspelt_key_is_named_at_every_level(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_service_config(edited(tmp_path, old, new))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("port: 8000", "port: eight", "http_options.port: Input should be a valid integer"),
         ("alpha: 1.0", "alpha: .nan", "alpha must be a finite number"),
         ("deployments: []", "deployments: [{name: Target}]", "deployments: must stay empty"),
-        ("router.app:build", "router.app:bild", "exactly one must have import_path router.app:build, 0 have"),
-        ("k: 128", "k: 128\n        k: 64", "k stands twice"),
+        ("router.app:build", "router.app:bild", "exactly one must have import_path router.app:build, but 0 have"),
+        ("k: 128", "k: 128\n        k: 64", "the key k is repeated"),
         ("version: 1", "version: 2", "applications.0.args.version"),
         ("proxy_location: HeadOnly", "- proxy_location", "is not YAML"),
     ],
 )
-def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_service_config(edited(tmp_path, old, new))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
@@ -68,6 +68,6 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     assert len(str(refused.value).splitlines()) == 2
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
         read_service_config(tmp_path / "nowhere.yaml")

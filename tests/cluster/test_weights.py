@@ -1,4 +1,4 @@
-"""Sizes of checkpoints come from file headers, and a damaged checkpoint says so."""
+"""Checkpoint sizes come from file headers, and damaged checkpoints are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_loading_in_another_dtype_changes_floats_only(tmp_path: Path) -> None:
     assert weights.bytes_as("bfloat16") == 25
 
 
-def test_sharded_weights_add_up_and_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_shards_add_up_and_a_missing_shard_is_named(tmp_path: Path) -> None:
     save_file({"a": np.zeros(10, np.float32)}, tmp_path / "one.safetensors")
     save_file({"b": np.zeros(20, np.float32)}, tmp_path / "two.safetensors")
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
@@ -38,7 +38,7 @@ def test_sharded_weights_add_up_and_a_missing_shard_is_named(tmp_path: Path) -> 
         local_weights(tmp_path)
 
 
-def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     save_file({"a": np.zeros(1_000, np.float32)}, tmp_path / SINGLE)
     whole = (tmp_path / SINGLE).read_bytes()
     for length in (4, 40, len(whole) - 1):
@@ -48,5 +48,5 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="only safetensors are loaded"):
+    with pytest.raises(WeightsError, match="only safetensors files are supported"):
         local_weights(tmp_path)
