@@ -1,9 +1,9 @@
-"""One page of plots from all results that were saved.
+"""Plots of the saved results: one page of decoding speed, and the accuracy plot of the README.
 
     python -m benchmarks.plots
 
-Reads benchmarks/results/decode-*.json and scaling-*.json, writes benchmarks/results/plots.png. The last line is a JSON
-object with the files that were drawn.
+Reads benchmarks/results/decode-*.json and scaling-*.json and writes benchmarks/results/plots.png; reads
+benchmarks/results/effect-*.json and writes docs/accuracy.png. The last line is a JSON object with the files read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 
 from benchmarks.results_file import RESULTS, publish
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of what draws
 
+ACCURACY = Path(__file__).parent.parent / "docs" / "accuracy.png"
+BARS = (
+    ("target", "target alone", "#9aa0c3"),
+    ("guider", "guider alone", "#f2c879"),
+    ("guided", "guided target", "#3846b8"),
+)
 RATIOS = ("guided_over_target", "guided_over_plain", "guided_over_target_drafted", "guided_over_static")
 Result = dict[str, Any]
 
@@ -87,8 +94,36 @@ def _scaling(axis: Any, name: str, result: Result) -> None:
     axis.set_ylabel("ms a guided step")
 
 
+def draw_accuracy(file: Path, picture: Path) -> None:
+    """Bars of the accuracies that `benchmarks.effect --save` wrote to `file`: over all questions, and by hops."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    result = kept["result"]
+    groups = {f"all {result['n']}\nquestions": result}
+    groups |= {f"{hops} hops": row for hops, row in result["by_hops"].items()}
+    figure, axis = pyplot.subplots(figsize=(8, 3.4))
+    width = 0.8 / len(BARS)
+    for place, (mode, label, colour) in enumerate(BARS):
+        shares = [row[mode] for row in groups.values()]
+        bars = axis.bar([at + place * width for at in range(len(groups))], shares, width, label=label, color=colour)
+        axis.bar_label(bars, labels=[f"{100 * share:g}%" for share in shares], fontsize=7, padding=2)
+    axis.set_xticks([at + width for at in range(len(groups))], list(groups))
+    axis.set_ylim(0, 1.08)
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axis.set_title(f"Right answers to held-out questions, alpha {result['alpha']:g}, greedy", fontsize=11, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(length=0)
+    axis.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(BARS))
+    figure.tight_layout()
+    figure.savefig(picture, dpi=150)
+    pyplot.close(figure)
+
+
 def main() -> None:
-    publish("plots", {"drawn": draw(RESULTS)}, save=False)
+    drawn = draw(RESULTS)
+    for file in sorted(RESULTS.glob("effect-*.json"))[:1]:
+        draw_accuracy(file, ACCURACY)
+        drawn.append(file.name)
+    publish("plots", {"drawn": drawn}, save=False)
 
 
 if __name__ == "__main__":
