@@ -5,7 +5,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo dpo serve test lint bench format train clean
+.PHONY: demo dpo serve test lint bench format train docs clean
 
 demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo $(ARGS)
@@ -39,6 +39,9 @@ bench: .venv/ready ## each prints a table and, last, one line of JSON
 
 train: .venv/ready ## rebuild the embedded trio from its seed
 	$(BIN)/python -m cluster.demo.train
+
+docs: .venv/ready ## build the documentation's site, strictly, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv
