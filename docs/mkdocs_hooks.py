@@ -1,7 +1,7 @@
 """Hooks of mkdocs: pages of the repository's root in the site, and links from pages to files outside docs/.
 
-README.md is the first page; CONTRIBUTING.md and CHANGELOG.md are pages too. Any other file outside docs/ that a page links
-to is copied into `repository/` of the site, so that a strict build finds every link and the site works without GitHub.
+README.md is the first page; CONTRIBUTING.md and CHANGELOG.md are pages too. Any other file outside docs/ that a page
+links to is copied into `repository/` of the site: a strict build finds every link, and the site works without GitHub.
 """
 
 from __future__ import annotations
