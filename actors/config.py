@@ -288,10 +288,10 @@ def load_config(args: dict[str, Any]) -> ServiceConfig:
     try:
         return ServiceConfig.model_validate(args)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(item) for item in error.errors())) from None
+        raise ConfigError("\n".join(_message(item) for item in error.errors())) from None
 
 
-def _sentence(item: Any) -> str:
+def _message(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "args"
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key; the keys are those of ray_config.yaml and actors/config.py"

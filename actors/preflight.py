@@ -64,13 +64,13 @@ def require_sound(config: ServiceConfig) -> None:
 
 def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
     """Everything worth saying about models that are there, errors first."""
-    found = [*_exactness(config), *_dummies(config)]
+    found = [*_batch_invariance(config), *_random_weights(config)]
     found += _vocabularies(tokenizers)
     for role in SMALL_ROLES:
         found += _positions(config, role, tokenizers)
         found += _special_tokens(role, tokenizers)
         found += _template(role, tokenizers)
-    found += _descent(tokenizers["guider"], tokenizers["guider_base"])
+    found += _guider_and_base(tokenizers["guider"], tokenizers["guider_base"])
     return sorted(found, key=Finding.rank)
 
 
@@ -88,7 +88,7 @@ def session_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -
     return position_limit(config, role, tokenizer)
 
 
-def _exactness(config: ServiceConfig) -> Iterator[Finding]:
+def _batch_invariance(config: ServiceConfig) -> Iterator[Finding]:
     for role in ROLES if config.batch_invariant else ():
         model = config.models.role(role)
         if model.dtype not in ("auto", "float32") or model.device == "cuda" or model.num_gpus or model.quantization:
@@ -99,7 +99,7 @@ def _exactness(config: ServiceConfig) -> Iterator[Finding]:
             yield Finding("error", role, "exact is true, which needs tensor_parallel 1")
 
 
-def _dummies(config: ServiceConfig) -> Iterator[Finding]:
+def _random_weights(config: ServiceConfig) -> Iterator[Finding]:
     for role in ROLES:
         model = config.models.role(role)
         if model.load_format != "dummy":
@@ -113,7 +113,7 @@ def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]
     try:
         maps = small_maps(tokenizers)
     except UnsupportedTokenizer:
-        yield from _unreadable(tokenizers)
+        yield from _unsupported_tokenizers(tokenizers)
         return
     for role, mapping in maps.items():
         if not isinstance(mapping, Alignment):
@@ -127,10 +127,10 @@ def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]
         )
         if mapping.shown:
             shown = sorted(text.decode() for text in mapping.shown.values())
-            yield Finding("note", role, f"means the target's text by these tokens of its own: {_some(shown)}")
+            yield Finding("note", role, f"means the target's text by these tokens of its own: {_shortened(shown)}")
 
 
-def _unreadable(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+def _unsupported_tokenizers(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
     """The models are of different families, and these have tokens that cannot be read as bytes."""
     for role, tokenizer in tokenizers.items():
         try:
@@ -156,16 +156,18 @@ def _special_tokens(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Ite
     only_target, only_small = sorted(target.keys() - small.keys()), sorted(small.keys() - target.keys())
     moved = sorted(token for token in target.keys() & small.keys() if target[token] != small[token])
     if only_target:
-        yield Finding("note", role, f"reads these special tokens of the target as text: {_some(only_target)}")
+        yield Finding("note", role, f"reads these special tokens of the target as text: {_shortened(only_target)}")
     if only_small:
-        yield Finding("note", role, f"has special tokens that are text to the target: {_some(only_small)}")
+        yield Finding("note", role, f"has special tokens that are text to the target: {_shortened(only_small)}")
     if moved:
         pairs = [f"{token} ({target[token]} in the target, {small[token]} here)" for token in moved]
-        yield Finding("note", role, f"has other ids for the same special tokens: {_some(pairs)}")
-    ends = [_contents(tokenizers[name]) for name in ("target", role)]
+        yield Finding("note", role, f"has other ids for the same special tokens: {_shortened(pairs)}")
+    ends = [_end_texts(tokenizers[name]) for name in ("target", role)]
     if ends[0] != ends[1]:
         yield Finding(
-            "note", role, f"ends a text with {_some(ends[1])}, the target with {_some(ends[0])}; matched as one event"
+            "note",
+            role,
+            f"ends a text with {_shortened(ends[1])}, the target with {_shortened(ends[0])}; matched as one event",
         )
 
 
@@ -179,7 +181,7 @@ def _template(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[
         yield Finding("note", role, "has a chat template of its own, in which it reads the messages")
 
 
-def _descent(guider: RoleTokenizer, base: RoleTokenizer) -> Iterator[Finding]:
+def _guider_and_base(guider: RoleTokenizer, base: RoleTokenizer) -> Iterator[Finding]:
     """What tells a guider from a tuned copy of its base: their difference is the guidance, so all else must cancel."""
     strange = sum(base.text_tokens.get(text) != id_ for text, id_ in guider.text_tokens.items())
     if strange:
@@ -192,7 +194,7 @@ def _descent(guider: RoleTokenizer, base: RoleTokenizer) -> Iterator[Finding]:
     only_guider = sorted(guider.added_tokens.keys() - base.added_tokens.keys())
     if only_guider:
         yield Finding(
-            "note", "guider", f"has special tokens that its base reads as text, unguided: {_some(only_guider)}"
+            "note", "guider", f"has special tokens that its base reads as text, unguided: {_shortened(only_guider)}"
         )
     if guider.width != base.width:
         yield Finding(
@@ -213,9 +215,9 @@ def _rendered(tokenizer: RoleTokenizer) -> str | None:
         return None
 
 
-def _contents(tokenizer: RoleTokenizer) -> list[str]:
+def _end_texts(tokenizer: RoleTokenizer) -> list[str]:
     return sorted(tokenizer.decode([token], skip_special=False) for token in tokenizer.eos_ids)
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

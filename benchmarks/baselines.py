@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from actors.api.generation import ROLES, Role
-from actors.replica.process import on_passing_thread
+from actors.replica.process import on_temporary_thread
 from benchmarks.agreement import agreeing_model
 from benchmarks.shapes import Shape
 from tests.support.local_service import WEIGHTS
@@ -55,7 +55,7 @@ class Baselines:
     def __init__(self, shape: Shape, agreement: float, threads: int, alpha: float = 1.0) -> None:
         torch.set_num_threads(threads)
         self._models: dict[Role, PreTrainedModel] = {
-            role: on_passing_thread(partial(_model, shape, role, agreement)) for role in ROLES
+            role: on_temporary_thread(partial(_model, shape, role, agreement)) for role in ROLES
         }
         self._alpha = alpha
 

@@ -23,7 +23,7 @@ from actors.api.generation import Role
 from actors.config import ServiceConfig
 from actors.directory import Endpoint
 from actors.replica.build import load_role, serve_role
-from actors.replica.process import SPIN, collect_rarely, on_passing_thread
+from actors.replica.process import SPIN, collect_rarely, on_temporary_thread
 from actors.replica.stats import ReplicaStats
 from actors.text.tokenizer import RoleTokenizer
 from benchmarks.shapes import Shape
@@ -66,7 +66,7 @@ class ModelWorker:
             from actors.engine.step_engine import StepEngine
             from benchmarks.agreement import agreeing_model
 
-            engine = on_passing_thread(lambda: StepEngine(agreeing_model(shape, role, agreement), model.cache_tokens))
+            engine = on_temporary_thread(lambda: StepEngine(agreeing_model(shape, role, agreement), model.cache_tokens))
         tokenizer = RoleTokenizer.load(model.path)
         self._replica = serve_role(
             config, role, engine, tokenizer, incarnation=self._incarnation, secret=secret, host=host

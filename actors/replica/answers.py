@@ -19,7 +19,7 @@ from actors.wire.messages import WHOLE
 from actors.wire.replies import Answer, Reduced, Replies
 
 DRAFT_WIDTH = 64  # of the slice that a draft is drawn from, where the answer has none
-_NOTHING = np.zeros((0, 0), np.float32)
+_NO_VALUES = np.zeros((0, 0), np.float32)
 
 
 class SampledDraft(NamedTuple):
@@ -37,7 +37,7 @@ def answer_all(engine: Engine, done: Sequence[ScheduledExtend]) -> list[Answer |
         if scheduled.item.rows:
             groups.setdefault((width_of(scheduled.item.k, engine.width), scheduled.draws), []).append(place)
         else:
-            answers[place] = _nothing(scheduled.item.k)
+            answers[place] = _empty_answer(scheduled.item.k)
     for (k, draws), places in groups.items():
         answers.update(zip(places, _answer(engine, k, draws, [done[place] for place in places]), strict=True))
     return [answers[place] for place in range(len(done))]
@@ -89,7 +89,7 @@ def _required(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.fl
                 counts.append(required_ids)
                 ids.append(item.required_ids)
     if not rows:
-        return _NOTHING.reshape(-1)
+        return _NO_VALUES.reshape(-1)
     return engine.values(rows, counts, ids[0] if len(ids) == 1 else np.concatenate(ids))
 
 
@@ -98,15 +98,15 @@ def width_of(k: int, width: int) -> int:
     return k if k == WHOLE else min(k, width)
 
 
-def within(ids: NDArray[np.int32], width: int) -> bool:
+def ids_in_range(ids: NDArray[np.int32], width: int) -> bool:
     """Whether all of `ids` are ids of a row."""
     return not len(ids) or bool(ids.view(np.uint32).max() < width)  # a negative id is a large unsigned one
 
 
-def _nothing(k: int) -> Answer:
+def _empty_answer(k: int) -> Answer:
     """The answer to an extend that asked for no rows."""
-    none = _NOTHING.reshape(-1)
-    return Answer(Reduced(k, none, _NOTHING.astype(np.int32), _NOTHING, none), 0, 0, 0, 0)
+    none = _NO_VALUES.reshape(-1)
+    return Answer(Reduced(k, none, _NO_VALUES.astype(np.int32), _NO_VALUES, none), 0, 0, 0, 0)
 
 
 MAX_DRAFTS = 8
@@ -121,7 +121,7 @@ class Drafter:
     def __init__(self, engine: Engine, replies: Replies, max_position: int) -> None:
         self._engine, self._replies, self._max_position = engine, replies, max_position
 
-    def goes_on(self, scheduled: ScheduledExtend, tokens: int, drawn: SampledDraft, *, alone: bool) -> bool:
+    def continues(self, scheduled: ScheduledExtend, tokens: int, drawn: SampledDraft, *, alone: bool) -> bool:
         """Take in the row of the last `tokens` tokens; whether the token drawn from it is the next to compute.
 
         Not so where the model cannot take it, and not when the session has been asked for something newer.
@@ -137,12 +137,12 @@ class Drafter:
             scheduled.drafted.pop()
             return False
         if not scheduled.draws:
-            self._tell(scheduled)
+            self._send_drafts(scheduled)
         return True
 
     def finish(self, scheduled: ScheduledExtend) -> None:
         """Answer with the drafts that were computed."""
-        self._tell(scheduled)
+        self._send_drafts(scheduled)
         self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
 
     def complete(self, scheduled: ScheduledExtend, last: Answer) -> None:
@@ -150,7 +150,7 @@ class Drafter:
         scheduled.answers.append(last)
         self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
 
-    def ends_early(self, scheduled: ScheduledExtend) -> bool:
+    def stop_drafting(self, scheduled: ScheduledExtend) -> bool:
         """Answer without a draft that the cache did not take; False if that is not possible any more, or yet."""
         if not scheduled.is_drafting or not scheduled.draws:
             return False
@@ -158,11 +158,11 @@ class Drafter:
         self.finish(scheduled)
         return True
 
-    def _tell(self, scheduled: ScheduledExtend) -> None:
+    def _send_drafts(self, scheduled: ScheduledExtend) -> None:
         self._replies.drafted(scheduled.peer, scheduled.item.call_id, scheduled.drafted)
 
 
-def wrong_draft(rows: int, draft: Draft) -> str | None:
+def invalid_draft(rows: int, draft: Draft) -> str | None:
     """What makes a draft one that can never be made."""
     if rows != 1:
         return f"drafts go on from one row, not {rows}"

@@ -17,7 +17,7 @@ _LEAST_DEVIATION_S = 2e-4  # what a timer of an event loop cannot tell apart
 
 
 @dataclass(slots=True)
-class _Habit:
+class _ResponseTime:
     """One coordinator's time from an answer to its next extend, seconds."""
 
     answered_at: float | None = None  # None: its extend is here already
@@ -31,7 +31,7 @@ class _Habit:
         self.deviation += _SMOOTHING * (abs(sample - self.mean) - self.deviation)
         self.mean += _SMOOTHING * (sample - self.mean)
 
-    def usual(self) -> float:
+    def late_after(self) -> float:
         """It is late after so long; infinite as long as nothing is known of it."""
         return math.inf if self.mean is None else self.mean + _MARGIN * max(self.deviation, _LEAST_DEVIATION_S)
 
@@ -41,8 +41,8 @@ class BatchingDelay:
 
     def __init__(self, share: float = 0.5, cap_s: float = 0.01) -> None:
         self._share, self._cap_s = share, cap_s
-        self._habits: dict[object, _Habit] = {}
-        self._due: dict[object, float] = {}  # when the next extend of who was answered should have come
+        self._response_times: dict[object, _ResponseTime] = {}
+        self._expected_by: dict[object, float] = {}  # when the next extend of who was answered should have come
         self._forward_s = 0.0
 
     @property
@@ -52,22 +52,22 @@ class BatchingDelay:
 
     def arrived(self, peer: object, now: float) -> None:
         """An extend of this coordinator came."""
-        self._due.pop(peer, None)
-        habit = self._habits.get(peer)
-        if habit is not None and habit.answered_at is not None:
-            habit.learn(now - habit.answered_at)
-            habit.answered_at = None
+        self._expected_by.pop(peer, None)
+        response_time = self._response_times.get(peer)
+        if response_time is not None and response_time.answered_at is not None:
+            response_time.learn(now - response_time.answered_at)
+            response_time.answered_at = None
 
     def answered(self, peer: object, now: float) -> None:
         """Rows went out to this coordinator, so its next extend is expected."""
-        habit = self._habits.setdefault(peer, _Habit())
-        habit.answered_at = now
-        self._due[peer] = now + habit.usual()
+        response_time = self._response_times.setdefault(peer, _ResponseTime())
+        response_time.answered_at = now
+        self._expected_by[peer] = now + response_time.late_after()
 
     def forget(self, peer: object) -> None:
         """The coordinator is gone, or has no session here."""
-        self._habits.pop(peer, None)
-        self._due.pop(peer, None)
+        self._response_times.pop(peer, None)
+        self._expected_by.pop(peer, None)
 
     def forward_took(self, seconds: float) -> None:
         weight = _SMOOTHING if self._forward_s else 1.0
@@ -75,7 +75,7 @@ class BatchingDelay:
 
     def wait_until(self, opened: float, now: float) -> float | None:
         """Until when to wait for company in a window that opened at `opened`; None: run the forward now."""
-        if not self._due:
+        if not self._expected_by:
             return None
         limit = opened + min(self._share * self._forward_s, self._cap_s)
-        return max((due for due in self._due.values() if now < due <= limit), default=None)
+        return max((due for due in self._expected_by.values() if now < due <= limit), default=None)

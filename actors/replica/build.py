@@ -11,7 +11,7 @@ from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
 from actors.preflight import session_limit
 from actors.replica.engine_thread import Engine
-from actors.replica.process import on_passing_thread, spin_briefly
+from actors.replica.process import on_temporary_thread, spin_briefly
 from actors.replica.replica import ModelReplica, ReplicaSettings
 from actors.text.tokenizer import RoleTokenizer
 from actors.wire.link import Limits
@@ -52,7 +52,7 @@ def load_role(
     load = partial(
         load_engine, source, model.cache_tokens, batch_invariant=config.batch_invariant, backend=backend, report=report
     )
-    return on_passing_thread(load)
+    return on_temporary_thread(load)
 
 
 def source_of(model: ModelConfig) -> ModelSource:
@@ -77,7 +77,7 @@ def serve_role(
         max_position=session_limit(config, role, tokenizer),
         prefill_chunk=config.models.role(role).prefill_chunk,
         row_wait_s=config.deadlines.step_s,
-        stuck_s=2 * config.deadlines.step_s,
+        forward_timeout_s=2 * config.deadlines.step_s,
     )
     limits = Limits(peer_timeout_s=config.deadlines.peer_timeout_s)
     return ModelReplica(engine, role, incarnation, secret, settings, host=host, tls=server_context(), limits=limits)

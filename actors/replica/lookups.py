@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.engine.interface import Engine, HeldRows
-from actors.replica.answers import width_of, within
+from actors.replica.answers import ids_in_range, width_of
 from actors.replica.leases import Lease, SessionLeases, Waiter
 from actors.wire.columns import RowItem, lookup_items, widen_items
 from actors.wire.link import cancel
@@ -60,7 +60,7 @@ class LookupService:
     def __init__(self, engine: Engine, leases: SessionLeases, replies: Replies, wait_s: float) -> None:
         self._engine, self._leases, self._replies, self._wait_s = engine, leases, replies, wait_s
         self._sweep: asyncio.TimerHandle | None = None  # set while something waits
-        self.asked = 0
+        self.requested = 0
         self.waited = 0
 
     def close(self) -> None:
@@ -71,26 +71,26 @@ class LookupService:
         """Answer what can be answered now, and keep the rest until its row is there. Raises ProtocolError."""
         width = self._engine.width
         items, ids = lookup_items(message, width)
-        sound = within(ids, width)
-        reading, end = _OpenFrame(), 0
+        valid = ids_in_range(ids, width)
+        frame, end = _OpenFrame(), 0
         for item in items:
             begin, end = end, end + item.size
             lease = self._leases.get(item.session)
-            if self._refused(peer, item, lease, bad=not sound and not within(ids[begin:end], width)):
+            if self._refused(peer, item, lease, invalid=not valid and not ids_in_range(ids[begin:end], width)):
                 continue
             row = self._find(item)
             if row is not None:
-                reading.add(peer, item, row, ids[begin:end])
+                frame.add(peer, item, row, ids[begin:end])
             else:
                 self._wait(peer, item, lease, ids[begin:end])
-        self._finish(reading, len(items))
+        self._finish(frame, len(items))
 
     def widen(self, peer: Recipient, message: Widen) -> None:
         """The same for widenings."""
         items = widen_items(message)
         for item in items:
             lease = self._leases.get(item.session)
-            if self._refused(peer, item, lease, bad=item.size < WHOLE):
+            if self._refused(peer, item, lease, invalid=item.size < WHOLE):
                 continue
             row = self._find(item)
             if row is not None:
@@ -104,31 +104,31 @@ class LookupService:
 
         Who waits for a row that is not there, and not being made, is answered with the refusal.
         """
-        reading = _OpenFrame()
-        for lease, gone in concluded:
+        frame = _OpenFrame()
+        for lease, refusal in concluded:
             waiters, lease.waiters = lease.waiters, []
             for waiter in waiters:
                 row = self._find(waiter.item)
                 if row is None and lease.makes(waiter.item.position):
                     lease.waiters.append(waiter)
                 elif row is None:
-                    self._replies.refuse(waiter.peer, waiter.item.call_id, gone)
+                    self._replies.refuse(waiter.peer, waiter.item.call_id, refusal)
                 elif waiter.ids is None:
                     self._widen(waiter.peer, waiter.item, *row)
                 else:
-                    reading.add(waiter.peer, waiter.item, row, waiter.ids)
-        reading.answer(self._engine, self._replies)
+                    frame.add(waiter.peer, waiter.item, row, waiter.ids)
+        frame.answer(self._engine, self._replies)
 
-    def _finish(self, reading: _OpenFrame, asked: int) -> None:
-        self.asked += asked
-        reading.answer(self._engine, self._replies)
+    def _finish(self, frame: _OpenFrame, requested: int) -> None:
+        self.requested += requested
+        frame.answer(self._engine, self._replies)
         self._replies.flush()
 
-    def _refused(self, peer: Recipient, item: RowItem, lease: Lease | None, *, bad: bool) -> bool:
+    def _refused(self, peer: Recipient, item: RowItem, lease: Lease | None, *, invalid: bool) -> bool:
         """Refuse an item of a former owner, or one that is bad."""
         if lease is not None and item.epoch < lease.epoch:
             self._replies.refuse(peer, item.call_id, Refusal.SUPERSEDED, lease.epoch)
-        elif bad:
+        elif invalid:
             self._replies.refuse(peer, item.call_id, Refusal.BAD_ITEM)
         else:
             return False

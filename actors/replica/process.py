@@ -41,7 +41,7 @@ def spin_briefly() -> None:
         os.environ.setdefault(*SPIN)
 
 
-def on_passing_thread(make: Callable[[], T]) -> T:
+def on_temporary_thread(make: Callable[[], T]) -> T:
     """What `make` returns or raises, called on a thread that ends then. Blocks.
 
     A team lives as long as its thread. Where all teams together have more threads than there are cores, helpers fall

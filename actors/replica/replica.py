@@ -23,7 +23,7 @@ from actors.engine.errors import EngineError
 from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.engine.interface import Extend as EngineExtend
 from actors.metrics import Recorder
-from actors.replica.answers import Drafter, SampledDraft, sampling_of, width_of, within, wrong_draft
+from actors.replica.answers import Drafter, SampledDraft, ids_in_range, invalid_draft, sampling_of, width_of
 from actors.replica.batching_delay import BatchingDelay
 from actors.replica.engine_thread import Failed, ForwardThread, Result, Unshared
 from actors.replica.leases import Lease, SessionLeases
@@ -51,10 +51,10 @@ class ReplicaSettings:
     batching_delay_share: float = 0.5  # of a forward's duration: how long to wait for another coordinator's extends
     batching_delay_cap_s: float = 0.01
     row_wait_s: float = 30.0  # a lookup waits so long for its row
-    stuck_s: float = 120.0  # a forward that takes longer makes the replica unwell
+    forward_timeout_s: float = 120.0  # a forward that takes longer makes the replica unwell
 
 
-class ReplicaUnwell(RuntimeError):
+class ReplicaUnhealthy(RuntimeError):
     """The replica cannot go on, and must be replaced."""
 
 
@@ -89,18 +89,18 @@ class ModelReplica:
         )
         self._server = Server(secret, welcome, self._on_message, self._on_closed, tls=tls, limits=limits)
         self._thread = ForwardThread(f"engine-{role}")
-        self._window = BatchingDelay(settings.batching_delay_share, settings.batching_delay_cap_s)
+        self._batching_delay = BatchingDelay(settings.batching_delay_share, settings.batching_delay_cap_s)
         self._leases = SessionLeases()
         self._replies = Replies(self._answer_limit, engine.width)
         self._drafter = Drafter(engine, self._replies, settings.max_position)
-        self._rows = LookupService(engine, self._leases, self._replies, settings.row_wait_s)
+        self._lookups = LookupService(engine, self._leases, self._replies, settings.row_wait_s)
         self._closing: set[int] = set()  # sessions whose cache goes before the next forward
-        self._due: asyncio.Handle | None = None  # the next turn of the loop
-        self._opened: float | None = None  # since when there is something to do, and company may be due
+        self._next_turn: asyncio.Handle | None = None  # the next turn of the loop
+        self._waiting_since: float | None = None  # since when there is something to do, and company may be due
         self._forward_began: float | None = None
         self._over = False
-        self._broken: Exception | None = None  # what ended the loop
-        self._farewell: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None  # what ended the loop
+        self._closing_server: asyncio.Task[None] | None = None
         self._meter = ReplicaMeter(role)
 
     async def start(self) -> tuple[str, int]:
@@ -111,8 +111,8 @@ class ModelReplica:
     async def stop(self) -> None:
         """Close every connection, every session's cache and the engine's thread; a forward that hangs is left to it."""
         self._over = True
-        cancel(self._due)
-        self._rows.close()
+        cancel(self._next_turn)
+        self._lookups.close()
         await self._server.close()
         closed = asyncio.Event()
         self._thread.run(self._engine, (), list(self._closing), lambda outcome: closed.set())
@@ -125,12 +125,16 @@ class ModelReplica:
         """How busy this replica is now."""
         cache = self._engine.cache_stats()
         return ReplicaLoad(
-            len(self._leases), self._leases.waiting, cache.tokens_total, cache.tokens_used, self._window.forward_s
+            len(self._leases),
+            self._leases.waiting,
+            cache.tokens_total,
+            cache.tokens_used,
+            self._batching_delay.forward_s,
         )
 
     def stats(self) -> ReplicaStats:
         """Totals since the start, as of now."""
-        return self._meter.stats(self._rows, self._server)
+        return self._meter.stats(self._lookups, self._server)
 
     def measured(self) -> Recorder:
         """What this replica measures, as of now."""
@@ -142,21 +146,24 @@ class ModelReplica:
         return self._engine.cache_stats().sessions
 
     def check_health(self) -> None:
-        """Raise ReplicaUnwell if the loop ended or a forward hangs."""
-        if self._broken is not None:
-            raise ReplicaUnwell(f"the replica's loop has ended: {self._broken!r}") from self._broken
-        if self._forward_began is not None and time.monotonic() - self._forward_began > self._settings.stuck_s:
-            raise ReplicaUnwell(f"a forward has been running for more than {self._settings.stuck_s} s")
+        """Raise ReplicaUnhealthy if the loop ended or a forward hangs."""
+        if self._failure is not None:
+            raise ReplicaUnhealthy(f"the replica's loop has ended: {self._failure!r}") from self._failure
+        if (
+            self._forward_began is not None
+            and time.monotonic() - self._forward_began > self._settings.forward_timeout_s
+        ):
+            raise ReplicaUnhealthy(f"a forward has been running for more than {self._settings.forward_timeout_s} s")
 
     # -- the loop
 
     def _wake(self) -> None:
         """Something came: take a turn once all that has come by now is read. A forward's end takes one anyway."""
         if self._forward_began is None and not self._over:
-            cancel(self._due)
-            self._due = asyncio.get_running_loop().call_soon(self._attempt, self._turn)
+            cancel(self._next_turn)
+            self._next_turn = asyncio.get_running_loop().call_soon(self._guarded, self._turn)
 
-    def _attempt(self, step: Callable[[], None]) -> None:
+    def _guarded(self, step: Callable[[], None]) -> None:
         """Take a step of the loop; an error ends it."""
         if self._over:
             return
@@ -164,8 +171,8 @@ class ModelReplica:
             step()
         except Exception as error:
             log.exception("the replica's loop has ended; its coordinators are sent elsewhere")
-            self._over, self._broken = True, error
-            self._farewell = asyncio.get_running_loop().create_task(self._server.close())
+            self._over, self._failure = True, error
+            self._closing_server = asyncio.get_running_loop().create_task(self._server.close())
 
     def _turn(self) -> None:
         """Run a forward if there is something to do and no more company is due within the window."""
@@ -173,16 +180,16 @@ class ModelReplica:
         if self._leases.idle and not self._closing:
             return
         now = time.monotonic()
-        if self._opened is None:
-            self._opened = now
-        until = self._window.wait_until(self._opened, now)
+        if self._waiting_since is None:
+            self._waiting_since = now
+        until = self._batching_delay.wait_until(self._waiting_since, now)
         if until is not None:
-            self._due = asyncio.get_running_loop().call_later(until - now, self._attempt, self._turn)
+            self._next_turn = asyncio.get_running_loop().call_later(until - now, self._guarded, self._turn)
             return
-        self._opened, self._forward_began = None, now
+        self._waiting_since, self._forward_began = None, now
         chunks, closing, self._closing = self._choose(), list(self._closing), set()
         self._thread.run(
-            self._engine, chunks, closing, lambda outcome: self._attempt(partial(self._forwarded, chunks, outcome))
+            self._engine, chunks, closing, lambda outcome: self._guarded(partial(self._forwarded, chunks, outcome))
         )
 
     def _forwarded(self, chunks: Sequence[Chunk], outcome: Sequence[Result] | Exception) -> None:
@@ -196,7 +203,7 @@ class ModelReplica:
         done = [p for p, r in zip(chunks, outcome, strict=True) if isinstance(r, Answer | SampledDraft | Held)]
         packed = self._count(done, took) if chunks else 0
         concluded = [self._conclude(chunk, result) for chunk, result in zip(chunks, outcome, strict=True)]
-        self._rows.settle(each for each in concluded if each is not None)
+        self._lookups.settle(each for each in concluded if each is not None)
         self._answer(packed, took)
         self._turn()
 
@@ -211,7 +218,7 @@ class ModelReplica:
 
     def _count(self, chunks: Sequence[Chunk], took: float) -> int:
         """The tokens that went through a forward."""
-        self._window.forward_took(took)
+        self._batching_delay.forward_took(took)
         return self._meter.forward(chunks, took)
 
     def _conclude(self, chunk: Chunk, result: Result) -> tuple[Lease, Refusal] | None:
@@ -224,7 +231,7 @@ class ModelReplica:
         if lease is None or lease.running is not scheduled:
             return None
         lease.running = None
-        peer, call_id, gone = scheduled.peer, scheduled.item.call_id, Refusal.ROW_GONE
+        peer, call_id, refusal = scheduled.peer, scheduled.item.call_id, Refusal.ROW_GONE
         match result:
             case Held():
                 scheduled.advance(chunk.taken)
@@ -232,35 +239,35 @@ class ModelReplica:
             case Unshared():
                 scheduled.blocks = ()
                 return None
-            case SampledDraft() if self._drafter.goes_on(scheduled, chunk.taken, result, alone=len(lease.queue) == 1):
-                return lease, gone
+            case SampledDraft() if self._drafter.continues(scheduled, chunk.taken, result, alone=len(lease.queue) == 1):
+                return lease, refusal
             case SampledDraft():
                 self._drafter.finish(scheduled)
             case Answer() if scheduled.item.draft is not None:
                 self._drafter.complete(scheduled, result)
             case Answer():
                 self._replies.rows(peer, call_id, [result])
-            case KVMiss() | Full() if self._drafter.ends_early(scheduled):
+            case KVMiss() | Full() if self._drafter.stop_drafting(scheduled):
                 pass
             case KVMiss():
                 self._replies.refuse(peer, call_id, Refusal.KV_MISS, result.held)
             case Full():
                 self._replies.refuse(peer, call_id, Refusal.FULL, self._retry_ms())
             case Failed():
-                gone = Refusal.FAILED
-                self._replies.refuse(peer, call_id, gone)
+                refusal = Refusal.FAILED
+                self._replies.refuse(peer, call_id, refusal)
         lease.queue.popleft()
-        return lease, gone
+        return lease, refusal
 
     def _retry_ms(self) -> int:
         """After how long it may be worth trying again: a few forwards."""
-        return round(min(max(4_000 * self._window.forward_s, 5), 1_000))
+        return round(min(max(4_000 * self._batching_delay.forward_s, 5), 1_000))
 
     def _answer(self, packed: int, took: float) -> None:
         """Send what a forward over `packed` tokens answered."""
         now = time.monotonic()
         for recipient in self._replies.flush(packed, round(took * 1e6)):
-            self._window.answered(recipient, now)
+            self._batching_delay.answered(recipient, now)
 
     # -- what coordinators ask
 
@@ -270,10 +277,10 @@ class ModelReplica:
                 self._on_extend(peer, message)
             case Lookup():
                 began = time.perf_counter()
-                self._rows.look_up(peer, message)
+                self._lookups.look_up(peer, message)
                 self._meter.looked_up(time.perf_counter() - began)
             case Widen():
-                self._rows.widen(peer, message)
+                self._lookups.widen(peer, message)
             case _:
                 raise ProtocolError(f"a model does not take {type(message).__name__}")
 
@@ -282,38 +289,38 @@ class ModelReplica:
         for session in message.released.tolist():
             if self._leases.release(peer, session, self._replies):
                 self._closing.add(session)
-        sound = within(message.required_ids, self._engine.width)
+        valid = ids_in_range(message.required_ids, self._engine.width)
         for item in items:
-            self._admit(peer, item, sound=sound)
+            self._admit(peer, item, valid=valid)
         self._replies.flush()
         if self._leases.owns_any(peer):
-            self._window.arrived(peer, time.monotonic())
+            self._batching_delay.arrived(peer, time.monotonic())
         else:
-            self._window.forget(peer)
+            self._batching_delay.forget(peer)
         self._wake()
 
-    def _admit(self, peer: Peer, item: ExtendItem, *, sound: bool) -> None:
+    def _admit(self, peer: Peer, item: ExtendItem, *, valid: bool) -> None:
         lease = self._leases.claim(peer, item, self._replies)
         if lease is None:
             return
-        wrong = self._wrong(item, sound=sound)
-        if wrong:
-            log.warning("an item of %s is refused: %s", peer.name, wrong)
+        invalid = self._invalid(item, valid=valid)
+        if invalid:
+            log.warning("an item of %s is refused: %s", peer.name, invalid)
             self._replies.refuse(peer, item.call_id, Refusal.BAD_ITEM)
         else:
             lease.queue.append(ScheduledExtend(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
 
-    def _wrong(self, item: ExtendItem, *, sound: bool) -> str | None:
+    def _invalid(self, item: ExtendItem, *, valid: bool) -> str | None:
         """What makes an item one that can never succeed."""
         width, end = self._engine.width, item.position + len(item.tokens)
         if item.k < WHOLE:
             return f"k = {item.k}"
-        if not sound and not within(item.required_ids, width):
+        if not valid and not ids_in_range(item.required_ids, width):
             return f"ids to know must lie in [0, {width})"
         if end > self._settings.max_position:
             return f"{end} tokens are more than the {self._settings.max_position} of this model"
         rows = item.rows + (item.draft.drafts if item.draft else 0)
-        if item.draft and (why := wrong_draft(item.rows, item.draft)):
+        if item.draft and (why := invalid_draft(item.rows, item.draft)):
             return why
         if answer_bytes(rows, width_of(item.k, width), len(item.required_ids), width) > self._answer_limit:
             return f"{rows} rows of k = {item.k} do not fit a frame: ask in blocks"
@@ -327,6 +334,6 @@ class ModelReplica:
     def _on_closed(self, peer: Peer) -> None:
         self._closing.update(self._leases.release_all(peer, self._replies))
         self._replies.flush()
-        self._window.forget(peer)
+        self._batching_delay.forget(peer)
         self._meter.disconnected(peer)
         self._wake()

@@ -104,7 +104,7 @@ class ReplicaMeter:
             tokens=int(self._tokens.value),
             forked_tokens=self._forked_tokens,
             failures=int(self._failed.value),
-            lookups=lookups.asked,
+            lookups=lookups.requested,
             lookups_waited=lookups.waited,
             bytes_received=self._bytes_received + sum(peer.bytes_received for peer in server.peers),
             bytes_sent=self._bytes_sent + sum(peer.bytes_sent for peer in server.peers),

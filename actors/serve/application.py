@@ -20,7 +20,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 SECRET_BYTES = 32
 DRAIN_S = 20.0  # a replica that is told to go may take so long to let its sessions move or end
-TELL_S = 2.0  # one message to the directory; a lost one is repeated by the next heartbeat
+DIRECTORY_TIMEOUT_S = 2.0  # one message to the directory; a lost one is repeated by the next heartbeat
 _NAMESPACE = "thinklogit"
 
 

@@ -42,12 +42,12 @@ class LoadPolicy:
     def __call__(self, context: ScalingContext) -> tuple[int, dict[str, Any]]:
         """Replicas wanted, and no state."""
         now, metrics = context.target_num_replicas, context.aggregated_metrics or {}
-        heard = {name: metrics[name].values() for name in self._targets if metrics.get(name)}
-        if not heard:
+        observed = {name: metrics[name].values() for name in self._targets if metrics.get(name)}
+        if not observed:
             return now, {}
-        needed = max(sum(values) / self._targets[name] for name, values in heard.items())
-        return max(_whole(needed), min(now, _whole(needed / FEWER_AT))), {}
+        needed = max(sum(values) / self._targets[name] for name, values in observed.items())
+        return max(_rounded_up(needed), min(now, _rounded_up(needed / FEWER_AT))), {}
 
 
-def _whole(replicas: float) -> int:
+def _rounded_up(replicas: float) -> int:
     return math.ceil(replicas - 1e-6)  # a sum of shares may be a little above the whole number that it means

@@ -16,7 +16,7 @@ from actors.coordinator.stats import CoordinatorLoad
 from actors.directory import Endpoint, Snapshot
 from actors.preflight import load_tokenizers
 from actors.replica.process import collect_rarely
-from actors.serve.application import TELL_S, own_secret, show_logs
+from actors.serve.application import DIRECTORY_TIMEOUT_S, own_secret, show_logs
 from actors.serve.ray_metrics import keep_exporting
 from actors.wire.tls import client_context
 
@@ -32,7 +32,7 @@ class CoordinatorShell:
         this = serve.get_replica_context().replica_tag
 
         async def locate() -> Sequence[Endpoint]:
-            async with asyncio.timeout(TELL_S):
+            async with asyncio.timeout(DIRECTORY_TIMEOUT_S):
                 snapshot: Snapshot = await directory.snapshot.remote()
             if this in snapshot.leaving:
                 self._coordinator.hand_over()

@@ -9,7 +9,7 @@ from ray import serve
 
 from actors.api.generation import Role
 from actors.directory import HEARTBEAT_S, Directory, Endpoint, Loading, Snapshot
-from actors.serve.application import TELL_S, stopping_replicas
+from actors.serve.application import DIRECTORY_TIMEOUT_S, stopping_replicas
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +20,12 @@ class DirectoryShell:
     async def __init__(self) -> None:  # type: ignore[misc]  # awaited by Serve
         self._directory = Directory()
         self._leaving: frozenset[str] = frozenset()
-        self._asking = asyncio.create_task(self._keep_asking(serve.get_replica_context().app_name))
+        self._polling = asyncio.create_task(self._keep_polling(serve.get_replica_context().app_name))
 
-    async def _keep_asking(self, application: str) -> None:
+    async def _keep_polling(self, application: str) -> None:
         while True:
             try:
-                async with asyncio.timeout(TELL_S):
+                async with asyncio.timeout(DIRECTORY_TIMEOUT_S):
                     self._leaving = await stopping_replicas(application)
             except Exception as error:  # the controller may be away for any reason
                 log.info("the Serve controller does not answer: %s", type(error).__name__)

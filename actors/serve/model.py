@@ -25,7 +25,7 @@ from actors.directory import HEARTBEAT_S, Endpoint, Loading
 from actors.replica.build import Load, load_role, serve_role
 from actors.replica.engine_thread import Engine
 from actors.replica.process import collect_rarely
-from actors.serve.application import DRAIN_S, TELL_S, own_secret, show_logs
+from actors.serve.application import DIRECTORY_TIMEOUT_S, DRAIN_S, own_secret, show_logs
 from actors.serve.autoscaling import CACHE_USED, WAITING
 from actors.serve.ray_metrics import keep_exporting
 from actors.text.tokenizer import RoleTokenizer
@@ -63,36 +63,36 @@ class ModelShell:
         )
         self._host, self._port = await self._replica.start()
         collect_rarely()
-        self._beat = asyncio.create_task(self._keep_telling())
+        self._heartbeats = asyncio.create_task(self._keep_sending_heartbeats())
         self._exporting = asyncio.create_task(keep_exporting(self._replica.measured))
 
     async def _load(self, config: ServiceConfig, load: Load) -> Engine:
         """The engine, built in a thread so that the directory hears of the progress meanwhile."""
-        starting = _Starting(self._role, self._incarnation)
-        telling = asyncio.create_task(self._tell_progress(starting))
+        progress = _LoadingProgress(self._role, self._incarnation)
+        reporting = asyncio.create_task(self._keep_reporting(progress))
         try:
             async with asyncio.timeout(config.deadlines.model_load_s):
                 start = partial(_FollowerActor, config.models.role(self._role))
-                return await asyncio.to_thread(load, config, self._role, starting.report, start)
+                return await asyncio.to_thread(load, config, self._role, progress.report, start)
         except TimeoutError:
             raise TimeoutError(
                 f"{self._role}: {config.models.role(self._role).path} did not load within "
-                f"deadlines.model_load_s ({config.deadlines.model_load_s:g} s); raise it, or look at {starting.doing!r}"
+                f"deadlines.model_load_s ({config.deadlines.model_load_s:g} s); raise it, or look at {progress.doing!r}"
             ) from None
         finally:
-            telling.cancel()
+            reporting.cancel()
 
-    async def _tell_progress(self, starting: _Starting) -> None:
+    async def _keep_reporting(self, progress: _LoadingProgress) -> None:
         while True:
-            await _told(self._directory.loading.remote(starting.now()))
+            await _send(self._directory.loading.remote(progress.now()))
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def _keep_telling(self) -> None:
+    async def _keep_sending_heartbeats(self) -> None:
         while True:
-            await self._tell()
+            await self._send_heartbeat()
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def _tell(self) -> None:
+    async def _send_heartbeat(self) -> None:
         load = self._replica.load()
         endpoint = Endpoint(
             self._role,
@@ -103,14 +103,14 @@ class ModelShell:
             cache_free=load.cache_total - load.cache_used,
             stopping=self._stopping,
         )
-        await _told(self._directory.heartbeat.remote(endpoint))
+        await _send(self._directory.heartbeat.remote(endpoint))
 
     async def check_health(self) -> None:
         """Serve's health check: raises when the replica cannot go on, or no longer says that it is there."""
         self._replica.check_health()
         self._engine.check_health()
-        if self._beat.done():
-            raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._beat.exception()
+        if self._heartbeats.done():
+            raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._heartbeats.exception()
 
     async def check_cache(self) -> tuple[str, int]:
         """This replica's incarnation, and what ModelReplica.check_cache says of it."""
@@ -126,15 +126,15 @@ class ModelShell:
         if not hasattr(self, "_beat"):
             return  # it never started
         self._stopping = True
-        await self._tell()
+        await self._send_heartbeat()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S / 2):
                 while self._replica.load().sessions:  # noqa: ASYNC110 - the replica announces no last session
                     await asyncio.sleep(HEARTBEAT_S / 10)
-        self._beat.cancel()
+        self._heartbeats.cancel()
         self._exporting.cancel()
         await self._replica.stop()
-        await _told(self._directory.leave.remote(self._incarnation))
+        await _send(self._directory.leave.remote(self._incarnation))
 
 
 class _Rank:
@@ -165,7 +165,7 @@ class _FollowerActor:
         ray.kill(self._actor)
 
 
-class _Starting:
+class _LoadingProgress:
     """What a loading model does now; `report` is called in the loading thread."""
 
     def __init__(self, role: Role, incarnation: str) -> None:
@@ -191,10 +191,10 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-async def _told(call: Awaitable[Any]) -> bool:
+async def _send(call: Awaitable[Any]) -> bool:
     """Whether the directory heard it in time. Never raises: a directory that is away costs nothing but freshness."""
     try:
-        await asyncio.wait_for(_awaited(call), TELL_S)
+        await asyncio.wait_for(_awaited(call), DIRECTORY_TIMEOUT_S)
     except Exception as error:
         log.info("the directory does not answer: %s", type(error).__name__)
         return False

@@ -15,7 +15,7 @@ from actors.metrics import COMMON, Gauge, Histogram, Metric, Recorder
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-TOGETHER = 64  # values of a histogram that are told at once
+BATCH = 64  # values of a histogram that are told at once
 
 Labels = tuple[str, ...]
 
@@ -25,7 +25,7 @@ class Exporter:
 
     def __init__(self, application: str, replica: str) -> None:
         self._common = dict(zip(COMMON, (application, replica), strict=True))
-        self._ray: dict[str, Any] = {}  # Ray's objects by name
+        self._ray_metrics: dict[str, Any] = {}  # Ray's objects by name
         self._totals: dict[tuple[str, Labels], float] = {}  # what Ray was told of each counter
         self._buckets: dict[tuple[str, Labels], list[int]] = {}  # and of each histogram
 
@@ -36,37 +36,37 @@ class Exporter:
             if isinstance(series, Histogram):
                 await self._observe(metric, labels, series, tags)
             elif isinstance(series, Gauge):
-                self._made(metric).set(series.value, tags)
+                self._ray_metric(metric).set(series.value, tags)
             else:
                 new = series.value - self._totals.get((metric.name, labels), 0.0)
                 self._totals[metric.name, labels] = series.value
                 if new > 0:
-                    self._made(metric).inc(new, tags)
+                    self._ray_metric(metric).inc(new, tags)
             await asyncio.sleep(0)
 
     async def _observe(self, metric: Metric, labels: Labels, series: Histogram, tags: dict[str, str]) -> None:
         """Ray's agent keeps no more of a value than its bucket, so the bucket's bound stands for it."""
         before = self._buckets.get((metric.name, labels), [0] * len(series.counts))
         counts = self._buckets[metric.name, labels] = list(series.counts)
-        told = self._made(metric)
-        for bound, count, known in zip((*metric.buckets, 2 * metric.buckets[-1]), counts, before, strict=True):
-            for number in range(count - known):
-                told.observe(bound, tags)
-                if number % TOGETHER == TOGETHER - 1:
+        ray_metric = self._ray_metric(metric)
+        for bound, count, published in zip((*metric.buckets, 2 * metric.buckets[-1]), counts, before, strict=True):
+            for number in range(count - published):
+                ray_metric.observe(bound, tags)
+                if number % BATCH == BATCH - 1:
                     await asyncio.sleep(0)
 
-    def _made(self, metric: Metric) -> Any:
+    def _ray_metric(self, metric: Metric) -> Any:
         """Ray's own object for a metric."""
-        if metric.name not in self._ray:
+        if metric.name not in self._ray_metrics:
             labels = (*COMMON, *metric.labels)
             if metric.kind == "histogram":
-                made = ray_metrics.Histogram(metric.name, metric.description, list(metric.buckets), labels)
+                ray_metric = ray_metrics.Histogram(metric.name, metric.description, list(metric.buckets), labels)
             elif metric.kind == "gauge":
-                made = ray_metrics.Gauge(metric.name, metric.description, labels)
+                ray_metric = ray_metrics.Gauge(metric.name, metric.description, labels)
             else:
-                made = ray_metrics.Counter(metric.name, metric.description, labels)
-            self._ray[metric.name] = made.set_default_tags(self._common)
-        return self._ray[metric.name]
+                ray_metric = ray_metrics.Counter(metric.name, metric.description, labels)
+            self._ray_metrics[metric.name] = ray_metric.set_default_tags(self._common)
+        return self._ray_metrics[metric.name]
 
 
 async def keep_exporting(measure: Callable[[], Recorder]) -> None:

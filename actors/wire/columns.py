@@ -63,21 +63,23 @@ class RowItem(NamedTuple):
 
 def extend_items(message: Extend) -> list[ExtendItem]:
     """The items of an `Extend`. Raises ProtocolError if counts and columns do not fit."""
-    flat, required_ids, drafts = message.tokens.tolist(), message.required_ids, _drafts(message)
+    all_tokens, all_ids, drafts = message.tokens.tolist(), message.required_ids, _drafts(message)
     items = []
     token = required = 0
     for place, row in enumerate(message.items.tolist()):
         call_id, session, age, prefix, epoch, position, count, rows, k, ids, keep = row
         if min(count, rows, ids, keep) < 0:
             raise ProtocolError("Extend.items has a negative count")
-        mine = required_ids[required : required + ids] if ids else _NO_IDS
-        own = flat[token : token + count]
+        tokens = all_tokens[token : token + count]
+        required_ids = all_ids[required : required + ids] if ids else _NO_IDS
         draft = drafts.get(place)
-        items.append(ExtendItem(call_id, session, age, prefix, epoch, position, own, rows, k, mine, draft, keep))
+        items.append(
+            ExtendItem(call_id, session, age, prefix, epoch, position, tokens, rows, k, required_ids, draft, keep)
+        )
         token, required = token + count, required + ids
-    if token != len(flat) or required != len(required_ids):
+    if token != len(all_tokens) or required != len(all_ids):
         raise ProtocolError(
-            f"Extend counts {token} tokens and {required} ids, its columns have {len(flat)}, {len(required_ids)}"
+            f"Extend counts {token} tokens and {required} ids, its columns have {len(all_tokens)}, {len(all_ids)}"
         )
     return items
 

@@ -38,8 +38,8 @@ def checked_secret(secret: bytes) -> bytes:
 
 def derive(secret: bytes, label: bytes, hello: Hello, nonce: bytes) -> bytes:
     """HMAC-SHA256 of a label and of everything both ends have said; 32 bytes."""
-    said = hashlib.sha256(encode(hello)).digest() + hashlib.sha256(nonce).digest()
-    return hmac.digest(secret, label + b"\0" + said, "sha256")
+    transcript = hashlib.sha256(encode(hello)).digest() + hashlib.sha256(nonce).digest()
+    return hmac.digest(secret, label + b"\0" + transcript, "sha256")
 
 
 class CoordinatorHandshake:

@@ -17,7 +17,7 @@ from actors.wire.messages import Failure, Message, Ping, ProtocolError, decode, 
 
 log = logging.getLogger(__name__)
 
-_BEATS = 5  # in `Limits.silent_s`
+_PINGS = 5  # in `Limits.silent_s`
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Link(asyncio.Protocol, ABC):
         self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the farewell
         self._stall: asyncio.TimerHandle | None = None
         self._pulse: asyncio.TimerHandle | None = None
-        self._silent_beats = 0
+        self._silent_pulses = 0
 
     @abstractmethod
     def _message(self, message: Message) -> None:
@@ -124,7 +124,7 @@ class Link(asyncio.Protocol, ABC):
             self._outgoing, self._incoming = outgoing, incoming
         self._frames.limit = self.limits.frame
         cancel(self._deadline)
-        self._beat_later()
+        self._schedule_pulse()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -137,7 +137,7 @@ class Link(asyncio.Protocol, ABC):
             return
         self.bytes_received += len(data)
         try:
-            self._hear(data)
+            self._receive(data)
         except (WireError, ProtocolError) as error:
             self.fail(error)
         except Exception as error:
@@ -160,7 +160,7 @@ class Link(asyncio.Protocol, ABC):
     def resume_writing(self) -> None:
         cancel(self._stall)
 
-    def _hear(self, data: bytes) -> None:
+    def _receive(self, data: bytes) -> None:
         for body in self._frames.feed(data):
             if self.closing:  # because of a frame in this very piece: the rest is not heard
                 return
@@ -170,25 +170,25 @@ class Link(asyncio.Protocol, ABC):
             elif not (isinstance(message, Ping) and self._pulse is not None):
                 self._message(message)
 
-    def _beat_later(self) -> None:
-        pause, loop = self.limits.peer_timeout_s / _BEATS, asyncio.get_running_loop()
-        self._pulse = loop.call_later(pause, self._beat, self.bytes_sent, self.bytes_received)
+    def _schedule_pulse(self) -> None:
+        pause, loop = self.limits.peer_timeout_s / _PINGS, asyncio.get_running_loop()
+        self._pulse = loop.call_later(pause, self._pulse_due, self.bytes_sent, self.bytes_received)
 
-    def _beat(self, sent: int, received: int) -> None:
+    def _pulse_due(self, sent: int, received: int) -> None:
         """Say that this end lives if it has said nothing since the last beat; give up a peer that is silent.
 
         Beats are counted rather than seconds, so that a pause of this very process is not the peer's silence.
         """
         if self.closing:
             return
-        self._silent_beats = self._silent_beats + 1 if received == self.bytes_received else 0
-        if self._silent_beats >= _BEATS:
+        self._silent_pulses = self._silent_pulses + 1 if received == self.bytes_received else 0
+        if self._silent_pulses >= _PINGS:
             self._abort(PeerSilent(f"the peer said nothing for {self.limits.peer_timeout_s:g} s"))
             return
         if sent == self.bytes_sent:
             with contextlib.suppress(WireError):  # it is closed then, and `_ended` tells
                 self.send(Ping())
-        self._beat_later()
+        self._schedule_pulse()
 
     def _abort(self, reason: Exception) -> None:
         assert self._transport is not None

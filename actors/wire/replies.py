@@ -75,18 +75,18 @@ class Replies:
         self._mail: dict[Recipient, _Mail] = {}
 
     def drafted(self, peer: Recipient, call_id: int, tokens: Sequence[int]) -> None:
-        self._of(peer).drafted.append((call_id, tokens))
+        self._mail_of(peer).drafted.append((call_id, tokens))
 
     def rows(self, peer: Recipient, call_id: int, answers: Sequence[Answer]) -> None:
         """The rows of one item, in the order of `answers`; all of one k."""
-        self._of(peer).rows.append((call_id, answers))
+        self._mail_of(peer).rows.append((call_id, answers))
 
     def values(self, peer: Recipient, items: Sequence[tuple[int, int]], values: NDArray[np.float32]) -> None:
         """The values of lookups (ticket, count), flat."""
-        self._of(peer).values.append((items, values))
+        self._mail_of(peer).values.append((items, values))
 
     def refuse(self, peer: Recipient, call_id: int, code: Refusal, detail: int = 0) -> None:
-        self._of(peer).refused.append((call_id, code, detail))
+        self._mail_of(peer).refused.append((call_id, code, detail))
 
     def flush(self, packed: int = 0, micros: int = 0) -> list[Recipient]:
         """Send everything; who got rows or a refusal, and may ask for the next.
@@ -108,7 +108,7 @@ class Replies:
             peer.send(*messages)
         return [peer for peer, box in mail.items() if box.rows or box.refused]
 
-    def _of(self, peer: Recipient) -> _Mail:
+    def _mail_of(self, peer: Recipient) -> _Mail:
         mail = self._mail.get(peer)
         if mail is None:
             mail = self._mail[peer] = _Mail()
@@ -140,7 +140,7 @@ def _row_bytes(k: int, required_ids: int, width: int) -> int:
     return F32.itemsize * (1 + required_ids + (width if k == WHOLE else max(k, 0))) + U16.itemsize * ids
 
 
-class _Run:
+class _AnswerRun:
     """Answers that stand side by side in what was reduced together."""
 
     __slots__ = ("first", "last", "reduced", "required", "required_end")
@@ -149,7 +149,7 @@ class _Run:
         self.reduced, self.first, self.required = answer.reduced, answer.first, answer.required
         self.last, self.required_end = self.first, self.required
 
-    def takes(self, answer: Answer) -> bool:
+    def extend_by(self, answer: Answer) -> bool:
         """Add an answer that begins where the last one ended; False if it does not."""
         if answer.reduced is not self.reduced or answer.first != self.last or answer.required != self.required_end:
             return False
@@ -161,12 +161,12 @@ class _Run:
 def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed: int = 0, micros: int = 0) -> Rows:
     """One message from (ticket, answers) pairs."""
     table = []
-    runs: list[_Run] = []
+    runs: list[_AnswerRun] = []
     for call_id, answers in items:
         for answer in answers:
-            if not runs or not runs[-1].takes(answer):
-                runs.append(_Run(answer))
-                runs[-1].takes(answer)
+            if not runs or not runs[-1].extend_by(answer):
+                runs.append(_AnswerRun(answer))
+                runs[-1].extend_by(answer)
         table.append((call_id, sum(answer.rows for answer in answers), answers[0].reduced.k, answers[0].required_ids))
     columns = np.array(table, ROWS_ITEM)
     ids = _flat([run.reduced.ids[run.first : run.last] for run in runs])
@@ -182,7 +182,7 @@ def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed:
 
 
 def _pack_values(parts: Sequence[tuple[Sequence[tuple[int, int]], NDArray[np.float32]]]) -> Values:
-    items = [item for some, _ in parts for item in some]
+    items = [item for pairs, _ in parts for item in pairs]
     return Values(np.array(items, VALUES_ITEM), _flat([values for _, values in parts]))
 
 

@@ -66,12 +66,12 @@ class Server:
         """Connections that have not proved themselves."""
         return sum(not link.authenticated for link in self.links)
 
-    def refuse(self, who: str, reason: Exception) -> None:
+    def refuse(self, peer: str, reason: Exception) -> None:
         """Count a connection that was not taken, or ended for what it said; one that attacks fills no log."""
         self.refused[code_of(reason)] += 1
         now, all_ = time.monotonic(), self.refused.total()
         if now >= self._report_at:
-            log.warning("refused %d connections, the last of %s: %s", all_ - self._reported, who, code_of(reason))
+            log.warning("refused %d connections, the last of %s: %s", all_ - self._reported, peer, code_of(reason))
             self._reported, self._report_at = all_, now + REPORT_S
 
     async def start(self, host: str, port: int = 0) -> int:

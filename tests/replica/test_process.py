@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from actors.replica.process import COLLECT, SPIN, collect_rarely, on_passing_thread, spin_briefly
+from actors.replica.process import COLLECT, SPIN, collect_rarely, on_temporary_thread, spin_briefly
 
 
 def test_the_thread_that_makes_is_gone_when_what_it_made_is_there() -> None:
-    maker = on_passing_thread(threading.current_thread)
+    maker = on_temporary_thread(threading.current_thread)
     assert maker is not threading.current_thread()
     assert not maker.is_alive()
 
@@ -22,7 +22,7 @@ def test_what_making_raises_reaches_the_caller() -> None:
         raise ValueError("no such model")
 
     with pytest.raises(ValueError, match="no such model"):
-        on_passing_thread(fail)
+        on_temporary_thread(fail)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from actors.replica.replica import ReplicaUnwell
+from actors.replica.replica import ReplicaUnhealthy
 from actors.wire.errors import RemoteFailure
 from actors.wire.link import Limits
 from actors.wire.messages import EXTEND_ITEM, LOOKUP_ITEM, WHOLE, Extend, Lookup, Message, Refusal, Rows, Welcome
@@ -433,12 +433,12 @@ async def test_a_prompt_that_fails_in_its_second_chunk_is_refused_as_a_whole() -
 
 
 async def test_a_forward_that_hangs_makes_the_replica_unwell() -> None:
-    async with stage(stuck_s=0.0) as s:
+    async with stage(forward_timeout_s=0.0) as s:
         c = await s.coordinator()
         with s.engine.held():
             reply = c.ask(1, [1])
             await s.engine.entered()
-            with pytest.raises(ReplicaUnwell, match="running for more"):
+            with pytest.raises(ReplicaUnhealthy, match="running for more"):
                 s.replica.check_health()
         await rows_of(reply)
 
@@ -449,7 +449,7 @@ async def test_a_loop_that_ends_sends_its_coordinators_away_and_is_unwell(monkey
         monkeypatch.setattr("actors.replica.replica.choose", lambda waiting, budget, shared: 1 / 0)
         c.ask(1, [1])
         assert await asyncio.wait_for(c.ended, 10) is not None
-        with pytest.raises(ReplicaUnwell, match="ZeroDivisionError"):
+        with pytest.raises(ReplicaUnhealthy, match="ZeroDivisionError"):
             s.replica.check_health()
 
 

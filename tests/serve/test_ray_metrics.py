@@ -10,7 +10,7 @@ import pytest
 
 from actors.metrics import COMMON, METRICS, Recorder
 from actors.serve import ray_metrics as exporting
-from actors.serve.ray_metrics import TOGETHER, Exporter
+from actors.serve.ray_metrics import BATCH, Exporter
 
 FIRST = "thinklogit_first_token_seconds"
 CoordinatorEvent = tuple[str, float, tuple[tuple[str, str], ...]]
@@ -89,13 +89,13 @@ async def test_a_gauge_is_told_again_and_again_since_ray_forgets_it(ray: Ray) ->
 async def test_many_values_and_those_that_come_meanwhile_are_told_once(ray: Ray) -> None:
     recorder, exporter = Recorder(), Exporter("app", "r1")
     histogram = recorder.histogram(FIRST, "demo")
-    histogram.observe(0.3, times=3 * TOGETHER)
+    histogram.observe(0.3, times=3 * BATCH)
     publishing = asyncio.create_task(exporter.publish(recorder))
     await asyncio.sleep(0)  # it tells some, and lets others run
-    assert sum(Bag(ray.told).values()) == TOGETHER
+    assert sum(Bag(ray.told).values()) == BATCH
     histogram.observe(0.3, times=5)
     recorder.counter("thinklogit_resumes").add()
     await publishing
-    assert sum(ray.heard().values()) == 3 * TOGETHER
+    assert sum(ray.heard().values()) == 3 * BATCH
     await exporter.publish(recorder)
     assert ray.heard() == {(FIRST, 0.5, (("model", "demo"),)): 5, ("thinklogit_resumes", 1, ()): 1}

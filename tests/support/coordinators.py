@@ -238,13 +238,17 @@ async def stage(
     prefill_chunk: int = 16,
     max_position: int = 500,
     row_wait_s: float = 10.0,
-    stuck_s: float = 60.0,
+    forward_timeout_s: float = 60.0,
     limits: Limits | None = None,
 ) -> AsyncIterator[Stage]:
     """A running replica that never waits for company."""
     engine = StagedEngine(cache_tokens)
     settings = ReplicaSettings(
-        max_position, prefill_chunk, batching_delay_share=0.0, row_wait_s=row_wait_s, stuck_s=stuck_s
+        max_position,
+        prefill_chunk,
+        batching_delay_share=0.0,
+        row_wait_s=row_wait_s,
+        forward_timeout_s=forward_timeout_s,
     )
     replica = ModelReplica(engine, "guider", "g-1", SECRET, settings, limits=limits or Limits(farewell_s=0.2))
     host, port = await replica.start()
