@@ -32,7 +32,7 @@ from benchmarks.processes import launcher
 from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES, service_config
 from benchmarks.workers import service
-from cluster.jobs.client import Asker
+from cluster.jobs.client import Client
 from cluster.jobs.config import Evaluation, checked
 from cluster.jobs.connecting import Connection, connected
 from cluster.jobs.evaluate import evaluate
@@ -114,8 +114,8 @@ async def measure(
 ) -> Rates:
     """Both ways in turn; `done` is called after each round."""
     sessions = workload.evaluation.concurrency or 1
-    asker = Asker(connection.backend, connection.service, load_tokenizers(connection.service))
-    requests = [replace(asker.request(item), interval_s=0.0) for item in workload.items()]
+    client = Client(connection.backend, connection.service, load_tokenizers(connection.service))
+    requests = [replace(client.request(item), interval_s=0.0) for item in workload.items()]
     rates = Rates()
     with tempfile.TemporaryDirectory() as folder:
         async with trio(Path(folder), sessions, threads) as coordinator:

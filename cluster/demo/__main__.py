@@ -41,7 +41,7 @@ INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 @dataclass(frozen=True)
 class Answer:
-    """What one mode said to one question."""
+    """What one mode marked to one question."""
 
     question: Question
     mode: str
@@ -50,7 +50,9 @@ class Answer:
     notes: tuple[dict[str, Any], ...]  # token, alpha, and whether guidance changed it
 
 
-async def ask(client: AsyncOpenAI, model: str, mode: str, question: Question, alpha: float | None) -> Answer:
+async def answer_question(
+    client: AsyncOpenAI, model: str, mode: str, question: Question, alpha: float | None
+) -> Answer:
     """Ask one question over HTTP, as any client would. alpha: None, as the service has it."""
     guided = {"explain": True} | ({} if alpha is None else {"alpha": alpha})
     reply = await client.chat.completions.create(
@@ -66,7 +68,7 @@ async def ask(client: AsyncOpenAI, model: str, mode: str, question: Question, al
     return Answer(question, mode, text, grade(text, question), tuple(guidance.get("tokens", ())))
 
 
-async def ask_all(
+async def answer_all(
     url: str, model: str, asked: Sequence[Question], console: Console, alpha: float | None = None
 ) -> list[Answer]:
     """Ask every question in every mode, with a bar for each mode."""
@@ -81,7 +83,7 @@ async def ask_all(
 
                 async def one(question: Question, mode: str = mode, slots: asyncio.Semaphore = slots) -> Answer:
                     async with slots:
-                        return await ask(client, model, mode, question, alpha)
+                        return await answer_question(client, model, mode, question, alpha)
 
                 for done in asyncio.as_completed([one(question) for question in asked]):
                     answers.append(await done)
@@ -128,13 +130,15 @@ def example_of(answers: Sequence[Answer]) -> list[Answer]:
 
 def panel_of(answer: Answer) -> Panel:
     """One answer, the words that guidance changed marked: by brackets, so that it shows without colours too."""
-    said = Text()
+    marked = Text()
     for note in answer.notes:
-        said.append(f"[{note['text']}]" if note["changed"] else note["text"], "bold yellow" if note["changed"] else "")
+        marked.append(
+            f"[{note['text']}]" if note["changed"] else note["text"], "bold yellow" if note["changed"] else ""
+        )
     if not answer.notes:
-        said.append(answer.text)
+        marked.append(answer.text)
     verdict = "[green]right[/]" if answer.right else "[red]wrong[/]"
-    return Panel(said, title=f"{answer.mode}: {verdict}", width=46)
+    return Panel(marked, title=f"{answer.mode}: {verdict}", width=46)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with running_service(config) as url:
             console.print(f"{url}/v1 answers as {', '.join(config.served_names)}", highlight=False)
             asked = [question for hops in HOPS for question in questions("held_out", hops, options.questions)]
-            answers = asyncio.run(ask_all(url, config.name, asked, console, options.alpha))
+            answers = asyncio.run(answer_all(url, config.name, asked, console, options.alpha))
     except (ConfigError, LaunchError) as error:
         console.print("[bold red]error[/]", Text(str(error)))
         return 1

@@ -76,7 +76,7 @@ def choose(summary: Summary, evaluation: Evaluation) -> Score:
     return max(guided, key=lambda score: (score.pass_at_1.value, -alphas[score.variant.setting]))
 
 
-def unread(results: Results) -> str:
+def grading_example(results: Results) -> str:
     """How the first answer was read, for data whose grader or prompt does not fit."""
     gold = {(row.task, row.problem): row.answer for row in results.problems()}
     sample = next(iter(results.samples()))
@@ -87,7 +87,7 @@ def unread(results: Results) -> str:
     )
 
 
-def tell(results: Results, evaluation: Evaluation, console: Console) -> dict[str, Any]:
+def report_choice(results: Results, evaluation: Evaluation, console: Console) -> dict[str, Any]:
     """Say what to choose and why; the same for the last line."""
     summary = summarise(results)
     table = Table("", "right", "over the target", "p (Holm)")
@@ -101,7 +101,7 @@ def tell(results: Results, evaluation: Evaluation, console: Console) -> dict[str
     assert over is not None, "the target is part of every sweep"
     sure = helps(best)
     if not any(score.pass_at_1.value for score in summary.overall):
-        words = f"No answer is right in any setting, so nothing can be chosen. {unread(results)}"
+        words = f"No answer is right in any setting, so nothing can be chosen. {grading_example(results)}"
     elif sure:
         words = (
             f"Choose alpha {alpha:g}: its accuracy is {points(over)} over the target's, on {best.problems} problems."
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> dict[str, Any]:
         evaluation = sweep(options)
         run(evaluation, console, resume=not options.no_resume)
-        return tell(Results(options.run), evaluation, console)
+        return report_choice(Results(options.run), evaluation, console)
 
     status, result = guarded(work, console)
     if status == 0:

@@ -69,10 +69,10 @@ class Answer:
         return self.end.usage
 
 
-class Asker:
+class Client:
     """Asks a backend whose service is configured as `service`.
 
-    tokenizers: of all three roles. heard: called with the number of tokens of each message that arrives.
+    tokenizers: of all three roles. on_tokens: called with the number of tokens of each message that arrives.
     """
 
     def __init__(
@@ -83,21 +83,21 @@ class Asker:
         *,
         drafts: int | None = None,
         patience_s: float = PATIENCE_S,
-        heard: Callable[[int], None] = lambda tokens: None,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self._backend, self._service, self._tokenizers = backend, service, dict(tokenizers)
-        self._drafts, self._patience_s, self._heard = drafts, patience_s, heard
+        self._drafts, self._patience_s, self._on_tokens = drafts, patience_s, on_tokens
 
     def request(self, item: Item) -> Generate:
         """The sequence that the HTTP side would make of this sample. Raises ConfigError where it does not fit."""
         try:
-            made = sequence(item, self._service, self._tokenizers)
+            made = plan_item(item, self._service, self._tokenizers)
         except ApiError as error:
             raise ConfigError(f"{item.task.name}, problem {item.problem.id}, {item.arm}: {error.message}") from None
         unique = "-".join(map(str, item.key))
         return replace(made, request_id=unique, seed=item.choice_seed, drafts=self._drafts)
 
-    async def ask(self, item: Item) -> Answer:
+    async def answer_item(self, item: Item) -> Answer:
         """The answer to one sample, asked for again while the service is full, away or loses it.
 
         Raises Unanswered after `patience_s` without being taken on or LOSSES lost answers, ConfigError if refused.
@@ -108,7 +108,7 @@ class Asker:
         """See `ask`."""
         refused_since, refusals, losses = time.monotonic(), 0, 0
         while True:
-            attempt = _Attempt(request, self._heard)
+            attempt = _Attempt(request, self._on_tokens)
             try:
                 return await attempt.run(self._backend)
             except BadRequest as error:
@@ -129,8 +129,8 @@ class _Lost(RuntimeError):
 class _Attempt:
     """One try at a request."""
 
-    def __init__(self, request: Generate, heard: Callable[[int], None]) -> None:
-        self._request, self._heard = request, heard
+    def __init__(self, request: Generate, on_tokens: Callable[[int], None]) -> None:
+        self._request, self._on_tokens = request, on_tokens
         self.begun = False  # tokens have come
 
     async def run(self, backend: Backend) -> Answer:
@@ -143,7 +143,7 @@ class _Attempt:
                     raise rejection(event)
                 if isinstance(event, Delta):
                     self.begun = True
-                    self._heard(len(event.tokens))
+                    self._on_tokens(len(event.tokens))
                     deltas.append(event)
                     continue
                 if event.reason not in ("stop", "length"):
@@ -159,7 +159,7 @@ class _Attempt:
         return reasoning + (self._request.thinking.end if reasoning and content else "") + content
 
 
-def sequence(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]) -> Generate:
+def plan_item(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]) -> Generate:
     """What the HTTP side makes of the problem's prompt: a user's message, or the same raw text for every role."""
     task = item.task
     fields: dict[str, Any] = {

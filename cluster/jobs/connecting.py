@@ -27,7 +27,7 @@ from router.failover import Resuming
 
 ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
 POLL_S = 0.5
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Adapted = Callable[[ServiceConfig], ServiceConfig]
 
 
@@ -40,7 +40,7 @@ class Connection:
 
 
 @contextmanager
-def connected(file: Path, say: Say, adapted: Adapted | None = None) -> Iterator[Connection]:
+def connected(file: Path, log: Log, adapted: Adapted | None = None) -> Iterator[Connection]:
     """A connection to the service that `file` describes.
 
     Of a service that runs already the name counts, and what it says of itself. adapted: gives the guider the adapter
@@ -51,27 +51,27 @@ def connected(file: Path, say: Say, adapted: Adapted | None = None) -> Iterator[
     if adapted is not None:
         wanted = adapted(wanted)
     if not joined():
-        say("no Ray runs here: starting one, and the service in it ...")
+        log("no Ray runs here: starting one, and the service in it ...")
         with running_service(wanted):
             yield _connection(wanted.name)
         return
     try:
-        with _application(wanted, say, same_adapter=adapted is not None) as name:
+        with _application(wanted, log, same_adapter=adapted is not None) as name:
             yield _connection(name)
     finally:
         ray.shutdown()
 
 
-async def ready(backend: Backend, deadline_s: float, say: Say) -> None:
+async def ready(backend: Backend, deadline_s: float, log: Log) -> None:
     """Return once every role is there; says what is awaited whenever that changes. Raises LaunchError."""
-    until, said = time.monotonic() + deadline_s, ""
+    until, logged = time.monotonic() + deadline_s, ""
     while (status := await backend.status()).missing:
         awaited = "; ".join(status.awaited) or ", ".join(status.missing)
         if time.monotonic() > until:
             raise LaunchError(f"the service is not complete after {deadline_s:g} s: {awaited}")
-        if awaited != said:
-            say(f"waiting for {awaited}")
-            said = awaited
+        if awaited != logged:
+            log(f"waiting for {awaited}")
+            logged = awaited
         await asyncio.sleep(POLL_S)
 
 
@@ -91,22 +91,22 @@ def joined() -> bool:
 
 
 @contextmanager
-def _application(wanted: ServiceConfig, say: Say, *, same_adapter: bool) -> Iterator[str]:
+def _application(wanted: ServiceConfig, log: Log, *, same_adapter: bool) -> Iterator[str]:
     """The name of the application that is asked. One of the job's own has no HTTP address, and ends with it."""
     running = serve.status().applications
     own = f"{wanted.name}-jobs"
 
-    def asked_for(name: str) -> bool:
+    def matches(name: str) -> bool:
         if name not in running:
             return False
         return not same_adapter or _connection(name).service.models.guider.adapter == wanted.models.guider.adapter
 
-    if asked_for(wanted.name):
-        say(f"asking the service {wanted.name}, which runs in this cluster")
+    if matches(wanted.name):
+        log(f"asking the service {wanted.name}, which runs in this cluster")
         yield wanted.name
         return
-    if not asked_for(own):
-        say(f"no such service {wanted.name} runs in this cluster: bringing it up as {own} ...")
+    if not matches(own):
+        log(f"no such service {wanted.name} runs in this cluster: bringing it up as {own} ...")
         serve.start(proxy_location="Disabled")
         try:
             serve.run(bind(wanted), name=own, route_prefix=None)

@@ -13,7 +13,7 @@ from cluster.jobs.summary import TARGET, Variant
 
 EACH_WAY = 6  # contrasts of a report: so many that were gained, so many that were lost
 
-_Asking: TypeAlias = tuple[str, str, int, int]  # task, problem, seed, number
+_SampleId: TypeAlias = tuple[str, str, int, int]  # task, problem, seed, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,34 +27,32 @@ class Contrast:
 
 def contrasts(results: Results, guided: Variant, each_way: int = EACH_WAY) -> list[Contrast]:
     """Of each task in turn, first those that guidance gained; first samples first."""
-    verdicts: dict[_Asking, dict[Variant, bool]] = {}
+    verdicts: dict[_SampleId, dict[Variant, bool]] = {}
     for sample in results.samples():
         variant = _variant(sample)
         if variant in (TARGET, guided):
-            verdicts.setdefault(_asking(sample), {})[variant] = sample.right
-    differing = {
-        asking: both[guided] for asking, both in verdicts.items() if len(both) == 2 and both[guided] != both[TARGET]
-    }
+            verdicts.setdefault(_sample_id(sample), {})[variant] = sample.right
+    differing = {id_: both[guided] for id_, both in verdicts.items() if len(both) == 2 and both[guided] != both[TARGET]}
     chosen = [
-        asking
+        id_
         for gained in (True, False)
-        for asking in _in_turn(asking for asking, won in differing.items() if won is gained)[:each_way]
+        for id_ in _in_turn(id_ for id_, won in differing.items() if won is gained)[:each_way]
     ]
     answers = _answers(results, chosen, guided)
     problems = {(row.task, row.problem): row for row in results.problems()}
     return [
-        Contrast(problems[asking[0], asking[1]], differing[asking], dict(sorted(answers[asking].items(), key=_order)))
-        for asking in chosen
+        Contrast(problems[id_[0], id_[1]], differing[id_], dict(sorted(answers[id_].items(), key=_order)))
+        for id_ in chosen
     ]
 
 
-def _answers(results: Results, chosen: Iterable[_Asking], guided: Variant) -> dict[_Asking, dict[Variant, Sample]]:
+def _answers(results: Results, chosen: Iterable[_SampleId], guided: Variant) -> dict[_SampleId, dict[Variant, Sample]]:
     """The second reading: the texts of what was chosen, and of no more."""
-    answers: dict[_Asking, dict[Variant, Sample]] = {asking: {} for asking in chosen}
+    answers: dict[_SampleId, dict[Variant, Sample]] = {id_: {} for id_ in chosen}
     for sample in results.samples():
         variant = _variant(sample)
-        if _asking(sample) in answers and (variant.mode != "guided" or variant == guided):
-            answers[_asking(sample)][variant] = sample
+        if _sample_id(sample) in answers and (variant.mode != "guided" or variant == guided):
+            answers[_sample_id(sample)][variant] = sample
     return answers
 
 
@@ -62,7 +60,7 @@ def _variant(sample: Sample) -> Variant:
     return Variant(sample.key.mode, sample.key.setting)
 
 
-def _asking(sample: Sample) -> _Asking:
+def _sample_id(sample: Sample) -> _SampleId:
     key = sample.key
     return key.task, key.problem, key.seed, key.number
 
@@ -71,9 +69,9 @@ def _order(item: tuple[Variant, Sample]) -> int:
     return ("target", "guided", "guider", "guider_base").index(item[0].mode)
 
 
-def _in_turn(askings: Iterable[_Asking]) -> list[_Asking]:
+def _in_turn(ids: Iterable[_SampleId]) -> list[_SampleId]:
     """One of each task in turn; within a task each problem's first sample before any second."""
-    by_task: dict[str, list[_Asking]] = {}
-    for asking in sorted(askings, key=lambda asking: (asking[0], asking[3], asking[2], asking[1])):
-        by_task.setdefault(asking[0], []).append(asking)
-    return [asking for turn in zip_longest(*by_task.values()) for asking in turn if asking is not None]
+    by_task: dict[str, list[_SampleId]] = {}
+    for id_ in sorted(ids, key=lambda id_: (id_[0], id_[3], id_[2], id_[1])):
+        by_task.setdefault(id_[0], []).append(id_)
+    return [id_ for turn in zip_longest(*by_task.values()) for id_ in turn if id_ is not None]

@@ -27,7 +27,7 @@ from actors.config import ConfigError
 from actors.engine.errors import LoadError
 from actors.preflight import load_tokenizers
 from cluster.jobs.adapters import service_with
-from cluster.jobs.client import Answer, Asker, Item, Unanswered
+from cluster.jobs.client import Answer, Client, Item, Unanswered
 from cluster.jobs.config import AS_CONFIGURED, Evaluation, load_evaluation
 from cluster.jobs.connecting import Connection, connected, ready
 from cluster.jobs.dry_run import dry_run
@@ -68,12 +68,12 @@ class Stopped(Exception):
         self.status = 128 + number
 
 
-async def answer_all(items: Iterator[Item], asker: Asker, results: Results, progress: Progress, at_once: int) -> None:
-    """Ask, grade and keep every item, `at_once` together. Raises what `Asker.ask` raises; what is kept stays."""
+async def answer_all(items: Iterator[Item], client: Client, results: Results, progress: Progress, at_once: int) -> None:
+    """Ask, grade and keep every item, `at_once` together. Raises what `Client.ask` raises; what is kept stays."""
 
     async def worker() -> None:
         for item in items:
-            answer = await asker.ask(item)
+            answer = await client.answer_item(item)
             sample = await asyncio.to_thread(graded, item, answer)
             usage = answer.usage
             timing = Timing(item.key, answer.seconds, usage.drafted_tokens, usage.accepted_tokens)
@@ -122,8 +122,10 @@ async def evaluate(
     evaluation, service = workload.evaluation, connection.service
     coordinator = service.coordinator
     progress = Progress(console, workload.totals())
-    asker = Asker(connection.backend, service, load_tokenizers(service), drafts=evaluation.drafts, heard=progress.heard)
-    workload.check(asker)
+    client = Client(
+        connection.backend, service, load_tokenizers(service), drafts=evaluation.drafts, on_tokens=progress.add_tokens
+    )
+    workload.check(client)
     first = next(iter(evaluation.adapters), AS_CONFIGURED)  # the one that is written down
     config, rows = workload.resolved(service_with(service, evaluation, first)), workload.problem_rows()
     with Results(folder).writing(config, rows, resume=resume, may_differ=MAY_DIFFER) as results:
@@ -137,7 +139,7 @@ async def evaluate(
         await ready(connection.backend, service.deadlines.model_load_s, console.print)
         with progress:
             at_once = evaluation.concurrency or coordinator.max_sessions * coordinator.replicas.max
-            await answer_all(missing, asker, results, progress, at_once)
+            await answer_all(missing, client, results, progress, at_once)
         results.finish()
 
 

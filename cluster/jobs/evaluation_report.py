@@ -29,7 +29,7 @@ FILES = ("report.html", "report.md")
 
 
 def remove_report(folder: Path) -> None:
-    """Take away what was said of answers that are gone."""
+    """Take away what was cells of answers that are gone."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
 
@@ -93,10 +93,10 @@ def _contrasts(differing: Sequence[Contrast]) -> Table:
     rows = []
     for contrast in differing:
         answers = [contrast.answers.get(variant) for variant in variants]
-        said = ["" if sample is None else f"{sample.extracted} {'✓' if sample.right else '✗'}" for sample in answers]
+        cells = ["" if sample is None else f"{sample.extracted} {'✓' if sample.right else '✗'}" for sample in answers]
         row = contrast.problem
         question = row.question if len(row.question) <= _EXCERPT else row.question[:_EXCERPT] + " …"
-        rows.append((f"{row.task} {row.problem}", question, row.answer, *said))
+        rows.append((f"{row.task} {row.problem}", question, row.answer, *cells))
     header = ("problem", "question", "right", *(str(variant) for variant in variants))
     return Table("Where guidance changed the verdict", header, tuple(rows), ("The page shows the texts side by side.",))
 

@@ -54,11 +54,11 @@ class Pairing(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PromptedProblem:
     """A problem as it was put to each role. question: its words, by which problems are told apart."""
 
     task: str
-    problem: str
+    id: str
     question: str
     prompts: Mapping[Role, str]
 
@@ -67,19 +67,19 @@ class Asked:
 class Pair:
     """A right answer that is preferred to a wrong one."""
 
-    asked: Asked
+    problem: PromptedProblem
     kind: Kind
     chosen: Sample
     rejected: Sample
 
     def row(self) -> dict[str, Any]:
         """In TRL's preference format with plain text, and what a trainer or a reader may want beside it."""
-        row: dict[str, Any] = {column("prompt", role): prompt for role, prompt in self.asked.prompts.items()}
+        row: dict[str, Any] = {column("prompt", role): prompt for role, prompt in self.problem.prompts.items()}
         row |= {"chosen": self.chosen.text, "rejected": self.rejected.text}
         for name, sample in (("chosen", self.chosen), ("rejected", self.rejected)):
             row[f"{name}_finished"] = sample.finish == "stop"  # by itself: its end belongs to what is learnt
             row[f"{name}_tokens"] = sample.tokens
-        return row | {"kind": self.kind, "task": self.asked.task, "problem": self.asked.problem}
+        return row | {"kind": self.kind, "task": self.problem.task, "problem": self.problem.id}
 
 
 def column(name: str, role: Role) -> str:
@@ -87,7 +87,7 @@ def column(name: str, role: Role) -> str:
     return name if role == "guider" else f"{role}_{name}"
 
 
-def pairs(samples: Iterable[Sample], asked: Sequence[Asked], pairing: Pairing) -> dict[Split, list[Pair]]:
+def pairs(samples: Iterable[Sample], problems: Sequence[PromptedProblem], pairing: Pairing) -> dict[Split, list[Pair]]:
     """The pairs of both splits; no question stands in both. samples: of the target and the guider."""
     answers: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -95,8 +95,8 @@ def pairs(samples: Iterable[Sample], asked: Sequence[Asked], pairing: Pairing) -
     made: dict[Split, list[Pair]] = {}
     for split in SPLITS:
         share = pairing.validation if split == "validation" else 1 - pairing.validation
-        mine = [one for one in asked if split_of(one.question, pairing) == split]
-        kinds = {kind: _of_kind(kind, mine, answers, pairing) for kind in pairing.kinds}
+        of_split = [one for one in problems if split_of(one.question, pairing) == split]
+        kinds = {kind: _of_kind(kind, of_split, answers, pairing) for kind in pairing.kinds}
         made[split] = _chosen(kinds, round(share * pairing.most), pairing.balanced)
     return made
 
@@ -107,15 +107,18 @@ def split_of(question: str, pairing: Pairing) -> Split:
 
 
 def _of_kind(
-    kind: Kind, asked: Sequence[Asked], answers: Mapping[tuple[str, str], Sequence[Sample]], pairing: Pairing
+    kind: Kind,
+    problems: Sequence[PromptedProblem],
+    answers: Mapping[tuple[str, str], Sequence[Sample]],
+    pairing: Pairing,
 ) -> list[Pair]:
     """In the order in which they are taken: each problem gives its first before any gives its second."""
-    by_problem = [_of_problem(kind, one, answers.get((one.task, one.problem), ()), pairing) for one in asked]
-    by_problem.sort(key=lambda made: _draw(pairing.seed, made[0].asked.task, made[0].asked.problem) if made else 0.0)
+    by_problem = [_of_problem(kind, one, answers.get((one.task, one.id), ()), pairing) for one in problems]
+    by_problem.sort(key=lambda made: _draw(pairing.seed, made[0].problem.task, made[0].problem.id) if made else 0.0)
     return [pair for turn in zip_longest(*by_problem) for pair in turn if pair is not None]
 
 
-def _of_problem(kind: Kind, asked: Asked, samples: Sequence[Sample], pairing: Pairing) -> list[Pair]:
+def _of_problem(kind: Kind, problem: PromptedProblem, samples: Sequence[Sample], pairing: Pairing) -> list[Pair]:
     """Different pairs of different texts; where one side has fewer, its answers come again with others."""
     of_right, of_wrong = CHOSEN[kind]
     right = _distinct(
@@ -132,7 +135,7 @@ def _of_problem(kind: Kind, asked: Asked, samples: Sequence[Sample], pairing: Pa
     if not right or not wrong:
         return []
     count = min(pairing.per_problem, max(len(right), len(wrong)))
-    return [Pair(asked, kind, right[i % len(right)], wrong[i % len(wrong)]) for i in range(count)]
+    return [Pair(problem, kind, right[i % len(right)], wrong[i % len(wrong)]) for i in range(count)]
 
 
 def _distinct(samples: Iterable[Sample], pairing: Pairing) -> list[Sample]:

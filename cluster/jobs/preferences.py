@@ -33,12 +33,12 @@ from actors.api.generation import ROLES
 from actors.api.guidance import Guidance
 from actors.config import ConfigError, ServiceConfig, load_config
 from actors.preflight import load_tokenizers
-from cluster.jobs.client import Item, sequence
+from cluster.jobs.client import Item, plan_item
 from cluster.jobs.config import Arm, Evaluation, checked, validated
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.evaluate import guarded, sample
 from cluster.jobs.grading import grade
-from cluster.jobs.pairs import SAMPLED, SPLITS, Asked, Kind, Pair, Pairing, Split, pairs
+from cluster.jobs.pairs import SAMPLED, SPLITS, Kind, Pair, Pairing, PromptedProblem, Split, pairs
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.workload import Workload
 from cluster.serve_file import read_mapping
@@ -59,17 +59,17 @@ def load_preferences(path: Path) -> tuple[Evaluation, Pairing]:
     return checked(given | {"modes": list(SAMPLED)}), pairing
 
 
-def problems_asked(workload: Workload, service: ServiceConfig) -> list[Asked]:
+def prompted_problems(workload: Workload, service: ServiceConfig) -> list[PromptedProblem]:
     """Every problem with what each role reads when it is asked guided, as text in which special tokens stand."""
     tokenizers = load_tokenizers(service)
     guided = Arm("guided", "a1", Guidance(1.0))
-    asked = []
+    prompted = []
     for task, problems in workload.tasks:
         for problem in problems:
-            ids = sequence(Item(task, problem, guided, 0, 0), service, tokenizers).prompts
+            ids = plan_item(Item(task, problem, guided, 0, 0), service, tokenizers).prompts
             prompts = {role: tokenizers[role].decode(ids[role], skip_special=False) for role in ROLES}
-            asked.append(Asked(task.name, problem.id, problem.question, prompts))
-    return asked
+            prompted.append(PromptedProblem(task.name, problem.id, problem.question, prompts))
+    return prompted
 
 
 def check_grades(made: Mapping[Split, Sequence[Pair]], workload: Workload) -> None:
@@ -77,7 +77,7 @@ def check_grades(made: Mapping[Split, Sequence[Pair]], workload: Workload) -> No
     graders = {task.name: task.grader for task, _ in workload.tasks}
     gold = {(row.task, row.problem): row.answer for row in workload.problem_rows()}
     for pair in (pair for split in made.values() for pair in split):
-        task, problem = pair.asked.task, pair.asked.problem
+        task, problem = pair.problem.task, pair.problem.id
         for one, wanted in ((pair.chosen, True), (pair.rejected, False)):
             if grade(graders[task], one.text, gold[task, problem]).right != wanted:
                 raise WrongPair(
@@ -119,7 +119,7 @@ def count(
     return {
         "models": {role: service.models.role(role).path for role in ROLES},
         "samples": samples,
-        "problems": {split: len({pair.asked.question for pair in made[split]}) for split in SPLITS},
+        "problems": {split: len({pair.problem.question for pair in made[split]}) for split in SPLITS},
         "pairs": {split: {kind: len(_of(made[split], kind)) for kind in pairing.kinds} for split in SPLITS},
         "tokens": {kind: _lengths([p for split in SPLITS for p in _of(made[split], kind)]) for kind in pairing.kinds},
         "pairing": pairing.model_dump(mode="json"),
@@ -175,7 +175,7 @@ def run(evaluation: Evaluation, pairing: Pairing, console: Console, *, resume: b
     workload = sample(evaluation, console, resume=resume)
     results = Results(evaluation.run)
     service = load_config(results.config()["service"])  # that which answered
-    made = pairs(results.samples(), problems_asked(workload, service), pairing)
+    made = pairs(results.samples(), prompted_problems(workload, service), pairing)
     check_grades(made, workload)
     counts = count(made, results, pairing, service)
     folder = evaluation.run / "pairs"

@@ -37,7 +37,7 @@ class Progress:
         self._totals[ALL] = sum(totals.values())
         self._done, self._right = Counter[str](), Counter[str]()
         self._before = self._tokens = 0
-        self._began = self._said = clock()
+        self._began = self._printed_at = clock()
         self._bars = Bars(
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -51,7 +51,7 @@ class Progress:
         }
 
     def __enter__(self) -> Self:
-        self._began = self._said = self._clock()
+        self._began = self._printed_at = self._clock()
         self._bars.start()
         return self
 
@@ -60,7 +60,7 @@ class Progress:
     ) -> None:
         self._bars.stop()
         if not self._console.is_terminal:
-            self._say_plainly()
+            self._print_line()
 
     @property
     def summary(self) -> str:
@@ -72,11 +72,11 @@ class Progress:
         self._before += 1
         self._count(arm, sample)
 
-    def heard(self, tokens: int) -> None:
+    def add_tokens(self, tokens: int) -> None:
         """Tokens have come."""
         self._tokens += tokens
-        if not self._console.is_terminal and self._clock() - self._said >= PLAIN_EVERY_S:
-            self._say_plainly()
+        if not self._console.is_terminal and self._clock() - self._printed_at >= PLAIN_EVERY_S:
+            self._print_line()
 
     def finished(self, arm: Arm, sample: Sample) -> None:
         """A sample was written."""
@@ -96,8 +96,8 @@ class Progress:
         eta = "?" if left and not here else _duration(left * elapsed / max(here, 1))
         return f"{self._tokens / elapsed:,.0f} tokens/s, {eta} left"
 
-    def _say_plainly(self) -> None:
-        self._said = self._clock()
+    def _print_line(self) -> None:
+        self._printed_at = self._clock()
         shares = [f"{name} {self._right[name]}/{self._done[name]} right" for name in self._totals if self._done[name]]
         self._console.print(f"{self.summary}; {', '.join(shares)}", highlight=False, soft_wrap=True)
 

@@ -25,7 +25,7 @@ from actors.api.generation import Generate, Role
 from actors.config import ConfigError, ServiceConfig
 from actors.preflight import load_tokenizers
 from actors.text.tokenizer import RoleTokenizer
-from cluster.jobs.client import Answer, Asker
+from cluster.jobs.client import Answer, Client
 from cluster.jobs.connecting import Connection, connected, ready
 from cluster.jobs.evaluate import guarded, until_stopped
 from cluster.jobs.sample import MODES, Mode
@@ -52,7 +52,7 @@ class Replayed:
 
 
 @dataclass(frozen=True, slots=True)
-class Parting:
+class Divergence:
     """Where a mode leaves the target's answer. after: tokens that are the same; None where it never does."""
 
     mode: Mode
@@ -85,23 +85,23 @@ def requests(
 
 
 async def replay(
-    asker: Asker, asked: Mapping[Mode, Generate], tokenizers: Mapping[Role, RoleTokenizer]
+    client: Client, asked: Mapping[Mode, Generate], tokenizers: Mapping[Role, RoleTokenizer]
 ) -> list[Replayed]:
-    """All modes at once, in their order. Raises what `Asker.answer` raises."""
-    answers = await asyncio.gather(*(asker.answer(request) for request in asked.values()))
+    """All modes at once, in their order. Raises what `Client.answer` raises."""
+    answers = await asyncio.gather(*(client.answer(request) for request in asked.values()))
     return [
         Replayed(mode, _pieces(tokenizers[request.primary], answer.tokens), answer)
         for (mode, request), answer in zip(asked.items(), answers, strict=True)
     ]
 
 
-def partings(replayed: Sequence[Replayed]) -> list[Parting]:
+def divergences(replayed: Sequence[Replayed]) -> list[Divergence]:
     """Every mode against the target, by the texts of tokens: the roles' ids may differ."""
     target = next(each for each in replayed if each.mode == "target")
-    return [_parting(target.pieces, each) for each in replayed if each.mode != "target"]
+    return [_divergence(target.pieces, each) for each in replayed if each.mode != "target"]
 
 
-def show(replayed: Sequence[Replayed], parted: Sequence[Parting], console: Console) -> None:
+def show(replayed: Sequence[Replayed], diverging: Sequence[Divergence], console: Console) -> None:
     """The answers, and below them how each leaves the target's."""
     for each in replayed:
         usage = each.answer.usage
@@ -109,13 +109,13 @@ def show(replayed: Sequence[Replayed], parted: Sequence[Parting], console: Conso
         console.rule(f"{each.mode}: {usage.completion_tokens} tokens, {each.answer.end.reason}{changed}")
         console.print(Text(each.text))
     console.rule("where they part from the target")
-    for parting in parted:
-        if parting.after is None:
-            console.print(Text(f"{parting.mode}: the same answer"))
+    for divergence in diverging:
+        if divergence.after is None:
+            console.print(Text(f"{divergence.mode}: the same answer"))
             continue
-        console.print(Text.assemble(f"{parting.mode}, after {parting.after} tokens: ...", parting.shared))
-        console.print(Text.assemble("    target went on:  ", (parting.target or "(the end)", "red")))
-        console.print(Text.assemble(f"    {parting.mode} went on:  ", (parting.other or "(the end)", "green")))
+        console.print(Text.assemble(f"{divergence.mode}, after {divergence.after} tokens: ...", divergence.shared))
+        console.print(Text.assemble("    target went on:  ", (divergence.target or "(the end)", "red")))
+        console.print(Text.assemble(f"    {divergence.mode} went on:  ", (divergence.other or "(the end)", "green")))
 
 
 async def replay_on(connection: Connection, body: Mapping[str, Any], console: Console) -> dict[str, Any]:
@@ -124,11 +124,11 @@ async def replay_on(connection: Connection, body: Mapping[str, Any], console: Co
     tokenizers = load_tokenizers(service)
     asked = requests(body, service, tokenizers)
     await ready(connection.backend, service.deadlines.model_load_s, console.print)
-    replayed = await replay(Asker(connection.backend, service, tokenizers), asked, tokenizers)
-    parted = partings(replayed)
-    show(replayed, parted, console)
+    replayed = await replay(Client(connection.backend, service, tokenizers), asked, tokenizers)
+    diverging = divergences(replayed)
+    show(replayed, diverging, console)
     modes = {each.mode: {"tokens": len(each.answer.tokens), "text": each.answer.text} for each in replayed}
-    return {"modes": modes, "parts_from_target_after": {parting.mode: parting.after for parting in parted}}
+    return {"modes": modes, "parts_from_target_after": {divergence.mode: divergence.after for divergence in diverging}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,16 +168,16 @@ def _pieces(tokenizer: RoleTokenizer, tokens: Sequence[int]) -> tuple[str, ...]:
     return (*pieces[:-1], pieces[-1] + stream.flush()) if pieces else ()
 
 
-def _parting(target: Sequence[str], other: Replayed) -> Parting:
+def _divergence(target: Sequence[str], other: Replayed) -> Divergence:
     same = 0
     for one, two in zip(target, other.pieces, strict=False):
         if one != two:
             break
         same += 1
     if same == len(target) == len(other.pieces):
-        return Parting(other.mode, None)
+        return Divergence(other.mode, None)
     parts = (target[max(0, same - BEFORE) : same], target[same : same + AFTER], other.pieces[same : same + AFTER])
-    return Parting(other.mode, same, *("".join(part) for part in parts))
+    return Divergence(other.mode, same, *("".join(part) for part in parts))
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ class Results:
         try:
             if not resume:
                 self._clear()
-            _hold_config(self.folder / "config.yaml", config, may_differ)
-            _hold_problems(self.folder / "problems.jsonl", problems)
+            _check_config(self.folder / "config.yaml", config, may_differ)
+            _check_problems(self.folder / "problems.jsonl", problems)
             self._samples.open()
             self._timings.open()
             self._done = self.done()
@@ -191,7 +191,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _hold_config(path: Path, config: Mapping[str, Any], may_differ: Collection[str]) -> None:
+def _check_config(path: Path, config: Mapping[str, Any], may_differ: Collection[str]) -> None:
     """Write it where there is none, else hold it against what is there."""
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     if not path.exists():
@@ -217,7 +217,7 @@ def _differences(there: Any, here: Any, at: str, may_differ: Collection[str]) ->
         yield f"{at}: there {json.dumps(there, default=str)}, here {json.dumps(here, default=str)}"
 
 
-def _hold_problems(path: Path, problems: Iterable[ProblemRow]) -> None:
+def _check_problems(path: Path, problems: Iterable[ProblemRow]) -> None:
     """Write them where there are none, else hold them against what is there."""
     wanted = sorted((asdict(problem) for problem in problems), key=lambda row: (row["task"], row["problem"]))
     if not path.exists():

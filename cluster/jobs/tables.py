@@ -79,7 +79,7 @@ def costs(summary: Summary) -> Table:
     notes = [
         "Means over answers, and the same per right answer. Truncated, guided and changed in %: answers that hit the "
         "limit of tokens, tokens under guidance, tokens that the target alone would have chosen otherwise.",
-        f"Seconds are from request to last token{_company(summary)}. {_gpu_note(summary)}",
+        f"Seconds are from request to last token{_concurrency_note(summary)}. {_gpu_note(summary)}",
     ]
     return _table(summary, "What an answer takes", columns, notes)
 
@@ -174,7 +174,7 @@ def _gpu_note(summary: Summary) -> str:
     )
 
 
-def _company(summary: Summary) -> str:
+def _concurrency_note(summary: Summary) -> str:
     return f", {summary.concurrency} answers in flight" if summary.concurrency else ""
 
 

@@ -128,15 +128,15 @@ def _fit(training: Training, service: ServiceConfig, pairs: int, console: Consol
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    said = f"{training.workers} workers, each with {training.cpus:g} CPUs and {gpus:g} GPUs"
-    console.print(f"training: {said}", highlight=False)
-    with _shown(Journal(training.run), training.steps(pairs), console):
+    workers = f"{training.workers} workers, each with {training.cpus:g} CPUs and {gpus:g} GPUs"
+    console.print(f"training: {workers}", highlight=False)
+    with _progress_bar(Journal(training.run), training.steps(pairs), console):
         try:
             _run(trainer.fit)
         except TrainingFailedError as error:
             last = str(error).strip().splitlines()[-1]
             raise RunError(
-                f"training ({said}) did not end: {last}; the same command goes on from the last checkpoint"
+                f"training ({workers}) did not end: {last}; the same command goes on from the last checkpoint"
             ) from error
 
 
@@ -171,21 +171,21 @@ def _worker(given: dict[str, Any]) -> None:
         for name in ("loss", "margin", "accuracy")
     }
 
-    def heard(line: Line) -> None:
+    def on_line(line: Line) -> None:
         for name, gauge in gauges.items():
             gauge.set(getattr(line, name), {"split": line.split})
 
-    def saved(metrics: dict[str, float], folder: Path | None) -> None:
+    def on_checkpoint(metrics: dict[str, float], folder: Path | None) -> None:
         checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(metrics, checkpoint=checkpoint)
 
     job = Job(given["training"], given["guider"])
     latest = ray.train.get_checkpoint()
     if latest is None:
-        fit(job, saved, heard)
+        fit(job, on_checkpoint, on_line)
         return
     with latest.as_directory() as folder:
-        fit(job, saved, heard, Path(folder))
+        fit(job, on_checkpoint, on_line, Path(folder))
 
 
 def _placed(guider: ModelConfig, gpus: float) -> ModelConfig:
@@ -210,7 +210,7 @@ def _ray() -> Iterator[None]:
 
 
 @contextmanager
-def _shown(journal: Journal, steps: int, console: Console) -> Iterator[None]:
+def _progress_bar(journal: Journal, steps: int, console: Console) -> Iterator[None]:
     """A bar that follows the journal, and a line for each validation."""
     text = TextColumn(
         "loss {task.fields[loss]:.3f} margin {task.fields[margin]:+.3f} right {task.fields[accuracy]:.0%}"
@@ -225,7 +225,7 @@ def _shown(journal: Journal, steps: int, console: Console) -> Iterator[None]:
                 last = ended.wait(POLL_S)
                 lines = journal.lines()
                 for line in lines[min(shown, len(lines)) :]:
-                    _say(bar, task, line)
+                    _show_line(bar, task, line)
                 shown = len(lines)
                 if last:
                     return
@@ -239,7 +239,7 @@ def _shown(journal: Journal, steps: int, console: Console) -> Iterator[None]:
             thread.join()
 
 
-def _say(bar: Progress, task: TaskID, line: Line) -> None:
+def _show_line(bar: Progress, task: TaskID, line: Line) -> None:
     if line.split == "train":
         bar.update(task, completed=line.step, loss=line.loss, margin=line.margin, accuracy=line.accuracy)
         return

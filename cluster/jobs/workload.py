@@ -9,7 +9,7 @@ from typing import Any
 from actors.api.generation import ROLES
 from actors.config import ConfigError, ServiceConfig
 from cluster.jobs.adapters import check_adapters, digests
-from cluster.jobs.client import Asker, Item
+from cluster.jobs.client import Client, Item
 from cluster.jobs.config import AS_CONFIGURED, Arm, Evaluation, TaskChoice
 from cluster.jobs.results import ProblemRow
 from cluster.jobs.task_loading import Problem, Task, load_task, problems
@@ -70,13 +70,13 @@ class Workload:
             "adapters": digests(self.evaluation),
         }
 
-    def check(self, asker: Asker) -> None:
+    def check(self, client: Client) -> None:
         """Make the request of every problem in every mode once. Raises ConfigError for the first that does not fit."""
         kinds = {(arm.mode, arm.guidance.never_guides()): arm for arm in self.arms}
         for task, asked in self.tasks:
             for problem in asked:
                 for arm in kinds.values():
-                    asker.request(Item(task, problem, arm, self.evaluation.seeds[0], 0))
+                    client.request(Item(task, problem, arm, self.evaluation.seeds[0], 0))
 
 
 def chosen_task(choice: TaskChoice) -> Task:

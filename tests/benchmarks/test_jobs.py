@@ -8,7 +8,7 @@ from pathlib import Path
 from actors.api.generation import Role
 from actors.replica.engine_thread import Engine
 from benchmarks.jobs import Rates, direct, evaluation, job
-from cluster.jobs.client import Asker
+from cluster.jobs.client import Client
 from cluster.jobs.connecting import Connection
 from cluster.jobs.results import Results
 from cluster.jobs.workload import load_workload
@@ -25,8 +25,8 @@ async def test_a_job_answers_every_prompt_that_is_asked_directly(
         coordinator = service.coordinators[0]
         assert await job(workload, connection) > 0
         asked = coordinator.load().counts.tokens
-        asker = Asker(connection.backend, service.config, service.tokenizers)
-        requests = [asker.request(item) for item in workload.items()]
+        client = Client(connection.backend, service.config, service.tokenizers)
+        requests = [client.request(item) for item in workload.items()]
         assert await direct(coordinator, requests, 2) > 0
         assert coordinator.load().counts.tokens == 2 * asked, "each was asked once in either way"
         texts = [sample.text for sample in Results(workload.evaluation.run).samples()]

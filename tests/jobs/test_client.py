@@ -9,8 +9,8 @@ import pytest
 from actors.api.generation import ROLES, Delta, Event, Finished, Generate, Rejected, Usage
 from actors.config import ConfigError
 from actors.preflight import load_tokenizers
-from cluster.jobs import client as asking
-from cluster.jobs.client import LOSSES, Asker, Item, Unanswered
+from cluster.jobs import client as client_module
+from cluster.jobs.client import LOSSES, Client, Item, Unanswered
 from cluster.jobs.config import UNGUIDED, Arm, checked
 from cluster.jobs.sample import ALONE
 from cluster.jobs.task_loading import Problem, Task
@@ -50,8 +50,8 @@ class Scripted:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_FIRST_PAUSE_S", 1e-4)
-    monkeypatch.setattr(asking, "_LONGEST_PAUSE_S", 1e-3)
+    monkeypatch.setattr(client_module, "_FIRST_PAUSE_S", 1e-4)
+    monkeypatch.setattr(client_module, "_LONGEST_PAUSE_S", 1e-3)
 
 
 def task(**keys: Any) -> Task:
@@ -79,8 +79,8 @@ def guided(**keys: Any) -> Arm:
     return checked({"run": "x", "tasks": ["multihop"], "modes": ["guided"]} | keys).arms()[0]
 
 
-def asker(backend: Scripted, **keys: Any) -> Asker:
-    return Asker(backend, CONFIG, TOKENIZERS, **keys)
+def client(backend: Scripted, **keys: Any) -> Client:
+    return Client(backend, CONFIG, TOKENIZERS, **keys)
 
 
 def test_a_sample_has_the_same_seed_in_every_mode_and_setting_and_no_other_sample_has() -> None:
@@ -93,7 +93,7 @@ def test_a_sample_has_the_same_seed_in_every_mode_and_setting_and_no_other_sampl
 
 def test_a_chat_task_is_rendered_by_each_roles_template_and_a_raw_one_is_the_same_text_for_all() -> None:
     backend = Scripted([END])
-    chat, raw = asker(backend).request(item()), asker(backend).request(item(style="raw"))
+    chat, raw = client(backend).request(item()), client(backend).request(item(style="raw"))
     assert set(chat.prompts) == set(raw.prompts) == set(ROLES)
     for role in ROLES:
         tokenizer = TOKENIZERS[role]
@@ -104,14 +104,14 @@ def test_a_chat_task_is_rendered_by_each_roles_template_and_a_raw_one_is_the_sam
 
 @pytest.mark.parametrize("mode", ROLES)
 def test_a_role_alone_gets_its_own_prompt_and_no_guidance(mode: Any) -> None:
-    request = asker(Scripted([END])).request(item(Arm(mode, ALONE, UNGUIDED)))
+    request = client(Scripted([END])).request(item(Arm(mode, ALONE, UNGUIDED)))
     assert request.primary == mode
     assert set(request.prompts) == {mode}
     assert request.guidance.never_guides()
 
 
 def test_sampling_is_the_tasks_and_guidance_the_arms() -> None:
-    request = asker(Scripted([END]), drafts=3).request(item(guided(alpha=[0.5], warmup_tokens=[8]), stop=["\n\n"]))
+    request = client(Scripted([END]), drafts=3).request(item(guided(alpha=[0.5], warmup_tokens=[8]), stop=["\n\n"]))
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.6, 0.95, 30)
     assert sampling.stop == ("\n\n",)
@@ -120,11 +120,11 @@ def test_sampling_is_the_tasks_and_guidance_the_arms() -> None:
 
 def test_what_does_not_fit_is_refused_before_it_is_asked() -> None:
     with pytest.raises(ConfigError, match=r"questions, problem 7, guided a1: .*ask for at most"):
-        asker(Scripted([END])).request(item(max_tokens=10_000_000))
+        client(Scripted([END])).request(item(max_tokens=10_000_000))
 
 
 async def test_a_service_that_is_full_away_or_loses_an_answer_is_asked_again_and_nothing_is_said_twice() -> None:
-    heard: list[int] = []
+    received: list[int] = []
     backend = Scripted(
         [Rejected("overloaded", "full", 1.0)],
         [Rejected("unavailable", "a role is away")],
@@ -134,34 +134,34 @@ async def test_a_service_that_is_full_away_or_loses_an_answer_is_asked_again_and
         [Delta(content="Ben", tokens=[1])],
         [Delta(content="Ben", tokens=[1]), Delta(content=".", tokens=[2]), END],
     )
-    answer = await asker(backend, heard=heard.append).ask(item())
+    answer = await client(backend, on_tokens=received.append).answer_item(item())
     assert (answer.text, answer.tokens, answer.end) == ("Ben.", (1, 2), END)
     assert backend.asked == backend.closed == 7
 
 
 async def test_the_mark_between_thinking_and_answer_is_part_of_the_text() -> None:
     backend = Scripted([Delta(reasoning="He is Ben."), Delta(content="The answer is Ben."), END])
-    assert (await asker(backend).ask(item())).text == "He is Ben.</think>The answer is Ben."
+    assert (await client(backend).answer_item(item())).text == "He is Ben.</think>The answer is Ben."
 
 
 async def test_patience_ends() -> None:
     backend = Scripted([Rejected("unavailable", "the guider is away")])
     with pytest.raises(Unanswered, match="the guider is away"):
-        await asker(backend, patience_s=0.02).ask(item())
+        await client(backend, patience_s=0.02).answer_item(item())
     assert backend.asked > 1
 
 
 async def test_an_answer_that_is_lost_every_time_ends_the_run() -> None:
     backend = Scripted([Delta(content="B", tokens=[1]), Finished("error", USAGE, error="not finished within 5 s")])
     with pytest.raises(Unanswered, match="not finished within 5 s"):
-        await asker(backend).ask(item())
+        await client(backend).answer_item(item())
     assert backend.asked == LOSSES
 
 
 async def test_a_refusal_of_the_request_itself_is_not_repeated() -> None:
     backend = Scripted([Rejected("invalid", "the prompt is empty")])
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        await asker(backend).ask(item())
+        await client(backend).answer_item(item())
     assert backend.asked == 1
 
 
@@ -177,9 +177,9 @@ async def test_cancelling_closes_the_generation() -> None:
                 self.closed += 1
 
     backend = Endless()
-    asking_ = asyncio.create_task(asker(backend).ask(item()))
+    answering = asyncio.create_task(client(backend).answer_item(item()))
     await until(lambda: backend.asked > 0)
-    asking_.cancel()
+    answering.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asking_
+        await answering
     assert backend.closed == 1

@@ -26,11 +26,11 @@ from benchmarks.effect import MODES, measure
 from cluster.demo.task import questions
 from cluster.demo.tokenizer import MARKUP
 from cluster.jobs import choose_alpha, evaluate
-from cluster.jobs.client import Asker
+from cluster.jobs.client import Client
 from cluster.jobs.config import checked
 from cluster.jobs.connecting import Connection
 from cluster.jobs.evaluation_report import write_report
-from cluster.jobs.replay import partings, replay, requests
+from cluster.jobs.replay import divergences, replay, requests
 from cluster.jobs.results import OtherRun, Results
 from cluster.jobs.sample import ALONE, Key
 from cluster.jobs.summary import Variant, summarise
@@ -232,7 +232,7 @@ async def test_the_alpha_that_helps_is_chosen_for_a_users_own_data(
 ) -> None:
     evaluation = choose_alpha.sweep(alpha_options(tmp_path, 12, "--alpha", "0.5", "1", "8"))
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.tell(Results(tmp_path / "run"), evaluation, CONSOLE)
+    said = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
     assert said["helps"]
     assert said["alpha"] in (0.5, 1.0)
     assert said["words"].startswith(f"Choose alpha {said['alpha']:g}")
@@ -242,7 +242,7 @@ async def test_the_alpha_that_helps_is_chosen_for_a_users_own_data(
 async def test_guidance_that_does_not_help_is_not_chosen(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
     evaluation = choose_alpha.sweep(alpha_options(tmp_path, 6, "--alpha", "8"))
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.tell(Results(tmp_path / "run"), evaluation, CONSOLE)
+    said = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
     assert not said["helps"]
     assert said["alpha"] == 0
     assert said["words"].startswith("Guidance does not help here")
@@ -256,7 +256,7 @@ async def test_where_no_answer_is_right_nothing_is_said_of_guidance(
     options.data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     evaluation = choose_alpha.sweep(options)
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.tell(Results(tmp_path / "run"), evaluation, CONSOLE)
+    said = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
     assert said["words"].startswith("No answer is right in any setting")
     assert "'Nobody' is right" in said["words"]
     summary = summarise(Results(tmp_path / "run"))
@@ -277,17 +277,17 @@ async def test_a_replayed_request_shows_where_the_modes_part(trio_engines: Mappi
     }
     async with connection(trio_engines) as (_, backend, service):
         asked = requests(body, service.config, service.tokenizers)
-        replayed = await replay(Asker(backend, service.config, service.tokenizers), asked, service.tokenizers)
+        replayed = await replay(Client(backend, service.config, service.tokenizers), asked, service.tokenizers)
     assert [each.mode for each in replayed] == list(MODES)
     texts = {each.mode: each.pieces for each in replayed}
-    for parting in partings(replayed):
-        if parting.after is None:
-            assert texts[parting.mode] == texts["target"]
+    for divergence in divergences(replayed):
+        if divergence.after is None:
+            assert texts[divergence.mode] == texts["target"]
             continue
-        assert texts[parting.mode][: parting.after] == texts["target"][: parting.after]
-        assert texts[parting.mode][parting.after :][:1] != texts["target"][parting.after :][:1]
-        assert parting.target != parting.other
-    assert any(parting.mode == "guided" and parting.after is not None for parting in partings(replayed))
+        assert texts[divergence.mode][: divergence.after] == texts["target"][: divergence.after]
+        assert texts[divergence.mode][divergence.after :][:1] != texts["target"][divergence.after :][:1]
+        assert divergence.target != divergence.other
+    assert any(divergence.mode == "guided" and divergence.after is not None for divergence in divergences(replayed))
 
 
 def test_a_relative_folder_of_a_submitted_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.jobs.pairs import CHOSEN, SAMPLED, Asked, Pair, Pairing, Split, pairs, split_of
+from cluster.jobs.pairs import CHOSEN, SAMPLED, Pair, Pairing, PromptedProblem, Split, pairs, split_of
 from cluster.jobs.sample import ALONE, Key, Mode, Sample
 
 
-def asked(count: int, task: str = "t") -> list[Asked]:
-    return [Asked(task, f"p{i}", f"question {i}", {"guider": f"<user>question {i}"}) for i in range(count)]
+def problems(count: int, task: str = "t") -> list[PromptedProblem]:
+    return [PromptedProblem(task, f"p{i}", f"question {i}", {"guider": f"<user>question {i}"}) for i in range(count)]
 
 
 def sample(problem: str, mode: Mode, number: int, right: bool, **changed: Any) -> Sample:
@@ -47,16 +47,16 @@ def all_of(made: dict[Split, list[Pair]]) -> list[Pair]:
 
 
 def test_a_pair_prefers_a_right_answer_of_one_model_to_a_wrong_one_of_the_other() -> None:
-    made = all_of(pairs(answers(40, [True, False], [True, False]), asked(40), Pairing()))
+    made = all_of(pairs(answers(40, [True, False], [True, False]), problems(40), Pairing()))
     assert made
     for pair in made:
         assert (pair.chosen.key.mode, pair.rejected.key.mode) == CHOSEN[pair.kind]
         assert pair.chosen.right
         assert not pair.rejected.right
-        assert pair.chosen.key.problem == pair.rejected.key.problem == pair.asked.problem
+        assert pair.chosen.key.problem == pair.rejected.key.problem == pair.problem.id
         row = pair.row()
         assert (row["prompt"], row["chosen"], row["rejected"]) == (
-            pair.asked.prompts["guider"],
+            pair.problem.prompts["guider"],
             pair.chosen.text,
             pair.rejected.text,
         )
@@ -64,19 +64,21 @@ def test_a_pair_prefers_a_right_answer_of_one_model_to_a_wrong_one_of_the_other(
 
 def test_where_both_are_right_or_both_are_wrong_there_is_no_pair() -> None:
     for pattern in ([True], [False]):
-        assert not all_of(pairs(answers(20, pattern, pattern), asked(20), Pairing()))
+        assert not all_of(pairs(answers(20, pattern, pattern), problems(20), Pairing()))
 
 
 def test_no_question_stands_in_both_splits_even_where_two_tasks_ask_it() -> None:
-    problems = asked(200) + [Asked("other", one.problem, f"  {one.question} ", one.prompts) for one in asked(200)]
+    all_problems = problems(200) + [
+        PromptedProblem("other", one.id, f"  {one.question} ", one.prompts) for one in problems(200)
+    ]
     samples = answers(200, [True], [False])
     pairing = Pairing(validation=0.3, balanced=False)
-    made = pairs(samples, problems, pairing)
-    train, validation = ({pair.asked.question for pair in made[split]} for split in ("train", "validation"))
+    made = pairs(samples, all_problems, pairing)
+    train, validation = ({pair.problem.question for pair in made[split]} for split in ("train", "validation"))
     assert train
     assert validation
     assert not train & validation
-    assert all(split_of(one.question, pairing) == split_of(f" {one.question}", pairing) for one in problems)
+    assert all(split_of(one.question, pairing) == split_of(f" {one.question}", pairing) for one in all_problems)
     assert len(validation) / 200 == pytest.approx(0.3, abs=0.1)
 
 
@@ -84,28 +86,28 @@ def test_balance_takes_as_many_of_one_kind_as_of_the_other_and_the_cap_holds() -
     samples = answers(30, [True, True, True], [False, False, True])  # only the guider is ever wrong
     samples += [sample(f"q{i}", "target", 0, False) for i in range(12)]
     samples += [sample(f"q{i}", "guider", 0, True) for i in range(12)]
-    problems = asked(30) + [Asked("t", f"q{i}", f"other {i}", {"guider": "x"}) for i in range(12)]
+    all_problems = problems(30) + [PromptedProblem("t", f"q{i}", f"other {i}", {"guider": "x"}) for i in range(12)]
     for most in (1_000, 10):
-        made = pairs(samples, problems, Pairing(most=most, validation=0.2))
+        made = pairs(samples, all_problems, Pairing(most=most, validation=0.2))
         for split in made.values():
             kinds = Counter(pair.kind for pair in split)
             assert kinds["target_right"] == kinds["guider_right"]
         assert len(all_of(made)) <= most
-    loose = Counter(pair.kind for pair in all_of(pairs(samples, problems, Pairing(balanced=False))))
+    loose = Counter(pair.kind for pair in all_of(pairs(samples, all_problems, Pairing(balanced=False))))
     assert loose["target_right"] > loose["guider_right"] == 12
 
 
 def test_equal_texts_make_one_pair_and_each_problem_gives_its_first_before_any_its_second() -> None:
     samples = [sample("p0", "target", n, True, text="same") for n in range(4)]
     samples += [sample("p0", "guider", n, False, text="also the same") for n in range(4)]
-    made = all_of(pairs(samples, asked(1), Pairing(balanced=False)))
+    made = all_of(pairs(samples, problems(1), Pairing(balanced=False)))
     assert len(made) == 1
-    many = pairs(answers(50, [True] * 4, [False] * 4), asked(50), Pairing(balanced=False, validation=0.01))["train"]
+    many = pairs(answers(50, [True] * 4, [False] * 4), problems(50), Pairing(balanced=False, validation=0.01))["train"]
     texts = [(pair.chosen.text, pair.rejected.text) for pair in many]
     assert len(set(texts)) == len(texts)
-    first = {pair.asked.problem for pair in many}
-    assert {pair.asked.problem for pair in many[: len(first)]} == first
-    assert max(Counter(pair.asked.problem for pair in many).values()) == 4
+    first = {pair.problem.id for pair in many}
+    assert {pair.problem.id for pair in many[: len(first)]} == first
+    assert max(Counter(pair.problem.id for pair in many).values()) == 4
 
 
 def test_guesses_are_preferred_to_nothing_and_answers_that_were_cut_can_be_left_out() -> None:
@@ -116,16 +118,16 @@ def test_guesses_are_preferred_to_nothing_and_answers_that_were_cut_can_be_left_
         ({"min_chosen_tokens": 6}, 0),
         ({"finished_only": True}, 0),
     ):
-        made = all_of(pairs(samples, asked(1), Pairing(balanced=False, **keys)))
+        made = all_of(pairs(samples, problems(1), Pairing(balanced=False, **keys)))
         assert len(made) == count
         assert not made or not made[0].row()["rejected_finished"]
 
 
 def test_the_same_samples_make_the_same_pairs_in_any_order_and_another_seed_makes_others() -> None:
     samples = answers(60, [True, True, False], [False, True, False])
-    first = pairs(samples, asked(60), Pairing(per_problem=1))
-    assert pairs(samples[::-1], asked(60), Pairing(per_problem=1)) == first
-    assert pairs(samples, asked(60), Pairing(per_problem=1, seed=1)) != first
+    first = pairs(samples, problems(60), Pairing(per_problem=1))
+    assert pairs(samples[::-1], problems(60), Pairing(per_problem=1)) == first
+    assert pairs(samples, problems(60), Pairing(per_problem=1, seed=1)) != first
 
 
 def test_a_pairing_that_makes_no_sense_is_refused() -> None:

@@ -24,7 +24,7 @@ from cluster.jobs.dpo.training import load_training
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.evaluate import evaluate
 from cluster.jobs.pairs import pairs
-from cluster.jobs.preferences import WrongPair, check_grades, load_preferences, problems_asked
+from cluster.jobs.preferences import WrongPair, check_grades, load_preferences, prompted_problems
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.workload import Workload, load_workload
 from tests.support.local_backend import LocalBackend
@@ -116,7 +116,7 @@ def test_a_pair_that_grades_otherwise_is_refused(sampled: Path) -> None:
     evaluation, pairing = load_preferences(config(sampled))
     workload = load_workload(evaluation)
     samples = list(Results(evaluation.run).samples())
-    made = pairs(samples, problems_asked(workload, trio_config()), pairing)
+    made = pairs(samples, prompted_problems(workload, trio_config()), pairing)
     pair = made["train"][0]
     made["train"][0] = replace(pair, chosen=pair.rejected)
     with pytest.raises(WrongPair, match="not right when it is graded again"):

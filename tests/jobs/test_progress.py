@@ -30,7 +30,7 @@ def test_rate_and_time_left_are_of_this_start_alone() -> None:
     with progress:
         assert progress.summary == "8 of 20 samples, 0 tokens/s, ? left"
         clock.now += 6
-        progress.heard(300)
+        progress.add_tokens(300)
         for number in range(3):
             progress.finished(ARMS[1], sample(number, False))
         assert progress.summary == "11 of 20 samples, 50 tokens/s, 0:00:18 left"
@@ -39,12 +39,12 @@ def test_rate_and_time_left_are_of_this_start_alone() -> None:
 def test_without_a_terminal_a_plain_line_comes_now_and_then_and_at_the_end() -> None:
     clock, out = Clock(), io.StringIO()
     with Progress(Console(file=out), dict.fromkeys(ARMS, 2), clock=clock) as progress:
-        progress.heard(1)
+        progress.add_tokens(1)
         assert out.getvalue() == ""
         progress.finished(ARMS[0], sample(0, True))
         clock.now += PLAIN_EVERY_S
-        progress.heard(1)
-        progress.heard(1)
+        progress.add_tokens(1)
+        progress.add_tokens(1)
         assert out.getvalue().count("\n") == 1
         assert "target 1/1 right" in out.getvalue()
     assert out.getvalue().count("\n") == 2

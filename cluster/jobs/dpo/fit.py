@@ -36,8 +36,8 @@ from cluster.jobs.dpo.training import Training
 
 LINES = 10  # between two validations
 
-Saved = Callable[[dict[str, float], Path | None], None]
-Heard = Callable[[Line], None]
+OnCheckpoint = Callable[[dict[str, float], Path | None], None]
+OnLine = Callable[[Line], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,11 @@ class Job:
     guider: ModelConfig
 
 
-def fit(job: Job, saved: Saved, heard: Heard = lambda line: None, resume: Path | None = None) -> None:
+def fit(job: Job, on_checkpoint: OnCheckpoint, on_line: OnLine = lambda line: None, resume: Path | None = None) -> None:
     """Train, validate, and write the adapter into the run's folder.
 
-    saved: called in each worker with every checkpoint's step and the folder of what the worker has of it. heard: called
-    in the first with every line. resume: a checkpoint's folder.
+    on_checkpoint: called in each worker with every checkpoint's step, and the folder of the worker's part of it or
+    None. on_line: called in the first worker with every line of the journal. resume: a checkpoint's folder.
     """
     training = job.training
     disable_progress_bar()
@@ -60,8 +60,8 @@ def fit(job: Job, saved: Saved, heard: Heard = lambda line: None, resume: Path |
     scratch = Path(tempfile.mkdtemp(prefix="thinklogit-dpo-"))
     try:
         trainer = build(job, data, scratch)
-        saying = _Saying(Journal(training.run), saved, heard, first=trainer.is_world_process_zero())
-        trainer.add_callback(saying)
+        reporter = _Reporter(Journal(training.run), on_checkpoint, on_line, first=trainer.is_world_process_zero())
+        trainer.add_callback(reporter)
         trainer.remove_callback(PrinterCallback)  # the journal says it
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if trainer.is_world_process_zero():
@@ -129,11 +129,11 @@ def _arguments(training: Training, pairs: int, scratch: Path, *, on_gpu: bool) -
     )
 
 
-class _Saying(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Says what TRL's trainer does."""
 
-    def __init__(self, journal: Journal, saved: Saved, heard: Heard, *, first: bool) -> None:
-        self._journal, self._saved, self._heard, self._first = journal, saved, heard, first
+    def __init__(self, journal: Journal, on_checkpoint: OnCheckpoint, on_line: OnLine, *, first: bool) -> None:
+        self._journal, self._on_checkpoint, self._on_line, self._first = journal, on_checkpoint, on_line, first
 
     def on_train_begin(self, _: TrainingArguments, state: TrainerState, __: TrainerControl, **___: Any) -> None:
         if self._first:
@@ -145,11 +145,11 @@ class _Saying(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
         line = Line.of(state.global_step, logs)
         if line is not None and self._first:
             self._journal.add(line)
-            self._heard(line)
+            self._on_line(line)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, _: TrainerControl, **__: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self._saved({"step": float(state.global_step)}, folder if folder.is_dir() else None)
+        self._on_checkpoint({"step": float(state.global_step)}, folder if folder.is_dir() else None)
 
 
 def _save(model: PeftModel, job: Job, folder: Path) -> None:

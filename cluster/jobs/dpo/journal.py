@@ -83,5 +83,5 @@ class Journal:
 
 
 def _series(lines: Sequence[Line], split: str, name: str) -> tuple[list[int], list[float]]:
-    mine = [line for line in lines if line.split == split]
-    return [line.step for line in mine], [getattr(line, name) for line in mine]
+    selected = [line for line in lines if line.split == split]
+    return [line.step for line in selected], [getattr(line, name) for line in selected]
