@@ -1,6 +1,6 @@
 """The configuration of the whole service: the `args` of `ray_config.yaml`.
 
-Frozen, validated once at the edge, defaults written here only; an unknown key is an error that names it.
+It is frozen and validated once, when it is read. Defaults are written here only. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    """One part of the configuration. Takes the keys' names of the release before, with a warning."""
+    """One section of the configuration. Keys that the last release renamed keep their old names, with a warning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    renamed_keys: ClassVar[dict[str, str]] = {}  # old name -> new name; dropped in the next release
+    renamed_keys: ClassVar[dict[str, str]] = {}  # old name -> new name; an entry is removed one release later
 
     @model_validator(mode="before")
     @classmethod
@@ -35,22 +35,24 @@ class _Section(BaseModel):
             if old not in data:
                 continue
             if new in data:
-                raise ValueError(f"{old} is the old name of {new}, and both are given: leave {old} out")
+                raise ValueError(f"{old} is the old name of {new}, and both are given: remove {old}")
             warnings.warn(
-                f"the key {old} is called {new} now; the old name goes in the next release", FutureWarning, stacklevel=2
+                f"the key {old} is called {new} now; the old name ends with the next release",
+                FutureWarning,
+                stacklevel=2,
             )
             data[new] = data.pop(old)
         return data
 
 
 class Replicas(_Section):
-    """How many replicas of a deployment: fixed when min equals max, else Serve autoscales between them."""
+    """Number of replicas of a deployment: fixed if min equals max, else Serve autoscales between the two."""
 
     min: int = Field(1, ge=1)
     max: int = Field(1, ge=1)
-    upscale_delay_s: float = Field(30, ge=0)  # so long must more be wanted before they are started
-    downscale_delay_s: float = Field(600, ge=0)  # and fewer before one goes: starting one again loads a model
-    look_back_s: float = Field(30, gt=0)  # load is averaged over so long, and reported three times in it
+    upscale_delay_s: float = Field(30, ge=0)  # load must be high for so long before a replica starts
+    downscale_delay_s: float = Field(600, ge=0)  # and low for so long before one stops: a new one has to load its model
+    look_back_s: float = Field(30, gt=0)  # load is averaged over this period, and reported three times in it
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -60,39 +62,39 @@ class Replicas(_Section):
 
 
 class RequestReplicas(Replicas):
-    """Replicas of what answers requests: Serve counts those that are open, streams included."""
+    """Replicas of a router or coordinator, scaled by their open requests, streams included."""
 
-    target_ongoing: float | None = Field(None, gt=0)  # open requests for each replica; None: see the deployment
+    target_ongoing: float | None = Field(None, gt=0)  # open requests per replica; None: the deployment's own default
 
 
 class ModelReplicas(Replicas):
-    """Replicas of a model role: scaled by cache use and waiting extends (actors.serve.autoscaling)."""
+    """Replicas of a model role, scaled by cache use and queued extends (actors.serve.autoscaling)."""
 
-    target_cache: float = Field(0.7, gt=0, le=1)  # share of the cache in use; above it sessions soon evict one another
-    target_waiting: float = Field(32, gt=0)  # extends that wait or run; above it a forward gets no better by width
+    target_cache: float = Field(0.7, gt=0, le=1)  # used share of the cache; well above it sessions evict each other
+    target_waiting: float = Field(32, gt=0)  # extends that wait or run; larger batches gain no more throughput
 
 
 class ModelConfig(_Section):
-    """One role's model: where it comes from, how it is computed, where it is placed."""
+    """The model of one role: its source, how it computes, and where it is placed."""
 
     path: str = Field(min_length=1)  # a local folder or a Hugging Face hub id
     revision: str | None = None
     trust_remote_code: bool = False
-    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the config.json alone, to measure with
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, from config.json alone; for benchmarks
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    device_map: str | dict[str, int | str] | None = None  # accelerate's: over the GPUs of one node
-    tensor_parallel: int = Field(1, ge=1)  # ranks of one node that share the model; num_cpus and num_gpus are a rank's
+    device_map: str | dict[str, int | str] | None = None  # as in accelerate: layers spread over the GPUs of one node
+    tensor_parallel: int = Field(1, ge=1)  # ranks on one node that share the model; num_cpus and num_gpus are per rank
     quantization: dict[str, Any] | None = None  # passed to transformers as quantization_config
-    adapter: str | None = None  # a PEFT adapter on top
+    adapter: str | None = None  # a PEFT adapter: a folder or a hub id
     attention: Literal["auto", "flash", "per_session", "gathered"] = "auto"  # auto: by device and dtype
-    cache_tokens: int = Field(65_536, ge=64)  # tokens of all sessions together
-    prefill_chunk: int = Field(2_048, ge=1)  # prompt tokens in one forward at most
-    max_position: int | None = Field(None, ge=1)  # tokens of one session; default: what the model was built for
+    cache_tokens: int = Field(65_536, ge=64)  # tokens that the KV cache holds, for all sessions together
+    prefill_chunk: int = Field(2_048, ge=1)  # most prompt tokens in one forward
+    max_position: int | None = Field(None, ge=1)  # tokens per session; None: as the checkpoint says
     num_cpus: float = Field(0.2, ge=0)
     num_gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = {}
-    label_selector: dict[str, str] = {}  # Ray node labels that its node must have
+    label_selector: dict[str, str] = {}  # labels that its Ray node must have
     replicas: ModelReplicas = ModelReplicas(min=1, max=1)
 
     @model_validator(mode="after")
@@ -134,37 +136,37 @@ class Models(_Section):
 
 
 class Exchange(_Section):
-    """What travels between coordinator and models at every step."""
+    """The slices of logits that models send to coordinators."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"widen_above": "max_unseen_mass"}
 
     mode: Literal["topk", "full"] = "topk"
-    k: int = Field(128, ge=1)  # width of a slice
-    max_unseen_mass: float = Field(0.0005, ge=0, le=1)  # estimated unseen mass above which a row is widened; 1: never
-    widen_factor: int = Field(8, ge=2)  # one widening multiplies k by this; the next takes the whole row
-    audit_every: int = Field(1_000, ge=0)  # hold one guided row in so many against whole rows; 0: never
+    k: int = Field(128, ge=1)  # logits per slice
+    max_unseen_mass: float = Field(0.0005, ge=0, le=1)  # widen a row above this estimated unseen mass; 1: never
+    widen_factor: int = Field(8, ge=2)  # the first widening multiplies k by this; the second requests the whole row
+    audit_every: int = Field(1_000, ge=0)  # compare one guided row in so many with the whole rows; 0: none
 
 
 class Speculation(_Section):
-    """Drafts: tokens guessed ahead and checked together. They never change an answer, only its speed."""
+    """Speculative decoding: drafted tokens are verified together. Drafts change an answer's speed, never its tokens."""
 
-    drafts: int = Field(7, ge=0, le=8)  # tokens drafted ahead of one check at most; 0: never
-    adapt: bool = True  # to each session's acceptance and to what a draft and a check cost; false: always `drafts`
-    lookup: bool = True  # where nothing guides, guess from the session's own text (prompt lookup)
+    drafts: int = Field(7, ge=0, le=8)  # most drafted tokens per verification; 0: none
+    adapt: bool = True  # fit the number to the session's acceptance and the forwards' times; false: always `drafts`
+    lookup: bool = True  # without guidance, draft from the session's own text (prompt lookup)
 
 
 class CoordinatorConfig(_Section):
-    """The coordinators: replicas that each decode many sessions."""
+    """The coordinators. Each decodes many sessions at a time."""
 
-    max_sessions: int = Field(64, ge=1)  # decoded together by one coordinator; more wait
-    max_waiting: int = Field(256, ge=0)  # beyond these a request is refused with 429
+    max_sessions: int = Field(64, ge=1)  # sessions that one coordinator decodes together; more are queued
+    max_waiting: int = Field(256, ge=0)  # queued requests; one more is refused with status 429
     num_cpus: float = Field(0.2, ge=0)
     replicas: RequestReplicas = RequestReplicas(min=1, max=1)
     label_selector: dict[str, str] = {}
 
     @property
     def target_ongoing(self) -> float:
-        """Open requests for each replica at which autoscaling aims: below max_sessions, so that few wait meanwhile."""
+        """Open requests per replica that autoscaling aims at: below max_sessions, so that few wait meanwhile."""
         return self.replicas.target_ongoing or 0.75 * self.max_sessions
 
     @model_validator(mode="after")
@@ -178,11 +180,11 @@ class CoordinatorConfig(_Section):
 
 
 class KeysConfig(_Section):
-    """Where API keys are found, in the form that router.keys says; with neither place everybody may ask."""
+    """Where API keys are found (format: router.keys). Without a file or variable the API is unauthenticated."""
 
-    file: str | None = Field(None, min_length=1)  # on the node of every router; read again when it changes
-    env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # a variable of the routers' environment
-    # Addresses that need no key, all below one that ends in /*; the log of requests leaves them out.
+    file: str | None = Field(None, min_length=1)  # on every router's node; read again when it changes
+    env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # a variable in the routers' environment
+    # Paths that need no key; /* at the end means all below. The request log leaves them out.
     open_paths: tuple[Annotated[str, Field(pattern="^/")], ...] = (
         *("/", "/playground/*", "/openapi.json"),
         *("/health", "/ready", "/version", "/metrics"),
@@ -190,72 +192,72 @@ class KeysConfig(_Section):
 
     @property
     def required(self) -> bool:
-        """Whether only those who have a key may ask."""
+        """True if requests need a key."""
         return self.file is not None or self.env is not None
 
     def opens(self, path: str) -> bool:
-        """Whether an address needs no key."""
+        """True if a path needs no key."""
         return any(path == one or (one.endswith("/*") and path.startswith(one[:-1])) for one in self.open_paths)
 
 
 class LimitsConfig(_Section):
-    """What each key may ask of each router; None: no bound."""
+    """Limits of each API key at each router replica; None: no limit."""
 
-    requests_per_minute: float | None = Field(None, gt=0)  # on average; as many at once after a minute without any
-    open_requests: int | None = Field(None, ge=1)  # that are answered or wait at the same time
+    requests_per_minute: float | None = Field(None, gt=0)  # on average; after a quiet minute as many at once
+    open_requests: int | None = Field(None, ge=1)  # requests in progress or queued at the same time
 
 
 class RouterConfig(_Section):
-    """The HTTP side."""
+    """The HTTP server."""
 
     max_request_bytes: int = Field(4_194_304, ge=1_024)
-    keep_alive_s: float = Field(15, gt=0)  # a stream without news says so this often, lest somebody between closes it
+    keep_alive_s: float = Field(15, gt=0)  # interval of comments in an idle stream, so that no proxy closes it
     playground: bool = True  # the page at `/`
-    examples: tuple[str, ...] = ()  # questions that the page offers
+    examples: tuple[str, ...] = ()  # questions that the playground suggests
     num_cpus: float = Field(0.1, ge=0)
     replicas: RequestReplicas = RequestReplicas(min=1, max=1)
-    max_request_tokens: int | None = Field(None, ge=1)  # prompts and answers of one request together
+    max_request_tokens: int | None = Field(None, ge=1)  # prompts and answers of one request together, in tokens
     keys: KeysConfig = KeysConfig()
     limits: LimitsConfig = LimitsConfig()
     cors_origins: tuple[
         Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...
-    ] = ()  # sites whose pages may ask
-    log_prompts: bool = False  # in the log of requests; prompts stand nowhere else in logs
+    ] = ()  # origins whose pages may use the API
+    log_prompts: bool = False  # write prompts to the request log; no other log has them
 
     @property
     def target_ongoing(self) -> float:
-        """Open requests for each replica at which autoscaling aims: a stream of events costs about 1 % of a core."""
+        """Open requests per replica that autoscaling aims at: one stream of events takes about 1 % of a core."""
         return self.replicas.target_ongoing or 64.0
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
         if self.limits != LimitsConfig() and not self.keys.required:
-            raise ValueError("limits are counted for each key: say keys.file or keys.env, or leave limits out")
+            raise ValueError("limits are counted for each key: set keys.file or keys.env, or leave limits out")
         return self
 
 
 class Deadlines(_Section):
-    """Seconds after which a wait ends with an error instead of hanging."""
+    """Timeouts in seconds. A wait that exceeds its timeout ends with an error."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"missing_s": "reconnect_timeout_s", "silent_s": "peer_timeout_s"}
 
     model_load_s: float = Field(1_800, gt=0)
-    reconnect_timeout_s: float = Field(300, gt=0)  # a session waits so long for a model or a coordinator that is away
-    step_s: float = Field(60, gt=0)  # one answer of a model
-    peer_timeout_s: float = Field(15, gt=0)  # a peer that says nothing at all for so long hangs or is cut off
+    reconnect_timeout_s: float = Field(300, gt=0)  # a session waits so long for a lost model or coordinator
+    step_s: float = Field(60, gt=0)  # one reply of a model
+    peer_timeout_s: float = Field(15, gt=0)  # a peer that sends nothing for so long is taken for dead
     connect_s: float = Field(5, gt=0)
     request_s: float = Field(3_600, gt=0)
 
 
 class ServiceConfig(_Section):
-    """Everything that `ray_config.yaml` says about the service."""
+    """The `args` of `ray_config.yaml`."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"exact": "batch_invariant"}
 
     version: Literal[1]
     name: str = Field("thinklogit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     models: Models
-    batch_invariant: bool = False  # bitwise repeatable: CPU, fp32, one thread; slower
+    batch_invariant: bool = False  # bitwise repeatable whatever else is in the batch: CPU, fp32, one thread; slower
     beyond_context: Literal["continue", "stop_guidance", "error"] = "error"
     guidance: Guidance = Guidance()
     thinking: Thinking = Thinking()
@@ -267,24 +269,24 @@ class ServiceConfig(_Section):
     deadlines: Deadlines = Deadlines()
 
     def with_target(self, path: str) -> Self:
-        """The same service with another target."""
+        """A copy with another target model."""
         target = self.models.target.model_copy(update={"path": path})
         return self.model_copy(update={"models": self.models.model_copy(update={"target": target})})
 
     def with_adapter(self, adapter: str | None) -> Self:
-        """The same service whose guider has that adapter, or none."""
+        """A copy whose guider has this adapter; None: no adapter."""
         guider = self.models.guider.model_copy(update={"adapter": adapter})
         return self.model_copy(update={"models": self.models.model_copy(update={"guider": guider})})
 
     @property
     def served_names(self) -> dict[str, Role | Literal["guided"]]:
-        """The names under which clients find the guided model and each role alone."""
+        """The model names that clients use: one for the guided model, and one for each role alone."""
         alone: dict[str, Role | Literal["guided"]] = {f"{self.name}/{role.replace('_', '-')}": role for role in ROLES}
         return {self.name: "guided", **alone}
 
 
 def load_config(args: dict[str, Any]) -> ServiceConfig:
-    """The configuration in the `args` of `ray_config.yaml`. Raises ConfigError naming every key that is wrong."""
+    """Read the `args` of `ray_config.yaml`. Raises ConfigError that names every key that is wrong."""
     try:
         return ServiceConfig.model_validate(args)
     except ValidationError as error:

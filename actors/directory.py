@@ -1,7 +1,7 @@
-"""Who is where: the model replicas of each role, their load, and what is still awaited.
+"""The directory: addresses and load of all model replicas, and the progress of those that are loading.
 
-Plain and without Ray. Replicas repeat what they say every second, so a directory that was lost fills itself again and
-a replica that died is forgotten; nothing here needs to survive.
+Plain Python, without Ray. It holds no state that must survive: replicas send a heartbeat every second, so a restarted
+directory fills itself again, and a replica that died expires.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from dataclasses import dataclass
 
 from actors.api.generation import ROLES, Role
 
-HEARTBEAT_S = 1.0  # how often a replica says that it is there
-EXPIRY_S = 4.0  # silence after which it is forgotten: three missed heartbeats and a slow fourth
+HEARTBEAT_S = 1.0  # interval of a replica's heartbeats
+EXPIRY_S = 4.0  # a replica without a heartbeat for so long is removed: three are missing and the fourth is late
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One model replica: where to connect, which start of it this is, and how full it is."""
+    """One model replica: its address, its load, and the incarnation, which identifies this start of its process."""
 
     role: Role
     host: str
     port: int
     incarnation: str
     sessions: int = 0
-    cache_free: int | None = None  # tokens; None: not told
-    stopping: bool = False  # finishes what it has, takes no new session
+    cache_free: int | None = None  # tokens; None: unknown
+    stopping: bool = False  # it serves its sessions but takes no new ones
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a coordinator wants to know. leaving: Serve's ids of the replicas, of any kind, that it is stopping."""
+    """The directory as coordinators read it. leaving: Serve's ids of the replicas, of any deployment, that it stops."""
 
     endpoints: tuple[Endpoint, ...]
     leaving: frozenset[str] = frozenset()
@@ -39,7 +39,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """A replica that is not ready yet: what it is doing, in words, and for how many seconds it has been starting."""
+    """A replica that is not ready yet: its current step as a phrase, and the seconds since it started."""
 
     role: Role
     incarnation: str
@@ -51,7 +51,7 @@ class Loading:
 
 
 class Directory:
-    """The replicas heard of lately."""
+    """The model replicas with a recent heartbeat, and those that reported loading progress."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -59,26 +59,26 @@ class Directory:
         self._loading: dict[str, tuple[float, Loading]] = {}
 
     def heartbeat(self, endpoint: Endpoint) -> None:
-        """A replica is there, or still there; the first one registers it."""
+        """Record a heartbeat; the first one registers the replica."""
         self._loading.pop(endpoint.incarnation, None)
         self._endpoints[endpoint.incarnation] = (self._clock(), endpoint)
 
     def loading(self, progress: Loading) -> None:
-        """A replica is on its way."""
+        """Record the progress of a replica that is loading."""
         self._loading[progress.incarnation] = (self._clock(), progress)
 
     def leave(self, incarnation: str) -> None:
-        """A replica is gone, on purpose. Unknown ones are ignored."""
+        """Remove a replica that shuts down. Unknown ones are ignored."""
         self._endpoints.pop(incarnation, None)
         self._loading.pop(incarnation, None)
 
     def snapshot(self) -> tuple[Endpoint, ...]:
-        """Every replica heard of lately, those that are stopping included."""
+        """Every replica with a recent heartbeat, those that are stopping included."""
         self._forget()
         return tuple(endpoint for _, endpoint in self._endpoints.values())
 
     def awaited(self) -> dict[Role, str]:
-        """What each role that nobody serves is waiting for, in words; empty when every role is served."""
+        """A phrase for each role without a serving replica: what it is waiting for. Empty if all roles are served."""
         self._forget()
         served = {endpoint.role for _, endpoint in self._endpoints.values() if not endpoint.stopping}
         words: dict[Role, str] = {role: "no replica has started" for role in ROLES if role not in served}

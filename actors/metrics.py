@@ -1,7 +1,7 @@
-"""What the service tells of itself: the table of all metrics, and the plain objects that count.
+"""The table of all metrics, and the registry (`Recorder`) in which each process counts.
 
-Whoever works updates its own `Recorder`, once a turn, a forward or a message and not once a token where that can be.
-The shells publish recorders through Ray (`actors.serve.ray_metrics`), the router shows its own at /metrics.
+Components count once per turn, forward or message rather than once per token, where that is possible. Deployments
+publish their recorder through Ray (`actors.serve.ray_metrics`); the router also serves its own at /metrics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-COMMON = ("application", "replica")  # labels of every metric that is published through Ray
+COMMON = ("application", "replica")  # labels of every metric published through Ray
 
 TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 WAITS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
@@ -21,7 +21,7 @@ WAITS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. buckets: upper bounds of a histogram's buckets, ascending; above the last there is one more."""
+    """One metric. buckets: ascending upper bounds of a histogram's buckets; one more bucket is above the last."""
 
     name: str
     kind: Kind
@@ -33,63 +33,68 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        # What clients see. model: a served name, "" where none was asked for; key: the name of an API key, or "".
+        # Requests. model: a served name, or "" if the request names none; key: the name of an API key, or "".
         Metric("thinklogit_requests", "counter", "Requests that ended, by HTTP status", ("model", "key", "status")),
         Metric("thinklogit_prompt_tokens", "counter", "Prompt tokens of requests that got a token", ("model", "key")),
         Metric("thinklogit_completion_tokens", "counter", "Tokens sent to clients", ("model", "key")),
         Metric(
             "thinklogit_first_token_seconds",
             "histogram",
-            "From a request's arrival to the first token of a choice, in seconds",
+            "Seconds from a request's arrival to the first token of a choice",
             ("model",),
             WAITS_S,
         ),
         Metric(
             "thinklogit_inter_token_seconds",
             "histogram",
-            "Seconds for each further token, once a message: the time since the one before it, over its tokens",
+            "Seconds per further token: for each message, the time since the one before divided by its tokens",
             ("model",),
             TOKEN_S,
         ),
-        # Decoding. role: a model's, or "coordinator". Where there are many a second, a sum and a count cost least.
+        # Decoding. role: a model role, or "coordinator". Frequent events have a sum and a count, the cheapest form.
         Metric(
             "thinklogit_steps",
             "counter",
-            "Forwards (prefill, extend, draft), frames of lookups that were answered, and turns of a coordinator",
+            "Forwards (prefill, extend, draft), answered frames of lookups, and turns of coordinators",
             ("role", "phase"),
         ),
-        Metric("thinklogit_step_seconds", "counter", "Seconds that these took", ("role", "phase")),
-        Metric("thinklogit_batched_sessions", "counter", "Sessions in forwards, summed over these", ("role", "phase")),
+        Metric("thinklogit_step_seconds", "counter", "Seconds that these steps took", ("role", "phase")),
+        Metric(
+            "thinklogit_batched_sessions",
+            "counter",
+            "Sessions in forwards, summed over them",
+            ("role", "phase"),
+        ),
         Metric("thinklogit_forward_tokens", "counter", "Tokens that went through a model", ("role",)),
         Metric("thinklogit_decided_tokens", "counter", "Tokens that coordinators chose"),
-        Metric("thinklogit_guided_rows", "counter", "Rows that were decided under guidance"),
-        Metric("thinklogit_uncovered_mass", "counter", "Probability outside of candidates, summed over guided rows"),
-        Metric("thinklogit_widened_rows", "counter", "Rows of which too much was unseen, so that more was asked for"),
-        Metric("thinklogit_audited_rows", "counter", "Guided rows that were held against whole rows"),
-        Metric("thinklogit_audits_differing", "counter", "Audited rows of which the slices gave another token"),
-        Metric("thinklogit_drafted_tokens", "counter", "Drafted tokens that were checked"),
-        Metric("thinklogit_accepted_tokens", "counter", "Drafted tokens that were kept"),
+        Metric("thinklogit_guided_rows", "counter", "Rows decided under guidance"),
+        Metric("thinklogit_uncovered_mass", "counter", "Probability outside the candidates, summed over guided rows"),
+        Metric("thinklogit_widened_rows", "counter", "Rows for which a wider top-k was requested"),
+        Metric("thinklogit_audited_rows", "counter", "Guided rows that were compared with the full rows"),
+        Metric("thinklogit_audits_differing", "counter", "Audited rows for which the slices gave another token"),
+        Metric("thinklogit_drafted_tokens", "counter", "Drafted tokens that were verified"),
+        Metric("thinklogit_accepted_tokens", "counter", "Drafted tokens that were accepted"),
         # Capacity.
         Metric(
             "thinklogit_sessions",
             "gauge",
-            "Sessions of a coordinator: running; parked, which began and wait for cache; waiting, which did not begin",
+            "Sessions of a coordinator: running, parked (started, waiting for cache) or waiting (not started)",
             ("state",),
         ),
-        Metric("thinklogit_cache_used_ratio", "gauge", "Share of a model's cache that is in use, 0 to 1", ("role",)),
-        Metric("thinklogit_extends_waiting", "gauge", "Extends that wait at a model or run", ("role",)),
-        # Faults. None of them changes a token.
-        Metric("thinklogit_reprefills", "counter", "Caches that were gone, so that tokens were sent again", ("role",)),
-        Metric("thinklogit_resent_tokens", "counter", "Tokens that were sent again for it", ("role",)),
-        Metric("thinklogit_resumes", "counter", "Answers that another coordinator went on with"),
-        Metric("thinklogit_refusals", "counter", "What models refused, by its reason", ("role", "reason")),
+        Metric("thinklogit_cache_used_ratio", "gauge", "Used share of a model's KV cache, 0 to 1", ("role",)),
+        Metric("thinklogit_extends_waiting", "gauge", "Extends that are queued or running at a model", ("role",)),
+        # Faults. None of them changes a token of an answer.
+        Metric("thinklogit_reprefills", "counter", "Lost caches of sessions, whose tokens were sent again", ("role",)),
+        Metric("thinklogit_resent_tokens", "counter", "Tokens that were sent again for these", ("role",)),
+        Metric("thinklogit_resumes", "counter", "Answers that another coordinator continued"),
+        Metric("thinklogit_refusals", "counter", "Items that models refused, by reason", ("role", "reason")),
         Metric("thinklogit_failed_forwards", "counter", "Forwards that raised an error", ("role",)),
     )
 }
 
 
 class Counter:
-    """A total that only grows."""
+    """A total that never decreases."""
 
     __slots__ = ("value",)
 
@@ -97,12 +102,12 @@ class Counter:
         self.value = 0.0
 
     def add(self, amount: float = 1.0) -> None:
-        """Count `amount` more."""
+        """Add `amount`."""
         self.value += amount
 
 
 class Gauge:
-    """What something is now."""
+    """A current value."""
 
     __slots__ = ("value",)
 
@@ -111,7 +116,7 @@ class Gauge:
 
 
 class Histogram:
-    """How often values fell into each bucket, and the sum of all. A value on a bound belongs below it."""
+    """Counts of values by bucket, and the sum of all values. A value on a bound belongs to the bucket below it."""
 
     __slots__ = ("_bounds", "counts", "sum")
 
@@ -121,7 +126,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Take in a value that was seen so many times."""
+        """Add a value that occurred `times` times."""
         self.counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
@@ -152,7 +157,7 @@ class Recorder:
         return self._find(Histogram, name, labels)
 
     def __iter__(self) -> Iterator[tuple[Metric, tuple[str, ...], Series]]:
-        """All series: the metric, the values of its labels, and what is counted."""
+        """All series: the metric, the values of its labels, and the counter, gauge or histogram."""
         for (name, *labels), series in self._series.items():
             yield METRICS[name], tuple(labels), series
 

@@ -1,6 +1,6 @@
-"""What must be true of the configured models before anything loads: the checks that every start runs.
+"""Checks of the configured models that every start runs before anything is loaded.
 
-Reads tokenizers and config.json files only. `python -m cluster.check` prints the same findings before a start.
+They read tokenizers and config.json files only. `python -m cluster.check` prints the same findings.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from actors.text.vocabularies import small_maps
 
 SMALL_ROLES: tuple[Role, ...] = ("guider", "guider_base")
 _CONVERSATION = [{"role": "user", "content": "Hello"}]
-_SHOWN = 6  # special tokens named in one sentence
+_SHOWN = 6  # names that one message lists
 _PAST_LIMIT = {
     "error": "a guided request that needs more is refused",
-    "stop_guidance": "the target goes on alone from there",
-    "continue": "guidance goes on, outside what this model was built for",
+    "stop_guidance": "the target continues alone from there",
+    "continue": "guidance continues, beyond what this model was built for",
 }
 
 
@@ -36,12 +36,12 @@ class Finding:
     message: str
 
     def rank(self) -> int:
-        """For sorting: errors first."""
+        """Sort key: errors first."""
         return ("error", "warning", "note").index(self.severity)
 
 
 def load_tokenizers(config: ServiceConfig) -> dict[Role, RoleTokenizer]:
-    """Every role's tokenizer. Raises ConfigError with a sentence for each role that has none."""
+    """The tokenizer of each role. Raises ConfigError with a line for each role whose tokenizer does not load."""
     tokenizers: dict[Role, RoleTokenizer] = {}
     problems = []
     for role in ROLES:
@@ -56,14 +56,14 @@ def load_tokenizers(config: ServiceConfig) -> dict[Role, RoleTokenizer]:
 
 
 def require_sound(config: ServiceConfig) -> None:
-    """Raise ConfigError with every reason why these models cannot be served together."""
+    """Raise ConfigError that lists all errors among the findings."""
     errors = [f for f in findings(config, load_tokenizers(config)) if f.severity == "error"]
     if errors:
         raise ConfigError("\n".join(f"models.{finding.role}: {finding.message}" for finding in errors))
 
 
 def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
-    """Everything worth saying about models that are there, errors first."""
+    """All findings about models whose tokenizers are loaded, errors first."""
     found = [*_batch_invariance(config), *_random_weights(config)]
     found += _vocabularies(tokenizers)
     for role in SMALL_ROLES:
@@ -75,14 +75,15 @@ def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
 
 
 def position_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
-    """Tokens of one session: what the configuration says, else what the model was built for, at most the cache."""
+    """Most tokens of one session: the configured limit, else the model's own; never more than the cache holds."""
     model = config.models.role(role)
     built_for = model.max_position or tokenizer.max_position or model.cache_tokens
     return min(built_for, model.cache_tokens)
 
 
 def session_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
-    """Tokens that a replica of the role computes for one session: a small model may be asked to go past its limit."""
+    """Most tokens that a replica computes for one session. With `beyond_context: continue` a small model may exceed its
+    position limit."""
     if config.beyond_context == "continue" and role in SMALL_ROLES:
         return config.models.role(role).cache_tokens
     return position_limit(config, role, tokenizer)
@@ -93,10 +94,12 @@ def _batch_invariance(config: ServiceConfig) -> Iterator[Finding]:
         model = config.models.role(role)
         if model.dtype not in ("auto", "float32") or model.device == "cuda" or model.num_gpus or model.quantization:
             yield Finding(
-                "error", role, "exact is true, which needs dtype float32, device cpu, num_gpus 0 and no quantization"
+                "error",
+                role,
+                "batch_invariant is true, which needs dtype float32, device cpu, num_gpus 0 and no quantization",
             )
         if model.tensor_parallel > 1:
-            yield Finding("error", role, "exact is true, which needs tensor_parallel 1")
+            yield Finding("error", role, "batch_invariant is true, which needs tensor_parallel 1")
 
 
 def _random_weights(config: ServiceConfig) -> Iterator[Finding]:
@@ -104,9 +107,9 @@ def _random_weights(config: ServiceConfig) -> Iterator[Finding]:
         model = config.models.role(role)
         if model.load_format != "dummy":
             continue
-        yield Finding("warning", role, "load_format is dummy: its weights are random, its answers mean nothing")
+        yield Finding("warning", role, "load_format is dummy: its weights are random, and its answers mean nothing")
         if model.quantization is not None or model.device_map is not None:
-            yield Finding("error", role, "load_format: dummy goes without quantization and device_map")
+            yield Finding("error", role, "load_format dummy cannot be combined with quantization or device_map")
 
 
 def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
@@ -131,7 +134,7 @@ def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]
 
 
 def _unsupported_tokenizers(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
-    """The models are of different families, and these have tokens that cannot be read as bytes."""
+    """Errors for tokenizers whose tokens cannot be read as bytes, which models of different families need."""
     for role, tokenizer in tokenizers.items():
         try:
             tokenizer.adapter  # noqa: B018  # made on first use
@@ -161,7 +164,7 @@ def _special_tokens(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Ite
         yield Finding("note", role, f"has special tokens that are text to the target: {_shortened(only_small)}")
     if moved:
         pairs = [f"{token} ({target[token]} in the target, {small[token]} here)" for token in moved]
-        yield Finding("note", role, f"has other ids for the same special tokens: {_shortened(pairs)}")
+        yield Finding("note", role, f"has the same special tokens under other ids: {_shortened(pairs)}")
     ends = [_end_texts(tokenizers[name]) for name in ("target", role)]
     if ends[0] != ends[1]:
         yield Finding(
@@ -182,7 +185,8 @@ def _template(role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[
 
 
 def _guider_and_base(guider: RoleTokenizer, base: RoleTokenizer) -> Iterator[Finding]:
-    """What tells a guider from a tuned copy of its base: their difference is the guidance, so all else must cancel."""
+    """Differences between the guider and its base. Guidance is the difference of their logits, so everything but the
+    tuning should be equal."""
     strange = sum(base.text_tokens.get(text) != id_ for text, id_ in guider.text_tokens.items())
     if strange:
         yield Finding(

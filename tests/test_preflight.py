@@ -1,4 +1,4 @@
-"""What every start refuses before anything loads."""
+"""Checks of the configured models that every start runs before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_the_embedded_trio_is_sound() -> None:
     assert [f for f in findings(config, load_tokenizers(config)) if f.severity != "note"] == []
 
 
-def test_exact_refuses_what_cannot_be_exact() -> None:
+def test_batch_invariance_refuses_settings_that_cannot_have_it() -> None:
     config = trio(batch_invariant=True)
     require_sound(config)
     args = trio_args()
     args["models"]["guider"]["dtype"] = "bfloat16"
-    with pytest.raises(ConfigError, match=r"models\.guider: exact is true"):
+    with pytest.raises(ConfigError, match=r"models\.guider: batch_invariant is true"):
         require_sound(load_config({**args, "batch_invariant": True}))
 
 
@@ -50,7 +50,7 @@ def test_positions_are_bounded_by_the_cache_and_by_the_configuration() -> None:
     assert position_limit(config, "guider_base", tokenizers["guider_base"]) == 500
 
 
-def test_only_small_models_that_may_continue_are_asked_to_pass_their_limit() -> None:
+def test_only_small_models_with_continue_may_pass_their_position_limit() -> None:
     config = trio(beyond_context="continue")
     tokenizers = load_tokenizers(config)
     cache = config.models.guider.cache_tokens
@@ -64,7 +64,7 @@ def test_errors_sort_before_warnings_and_notes() -> None:
     assert [finding.message for finding in sorted(found, key=Finding.rank)] == ["a", "b", "c"]
 
 
-def test_a_guider_that_is_no_copy_of_its_base_is_told_from_one() -> None:
+def test_differences_between_guider_and_base_are_found() -> None:
     config = trio()
     tokenizers = load_tokenizers(config)
     plain = {finding.message for finding in findings(config, tokenizers)}
@@ -73,8 +73,8 @@ def test_a_guider_that_is_no_copy_of_its_base_is_told_from_one() -> None:
     base.text_tokens = {text: id_ + (id_ > 2_000) for text, id_ in base.text_tokens.items()}
     base.added_tokens = {text: id_ for text, id_ in base.added_tokens.items() if text != "<think>"}
     found = [f for f in findings(config, tokenizers | {"guider_base": base}) if f.message not in plain]
-    said = {f.severity: " ".join(each.message for each in found if each.severity == f.severity) for f in found}
-    assert "42 of 2,043 text tokens" in said["warning"]
-    assert "reads as text, unguided: <think>" in said["note"]
-    assert "rows of 2,048 columns and its base of 2,112" in said["note"]
-    assert "it does share embeddings and head, its base does not" in said["note"]
+    messages = {f.severity: " ".join(each.message for each in found if each.severity == f.severity) for f in found}
+    assert "42 of 2,043 text tokens" in messages["warning"]
+    assert "reads as text, unguided: <think>" in messages["note"]
+    assert "rows of 2,048 columns and its base of 2,112" in messages["note"]
+    assert "it does share embeddings and head, its base does not" in messages["note"]
