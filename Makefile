@@ -2,10 +2,12 @@
 PYTHON ?= python3
 CONFIG ?= ray_config.yaml
 BIN := .venv/bin
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -rs $(ARGS)
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo dpo serve test lint bench format train docs clean
+.PHONY: demo dpo serve test test-all lint bench format train docs clean
 
 demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo $(ARGS)
@@ -17,9 +19,13 @@ serve: .venv/ready ## the service of $(CONFIG) in the foreground, on this machin
 	$(BIN)/python -m cluster.check $(CONFIG)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run --working-dir . $(CONFIG)
 
-test: export OMP_NUM_THREADS = 1
-test: .venv/ready ## one thread: the trio is so small that more would only wait for one another
-	$(BIN)/python -m pytest
+# One thread a process: the trio is so small that more would only wait for each other.
+test test-all: export OMP_NUM_THREADS = 1
+test: .venv/ready ## what a change must pass, in $(JOBS) processes
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/ready ## every test, those that are marked slow too; before a release
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -1,22 +1,59 @@
-"""What many tests share: the embedded trio, loaded once, and a browser."""
+"""Fixtures that many modules share, and how the suite is spread over processes.
+
+Nothing heavy is imported here: pytest-xdist's controller reads this file too, and runs no test.
+"""
 
 from __future__ import annotations
 
 import gc
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from actors.api.generation import Role
-from actors.replica.engine_thread import Engine
-from tests.support.local_service import load_engines, trio_config
+if TYPE_CHECKING:
+    from actors.api.generation import Role
+    from actors.replica.engine_thread import Engine
+    from tests.support.local_ray import SharedRay
+
+RAY = "ray"
+RAY_MARKS = (
+    pytest.mark.xdist_group(RAY),  # one process runs all of them, one after another, in the cluster that they share
+    # Ray leaves sockets and child processes to its own exit handlers.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that open a browser or run Ray; those of Ray come first, since they take longest."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+        if item.get_closest_marker(RAY):
+            for mark in RAY_MARKS:
+                item.add_marker(mark)
+    items.sort(key=lambda item: item.get_closest_marker(RAY) is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup`, keep a group, or a module whose tests have none, in one process."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    scheduler: Any = LoadGroupScheduling(config, log)
+    group_or_test = scheduler._split_scope
+    scheduler._split_scope = lambda nodeid: group_or_test(nodeid).split("::", 1)[0]
+    return scheduler
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tables_are_made_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads tables of vocabularies that another version of the code has left on this machine."""
+def fresh_table_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads vocabulary tables that another version of the code left on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -25,7 +62,31 @@ def tables_are_made_anew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 @pytest.fixture(scope="session")
 def trio_engines() -> Mapping[Role, Engine]:
     """The trio's engines in exact mode. They keep no session once a service has released it."""
+    from tests.support.local_service import load_engines, trio_config
+
     return load_engines(trio_config())
+
+
+@pytest.fixture(scope="session")
+def _shared_ray() -> Iterator[SharedRay]:
+    from tests.support.local_ray import SharedRay
+
+    shared = SharedRay()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(scope="module")
+def shared_ray(_shared_ray: SharedRay) -> SharedRay:
+    """The cluster of all tests that kill no node, controller, proxy or head; started at its first use."""
+    _shared_ray.open()
+    return _shared_ray
+
+
+@pytest.fixture(scope="module")
+def no_shared_ray(_shared_ray: SharedRay) -> None:
+    """The shared cluster has ended: a module with a cluster of its own needs the driver and the cores."""
+    _shared_ray.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +104,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def garbage_is_looked_for_as_before() -> Iterator[None]:
-    """What a service sets for its own processes ends with the test that ran it in this one."""
+def unchanged_garbage_collection() -> Iterator[None]:
+    """Settings that a service makes for its own process end with the test that ran it in this one."""
     before = gc.get_threshold()
     yield
     if gc.get_threshold() != before:

@@ -28,6 +28,7 @@ from benchmarks.spelling import Spelling
 from benchmarks.trained_tokenizers import ONE_DIGIT, THREE_DIGITS, byte_pairs, unigram
 from benchmarks.trigrams import UNKNOWN, Trigrams
 from cluster.demo.english import COMMON_WORDS
+from tests.support.tiers import slow
 
 TOY = [0, 1, 2, 0, 1, 3, 0, 1, 2, 4, 4, 0, 2, 1, 0, 1, 2]
 WIDTH = 7  # 5 never comes, 6 is no text
@@ -135,7 +136,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", [name if name == "Qwen" else slow(name) for name in LOADERS])
 def test_a_published_tokenizer_has_the_ids_of_its_model(name: str) -> None:
     found = LOADERS[name]()
     if found is None:
@@ -278,7 +279,10 @@ GATE = {
 }
 
 
-@pytest.mark.parametrize(("target", "small"), GATE)
+PAIRS = [slow(*pair) if pair[0] in LOADERS else pair for pair in GATE]  # published vocabularies take long
+
+
+@pytest.mark.parametrize(("target", "small"), PAIRS)
 def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: str) -> None:
     """A gate for each pair: what was measured may get better, and worse by one or two tokens."""
     known = published() if target in LOADERS else {kind: small_tokenizer(kind) for kind in (target, small)}

@@ -13,10 +13,12 @@ from actors.config import ServiceConfig
 from actors.replica.engine_thread import Engine
 from tests.support.local_service import LocalService, trio_config
 from tests.support.relay import DIRECTIONS, Direction, Relay, relayed
+from tests.support.tiers import slow
 from tests.support.trio import LONG, alone, chat_prompts, decode_all, request, tokens
 from tests.support.watched import until
 
 RECOVERED_S = 120.0  # within which all is said, on a busy machine too: what hangs forever is what fails
+BOTH = (DIRECTIONS[0], *map(slow, DIRECTIONS[1:]))
 FRAMES = 12  # that pass before something happens
 
 
@@ -71,7 +73,7 @@ async def test_connections_that_are_cut_again_and_again_change_no_token(trio_eng
         assert all(relay.connections >= 2 for relay in relays.values())
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", BOTH)
 async def test_a_connection_that_delays_changes_no_token_and_stays(
     trio_engines: Mapping[Role, Engine], direction: Direction
 ) -> None:
@@ -82,7 +84,7 @@ async def test_a_connection_that_delays_changes_no_token_and_stays(
     assert relay.connections == 1
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", BOTH)
 async def test_a_slow_connection_changes_no_token_and_stays(
     trio_engines: Mapping[Role, Engine], direction: Direction
 ) -> None:
@@ -93,8 +95,8 @@ async def test_a_slow_connection_changes_no_token_and_stays(
     assert relay.connections == 1
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("role", ["target", "guider"])
+@pytest.mark.parametrize("direction", BOTH)
+@pytest.mark.parametrize("role", ["guider", slow("target")])
 async def test_a_connection_that_stalls_is_given_up_and_opened_anew_and_changes_no_token(
     trio_engines: Mapping[Role, Engine], role: Role, direction: Direction
 ) -> None:
@@ -107,7 +109,7 @@ async def test_a_connection_that_stalls_is_given_up_and_opened_anew_and_changes_
     assert relay.connections >= 2
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", BOTH)
 async def test_a_frame_that_comes_twice_ends_the_connection_and_changes_no_token(
     trio_engines: Mapping[Role, Engine], direction: Direction, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,7 @@ from actors.text.alignment_cache import align
 from actors.text.vocabularies import VocabularyRegistry
 from tests.support import families
 from tests.support.local_service import LocalService, decode, local_service, trio_config
+from tests.support.tiers import slow
 from tests.support.trained_models import tokenizer
 from tests.support.trio import LONG, chat_prompts, decode_all, finished, request, tokens
 from tests.support.watched import Trio, WatchedEngine, until, watched
@@ -30,7 +31,7 @@ SAMPLINGS = (
     Sampling(temperature=0.6, top_p=0.95, max_tokens=28),
     Sampling(temperature=1.0, max_tokens=28),
 )
-FAMILIES = ("pieces", "grouped", "bytes")
+FAMILIES = ("pieces", slow("grouped"), slow("bytes"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -20,6 +20,7 @@ from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
 from tests.support.oracle import ALPHA, Case, Oracle
+from tests.support.tiers import slow
 from tests.support.trio import chat_prompts, decode_all, finished, request, tokens
 from tests.support.watched import watched
 
@@ -30,14 +31,14 @@ SAMPLINGS = (
     Sampling(temperature=1.0, max_tokens=LENGTH),
 )
 FREE_TEXT = ("Once upon a time", "The rival of Ada is", "1, 2, 3,", "Ünïcödé and 漢字", "Who", "def main():\n    ")
-PROMPTS = 200
+PROMPTS = (20, slow(200))  # each with every way of sampling
 
 
 def config(mode: str, **exchange: Any) -> Any:
     return trio_config(exchange={"mode": mode, **exchange}, coordinator={"max_sessions": 600, "max_waiting": 600})
 
 
-def requests_to(service: LocalService, prompts: int = PROMPTS) -> list[Generate]:
+def requests_to(service: LocalService, prompts: int) -> list[Generate]:
     """Every prompt with every way of sampling: questions of two and three hops, and free text."""
     texts = [(text, True) for hops in (2, 3) for text in chat_prompts(prompts * 2 // 5, hops)]
     texts += [(f"{FREE_TEXT[i % len(FREE_TEXT)]} {i}", False) for i in range(prompts - len(texts))]
@@ -51,23 +52,23 @@ def requests_to(service: LocalService, prompts: int = PROMPTS) -> list[Generate]
 class Company:
     """What the service answered to all requests at once, by exchange; decoded when first asked for."""
 
-    def __init__(self, engines: Mapping[Role, Engine]) -> None:
-        self._engines = engines
+    def __init__(self, engines: Mapping[Role, Engine], prompts: int) -> None:
+        self._engines, self._prompts = engines, prompts
         self._answers: dict[str, tuple[list[Generate], list[list[int]]]] = {}
 
     async def answers(self, mode: str) -> tuple[list[Generate], list[list[int]]]:
         """The requests, shuffled, and their tokens."""
         if mode not in self._answers:
             async with local_service(config(mode), self._engines) as service:
-                requests = requests_to(service)
+                requests = requests_to(service, self._prompts)
                 random.Random(0).shuffle(requests)
                 self._answers[mode] = requests, tokens(await decode_all(service.coordinators[0], requests))
         return self._answers[mode]
 
 
-@pytest.fixture(scope="module")
-def company(trio_engines: Mapping[Role, Engine]) -> Company:
-    return Company(trio_engines)
+@pytest.fixture(scope="module", params=PROMPTS)
+def company(trio_engines: Mapping[Role, Engine], request: pytest.FixtureRequest) -> Company:
+    return Company(trio_engines, request.param)
 
 
 def case(one: Generate, answer: list[int]) -> Case:

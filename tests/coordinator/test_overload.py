@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from actors.api.generation import ROLES, Finished, Generate, Rejected, Role
 from actors.api.guidance import Guidance
 from actors.config import ServiceConfig
@@ -59,6 +61,7 @@ async def everything_released(service: LocalService) -> None:
     await until(lambda: all(replica.load().cache_used == 0 for replica in service.replicas.values()))
 
 
+@pytest.mark.slow
 async def test_three_small_caches_of_different_sizes_hold_up_nobody_for_good(
     trio_engines: Mapping[Role, Engine],
 ) -> None:

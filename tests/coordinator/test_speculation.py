@@ -16,10 +16,11 @@ from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
 from actors.replica.engine_thread import Engine
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
+from tests.support.tiers import slow
 from tests.support.trio import LONG, TEXT, chat_prompts, decode_all, finished, request, tokens
 from tests.support.watched import Trio, WatchedEngine, until, watched
 
-LENGTHS = range(1, 9)
+LENGTHS = (1, slow(2), slow(3), 4, slow(5), slow(6), slow(7), 8)
 SAMPLINGS = (
     Sampling(temperature=0, max_tokens=32),
     Sampling(temperature=0.6, top_p=0.95, max_tokens=32),
@@ -49,10 +50,10 @@ async def answers(service: LocalService, requests: list[Generate]) -> list[list[
     return tokens(await decode_all(service.coordinators[0], requests))
 
 
-def company(service: LocalService) -> list[Generate]:
-    """200 prompts, questions and raw text, with every way of sampling."""
-    texts = [(text, True) for hops in (2, 3) for text in chat_prompts(80, hops)]
-    texts += [(f"{RAW[i % len(RAW)]} {i}", False) for i in range(40)]
+def company(service: LocalService, prompts: int = 200) -> list[Generate]:
+    """Prompts, questions and raw text, with every way of sampling."""
+    texts = [(text, True) for hops in (2, 3) for text in chat_prompts(prompts * 2 // 5, hops)]
+    texts += [(f"{RAW[i % len(RAW)]} {i}", False) for i in range(prompts // 5)]
     requests = [
         request(service.tokenizers, text, sampling=sampling, seed=1_000 * way + i, chat=chat)
         for way, sampling in enumerate(SAMPLINGS)
@@ -62,10 +63,11 @@ def company(service: LocalService) -> list[Generate]:
     return requests
 
 
-async def test_speculation_changes_no_token(trio_engines: Mapping[Role, Engine]) -> None:
-    """Draft lengths 1 to 8 side by side, 200 prompts x 3 ways of sampling, held against none at all."""
+@pytest.mark.parametrize("prompts", [20, slow(200)])
+async def test_speculation_changes_no_token(trio_engines: Mapping[Role, Engine], prompts: int) -> None:
+    """Draft lengths 1 to 8 side by side, prompts x 3 ways of sampling, held against none at all."""
     async with local_service(drafting(), trio_engines) as service:
-        requests = company(service)
+        requests = company(service, prompts)
         expected = await answers(service, with_drafts(requests, 0))
         decoded = await decode_all(service.coordinators[0], with_drafts(requests))
         assert tokens(decoded) == expected
@@ -109,7 +111,7 @@ HISTORIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", HISTORIES)
-@pytest.mark.parametrize("exchange", [{}, {"k": 4}, {"mode": "full"}, {"audit_every": 3}])
+@pytest.mark.parametrize("exchange", [{}, slow({"k": 4}), slow({"mode": "full"}), slow({"audit_every": 3})])
 async def test_what_depends_on_earlier_tokens_is_judged_after_each_draft(
     trio: Trio, kind: str, exchange: dict[str, Any]
 ) -> None:
@@ -227,7 +229,7 @@ async def test_forwards_that_fail_while_drafts_are_checked_change_no_token(trio:
         assert await answers(service, with_drafts(requests)) == expected
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", [slow("target"), "guider", slow("guider_base")])
 async def test_a_replica_lost_while_drafts_are_checked_changes_no_token(trio: Trio, role: Role) -> None:
     async with local_service(drafting(), trio.engines) as service:
         requests = [replace(one, sampling=replace(LONG, max_tokens=120), drafts=4) for one in company(service)[:4]]

@@ -134,6 +134,7 @@ def lost(engine: ParallelEngine) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_noticed_and_nobody_waits_for_it(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)  # a head of its own, in 16 bits
     started = Started()
@@ -157,6 +158,7 @@ def test_a_killed_rank_is_noticed_and_nobody_waits_for_it(tmp_path: Path) -> Non
     assert not started.followers[0].alive()
 
 
+@pytest.mark.slow
 def test_a_follower_that_does_not_start_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     missing = Recipe(ModelSource(str(tmp_path / "nowhere"), device="cpu", tensor_parallel=2), CACHE)
     started = Started()

@@ -132,6 +132,7 @@ async def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     chance = random.Random(5)
     for folder, kills in (("whole", 0), ("killed", 5)):

@@ -1,4 +1,4 @@
-"""A real `ray job submit` to a cluster of this machine, as the README says it."""
+"""`ray job submit` to a cluster on this machine, with the command of the README."""
 
 from __future__ import annotations
 
@@ -8,56 +8,49 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.effect import ADAPTER, MODES
 from cluster.jobs.results import Results
-from cluster.launch import local_ray
-from tests.support.local_ray import READY_S, ROOT, trio_args, wait_until
+from tests.support.local_ray import APPLICATION, READY_S, ROOT, SharedRay, shared_args, trio_args, wait_until
 
-# Ray leaves sockets and child processes to its own exit handlers.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
-]
+pytestmark = pytest.mark.ray
 
 PROBLEMS = 16
 FEW = 8
+OWN = "evaluated"  # a service that does not run in the cluster, so that the job starts it
 
 
 @pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """The address of the dashboard of a cluster without a service."""
-    with local_ray(num_cpus=2, dashboard=True):
-        yield f"http://{ray._private.worker.get_dashboard_url()}"
+def dashboard(shared_ray: SharedRay) -> str:
+    """The address of the dashboard of the shared cluster."""
+    return shared_ray.dashboard
 
 
 def config(tmp_path: Path, concurrency: int | None, **changed: Any) -> Path:
-    """An evaluation of all modes, and a service in exact mode to bring up for it."""
-    application = {
-        "name": "thinklogit",
-        "import_path": "router.app:build",
-        "args": trio_args() | {"batch_invariant": True},
-    }
+    """An evaluation of all modes by a service in exact mode that the job has to start."""
+    args = trio_args() | {"batch_invariant": True, "name": OWN}
+    return written(tmp_path, args, {"alpha": [0.5, 1.0], "concurrency": concurrency} | changed)
+
+
+def written(tmp_path: Path, args: dict[str, Any], given: dict[str, Any]) -> Path:
+    """The file of an evaluation of PROBLEMS problems, beside its service's file."""
+    application = {"name": args["name"], "import_path": "router.app:build", "args": args}
     service = tmp_path / "service.yaml"
     service.write_text(yaml.safe_dump({"applications": [application]}), encoding="utf-8")
     path = tmp_path / "config.yaml"
-    given: dict[str, Any] = {
+    whole: dict[str, Any] = {
         "run": "runs/never",  # what a submitted job must not use
         "service": str(service),
         "tasks": [{"task": "multihop", "limit": PROBLEMS}],
-        "alpha": [0.5, 1.0],
-        "concurrency": concurrency,
     }
-    path.write_text(yaml.safe_dump(given | changed), encoding="utf-8")
+    path.write_text(yaml.safe_dump(whole | given), encoding="utf-8")
     return path
 
 
@@ -83,7 +76,31 @@ def submit(dashboard: str, config: Path, run: Path) -> str:
         time.sleep(1.0)
 
 
-def test_a_submitted_job_is_stopped_submitted_again_and_succeeds(dashboard: str, tmp_path: Path) -> None:
+def own_is_gone() -> bool:
+    return not {name for name in serve.status().applications if name.startswith(OWN)}
+
+
+def result_of(logs: str) -> dict[str, Any]:
+    """The JSON object in the last such line of a job's log."""
+    result: dict[str, Any] = json.loads(next(line for line in reversed(logs.splitlines()) if line.startswith("{")))
+    return result
+
+
+def test_submitted_job_uses_the_service_that_runs(shared_ray: SharedRay, tmp_path: Path) -> None:
+    assert shared_ray.url
+    client, folder = JobSubmissionClient(shared_ray.dashboard), tmp_path / "run"
+    path = written(tmp_path, shared_args(), {"alpha": [1.0], "modes": ["target", "guided"]})
+    job = submit(shared_ray.dashboard, path, folder)
+    wait_until(lambda: client.get_job_status(job).is_terminal(), "the end of the job")
+    logs = client.get_job_logs(job)
+    assert client.get_job_status(job) == JobStatus.SUCCEEDED, logs
+    assert f"asking the service {APPLICATION}, which runs in this cluster" in logs
+    assert result_of(logs)["samples"] == len(Results(folder).done()) == 2 * PROBLEMS
+    assert set(serve.status().applications) == {APPLICATION}
+
+
+@pytest.mark.slow
+def test_stopped_job_that_is_submitted_again_succeeds(dashboard: str, tmp_path: Path) -> None:
     client, folder = JobSubmissionClient(dashboard), tmp_path / "run"
 
     def kept() -> int:
@@ -105,13 +122,14 @@ def test_a_submitted_job_is_stopped_submitted_again_and_succeeds(dashboard: str,
     logs = client.get_job_logs(second)
     assert client.get_job_status(second) == JobStatus.SUCCEEDED, logs
     assert kept() == total
-    result = json.loads(next(line for line in reversed(logs.splitlines()) if line.startswith("{")))
+    result = result_of(logs)
     assert result["samples"] == result["expected"] == total
     assert (folder / "report.html").is_file()
-    wait_until(lambda: not serve.status().applications, "the end of the service that the job brought up")
+    wait_until(own_is_gone, "the end of the service that the job started")
 
 
-def test_adapters_of_the_guider_take_turns_in_one_evaluation(dashboard: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_one_evaluation_tries_several_adapters_of_the_guider(dashboard: str, tmp_path: Path) -> None:
     client, folder = JobSubmissionClient(dashboard), tmp_path / "run"
     adapters = {"plain": None, "dpo": str(ADAPTER)}
     path = config(tmp_path, None, modes=["target", "guider", "guided"], alpha=[1.5], adapters=adapters)
@@ -126,4 +144,4 @@ def test_adapters_of_the_guider_take_turns_in_one_evaluation(dashboard: str, tmp
     )
     assert texts["guider -"] != texts["guider dpo"], "the adapter was in the guider"
     assert texts["guided a1.5"] != texts["guided a1.5-dpo"]
-    wait_until(lambda: not serve.status().applications, "the end of the service that the job brought up")
+    wait_until(own_is_gone, "the end of the service that the job started")

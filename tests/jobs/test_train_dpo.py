@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,11 @@ from cluster.jobs.dpo.record import RECORD
 from cluster.jobs.dpo.training import Training
 from cluster.jobs.results import RunError
 from cluster.jobs.train_dpo import train
-from cluster.launch import local_ray
-from tests.support.local_ray import READY_S, trio_args, wait_until
+from tests.support.local_ray import READY_S, actors, trio_args, wait_until
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.ray,
+    pytest.mark.usefixtures("shared_ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
 ]
@@ -74,13 +72,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One Ray for every training of this module."""
-    with local_ray(num_cpus=2):
-        yield
-
-
 @pytest.fixture
 def training(pairs: Path, service: Path, tmp_path: Path) -> Training:
     """A short run in one worker."""
@@ -118,7 +109,7 @@ def uninterrupted(pairs: Path, service: Path, tmp_path_factory: pytest.TempPathF
     return trained(make(pairs, service, tmp_path_factory.mktemp("uninterrupted")))
 
 
-def test_a_guider_learns_to_prefer_what_was_chosen(uninterrupted: dict[str, Any]) -> None:
+def test_guider_learns_to_prefer_the_chosen_answers(uninterrupted: dict[str, Any]) -> None:
     run = Path(uninterrupted["adapter"]).parent
     before, after = losses(run)[4], losses(run)[STEPS]
     assert after < before < 0.6931, "the loss begins at ln 2"
@@ -127,7 +118,7 @@ def test_a_guider_learns_to_prefer_what_was_chosen(uninterrupted: dict[str, Any]
     assert uninterrupted["steps"] == STEPS
 
 
-def test_the_adapter_changes_the_guider_as_it_was_trained(uninterrupted: dict[str, Any]) -> None:
+def test_adapter_changes_every_linear_layer_and_nothing_else(uninterrupted: dict[str, Any]) -> None:
     from actors.engine.loader import ModelSource, load_model
 
     path = trio_args()["models"]["guider"]["path"]
@@ -137,7 +128,7 @@ def test_the_adapter_changes_the_guider_as_it_was_trained(uninterrupted: dict[st
     assert sorted(changed) == sorted(linears), "every linear layer, and nothing else"
 
 
-def test_a_run_leaves_its_lines_its_plot_and_its_record(uninterrupted: dict[str, Any]) -> None:
+def test_run_leaves_its_journal_its_plot_and_its_record(uninterrupted: dict[str, Any]) -> None:
     run = Path(uninterrupted["adapter"]).parent
     lines = Journal(run).lines()
     assert [line.step for line in lines if line.split == "validation"] == [4, 8, 12]
@@ -146,19 +137,15 @@ def test_a_run_leaves_its_lines_its_plot_and_its_record(uninterrupted: dict[str,
     assert json.loads((run / RECORD).read_text(encoding="utf-8"))["result"] == uninterrupted
 
 
-def test_a_killed_worker_costs_nothing_but_time(
-    training: Training, uninterrupted: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_killed_worker_changes_no_result(training: Training, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
     def kill_once() -> None:
-        until = time.monotonic() + READY_S
-        while 4 not in losses(training.run):
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        while 5 not in losses(training.run, "train"):
-            time.sleep(0.01)
-        killed.extend(_workers())
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: 4 in losses(training.run), "the first validation")
+        wait_until(lambda: 5 in losses(training.run, "train"), "the step after it", poll_s=0.01)
+        for worker in actors("RayTrainWorker"):
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.append(worker.pid)
 
     killed: list[int] = []
     killer = threading.Thread(target=kill_once)
@@ -170,7 +157,10 @@ def test_a_killed_worker_costs_nothing_but_time(
     assert losses(training.run).keys() == {4, 8, 12}, "steps that are done again are told once"
 
 
-def test_a_stopped_job_goes_on_where_it_was(training: Training, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_stopped_job_continues_from_its_checkpoint(
+    training: Training, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
     path = tmp_path / "training.yaml"
     path.write_text(yaml.safe_dump(training.model_dump(mode="json")), encoding="utf-8")
     job = subprocess.Popen(
@@ -193,7 +183,8 @@ def test_a_stopped_job_goes_on_where_it_was(training: Training, uninterrupted: d
     assert losses(training.run).keys() == {4, 8, 12}
 
 
-def test_a_finished_run_is_not_trained_again_and_another_is_refused(training: Training) -> None:
+@pytest.mark.slow
+def test_finished_run_is_kept_and_another_training_refused(training: Training) -> None:
     first = trained(training, epochs=0.25)
     ends = [line.step for line in Journal(training.run).lines() if line.split == "validation"]
     assert ends == [first["steps"]] == [3], "a run that ends between two validations ends with one"
@@ -204,29 +195,32 @@ def test_a_finished_run_is_not_trained_again_and_another_is_refused(training: Tr
         trained(training, epochs=0.25, beta=0.3)
 
 
-def test_the_guided_objective_prefers_what_was_chosen_under_guidance(training: Training) -> None:
+@pytest.mark.slow
+def test_guided_objective_prefers_the_chosen_answers(training: Training) -> None:
     result = trained(training, objective="guided", slice_width=16, gradient_checkpointing=True)
     assert losses(training.run)[STEPS] < losses(training.run)[4] < 0.6931
     assert result["validation"]["accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_two_workers_take_the_same_steps_as_one(training: Training, uninterrupted: dict[str, Any]) -> None:
     result = trained(training, workers=2, micro_batch=BATCH // 2)
     assert result["steps"] == STEPS
     assert result["validation"]["loss"] == pytest.approx(uninterrupted["validation"]["loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_supervised_tuning_raises_the_chosen_answers(training: Training) -> None:
     trained(training, loss="sft")
     assert losses(training.run)[STEPS] < losses(training.run)[4]
 
 
-def test_pairs_that_are_not_there_are_named_with_what_makes_them(training: Training, tmp_path: Path) -> None:
+def test_missing_pairs_are_named_with_the_job_that_makes_them(training: Training, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pairs: .*nothing.*cluster\.jobs\.preferences"):
         trained(training, pairs=tmp_path / "nothing")
 
 
-def test_a_guider_with_an_adapter_is_refused(training: Training, tmp_path: Path) -> None:
+def test_guider_with_an_adapter_is_refused(training: Training, tmp_path: Path) -> None:
     given = yaml.safe_load(training.service.read_text(encoding="utf-8"))
     given["applications"][0]["args"]["models"]["guider"]["adapter"] = str(ADAPTER)
     path = tmp_path / "adapted.yaml"
@@ -235,7 +229,8 @@ def test_a_guider_with_an_adapter_is_refused(training: Training, tmp_path: Path)
         trained(training, service=path)
 
 
-def test_what_no_node_has_is_waited_for_no_longer_than_configured(training: Training, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_missing_resource_is_awaited_no_longer_than_configured(training: Training, tmp_path: Path) -> None:
     given = yaml.safe_load(training.service.read_text(encoding="utf-8"))
     args = given["applications"][0]["args"]
     args["models"]["target"]["resources"] = {"unicorn": 1}
@@ -244,16 +239,3 @@ def test_what_no_node_has_is_waited_for_no_longer_than_configured(training: Trai
     path.write_text(yaml.safe_dump(given), encoding="utf-8")
     with pytest.raises(RunError, match=r"nothing was scored for 2 s: the target needs .*unicorn"):
         trained(training, service=path, objective="guided")
-
-
-def _workers() -> list[int]:
-    """Process ids of the workers that train."""
-    lines = {int(file.parent.name): file for file in Path("/proc").glob("[0-9]*/cmdline")}
-    return [pid for pid, file in lines.items() if b"RayTrainWorker" in _read(file)]
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError:  # it is gone
-        return b""

@@ -16,51 +16,36 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from transformers import AutoTokenizer
 
-from actors.config import ConfigError, load_config
+from actors.config import ConfigError
 from actors.metrics import COMMON
-from cluster.launch import running_service
 from router.app import DIRECTORY_CPUS, MODEL_NAMES, build
 from tests.cluster.test_grafana import EXPORTED
-from tests.support.local_ray import APPLICATION, READY_S, replicas, trio_args, wait_until
+from tests.support.local_ray import APPLICATION, MAX_SESSIONS, READY_S, SharedRay, trio_args, wait_until
 from tests.support.oracle import WEIGHTS, Case, Oracle, choice_seed
 from tests.support.trio import chat_prompts
 
-# Ray leaves sockets and child processes to its own exit handlers.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
-]
+pytestmark = pytest.mark.ray
 
 QUESTION = "Who is the mentor of the rival of Ada?"
 MESSAGE = {"role": "user", "content": QUESTION}
 SAMPLINGS = ((0.0, 1.0), (0.6, 0.95), (1.0, 1.0))  # temperature, top_p
-PROMPTS = 24
+PROMPTS = MAX_SESSIONS
 LENGTH = 32
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]  # by name and labels
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """The service of `ray_config.yaml` in exact mode."""
-    args = trio_args() | {"batch_invariant": True, "coordinator": {"max_sessions": PROMPTS}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # Ray's shortest
-        with running_service(load_config(args), num_cpus=2, dashboard=True) as url:
-            yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=READY_S) as http:
-        wait_until(lambda: http.get("/ready").status_code == 200, "every role being there")
+def client(shared_ray: SharedRay) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=shared_ray.url, timeout=READY_S) as http:
         yield http
 
 
 @pytest.fixture
-async def openai(url: str, client: httpx.Client) -> AsyncIterator[AsyncOpenAI]:
-    """OpenAI's client of the service, once all of it is there."""
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=READY_S, max_retries=0) as openai:
+async def openai(shared_ray: SharedRay) -> AsyncIterator[AsyncOpenAI]:
+    """OpenAI's client of the service, once every role is served."""
+    url = f"{shared_ray.url}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", timeout=READY_S, max_retries=0) as openai:
         yield openai
 
 
@@ -121,12 +106,6 @@ def test_the_guided_model_and_each_role_alone_answer(client: httpx.Client) -> No
         answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
         assert answer["choices"][0]["message"]["content"]
         assert bool(answer["usage"]["guidance"]["guided_tokens"]) is (name == "thinklogit")
-
-
-def test_the_roles_run_in_three_actors(client: httpx.Client) -> None:
-    models = {name: replica for name, replica in replicas().items() if name in MODEL_NAMES.values()}
-    assert models.keys() == set(MODEL_NAMES.values())
-    assert len({replica.pid for replica in models.values()}) == 3
 
 
 def test_a_client_that_leaves_its_stream_frees_its_session(client: httpx.Client) -> None:

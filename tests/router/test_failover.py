@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from actors.api.generation import (
-    ROLES,
     CoordinatorEvent,
     Delta,
     Finished,
@@ -37,6 +36,7 @@ from router.backend import Status, Unavailable
 from router.failover import MAX_LOSSES, Resuming
 from tests.support.local_service import Answer, LocalService, local_service, trio_config
 from tests.support.scripted_service import usage
+from tests.support.tiers import slow
 from tests.support.trio import (
     GREEDY,
     LONG,
@@ -329,7 +329,7 @@ async def test_a_full_coordinator_refuses_newcomers_and_not_what_was_taken_on_el
     assert [event async for event in Resuming(moved, Deadlines()).generate(ANY)][-1] == END
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ["target", slow("guider"), slow("guider_base")])
 async def test_sessions_leave_a_model_replica_that_stops_before_it_is_gone(
     trio_engines: Mapping[Role, Engine], role: Role
 ) -> None:

@@ -25,11 +25,7 @@ from tests.support.growing_ray import growing_cluster, nodes
 from tests.support.local_ray import APPLICATION, READY_S, trio_args, wait_until
 from tests.support.trio import chat_prompts
 
-# Ray leaves sockets and child processes to its own exit handlers.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 FAST = {"min": 1, "max": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "look_back_s": 1.5}
 CARD = "card"  # stands for a GPU, which exact mode does without
@@ -48,7 +44,7 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(no_shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One replica of each deployment on the head, whose only card the target has."""
     args = trio_args() | {
         "batch_invariant": True,

@@ -29,6 +29,8 @@ from tests.support.local_service import local_service
 from tests.support.machines import Machines, machines, roles_apart
 from tests.support.trio import chat_prompts
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("no_shared_ray")]
+
 DELAY_S = 0.001
 LENGTH = 200  # tokens of a stream
 CUT_S = 4.0

@@ -1,4 +1,4 @@
-"""A tensor-parallel model as Serve places it: one rank a bundle, all on one node, replaced together."""
+"""A tensor-parallel model as Serve places it: one rank per bundle, all on one node, replaced together."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 from ray import serve
-from ray.util.state import list_actors
 from ray.util.state.common import ActorState
 
 from actors.config import load_config
 from router.app import bind, build
-from tests.support.local_ray import APPLICATION, READY_S, labelled_nodes, replicas, trio_args, wait_until
+from tests.support.local_ray import ACCELERATOR, GPU_TYPES, actors, replicas, trio_args, wait_until
 
-# Ray leaves sockets and child processes to its own exit handlers.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
-]
+APPLICATION = "ranks"  # beside the shared service
 
 
 def parallel_args(**target: Any) -> dict[str, Any]:
@@ -30,22 +25,19 @@ def parallel_args(**target: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def application() -> Iterator[None]:
-    with labelled_nodes([{"ranks": "here"}], num_gpus=0):
-        serve.start(proxy_location="Disabled")
-        serve.run(build(parallel_args(label_selector={"ranks": "here"})), name=APPLICATION)
-        yield
+def application(shared_ray: None) -> Iterator[None]:
+    serve.start(proxy_location="Disabled")
+    selector = {ACCELERATOR: GPU_TYPES["target"]}
+    serve.run(build(parallel_args(label_selector=selector)), name=APPLICATION, route_prefix=None)
+    yield
+    serve.delete(APPLICATION)
 
 
 def other_ranks() -> list[ActorState]:
-    import ray
-
-    here = ray.get_runtime_context().gcs_address
-    actors = list_actors(here, filters=[("state", "=", "ALIVE")], detail=True, timeout=int(READY_S))
-    return [actor for actor in actors if actor.class_name == "_Rank"]
+    return actors("_Rank")
 
 
-def test_a_models_ranks_are_asked_for_in_one_placement_group() -> None:
+def test_ranks_are_requested_in_one_placement_group() -> None:
     args = parallel_args(num_gpus=1, resources={"fast": 1}, label_selector={"zone": "a"})
     coordinator = bind(load_config(args))._bound_deployment.init_args[1]
     target = coordinator._bound_deployment.init_args[2][0]._bound_deployment._replica_config
@@ -55,16 +47,18 @@ def test_a_models_ranks_are_asked_for_in_one_placement_group() -> None:
     assert target.ray_actor_options == {"num_cpus": 0.3, "num_gpus": 1, "resources": {"fast": 1}}
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("application")
-def test_the_ranks_share_a_node_and_are_replaced_when_one_dies() -> None:
-    leader, (follower,) = replicas()["Target"], other_ranks()
+def test_ranks_share_a_node_and_are_replaced_together() -> None:
+    leader, (follower,) = replicas(APPLICATION)["Target"], other_ranks()
     assert leader.node_id == follower.node_id
     assert leader.placement_group_id == follower.placement_group_id
     assert follower.pid is not None
     os.kill(follower.pid, signal.SIGKILL)
 
     def replaced() -> bool:
-        now, others = replicas().get("Target"), other_ranks()
+        now, others = replicas(APPLICATION).get("Target"), other_ranks()
         return now is not None and now.pid != leader.pid and len(others) == 1 and others[0].pid != follower.pid
 
-    wait_until(replaced, "another replica with another rank")
+    wait_until(replaced, "the start of another replica with another rank")

@@ -1,13 +1,14 @@
-"""Ray on this machine for a test module: loopback only, free ports, everything gone afterwards."""
+"""Ray clusters on this machine for tests: loopback only, free ports, every process ended afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import ray
 import yaml
@@ -16,12 +17,19 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_actors
 from ray.util.state.common import ActorState
 
-from cluster.launch import OBJECT_STORE_BYTES, SETTINGS, free_port
+from actors.api.generation import ROLES, Role
+from cluster.launch import LOOPBACK, OBJECT_STORE_BYTES, SETTINGS, free_port
+from router.app import build
 
 ROOT = Path(__file__).parents[2]
 APPLICATION = "thinklogit"
-REPLICA = f"ServeReplica:{APPLICATION}:"
 READY_S = 240.0  # two busy cores start six processes, for each set of adapters anew
+METRICS_INTERVAL_MS = "1000"  # Ray's shortest
+
+ACCELERATOR = "ray.io/accelerator-type"  # a label that Ray gives a node by its GPUs
+GPU_TYPES: dict[Role, str] = {"target": "H100", "guider": "L4", "guider_base": "T4"}
+GPUS: dict[Role, float] = {"target": 2, "guider": 0.5, "guider_base": 0.5}  # of each role's replica
+MAX_SESSIONS = 24
 
 
 def trio_args() -> dict[str, Any]:
@@ -33,17 +41,74 @@ def trio_args() -> dict[str, Any]:
     return args
 
 
+def shared_args() -> dict[str, Any]:
+    """The `args` of the shared service: the trio in exact mode, each role on a node of its own."""
+    args = trio_args() | {
+        "batch_invariant": True,
+        "coordinator": {"max_sessions": MAX_SESSIONS},
+        "deadlines": {"peer_timeout_s": 5},
+    }
+    for role in ROLES:
+        placed = {"label_selector": {ACCELERATOR: GPU_TYPES[role]}, "num_gpus": GPUS[role], "device": "cpu"}
+        args["models"][role] |= placed
+    return args
+
+
+class SharedRay:
+    """A cluster with a labelled node for each role, and the shared service on it; each starts at its first use."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._nodes: dict[Role, str] | None = None
+        self._url = ""
+
+    def open(self) -> None:
+        """Start the cluster unless it runs, and make this process its driver."""
+        if self._nodes is None:
+            labels = [{ACCELERATOR: GPU_TYPES[role]} for role in ROLES]
+            ids = self._stack.enter_context(labelled_nodes(labels, num_gpus=2))
+            self._nodes = dict(zip(ROLES, ids, strict=True))
+
+    def close(self) -> None:
+        """End the service and the cluster; a later test opens another."""
+        self._nodes, self._url = None, ""
+        self._stack.close()
+
+    @property
+    def nodes(self) -> dict[Role, str]:
+        """The id of the node that is labelled for each role."""
+        assert self._nodes is not None, "open() first"
+        return self._nodes
+
+    @property
+    def dashboard(self) -> str:
+        """The address of the dashboard."""
+        return f"http://{ray._private.worker.get_dashboard_url()}"
+
+    @property
+    def url(self) -> str:
+        """The base URL of the shared service, once every role is served; starts it unless it runs."""
+        if not self._url:
+            url = f"http://{LOOPBACK}:{(port := free_port())}"
+            serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port})
+            serve.run(build(shared_args()), name=APPLICATION, route_prefix="/")
+            self._url = url
+        wait_until_served(self._url)
+        return self._url
+
+
 @contextlib.contextmanager
-def labelled_nodes(labels: list[dict[str, str]], num_gpus: int) -> Iterator[list[str]]:
+def labelled_nodes(labels: Sequence[dict[str, str]], num_gpus: int) -> Iterator[list[str]]:
     """A cluster of a head and one node with GPUs for each mapping of labels, and a driver; the ids of these nodes."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
+        patch.setenv("RAY_metrics_report_interval_ms", METRICS_INTERVAL_MS)
         common = {"object_store_memory": OBJECT_STORE_BYTES}
         head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port(), **common}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            nodes = [cluster.add_node(num_cpus=1, num_gpus=num_gpus, labels=mapping, **common) for mapping in labels]
+            nodes = [cluster.add_node(num_cpus=2, num_gpus=num_gpus, labels=mapping, **common) for mapping in labels]
             ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
             yield [node.node_id for node in nodes]
         finally:
@@ -52,27 +117,34 @@ def labelled_nodes(labels: list[dict[str, str]], num_gpus: int) -> Iterator[list
             cluster.shutdown()
 
 
-def wait_until(reached: Callable[[], bool], what: str, deadline_s: float = READY_S) -> None:
-    """Return once `reached()`; fail the test, saying what was awaited, after the deadline."""
+def wait_until(reached: Callable[[], bool], what: str, deadline_s: float = READY_S, poll_s: float = 0.1) -> None:
+    """Return once `reached()`; fail the test, naming what was awaited, after the deadline."""
     until = time.monotonic() + deadline_s
     while not reached():
         if time.monotonic() > until:
             pytest.fail(f"{what} did not happen within {deadline_s:g} s")
-        time.sleep(0.1)
+        time.sleep(poll_s)
 
 
-def replicas() -> dict[str, ActorState]:
-    """What Ray's state API knows of the application's replica actors, by deployment: pid, node and resources."""
-    return {actor.class_name.removeprefix(REPLICA): actor for actor in replicas_of("")}
+def wait_until_served(url: str) -> None:
+    """Return once every role of the service at `url` is served."""
+    wait_until(lambda: httpx.get(f"{url}/ready", timeout=READY_S).status_code == 200, "every role's start")
+
+
+def replicas(application: str = APPLICATION) -> dict[str, ActorState]:
+    """Ray's state of the application's replica actors, by deployment: pid, node and resources."""
+    kind = f"ServeReplica:{application}:"
+    return {actor.class_name.removeprefix(kind): actor for actor in actors(kind)}
 
 
 def replicas_of(deployment: str) -> list[ActorState]:
-    """All living replicas of a deployment; of all deployments for ""."""
-    return actors(REPLICA + deployment)
+    """All living replicas of one deployment of the service."""
+    name = f"ServeReplica:{APPLICATION}:{deployment}"
+    return [actor for actor in actors(name) if actor.class_name == name]  # not GuiderBase for Guider
 
 
 def actors(kind: str) -> list[ActorState]:
-    """Living actors whose class name begins so."""
-    here = ray.get_runtime_context().gcs_address  # other Rays may run on this machine
-    alive = list_actors(here, filters=[("state", "=", "ALIVE")], detail=True, timeout=int(READY_S), limit=1_000)
+    """Living actors whose class name begins with `kind`."""
+    own = ray.get_runtime_context().gcs_address  # other clusters may run on this machine
+    alive = list_actors(own, filters=[("state", "=", "ALIVE")], detail=True, timeout=int(READY_S), limit=1_000)
     return [actor for actor in alive if actor.class_name.startswith(kind)]

@@ -84,6 +84,15 @@ def finished(answer: Answer) -> Finished:
     return end
 
 
+_tokens_alone: dict[tuple[str, str], list[int]] = {}  # by configuration and request
+
+
 async def alone(service: LocalService, requests: list[Generate]) -> list[list[int]]:
-    """What each request comes to when nobody else is there."""
-    return [tokens([await decode(service.coordinators[0], one)])[0] for one in requests]
+    """The tokens of each request while no other session runs; decoded once per process."""
+    found = []
+    for one in requests:
+        key = (repr(service.config), repr(one))
+        if key not in _tokens_alone:
+            (_tokens_alone[key],) = tokens([await decode(service.coordinators[0], one)])
+        found.append(_tokens_alone[key])
+    return found
