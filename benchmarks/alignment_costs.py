@@ -49,7 +49,7 @@ def measure_costs(alignment: Alignment, text: str, width: int) -> Costs:
     rows = [_row(alignment, width, rng) for _ in range(_FOLDS)]
     tables = _timed(lambda: build_tables(alignment.target, alignment.role, SpecialTokenMatches({}, {}), target_width))
     reading = IncrementalRetokenizer(alignment.role)
-    read = _timed(lambda: [reading.push(id_, alignment.said(id_)) for id_ in ids])
+    read = _timed(lambda: [reading.push(id_, alignment.token_bytes(id_)) for id_ in ids])
     fold = _timed(lambda: [_fold(alignment, *row) for row in rows])
     return Costs(tables, read / len(ids) * 1e6, fold / len(rows) * 1e3)
 

@@ -1,4 +1,4 @@
-"""The text of an answer as it comes: thinking told from content, stop texts found, nothing shown too early."""
+"""Splits the text of an answer into thinking and content while it grows, and finds stop texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class VisibleText:
-    """Text that is now certain, the stop text if one was met, and whether the thinking was just closed."""
+    """Text that no later token can change, the stop text if one was found, and whether the thinking just ended."""
 
     reasoning: str = ""
     content: str = ""
@@ -25,27 +25,28 @@ class VisibleText:
 
 
 class AnswerText:
-    """Splits a growing text at the thinking's end and at stop texts.
+    """Splits a growing text at the end of the thinking and at stop texts.
 
-    A tail that may yet become a marker is held back. Stop texts count in the thinking too, as in vLLM.
+    Text that may be the beginning of a marker is held back: with the stop text "END", pushing "a E" returns "a ", and
+    pushing "x" then returns "Ex". Stop texts also count within the thinking, as in vLLM.
     """
 
     def __init__(self, thinking_end: str | None, stops: Sequence[str], include_stop: bool) -> None:
-        """thinking_end: the marker that closes the thinking; None when the answer starts with content."""
+        """thinking_end: the marker that ends the thinking; None if the answer starts with content."""
         self._end, self._stops, self._include_stop = thinking_end, tuple(stops), include_stop
         self._held = ""
 
     @property
     def thinking(self) -> bool:
-        """Whether the thinking is still open."""
+        """True while the thinking is open."""
         return self._end is not None
 
     def push(self, text: str) -> VisibleText:
-        """Add text; returns what can be shown. After a stop text nothing more may be pushed."""
+        """Add text; return the text that can be shown. No more text may be pushed after a stop text."""
         self._held += text
         at, marker = self._first_marker()
         if marker is None:
-            return self._show(len(self._held) - self._partial())
+            return self._show(len(self._held) - self._partial_marker_length())
         if marker in self._stops:
             shown = self._show(at + (len(marker) if self._include_stop else 0))
             self._held = ""
@@ -55,13 +56,13 @@ class AnswerText:
         return VisibleText(reasoning=thought, closed=True) + self.push("")
 
     def close_thinking(self) -> VisibleText:
-        """The thinking ended by a token of its own: show what was held back of it."""
+        """End the thinking at a token that is its end marker; return the text held back."""
         shown = VisibleText(reasoning=self._held, closed=True)
         self._held, self._end = "", None
         return shown
 
     def flush(self) -> VisibleText:
-        """The answer is over: show what was held back."""
+        """End the answer; return the text held back."""
         return self._show(len(self._held))
 
     def _show(self, length: int) -> VisibleText:
@@ -72,12 +73,12 @@ class AnswerText:
         return self._stops if self._end is None else (*self._stops, self._end)
 
     def _first_marker(self) -> tuple[int, str | None]:
-        """Where the first marker begins, the longest where two begin together; (-1, None) without one."""
+        """Start of the first marker and the marker, the longest if several start there; (-1, None) without one."""
         found = [(at, -len(marker), marker) for marker in self._markers() if (at := self._held.find(marker)) >= 0]
         return (min(found)[0], min(found)[2]) if found else (-1, None)
 
-    def _partial(self) -> int:
-        """Length of the longest tail that a marker begins with."""
+    def _partial_marker_length(self) -> int:
+        """Length of the longest end of the held text that is the beginning of a marker."""
         longest = max((len(marker) for marker in self._markers()), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(marker.startswith(self._held[-length:]) for marker in self._markers()):

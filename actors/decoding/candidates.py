@@ -1,7 +1,7 @@
-"""Which ids rows are decided over, and what each role knows of them.
+"""Collects the candidate ids of rows, and each role's logits at them.
 
-A row's candidates are what its roles put forward: the ids of the target's and of the guider's slice, and the events
-that every row must know. They are a function of that row's slices alone, in id order.
+The candidates of a row are the ids in the target's and the guider's top-k slices and the ids whose logits the request
+requires. They depend on that row's slices alone and are sorted by id.
 """
 
 from __future__ import annotations
@@ -23,24 +23,20 @@ PADDING = 1 << 32  # above every id, so that it sorts last
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSlice:
-    """What one role said of one row, in the primary's ids.
+    """One role's top-k slice of one row, in ids of the primary. Empty for a role that proposes no candidates."""
 
-    ids, logits [k]: the slice; -1 where the primary has no such id; empty for a role that puts nothing forward.
-    folded [g]: logits of the events that the row must know.
-    """
-
-    ids: Ids
-    logits: NDArray[Any]
-    folded: NDArray[Any]
+    ids: Ids  # [k], -1 where the primary has no such id
+    logits: NDArray[Any]  # [k]
+    folded: NDArray[Any]  # [g], logits of the required events
     logsumexp: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowProposal:
-    """One row's part of a block: what its roles must know, and what they said so far.
+    """One row's part of a block: the logits that it requires and the slices received so far.
 
-    early [k]: the target's logits at the guider's ids, as far as they were asked for before the target answered: NaN
-    for those still on their way; asked [k]: which ids these are.
+    early [k]: the target's logits at the guider's ids, looked up before the target answered; NaN while a lookup is in
+    flight. asked [k]: True for the ids that were looked up.
     """
 
     required: Mapping[Role, RequiredLogits]
@@ -50,21 +46,20 @@ class RowProposal:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """Rows of one shape make a block."""
+        """Key by which rows are grouped: a block holds rows of equal shape."""
         kinds = [(role, len(needed.events), role in self.slices) for role, needed in self.required.items()]
         return (*kinds, *(len(part.ids) for part in self.slices.values()), self.early is None)
 
 
 class CandidateBlock:
-    """B rows side by side.
+    """The candidates of B rows, W at most for each, and every role's logits at them.
 
-    ids [B, W]: each row's candidates, ascending, then PADDING; inside [B, W]: where they are real. values: per role its
-    logits [B, W]; NaN where they are not known (yet), or the role has no such id. logsumexp: per role [B]. ceiling [B]:
-    above it lies no logit of the target's outside its slice.
+    ids [B, W]: each row's candidates, ascending, then PADDING. inside [B, W]: False in the padding. logsumexp: by role
+    [B]. ceiling [B]: the lowest logit of the target's slice, so an upper bound on its logits outside of it.
     """
 
     def __init__(self, rows: Sequence[RowProposal]) -> None:
-        """All rows are of one shape."""
+        """rows: of equal `shape`."""
         first = rows[0]
         self._roles = tuple(first.required)
         columns: list[Ids] = []
@@ -99,22 +94,22 @@ class CandidateBlock:
         return int(self.ids.shape[1])
 
     def values(self, role: Role) -> Floats:
-        """[B, W]."""
+        """Logits [B, W] of a role; NaN while a lookup is missing and where the role has no such id."""
         return self._values[role][:, :-1]
 
     def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
-        """Take in what a role that puts nothing forward said of one row after the block was made."""
+        """Store the answer of a role that proposes no candidates, if it came after the block was made."""
         self.logsumexp[role][row] = part.logsumexp
         self._values[role][row, self._places[row, self._columns["events", role]]] = part.folded
 
     def early(self, row: int, slots: Ids, values: NDArray[Any]) -> None:
-        """The target's logits at so many of the guider's slice come after the block was made."""
+        """Store late answers to early lookups: the target's logits at `slots` of the guider's slice."""
         self._values["target"][row, self._places[row, self._columns["slice", "guider"]][slots]] = values
 
     def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
-        """Rows [n], places [n] and the role's ids [n] of the candidates that a role has and was not asked for.
+        """Rows [n], places [n] and the role's ids [n] of the candidates whose logits must be looked up in a role.
 
-        theirs: the primary's ids as the role's, -1 where it has none.
+        theirs: by id of the primary the role's id, -1 where the role has none.
         """
         rows, places = np.nonzero(self._lacking[role])
         ids = theirs[self.ids[rows, places]]
@@ -124,7 +119,7 @@ class CandidateBlock:
         return rows, places, ids
 
     def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
-        """Take in what was looked up."""
+        """Store the logits of a lookup."""
         self._values[role][rows, places] = values
 
     def _unproposed(self) -> NDArray[np.bool_]:
@@ -134,13 +129,13 @@ class CandidateBlock:
         return lacking
 
     def _expect(self, role: Role) -> None:
-        """What a role says of its own accord need not be asked for."""
+        """Mark the candidates that a role's own answer holds, so that they are not looked up."""
         for kind in ("events", "slice"):
             if (kind, role) in self._columns:
                 np.put_along_axis(self._lacking[role], self._places[:, self._columns[kind, role]], False, 1)
 
     def _take(self, role: Role, parts: Sequence[RowSlice]) -> None:
-        """Slices first, then events: a folded event stands above the logit of its first id."""
+        """Store slices first, then events: a folded event overwrites the logit of its first id."""
         out = self._values[role]
         if ("slice", role) in self._columns:
             logits = _stacked([part.logits for part in parts])
@@ -162,7 +157,7 @@ class CandidateBlock:
 def group_into_blocks(
     rows: Sequence[RowProposal], make: Callable[[list[int]], CandidateBlock] | None = None
 ) -> list[tuple[CandidateBlock, list[int]]]:
-    """Blocks that hold all of `rows`, each with the indices of its rows in their order. make: one, of such rows."""
+    """Blocks that hold all of `rows`, each with the indices of its rows. make: builds a block from such indices."""
     shapes: dict[tuple[object, ...], list[int]] = {}
     for index, row in enumerate(rows):
         shapes.setdefault(row.shape, []).append(index)
@@ -171,9 +166,10 @@ def group_into_blocks(
 
 
 def rank_ids(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
-    """[B, N] ids -> [B, W] each row's distinct ids ascending (then PADDING), where they are real, and [B, N] places.
+    """Sort and deduplicate the ids of each row.
 
-    An id of -1 is nowhere: its place is W.
+    together [B, N], -1 for no id -> ids [B, W] ascending, then PADDING; inside [B, W], False in the padding; places
+    [B, N], the column of each given id, W for -1. Example: [[7, 3, -1, 7]] -> [[3, 7]], [[True, True]], [[1, 0, 2, 1]].
     """
     keyed = np.where(together < 0, PADDING, together)
     order = np.argsort(keyed, axis=1)
@@ -192,7 +188,7 @@ def rank_ids(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
 
 
 def _stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """[n] B times -> [B, n]."""
+    """B arrays [n] -> [B, n]."""
     if len(arrays) == 1:
         return arrays[0][None]
     return np.concatenate(arrays).reshape(len(arrays), -1)

@@ -1,4 +1,4 @@
-"""From completed rows to tokens: combine, adjust, estimate what is not seen, choose. Vectorised over rows."""
+"""Chooses tokens from complete rows: combine, adjust, estimate the unseen mass, sample. Vectorised over rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Adjust = Callable[[NDArray[np.int64], Floats], None]
 
 @dataclass(frozen=True, slots=True)
 class RowSamplingSpec:
-    """What a request wants of one row. seed and position feed the noise.
+    """How a request samples one row. seed and position determine the noise.
 
-    adjust: changes the row's logits in place by the request's history (`penalties.adjust`); None if nothing does.
-    top: how many likeliest candidates are listed with their log-probabilities, None where none are wanted; explain:
-    whether also those of each model alone.
+    adjust: changes the row's logits in place by bias, penalties and bans (`penalties.adjust`); None if there are none.
+    top: number of likeliest candidates to list with log-probabilities; None for no list. explain: list those of each
+    model, too.
     """
 
     alpha: float
@@ -39,26 +39,20 @@ class RowSamplingSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
-    """What B rows came to.
+    """The tokens chosen for B rows, with W candidates each."""
 
-    tokens [B], and target_tokens [B]: what the target by itself had chosen. outside [B]: estimated mass outside the
-    candidates. uncovered [B]: the largest exactly known uncovered mass of a single model. no_legal_token [B]: no
-    candidate may be chosen. ids, logits [B, W]: candidates and their adjusted combined logits; inside [B, W]: where
-    they are real. scores: by row, of its token, where the question wants them.
-    """
-
-    tokens: NDArray[Any]
-    target_tokens: NDArray[Any]
-    outside: Floats
-    uncovered: Floats
-    no_legal_token: NDArray[np.bool_]
-    ids: NDArray[Any]
-    logits: Floats
-    inside: NDArray[np.bool_]
-    scores: Sequence[Scores | None]
+    tokens: NDArray[Any]  # [B]
+    target_tokens: NDArray[Any]  # [B], the target's own choice with the same noise
+    outside: Floats  # [B], estimated probability mass outside the candidates
+    uncovered: Floats  # [B], the largest mass that a single model has outside the candidates, exact
+    no_legal_token: NDArray[np.bool_]  # [B], True if no candidate may be chosen
+    ids: NDArray[Any]  # [B, W]
+    logits: Floats  # [B, W], combined and adjusted
+    inside: NDArray[np.bool_]  # [B, W], False in the padding
+    scores: Sequence[Scores | None]  # by row, those of its token if the request wants them
 
     def row(self, index: int) -> Decisions:
-        """One row of them."""
+        """The decision of one row."""
         at = slice(index, index + 1)
         return Decisions(
             self.tokens[at],
@@ -76,7 +70,17 @@ class Decisions:
 def decide(
     block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], primary: Role, guided: bool
 ) -> Decisions:
-    """Decide some rows of a block, all of them guided or all decoded by `primary` alone."""
+    """Choose the tokens of some rows of a block, all guided or all decoded by `primary` alone.
+
+    rows: indices into the block; specs: one for each. Example of one row, alpha 1, greedy:
+
+        candidates   z_target  z_guider  z_base     z     after `adjust` (token 9 is banned)
+        3               2.0       1.0      1.5     1.5     1.5   -> the chosen token is 3
+        7               1.0       2.0      2.0     1.0     1.0
+        9               1.8       3.0      1.0     3.8    -inf
+
+    The target alone would choose 3, too. Log-probabilities are those before `adjust`.
+    """
     at = slice(None) if list(rows) == list(range(len(block))) else list(rows)
     ids, inside = block.ids[at], block.inside[at]
     alpha = np.array([spec.alpha for spec in specs])
@@ -95,7 +99,7 @@ def decide(
             spec.adjust(ids[index, :count], own[index, :count])
     no_legal_token: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
     if no_legal_token.any():
-        logits[no_legal_token] = own[no_legal_token] = 0.0  # decided by nobody: the caller widens the row or gives up
+        logits[no_legal_token] = own[no_legal_token] = 0.0  # a placeholder: the caller widens the row or gives up
     temperature = np.array([spec.sampling.temperature for spec in specs])
     estimate = outside_estimate(logits, alpha, *models, temperature=temperature, ceiling=block.ceiling[at])
     outside = np.where(no_legal_token, 1.0, estimate)
@@ -104,14 +108,17 @@ def decide(
     scores = [
         None
         if scored is None or spec.top is None
-        else scored.of(row, int(tokens[row]), spec.top, EXPLAINED if spec.explain else 0)
+        else scored.scores(row, int(tokens[row]), spec.top, EXPLAINED if spec.explain else 0)
         for row, spec in enumerate(specs)
     ]
     return Decisions(tokens, target_tokens, outside, uncovered, no_legal_token, ids, logits, inside, scores)
 
 
 def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[float, bool]:
-    """Hold one row's decision from slices against that from whole rows: total variation, and whether they differ."""
+    """Compare one row's decision from slices with that from full rows, as an audit does.
+
+    Returns the total variation distance of the two distributions, and True if the tokens differ.
+    """
     inside = sliced.inside[0]
     spread = np.full(whole.logits.shape, -np.inf)
     spread[0, np.searchsorted(whole.ids[0], sliced.ids[0, inside])] = sliced.logits[0, inside]
@@ -126,7 +133,7 @@ def _choose(
     own: Floats,
     guided: bool,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The combined choice and the target's own, with the same noise."""
+    """The combined choice [B] and the target's own [B], with the same noise."""
     parameters = [spec.sampling for spec in specs]
     seeds = np.array([spec.seed for spec in specs], np.uint64)
     positions = np.array([spec.position for spec in specs], np.uint64)

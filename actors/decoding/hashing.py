@@ -1,6 +1,6 @@
-"""Integer hashes that everything repeatable stands on: token prefixes and seeds.
+"""Integer hashes of token prefixes and seeds.
 
-Pure integer arithmetic, so that the same bits come out on every machine.
+They are pure integer arithmetic, so every machine computes the same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(x: int) -> int:
-    """The splitmix64 finaliser: a bijection of 64-bit integers in which every input bit moves every output bit."""
+    """The splitmix64 finaliser: a bijection of 64-bit integers in which every input bit affects every output bit."""
     x &= MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
@@ -20,7 +20,7 @@ def mix64(x: int) -> int:
 
 
 def prefix_hash(previous: int, token: int) -> int:
-    """The 64-bit running hash of a token sequence after one more token; start from the model's own seed."""
+    """The 64-bit running hash of a token sequence after one more token. It starts from the model's hash seed."""
     return mix64(previous + (token + 1) * _GOLDEN)
 
 
@@ -34,7 +34,7 @@ def extend_hashes(start: int, tokens: Sequence[int]) -> list[int]:
 
 
 def derive_seed(seed: int, *parts: int) -> int:
-    """A 64-bit seed from another and a path of integers: H(request seed, choice), H(run seed, question, sample)."""
+    """A 64-bit seed from another one and integers, such as (request seed, choice) or (run seed, question, sample)."""
     for part in parts:
         seed = prefix_hash(seed, part)
     return mix64(seed)

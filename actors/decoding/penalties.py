@@ -1,4 +1,4 @@
-"""What a request's history does to its next row: bias, penalties and bans, before any filter."""
+"""Adjusts a row by a request's bias, penalties and bans, before any filter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Ids = NDArray[np.int64]
 
 
 def changes_rows(sampling: Sampling) -> bool:
-    """Whether the history changes rows at all."""
+    """True if `adjust` can change a row with these parameters."""
     return bool(
         sampling.logit_bias
         or sampling.repetition_penalty != 1
@@ -27,7 +27,7 @@ def changes_rows(sampling: Sampling) -> bool:
 
 
 def lifted_ids(sampling: Sampling, prompt: Collection[int], output: Counter[int]) -> set[int]:
-    """Ids that the request lifts, so that they may be chosen from outside every slice."""
+    """Ids whose logits the request raises: they may be chosen although no slice holds them."""
     lifted = {token for token, bias in sampling.logit_bias if bias > 0}
     if sampling.presence_penalty < 0 or sampling.frequency_penalty < 0:
         lifted |= output.keys()
@@ -44,11 +44,12 @@ def adjust(
     output: Counter[int],
     banned: Iterable[int] = (),
 ) -> None:
-    """Change one row in place: ids [W] ascending, logits [W].
+    """Change one row in place, as vLLM does: ids [W] ascending, logits [W].
 
-    logit_bias is added, then the repetition penalty (ids of prompt and output: positive logits divided, negative ones
-    multiplied), then frequency and presence penalties (ids of the output), as in vLLM. `banned` ids become -inf, and so
-    do all that are not allowed where only some are.
+    1. logit_bias is added.
+    2. The repetition penalty divides positive logits of ids in prompt and output and multiplies negative ones.
+    3. Frequency and presence penalties are subtracted from ids in the output.
+    4. `banned` ids become -inf, and so do all others than allowed_token_ids if there are any.
     """
     _add(ids, logits, dict(sampling.logit_bias))
     if sampling.repetition_penalty != 1:
@@ -64,7 +65,7 @@ def adjust(
 
 
 def _places(ids: Ids, wanted: Iterable[int]) -> NDArray[np.intp]:
-    """Where those of the wanted ids stand that are in `ids`."""
+    """Indices into `ids` of the wanted ids that it holds."""
     sought = np.array(sorted(set(wanted)), np.int64)
     place = np.searchsorted(ids, sought)
     within = place < len(ids)  # a row may have no candidate at all

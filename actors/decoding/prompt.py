@@ -1,4 +1,4 @@
-"""What the combined distribution says of the tokens of a prompt, from whole rows."""
+"""Log-probabilities of a prompt's tokens in the combined distribution, from full rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from actors.decoding.vocabulary import RequiredLogits
 
 
 def spread(slices: Sequence[RowSlice], required: RequiredLogits, width: int) -> RoleLogits:
-    """A role's whole rows [B, width] by the primary's ids; NaN where it has no such id."""
+    """A role's full rows [B, width] by ids of the primary; NaN where the role has no such id."""
     logits = np.full((len(slices), width), np.nan)
     for row, part in zip(logits, slices, strict=True):
         ours = part.ids >= 0
@@ -28,10 +28,10 @@ def spread(slices: Sequence[RowSlice], required: RequiredLogits, width: int) -> 
 def prompt_notes(
     rows: Mapping[Role, RoleLogits], alpha: float, tokens: Sequence[int], events: Sequence[int], top: int
 ) -> list[PromptNote]:
-    """What B rows say of the B tokens that follow them, each with its `top` likeliest candidates.
+    """The log-probabilities (nats) of the B tokens that follow B rows, each with its `top` likeliest candidates.
 
-    rows: of the primary first, then of guider and guider base if they take part. events: the ids that stand for the
-    tokens in rows.
+    rows: those of the primary first, then of guider and guider base if they take part. events: by token the id that
+    represents it in rows (all end ids are represented by the first).
     """
     primary, *small = rows.values()
     alphas = np.full(len(tokens), alpha)

@@ -1,8 +1,9 @@
-"""Choosing the next token so that nothing but the row, the seed and the position matters.
+"""Samples tokens so that a choice depends on the row, the seed and the position alone.
 
-Gumbel-max with counter-based noise: the choice is argmax over allowed ids v of z(v)/T + g(seed, position, v) with
-g = -log(-log(u)) and u a pure integer hash. Rows are [B, W]: candidate ids ascending, logits -inf in the padding.
-Sums run left to right in float64 (`cumsum`), so that padding and company change no bit.
+This is the Gumbel-max trick with counter-based noise: the choice is the argmax over allowed ids v of
+z(v) / T + g(seed, position, v), where g = -log(-log(u)) and u is a pure integer hash. Rows are [B, W]: candidate ids
+ascending, logits -inf in the padding. Sums run left to right in float64 (`cumsum`), so neither padding nor the other
+rows of a batch change a bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
-    """[B], [B], [B, W] -> [B, W]: 52-bit uniforms strictly inside (0, 1) of (seed, position, id)."""
+    """Uniform noise [B, W] of (seed [B], position [B], id [B, W]): 52 bits, strictly inside (0, 1)."""
     with np.errstate(over="ignore"):
         row = _mix64(seeds.astype(np.uint64) + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
         bits = _mix64(row[:, None] + (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
@@ -38,15 +39,15 @@ def uniform(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
 
 
 def gumbel(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
-    """Standard Gumbel noise of (seed, position, id), [B, W]."""
+    """Standard Gumbel noise [B, W] of (seed [B], position [B], id [B, W])."""
     noise: Floats = -np.log(-np.log(uniform(seeds, positions, ids)))
     return noise
 
 
 def filter_logits(logits: Floats, parameters: Sequence[Sampling]) -> Floats:
-    """Temperature, then min_p, top_k and top_p, per row: [B, W] -> [B, W] with -inf for what is filtered out.
+    """Apply temperature, then min_p, top_k and top_p to each row: [B, W] -> [B, W], -inf for filtered ids.
 
-    Greedy rows (temperature 0) pass unchanged. Ties are ranked by the lowest id.
+    Greedy rows (temperature 0) pass unchanged. Of equal logits the lowest id ranks first.
     """
     temperature = np.array([p.temperature or 1.0 for p in parameters])
     scaled: Floats = logits / temperature[:, None]
@@ -69,7 +70,7 @@ def _filter(scaled: Floats, top_k: Ints, top_p: Floats, min_p: Floats) -> Floats
     weights = np.where(keep, weights, 0.0)
     cumulative = np.cumsum(weights, 1)
     before = cumulative - weights
-    # The first token is always kept; a token stays while the mass before it is below top_p of all that is left.
+    # The first token always stays; others stay while the mass before them is below top_p of what min_p and top_k kept.
     keep &= (before < top_p[:, None] * cumulative[:, -1:]) | (rank == 0)
     kept = np.where(keep, ranked, -np.inf)
     out = np.empty_like(scaled)
@@ -78,22 +79,22 @@ def _filter(scaled: Floats, top_k: Ints, top_p: Floats, min_p: Floats) -> Floats
 
 
 def choose(ids: Ints, logits: Floats, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Ints:
-    """The chosen id of each row, [B]. ids, logits: [B, W]; ties go to the lowest id. A row must have a finite logit."""
+    """The chosen id of each row, [B]. ids, logits: [B, W]. Ties go to the lowest id; each row needs a finite logit."""
     return choose_with_noise(noise_of(ids, parameters, seeds, positions), ids, logits, parameters)
 
 
 def noise_of(ids: Ints, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Floats | None:
-    """The noise [B, W] that choices among `ids` are made with; None if every row is greedy."""
+    """The noise [B, W] for choices among `ids` [B, W]; None if every row is greedy."""
     return gumbel(seeds, positions, ids) if any(p.temperature > 0 for p in parameters) else None
 
 
 def choose_with_noise(noise: Floats | None, ids: Ints, logits: Floats, parameters: Sequence[Sampling]) -> Ints:
-    """`choose`, with the noise at hand."""
+    """`choose` with noise that `noise_of` computed before."""
     scores = filter_logits(logits, parameters)
     if noise is not None:
         sampled = [p.temperature > 0 for p in parameters]
         if all(sampled):
-            scores += noise  # what is filtered out stays at -inf
+            scores += noise  # filtered ids stay at -inf
         else:
             scores[sampled] += noise[sampled]
     return np.asarray(np.take_along_axis(ids, np.argmax(scores, 1)[:, None], 1)[:, 0])

@@ -1,6 +1,6 @@
-"""Log-probabilities of the combined distribution, from what is known of rows.
+"""Log-probabilities of candidates in the combined distribution, in nats.
 
-They are those of the formula alone: before temperature, filters, penalties and biases.
+They follow from the guidance formula alone, before temperature, filters, penalties and biases.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from actors.decoding.candidates import Ids
 
 
 class CandidateLogprobs:
-    """Log-probabilities of B rows' candidates, ids [B, W]: in the combined distribution, and in each model alone."""
+    """Log-probabilities of the candidates of B rows in the combined distribution and in each model alone."""
 
     def __init__(self, ids: Ids, combined: Floats, alpha: Floats, target: RoleLogits, *small: RoleLogits) -> None:
-        """combined [B, W]: the formula's logits. small: guider and guider base, where they take part."""
+        """ids, combined: [B, W], candidates and combined logits. small: guider and guider base if they take part."""
         self._ids = ids
         self._guided = combined - log_total(combined, alpha, target, *small)[:, None]
         self._target = target.logits - target.logsumexp[:, None]
         self._guider = small[0].logits - small[0].logsumexp[:, None] if small else None
 
-    def of(self, row: int, token: int, top: int, alone: int) -> Scores:
-        """What was said of a row's token, with so many candidates of the combined distribution and of each model."""
+    def scores(self, row: int, token: int, top: int, alone: int) -> Scores:
+        """Scores of a row's token, with its `top` likeliest candidates and the `alone` likeliest of each model."""
         at = int(np.searchsorted(self._ids[row], token))
         logprob = float(self._guided[row, at])
         return Scores(
@@ -37,9 +37,9 @@ class CandidateLogprobs:
 
 
 def likeliest(ids: Ids, logprobs: Floats, count: int) -> Candidates:
-    """The likeliest of a row's candidates [W], at most `count`; the lowest id first where two are equally likely.
+    """At most `count` likeliest candidates of one row: ids, logprobs [W]. Of equal ones the lowest id is first.
 
-    NaN and -inf stand for ids that are none.
+    Entries with NaN or -inf are no candidates.
     """
     if not count:
         return ()

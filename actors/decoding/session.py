@@ -1,4 +1,7 @@
-"""One sequence being decoded. Its token ids, seed and parameters are its only durable state."""
+"""The state of one sequence that is being decoded.
+
+Its token ids, seed and parameters are all of its durable state: another coordinator can continue from them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from actors.decoding.vocabulary import VocabularyMap
 
 
 class TextStream(Protocol):
-    """Turns ids into text as they come, holding back what is not yet certain."""
+    """Decodes token ids one by one and holds text back until no later token can change it."""
 
     def push(self, token: int, /) -> str: ...
     def flush(self) -> str: ...
@@ -27,7 +30,7 @@ class TextStream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ForcedTextIds:
-    """One role's ids of the texts that decoding may force."""
+    """One role's token ids of the texts that decoding may force."""
 
     end: tuple[int, ...]  # of thinking.end
     wait: tuple[int, ...]  # of thinking.wait
@@ -35,17 +38,17 @@ class ForcedTextIds:
 
 @dataclass(frozen=True, slots=True)
 class SessionVocabulary:
-    """What a session must know of the vocabularies: maps from its primary, and how its texts are spelled."""
+    """What a session needs of the vocabularies of its roles."""
 
-    maps: Mapping[Role, VocabularyMap | Alignment]  # of the small roles
+    maps: Mapping[Role, VocabularyMap | Alignment]  # from the primary to each small role
     forced_texts: Mapping[Role, ForcedTextIds]  # of every role of the session
-    eos_ids: tuple[int, ...]  # of the primary, the first one stands for all
+    eos_ids: tuple[int, ...]  # of the primary; the first represents all of them
     added: frozenset[int]  # the primary's added tokens
-    text: Callable[[Sequence[int], bool], TextStream]  # decodes what follows these ids; true: without special tokens
+    text: Callable[[Sequence[int], bool], TextStream]  # decodes what follows these ids; True skips special tokens
 
 
 class Session:
-    """The state machine of one sequence: token in, text out, until it is finished."""
+    """One sequence: `commit` takes a chosen token and returns the text to show, until `finish_reason` is set."""
 
     def __init__(self, request: Generate, vocabulary: SessionVocabulary, hash_seeds: Mapping[Role, int]) -> None:
         self.request, self.vocabulary = request, vocabulary
@@ -54,12 +57,12 @@ class Session:
             role: translator_for(mapping, self.streams[role]) for role, mapping in vocabulary.maps.items()
         }
         self.prompt = frozenset(self.primary.tokens)
-        self.choices: list[int] = []  # what was chosen; with the request they are the whole state
+        self.choices: list[int] = []  # chosen tokens; with the request they determine the whole state
         self.output: Counter[int] = Counter()
         self.generated = self.reasoning_tokens = self.guided = self.changed = self.widened = 0
-        self.drafted = self.accepted = 0  # drafts that were checked, and those that came to be tokens
+        self.drafted = self.accepted = 0  # drafts that were verified, and those that became tokens
         self.uncovered = 0.0
-        self.scored = 0  # tokens of the prompt whose log-probabilities were told
+        self.scored = 0  # tokens of the prompt whose log-probabilities were sent
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._last_run = (-1, 0)
@@ -67,35 +70,35 @@ class Session:
         thinking_end = request.thinking.end if request.thinking.start else None
         self._answer = AnswerText(thinking_end, request.sampling.stop, request.sampling.include_stop_str_in_output)
         end = vocabulary.forced_texts[request.primary].end
-        self._end_seen, self._tail = False, ""  # whether thinking.end was emitted, also where nothing opened it
+        self._end_seen, self._tail = False, ""  # True once thinking.end was emitted, even if no thinking was open
         self._end_token = end[0] if len(end) == 1 and end[0] in vocabulary.added else None
 
     @property
     def primary(self) -> Stream:
-        """The stream that the answer is read from."""
+        """The token stream of the role whose vocabulary the answer is in."""
         return self.streams[self.request.primary]
 
     def alpha(self, ahead: int = 0) -> float:
-        """Alpha for the next token, or `ahead` tokens later as far as it can be told now."""
+        """Alpha for the next token, or for the one `ahead` tokens later if the thinking does not end before."""
         return self.request.guidance.alpha_at(self.generated + ahead, self._end_seen)
 
     @property
     def lifts_own_output(self) -> bool:
-        """Whether what was said makes itself likelier, so that every token adds to what the next row must know."""
+        """True if a penalty makes emitted tokens likelier, so that each one becomes a required id of the next row."""
         sampling = self.request.sampling
         return sampling.presence_penalty < 0 or sampling.frequency_penalty < 0 or sampling.repetition_penalty < 1
 
     @property
     def history_free(self) -> bool:
-        """Whether no token so far has a say in how the next ones are chosen."""
+        """True if the next choices depend on no earlier token but through the models."""
         return self.generated >= self.request.sampling.min_tokens and not changes_rows(self.request.sampling)
 
     def required_ids(self) -> set[int]:
-        """Primary ids that the next row must know exactly, beside the folded events."""
+        """Ids of the primary whose exact logits the next row needs besides the folded events."""
         return lifted_ids(self.request.sampling, self.prompt, self.output)
 
     def adjust(self, ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
-        """Change the next row in place by the request's history; before min_tokens nothing may end the answer."""
+        """Apply bias, penalties and bans to the next row in place. Before min_tokens all end ids are banned."""
         sampling = self.request.sampling
         early = self.generated < sampling.min_tokens
         if early or changes_rows(sampling):
@@ -105,32 +108,33 @@ class Session:
     def commit(
         self, token: int, alpha: float, changed: bool, drafted: bool = False, scores: Scores | None = None
     ) -> Delta:
-        """Take the chosen token; returns what there is to show. Sets `finish_reason` when the answer is over.
+        """Append the chosen token; return the text to show. Sets `finish_reason` when the answer is over.
 
-        drafted, scores: for its note, where the request wants one.
+        drafted, scores: go into the token's note if the request wants notes. An end of the thinking before
+        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens the end is forced.
         """
         self.choices.append(token)
         self.guided += alpha != 0
         self.changed += changed
-        early = self._ends_too_early(token)
+        early = self._ends_thinking_too_early(token)
         if early:
-            taken, shown = self._force({role: s.wait for role, s in self.vocabulary.forced_texts.items()})
+            taken, shown = self._append_forced({role: s.wait for role, s in self.vocabulary.forced_texts.items()})
         else:
             for translator in self.translators.values():
                 translator.append(token)
-            taken, shown = self._take((token,))
-        if self.finish_reason is None and self._thinks_too_long():
-            forced, closing = self._force({role: s.end for role, s in self.vocabulary.forced_texts.items()})
+            taken, shown = self._append((token,))
+        if self.finish_reason is None and self._thinking_is_over_limit():
+            forced, closing = self._append_forced({role: s.end for role, s in self.vocabulary.forced_texts.items()})
             taken, shown = taken + forced, shown + closing
         notes: list[TokenNote] = []
         if self.request.top is not None:
             notes = [TokenNote(i, text, alpha, changed=False) for i, text in taken]
-            if not early:  # what was forced is nobody's choice
+            if not early:  # forced tokens are not chosen
                 notes[0] = replace(notes[0], changed=changed, drafted=drafted, scores=scores)
         return Delta(shown.reasoning, shown.content, [i for i, _ in taken], notes)
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
-        """End the answer; returns the text that was held back."""
+        """End the answer; return the text held back."""
         self.finish_reason, self.stop_reason = reason, stop_reason
         shown = self._answer.push(self._text.flush())
         if shown.stop is not None:
@@ -140,7 +144,7 @@ class Session:
         return Delta(shown.reasoning, shown.content)
 
     def replay(self, resume: Resume) -> None:
-        """Bring a new session to where another coordinator had brought it. What it shows has been shown."""
+        """Bring a new session to the state at which another coordinator left it. Its text was sent before."""
         for token in resume.choices:
             self.commit(token, 0.0, False)
         self.scored = resume.scored
@@ -149,7 +153,7 @@ class Session:
         self.uncovered, self.drafted, self.accepted = tally.uncovered, tally.drafted, tally.accepted
 
     def tally(self) -> Tally:
-        """The counts that a replay cannot tell, so far."""
+        """The counts so far that a replay of the choices cannot restore."""
         return Tally(self.guided, self.changed, self.widened, self.uncovered, self.drafted, self.accepted)
 
     def usage(self) -> Usage:
@@ -167,7 +171,7 @@ class Session:
         )
 
     def _ends_of_bad_words(self) -> list[int]:
-        """Ids that would complete one of the request's bad words."""
+        """Ids that would complete one of the request's bad words after the tokens so far."""
         tokens, begun = self.primary.tokens, len(self.primary) - self.generated
         return [
             word[-1]
@@ -175,23 +179,26 @@ class Session:
             if len(word) - 1 <= self.generated and tuple(tokens[max(begun, len(tokens) - len(word) + 1) :]) == word[:-1]
         ]
 
-    def _ends_too_early(self, token: int) -> bool:
+    def _ends_thinking_too_early(self, token: int) -> bool:
         early = self._answer.thinking and self.reasoning_tokens < self.request.thinking.min_tokens
         return early and (token in self.vocabulary.eos_ids or token == self._end_token)
 
-    def _thinks_too_long(self) -> bool:
+    def _thinking_is_over_limit(self) -> bool:
         limit = self.request.thinking.max_tokens
         return self._answer.thinking and limit is not None and self.reasoning_tokens >= limit
 
-    def _force(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], VisibleText]:
-        """Say what nobody chose: the same text in each role's ids."""
+    def _append_forced(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], VisibleText]:
+        """Append a text that was not chosen. ids: the text in each role's ids."""
         ours = ids[self.request.primary]
         for role, translator in self.translators.items():
             translator.append_forced(ours, ids[role])
-        return self._take(ours)
+        return self._append(ours)
 
-    def _take(self, ids: Sequence[int]) -> tuple[list[tuple[int, str]], VisibleText]:
-        """Say the primary's ids, which the others have read, until the answer is over: with texts and what shows."""
+    def _append(self, ids: Sequence[int]) -> tuple[list[tuple[int, str]], VisibleText]:
+        """Append ids of the primary until the answer is over; return them with their texts, and the text to show.
+
+        The streams of the other roles hold them already.
+        """
         taken: list[tuple[int, str]] = []
         shown = VisibleText()
         for token in ids:
@@ -201,21 +208,21 @@ class Session:
             self.reasoning_tokens += self._answer.thinking
             self._last_run = (token, self._last_run[1] + 1 if token == self._last_run[0] else 1)
             text = self._text.push(token)
-            self._look_for_end(token, text)
+            self._watch_for_thinking_end(token, text)
             taken.append((token, text))
-            shown = shown + self._show(token, text)
+            shown = shown + self._visible_text(token, text)
             if self.finish_reason is not None:
                 break
         return taken, shown
 
-    def _look_for_end(self, token: int, text: str) -> None:
+    def _watch_for_thinking_end(self, token: int, text: str) -> None:
         end = self.request.thinking.end
         if end and not self._end_seen:
             self._tail = (self._tail + text)[-len(end) - len(text) :]
             self._end_seen = token == self._end_token or end in self._tail
 
-    def _show(self, token: int, text: str) -> VisibleText:
-        """What one more token of the primary shows; decides whether the answer is over."""
+    def _visible_text(self, token: int, text: str) -> VisibleText:
+        """The text that one more token of the primary shows. Sets `finish_reason` if the answer is over."""
         sampling = self.request.sampling
         ends = token in self.vocabulary.eos_ids and not sampling.ignore_eos
         if ends or token in sampling.stop_token_ids:
@@ -239,7 +246,7 @@ class Session:
         return VisibleText(rest.reasoning, rest.content)
 
     def _retokenize_end(self) -> None:
-        """The thinking's end stands there as text: a role with a token of its own for it reads that token instead."""
+        """The answer spells the end of the thinking as text: roles with one token for it get that token instead."""
         ours = self.vocabulary.forced_texts[self.request.primary].end
         if tuple(self.primary.tokens[-len(ours) :]) != ours:
             return

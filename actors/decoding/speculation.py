@@ -1,35 +1,35 @@
-"""How far to guess ahead, and guesses from a session's own text.
+"""Chooses the number of drafts of a session, and drafts tokens from the session's own text.
 
-A draft is kept while it equals the token that its row chooses, so drafts change the speed of an answer and nothing else
-(drafter-invariant speculative decoding with shared Gumbel noise). Of n drafts, each kept with probability p as long as
-those before it were, a check yields (1 - p^(n+1)) / (1 - p) tokens on average (Leviathan et al., arXiv 2211.17192,
-equation 1).
+A draft is accepted if it equals the token that its row chooses, so drafts change the speed of an answer and no token
+(drafter-invariant speculative decoding with shared Gumbel noise). If each of n drafts is accepted with probability p
+after those before it, a verification yields (1 - p^(n+1)) / (1 - p) tokens on average (Leviathan et al., arXiv
+2211.17192, equation 1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_MEMORY = 0.97  # weight of what is remembered of a session when one more draft is judged
-_PRIOR_WEIGHT = 4.0  # drafts that the expectation from other sessions counts for
-_FIRST_REST, _LONGEST_REST = 8, 128  # checks without drafts until one is tried again
-_NGRAMS = (4, 3, 2)  # lengths of what is looked up in a text, the most telling first
+_MEMORY = 0.97  # weight of the earlier drafts of a session when one more draft is recorded
+_PRIOR_WEIGHT = 4.0  # the prior from other sessions counts as so many drafts
+_FIRST_REST, _LONGEST_REST = 8, 128  # verifications without drafts until drafting is tried again
+_NGRAMS = (4, 3, 2)  # lengths of the n-grams looked up in a text, in this order
 
 
 def expected_tokens(acceptance: float, drafts: int) -> float:
-    """Tokens that a check of `drafts` drafts yields on average, its own included."""
+    """Mean number of tokens that a verification of `drafts` drafts yields, the one it chooses itself included."""
     if acceptance >= 1:
         return drafts + 1.0
     return float((1 - acceptance ** (drafts + 1)) / (1 - acceptance))
 
 
 def best_length(acceptance: float, most: int, seconds: Callable[[int], float]) -> int:
-    """The number of drafts, 0 to `most`, that yields the most tokens a second. seconds: of drafting and checking n."""
+    """The number of drafts, 0 to `most`, with the most tokens a second. seconds(n): to draft and verify n tokens."""
     return max(range(most + 1), key=lambda n: (expected_tokens(acceptance, n) / max(seconds(n), 1e-9), -n))
 
 
 class Acceptance:
-    """How often a session's drafts are kept, and when to try again after drafting did not pay."""
+    """The acceptance rate of a session's drafts, and the rests between attempts while drafting does not pay."""
 
     def __init__(self, prior: float) -> None:
         self._kept, self._judged = _PRIOR_WEIGHT * prior, _PRIOR_WEIGHT
@@ -37,11 +37,12 @@ class Acceptance:
 
     @property
     def rate(self) -> float:
-        """The probability that a draft is kept if those before it are."""
+        """The estimated probability that a draft is accepted if those before it are."""
         return self._kept / self._judged
 
     def judge(self, drafts: int, kept: int) -> None:
-        """Of a check's drafts the first `kept` were kept; those after the first rejected one say nothing."""
+        """Record a verification that accepted the first `kept` of `drafts`. Drafts after the first rejected one are
+        not counted."""
         for accepted in [True] * kept + [False] * (kept < drafts):
             weight = _MEMORY if self._judged > _PRIOR_WEIGHT else 1.0
             self._kept, self._judged = weight * self._kept + accepted, weight * self._judged + 1
@@ -49,7 +50,8 @@ class Acceptance:
             self._rest = _FIRST_REST
 
     def rest(self) -> bool:
-        """Drafting does not seem to pay: whether to leave it for this check. Tried again ever more rarely."""
+        """True if this verification should go without drafts. Call it while drafting seems not to pay: it returns
+        False ever more rarely, so that drafting is tried again."""
         self._rested += 1
         if self._rested < self._rest:
             return True
@@ -58,14 +60,14 @@ class Acceptance:
 
 
 class TextIndex:
-    """Finds what followed the newest tokens of a growing text where they stood before (prompt lookup decoding)."""
+    """Finds the tokens that followed an earlier occurrence of a growing text's last tokens (prompt lookup decoding)."""
 
     def __init__(self) -> None:
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in _NGRAMS]
         self._indexed = 0
 
     def guesses(self, tokens: Sequence[int], count: int) -> list[int]:
-        """At most `count` tokens that may come next; empty if the text has said nothing like it before."""
+        """At most `count` drafts of the next tokens; empty if the last tokens occur nowhere before."""
         self._index(tokens)
         for length, ends in zip(_NGRAMS, self._ends, strict=True):
             end = ends.get(tuple(tokens[-length:])) if len(tokens) > length else None
@@ -74,8 +76,8 @@ class TextIndex:
         return []
 
     def _index(self, tokens: Sequence[int]) -> None:
-        """Take in all but the newest token; later places stand above earlier ones."""
-        self._indexed = min(self._indexed, len(tokens) - 1)  # the tail may have been respelled
+        """Index all but the newest token. Of equal n-grams the latest counts."""
+        self._indexed = min(self._indexed, len(tokens) - 1)  # the tail may have been retokenized
         for end in range(self._indexed + 1, len(tokens)):
             for length, ends in zip(_NGRAMS, self._ends, strict=True):
                 if end >= length:

@@ -1,4 +1,4 @@
-"""What one role reads of a session: its token ids, with the running hashes that name them to a replica."""
+"""One role's token ids of a session, with the running hashes by which a replica checks its KV cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from actors.decoding.hashing import prefix_hash
 
 
 class Stream:
-    """One role's token ids, with the running hash after each, and how many its replica holds."""
+    """One role's token ids with the running hash after each. held: tokens that its replica has in the KV cache."""
 
     def __init__(self, hash_seed: int, tokens: Sequence[int]) -> None:
         self._seed = hash_seed
@@ -29,7 +29,7 @@ class Stream:
             self._hashes.append(running)
 
     def replace_tail(self, length: int, tokens: Sequence[int]) -> None:
-        """Put `tokens` in the place of the last `length`."""
+        """Replace the last `length` tokens by `tokens`."""
         keep = len(self.tokens) - length
         del self.tokens[keep:], self._hashes[keep:]
         self.held = min(self.held, keep)
@@ -40,7 +40,7 @@ class Stream:
         return self._hashes[position - 1] if position else self._seed
 
     def reseed(self, hash_seed: int) -> None:
-        """Another model speaks for this role now: nothing is held, and its hashes start elsewhere."""
+        """Restart for another model of this role, which holds no token and starts its hashes from `hash_seed`."""
         tokens, self.tokens, self._hashes = self.tokens, [], []
         self._seed, self.held = hash_seed, 0
         self.append(tokens)

@@ -1,8 +1,8 @@
-"""From the primary's token ids to a small model's and back, when both share their text tokens.
+"""Maps token ids of the primary to ids of a small model and back, if both have the same text tokens.
 
-Text tokens match one to one by their spelling; added tokens match by their content, never by id (151645 is
-`<|im_end|>` in Qwen2.5 and the assistant's mark in R1-Distill); the end of a text is one event, however many ids a
-model has for it. An added token that the other model lacks is spelled out in its text tokens.
+Text tokens match one to one by their string. Added tokens match by their content, never by id (151645 is
+`<|im_end|>` in Qwen2.5 and the assistant's mark in R1-Distill). The end of a text is one event, however many ids a
+model has for it. An added token that the other model lacks is encoded as text tokens of that model.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Ids = NDArray[np.int64]
 
 
 class VocabularyError(ValueError):
-    """Two checkpoints whose text tokens differ, so that their logits cannot be added; the message names ids."""
+    """The text tokens of two checkpoints differ, so their logits cannot be added. The message names ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """One model's tokens: text tokens and added tokens by spelling, its end ids, and the width of its rows."""
+    """One model's tokens: ids of text tokens and of added tokens by string, end ids, and the width of its rows."""
 
     text: Mapping[str, int]
     added: Mapping[str, int]
@@ -31,7 +31,7 @@ class Vocabulary:
     width: int
 
     def legal(self) -> NDArray[np.bool_]:
-        """[width]: ids that may be chosen: no padding of the embedding, and only the first of the end ids."""
+        """[width]: True for ids that may be chosen: no padding of the embedding, and only the first of the end ids."""
         legal = np.zeros(self.width, np.bool_)
         for tokens in (self.text, self.added):
             legal[[i for i in tokens.values() if i < self.width]] = True
@@ -43,9 +43,9 @@ class Vocabulary:
 class VocabularyMap:
     """Ids of the primary as ids of a role.
 
-    to_role [primary width] and to_primary [role width] hold -1 where there is no counterpart. spelled: primary ids
-    that a role reads as several of its ids. folds: role ids that mean the same event to the primary, by primary id;
-    their probabilities add up. ascending: ascending ids of one model are ascending ids of the other.
+    to_role [primary width] and to_primary [role width] hold -1 where there is no counterpart. spelled: by primary id
+    the several ids that a role reads for it. folds: by primary id all role ids that mean the same event; their
+    probabilities add up. ascending: True if the map keeps the order of ids.
     """
 
     to_role: Ids
@@ -55,13 +55,13 @@ class VocabularyMap:
     ascending: bool = True
 
     def tokens(self, token: int) -> tuple[int, ...]:
-        """What the role reads when the primary emits `token`."""
+        """The role's ids of the primary's `token`."""
         mapped = int(self.to_role[token])
         return (mapped,) if mapped >= 0 else self.spelled[token]
 
 
 def self_map(vocabulary: Vocabulary) -> VocabularyMap:
-    """The map of the primary onto itself: illegal ids dropped, its end ids folded into the first."""
+    """The map of the primary to itself, without illegal ids and with all end ids folded into the first."""
     ids = np.where(vocabulary.legal(), np.arange(vocabulary.width), -1)
     folds = {vocabulary.eos_ids[0]: vocabulary.eos_ids} if vocabulary.eos_ids else {}
     return VocabularyMap(ids, ids, {}, folds)
@@ -72,9 +72,9 @@ def map_vocabulary(
     role: Vocabulary,
     encode: Callable[[str], Sequence[int]],
 ) -> VocabularyMap:
-    """The map from `primary` to `role`. encode: encodes a text into ids of the role, recognising added tokens.
+    """The map from `primary` to `role`. encode: encodes a text into ids of the role, added tokens included.
 
-    Raises VocabularyError when the text tokens differ.
+    Raises VocabularyError if the text tokens differ.
     """
     _check_text(primary, role)
     to_role = np.full(primary.width, -1, np.int64)
@@ -102,10 +102,10 @@ def marker_fold(
     marker: str,
     encode_primary: Callable[[str], Sequence[int]],
 ) -> dict[int, tuple[int, ...]]:
-    """What to fold so that a role's wish to emit a marker (the thinking's end) is heard.
+    """The fold that lets a role's probability of a marker (the end of the thinking) count.
 
-    Where the marker is one added token of the role and text to the primary, it counts towards the first token of the
-    primary's spelling. Empty where there is nothing to fold.
+    If the marker is one added token of the role and text to the primary, its probability is added to the first token
+    of the primary's encoding of it. Empty in all other cases.
     """
     theirs = role.added.get(marker)
     if theirs is None or theirs >= role.width or theirs in role.eos_ids or marker in primary.added:
@@ -117,7 +117,7 @@ def marker_fold(
 
 
 def _check_text(primary: Vocabulary, role: Vocabulary) -> None:
-    """Raise VocabularyError unless every text token of one model is one of the other."""
+    """Raise VocabularyError unless both models have the same text tokens."""
     ours = {token: i for token, i in primary.text.items() if i < primary.width}
     theirs = {token: i for token, i in role.text.items() if i < role.width}
     only_ours = sorted(ours[token] for token in ours.keys() - theirs.keys())
@@ -135,15 +135,14 @@ def _first_ids(ids: list[int]) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequiredLogits:
-    """Ids that every row of a session must know exactly, whatever its top-k, in one role's ids.
+    """One role's ids whose exact logits every row of a session needs besides its top-k.
 
-    ids [n]: flat, group after group. starts [g]: where each group begins. events [g]: the primary id that the group's
-    probabilities add up to.
+    The ids form g groups. The probabilities of a group add up to that of one event, an id of the primary.
     """
 
-    ids: NDArray[np.int32]
-    starts: Ids
-    events: Ids
+    ids: NDArray[np.int32]  # [n], group after group
+    starts: Ids  # [g], index of each group's first id
+    events: Ids  # [g], the primary id of each group
 
     def fold(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """[rows, n] logits at `ids` -> [rows, g]: each group's logsumexp."""
@@ -159,7 +158,7 @@ NO_REQUIRED_LOGITS = RequiredLogits(np.zeros(0, np.int32), np.zeros(0, np.int64)
 def required_logits(
     folds: Mapping[int, tuple[int, ...]], mapping: VocabularyMap, forced: Sequence[int] = ()
 ) -> RequiredLogits:
-    """What a role's rows must know: folded events, and `forced` primary ids where the role has them."""
+    """The required logits of a role: folded events, and those of the `forced` primary ids that the role has."""
     groups = dict(folds)
     for event in sorted(set(forced) - groups.keys()):
         if mapping.to_role[event] >= 0:

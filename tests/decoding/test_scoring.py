@@ -36,7 +36,7 @@ def test_whole_rows_give_the_log_softmax_of_the_formula() -> None:
     ids = np.tile(np.arange(400), (2, 1))
     scored = CandidateLogprobs(ids, combine(*models, ALPHA), ALPHA, *models)
     for row, logprobs in enumerate(expected()):
-        scores = scored.of(row, 7, 400, 3)
+        scores = scored.scores(row, 7, 400, 3)
         assert scores.logprob == pytest.approx(logprobs[7], abs=1e-6)
         own = trio()[0][row] - logsumexp(trio()[0])[row]
         assert scores.shift == pytest.approx(logprobs[7] - own[7], abs=1e-6)

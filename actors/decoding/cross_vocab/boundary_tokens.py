@@ -1,8 +1,13 @@
-"""Small tokens that straddle the end of what the target said, and what the target goes on with where they come.
+"""Finds boundary-crossing tokens: tokens of a small model that cross the end of the target's newest token.
 
-They begin at a boundary of the small model's tokens with all that the target said since, and go on. Where that is a
-boundary of the target's tokens too, the tables know them. Within one of the target's tokens they depend on how the
-target spells them together with it, so they are looked for when a session comes there, and remembered.
+Such a token starts at an earlier boundary of the small model's tokens, begins with all text that the target has
+written since, and goes on. Example: the target wrote "foot|b" and may go on with "all". The small model has the token
+"ball". Its true tokens so far are "foot|b", but its row after "foot" already gives a probability to "ball". That
+probability counts towards the target's token "all". Here "ball" is the crossing token, and "all" its next token.
+
+If the boundary is one of the target's tokens, too (`between`), the tables hold the crossing tokens. Within a token of
+the target (`within`) they depend on how the target encodes both together, so they are computed when a session first
+gets there, and cached.
 """
 
 from __future__ import annotations
@@ -17,77 +22,76 @@ from numpy.typing import NDArray
 
 from actors.decoding.cross_vocab.tables import NOWHERE, Ids, Tables, TokenizerAdapter
 
-_REMEMBERED = 4_096  # places, each with its straddlers
-_MOST = 512  # tokens that are spelled for one place: some 2 ms; where more begin so, a boundary says too little
+_CACHED = 4_096  # boundaries with their crossing tokens
+_MOST = 512  # tokens encoded for one boundary, about 2 ms; with more, a boundary tells too little
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CrossingTokens:
-    """tokens [n]: small tokens, ascending. nexts [n]: the target's token that each of them goes on with. whole [n]:
-    whether it ends with that one, so that a longer token of the target may stand there too."""
+    """The crossing tokens of one boundary."""
 
-    tokens: Ids
-    nexts: Ids
-    whole: NDArray[np.bool_]
+    tokens: Ids  # [n], ids of the small model, ascending
+    nexts: Ids  # [n], the target's token with which each of them goes on
+    whole: NDArray[np.bool_]  # [n], True if it ends with that token, so that a longer one may come there, too
 
 
 class CrossingTokenFinder:
-    """All straddlers of a pair of vocabularies."""
+    """Finds the crossing tokens of a target and a small model."""
 
     def __init__(
-        self, tables: Tables, target: TokenizerAdapter, said: Callable[[int], bytes], role: TokenizerAdapter
+        self, tables: Tables, target: TokenizerAdapter, token_bytes: Callable[[int], bytes], role: TokenizerAdapter
     ) -> None:
-        """said: the bytes that a token of the target adds to the text."""
-        self._tables, self._target, self._said = tables, target, said
+        """token_bytes: the bytes that a token of the target adds to the text."""
+        self._tables, self._target, self._token_bytes = tables, target, token_bytes
         self._small = role.texts
-        known = sorted((text, id_) for id_, text in enumerate(role.texts) if text)
-        self._texts, self._ids = [text for text, _ in known], [id_ for _, id_ in known]
-        self._between = lru_cache(_REMEMBERED)(self._find_between)
-        self._within = lru_cache(_REMEMBERED)(self._find_within)
+        by_text = sorted((text, id_) for id_, text in enumerate(role.texts) if text)
+        self._texts, self._ids = [text for text, _ in by_text], [id_ for _, id_ in by_text]
+        self._between = lru_cache(_CACHED)(self._find_between)
+        self._within = lru_cache(_CACHED)(self._find_within)
 
-    def between(self, said: Sequence[int]) -> CrossingTokens | None:
-        """Where a small token ends with one of the target's; said: the target's tokens since."""
-        return self._between(tuple(said))
+    def between(self, written: Sequence[int]) -> CrossingTokens | None:
+        """Those from a boundary of both models. written: the target's tokens since then."""
+        return self._between(tuple(written))
 
-    def within(self, said: Sequence[int], offset: int) -> CrossingTokens | None:
-        """Where a small token ends `offset` bytes within the target's token said[0]."""
-        return self._within(tuple(said), offset)
+    def within(self, written: Sequence[int], offset: int) -> CrossingTokens | None:
+        """Those from a boundary of the small model `offset` bytes within the target's token written[0]."""
+        return self._within(tuple(written), offset)
 
-    def _find_between(self, said: tuple[int, ...]) -> CrossingTokens | None:
-        node = self._tables.walk(said)
+    def _find_between(self, written: tuple[int, ...]) -> CrossingTokens | None:
+        node = self._tables.walk(written)
         if node == NOWHERE:
             return None
-        return self._of(self._tables.crossing_tokens[node], self._tables.nexts[node], b"".join(map(self._said, said)))
+        begun = b"".join(map(self._token_bytes, written))
+        return self._crossing(self._tables.crossing_tokens[node], self._tables.nexts[node], begun)
 
-    def _find_within(self, said: tuple[int, ...], offset: int) -> CrossingTokens | None:
-        whole = b"".join(map(self._said, said))
+    def _find_within(self, written: tuple[int, ...], offset: int) -> CrossingTokens | None:
+        whole = b"".join(map(self._token_bytes, written))
         begun = whole[offset:]
         first, last = bisect_left(self._texts, begun + b"\0"), bisect_left(self._texts, begun + b"\xff")
         if last - first > _MOST:
             return None
         found: list[int] = []
-        written: list[str] = []
+        texts: list[str] = []
         for text, id_ in zip(self._texts[first:last], self._ids[first:last], strict=True):
             try:
-                written.append((whole + text[len(begun) :]).decode())
+                texts.append((whole + text[len(begun) :]).decode())
             except UnicodeDecodeError:
                 continue
             found.append(id_)
-        spelled = self._target.encode_batch(written)
-        known = len(said)
+        count = len(written)
         pairs = sorted(
-            (id_, ids[known])
-            for id_, ids in zip(found, spelled, strict=True)
-            if len(ids) > known and tuple(ids[:known]) == said and self._target.texts[ids[known]]
+            (id_, ids[count])
+            for id_, ids in zip(found, self._target.encode_batch(texts), strict=True)
+            if len(ids) > count and tuple(ids[:count]) == written and self._target.texts[ids[count]]
         )
         if not pairs:
             return None
         tokens, nexts = np.array(pairs, np.int64).T.copy()
-        return self._of(tokens, nexts, begun)
+        return self._crossing(tokens, nexts, begun)
 
-    def _of(self, tokens: Ids, nexts: Ids, begun: bytes) -> CrossingTokens:
-        """begun: what all of these tokens begin with."""
+    def _crossing(self, tokens: Ids, nexts: Ids, begun: bytes) -> CrossingTokens:
+        """begun: the text with which all of these tokens begin."""
         texts = (self._small[token] if token < len(self._small) else None for token in tokens.tolist())
         ends = [len(text or b"") - len(begun) for text in texts]
-        whole = [end == len(self._said(token)) for end, token in zip(ends, nexts.tolist(), strict=True)]
+        whole = [end == len(self._token_bytes(token)) for end, token in zip(ends, nexts.tolist(), strict=True)]
         return CrossingTokens(tokens, nexts, np.array(whole, np.bool_))

@@ -1,8 +1,12 @@
-"""What a small model of another vocabulary says of the target's tokens: log-probabilities of events, for many rows.
+"""Log-probabilities of the target's tokens under a small model with another vocabulary, for many rows at once.
 
-An event's probability is the sum over the small tokens that mean it, in the row of the text so far; and, where small
-tokens straddle a boundary that the target has passed, of theirs in the rows of earlier boundaries, weighted by the path
-that the true tokens took from there. Both together are normalised over all that is still possible.
+The probability of an event (the text goes on with a token t of the target) has two parts:
+1. the sum over the small tokens that count towards t, in the small model's row of the text so far;
+2. the sum over boundary-crossing tokens that go on with t, in rows of earlier boundaries, each times the probability
+   of the small model's true tokens from that boundary on.
+Both are divided by the probability of all continuations that the text so far allows. Example: the text is "foot|b",
+the true small tokens are "foot" and "b", and the small row after "foot" gives 0.1 to "b" and 0.3 to "ball". Then the
+newest row, after "b", weighs 0.1 / (0.1 + 0.3) = 0.25, and the target's token "all" gets 0.75 from "ball".
 """
 
 from __future__ import annotations
@@ -19,15 +23,15 @@ from actors.decoding.candidates import CandidateBlock, Floats, Ids, RowProposal,
 from actors.decoding.cross_vocab.retokenizer import CrossedBoundaries
 from actors.decoding.cross_vocab.tables import Tables
 
-FLOOR = -60.0  # of a log-probability: below it guidance says nothing
+FLOOR = -60.0  # of log-probabilities (nats): smaller ones are noise
 
 
 class CrossingRows:
-    """The rows of a straddle, and what they say.
+    """The earlier rows of one row's crossed boundaries, and the m logits required from them.
 
-    at [m]: which row, counted from the earliest. ids [m]: what is asked of it, ascending within a row. nexts [m]: the
-    target's token that a straddler goes on with, -1 for the row's own next token; whole [m]: whether it ends there.
-    values [m]: logits, NaN until they are known. sums: the rows' logsumexp.
+    at [m]: index of the row, 0 for the earliest. ids [m]: the small model's id, ascending within a row. nexts [m]: the
+    target's token with which a crossing token goes on, -1 for the true next token of the row. whole [m]: True if the
+    crossing token ends there. values [m]: logits, NaN until they are known. sums: by row its logsumexp.
     """
 
     __slots__ = ("at", "boundaries", "ids", "nexts", "rows", "sums", "values", "whole")
@@ -55,39 +59,39 @@ class CrossingRows:
         self.sums = np.full(self.rows, np.nan)
 
     @staticmethod
-    def share_values(asked: Sequence[CrossingRows]) -> Floats:
-        """Their values are asked, from the beginning: one array that holds them all, one after another."""
-        values = np.full(sum(len(each.ids) for each in asked), np.nan)
+    def share_values(several: Sequence[CrossingRows]) -> Floats:
+        """Let all of them keep their values, unknown at first, in one array, which is returned."""
+        values = np.full(sum(len(each.ids) for each in several), np.nan)
         end = 0
-        for each in asked:
+        for each in several:
             end += len(each.ids)
             each.values = values[end - len(each.ids) : end]
         return values
 
     @property
     def complete(self) -> bool:
-        """Whether all that was asked has come."""
+        """True if all logits are known."""
         return not np.isnan(self.values).any()
 
     def log_weights(self) -> tuple[float, Ids, Floats] | None:
-        """Log-weights: of the newest row's own events, and of each straddler with the token that it goes on with.
+        """The log-weight of the newest row, and the next token and log-weight of each crossing token.
 
-        None if nothing is known of what comes next. They are normalised: exp of them all adds up to 1.
+        The weights add up to 1. None if no continuation has any probability.
         """
         log_p = self.values - self.sums[self.at]
         own = self.nexts < 0
         weights = np.concatenate([[0.0], np.cumsum(log_p[own])])
         across = weights[self.at[~own]] + log_p[~own]
-        mine = -np.inf if self.boundaries.partial else float(weights[-1])
-        top = max(mine, float(across.max(initial=-np.inf)))
+        newest = -np.inf if self.boundaries.partial else float(weights[-1])
+        top = max(newest, float(across.max(initial=-np.inf)))
         if top == -np.inf:
             return None
-        total = np.exp(mine - top) + np.cumsum(np.exp(across - top))[-1] if len(across) else np.exp(mine - top)
+        total = np.exp(newest - top) + np.cumsum(np.exp(across - top))[-1] if len(across) else np.exp(newest - top)
         norm = top + float(np.log(total))
-        return mine - norm, self.nexts[~own], across - norm
+        return newest - norm, self.nexts[~own], across - norm
 
     def proposed_tokens(self, most: int) -> Ids:
-        """The tokens that the likeliest straddlers go on with; of equal ones those of the lowest ids."""
+        """The next tokens of the `most` likeliest crossing tokens; of equally likely ones the lowest ids count."""
         weighed = self.log_weights()
         if weighed is None:
             return _NOTHING
@@ -103,15 +107,17 @@ _OWN, _NOT = np.array([-1]), np.array([False])
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoleRowInput:
-    """What a small model said of one row so far, in its own ids. slice: None if it has not answered."""
+    """A small model's answers for one row so far, in its own ids. slice: None if it has not answered."""
 
     slice: RowSlice | None
     crossing: CrossingRows | None
 
 
 def proposed_tokens(tables: Tables, inputs: Sequence[RoleRowInput], k: int) -> NDArray[np.int64]:
-    """[B, n] the target's tokens that the guider puts forward in each row: images of its slice and of straddlers; -1
-    behind and in between."""
+    """The target's tokens [B, n] that the guider proposes for each row, -1 in the gaps.
+
+    They are the images of the ids in its slice, and the next tokens of at most k crossing tokens.
+    """
     slices = [each.slice.ids for each in inputs if each.slice is not None]
     images = np.sort(tables.image[np.stack(slices)], axis=1)
     images[:, 1:][images[:, 1:] == images[:, :-1]] = -1
@@ -127,7 +133,11 @@ def proposed_tokens(tables: Tables, inputs: Sequence[RoleRowInput], k: int) -> N
 
 
 class TokenEventLogprobs:
-    """One small model's part of a block: log-probabilities of the candidates as events."""
+    """One small model's log-probabilities of a block's candidates as events.
+
+    ids, inside: [B, W], those of the block. inputs: by row the small model's answers so far. The n small tokens of all
+    events are `tokens` [n] in the rows `at` [n]; `values` [n] are their logits, NaN until they are known.
+    """
 
     def __init__(self, tables: Tables, ids: Ids, inside: NDArray[np.bool_], inputs: Sequence[RoleRowInput]) -> None:
         self._ids = ids
@@ -145,14 +155,14 @@ class TokenEventLogprobs:
         self._add_slices([(row, each.slice) for row, each in enumerate(inputs) if each.slice is not None])
 
     def add_slice(self, row: int, part: RowSlice) -> None:
-        """Take in a slice of one row."""
+        """Store a slice of one row."""
         self._sums[row], self._masses = part.logsumexp, None
         if not len(part.ids):
             return
-        mine = self.tokens[self._parts[row]]
-        found = np.minimum(np.searchsorted(part.ids, mine), len(part.ids) - 1)
-        here = part.ids[found] == mine
-        self.values[self._parts[row]][here] = part.logits[found[here]]
+        wanted = self.tokens[self._parts[row]]
+        found = np.minimum(np.searchsorted(part.ids, wanted), len(part.ids) - 1)
+        present = part.ids[found] == wanted
+        self.values[self._parts[row]][present] = part.logits[found[present]]
 
     def _add_slices(self, parts: Sequence[tuple[int, RowSlice]]) -> None:
         for row, part in parts:
@@ -162,33 +172,33 @@ class TokenEventLogprobs:
             return
         keys = np.concatenate([part.ids.astype(np.int64) + (row << 32) for row, part in parts])
         logits = np.concatenate([part.logits for _, part in parts])
-        mine = self.tokens + (self.at << 32)
-        found = np.minimum(np.searchsorted(keys, mine), len(keys) - 1)
-        here = keys[found] == mine
-        self.values[here] = logits[found[here]]
+        wanted = self.tokens + (self.at << 32)
+        found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        present = keys[found] == wanted
+        self.values[present] = logits[found[present]]
 
     def missing_logits(self) -> tuple[Ids, Ids, Ids]:
-        """Rows [n], places [n] and ids [n] of what must be looked up."""
+        """Rows [n], places [n] and the small model's ids [n] of the logits that must be looked up."""
         places = np.flatnonzero(np.isnan(self.values))
         return self.at[places], places, self.tokens[places]
 
     def fill(self, places: Ids, values: NDArray[Any]) -> None:
-        """Take in what was looked up."""
+        """Store the logits of a lookup."""
         self.values[places], self._masses = values, None
 
     def masses(self) -> Floats:
-        """[B, W]; NaN where the model has no such event, or nothing is known of a row."""
+        """Log-probabilities [B, W]; NaN for an event without small tokens and for a row without continuations."""
         if self._masses is None:
             self._masses = self._fold()
         return self._masses
 
     def _fold(self) -> Floats:
         out = np.full(self._ids.size, np.nan)
-        there = self._counts > 0
-        if there.any():
-            begin = (np.cumsum(self._counts) - self._counts)[there]
-            with np.errstate(invalid="ignore"):  # rows of which something is still on its way
-                out[there] = np.logaddexp.reduceat(self.values, begin)
+        nonempty = self._counts > 0
+        if nonempty.any():
+            begin = (np.cumsum(self._counts) - self._counts)[nonempty]
+            with np.errstate(invalid="ignore"):  # rows with lookups in flight hold NaN
+                out[nonempty] = np.logaddexp.reduceat(self.values, begin)
         folded = out.reshape(self._ids.shape) - self._sums[:, None]
         for row, crossing in enumerate(self._crossing):
             if crossing is not None:
@@ -203,38 +213,41 @@ class TokenEventLogprobs:
             return np.full(own.shape, np.nan)
         weight, nexts, across = weighed
         masses = own + weight
-        _add(masses, _summed(self._ids[row], nexts, across))
-        if (lone := np.flatnonzero(self._indirect[row])).size:
-            inputs, which = np.unique(self._represented_by[row, lone], return_inverse=True)
+        _add_probabilities(masses, _summed(self._ids[row], nexts, across))
+        if (indirect := np.flatnonzero(self._indirect[row])).size:
+            events, which = np.unique(self._represented_by[row, indirect], return_inverse=True)
             whole = crossing.whole[crossing.nexts >= 0]
             shared = np.full(len(masses), -np.inf)
-            shared[lone] = _summed(inputs, nexts[whole], across[whole])[which]
-            _add(masses, shared)
+            shared[indirect] = _summed(events, nexts[whole], across[whole])[which]
+            _add_probabilities(masses, shared)
         return masses
 
 
 def _summed(ids: Ids, nexts: Ids, across: Floats) -> Floats:
-    """[W] by ascending id the log-probabilities [n] of straddlers that go on with it, together; -inf for none."""
+    """By id [W], ascending, the log of the summed probabilities of crossing tokens with this next token; -inf for none.
+
+    nexts, across: [n], next tokens and log-probabilities of the crossing tokens.
+    """
     summed = np.full(len(ids), -np.inf)
     places = np.minimum(np.searchsorted(ids, nexts), len(ids) - 1)
-    here = ids[places] == nexts
-    np.logaddexp.at(summed, places[here], across[here])
+    present = ids[places] == nexts
+    np.logaddexp.at(summed, places[present], across[present])
     return summed
 
 
-def _add(masses: Floats, more: Floats) -> None:
-    """Add probabilities [W], -inf for none, to masses that may be NaN."""
-    here = np.flatnonzero(more > -np.inf)
-    masses[here] = np.logaddexp(np.where(np.isnan(masses[here]), -np.inf, masses[here]), more[here])
+def _add_probabilities(masses: Floats, more: Floats) -> None:
+    """Add probabilities in place. masses, more: [W] log-probabilities, -inf for none; masses may be NaN for none."""
+    present = np.flatnonzero(more > -np.inf)
+    masses[present] = np.logaddexp(np.where(np.isnan(masses[present]), -np.inf, masses[present]), more[present])
 
 
 class CrossVocabBlock(CandidateBlock):
-    """B rows side by side whose small models have other vocabularies: their values are log-probabilities of events."""
+    """Candidates of B rows whose small models have other vocabularies: their values are log-probabilities of events."""
 
     def __init__(
         self, rows: Sequence[RowProposal], tables: Mapping[Role, Tables], inputs: Mapping[Role, Sequence[RoleRowInput]]
     ) -> None:
-        """rows: of one shape; the guider's proposals are in the target's ids. inputs: by small role, row by row."""
+        """rows: of equal shape, the guider's proposals in the target's ids. inputs: by small role, one for each row."""
         super().__init__(rows)
         self._events = {
             role: TokenEventLogprobs(tables[role], self.ids, self.inside, each) for role, each in inputs.items()
@@ -243,24 +256,24 @@ class CrossVocabBlock(CandidateBlock):
             self.logsumexp[role] = np.zeros(len(rows))
 
     def values(self, role: Role) -> Floats:
-        """[B, W]."""
+        """Logits [B, W] of the target, log-probabilities of a small role's events."""
         return self._events[role].masses() if role in self._events else super().values(role)
 
     def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
-        """Take in a slice that came after the block was made."""
+        """Store a slice that came after the block was made."""
         if role in self._events:
             self._events[role].add_slice(row, part)
         else:
             super().add_slice(role, row, part)
 
     def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
-        """Rows [n], places [n] and the role's ids [n] of what it was not asked for yet."""
+        """Rows [n], places [n] and the role's ids [n] of the logits that must be looked up."""
         if role in self._events:
             return self._events[role].missing_logits()
         return super().missing_logits(role, theirs)
 
     def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
-        """Take in what was looked up."""
+        """Store the logits of a lookup."""
         if role in self._events:
             self._events[role].fill(places, values)
         else:

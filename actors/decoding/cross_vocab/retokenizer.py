@@ -1,7 +1,14 @@
-"""A small model's true tokens of a text that a target of another family writes, token by token.
+"""Keeps a small model's true tokens of a text that a target with another vocabulary writes, token by token.
 
-Only the tail is spelled again when the text grows: from the last place before which no later text changes a token. So
-a new piece of text takes back a few tokens at most (a rollback) and adds new ones.
+When the text grows, only its tail is encoded again: from the last place before which no following text can change a
+token. So a new piece of text removes a few tokens at most (a rollback of the KV cache) and adds new ones. Example,
+with the target's tokens as pushed, and the small model's tokens as (removed, added):
+
+    push(" foot")     (0, [" foot"])           tokens: " foot"
+    push("ball")      (1, [" football"])       tokens: " football"
+    push("s are")     (1, [" footballs", " are"])   tokens: " footballs" " are"
+
+Now the tail is " are": text before a space does not change any more.
 """
 
 from __future__ import annotations
@@ -14,29 +21,28 @@ from dataclasses import dataclass
 from actors.decoding.cross_vocab.boundary_tokens import CrossingTokenFinder, CrossingTokens
 from actors.decoding.cross_vocab.tables import TokenizerAdapter
 
-LOOK_BACK = 2  # B: boundaries of the small model's tokens, before its newest, whose rows may have straddlers
-KEPT_ROWS = LOOK_BACK + 3  # rows that are kept for it: a rollback takes back three tokens at most, nearly always
-_LONGEST_TAIL = 512  # characters: a longer word is not spelled again as a whole
-_REMEMBERED, _ROOM = 64, 256  # tokens whose ends are remembered at least, and at most
+LOOK_BACK = 2  # boundaries of the small model's tokens before its newest whose rows may have crossing tokens
+KEPT_ROWS = LOOK_BACK + 3  # rows that a replica keeps for them: a rollback rarely removes more than three tokens
+_LONGEST_TAIL = 512  # characters; a longer word is cut
+_KEPT_TOKENS, _MAX_TOKENS = 64, 256  # tokens whose ends are kept: above the second number all but the first go
 
 
 @dataclass(frozen=True, slots=True)
 class CrossedBoundaries:
-    """What a row takes from the rows of earlier boundaries.
+    """The earlier boundaries whose rows contribute crossing tokens to the newest row.
 
-    first: tokens before the earliest of these rows. path: the tokens from there to the newest row. crossing_tokens: of
-    each row and the newest; None where no token crosses. partial: whether the newest row lies before the text's end,
-    which is in the middle of a character.
+    Example: the small model has 5 tokens, and a token from the boundary after the third of them crosses the text's
+    end. Then first is 3, path holds tokens 3 and 4 (from 0), and crossing_tokens belong to rows 3, 4 and 5.
     """
 
-    first: int
-    path: tuple[int, ...]
-    crossing_tokens: tuple[CrossingTokens | None, ...]
-    partial: bool
+    first: int  # tokens before the earliest of these rows
+    path: tuple[int, ...]  # the small model's tokens from there to the newest row
+    crossing_tokens: tuple[CrossingTokens | None, ...]  # of each row up to the newest; None for none
+    partial: bool  # True if the text ends within a character: the newest row lies before the text's end
 
 
 class AddedTokenMatcher:
-    """Texts that a tokenizer finds before it splits anything else: each is one token."""
+    """Finds added tokens in a text. A tokenizer does so before it splits anything else."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._ids = ids
@@ -44,13 +50,13 @@ class AddedTokenMatcher:
         self._any = re.compile("|".join(re.escape(text) for text in sorted(ids, key=len, reverse=True)))
         self._beginnings = frozenset(text[:end] for text in ids for end in range(1, len(text)))
 
-    def find(self, text: str, known: int) -> tuple[int, int, int] | None:
-        """The first that ends in what comes after `known` characters: its start, its end and its token."""
-        found = self._any.search(text, max(0, known - self._longest)) if self._ids else None
+    def find(self, text: str, searched: int) -> tuple[int, int, int] | None:
+        """Start, end and id of the first added token that ends after the `searched` leading characters."""
+        found = self._any.search(text, max(0, searched - self._longest)) if self._ids else None
         return None if found is None else (found.start(), found.end(), self._ids[found.group()])
 
-    def begun(self, text: str) -> int:
-        """Characters before the one that the text may end with the beginning of."""
+    def incomplete_from(self, text: str) -> int:
+        """Index from which the end of the text may be the beginning of an added token; its length if none."""
         for count in range(min(self._longest - 1, len(text)), 0, -1):
             if text[-count:] in self._beginnings:
                 return len(text) - count
@@ -58,36 +64,38 @@ class AddedTokenMatcher:
 
 
 class IncrementalRetokenizer:
-    """The tokens of a text since the prompt, which is a hard boundary.
+    """The small model's tokens of a text since the prompt.
 
-    Positions count from the prompt's end. Every change answers how many tokens to take back, and which to add then.
+    Positions count from the end of the prompt. A hard boundary is a place across which no tokens merge: the end of the
+    prompt, a special token, or bytes that are not UTF-8. Every push returns the number of tokens to remove from the
+    end, and the tokens to add then.
     """
 
     __slots__ = (
         "_adapter",
         "_added_tokens",
-        "_bad",
+        "_incomplete",
         "_base",
         "_ends",
         "_floor",
         "_ids",
         "_marks",
-        "_said",
+        "_target_tokens",
         "_tail",
         "_tail_tokens",
     )
 
     def __init__(self, adapter: TokenizerAdapter, added_tokens: AddedTokenMatcher | None = None) -> None:
-        """added_tokens: those that are one token, whatever stands around them."""
+        """added_tokens: those of the small model that may occur in the text."""
         self._adapter, self._added_tokens = adapter, added_tokens or AddedTokenMatcher({})
-        self._base = 0  # tokens before the first that is remembered
+        self._base = 0  # tokens before the first one in _ids
         self._ids: list[int] = []
-        self._ends: list[int] = [0]  # bytes up to the end of each, those up to the first before them
+        self._ends: list[int] = [0]  # bytes of the text up to each token of _ids, and to the end of the last
         self._floor = 0  # tokens before the last hard boundary
-        self._tail, self._tail_tokens = "", 0  # what may be spelled again, and how many tokens that is
-        self._bad = b""  # the beginning of a character
-        self._said: list[int] = []  # the target's tokens since the last hard boundary, the newest of them
-        self._marks: list[int] = [0]  # bytes up to the end of each of these, those up to the first before them
+        self._tail, self._tail_tokens = "", 0  # text that may be encoded again, and its number of tokens
+        self._incomplete = b""  # the first bytes of an incomplete character
+        self._target_tokens: list[int] = []  # the newest since the last hard boundary
+        self._marks: list[int] = [0]  # bytes of the text up to each of these, and to the end of the last
 
     def __len__(self) -> int:
         return self._base + len(self._ids)
@@ -99,56 +107,56 @@ class IncrementalRetokenizer:
 
     @property
     def pending(self) -> bytes:
-        """The beginning of a character whose rest is to come."""
-        return self._bad
+        """The first bytes of a character that is incomplete."""
+        return self._incomplete
 
     def fork(self) -> IncrementalRetokenizer:
-        """The same again, to read ahead."""
+        """A copy, to which drafts can be pushed."""
         other = IncrementalRetokenizer.__new__(IncrementalRetokenizer)
         other._adapter, other._added_tokens = self._adapter, self._added_tokens
         other._base, other._floor = self._base, self._floor
         other._ids, other._ends = self._ids[:], self._ends[:]
-        other._tail, other._tail_tokens, other._bad = self._tail, self._tail_tokens, self._bad
-        other._said, other._marks = self._said[:], self._marks[:]
+        other._tail, other._tail_tokens, other._incomplete = self._tail, self._tail_tokens, self._incomplete
+        other._target_tokens, other._marks = self._target_tokens[:], self._marks[:]
         return other
 
     def push(self, token: int, data: bytes) -> tuple[int, list[int]]:
-        """The target said `token`, which reads `data`: tokens to take back, and those to add."""
+        """Add a token of the target with the bytes `data`; return the number of tokens to remove, and those to add."""
         before = kept = len(self)
         end = self._marks[-1] + len(data)
-        self._said.append(token)
+        self._target_tokens.append(token)
         self._marks.append(end)
-        data, self._bad = self._bad + data, b""
+        data, self._incomplete = self._incomplete + data, b""
         while data:
             try:
                 text, bad, data = data.decode(), b"", b""
             except UnicodeDecodeError as error:
                 text, bad, rest = data[: error.start].decode(), data[error.start : error.end], data[error.end :]
                 if error.end == len(data) and error.reason == "unexpected end of data":
-                    self._bad, bad = bad, b""
+                    self._incomplete, bad = bad, b""
                 data = rest
             if text:
-                kept = min(kept, self._read(text))
+                kept = min(kept, self._add_text(text))
             if bad:
-                self._raw(bad)
-        if not self._said:  # a hard boundary inside of the token: nothing goes on from there
+                self._add_bytes(bad)
+        if not self._target_tokens:  # a hard boundary within the token
             self._marks = [end]
-        self._forget()
+        self._drop_oldest()
         return before - kept, self._since(kept)
 
-    def special(self, token: int, data: bytes = b"") -> tuple[int, list[int]]:
-        """A token of its own comes, after which nothing is spelled together with what was before; it reads `data`."""
+    def push_special(self, token: int, data: bytes = b"") -> tuple[int, list[int]]:
+        """Add a special token of the small model with the bytes `data`, and a hard boundary after it."""
         before = len(self)
-        if self._bad:  # what was begun of a character will not be finished
-            bad, self._bad = self._bad, b""
-            self._raw(bad)
+        if self._incomplete:  # the character stays incomplete
+            bad, self._incomplete = self._incomplete, b""
+            self._add_bytes(bad)
         self._add([token], [self._ends[-1] + len(data)])
-        self._bound()
+        self._add_boundary()
         return 0, self._since(before)
 
     def boundaries(self, crossing_finder: CrossingTokenFinder) -> CrossedBoundaries | None:
-        """What the row of the newest token takes from earlier ones; None if it speaks for itself."""
-        newest, partial = len(self), bool(self._bad)
+        """The earlier boundaries from which tokens cross the text's end; None if the newest row needs no other."""
+        newest, partial = len(self), bool(self._incomplete)
         oldest = max(self._floor, newest - LOOK_BACK)
         found: list[CrossingTokens | None] = []
         for boundary in range(oldest, newest + partial):
@@ -168,30 +176,30 @@ class IncrementalRetokenizer:
         if at == len(self._marks):
             return None
         if self._marks[at] == end:
-            return crossing_finder.between(self._said[at:])
-        return crossing_finder.within(self._said[at - 1 :], end - self._marks[at - 1]) if at else None
+            return crossing_finder.between(self._target_tokens[at:])
+        return crossing_finder.within(self._target_tokens[at - 1 :], end - self._marks[at - 1]) if at else None
 
-    def _read(self, text: str) -> int:
-        """Text came: how many tokens stay."""
+    def _add_text(self, text: str) -> int:
+        """Add text; return the number of tokens before the first that changed."""
         kept, rest = len(self), self._tail + text
         while (found := self._added_tokens.find(rest, len(self._tail))) is not None:
             start, end, token = found
             kept = min(kept, self._encode(rest[:start]))
             self._add([token], [self._ends[-1] + len(rest[start:end].encode())])
-            self._bound()
+            self._add_boundary()
             rest = rest[end:]
         return min(kept, self._encode(rest)) if rest else kept
 
     def _encode(self, tail: str) -> int:
-        """The tail reads otherwise now: how many tokens stay."""
+        """Replace the tail by `tail`; return the number of tokens before the first that changed."""
         self._tail = tail
         ids, ends = self._adapter.encode(tail)
-        known, most = self._tail_tokens, min(self._tail_tokens, len(ids))
-        begin, same = len(self._ids) - known, 0
+        before, most = self._tail_tokens, min(self._tail_tokens, len(ids))
+        begin, same = len(self._ids) - before, 0
         while same < most and self._ids[begin + same] == ids[same]:
             same += 1
         start = self._ends[begin]
-        if same < known:
+        if same < before:
             del self._ids[begin + same :], self._ends[begin + same + 1 :]
         self._add(ids[same:], [start + end for end in ends[same:]])
         self._tail_tokens = len(ids)
@@ -199,12 +207,11 @@ class IncrementalRetokenizer:
         return self._base + begin + same
 
     def _cut(self) -> None:
-        """Nothing that comes changes the tokens before here."""
+        """Shorten the tail by the leading text whose tokens no following text can change."""
         settled = self._adapter.restart(self._tail)
-        if settled and (begun := self._added_tokens.begun(self._tail)) < len(self._tail):
-            settled = min(
-                settled, self._adapter.restart(self._tail[:begun])
-            )  # what is before it may come to stand alone
+        if settled and (begun := self._added_tokens.incomplete_from(self._tail)) < len(self._tail):
+            # If it becomes an added token, the text before it will be encoded by itself.
+            settled = min(settled, self._adapter.restart(self._tail[:begun]))
         if not settled and len(self._tail) > _LONGEST_TAIL:
             settled = len(self._tail)
         if not settled:
@@ -212,11 +219,11 @@ class IncrementalRetokenizer:
         rest = self._tail[settled:]
         start = self._ends[-1] - len(rest.encode())
         at = bisect_left(self._ends, start)
-        if self._ends[at] == start:  # else a token reaches over the place
+        if self._ends[at] == start:  # otherwise a token spans the cut
             self._tail, self._tail_tokens = rest, len(self._ids) - at
 
-    def _raw(self, data: bytes) -> None:
-        """Bytes that are no text."""
+    def _add_bytes(self, data: bytes) -> None:
+        """Add bytes that are not UTF-8."""
         ids = self._adapter.encode_bytes(data)
         if len(ids) == len(data):
             self._add(ids, range(self._ends[-1] + 1, self._ends[-1] + 1 + len(data)))
@@ -226,13 +233,13 @@ class IncrementalRetokenizer:
             self._ends[-1] += len(data)
         self._settle()
 
-    def _bound(self) -> None:
-        """A hard boundary, of the target's tokens too."""
+    def _add_boundary(self) -> None:
+        """Add a hard boundary of both models' tokens."""
         self._settle()
-        self._said, self._marks = [], [self._ends[-1]]
+        self._target_tokens, self._marks = [], [self._ends[-1]]
 
     def _settle(self) -> None:
-        """Nothing is spelled together with what was before."""
+        """Add a hard boundary of the small model's tokens."""
         self._floor, self._tail, self._tail_tokens = len(self), "", 0
 
     def _add(self, ids: Sequence[int], ends: Sequence[int]) -> None:
@@ -242,10 +249,10 @@ class IncrementalRetokenizer:
     def _since(self, position: int) -> list[int]:
         return self._ids[position - self._base :]
 
-    def _forget(self) -> None:
-        spare = len(self._ids) - max(self._tail_tokens, _REMEMBERED)
-        if len(self._ids) > _ROOM and spare > 0:
+    def _drop_oldest(self) -> None:
+        spare = len(self._ids) - max(self._tail_tokens, _KEPT_TOKENS)
+        if len(self._ids) > _MAX_TOKENS and spare > 0:
             del self._ids[:spare], self._ends[:spare]
             self._base += spare
-        if len(self._said) > _ROOM:
-            del self._said[:-_REMEMBERED], self._marks[: -_REMEMBERED - 1]
+        if len(self._target_tokens) > _MAX_TOKENS:
+            del self._target_tokens[:-_KEPT_TOKENS], self._marks[: -_KEPT_TOKENS - 1]

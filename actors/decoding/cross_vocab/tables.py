@@ -1,8 +1,10 @@
-"""Which of a small model's tokens mean which token of a target with another vocabulary, as arrays.
+"""Tables that relate a small model's tokens to the tokens of a target with another vocabulary.
 
-The event of a target's token t is "the text goes on, *tokenised by the target*, with t". A small model's token counts
-towards the first of the target's tokens that spell it, and, once that one was emitted, towards the next ones: it
-straddles a boundary of the target. All of it follows from how each tokenizer spells the other's tokens.
+The event of a target's token t is "the text, *tokenised by the target*, goes on with t". A small model's token counts
+towards the first of the target's tokens that encode its text. Once the target has emitted that one, it counts towards
+the following ones: then it crosses a boundary of the target's tokens. Example: if the target encodes the small token
+"football" as "foot|ball", it counts towards "foot" first and, after "foot", towards "ball". All tables follow from how
+each tokenizer encodes the other's tokens.
 """
 
 from __future__ import annotations
@@ -17,37 +19,37 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-NOWHERE = 0  # the trie's root: no straddler
+NOWHERE = 0  # the trie's root: no crossing token
 
 
 class TokenizerAdapter(Protocol):
-    """How one tokenizer spells text, without the marks that it puts around a text.
+    """Encodes text in the middle of an answer, without the tokens that a tokenizer puts around a text.
 
-    texts: by id the bytes that a token stands for; None for tokens without a text, and for ids that are no token.
+    texts: by id the bytes of a token; None for tokens without text and for ids that are no token.
     """
 
     @property
     def texts(self) -> Sequence[bytes | None]: ...
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text, and the bytes of it up to the end of each; neither may be changed."""
+        """Ids of a text, and by id the bytes of the text up to its end. Callers must not change the lists."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts."""
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of bytes that are no text; empty where the vocabulary has none for them."""
+        """Ids of bytes that are not UTF-8; empty if the vocabulary has none for them."""
 
     def restart(self, text: str) -> int:
-        """Characters of a text whose tokens stay as they are, whatever follows."""
+        """Number of leading characters whose tokens no following text can change."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokenMatches:
-    """Tokens of a small model that are not text to the target, matched by what they are.
+    """Special tokens of a small model, matched with the target by their role or content.
 
-    same: by the target's id the ids that are the same event (the ends of a text; an added token of the same content).
-    shown: the texts, by id, of added tokens that the target spells out (the end of the thinking).
+    same: by the target's id the small model's ids of the same event (ends of a text; added tokens of equal content).
+    shown: by id the text of added tokens that the target writes as text (the end of the thinking).
     """
 
     same: Mapping[int, tuple[int, ...]]
@@ -56,14 +58,14 @@ class SpecialTokenMatches:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RaggedArray:
-    """Lists of different lengths, end to end: list i is flat[starts[i]:starts[i + 1]]."""
+    """Lists of different lengths in one array: list i is flat[starts[i]:starts[i + 1]]."""
 
     starts: Ids
     flat: Ids
 
     @classmethod
     def of(cls, owners: Ids, items: Ids, count: int) -> RaggedArray:
-        """From pairs; each list keeps the order of its items."""
+        """`count` lists from pairs (owner, item); each list keeps the order of its items."""
         order = np.argsort(owners, kind="stable")
         starts = np.zeros(count + 1, np.int64)
         np.cumsum(np.bincount(owners, minlength=count), out=starts[1:])
@@ -73,7 +75,7 @@ class RaggedArray:
         return self.flat[self.starts[index] : self.starts[index + 1]]
 
     def take(self, indices: Ids) -> tuple[Ids, Ids]:
-        """The items of many lists end to end, and how many are of each."""
+        """The items of several lists in one array, and the length of each list."""
         begin = self.starts[indices]
         counts = self.starts[indices + 1] - begin
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -82,10 +84,10 @@ class RaggedArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trie:
-    """Tokens of a small model that the target spells with several tokens, by the first few of these.
+    """A trie of the small model's tokens that the target encodes as several tokens.
 
-    A node of the trie stands for a proper beginning of spellings. tokens, nexts: per node the small model's tokens
-    that begin so, and the target's token that each goes on with.
+    A node stands for a proper prefix of such encodings. tokens, nexts: by node the small model's tokens with this
+    prefix, and the target's token with which each goes on.
     """
 
     edge_nodes: Ids
@@ -96,7 +98,7 @@ class Trie:
 
     @classmethod
     def of(cls, ids: Ids, spellings: RaggedArray) -> Trie:
-        """ids [n]: small tokens, ascending; spellings: of each of them in the target's tokens, two or more."""
+        """ids [n]: small tokens, ascending. spellings: the target's encoding of each, two tokens or more."""
         lengths = np.diff(spellings.starts)
         at, nodes, count = np.zeros(len(ids), np.int64), np.arange(len(ids)), 1
         edges: list[tuple[Ids, Ids, Ids]] = []
@@ -129,11 +131,12 @@ _NONE = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TableArrays:
-    """What is worth keeping on disk.
+    """The tables as arrays, in the form in which they are cached on disk.
 
-    image [role width]: the target's token that a small token counts towards, -1 for none. events: per target's token
-    the small tokens whose probabilities add up to it, ascending; empty where guidance has nothing to say.
-    texts [2]: how many text tokens the target has, and how many of them are one small token, byte for byte.
+    image [role width]: the target's token towards which a small token counts, -1 for none. event_starts, event_tokens:
+    by token of the target the small tokens whose probabilities add up to it, ascending; empty for no guidance.
+    edge_*, crossing_*: the `Trie`. texts [2]: the number of the target's text tokens, and of those that are one small
+    token, byte for byte.
     """
 
     image: Ids
@@ -148,12 +151,12 @@ class TableArrays:
     texts: Ids
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """By name."""
+        """The arrays by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class Tables:
-    """A small model's vocabulary as a target of another family sees it."""
+    """The tables of a target and a small model with another vocabulary."""
 
     def __init__(self, arrays: TableArrays) -> None:
         self.arrays = arrays
@@ -170,17 +173,20 @@ class Tables:
 
     @cached_property
     def represented_by(self) -> Ids:
-        """[target width]: where no small token counts towards a token, so that it is heard by its first small token,
-        the one that this small token counts towards; else the token itself."""
+        """[target width]: the token of the target whose event a token uses.
+
+        It is the token itself, unless no small token counts towards it: then it uses the event of the first small
+        token of its text.
+        """
         starts = self.arrays.event_starts
         represented_by = np.arange(len(starts) - 1)
-        heard = np.flatnonzero(np.diff(starts))
-        image = self.image[self.arrays.event_tokens[starts[heard]]]
-        represented_by[heard] = np.where(image < 0, heard, image)
+        guided = np.flatnonzero(np.diff(starts))
+        image = self.image[self.arrays.event_tokens[starts[guided]]]
+        represented_by[guided] = np.where(image < 0, guided, image)
         return represented_by
 
     def walk(self, tokens: Sequence[int]) -> int:
-        """The node of small tokens whose spelling properly begins with `tokens`; NOWHERE if there are none."""
+        """The node of small tokens whose encoding has the proper prefix `tokens`; NOWHERE if there are none."""
         node = NOWHERE
         for token in tokens:
             node = self._edges.get((node, token), NOWHERE)
@@ -191,36 +197,36 @@ class Tables:
     @property
     def coverage(self) -> float:
         """Share of the target's text tokens that are one small token, byte for byte."""
-        texts, exact = self.arrays.texts.tolist()
-        return float(exact / max(1, texts))
+        texts, equal = self.arrays.texts.tolist()
+        return float(equal / max(1, texts))
 
     @property
     def beginnings(self) -> int:
-        """Texts of the target's tokens that some small token begins with and goes on."""
+        """Number of token sequences of the target that are a proper prefix of a small token's encoding."""
         return len(self.arrays.edge_children)
 
 
-def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: SpecialTokenMatches, width: int) -> Tables:
-    """The tables of one pair. width: of the target's rows; ids beyond it have no event.
+def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, matches: SpecialTokenMatches, width: int) -> Tables:
+    """Build the tables of one pair. width: of the target's rows; ids beyond it have no event.
 
-    An exact match of bytes stands above what the tokenizer makes of a text: some tokens do not spell themselves.
+    Tokens with equal bytes match before any tokenizer is asked: some tokens are not the encoding of their own text.
     """
     small_texts: dict[int, bytes] = {v: text for v, text in enumerate(role.texts) if text}
     large_texts = {t: text for t, text in enumerate(target.texts[:width]) if text}
     small_ids = _by_bytes(small_texts)
-    ours = _spellings(small_texts | dict(roles.shown), target, _by_bytes(large_texts))
-    theirs = _spellings(large_texts, role, small_ids)
-    added = [*roles.shown, *(v for same in roles.same.values() for v in same)]
+    ours = _encodings(small_texts | dict(matches.shown), target, _by_bytes(large_texts))
+    theirs = _encodings(large_texts, role, small_ids)
+    added = [*matches.shown, *(v for same in matches.same.values() for v in same)]
     image = np.full(max(len(role.texts), *(v + 1 for v in added), 1), -1, np.int64)
-    said = large_texts.keys()  # not the token for what it cannot spell: nobody means that
-    ids = np.array(sorted(v for v, spelling in ours.items() if spelling and said >= {*spelling}), np.int64)
+    with_text = large_texts.keys()  # excludes the unknown token, which means no text
+    ids = np.array(sorted(v for v, encoding in ours.items() if encoding and with_text >= {*encoding}), np.int64)
     image[ids] = [ours[v][0] for v in ids.tolist()]
     members = RaggedArray.of(image[ids], ids, width)
     owners, tokens = [np.repeat(np.arange(width), np.diff(members.starts))], [members.flat]
     lone = [t for t in large_texts if members.starts[t] == members.starts[t + 1] and theirs[t]]
     owners.append(np.array(lone, np.int64))
     tokens.append(np.array([theirs[t][0] for t in lone], np.int64))
-    for t, same in roles.same.items():
+    for t, same in matches.same.items():
         owners.append(np.full(len(same), t))
         tokens.append(np.array(same, np.int64))
         image[list(same)] = t
@@ -229,7 +235,7 @@ def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: Specia
     flat = np.array([t for v in several for t in ours[v]], np.int64)
     starts = np.cumsum([0, *(len(ours[v]) for v in several)]).astype(np.int64)
     trie = Trie.of(np.array(several, np.int64), RaggedArray(starts, flat))
-    exact = sum(text in small_ids for text in large_texts.values())
+    equal = sum(text in small_ids for text in large_texts.values())
     return Tables(
         TableArrays(
             image,
@@ -241,31 +247,31 @@ def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, roles: Specia
             trie.tokens.starts,
             trie.tokens.flat,
             trie.nexts.flat,
-            np.array([len(large_texts), exact]),
+            np.array([len(large_texts), equal]),
         )
     )
 
 
 def _by_bytes(texts: Mapping[int, bytes]) -> dict[bytes, int]:
-    """The id of each text. Of a letter and its byte token, which spell the same, the one with the higher id: byte
-    tokens stand first in the vocabularies that have both."""
+    """The id of each text. If a letter and a byte token have the same bytes, the higher id counts: byte tokens come
+    first in the vocabularies that have both."""
     return {text: id_ for id_, text in sorted(texts.items())}
 
 
-def _spellings(
-    texts: Mapping[int, bytes], adapter: TokenizerAdapter, exact: Mapping[bytes, int]
+def _encodings(
+    texts: Mapping[int, bytes], adapter: TokenizerAdapter, by_bytes: Mapping[bytes, int]
 ) -> dict[int, Sequence[int]]:
-    """How another vocabulary spells these tokens."""
-    spelled: dict[int, Sequence[int]] = {}
-    asked: list[tuple[int, str]] = []
+    """Encode the texts of tokens in another vocabulary. by_bytes: its ids by their bytes."""
+    encoded: dict[int, Sequence[int]] = {}
+    remaining: list[tuple[int, str]] = []
     for id_, data in texts.items():
-        if (same := exact.get(data)) is not None:
-            spelled[id_] = (same,)
+        if (same := by_bytes.get(data)) is not None:
+            encoded[id_] = (same,)
             continue
         try:
-            asked.append((id_, data.decode()))
+            remaining.append((id_, data.decode()))
         except UnicodeDecodeError:
-            spelled[id_] = adapter.encode_bytes(data)
-    ids = adapter.encode_batch([text for _, text in asked])
-    spelled.update(zip((id_ for id_, _ in asked), ids, strict=True))
-    return spelled
+            encoded[id_] = adapter.encode_bytes(data)
+    ids = adapter.encode_batch([text for _, text in remaining])
+    encoded.update(zip((id_ for id_, _ in remaining), ids, strict=True))
+    return encoded

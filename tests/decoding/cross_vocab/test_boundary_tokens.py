@@ -17,17 +17,17 @@ def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, r
     pair, found = alignment(target, role), 0
     said = pair.target.encode(texts()["english"].train[:600])[0]
     for at in range(len(said) - 1):
-        for offset in range(1, len(pair.said(said[at]))):
+        for offset in range(1, len(pair.token_bytes(said[at]))):
             crossing_tokens = pair.crossing_finder.within(said[at : at + 1], offset)
             if crossing_tokens is None:
                 continue
-            begun = pair.said(said[at])[offset:]
+            begun = pair.token_bytes(said[at])[offset:]
             assert (np.diff(crossing_tokens.tokens) > 0).all()
             for token, follows in zip(crossing_tokens.tokens.tolist(), crossing_tokens.nexts.tolist(), strict=True):
                 text = pair.role.texts[token] or b""
                 assert text.startswith(begun)
                 assert len(text) > len(begun)
-                whole = (pair.said(said[at]) + text[len(begun) :]).decode()
+                whole = (pair.token_bytes(said[at]) + text[len(begun) :]).decode()
                 assert pair.target.encode(whole)[0][:2] == [said[at], follows]
                 found += 1
     assert found > 20
@@ -38,7 +38,7 @@ def test_a_place_where_too_many_begin_alike_says_nothing(monkeypatch: pytest.Mon
     places = [(t, n) for t, text in enumerate(pair.target.texts) if text for n in range(1, len(text))]
     here = next(place for place in places if _count(pair.crossing_finder.within([place[0]], place[1])) > 1)
     monkeypatch.setattr("actors.decoding.cross_vocab.boundary_tokens._MOST", 1)
-    again = CrossingTokenFinder(pair.tables, pair.target, pair.said, pair.role)
+    again = CrossingTokenFinder(pair.tables, pair.target, pair.token_bytes, pair.role)
     assert again.within([here[0]], here[1]) is None
 
 
