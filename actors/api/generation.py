@@ -1,4 +1,4 @@
-"""What the router asks of a coordinator and what comes back, as plain data that any transport can carry."""
+"""The messages between router and coordinator, as plain data that any transport can carry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.api.sampling_params import Sampling, Thinking
 Role = Literal["target", "guider", "guider_base"]
 ROLES: tuple[Role, ...] = ("target", "guider", "guider_base")
 FinishReason = Literal["stop", "length", "abort", "error"]
-EXPLAINED = 5  # candidates of each model in an explanation
+EXPLAINED = 5  # candidates of each model in a token's explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +20,19 @@ class Generate:
     """One sequence to decode.
 
     primary: the role whose vocabulary the answer is in: "target", or a small role decoded alone.
-    prompts: token ids per role, each in its own vocabulary; a role that is absent cannot guide.
+    prompts: token ids by role, each in its own vocabulary. A role that is absent cannot guide.
     seed: of this sequence's choices alone (derived from the request's seed and the choice's index).
-    drafts: tokens drafted ahead at most, 0 for none; None: as the service is configured.
-    interval_s: seconds between two deltas at least, where the reader is in no hurry; each message costs CPU time.
-    client: who asks, for fairness between clients; "" for all who do not say.
-    drafter: who drafts. "auto": the guider where it guides, else the session's own text; "guider": always the guider.
-    arrived: when the service was asked, in nanoseconds since the epoch. Where room is short, older ones go first; one
-    that was moved counts from here, others from when they were admitted.
-    explain: each token comes with a note of what each model said of it. logprobs: it comes with its log-probability
-    and those of so many likeliest candidates; None: without. prompt_logprobs: so do the tokens of the prompt, at the
-    request's alpha throughout. only_prompt: nothing is decoded.
-    resume: how far another coordinator has brought the sequence; what it had said is not said again.
+    explain: send a note with each token that lists the candidates of each model.
+    logprobs: send each token's log-probability and those of so many likeliest candidates; None for none.
+    prompt_logprobs: the same for the tokens of the prompt, all at the request's alpha.
+    only_prompt: decode nothing.
+    drafts: maximal number of drafts, 0 for none; None for the service's configuration.
+    drafter: the source of drafts. "auto": the guider if it guides, else the session's own text; "guider": the guider.
+    interval_s: minimal seconds between two deltas; each message costs CPU time.
+    client: name by which clients are treated fairly; "" for all without a name.
+    arrived: time of the request in nanoseconds since the epoch. If the cache is short, older sequences go first: one
+    that was moved to another coordinator counts from here, others from their admission.
+    resume: the state at which another coordinator left the sequence. Text that was sent before is not sent again.
     """
 
     request_id: str
@@ -54,19 +55,19 @@ class Generate:
 
     @property
     def resumed(self) -> bool:
-        """Whether another coordinator began it: its client has part of the answer already."""
+        """True if another coordinator began the sequence, so that the client has a part of the answer."""
         return self.resume is not None
 
     @property
     def top(self) -> int | None:
-        """How many candidates each token's note lists at least; None: its log-probability is not wanted."""
+        """Number of candidates in each token's note; None if no notes are wanted."""
         wanted = [count for count in (self.logprobs, EXPLAINED if self.explain else None) if count is not None]
         return max(wanted, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Counts of a sequence that its choices alone do not tell. uncovered: the sum over guided rows."""
+    """Counts of a sequence that do not follow from its choices. uncovered: mass (0 to 1), summed over guided rows."""
 
     guided: int = 0
     changed: int = 0
@@ -78,10 +79,10 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """All that a sequence has come to: with its request, whoever has this goes on with the very same tokens.
+    """The state of a sequence. With it and the request, another coordinator continues with the same tokens.
 
-    choices: the tokens that were chosen. Forced ones are not among them, they follow from these. scored: tokens of the
-    prompt whose log-probabilities were told.
+    choices: the chosen tokens. Forced ones follow from these and are not among them. scored: the number of tokens of
+    the prompt whose log-probabilities were sent.
     """
 
     choices: list[int] = field(default_factory=list)
@@ -94,10 +95,11 @@ Candidates = tuple[tuple[int, float], ...]  # ids of the primary with their log-
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What was said of one token where it was chosen: log-probabilities in nats, before any filter or penalty.
+    """Log-probabilities (nats) of one chosen token and of the alternatives, before any filter or penalty.
 
-    logprob: of the token in the combined distribution, whose likeliest candidates are `guided`. shift: by how much
-    guidance raised it above the target's. target, guider: their own likeliest, where an explanation was asked for.
+    logprob: of the token in the combined distribution, whose likeliest candidates are `guided`. shift: the difference
+    to the token's log-probability under the target alone. target, guider: their own likeliest candidates if the
+    request wants explanations.
     """
 
     logprob: float
@@ -109,10 +111,10 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class TokenNote:
-    """What is told of one token: its text, the alpha in force, whether the target alone had chosen another, and whether
-    it had been drafted.
+    """One token of the answer, for clients that want explanations or log-probabilities.
 
-    scores: None for a token that was forced.
+    alpha: the strength of guidance at this token. changed: True if the target alone would have chosen another token.
+    drafted: True if it was a draft. scores: None for a forced token.
     """
 
     id: int
@@ -125,9 +127,9 @@ class TokenNote:
 
 @dataclass(frozen=True, slots=True)
 class PromptNote:
-    """The log-probability (nats) of one token of the prompt in the combined distribution; of the first there is none.
+    """One token of the prompt with its log-probability (nats) in the combined distribution; None for the first.
 
-    rank: 1 for the likeliest of the vocabulary.
+    rank: 1 for the likeliest token of the vocabulary.
     """
 
     id: int
@@ -138,10 +140,10 @@ class PromptNote:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More of an answer. One without anything says that the coordinator lives.
+    """The next part of an answer. An empty one is a sign of life.
 
-    notes: filled when the request asked for explanations or log-probabilities; prompt: when it asked for those of the
-    prompt. choices, tally: for `Resume`; the choices since the last delta, and the counts as of now.
+    notes: filled if the request wants explanations or log-probabilities. prompt: filled if it wants those of the
+    prompt. choices, tally: for `Resume`, the choices since the last delta and the counts so far.
     """
 
     reasoning: str = ""
@@ -166,7 +168,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts of one sequence. Masses are means over guided rows. drafted_tokens: those that were checked."""
+    """Counts of one sequence. uncovered_mass: mean over guided rows. drafted_tokens: drafts that were verified."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -183,8 +185,7 @@ class Usage:
 class Finished:
     """The end of an answer.
 
-    stop_reason: the stop text or id that ended it, or "repeat". error: a sentence for the client when the reason is
-    "error".
+    stop_reason: the stop text or id that ended it, or "repeat". error: a sentence for the client if reason is "error".
     """
 
     reason: FinishReason
@@ -195,7 +196,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The only event of a request that was not taken on. retry_after_s: when trying again makes sense, else None."""
+    """The only event of a request that was refused. retry_after_s: seconds to wait; None if a retry cannot help."""
 
     code: Literal["overloaded", "unavailable", "invalid"]
     message: str
@@ -204,8 +205,8 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The coordinator hands the sequence over: ask another one, with all that came before as `resume`."""
+    """The coordinator gives the sequence up: another one must continue it, from the state so far as `resume`."""
 
 
-Event = Delta | Finished | Rejected  # what the reader of an answer hears
-CoordinatorEvent = Event | Moved  # what a coordinator says
+Event = Delta | Finished | Rejected  # an event for the client of an answer
+CoordinatorEvent = Event | Moved  # an event for the router

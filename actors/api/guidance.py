@@ -1,6 +1,8 @@
-"""How strongly the guider steers: alpha as a function of the generated tokens.
+"""The schedule of alpha, the strength of guidance: `Guidance.alpha_at` gives alpha for each generated token.
 
 z = z_target + alpha * (z_guider - z_guider_base)    (arXiv 2507.12759, equation 1)
+
+`actors.decoding.session.Session.alpha` asks for it, and `actors.decoding.arithmetic.combine` applies it to logits.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ MAX_ALPHA = 1_000.0  # far beyond any use, and far from what overflows
 class Guidance:
     """When and how strongly a session is guided.
 
-    alpha: strength of the guidance; 0 runs the target alone. From -MAX_ALPHA to MAX_ALPHA.
-    warmup_tokens: alpha is 0 for so many generated tokens first (published runs: 100).
-    schedule: pieces `(generated_tokens, alpha)`: from that many generated tokens on, alpha is this. Rising positions.
-        Before the first piece `alpha` holds; the warm-up stands above the schedule.
-    guide: "always", or "thinking": only until the thinking ends.
-    Raises ValueError for values outside these.
+    alpha: strength of the guidance, from -MAX_ALPHA to MAX_ALPHA; 0 runs the target alone.
+    warmup_tokens: alpha is 0 for the first so many generated tokens (published runs: 100), whatever the schedule says.
+    schedule: pairs (generated tokens, alpha) with rising positions. Each alpha holds from its position on; before the
+        first position `alpha` holds. Example: alpha 1, schedule ((200, 0.5),): tokens 0 to 199 use 1, later ones 0.5.
+    guide: "always", or "thinking" for guidance until the thinking ends.
+    Raises ValueError for other values.
     """
 
     alpha: float = 1.0
@@ -43,7 +45,7 @@ class Guidance:
             raise ValueError(f'guide must be "always" or "thinking", not {self.guide!r}')
 
     def alpha_at(self, generated: int, thinking_over: bool = False) -> float:
-        """Alpha for the next token after `generated` tokens."""
+        """Alpha for the token that follows `generated` generated tokens."""
         if generated < self.warmup_tokens or (thinking_over and self.guide == "thinking"):
             return 0.0
         alpha = self.alpha
@@ -53,5 +55,5 @@ class Guidance:
         return alpha
 
     def never_guides(self) -> bool:
-        """Whether alpha is 0 at every token, so that the small models are not needed at all."""
+        """True if alpha is 0 at every token, so that the small models are not needed."""
         return self.alpha == 0 and all(alpha == 0 for _, alpha in self.schedule)

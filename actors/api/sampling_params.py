@@ -1,4 +1,4 @@
-"""What a client may ask of decoding: sampling and thinking, validated."""
+"""Parameters of a request for sampling and thinking, validated."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Sampling:
 
     temperature: 0 is greedy. top_k: 0 keeps all. top_p, min_p: nucleus and relative floor, after the temperature.
     repetition_penalty acts on prompt and output tokens, presence_penalty and frequency_penalty on output tokens.
-    logit_bias: pairs (token id, number added to its logit). min_tokens: no end before so many tokens.
-    stop: texts, stop_token_ids: ids, either ends the answer. ignore_eos: never end by the model's own end token.
-    allowed_token_ids: nothing else may be chosen, where there are any. bad_words: sequences of ids that the answer must
-    not hold. skip_special_tokens: leave the vocabulary's special tokens out of the text.
+    logit_bias: pairs (token id, number added to its logit). min_tokens: the answer cannot end before so many tokens.
+    stop: texts, stop_token_ids: ids, each of which ends the answer. ignore_eos: do not end at the model's end tokens.
+    allowed_token_ids: if there are any, no other token is chosen. bad_words: sequences of ids that are never generated.
+    skip_special_tokens: leave the vocabulary's special tokens out of the text.
     stop_on_repeat: end after the same token so many times in a row (published runs: 10); 0 never.
     Raises ValueError for values outside their range.
     """
@@ -72,11 +72,11 @@ def _within(name: str, value: float, low: float, high: float, above: bool = Fals
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How an answer's thinking is marked and bounded.
+    """Markers and limits of an answer's thinking.
 
-    start: text appended to every role's prompt ("" appends nothing: then all text is content). end: text that closes
-    the thinking. max_tokens: after so many thinking tokens `end` is forced. min_tokens: before so many, an end token
-    becomes `wait` (budget forcing, arXiv 2501.19393); so does `end` where it is one token of the primary.
+    start: text appended to every role's prompt; with "" all text is content. end: text that ends the thinking.
+    max_tokens: after so many thinking tokens `end` is forced. min_tokens: before so many thinking tokens an end token
+    is replaced by `wait` (budget forcing, arXiv 2501.19393), and so is `end` if it is one token of the primary.
     """
 
     start: str = ""

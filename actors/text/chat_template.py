@@ -1,6 +1,6 @@
-"""Chat templates: messages in, the text of a prompt out, in the jinja dialect that checkpoints are published with.
+"""Renders messages to the text of a prompt by a checkpoint's chat template.
 
-The environment is the one of `transformers.utils.chat_template_utils`, which cannot be imported without torch.
+The jinja environment equals that of `transformers.utils.chat_template_utils`, whose import needs torch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
 
-_CUT = "<|the final message ends here|> "  # its trailing space tells whether the template trims what a message says
+_CUT = "<|the final message ends here|> "  # its trailing space is lost if the template trims messages
 
 
 class ChatTemplateError(ValueError):
-    """The messages cannot be rendered by this template; the message says why and is fit for a client."""
+    """The template cannot render the messages. The error's text is meant for clients."""
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens that it may name (`bos_token`, `eos_token`, ...)."""
+    """One compiled template with the special tokens that it can name (`bos_token`, `eos_token`, ...)."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
@@ -45,26 +45,26 @@ class ChatTemplate:
         """The prompt's text.
 
         add_generation_prompt: open the assistant's turn. continue_final_message: leave the last message open, so that
-        the model goes on with it. arguments: further variables of the template.
-        Raises ChatTemplateError when the template refuses the messages.
+        the model continues it. arguments: further variables of the template.
+        Raises ChatTemplateError if the template refuses the messages.
         """
         if continue_final_message:
-            messages = _marked(messages)
+            messages = _mark_end(messages)
         variables = {"tools": None, "documents": None, **self._special_tokens, **arguments}
         try:
             text = self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
-        return _cut(text) if continue_final_message else text
+        return _cut_at_mark(text) if continue_final_message else text
 
 
-def _marked(messages: Sequence[Message]) -> list[Message]:
+def _mark_end(messages: Sequence[Message]) -> list[Message]:
     if not messages or not isinstance(messages[-1].get("content"), str):
         raise ChatTemplateError("continue_final_message needs a last message with text")
     return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _CUT}]
 
 
-def _cut(text: str) -> str:
+def _cut_at_mark(text: str) -> str:
     end = text.rfind(_CUT.strip())
     if end < 0:
         raise ChatTemplateError("the chat template drops the last message, so it cannot be continued")
@@ -72,7 +72,7 @@ def _cut(text: str) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained on; in a prompt its body is plain text."""
+    """The tag `{% generation %}`, which marks text for training. In a prompt its body is plain text."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
 

@@ -31,20 +31,20 @@ FILES = (
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDED_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many tokens
+_LONGEST_CHARACTER = 4  # bytes of a UTF-8 character, so at most so many tokens
 
 
 class TokenizerError(ValueError):
-    """A tokenizer cannot be loaded or a text cannot be encoded; the message says what mends it."""
+    """A tokenizer cannot be loaded, or a text cannot be encoded. The message names a remedy."""
 
 
 class RoleTokenizer:
     """Text to token ids and back in one model's vocabulary.
 
-    text_tokens, added_tokens: content -> id; the second are recognised in text as they stand, before it is split.
-    special_ids: the added tokens that decoding skips. eos_ids: each of them ends an answer. bos_ids: what raw text is
-    preceded by. width: columns of the model's logits rows. tied: whether embeddings and head are one, None where
-    its config does not say. max_position: tokens that the model was built for, or None.
+    text_tokens, added_tokens: content -> id. Added tokens are found in a text before it is split.
+    special_ids: added tokens that decoding skips. eos_ids: each of them ends an answer. bos_ids: tokens that precede
+    raw text. width: columns of the model's logits rows. tied: True if embeddings and head share their weights; None if
+    the config does not say. max_position: the model's context length in tokens, or None.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RoleTokenizer:
     def load(cls, path: str, revision: str | None = None) -> RoleTokenizer:
         """The tokenizer in a local folder or of a hub model, of which only the small files in FILES are fetched.
 
-        Raises TokenizerError naming the command that mends it.
+        Raises TokenizerError with a command that helps.
         """
         folder = _folder(path, revision)
         if not (folder / "tokenizer.json").is_file():
@@ -103,29 +103,29 @@ class RoleTokenizer:
 
     @cached_property
     def adapter(self) -> ByteTokenizerAdapter:
-        """Encodes text in the middle of an answer. Raises UnsupportedTokenizer for a kind that cannot do so."""
+        """The encoder of text in the middle of an answer. Raises UnsupportedTokenizer for kinds without bytes."""
         return ByteTokenizerAdapter(self._tokenizer, self.text_tokens)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `render` can be called."""
+        """True if `render` can be called."""
         return self._template is not None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text`. special: with what the tokenizer puts around raw text (a BOS, for example)."""
+        """Token ids of `text`. special: with the tokens that the tokenizer puts around raw text, such as a BOS."""
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
-        except TypeError:  # what tokenizers raises for a str that is not UTF-8
+        except TypeError:  # the library's error for a str that is not UTF-8
             raise TokenizerError("the text holds half of a surrogate pair, which is no character") from None
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no character become U+FFFD."""
+        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def stream(self, after: Sequence[int] = (), skip_special: bool = True) -> TextStream:
-        """Decode ids as they come. after: the tokens before the first (a prompt), so that a leading space is kept."""
+        """An incremental decoder. after: tokens before the first one, such as a prompt, so that its space is kept."""
         return TextStream(self, after, skip_special)
 
     def render(
@@ -136,7 +136,7 @@ class RoleTokenizer:
         continue_final_message: bool = False,
         **template_arguments: Any,
     ) -> str:
-        """The messages as this model's chat template writes them. Raises ChatTemplateError, fit for a client."""
+        """The messages rendered by this model's chat template. Raises ChatTemplateError with a text for clients."""
         if self._template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions with the whole prompt")
         return self._template.render(
@@ -147,16 +147,16 @@ class RoleTokenizer:
         )
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each token as its vocabulary writes it ("Ġis", "▁is"); "" for an id that stands for nothing."""
+        """Each token as its vocabulary writes it ("Ġis", "▁is"); "" for an id that is no token."""
         return [self._tokenizer.id_to_token(id_) or "" for id_ in ids]
 
     @cached_property
     def spaces_added(self) -> bool:
-        """Whether its decoder puts a space between two added tokens."""
+        """True if its decoder puts a space between two added tokens."""
         return any(self.decode([id_] * 2, skip_special=False) != text * 2 for text, id_ in self.added_tokens.items())
 
     def token_bytes(self, id_: int) -> bytes:
-        """What a token adds to a text; an added token as it is written, b"" for an id that stands for nothing."""
+        """The bytes that a token adds to a text: the content of an added token; b"" for an id that is no token."""
         texts = self._token_texts
         if id_ < len(texts) and (text := texts[id_]) is not None:
             return text
@@ -166,16 +166,16 @@ class RoleTokenizer:
     def _token_texts(self) -> Sequence[bytes | None]:
         try:
             return self.adapter.texts
-        except UnsupportedTokenizer:  # a kind that is read token by token only
+        except UnsupportedTokenizer:  # such a kind can only decode its tokens
             return ()
 
     def lead(self, ids: Sequence[int]) -> int:
-        """How many ids at the beginning are what raw text is preceded by."""
+        """Number of leading ids that the tokenizer puts before raw text."""
         length = len(self.bos_ids)
         return length if tuple(ids[:length]) == self.bos_ids else 0
 
     def is_token(self, id_: int) -> bool:
-        """Whether an id stands for a text; rows may be wider than the vocabulary."""
+        """True if an id is a token. Rows may be wider than the vocabulary."""
         return self._tokenizer.id_to_token(id_) is not None
 
     def _find_ends(self, eos_token: str | None, *configs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -187,47 +187,47 @@ class RoleTokenizer:
 
 
 class TextStream:
-    """Incremental decoding: pieces that join to the text of all tokens.
+    """Decodes tokens one by one to pieces that join to the text of all tokens.
 
-    Works for every decoder because it decodes the new tokens beside the last ones whose text is out: a word's space
-    depends on its neighbour in SentencePiece vocabularies, and a character may spread over tokens in all of them.
+    It decodes new tokens together with the last ones before them, which works for every decoder: in SentencePiece
+    vocabularies the space of a word depends on its neighbour, and in all of them a character may span several tokens.
     """
 
     def __init__(self, tokenizer: RoleTokenizer, after: Sequence[int] = (), skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
-        self._said = [id_ for id_ in after[-2 * _LONGEST_CHARACTER :] if self._has_text(id_)]
+        self._decoded = [id_ for id_ in after[-2 * _LONGEST_CHARACTER :] if self._has_text(id_)]
         self._held: list[int] = []
 
     def push(self, id_: int) -> str:
-        """The text that is certain after one more token; "" while a character is incomplete."""
+        """The text of one more token that no later token can change; "" while a character is incomplete."""
         if not self._has_text(id_):
             return ""
         self._held.append(id_)
         text = self._new_text(self._held)
         if text and not text.endswith("�"):
             return self._release(len(self._held), text)
-        if len(self._held) >= _LONGEST_CHARACTER:  # the oldest can no longer become part of a character
+        if len(self._held) >= _LONGEST_CHARACTER:  # the oldest token is part of no character
             return self._release(1, self._new_text(self._held[:1]))
         return ""
 
     def flush(self) -> str:
-        """The text still held back, when no token follows."""
+        """The text held back, if no token follows."""
         return self._release(len(self._held), self._new_text(self._held)) if self._held else ""
 
     def _has_text(self, id_: int) -> bool:
         return id_ not in self._skipped and self._tokenizer.is_token(id_)
 
     def _release(self, count: int, text: str) -> str:
-        self._said, self._held = self._held[:count], self._held[count:]
+        self._decoded, self._held = self._held[:count], self._held[count:]
         return text
 
     def _new_text(self, held: list[int]) -> str:
-        before = self._tokenizer.decode(self._said, skip_special=False)
-        both = self._tokenizer.decode(self._said + held, skip_special=False)
+        before = self._tokenizer.decode(self._decoded, skip_special=False)
+        both = self._tokenizer.decode(self._decoded + held, skip_special=False)
         if both.startswith(before):
             return both[len(before) :]
-        return self._tokenizer.decode(held, skip_special=False)  # a bad byte spoilt the run of bytes that it ends
+        return self._tokenizer.decode(held, skip_special=False)  # a bad byte changed the text of the bytes before it
 
 
 def _folder(path: str, revision: str | None) -> Path:
@@ -271,12 +271,12 @@ def _content(token: str | Mapping[str, Any]) -> str:
 
 
 def _declare_added(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Older checkpoints declare added tokens, or that they are special, in tokenizer_config.json alone."""
-    known = tokenizer.get_added_tokens_decoder()
+    """Add the tokens of tokenizer_config.json: older checkpoints declare added or special tokens there alone."""
+    added = tokenizer.get_added_tokens_decoder()
     declared: Mapping[str, Mapping[str, Any]] = settings.get("added_tokens_decoder") or {}
     for id_, fields in sorted((int(key), fields) for key, fields in declared.items()):
         token = AddedToken(**{name: fields[name] for name in _ADDED_FIELDS if name in fields})
-        if id_ not in known or known[id_].special != token.special:
+        if id_ not in added or added[id_].special != token.special:
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != id_:
             raise TokenizerError(f"tokenizer_config.json gives {token.content!r} the id {id_}, tokenizer.json another")

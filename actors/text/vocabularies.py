@@ -1,4 +1,4 @@
-"""What sessions must know of the models' vocabularies, built once from their tokenizers and kept."""
+"""Maps between the roles' vocabularies, built once from their tokenizers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from actors.text.tokenizer import RoleTokenizer
 
 
 def vocabulary_of(tokenizer: RoleTokenizer) -> Vocabulary:
-    """A tokenizer's tokens, as the maps between vocabularies need them."""
+    """The tokens of a tokenizer."""
     return Vocabulary(tokenizer.text_tokens, tokenizer.added_tokens, tokenizer.eos_ids, tokenizer.width)
 
 
 def small_maps(tokenizers: Mapping[Role, RoleTokenizer]) -> dict[Role, VocabularyMap | Alignment]:
-    """How the small models read the target: one for one, or both as texts. Raises SpellingError."""
+    """By small role its map from the target: one to one, or alignments for all. Raises UnsupportedTokenizer."""
     target, small = tokenizers["target"], [role for role in tokenizers if role != "target"]
     try:
         ours = vocabulary_of(target)
@@ -41,10 +41,10 @@ def small_maps(tokenizers: Mapping[Role, RoleTokenizer]) -> dict[Role, Vocabular
 
 
 class VocabularyRegistry:
-    """Maps between roles, and spellings of the texts that decoding may force.
+    """Maps between roles, and the ids of texts that decoding may force.
 
-    Where the target's text tokens are not those of both small models, these are aligned with it by their texts. Raises
-    SpellingError when they cannot be. What depends on a client's texts is small, and forgotten when it is not used.
+    If the text tokens of the target and the small models differ, both small models are aligned with it. Raises
+    UnsupportedTokenizer if that is impossible. Entries that depend on a client's texts are small, in an LRU cache.
     """
 
     def __init__(self, tokenizers: Mapping[Role, RoleTokenizer]) -> None:
@@ -62,27 +62,27 @@ class VocabularyRegistry:
         return self._own[role] if primary == role else self._small[role]
 
     def plain_map(self, primary: Role, role: Role) -> VocabularyMap:
-        """The same, of a role that reads the primary's tokens one for one."""
+        """The map to a role whose tokens correspond to the primary's one to one."""
         mapping = self.map(primary, role)
         assert isinstance(mapping, VocabularyMap)
         return mapping
 
     def alignment(self, role: Role) -> Alignment:
-        """The same, of a small role of another family."""
+        """The alignment of a small role with another vocabulary."""
         mapping = self._small[role]
         assert isinstance(mapping, Alignment)
         return mapping
 
     def width(self, role: Role) -> int:
-        """Of a role's rows."""
+        """Columns of a role's logits rows."""
         return self._vocabularies[role].width
 
     def token_by_token(
         self, primary: Role, role: Role, ours: Sequence[int], theirs: Sequence[int]
     ) -> tuple[list[int], list[int]] | None:
-        """A role's prompt as it reads the primary's token by token, and how many it has read after each of these.
+        """Translate the primary's prompt `ours` to a role, token by token: its ids, and their number after each token.
 
-        What either has before raw text is its own. None where the prompts are not the same text.
+        Tokens before raw text (a BOS) are each role's own. None if the prompts are different texts.
         """
         own, other, mapping = self._tokenizers[primary], self._tokenizers[role], self.plain_map(primary, role)
         skip, lead = own.lead(ours), other.lead(theirs)
@@ -102,15 +102,15 @@ class VocabularyRegistry:
         return self._legal[role]
 
     def canonical(self, role: Role, token: int) -> int:
-        """The id that stands for `token` in decisions: all end ids are one event, the first of them."""
+        """The id that represents `token` in decisions: the first end id for all end ids."""
         ends = self._vocabularies[role].eos_ids
         return ends[0] if token in ends else token
 
     def _required(self, primary: Role, role: Role, end: str, forced: tuple[int, ...] = ()) -> RequiredLogits:
-        """What rows of `role` must know: `end` closes the thinking, and `forced` primary ids are wanted."""
+        """The required logits of `role`. end: the text that ends the thinking. forced: further ids of the primary."""
         mapping = self.map(primary, role)
         if isinstance(mapping, Alignment):
-            return NO_REQUIRED_LOGITS  # its tables say what each event is
+            return NO_REQUIRED_LOGITS  # its tables hold all events
         folds = dict(mapping.folds)
         if end and primary != role:
             vocabularies = self._vocabularies[primary], self._vocabularies[role]
@@ -118,7 +118,7 @@ class VocabularyRegistry:
         return required_logits(folds, mapping, forced)
 
     def _vocabulary(self, primary: Role, roles: tuple[Role, ...], thinking: Thinking) -> SessionVocabulary:
-        """The language of sessions of these roles."""
+        """The vocabularies of sessions with these roles."""
         forced_texts = {
             role: ForcedTextIds(
                 tuple(self._tokenizers[role].encode(thinking.end)), tuple(self._tokenizers[role].encode(thinking.wait))

@@ -74,15 +74,15 @@ class IncrementalRetokenizer:
     __slots__ = (
         "_adapter",
         "_added_tokens",
-        "_incomplete",
         "_base",
         "_ends",
         "_floor",
         "_ids",
+        "_incomplete",
         "_marks",
-        "_target_tokens",
         "_tail",
         "_tail_tokens",
+        "_target_tokens",
     )
 
     def __init__(self, adapter: TokenizerAdapter, added_tokens: AddedTokenMatcher | None = None) -> None:
