@@ -16,14 +16,14 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 from actors.api.generation import Generate, Rejected, Role
 from actors.config import ServiceConfig
 from actors.coordinator.cache_budget import CacheBudget, CacheSnapshot, need
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.request_checks import too_long
-from actors.coordinator.session import ActiveSession, VerificationWindow
+from actors.coordinator.session import ActiveSession, CacheWait
+from actors.coordinator.states import SessionState
 
 SHORTEST_S, LONGEST_S = 1.0, 60.0  # what a client is told to wait
 _SMOOTHING = 0.1  # weight of the newest session in how long they take
@@ -102,16 +102,6 @@ class WaitTimeEstimator:
         return min(max(takes_s * ahead / max(1, running), SHORTEST_S), LONGEST_S)
 
 
-@dataclass(frozen=True, slots=True)
-class ParkedSession:
-    """A session that lacks its cache at one model, and how to go on once there is room."""
-
-    window: VerificationWindow
-    role: Role
-    not_before: float
-    again: Callable[[], None]
-
-
 class AdmissionQueue:
     """The sessions of one coordinator that have no place.
 
@@ -131,9 +121,8 @@ class AdmissionQueue:
         self._wait_time = WaitTimeEstimator(clock)
         self._queue = FairQueue()
         self._resumed: list[ActiveSession] = []  # moved here from another coordinator
-        self._parked: list[ParkedSession] = []
-        self._stirred = self._blocked = False  # whether room may have come free; whether the head found none
-        self._due = math.inf  # when the next pause is over
+        self._room_may_be_free = self._head_blocked = False
+        self._next_pause_end = math.inf
 
     def __len__(self) -> int:
         return len(self._resumed) + len(self._queue)
@@ -145,7 +134,7 @@ class AdmissionQueue:
     @property
     def parked(self) -> int:
         """Sessions that have begun and wait for room."""
-        return len(self._parked)
+        return sum(active.state == SessionState.PARKED for active in self._active())
 
     def refusal(self, request: Generate) -> Rejected | None:
         """Why one more session cannot wait; None if it can, or another makes way for it."""
@@ -165,7 +154,7 @@ class AdmissionQueue:
 
     def add(self, active: ActiveSession) -> None:
         """Let a session wait. If the queue is full, another is turned away for it."""
-        self._stirred = True
+        self._room_may_be_free = True
         if active.resumed:
             self._resumed.append(active)
             self._resumed.sort(key=lambda each: each.age)
@@ -181,36 +170,34 @@ class AdmissionQueue:
         self._queue.remove(active)
         if active in self._resumed:
             self._resumed.remove(active)
-        self._parked = [each for each in self._parked if each.window.active is not active]
         self._wait_time.ended(active)
-        self._stirred = True
+        self._room_may_be_free = True
 
-    def park(self, window: VerificationWindow, role: Role, pause_s: float, again: Callable[[], None]) -> None:
-        """A session lacks its cache at a model. `admit` calls `again` after the pause, once there is room."""
-        active = window.active
-        active.lacks.add(role)
-        self._parked = [each for each in self._parked if (each.window.active, each.role) != (active, role)]
-        self._parked.append(ParkedSession(window, role, self._clock() + pause_s, again))
-        self._stirred = True
+    def park(self, active: ActiveSession, role: Role, pause_s: float, resume: Callable[[], None]) -> None:
+        """A session lacks its cache at a model. `admit` calls `resume` after the pause, once there is room."""
+        active.park(role, CacheWait(self._clock() + pause_s, resume))
+        self._room_may_be_free = True
 
     def tick(self) -> None:
         """Half a second is over."""
         self._budget.note()
-        self._stirred = True
+        self._room_may_be_free = True
 
     def admit(self, roles: Callable[[ActiveSession], Sequence[Role]]) -> Iterator[ActiveSession]:
         """Let go on who can: parked sessions, oldest first, then resumed ones, then new ones, clients in turn.
 
         roles: that a session needs now. Who begins is bound to a replica of each, but for roles that nobody plays.
         """
-        if not (self._parked or len(self)) or not (self._stirred or self._clock() >= self._due):
+        if not (self._room_may_be_free or self._clock() >= self._next_pause_end):
             return
-        self._stirred = False
+        self._room_may_be_free, self._next_pause_end = False, math.inf
+        if not (len(self) or self.parked):
+            return
         snapshot = self._budget.snapshot()
         self._unpark(snapshot)
         while (active := self._head()) is not None and len(self._active()) < self._config.coordinator.max_sessions:
             places = self._places(active, roles(active), snapshot)
-            self._blocked = places is None
+            self._head_blocked = places is None
             if places is None:
                 return
             if active.resumed:
@@ -223,12 +210,12 @@ class AdmissionQueue:
                 snapshot.take(active, role, replica)
             self._wait_time.began(active)
             yield active
-        self._blocked = False
+        self._head_blocked = False
 
     @property
     def _full(self) -> bool:
         config, taken = self._config.coordinator, len(self._active()) + len(self._resumed)
-        places = 0 if self._blocked else max(0, config.max_sessions - taken)
+        places = 0 if self._head_blocked else max(0, config.max_sessions - taken)
         return len(self._queue) >= config.max_waiting + places
 
     def _head(self) -> ActiveSession | None:
@@ -250,17 +237,14 @@ class AdmissionQueue:
     def _unpark(self, snapshot: CacheSnapshot) -> None:
         """Let parked sessions go on that find room, oldest first; where one waits, no younger one overtakes it."""
         now, oldest = self._clock(), min(self._active(), key=lambda active: active.age, default=None)
-        parked, self._parked = sorted(self._parked, key=lambda each: each.window.active.age), []
-        for each in parked:
-            active, role = each.window.active, each.role
-            replica = active.replicas.get(role)
-            if active.window is not each.window or replica is None:  # it began anew, elsewhere or here
-                active.lacks.discard(role)
-            elif now >= each.not_before and (active is oldest or snapshot.fits(replica, need(active, role, replica))):
-                active.lacks.discard(role)
+        waits = [(active, role, wait) for active in self._active() for role, wait in active.cache_waits.items()]
+        for active, role, wait in sorted(waits, key=lambda each: each[0].age):
+            replica = active.replicas[role]
+            if now >= wait.not_before and (active is oldest or snapshot.fits(replica, need(active, role, replica))):
+                active.unpark(role)
                 snapshot.take(active, role, replica)
-                each.again()
+                wait.resume()
             else:
-                self._parked.append(each)
                 snapshot.shut.add(replica)
-        self._due = min((each.not_before for each in self._parked if each.not_before > now), default=math.inf)
+                if wait.not_before > now:
+                    self._next_pause_end = min(self._next_pause_end, wait.not_before)

@@ -123,6 +123,6 @@ def _used(active_sessions: Iterable[ActiveSession]) -> dict[Replica, CacheUse]:
     used: dict[Replica, CacheUse] = {}
     for active in active_sessions:
         for role, replica in active.replicas.items():
-            if role not in active.lacks and (role == active.primary or not active.past_context):
+            if role not in active.cache_waits and (role == active.primary or not active.past_context):
                 used.setdefault(replica, CacheUse()).add(held(active, role), need(active, role, replica))
     return used

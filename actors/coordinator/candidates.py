@@ -93,7 +93,7 @@ class CandidateCompleter:
         for block, indices in made:
             members = [rows[index] for index in indices]
             for at, row in enumerate(members):
-                row.block, row.at = block, at
+                row.join(block, at)
             window = members[0].window
             if not window.guided or members[0].k == WHOLE:
                 continue
@@ -143,7 +143,7 @@ class CandidateCompleter:
                 active = row.window.active
                 call_id = self._calls.issue(InflightCall("lookup", row.window, part.role, row=row, lookups=part))
                 part.call_ids.append(call_id)
-                row.waiting += 1
+                row.lookup_sent()
                 outbox.lookups.append((call_id, active.key, prefix, active.epoch, position, count))
             outbox.ids.append(its_ids)
 

@@ -66,8 +66,7 @@ class DraftPlanner:
         if not drafts:
             return
         active, kept = window.active, window.next - 1
-        active.session.drafted += drafts
-        active.session.accepted += kept
+        active.session.count_drafts(drafts, kept)
         self.drafted += drafts
         self.accepted += kept
         source: Source = "guider" if window.drafter == "guider" else "text"

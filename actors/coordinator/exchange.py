@@ -87,13 +87,12 @@ class Exchange:
         window = active.window
         assert window is not None
         stream = active.session.streams[role]
-        stream.held = min(held, stream.held, len(stream) - 1)
+        stream.lose(min(held, len(stream) - 1))
         active.row_histories.pop(role, None)
         self._calls.forget(active, role)
         window.answered.discard(role)
         for row in window.rows[window.next :]:
-            row.slices.pop(role, None)
-            row.restart()
+            row.extend_again(role)
             self._touched[row] = None
         for other in window.roles:
             self._calls.forget(active, other, lookups_only=True)
@@ -119,12 +118,11 @@ class Exchange:
             active.row_histories.pop(role, None)
             outbox.extends.append(item)
             outbox.tokens += tokens
-            stream.held = len(stream)
+            stream.hold(len(stream))
 
     def widen(self, row: LogitsRow, k: int) -> None:
         """Ask for wider slices of a row (WHOLE: for the whole row of every role)."""
-        row.k = k
-        row.restart()
+        row.widen(k)
         for role in row.window.roles:
             if self._too_narrow(row, role):
                 self._widen(row, role, row.slices.pop(role))
@@ -285,6 +283,8 @@ class Exchange:
         """Ask for what the rows touched since the last call still lack; windows whose next row is complete."""
         touched, self._touched = list(self._touched), {}
         self._completer.advance(row for row in touched if not row.window.scores_prompt)
+        for row in touched:
+            row.complete_if_answered()
         return [window for window in dict.fromkeys(row.window for row in touched) if window.ready()]
 
     def _take_rows(self, message: Rows, replica: Replica) -> None:
@@ -316,7 +316,8 @@ class Exchange:
     def _hear(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
         """A role said of a row what an extend says."""
         if self._too_narrow(row, role):
-            self._widen(row, role, part)  # it had been widened when the role began anew
+            row.await_wider()  # it had been widened when the role began anew
+            self._widen(row, role, part)
         else:
             self._arrive(row, role, part)
 

@@ -85,7 +85,7 @@ class InflightCalls:
         asked.window.active.call_ids[asked.role].discard(asked.call_id)
         if asked.kind == "lookup":
             assert asked.row is not None
-            asked.row.waiting -= 1
+            asked.row.lookup_answered()
             self._touched(asked.row)
 
     def forget(self, active: ActiveSession, role: Role, lookups_only: bool = False) -> None:

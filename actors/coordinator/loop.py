@@ -24,6 +24,7 @@ from actors.coordinator.prompt_scoring import PromptScorer
 from actors.coordinator.recovery import MAX_FAULTS, FaultHandler
 from actors.coordinator.replica_pool import Locate, Replica, ReplicaPool
 from actors.coordinator.session import ActiveSession, VerificationWindow
+from actors.coordinator.states import SessionState
 from actors.coordinator.stats import CoordinatorMeter
 from actors.coordinator.verification import Counts, NeedsWiderTopK, NoLegalToken, RowDecision, Verifier
 from actors.text.vocabularies import VocabularyRegistry
@@ -67,7 +68,6 @@ class DecodeLoop:
         self._fault_handler = FaultHandler(
             self, self._exchange, self.admission, config.deadlines, self._pool.drop, self.meter
         )
-        self._no_replica: list[ActiveSession] = []
         self._inbox: list[tuple[Replica, Message]] = []
         self._awake = self._stopped = False
         self._watching: asyncio.Task[None] | None = None
@@ -102,7 +102,7 @@ class DecodeLoop:
     @property
     def parked(self) -> int:
         """Of these, sessions that wait for room in a model's cache."""
-        return sum(bool(active.lacks) for active in self._active.values())
+        return self.admission.parked
 
     @property
     def counts(self) -> Counts:
@@ -123,13 +123,14 @@ class DecodeLoop:
 
     def release(self, active: ActiveSession) -> None:
         """Forget a session, finished or not, here and at the models."""
+        if active.state == SessionState.FINISHED:
+            return
         if not active.over:
             active.session.finish("abort")
+        active.enter(SessionState.FINISHED)
         self._exchange.drop(active)
         self._active.pop(active.key, None)
         self.admission.remove(active)
-        if active in self._no_replica:
-            self._no_replica.remove(active)
         for replica in active.replicas.values():
             replica.outbox.released.append(active.key)
         active.replicas = {}
@@ -157,10 +158,10 @@ class DecodeLoop:
         """A fault of this program: what it was about to decide ends, or got no token in many turns on end; the others
         start their rows anew, for the replies that the turn had taken are lost."""
         for active in list(self._active.values()):
-            if active in self._no_replica:
+            if active.state == SessionState.NO_REPLICA:
                 continue
             try:
-                active.faults += 1
+                active.count_fault()
                 if active.window is None or active.window.ready() or active.faults > MAX_FAULTS:
                     self.fail(active, "internal error while decoding")
                 else:
@@ -171,17 +172,18 @@ class DecodeLoop:
         self._send()
 
     def _turn(self) -> None:
-        messages, self._inbox = self._inbox, []
-        for fault in self._exchange.absorb(messages):
-            self._fault_handler.handle(fault)
+        self._receive()
         self._admit()
         windows = self._prompts.tell(self._exchange.advance(), self._next_window)
         while windows:
-            row_decisions = self._verifier.verify(windows)
-            windows = [
-                window for window, rows in zip(windows, row_decisions, strict=True) if self._follow(window, rows)
-            ]
+            windows = self._commit(windows, self._verifier.verify(windows))
         self._send()
+
+    def _receive(self) -> None:
+        """Take in the replies that arrived since the last turn."""
+        messages, self._inbox = self._inbox, []
+        for fault in self._exchange.absorb(messages):
+            self._fault_handler.handle(fault)
 
     def _send(self) -> None:
         self._exchange.look_up_crossing_rows()
@@ -191,9 +193,6 @@ class DecodeLoop:
         for active in self.admission.admit(self._needs):
             self._active[active.key] = active
             self._next_window(active)
-        stranded, self._no_replica = self._no_replica, []
-        for active in stranded:
-            self._next_window(active)
 
     def _next_window(self, active: ActiveSession) -> None:
         """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
@@ -201,10 +200,9 @@ class DecodeLoop:
         guided = bool(active.alpha())
         roles = self._needs(active)
         if not all([self._bind(active, role) for role in roles]):
-            active.no_replica_since = active.no_replica_since or time.monotonic()
-            self._no_replica.append(active)
+            active.enter(SessionState.NO_REPLICA)
             return
-        active.no_replica_since = None
+        active.begin()
         if active.prompt_scoring is not None:
             if not self._prompts.ask(active, active.prompt_scoring):
                 self._next_window(active)
@@ -218,9 +216,10 @@ class DecodeLoop:
             if self._config.beyond_context == "error":
                 self.finish(active, "length")
                 return
-            active.past_context, guided, roles = True, False, (active.primary,)
+            active.stop_guidance()
+            guided, roles = False, (active.primary,)
             room = active.room(active.primary) - 1
-        active.row_since = time.monotonic()
+        active.expect_rows()
         plan = self.planner.plan(active, guided, room, len(self._active))
         self._exchange.begin(active, guided, plan.guesses, plan.drafts)
         if not guided and session.generated:
@@ -257,7 +256,13 @@ class DecodeLoop:
             active.bind(role, replica)
         return True
 
-    def _follow(self, window: VerificationWindow, row_decisions: Sequence[RowDecision]) -> bool:
+    def _commit(
+        self, windows: Sequence[VerificationWindow], decisions: Sequence[Sequence[RowDecision]]
+    ) -> list[VerificationWindow]:
+        """Commit the tokens of each window's decided rows; the windows whose next row is complete but not decided."""
+        return [window for window, rows in zip(windows, decisions, strict=True) if self._commit_rows(window, rows)]
+
+    def _commit_rows(self, window: VerificationWindow, row_decisions: Sequence[RowDecision]) -> bool:
         """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
         active = window.active
         for one in row_decisions:
@@ -274,8 +279,8 @@ class DecodeLoop:
             drafted = window.drafted(row, verdict.token)
             said = active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
             active.events.emit(said)
-            active.faults = active.misses = 0
-            window.next += 1
+            active.reset_faults()
+            window.advance()
             if active.over or not window.goes_on():
                 self._close(window)
                 return False
@@ -306,7 +311,7 @@ class DecodeLoop:
             lost = [role for role, bound in active.replicas.items() if bound is replica]
             for role in lost:
                 del active.replicas[role]
-            if lost and not active.over and active not in self._no_replica:
+            if lost and active.state != SessionState.NO_REPLICA:
                 self._restart(active)
         self.wake()
 
@@ -317,7 +322,9 @@ class DecodeLoop:
             moving = [role for role in leaving if self._pool.stays(role)]
             for role in moving:
                 active.replicas.pop(role).outbox.released.append(active.key)
-            if moving and active not in self._no_replica:
+            if active.state == SessionState.NO_REPLICA:
+                self._next_window(active)
+            elif moving:
                 self._restart(active)
         self.wake()
 
@@ -331,18 +338,18 @@ class DecodeLoop:
         while True:
             await asyncio.sleep(TICK_S)
             now, limits = time.monotonic(), self._config.deadlines
-            for active in list(self._no_replica):
-                if active.no_replica_since is not None and now - active.no_replica_since > limits.reconnect_timeout_s:
+            for active in [each for each in self._active.values() if each.state == SessionState.NO_REPLICA]:
+                if now - active.state_since > limits.reconnect_timeout_s:
                     away = ", ".join(self.missing_roles())
                     self.fail(active, f"no replica of {away} came back within {limits.reconnect_timeout_s:g} s")
             self._fault_handler.overdue(list(self._active.values()))
             self.admission.tick()
-            if self._no_replica or self.admission or self.admission.parked:
+            if self.admission or self.parked:
                 self.wake()
 
     def decodes(self, active: ActiveSession) -> bool:
         """Whether the session is being decoded."""
-        return active.key in self._active
+        return active.state not in (SessionState.QUEUED, SessionState.FINISHED)
 
     def fail(self, active: ActiveSession, error: str) -> None:
         """End a session with an error, which is a sentence for the client."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -34,9 +33,9 @@ class PromptScorer:
             self._tell(active, [PromptNote(active.session.primary.tokens[0], None)])
         chunk = prompt_scoring.next(active)
         if chunk is None:
-            active.prompt_scoring = None
+            active.end_prompt_scoring()
             return False
-        active.row_since = time.monotonic()
+        active.expect_rows()
         roles = prompt_scoring.roles if chunk.guided else (active.primary,)
         self._exchange.read_prompt(active, chunk.guided, {role: prompt_scoring.reads(chunk, role) for role in roles})
         return True
@@ -53,14 +52,14 @@ class PromptScorer:
                 continue
             assert active.prompt_scoring is not None
             self._tell(active, active.prompt_scoring.notes(window, self._vocabularies))
-            active.faults = active.misses = 0
+            active.reset_faults()
             window.settle()
             self._exchange.drop(active)
             go_on(active)
         return others
 
     def _tell(self, active: ActiveSession, notes: list[PromptNote]) -> None:
-        active.session.scored += len(notes)
+        active.session.count_scored(len(notes))
         active.events.emit(Delta(prompt=notes))
 
 

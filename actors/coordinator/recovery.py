@@ -61,15 +61,15 @@ class FaultHandler:
             self._sessions.fail(active, f"the {role} model refused the request ({fault.code.name.lower()})")
             return
         if fault.code in (Refusal.FULL, Refusal.KV_MISS):
-            active.misses += 1  # no room now, or evicted: it waits for older sessions, and that is no fault
-            active.row_since = time.monotonic() + fault.detail * (fault.code == Refusal.FULL) / 1000
+            active.count_miss()  # no room now, or evicted: it waits for older sessions, and that is no fault
+            active.expect_rows(after_s=fault.detail * (fault.code == Refusal.FULL) / 1000)
         else:
-            active.faults += 1
+            active.count_fault()
         if active.faults > MAX_FAULTS:
             self._sessions.fail(active, f"the {role} model failed {active.faults} times in a row")
         elif fault.code == Refusal.FULL or (fault.code == Refusal.KV_MISS and not held):
             delay = fault.pause()
-            self._waiting.park(window, role, delay, lambda: self._again(window, role, held))
+            self._waiting.park(active, role, delay, lambda: self._again(window, role, held))
             asyncio.get_running_loop().call_later(delay, self._sessions.wake)
         elif delay := fault.pause():
             asyncio.get_running_loop().call_later(delay, self._again, window, role, held)
@@ -79,7 +79,7 @@ class FaultHandler:
     def overdue(self, active_sessions: Iterable[ActiveSession]) -> None:
         """Give up the models that owe a row for longer than `deadlines.step_s` and are silent."""
         for active in active_sessions:
-            if any(active.call_ids.values()) and time.monotonic() - active.row_since > self._deadlines.step_s:
+            if any(active.call_ids.values()) and time.monotonic() - active.rows_due_since > self._deadlines.step_s:
                 self._hang(active)
 
     def _again(self, window: VerificationWindow, role: Role, held: int) -> None:
@@ -87,11 +87,10 @@ class FaultHandler:
         active = window.active
         if active.window is not window or role not in active.replicas:
             return
-        active.row_since = time.monotonic()
+        active.expect_rows()
         self._meter.resent(role, active.session.streams[role].held - held)
         if role == window.drafter and not window.rows:  # a draft takes many forwards: one row is enough now
-            stream = active.session.streams[role]
-            stream.held = min(held, stream.held)
+            active.session.streams[role].lose(held)
             self._exchange.drop(active)
             self._exchange.begin(active, window.guided)
         else:
@@ -102,7 +101,8 @@ class FaultHandler:
         limit, now = self._deadlines.step_s, time.monotonic()
         owing = [active.replicas[role] for role, owed in active.call_ids.items() if owed]
         silent = [replica for replica in owing if now - replica.heard_at > limit]
-        active.faults += bool(silent)
+        if silent:
+            active.count_fault()
         if active.faults > MAX_FAULTS:
             self._sessions.fail(active, "the models did not answer in time")
             return

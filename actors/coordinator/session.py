@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from actors.api.generation import Generate, PromptNote, Role
 from actors.coordinator.output import EventQueue
 from actors.coordinator.replica_pool import Replica
+from actors.coordinator.states import ROW_TRANSITIONS, SESSION_TRANSITIONS, RowStage, SessionState, transition
 from actors.decoding.candidates import CandidateBlock, Floats, RowProposal, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
@@ -23,8 +25,16 @@ from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import WHOLE
 
 
+@dataclass(frozen=True, slots=True)
+class CacheWait:
+    """A parked session's wait for room in one replica's cache. not_before: seconds on the admission queue's clock."""
+
+    not_before: float
+    resume: Callable[[], None]
+
+
 class ActiveSession:
-    """One session, the replicas that it is bound to, and the window of rows in flight."""
+    """One session, its state, the replicas that it is bound to, and the window of rows in flight."""
 
     def __init__(self, session: Session, key: int, age: int, acceptance: Mapping[str, Acceptance]) -> None:
         self.session, self.key, self.age, self.acceptance = session, key, age, acceptance
@@ -38,12 +48,13 @@ class ActiveSession:
         ] = {}  # what rows must know, guided or not, where no history adds
         self.row_histories: dict[Role, RowHistory] = {}  # of small roles of another family
         self.call_ids: dict[Role, set[int]] = {}  # of what was asked for the window
-        self.row_since = 0.0
+        self.state = SessionState.QUEUED
+        self.state_since = time.monotonic()
+        self.cache_waits: dict[Role, CacheWait] = {}  # while PARKED: by role whose replica has no room
+        self.rows_due_since = 0.0  # when the rows in flight were requested
         self.faults = 0  # refusals since the last token
-        self.misses = 0  # how often there was no room for the rows in flight, or their cache was gone
-        self.no_replica_since: float | None = None  # when it began to wait for a role that nobody plays
+        self.misses = 0  # since the last token: refusals for lack of room, and because the cache was gone
         self.prompt_scoring: PromptScoring | None = None  # while log-probabilities of the prompt are wanted
-        self.lacks: set[Role] = set()  # roles whose caches it lost, or found no room in, and waits for
         self.past_context = False  # a small model's positions are used up: the target goes on alone
 
     @property
@@ -60,6 +71,54 @@ class ActiveSession:
     def resumed(self) -> bool:
         """Whether another coordinator began it: its client has part of the answer already."""
         return self.session.request.resumed
+
+    def enter(self, state: SessionState) -> None:
+        """Change the state. Raises ForbiddenTransition."""
+        before, self.state = self.state, transition(SESSION_TRANSITIONS, self.state, state)
+        if before != state:
+            self.state_since = time.monotonic()
+        if state != SessionState.PARKED:
+            self.cache_waits.clear()
+
+    def begin(self) -> None:
+        """Enter the state in which rows are requested: of its prompt while that is scored, else of its answer."""
+        scoring = self.prompt_scoring is not None
+        self.enter(SessionState.SCORING_PROMPT if scoring else SessionState.DECODING)
+
+    def park(self, role: Role, wait: CacheWait) -> None:
+        """Wait for room in the cache of a role's replica."""
+        self.enter(SessionState.PARKED)
+        self.cache_waits[role] = wait
+
+    def unpark(self, role: Role) -> None:
+        """There is room in the cache of a role's replica."""
+        del self.cache_waits[role]
+        if not self.cache_waits:
+            self.begin()
+
+    def expect_rows(self, after_s: float = 0.0) -> None:
+        """The deadline of the rows in flight counts from now, or from so many seconds later."""
+        self.rows_due_since = time.monotonic() + after_s
+
+    def count_fault(self) -> None:
+        """A model failed, or did not answer in time."""
+        self.faults += 1
+
+    def count_miss(self) -> None:
+        """A replica had no room for the session, or no longer held its cache."""
+        self.misses += 1
+
+    def reset_faults(self) -> None:
+        """The session went on: earlier faults and misses no longer count."""
+        self.faults = self.misses = 0
+
+    def end_prompt_scoring(self) -> None:
+        """Every wanted row of the prompt has been read."""
+        self.prompt_scoring = None
+
+    def stop_guidance(self) -> None:
+        """A small model's positions are used up: the target goes on alone."""
+        self.past_context = True
 
     def bind(self, role: Role, replica: Replica) -> None:
         """From now on this replica plays the role; it holds nothing yet."""
@@ -167,14 +226,16 @@ class LogitsRow:
         "early_at",
         "index",
         "k",
+        "lookups",
         "proposed",
         "slices",
-        "waiting",
+        "stage",
         "window",
     )
 
     def __init__(self, window: VerificationWindow, index: int, k: int) -> None:
         self.window, self.index = window, index
+        self.stage = RowStage.EXTENDING
         self.k = k  # width of its slices; WHOLE: whole rows
         self.slices: dict[Role, RowSlice] = {}
         self.crossing: dict[Role, CrossingRows] = {}  # by small role of another family, where earlier rows have a say
@@ -183,7 +244,7 @@ class LogitsRow:
         self.early_at = 0
         self.block: CandidateBlock | None = None  # once its candidates are known
         self.at = 0  # which row of the block it is
-        self.waiting = 0  # lookups on their way
+        self.lookups = 0  # on their way
         self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
 
     @property
@@ -197,8 +258,44 @@ class LogitsRow:
     @property
     def complete(self) -> bool:
         """Whether all that was asked has come."""
-        required = self.block is not None or self.window.scores_prompt
-        return required and not self.waiting and len(self.slices) == len(self.window.roles)
+        return self.stage == RowStage.COMPLETE
+
+    def enter(self, stage: RowStage) -> None:
+        """Change the stage. Raises ForbiddenTransition."""
+        self.stage = transition(ROW_TRANSITIONS, self.stage, stage)
+
+    def join(self, block: CandidateBlock, at: int) -> None:
+        """Its candidates are known: it is row `at` of a block."""
+        self.enter(RowStage.LOOKING_UP)
+        self.block, self.at = block, at
+
+    def lookup_sent(self) -> None:
+        """One more lookup is on its way."""
+        self.lookups += 1
+
+    def lookup_answered(self) -> None:
+        """One of its lookups was answered or refused."""
+        self.lookups -= 1
+
+    def complete_if_answered(self) -> None:
+        """Enter COMPLETE if every slice and every lookup has been answered."""
+        joined = self.stage == RowStage.LOOKING_UP or (self.window.scores_prompt and not self.complete)
+        if joined and not self.lookups and len(self.slices) == len(self.window.roles):
+            self.enter(RowStage.COMPLETE)
+
+    def await_wider(self) -> None:
+        """Wider slices or whole rows of it are requested."""
+        self.enter(RowStage.WIDENING if self.audited is None else RowStage.AUDITING)
+
+    def begin_audit(self, decisions: Decisions) -> None:
+        """Keep what the slices decided until whole rows have been fetched."""
+        self.audited = decisions
+
+    def end_audit(self) -> Decisions:
+        """What the slices decided."""
+        decisions, self.audited = self.audited, None
+        assert decisions is not None
+        return decisions
 
     def name(self, role: Role) -> tuple[int, int]:
         """What names it to a replica: the position of its token, and the running hash up to it."""
@@ -219,9 +316,20 @@ class LogitsRow:
         values, asked = self.early.values[self.early_at], self.early.asked[self.early_at]
         return RowProposal(self.window.required, slices, values, asked)
 
-    def restart(self) -> None:
-        """Forget its candidates: a role answers anew."""
-        self.block, self.early, self.proposed, self.waiting = None, None, None, 0
+    def extend_again(self, role: Role) -> None:
+        """A role computes it again: forget its slice and the candidates."""
+        self.slices.pop(role, None)
+        self.enter(RowStage.EXTENDING)
+        self._forget_candidates()
+
+    def widen(self, k: int) -> None:
+        """Decide it by slices of this k: forget the candidates."""
+        self.k = k
+        self.await_wider()
+        self._forget_candidates()
+
+    def _forget_candidates(self) -> None:
+        self.block, self.early, self.proposed, self.lookups = None, None, None, 0
 
 
 @dataclass(slots=True, eq=False)
@@ -269,6 +377,10 @@ class VerificationWindow:
         drafts = self.draft_tokens[self.active.primary]
         return row.index < len(drafts) and drafts[row.index] == token
 
+    def advance(self) -> None:
+        """The row to be decided now has become a token."""
+        self.next += 1
+
     def ready(self) -> bool:
         """Whether the row to be decided now is complete."""
         return self.next < len(self.rows) and self.rows[self.next].complete
@@ -298,7 +410,7 @@ class VerificationWindow:
                     if length <= len(stream) and stream.hash_before(length) == hashes[index]:
                         held = length
                         break
-            stream.held = held
+            stream.hold(held)
 
     def dissolve(self) -> list[LogitsRow]:
         """Its rows, which it has no longer: each knows its window, so both would wait for the garbage collector."""

@@ -94,7 +94,7 @@ class Verifier:
             if decisions.no_legal_token[index] or self._unseen(decisions, index) or _too_few(row, decisions, index):
                 return self._wider(row)
             if judged.alpha and self._audit_due():
-                row.audited = decisions.row(index)
+                row.begin_audit(decisions.row(index))
                 return NeedsWiderTopK(WHOLE)
         elif decisions.no_legal_token[index]:
             return NoLegalToken()
@@ -108,7 +108,7 @@ class Verifier:
         """One wider slice, then the whole row. A rule of the row alone, so that nothing else changes its token."""
         active = row.window.active
         if row.k == self._config.k:
-            active.session.widened += 1
+            active.session.count_widened()
             self.counts.widened_rows += 1
         wider = self._config.k * self._config.widen_factor
         fits = row.k < wider < active.replicas[active.primary].welcome.width
@@ -123,8 +123,7 @@ class Verifier:
 
     def _audit(self, row: LogitsRow, judged: RowDecision) -> Chosen:
         """The whole rows of an audited step are here. What the slices chose stands: an audit only measures."""
-        sliced, row.audited = row.audited, None
-        assert sliced is not None
+        sliced = row.end_audit()
         whole = judged.decisions.row(judged.index)
         distance, differs = compare(sliced, whole, row.window.active.session.request.sampling)
         self.counts.audited_rows += 1
@@ -136,7 +135,7 @@ class Verifier:
         self.counts.tokens += 1
         if row.window.guided:
             uncovered = max(0.0, float(decisions.uncovered[index]))
-            row.window.active.session.uncovered += uncovered
+            row.window.active.session.count_uncovered(uncovered)
             self.counts.uncovered_mass += uncovered
             self.counts.guided_rows += 1
         token = decisions.tokens[index]

@@ -152,6 +152,23 @@ class Session:
         self.guided, self.changed, self.widened = tally.guided, tally.changed, tally.widened
         self.uncovered, self.drafted, self.accepted = tally.uncovered, tally.drafted, tally.accepted
 
+    def count_widened(self) -> None:
+        """One more row needed slices wider than the first ones."""
+        self.widened += 1
+
+    def count_uncovered(self, mass: float) -> None:
+        """So much probability of a guided row lay outside its candidates."""
+        self.uncovered += mass
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """So many drafts were checked, and so many of them became tokens."""
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def count_scored(self, tokens: int) -> None:
+        """The log-probabilities of so many more tokens of the prompt were emitted."""
+        self.scored += tokens
+
     def tally(self) -> Tally:
         """The counts so far that a replay of the choices cannot restore."""
         return Tally(self.guided, self.changed, self.widened, self.uncovered, self.drafted, self.accepted)

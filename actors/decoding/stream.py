@@ -35,6 +35,14 @@ class Stream:
         self.held = min(self.held, keep)
         self.append(tokens)
 
+    def hold(self, tokens: int) -> None:
+        """The replica holds the first `tokens` tokens."""
+        self.held = tokens
+
+    def lose(self, tokens: int) -> None:
+        """The replica holds no more than the first `tokens` tokens."""
+        self.held = min(self.held, tokens)
+
     def hash_before(self, position: int) -> int:
         """The running hash of the tokens before `position`."""
         return self._hashes[position - 1] if position else self._seed

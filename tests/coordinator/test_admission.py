@@ -10,7 +10,8 @@ import pytest
 from actors.api.generation import Rejected, Role
 from actors.config import ServiceConfig
 from actors.coordinator.admission import AdmissionQueue, FairQueue, WaitTimeEstimator
-from actors.coordinator.session import ActiveSession, VerificationWindow
+from actors.coordinator.session import ActiveSession
+from actors.coordinator.states import SessionState
 from tests.support.crowd import Unreached, request, session
 from tests.support.scripted_service import config
 
@@ -47,6 +48,7 @@ class Place:
         begun = []
         for active in self.waiting.admit(lambda active: tuple(active.session.streams)):
             self.active_sessions[active.key] = active
+            active.begin()
             begun.append(active)
         return begun
 
@@ -55,8 +57,7 @@ class Place:
         self.waiting.remove(active)
 
     def park(self, active: ActiveSession, again: list[ActiveSession], pause_s: float = 0.0) -> None:
-        active.window = active.window or VerificationWindow(active, guided=False, required={})
-        self.waiting.park(active.window, "target", pause_s, lambda: again.append(active))
+        self.waiting.park(active, "target", pause_s, lambda: again.append(active))
 
     def refused(self, client: str = "") -> Rejected | None:
         return self.waiting.refusal(request(client=client))
@@ -199,7 +200,7 @@ async def test_who_lost_its_cache_waits_for_room_and_comes_before_new_ones() -> 
     place.end(oldest)
     assert place.admit() == []
     assert again == [youngest]
-    assert not youngest.lacks
+    assert (youngest.state, youngest.cache_waits) == (SessionState.DECODING, {})
 
 
 async def test_the_oldest_is_not_held_up() -> None:
@@ -233,9 +234,9 @@ async def test_a_parked_session_that_began_anew_is_forgotten() -> None:
     place.add(*(active_sessions := many(1)))
     place.admit()
     place.park(active_sessions[0], again)
-    active_sessions[0].window = None
+    active_sessions[0].begin()
     place.admit()
-    assert (again, place.waiting.parked, active_sessions[0].lacks) == ([], 0, set())
+    assert (again, place.waiting.parked, active_sessions[0].cache_waits) == ([], 0, {})
 
 
 async def test_the_wait_that_is_told_follows_from_how_fast_sessions_end() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.coordinator.cache_budget import GROWTH, CacheBudget, growth, need
-from actors.coordinator.session import ActiveSession
+from actors.coordinator.session import ActiveSession, CacheWait
 from tests.support.crowd import Unreached, request, session
 
 TOTAL = 4_096
@@ -71,7 +71,8 @@ def test_the_first_session_from_here_always_fits() -> None:
 def test_a_session_that_lost_its_cache_keeps_no_room() -> None:
     replica = Unreached(cache_tokens=TOTAL)
     active = bound(replica)
-    active.lacks.add("target")
+    active.begin()
+    active.park("target", CacheWait(0.0, lambda: None))
     assert CacheBudget(lambda: [active]).snapshot().free(replica) == TOTAL
 
 

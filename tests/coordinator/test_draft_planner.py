@@ -51,7 +51,7 @@ def session_of(
     session = Session(one, vocabularies.vocabulary("target", ROLES, one.thinking), dict.fromkeys(ROLES, 0))
     active = ActiveSession(session, 1, 1, planner.acceptance())
     for stream in session.streams.values():
-        stream.held = len(stream) - 1
+        stream.hold(len(stream) - 1)
     replicas = {"target": target or Replica(0.03), "guider": guider or Replica(0.002), "guider_base": Replica(0.002)}
     active.replicas = cast(Any, replicas)
     return active
@@ -119,7 +119,7 @@ def test_without_guidance_the_text_guesses_unless_the_guider_is_asked_for(vocabu
     planner = DraftPlanner(Speculation(adapt=False))
     active = session_of(planner, vocabularies)
     active.session.streams["target"].append([50, 51, 52, 50, 51])
-    active.session.streams["target"].held = len(active.session.primary) - 1
+    active.session.streams["target"].hold(len(active.session.primary) - 1)
     assert planner.plan(active, False, FAR, 1) == DraftPlan(guesses=(52, 50, 51))
     assert planner.plan(session_of(planner, vocabularies), False, FAR, 1) == DraftPlan()
     assert planner.plan(session_of(planner, vocabularies, drafter="guider"), False, FAR, 1) == DraftPlan(drafts=7)
