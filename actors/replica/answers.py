@@ -1,4 +1,4 @@
-"""Reduces forwards to the rows that coordinators asked for, and draws the drafts that go on from them."""
+"""Reduces the logits of a forward to the rows that coordinators requested, and samples drafted tokens from them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from actors.wire.columns import Draft
 from actors.wire.messages import WHOLE
 from actors.wire.replies import Answer, Reduced, Replies
 
-DRAFT_WIDTH = 64  # of the slice that a draft is drawn from, where the answer has none
+DRAFT_WIDTH = 64  # width of the slice that a draft is sampled from, if the answer has no slice
 _NO_VALUES = np.zeros((0, 0), np.float32)
 
 
 class SampledDraft(NamedTuple):
-    """The rows of an extend that drafts, and the token drawn from the last of them."""
+    """The newest row of an extend that drafts, and the token sampled from it."""
 
     answer: Answer
     token: int
 
 
 def answer_all(engine: Engine, done: Sequence[ScheduledExtend]) -> list[Answer | SampledDraft]:
-    """The answers to extends whose rows were just made, in their order; rows of one k are reduced together."""
+    """The answers to extends whose rows were just computed, in their order. Rows of equal k are reduced together."""
     groups: dict[tuple[int, bool], list[int]] = {}
     answers: dict[int, Answer | SampledDraft] = {}
     for place, scheduled in enumerate(done):
@@ -61,7 +61,7 @@ def _answer(engine: Engine, k: int, draws: bool, group: Sequence[ScheduledExtend
 
 
 def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[ScheduledExtend]) -> list[int]:
-    """The next token of each extend that drafts: one row [B, k] each."""
+    """The next drafted token of each extend, from its row of the slices `ids` and `logits` [B, k]."""
     parameters, seeds, positions = [], [], []
     for scheduled in group:
         assert scheduled.item.draft is not None
@@ -76,7 +76,7 @@ def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[S
 
 
 def _required(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.float32]:
-    """The logits of all rows at the ids that each of them must know, flat."""
+    """The logits of all rows at their items' required ids, flat: item after item, row after row."""
     rows, counts, ids = [], [], []
     for scheduled in group:
         item = scheduled.item
@@ -94,17 +94,17 @@ def _required(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.fl
 
 
 def width_of(k: int, width: int) -> int:
-    """The k of an answer: as asked, WHOLE or at most the row's width."""
+    """The k of an answer: the requested one, but at most the row's width; WHOLE stays WHOLE."""
     return k if k == WHOLE else min(k, width)
 
 
 def ids_in_range(ids: NDArray[np.int32], width: int) -> bool:
-    """Whether all of `ids` are ids of a row."""
+    """True if all of `ids` are in [0, width)."""
     return not len(ids) or bool(ids.view(np.uint32).max() < width)  # a negative id is a large unsigned one
 
 
 def _empty_answer(k: int) -> Answer:
-    """The answer to an extend that asked for no rows."""
+    """The answer to an extend that requests no rows."""
     none = _NO_VALUES.reshape(-1)
     return Answer(Reduced(k, none, _NO_VALUES.astype(np.int32), _NO_VALUES, none), 0, 0, 0, 0)
 
@@ -113,18 +113,23 @@ MAX_DRAFTS = 8
 
 
 class Drafter:
-    """Carries drafts on, and answers them: `Drafted` when the last token is drawn, `Rows` when its row is there.
+    """Continues extends that draft. Sends `Drafted` when the last token is sampled, `Rows` when its row is computed.
 
-    max_position: tokens of one session, beyond which no draft goes.
+    Example, an extend of tokens 5 to 8 with 2 drafts; each line is one forward:
+        computes 5 to 8    row 8 gives draft 9
+        computes 9         row 9 gives draft 10; `Drafted` has both
+        computes 10        `Rows` has rows 8, 9 and 10
+
+    max_position: tokens of one session; drafts stop there.
     """
 
     def __init__(self, engine: Engine, replies: Replies, max_position: int) -> None:
         self._engine, self._replies, self._max_position = engine, replies, max_position
 
     def continues(self, scheduled: ScheduledExtend, tokens: int, drawn: SampledDraft, *, alone: bool) -> bool:
-        """Take in the row of the last `tokens` tokens; whether the token drawn from it is the next to compute.
+        """Add the row after `tokens` more tokens. True if the token sampled from it is computed next.
 
-        Not so where the model cannot take it, and not when the session has been asked for something newer.
+        False if the model cannot take the token, or if the session has a newer request (not `alone`).
         """
         scheduled.answers.append(drawn.answer)
         scheduled.advance(tokens)
@@ -141,17 +146,20 @@ class Drafter:
         return True
 
     def finish(self, scheduled: ScheduledExtend) -> None:
-        """Answer with the drafts that were computed."""
+        """Answer with the drafts computed so far."""
         self._send_drafts(scheduled)
         self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
 
     def complete(self, scheduled: ScheduledExtend, last: Answer) -> None:
-        """The row of the last draft is there: answer with all."""
+        """Answer with all rows: `last` is that of the last draft."""
         scheduled.answers.append(last)
         self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
 
     def stop_drafting(self, scheduled: ScheduledExtend) -> bool:
-        """Answer without a draft that the cache did not take; False if that is not possible any more, or yet."""
+        """Drop a draft that the cache had no room for, and answer with those before it.
+
+        False if there is no such draft, or if `Drafted` has already announced it.
+        """
         if not scheduled.is_drafting or not scheduled.draws:
             return False
         scheduled.drafted.pop()
@@ -163,7 +171,7 @@ class Drafter:
 
 
 def invalid_draft(rows: int, draft: Draft) -> str | None:
-    """What makes a draft one that can never be made."""
+    """The reason why a draft can never be made, or None."""
     if rows != 1:
         return f"drafts go on from one row, not {rows}"
     if not 1 <= draft.drafts <= MAX_DRAFTS:
@@ -178,7 +186,7 @@ def invalid_draft(rows: int, draft: Draft) -> str | None:
 
 
 def sampling_of(draft: Draft) -> Sampling:
-    """How a draft is drawn. Raises ValueError."""
+    """The sampling parameters of a draft. Raises ValueError."""
     return _sampling(draft.temperature, draft.top_p)
 
 

@@ -1,4 +1,4 @@
-"""A model role from its configuration: the engine, and the replica that serves it. Plain, without Ray."""
+"""Builds a model role from its configuration: the engine, and the replica that serves it. Plain Python, without Ray."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def load_role(
     report: Callable[[LoadProgress], None] = lambda progress: None,
     start: StartFollower | None = None,
 ) -> StepEngine:
-    """The engine of a role, its weights loaded. Blocks. Raises LoadError with what mends it.
+    """Load the weights of a role and build its engine. Blocks. Raises LoadError, whose message has the fix.
 
-    start: how the other ranks of a tensor-parallel model come to be; as child processes if None.
+    report: called with the progress. start: starts a further rank of a tensor-parallel model; None: as child processes.
     """
     spin_briefly()
     from actors.engine.loader import load_engine  # loads torch, which only model processes need
@@ -56,7 +56,7 @@ def load_role(
 
 
 def source_of(model: ModelConfig) -> ModelSource:
-    """Which weights a role's section names, and how they are loaded. Raises LoadError for what cannot go together."""
+    """The weights of a role, and how they are loaded. Raises LoadError for settings that cannot be combined."""
     from actors.engine.loader import ModelSource
 
     return ModelSource(**{field.name: getattr(model, field.name) for field in fields(ModelSource)})
@@ -72,7 +72,7 @@ def serve_role(
     secret: bytes,
     host: str = "127.0.0.1",
 ) -> ModelReplica:
-    """A replica around a loaded engine, not yet started, that will listen on `host` and nowhere else."""
+    """A replica of a loaded engine, not yet started. It will listen on `host` only."""
     settings = ReplicaSettings(
         max_position=session_limit(config, role, tokenizer),
         prefill_chunk=config.models.role(role).prefill_chunk,

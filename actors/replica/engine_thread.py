@@ -1,4 +1,4 @@
-"""One forward of a model: what goes in, what comes out, and the engine's own thread. No wire, no torch."""
+"""Runs the forwards of a model, on the engine's own thread. Imports neither sockets nor torch."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ __all__ = ["Engine", "Failed", "ForwardThread", "Result", "run_forward"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The forward raised: the session's cache is dropped."""
+    """The forward raised an error. The session's cache was dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unshared:
-    """What was to be forked is gone, or there is no room for it: nothing was computed, it must go on by itself."""
+    """The blocks to fork are lost, or the cache has no room for them. Nothing was computed; retry without a fork."""
 
 
 T = TypeVar("T")
 
-# Held: a chunk is done and more is to come.
+# Held: a chunk was computed, and the extend has more.
 Result: TypeAlias = Answer | SampledDraft | Held | KVMiss | Full | Unshared | Failed
 
 
 class ForwardThread:
-    """Runs forwards one after another on a thread of its own. `start`, then `run`, then `stop`.
+    """Runs forwards one after another on a thread of its own. Call `start`, then `run`, then `stop`.
 
-    Forwards take their turn through a plain queue, and each result comes back in one call on the event loop: an
-    executor's futures cost three times as many wake-ups of threads.
+    Jobs are passed through a plain queue, and each result is passed back by one callback on the event loop. The futures
+    of an executor take three times as many wake-ups of threads.
     """
 
     def __init__(self, name: str) -> None:
@@ -56,12 +56,12 @@ class ForwardThread:
         closing: Sequence[int],
         done: Callable[[list[Result] | Exception], None],
     ) -> None:
-        """Run a forward (see `run_forward`); then `done` on the caller's event loop with what it gave or raised."""
+        """Run a forward (see `run_forward`), then call `done` on the caller's event loop with its result or error."""
         work = partial(run_forward, engine, chunks, closing)
         self._jobs.put(_Job(asyncio.get_running_loop(), work, done))
 
     async def between(self, work: Callable[[], T]) -> T:
-        """What `work` gives or raises, run on the thread between two forwards. Never ends once the thread has."""
+        """Run `work` on the thread between two forwards; return or raise its outcome. Hangs if the thread has ended."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[T | Exception] = loop.create_future()
         self._jobs.put(_Job(loop, work, lambda result: None if outcome.done() else outcome.set_result(result)))
@@ -71,13 +71,13 @@ class ForwardThread:
         return result
 
     def stop(self) -> None:
-        """End the thread after its last forward; waits for nothing."""
+        """End the thread after the jobs already queued. Does not wait."""
         self._jobs.put(None)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job.do()
-            del job  # what it holds is not kept until the next one comes
+            del job  # else its arrays would be kept until the next job
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +91,14 @@ class _Job:
             outcome = self.work()
         except Exception as error:
             outcome = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.done, outcome)
 
 
 def run_forward(engine: Engine, chunks: Sequence[Chunk], closing: Sequence[int]) -> list[Result]:
-    """Fork and close sessions, run one forward, reduce its rows and draw drafts; results in the order of `chunks`.
+    """Fork and close sessions, run one forward, reduce its rows and sample drafts. Results in the order of `chunks`.
 
-    If the engine raises, the sessions of all parts are dropped.
+    closing: sessions whose cache is freed. If the engine raises, the cache of every chunk's session is dropped.
     """
     anew = {chunk.scheduled.item.session for chunk in chunks}.intersection(closing)
     for session in anew:
@@ -106,7 +106,7 @@ def run_forward(engine: Engine, chunks: Sequence[Chunk], closing: Sequence[int])
     try:
         results: list[Result] = [Unshared()] * len(chunks)
         begun = [place for place, chunk in enumerate(chunks) if not chunk.forked or _fork(engine, chunk)]
-        for session in closing:  # a session that goes could still be forked from
+        for session in closing:  # only now: forks may copy from a session that closes
             if session not in anew:
                 engine.close(session)
         if not begun:

@@ -1,4 +1,4 @@
-"""Whose session is whose at a model: fencing by epoch, late duplicates, and the queue of each session."""
+"""Leases: the coordinator that owns each session at a model (by epoch), and each session's queue of requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from actors.wire.replies import Recipient, Replies
 
 
 class Waiter(NamedTuple):
-    """A lookup (of `ids`) or widening (None) whose row is still being made."""
+    """A lookup (of `ids`) or a widening (`ids` is None) whose row is still being computed."""
 
     peer: Recipient
     item: RowItem
@@ -27,21 +27,21 @@ class Waiter(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """A session as its model sees it."""
+    """A session at its model: its owner and its queue."""
 
     peer: Recipient  # the connection of the coordinator that owns it
     epoch: int
-    call_id: int  # of the last extend: no later one has a lower ticket
-    queue: deque[ScheduledExtend] = field(default_factory=deque)  # in the order of arrival; the first may be running
+    call_id: int  # of the last extend; later extends have higher ones
+    queue: deque[ScheduledExtend] = field(default_factory=deque)  # in order of arrival; the first may be running
     running: ScheduledExtend | None = None
     waiters: list[Waiter] = field(default_factory=list)
 
     def makes(self, position: int) -> bool:
-        """Whether the row of the token at `position` is still being made."""
+        """True if a queued extend computes the row of the token at `position`."""
         return any(scheduled.makes(position) for scheduled in self.queue)
 
     def refuse(self, replies: Replies, code: Refusal, detail: int = 0) -> None:
-        """Answer everything that waits with a refusal. What runs is no longer this owner's."""
+        """Refuse everything that waits, and disown the extend that runs: its result is discarded."""
         for scheduled in self.queue:
             replies.refuse(scheduled.peer, scheduled.item.call_id, code, detail)
         for waiter in self.waiters:
@@ -52,7 +52,7 @@ class Lease:
 
 
 class SessionLeases:
-    """All sessions of a model, by key."""
+    """The leases of all sessions of a model, by the session's key."""
 
     def __init__(self) -> None:
         self._sessions: dict[int, Lease] = {}
@@ -65,27 +65,27 @@ class SessionLeases:
 
     @property
     def waiting(self) -> int:
-        """Extends that wait or run."""
+        """Number of extends that wait or run."""
         return sum(len(lease.queue) for lease in self._sessions.values())
 
     @property
     def idle(self) -> bool:
-        """Whether no extend waits or runs."""
+        """True if no extend waits or runs."""
         return not any(lease.queue for lease in self._sessions.values())
 
     def waiters(self) -> Iterator[Lease]:
-        """Sessions for whose rows something waits."""
+        """The sessions that have waiting lookups or widenings."""
         return (lease for lease in self._sessions.values() if lease.waiters)
 
     def heads(self) -> Iterator[tuple[Lease, ScheduledExtend]]:
-        """The first extend of each session that has one."""
+        """The first queued extend of each session that has one."""
         return ((lease, lease.queue[0]) for lease in self._sessions.values() if lease.queue)
 
     def claim(self, peer: Recipient, item: ExtendItem, replies: Replies) -> Lease | None:
-        """The session, owned by the sender of `item`; None if the item is refused or a late duplicate.
+        """The lease for the sender of `item`; None if the item was refused or is a late duplicate.
 
-        A lower epoch is refused. A higher one takes over, and so does another connection of the same epoch: it is
-        its owner, connected anew.
+        A lower epoch is refused. A higher epoch takes the session over. Another connection with the same epoch also
+        does: it is the same owner after a reconnect.
         """
         lease = self._sessions.get(item.session)
         if lease is None:
@@ -103,7 +103,7 @@ class SessionLeases:
         return lease
 
     def release(self, peer: Recipient, session: int, replies: Replies) -> bool:
-        """The owner is done with a session. False if `peer` does not own it."""
+        """End a session that its owner has released. False if `peer` does not own it."""
         lease = self._sessions.get(session)
         if lease is None or lease.peer is not peer:
             return False
@@ -112,7 +112,7 @@ class SessionLeases:
         return True
 
     def release_all(self, peer: Recipient, replies: Replies) -> list[int]:
-        """The sessions that a connection which closed has left behind."""
+        """End all sessions of a closed connection; their keys."""
         left = [session for session, lease in self._sessions.items() if lease.peer is peer]
         for session in left:
             self.release(peer, session, replies)

@@ -1,7 +1,7 @@
-"""Lookups and widenings at a model: answered from held rows at once, or as soon as their row is made.
+"""Lookups and widenings at a model: answered from held rows at once, or as soon as their row is computed.
 
-All of it runs on the event loop's thread, so that a lookup never waits for the forward of other sessions. The lookups
-of a frame, and those that a forward sets free, are read from the rows together.
+They run on the event loop's thread, so that a lookup never waits for a forward of other sessions. All lookups of one
+frame are read from the rows in one call, and so are all lookups that one forward makes possible.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from actors.wire.replies import Answer, Recipient, Reduced, Replies
 
 
 class _OpenFrame:
-    """Lookups whose rows are there, to be read together."""
+    """Lookups whose rows are held, to be read in one call."""
 
     def __init__(self) -> None:
         self.peers: list[Recipient] = []
-        self.items: list[tuple[int, int]] = []  # ticket, ids
+        self.items: list[tuple[int, int]] = []  # call_id, number of ids
         self.rows: list[tuple[HeldRows, int]] = []
         self.ids: list[NDArray[np.int32]] = []
 
@@ -38,7 +38,7 @@ class _OpenFrame:
         self.ids.append(ids)
 
     def answer(self, engine: Engine, replies: Replies) -> None:
-        """Read all values at once, and send each run of one peer's as it is."""
+        """Read all values in one call. Consecutive lookups of one peer are sent as one slice, without a copy."""
         if not self.items:
             return
         counts = [count for _, count in self.items]
@@ -52,9 +52,9 @@ class _OpenFrame:
 
 
 class LookupService:
-    """Answers every lookup and widening: its value, `ROW_GONE`, `FAILED`, `SUPERSEDED` or `BAD_ITEM`.
+    """Answers every lookup and widening, with values or with `ROW_GONE`, `FAILED`, `SUPERSEDED` or `BAD_ITEM`.
 
-    wait_s: the longest that one waits for its row.
+    wait_s: the longest wait for a row, in seconds.
     """
 
     def __init__(self, engine: Engine, leases: SessionLeases, replies: Replies, wait_s: float) -> None:
@@ -64,11 +64,11 @@ class LookupService:
         self.waited = 0
 
     def close(self) -> None:
-        """Nobody is told any more that a row is late."""
+        """Stop the timer of waiting lookups."""
         cancel(self._sweep)
 
     def look_up(self, peer: Recipient, message: Lookup) -> None:
-        """Answer what can be answered now, and keep the rest until its row is there. Raises ProtocolError."""
+        """Answer the lookups whose rows are held; the others wait for theirs. Raises ProtocolError."""
         width = self._engine.width
         items, ids = lookup_items(message, width)
         valid = ids_in_range(ids, width)
@@ -86,7 +86,7 @@ class LookupService:
         self._finish(frame, len(items))
 
     def widen(self, peer: Recipient, message: Widen) -> None:
-        """The same for widenings."""
+        """Answer the widenings whose rows are held; the others wait for theirs."""
         items = widen_items(message)
         for item in items:
             lease = self._leases.get(item.session)
@@ -100,9 +100,9 @@ class LookupService:
         self._finish(_OpenFrame(), len(items))
 
     def settle(self, concluded: Iterable[tuple[Lease, Refusal]]) -> None:
-        """Forwards gave rows to these sessions: answer what waited for them.
+        """Answer what waits for rows of these sessions, after a forward.
 
-        Who waits for a row that is not there, and not being made, is answered with the refusal.
+        If a row is neither held nor still being computed, its waiters get the refusal.
         """
         frame = _OpenFrame()
         for lease, refusal in concluded:
@@ -125,7 +125,7 @@ class LookupService:
         self._replies.flush()
 
     def _refused(self, peer: Recipient, item: RowItem, lease: Lease | None, *, invalid: bool) -> bool:
-        """Refuse an item of a former owner, or one that is bad."""
+        """Refuse an item of a former owner or an invalid one. True if it was refused."""
         if lease is not None and item.epoch < lease.epoch:
             self._replies.refuse(peer, item.call_id, Refusal.SUPERSEDED, lease.epoch)
         elif invalid:
@@ -156,13 +156,13 @@ class LookupService:
             self._sweep = asyncio.get_running_loop().call_later(self._wait_s, self._give_up)
 
     def _give_up(self) -> None:
-        """Answer those that have waited long enough, and come again when the next ones have."""
+        """Refuse waiters whose time is over, and set the timer for the next ones."""
         now, oldest = time.monotonic(), None
         for lease in self._leases.waiters():
             late = [waiter for waiter in lease.waiters if waiter.since + self._wait_s <= now]
             for waiter in late:
                 self._replies.refuse(waiter.peer, waiter.item.call_id, Refusal.ROW_GONE)
-            lease.waiters = lease.waiters[len(late) :]  # in the order of arrival
+            lease.waiters = lease.waiters[len(late) :]  # in order of arrival
             if lease.waiters and (oldest is None or lease.waiters[0].since < oldest):
                 oldest = lease.waiters[0].since
         self._sweep = None

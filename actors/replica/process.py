@@ -1,6 +1,6 @@
-"""What a process of the service sets for itself: how its helpers wait, and how often Python looks for garbage.
+"""Settings of a process: how long OpenMP workers spin, and how often Python collects garbage.
 
-Helpers are threads of libgomp, which computes for torch on the CPU: a team of them for each thread that has computed.
+torch computes on the CPU with libgomp, which has a team of worker threads for each thread that has computed.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Rounds, of about 50 ns, that a helper waits awake for its next piece of work. A forward's pieces follow one another
-# within that; between forwards other models on the same cores need them. 12 layers x 768 and two models of 4 x 256 on 2
-# cores: asleep between pieces the large one alone takes 1.3 times as long; libgomp's own choice, thirty times more
-# rounds, takes the cores from the small ones.
+# Rounds, of about 50 ns, that an OpenMP worker spins before it sleeps. The parallel regions of one forward follow each
+# other within that time; between forwards the other models on the same cores need them. Measured with 12 layers x 768
+# and two models of 4 layers x 256 on 2 cores: without spinning the large model alone takes 1.3 times as long; libgomp's
+# default, thirty times as many rounds, takes the cores from the small models.
 SPIN = ("GOMP_SPINCOUNT", "10000")
 
 
-# Objects made before Python looks for cycles among the youngest, and how many such looks before it looks at older ones.
+# New objects before Python collects the youngest generation; collections of each generation before the next older one.
 COLLECT = (50_000, 20, 100)
 
 
 def collect_rarely() -> None:
-    """Look for cyclic garbage less often; what is there already is never looked at again.
+    """Collect cyclic garbage less often, and never examine the objects that exist now.
 
-    A coordinator makes dozens of small objects a token. Looking after every 700, as Python does, costs it a tenth of
-    its time; between two looks some megabytes wait.
+    A coordinator creates dozens of small objects per token. Python's default, a collection every 700 objects, takes a
+    tenth of its time. In exchange, some megabytes of garbage may wait for a collection.
     """
     gc.collect()
     gc.freeze()
@@ -36,17 +36,17 @@ def collect_rarely() -> None:
 
 
 def spin_briefly() -> None:
-    """Set how long helpers wait awake, unless the user has. Call before torch is imported: later it does nothing."""
+    """Set how long OpenMP workers spin, unless the user has. Has no effect once torch is imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(*SPIN)
 
 
 def on_temporary_thread(make: Callable[[], T]) -> T:
-    """What `make` returns or raises, called on a thread that ends then. Blocks.
+    """Call `make` on a thread that then ends; return or raise its outcome. Blocks.
 
-    A team lives as long as its thread. Where all teams together have more threads than there are cores, helpers fall
-    asleep at once, and a forward takes 1.4 times as long (the large model above). A model is therefore loaded on a
-    thread that leaves no team behind, and computes on another.
+    A team of OpenMP workers lives as long as the thread it belongs to. If all teams together have more threads than
+    there are cores, workers sleep at once, and a forward takes 1.4 times as long (the large model above). A model is
+    therefore loaded on a temporary thread, which leaves no team, and computes on another.
     """
     with ThreadPoolExecutor(1, "passing") as thread:
         return thread.submit(make).result()

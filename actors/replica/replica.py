@@ -1,11 +1,10 @@
-"""One replica of a model role: a loop that turns what coordinators ask into as few forwards as it can.
+"""One replica of a model role: a loop that batches the extends of all coordinators into forwards.
 
-    gather -> choose -> forward -> answer
+    wait for extends -> choose chunks -> forward -> answer
 
-Plain asyncio around one engine; no Ray and no torch here. Everything but the forward runs on the event loop's thread:
-frames are read, lookups of held rows answered and sessions fenced while the engine's own thread computes. The loop is
-made of callbacks, each step called by the one before it: where a forward takes no time, tasks and futures are what an
-exchange would wait for.
+Plain asyncio around one engine, without Ray and torch. Only the forward runs on the engine's own thread. Meanwhile the
+event loop's thread reads frames, answers lookups of held rows and checks who owns a session. The loop consists of
+callbacks, each of which calls the next: with small models, tasks and futures would take longer than the forward.
 """
 
 from __future__ import annotations
@@ -38,28 +37,28 @@ from actors.wire.server import Peer, Server
 
 log = logging.getLogger(__name__)
 
-_FAREWELL_S = 1.0  # how long the end waits for a forward that runs
-_ENVELOPE = 1 << 10  # bytes of a frame around its columns, at most
+_FAREWELL_S = 1.0  # how long `stop` waits for a running forward
+_ENVELOPE = 1 << 10  # most bytes of a frame beside its columns
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """How a replica works. Seconds and tokens."""
+    """Limits of a replica, in seconds and tokens."""
 
-    max_position: int  # tokens of one session
-    prefill_chunk: int = 2_048  # prompt tokens in one forward
-    batching_delay_share: float = 0.5  # of a forward's duration: how long to wait for another coordinator's extends
+    max_position: int  # most tokens of one session
+    prefill_chunk: int = 2_048  # most prompt tokens in one forward
+    batching_delay_share: float = 0.5  # see BatchingDelay
     batching_delay_cap_s: float = 0.01
-    row_wait_s: float = 30.0  # a lookup waits so long for its row
-    forward_timeout_s: float = 120.0  # a forward that takes longer makes the replica unwell
+    row_wait_s: float = 30.0  # longest wait of a lookup for its row
+    forward_timeout_s: float = 120.0  # a longer forward makes the replica unhealthy
 
 
 class ReplicaUnhealthy(RuntimeError):
-    """The replica cannot go on, and must be replaced."""
+    """The replica cannot continue and must be replaced."""
 
 
 class ModelReplica:
-    """Serves one engine to any number of coordinators. `start`, then `stop`; never both twice."""
+    """Serves one engine to any number of coordinators. Call `start` once, then `stop` once."""
 
     def __init__(
         self,
@@ -94,22 +93,22 @@ class ModelReplica:
         self._replies = Replies(self._answer_limit, engine.width)
         self._drafter = Drafter(engine, self._replies, settings.max_position)
         self._lookups = LookupService(engine, self._leases, self._replies, settings.row_wait_s)
-        self._closing: set[int] = set()  # sessions whose cache goes before the next forward
-        self._next_turn: asyncio.Handle | None = None  # the next turn of the loop
-        self._waiting_since: float | None = None  # since when there is something to do, and company may be due
+        self._closing: set[int] = set()  # sessions whose cache is freed by the next forward
+        self._next_turn: asyncio.Handle | None = None  # the scheduled turn of the loop
+        self._waiting_since: float | None = None  # when the first extend of the next forward arrived
         self._forward_began: float | None = None
         self._over = False
-        self._failure: Exception | None = None  # what ended the loop
+        self._failure: Exception | None = None  # the error that ended the loop
         self._closing_server: asyncio.Task[None] | None = None
         self._meter = ReplicaMeter(role)
 
     async def start(self) -> tuple[str, int]:
-        """Listen and run; (host, port) for coordinators."""
+        """Start to listen and to work. Returns (host, port) for coordinators."""
         self._thread.start()
         return self._host, await self._server.start(self._host)
 
     async def stop(self) -> None:
-        """Close every connection, every session's cache and the engine's thread; a forward that hangs is left to it."""
+        """Close all connections, all sessions' caches and the engine's thread. A forward that hangs is abandoned."""
         self._over = True
         cancel(self._next_turn)
         self._lookups.close()
@@ -122,7 +121,7 @@ class ModelReplica:
                 await closed.wait()
 
     def load(self) -> ReplicaLoad:
-        """How busy this replica is now."""
+        """The current load."""
         cache = self._engine.cache_stats()
         return ReplicaLoad(
             len(self._leases),
@@ -133,20 +132,20 @@ class ModelReplica:
         )
 
     def stats(self) -> ReplicaStats:
-        """Totals since the start, as of now."""
+        """Totals since the start."""
         return self._meter.stats(self._lookups, self._server)
 
     def measured(self) -> Recorder:
-        """What this replica measures, as of now."""
+        """The metrics, as of now."""
         return self._meter.report(self.load())
 
     async def check_cache(self) -> int:
-        """Sessions left in the cache, whose accounts are proved between two forwards; AssertionError if they fail."""
+        """Check the cache's invariants between two forwards. Returns its number of sessions; raises AssertionError."""
         await self._thread.between(self._engine.check)
         return self._engine.cache_stats().sessions
 
     def check_health(self) -> None:
-        """Raise ReplicaUnhealthy if the loop ended or a forward hangs."""
+        """Raise ReplicaUnhealthy if the loop has ended or a forward hangs."""
         if self._failure is not None:
             raise ReplicaUnhealthy(f"the replica's loop has ended: {self._failure!r}") from self._failure
         if (
@@ -158,24 +157,24 @@ class ModelReplica:
     # -- the loop
 
     def _wake(self) -> None:
-        """Something came: take a turn once all that has come by now is read. A forward's end takes one anyway."""
+        """Schedule a turn after all data that has arrived is read. A running forward takes the next turn at its end."""
         if self._forward_began is None and not self._over:
             cancel(self._next_turn)
             self._next_turn = asyncio.get_running_loop().call_soon(self._guarded, self._turn)
 
     def _guarded(self, step: Callable[[], None]) -> None:
-        """Take a step of the loop; an error ends it."""
+        """Run a step of the loop. An error ends the loop and closes all connections."""
         if self._over:
             return
         try:
             step()
         except Exception as error:
-            log.exception("the replica's loop has ended; its coordinators are sent elsewhere")
+            log.exception("the replica's loop has ended; its connections are closed")
             self._over, self._failure = True, error
             self._closing_server = asyncio.get_running_loop().create_task(self._server.close())
 
     def _turn(self) -> None:
-        """Run a forward if there is something to do and no more company is due within the window."""
+        """Run a forward if there is work and no further extend is worth waiting for."""
         assert self._forward_began is None
         if self._leases.idle and not self._closing:
             return
@@ -193,7 +192,7 @@ class ModelReplica:
         )
 
     def _forwarded(self, chunks: Sequence[Chunk], outcome: Sequence[Result] | Exception) -> None:
-        """A forward is over: answer, and take the next turn."""
+        """Handle the end of a forward: count it, answer it, take the next turn."""
         assert self._forward_began is not None
         took, self._forward_began = time.monotonic() - self._forward_began, None
         if isinstance(outcome, Exception):
@@ -209,7 +208,7 @@ class ModelReplica:
 
     def _choose(self) -> list[Chunk]:
         heads = list(self._leases.heads())
-        # No forward runs, so the engine may be asked from this thread.
+        # No forward runs now, so this thread may call the engine.
         chunks = choose([scheduled for _, scheduled in heads], self._settings.prefill_chunk, self._engine.shared)
         chosen = {chunk.scheduled for chunk in chunks}
         for lease, scheduled in heads:
@@ -217,14 +216,14 @@ class ModelReplica:
         return chunks
 
     def _count(self, chunks: Sequence[Chunk], took: float) -> int:
-        """The tokens that went through a forward."""
+        """Record a forward's duration. Returns the tokens that went through it."""
         self._batching_delay.forward_took(took)
         return self._meter.forward(chunks, took)
 
     def _conclude(self, chunk: Chunk, result: Result) -> tuple[Lease, Refusal] | None:
-        """Answer a part whose forward is over, unless its session was released or taken over meanwhile.
+        """Answer a chunk whose forward is over, unless its session was released or taken over meanwhile.
 
-        The session if it may have new rows, and what to say of those that it has not.
+        Returns the session if it may have new rows, and the refusal for those that it does not have.
         """
         scheduled = chunk.scheduled
         lease = self._leases.get(scheduled.item.session)
@@ -260,16 +259,16 @@ class ModelReplica:
         return lease, refusal
 
     def _retry_ms(self) -> int:
-        """After how long it may be worth trying again: a few forwards."""
+        """Milliseconds after which a retry may succeed: four forwards, within 5 ms to 1 s."""
         return round(min(max(4_000 * self._batching_delay.forward_s, 5), 1_000))
 
     def _answer(self, packed: int, took: float) -> None:
-        """Send what a forward over `packed` tokens answered."""
+        """Send the answers of a forward over `packed` tokens, which took so many seconds."""
         now = time.monotonic()
         for recipient in self._replies.flush(packed, round(took * 1e6)):
             self._batching_delay.answered(recipient, now)
 
-    # -- what coordinators ask
+    # -- requests of coordinators
 
     def _on_message(self, peer: Peer, message: Message) -> None:
         match message:
@@ -311,19 +310,19 @@ class ModelReplica:
             lease.queue.append(ScheduledExtend(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
 
     def _invalid(self, item: ExtendItem, *, valid: bool) -> str | None:
-        """What makes an item one that can never succeed."""
+        """The reason why an item can never succeed, or None."""
         width, end = self._engine.width, item.position + len(item.tokens)
         if item.k < WHOLE:
             return f"k = {item.k}"
         if not valid and not ids_in_range(item.required_ids, width):
-            return f"ids to know must lie in [0, {width})"
+            return f"required ids must lie in [0, {width})"
         if end > self._settings.max_position:
             return f"{end} tokens are more than the {self._settings.max_position} of this model"
         rows = item.rows + (item.draft.drafts if item.draft else 0)
         if item.draft and (why := invalid_draft(item.rows, item.draft)):
             return why
         if answer_bytes(rows, width_of(item.k, width), len(item.required_ids), width) > self._answer_limit:
-            return f"{rows} rows of k = {item.k} do not fit a frame: ask in blocks"
+            return f"{rows} rows of k = {item.k} do not fit a frame: request fewer rows at once"
         extend = EngineExtend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age)
         try:
             self._engine.check_extend(extend)

@@ -1,4 +1,4 @@
-"""What waits for a model's forwards, and what the next one takes of it."""
+"""Scheduled extends, and the chunks of them that the next forward takes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from actors.engine.interface import BLOCK, KEEP_ALL, Extend
 from actors.wire.columns import ExtendItem
 from actors.wire.replies import Answer, Recipient
 
-DECODE_TOKENS = 8  # an extend of so many tokens or fewer is a decode step or a check of drafts, never held back
+DECODE_TOKENS = 8  # an extend of at most so many tokens is a decode step or a verification, and never delayed
 
 
 @dataclass(slots=True, eq=False)
 class ScheduledExtend:
-    """An extend on its way, and how far it has got: a long one takes several forwards, and so do drafts."""
+    """An extend and its progress. A long prompt takes several forwards, and so do drafts."""
 
     peer: Recipient
     item: ExtendItem
     prefix: int
-    sampling: Sampling | None = None  # how drafts are drawn
-    done: int = 0  # tokens that earlier forwards took
-    drafted: list[int] = field(default_factory=list)  # tokens that go on where the item's end
-    answers: list[Answer] = field(default_factory=list)  # of a draft's rows so far
-    blocks: Sequence[int] = field(init=False)  # of a prompt: the hashes after whole blocks, but for what gives rows
+    sampling: Sampling | None = None  # parameters of its drafts
+    done: int = 0  # tokens that earlier forwards computed
+    drafted: list[int] = field(default_factory=list)  # drafted tokens, which follow the item's own
+    answers: list[Answer] = field(default_factory=list)  # rows of the drafts so far
+    blocks: Sequence[int] = field(init=False)  # a prompt's running hashes after each whole block before the rows
 
     def __post_init__(self) -> None:
         whole = (len(self.item.tokens) - max(self.item.rows, 1)) // BLOCK * BLOCK if self.item.position == 0 else 0
@@ -42,67 +42,67 @@ class ScheduledExtend:
 
     @property
     def is_drafting(self) -> bool:
-        """Whether the item's own tokens are done, and drafts are on their way."""
+        """True if the item's own tokens are computed and drafts follow."""
         return bool(self.drafted)
 
     @property
     def end(self) -> int:
-        """The position after the last token that is known by now."""
+        """The position after the last token known so far."""
         return self.item.position + len(self.item.tokens) + len(self.drafted)
 
     @property
     def keep(self) -> int:
-        """Held rows that stay in the next forward: a draft goes on where they end, and so does a later part."""
+        """Held rows that the next forward keeps: drafts and later chunks follow directly after them."""
         return KEEP_ALL if self.is_drafting or self.done else self.item.keep
 
     @property
     def draws(self) -> bool:
-        """Whether the next row that this makes is to draw a draft from."""
+        """True if a draft is to be sampled from the next row."""
         return self.item.draft is not None and len(self.drafted) < self.item.draft.drafts
 
     def makes(self, position: int) -> bool:
-        """Whether the row of the token at `position` will be held when this is done."""
+        """True if this extend computes the row of the token at `position`."""
         return self.end - len(self.drafted) - self.item.rows <= position < self.end
 
     def chunk(self, budget: int, forked: int = 0) -> Chunk:
-        """What to take into a forward with room for `budget`; all that give rows go together, at the end."""
+        """The next chunk, given room for `budget` tokens. Tokens that give rows stay together, at the end."""
         left = self.left - forked
         ahead = left - self.item.rows
         return Chunk(self, left if left <= budget or ahead <= 0 else min(ahead, budget), forked)
 
     def tokens(self, count: int, forked: int = 0) -> list[int]:
-        """The next `count` tokens to take, behind `forked`."""
+        """The next `count` tokens to compute, after `forked` ones."""
         if self.is_drafting:
             return self.drafted[self.done - len(self.item.tokens) :]
         first = self.done + forked
         return self.item.tokens[first : first + count]
 
     def advance(self, tokens: int) -> None:
-        """A forward took `tokens` more."""
+        """Record that a forward has computed `tokens` more."""
         self.prefix = extend_hashes(self.prefix, self.tokens(tokens))[-1]
         self.done += tokens
 
 
 class Chunk(NamedTuple):
-    """What one forward takes of an extend."""
+    """The part of an extend that one forward computes."""
 
     scheduled: ScheduledExtend
-    tokens: int  # that it computes
-    forked: int = 0  # tokens before them, of whole blocks, that another session's cache already holds
+    tokens: int  # number of tokens to compute
+    forked: int = 0  # tokens before them, in whole blocks, that are copied from another session's cache
 
     @property
     def taken(self) -> int:
-        """Tokens that are done with it."""
+        """Tokens that are done after this chunk."""
         return self.forked + self.tokens
 
     @property
     def is_last(self) -> bool:
-        """Whether this gives the rows of all tokens known by now."""
+        """True if it completes the extend as far as its tokens are known, and so gives the rows."""
         return self.taken == self.scheduled.left
 
     @property
     def forked_blocks(self) -> Sequence[int]:
-        """The running hashes after each block that is forked."""
+        """The running hash after each forked block."""
         return self.scheduled.blocks[: self.forked // BLOCK]
 
     def extend(self) -> Extend:
@@ -118,13 +118,20 @@ Shared = Callable[[Sequence[int]], int]
 
 
 def choose(waiting: Iterable[ScheduledExtend], prefill_chunk: int, shared: Shared = lambda blocks: 0) -> list[Chunk]:
-    """What the next forward takes: every decode step, then prompts, oldest first, up to `prefill_chunk` tokens.
+    """The chunks of the next forward: every decode step, then prompts, oldest first, up to `prefill_chunk` tokens.
 
-    Rows that belong together may exceed the budget, if nothing else uses it. A prompt begins with the blocks that some
-    session holds (`shared`: how many, see `Engine`), and waits as long as an older prompt is about to make its next.
+    A chunk whose rows belong together may exceed the budget if it is the only prompt. A prompt starts after the blocks
+    that some session's cache holds already (`shared` counts them, see `Engine`). It waits while an older prompt is
+    about to compute its next block, which it can then copy.
+
+    Example, prefill_chunk = 100, blocks of 16 tokens, nothing in any cache:
+        session 1, a decode step of 1 token       -> chunk of 1, outside the budget
+        session 2, a prompt of 70 tokens          -> chunk of 70; 30 are left
+        session 3, a prompt that begins alike     -> waits for session 2's blocks, and copies them in a later forward
+        session 4, another prompt of 200 tokens   -> chunk of 30; the rest takes later forwards
     """
     chunks: list[Chunk] = []
-    coming: set[int] = set()  # blocks that the prompts before this one make
+    coming: set[int] = set()  # blocks that older prompts are about to compute
     prompts: list[ScheduledExtend] = []
     for scheduled in waiting:
         if scheduled.is_decode:
@@ -138,7 +145,7 @@ def choose(waiting: Iterable[ScheduledExtend], prefill_chunk: int, shared: Share
             held = shared(scheduled.blocks)
             if held < len(scheduled.blocks) and scheduled.blocks[held] in coming:
                 continue
-        # What a prompt that waits would make is also made by the one it waits for, as far as it matters to the others.
+        # Waiting prompts need no entry: a prompt that shares their blocks also waits for the same older one.
         coming.update(scheduled.blocks)
         chunk = scheduled.chunk(budget, held * BLOCK)
         if chunk.tokens > budget and budget < prefill_chunk:
