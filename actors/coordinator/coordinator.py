@@ -61,17 +61,8 @@ class Coordinator:
         return self._loop.missing_roles()
 
     def load(self) -> CoordinatorLoad:
-        """What is being decoded, and counts since the start."""
-        loop = self._loop
-        return CoordinatorLoad(
-            loop.sessions,
-            len(loop.admission),
-            replace(loop.counts),
-            loop.planner.drafted,
-            loop.planner.accepted,
-            loop.meter.turns_s,
-            loop.parked,
-        )
+        """The current load, and totals since the start."""
+        return self._loop.meter.load(self._loop.sessions, len(self._loop.admission), self._loop.parked)
 
     def measured(self) -> Recorder:
         """What this coordinator measures, as of now."""

@@ -8,6 +8,7 @@ from typing import Literal
 from actors.api.generation import Role
 from actors.config import Speculation
 from actors.coordinator.session import ActiveSession, VerificationWindow
+from actors.coordinator.stats import CoordinatorMeter
 from actors.decoding.speculation import Acceptance, best_length
 
 Source = Literal["guider", "text"]
@@ -28,10 +29,9 @@ class DraftPlan:
 class DraftPlanner:
     """Plans the drafts of one coordinator's sessions, and learns what becomes of them."""
 
-    def __init__(self, config: Speculation) -> None:
-        self._config = config
+    def __init__(self, config: Speculation, meter: CoordinatorMeter | None = None) -> None:
+        self._config, self._meter = config, meter or CoordinatorMeter()
         self._expected = dict(_FIRST_GUESS)
-        self.drafted = self.accepted = 0
 
     def acceptance(self) -> dict[str, Acceptance]:
         """What a new session begins with, by source."""
@@ -67,8 +67,8 @@ class DraftPlanner:
             return
         active, kept = window.active, window.next - 1
         active.session.count_drafts(drafts, kept)
-        self.drafted += drafts
-        self.accepted += kept
+        self._meter.drafted_tokens.add(drafts)
+        self._meter.accepted_tokens.add(kept)
         source: Source = "guider" if window.drafter == "guider" else "text"
         active.acceptance[source].judge(kept if active.over else drafts, kept)
         self._expected[source] += _SMOOTHING * (active.acceptance[source].rate - self._expected[source])

@@ -26,7 +26,7 @@ from actors.coordinator.replica_pool import Locate, Replica, ReplicaPool
 from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.states import SessionState
 from actors.coordinator.stats import CoordinatorMeter
-from actors.coordinator.verification import Counts, NeedsWiderTopK, NoLegalToken, RowDecision, Verifier
+from actors.coordinator.verification import NeedsWiderTopK, NoLegalToken, RowDecision, Verifier
 from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import Drafted, Message, Rows
 
@@ -50,8 +50,9 @@ class DecodeLoop:
         self._config = config
         self._exchange = Exchange(config.exchange, vocabularies)
         self._prompts = PromptScorer(self._exchange, vocabularies)
-        self._verifier = Verifier(config.exchange)
-        self.planner = DraftPlanner(config.speculation)
+        self.meter = CoordinatorMeter()
+        self._verifier = Verifier(config.exchange, self.meter)
+        self.planner = DraftPlanner(config.speculation, self.meter)
         self._pool = ReplicaPool(
             secret,
             locate,
@@ -64,7 +65,6 @@ class DecodeLoop:
         )
         self._active: dict[int, ActiveSession] = {}
         self.admission = AdmissionQueue(config, self._active.values, self._pool.candidates)
-        self.meter = CoordinatorMeter()
         self._fault_handler = FaultHandler(
             self, self._exchange, self.admission, config.deadlines, self._pool.drop, self.meter
         )
@@ -103,11 +103,6 @@ class DecodeLoop:
     def parked(self) -> int:
         """Of these, sessions that wait for room in a model's cache."""
         return self.admission.parked
-
-    @property
-    def counts(self) -> Counts:
-        """What was decided since the start."""
-        return self._verifier.counts
 
     def missing_roles(self) -> tuple[Role, ...]:
         """Roles that no connected replica plays."""

@@ -10,22 +10,10 @@ import numpy as np
 from actors.api.generation import Scores
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.session import LogitsRow, VerificationWindow
+from actors.coordinator.stats import CoordinatorMeter
 from actors.decoding.candidates import CandidateBlock
 from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
 from actors.wire.messages import WHOLE
-
-
-@dataclass(slots=True)
-class Counts:
-    """What has been decided so far. Masses are sums over guided rows."""
-
-    tokens: int = 0
-    guided_rows: int = 0
-    widened_rows: int = 0
-    uncovered_mass: float = 0.0
-    audited_rows: int = 0
-    audits_differing: int = 0  # audited rows whose slices chose another token than the whole rows
-    audited_variation: float = 0.0  # total variation, summed over audited rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +52,10 @@ Verdict = Chosen | NeedsWiderTopK | NoLegalToken
 class Verifier:
     """Decides rows by slices, widens those of which too much is unseen, and audits one guided row in so many."""
 
-    def __init__(self, config: ExchangeConfig) -> None:
-        self._config = config
+    def __init__(self, config: ExchangeConfig, meter: CoordinatorMeter | None = None) -> None:
+        self._config, self._meter = config, meter or CoordinatorMeter()
         self._since_audit = 0
-        self.counts = Counts()
+        self.audited_variation = 0.0  # total variation, summed over audited rows
 
     def verify(self, windows: Sequence[VerificationWindow]) -> list[list[RowDecision]]:
         """Per window its next rows, decided: all that are complete if nothing about them depends on earlier tokens."""
@@ -109,7 +97,7 @@ class Verifier:
         active = row.window.active
         if row.k == self._config.k:
             active.session.count_widened()
-            self.counts.widened_rows += 1
+            self._meter.widened_rows.add()
         wider = self._config.k * self._config.widen_factor
         fits = row.k < wider < active.replicas[active.primary].welcome.width
         return NeedsWiderTopK(wider if fits else WHOLE)
@@ -126,18 +114,18 @@ class Verifier:
         sliced = row.end_audit()
         whole = judged.decisions.row(judged.index)
         distance, differs = compare(sliced, whole, row.window.active.session.request.sampling)
-        self.counts.audited_rows += 1
-        self.counts.audits_differing += differs
-        self.counts.audited_variation += distance
+        self._meter.audited_rows.add()
+        self._meter.audits_differing.add(differs)
+        self.audited_variation += distance
         return self._chosen(row, sliced, 0)
 
     def _chosen(self, row: LogitsRow, decisions: Decisions, index: int) -> Chosen:
-        self.counts.tokens += 1
+        self._meter.decided_tokens.add()
         if row.window.guided:
             uncovered = max(0.0, float(decisions.uncovered[index]))
             row.window.active.session.count_uncovered(uncovered)
-            self.counts.uncovered_mass += uncovered
-            self.counts.guided_rows += 1
+            self._meter.uncovered_mass.add(uncovered)
+            self._meter.guided_rows.add()
         token = decisions.tokens[index]
         return Chosen(int(token), bool(token != decisions.target_tokens[index]), decisions.scores[index])
 

@@ -137,7 +137,7 @@ async def test_audits_and_wider_rows_change_no_token(folder: Path, engines: Mapp
         expected = await answers(service, company(service, 9))
     async with local_service(drafting(folder, exchange={"audit_every": 3}), engines) as service:
         assert await answers(service, company(service, 9)) == expected
-        assert service.coordinators[0]._loop.counts.audited_rows > 0
+        assert service.coordinators[0]._loop.meter.audited_rows.value > 0
 
 
 async def test_a_guider_that_is_its_base_leaves_the_target_alone(folder: Path, engines: Mapping[Role, Engine]) -> None:

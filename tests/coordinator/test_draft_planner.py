@@ -13,6 +13,7 @@ from actors.config import Speculation
 from actors.coordinator.draft_planner import DraftPlan, DraftPlanner
 from actors.coordinator.replica_pool import ForwardTimeModel
 from actors.coordinator.session import ActiveSession, LogitsRow, VerificationWindow
+from actors.coordinator.stats import CoordinatorMeter
 from actors.decoding.session import Session
 from actors.preflight import load_tokenizers
 from actors.text.vocabularies import VocabularyRegistry
@@ -127,11 +128,12 @@ def test_without_guidance_the_text_guesses_unless_the_guider_is_asked_for(vocabu
 
 
 def test_what_becomes_of_drafts_is_counted_and_taught_to_later_sessions(vocabularies: VocabularyRegistry) -> None:
-    planner = DraftPlanner(Speculation())
+    meter = CoordinatorMeter()
+    planner = DraftPlanner(Speculation(), meter)
     active = session_of(planner, vocabularies)
     before = planner.acceptance()["guider"].rate
     for _ in range(100):
         checked(planner, active, 4, 0)
     assert (active.session.drafted, active.session.accepted) == (400, 0)
-    assert (planner.drafted, planner.accepted) == (400, 0)
+    assert (meter.drafted_tokens.value, meter.accepted_tokens.value) == (400, 0)
     assert planner.acceptance()["guider"].rate < before

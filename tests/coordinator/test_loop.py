@@ -248,13 +248,14 @@ async def test_audits_come_by_the_count_and_change_no_token(trio: Trio) -> None:
     async with local_service(trio_config(exchange={"audit_every": 0}), trio.engines) as service:
         requests = [request(service.tokenizers, text, seed=i) for i, text in enumerate(chat_prompts(4))]
         expected = tokens(await decode_all(service.coordinators[0], requests))
-        assert service.coordinators[0].load().counts.audited_rows == 0
+        assert service.coordinators[0].measured().counter("thinklogit_audited_rows").value == 0
     async with local_service(trio_config(exchange={"audit_every": 5, "max_unseen_mass": 1.0}), trio.engines) as service:
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected
-        counts = service.coordinators[0].load().counts
-        assert counts.audited_rows == counts.guided_rows // 5 > 0
-        assert counts.audits_differing == 0
-        assert 0 <= counts.audited_variation / counts.audited_rows < 0.01
+        loop = service.coordinators[0]._loop
+        audited_rows = loop.meter.audited_rows.value
+        assert audited_rows == loop.meter.guided_rows.value // 5 > 0
+        assert loop.meter.audits_differing.value == 0
+        assert 0 <= loop._verifier.audited_variation / audited_rows < 0.01
 
 
 async def test_notes_explain_every_token(trio: Trio) -> None:

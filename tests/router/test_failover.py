@@ -143,8 +143,8 @@ def same(first: Sequence[Answer], second: Sequence[Answer]) -> None:
 
 async def working(coordinator: Coordinator, tokens: int = 20) -> None:
     """The coordinator has sessions and has decided so many more tokens."""
-    begun = coordinator.load().counts.tokens
-    await until(lambda: coordinator.load().sessions > 0 and coordinator.load().counts.tokens >= begun + tokens)
+    begun = coordinator.load().tokens
+    await until(lambda: coordinator.load().sessions > 0 and coordinator.load().tokens >= begun + tokens)
 
 
 def demanding_requests(service: LocalService) -> list[Generate]:
