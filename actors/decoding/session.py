@@ -38,7 +38,7 @@ class ForcedTextIds:
 
 @dataclass(frozen=True, slots=True)
 class SessionVocabulary:
-    """What a session needs of the vocabularies of its roles."""
+    """The vocabularies of a session's roles."""
 
     maps: Mapping[Role, VocabularyMap | Alignment]  # from the primary to each small role
     forced_texts: Mapping[Role, ForcedTextIds]  # of every role of the session

@@ -1,8 +1,8 @@
 """The attention function that transformers calls for every layer of a packed, ragged batch.
 
-All sessions' new tokens form one sequence of T tokens. The function writes their keys and values into the pool and
-lets a back end attend each session to its own extent. Its name is unknown to transformers' mask interface, so no mask
-is built outside.
+The new tokens of all sessions form one sequence of T tokens. The function writes their keys and values into the pool
+and calls a back end, which attends each session to its own extent of the pool. `actors.engine.registry` chooses the
+back end. The function's name is unknown to transformers' mask interface, so transformers builds no mask.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Span:
     first: int  # index of the first of them in the packed batch
     count: int
     start: int  # pool row of the session's first token
-    length: int  # tokens of the session in the pool, these included
+    length: int  # tokens of the session in the pool, the new ones included
 
 
 class Varlen(NamedTuple):
-    """Spans as kernels of variable length read them, all on one device. A padding sequence has length 0."""
+    """Spans in the form for kernels of variable length, all on one device. A padding sequence has length 0."""
 
     cu_q: Tensor  # [B + 1] int32, sequence b's new tokens are [cu_q[b], cu_q[b + 1])
-    starts: Tensor  # [B + 1] int32, the pool row of its first token
-    lengths: Tensor  # [B] int32, its tokens in the pool
+    starts: Tensor  # [B + 1] int32, the pool row of each sequence's first token
+    lengths: Tensor  # [B] int32, each sequence's tokens in the pool
     max_q: int
     max_k: int
     padding: Tensor  # [T] bool, tokens of no session
@@ -49,13 +49,13 @@ class Varlen(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
-    """What one forward attends to."""
+    """The sequences of one forward, for attention."""
 
     spans: tuple[Span, ...]
     tokens: int  # T, padding included
     write: Tensor  # [T] pool rows of the new tokens
-    read_varlen: Callable[[], Varlen]  # the spans on the device of `write`, for back ends that take them so
-    memo: dict[Hashable, Any] = field(default_factory=dict)  # what a back end derives once for all layers
+    read_varlen: Callable[[], Varlen]  # gives the spans on the device of `write`
+    memo: dict[Hashable, Any] = field(default_factory=dict)  # values that a back end computes once for all layers
 
     def write_on(self, device: torch.device) -> Tensor:
         """The pool rows on the device of a layer."""
@@ -64,7 +64,7 @@ class RaggedBatch:
         return self.memo.setdefault(("write", device), self.write.to(device))  # type: ignore[no-any-return]
 
     def varlen_on(self, device: torch.device) -> Varlen:
-        """The spans on the device of a layer, read once a step."""
+        """The spans on the device of a layer, computed once in a step."""
         key = ("varlen", device)
         if key not in self.memo:
             self.memo[key] = self.read_varlen().to(device)
@@ -74,37 +74,37 @@ class RaggedBatch:
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What a layer asks of attention besides its tensors."""
+    """The parameters of a layer's attention besides its tensors."""
 
     scale: float
-    window: int | None  # a token sees itself and the window - 1 tokens before it
+    window: int | None  # a token attends to itself and the window - 1 tokens before it
     softcap: float | None
     sinks: Tensor | None  # [heads] logits of an attention sink
 
 
 class AttentionBackend(Protocol):
-    """One way to attend. `name` is what a configuration forces it by."""
+    """One implementation of attention. A configuration can force it by its `name`."""
 
     name: str
-    static: bool  # a captured step may be replayed: nothing on the host depends on the spans
+    static: bool  # True if a captured step can be replayed: no work on the host depends on the spans
 
     def attend(self, step: RaggedBatch, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
-        """query [T, heads, d], key and value pools [rows, kv_heads, d] -> [T, heads, d_v]; padding's rows are zero."""
+        """query [T, heads, d], key and value pools [rows, kv_heads, d] -> [T, heads, d_v]; 0 for padding tokens."""
         ...
 
 
 class StepAttention:
-    """One engine's function in transformers' registry, and the step that it is running."""
+    """One engine's attention function in transformers' registry. step: set while a forward runs."""
 
     def __init__(self, pool: KVPool, backend: AttentionBackend) -> None:
         self.pool, self.backend = pool, backend
         self.step: RaggedBatch | None = None
-        # transformers gives a meaning to "flash", "paged|" and "/" in a name.
+        # transformers interprets "flash", "paged|" and "/" in a name.
         self.name = f"step_engine_{next(_numbers)}"
         ALL_ATTENTION_FUNCTIONS[self.name] = self
 
     def unregister(self) -> None:
-        """Take the function out of transformers' registry, so that the pool can be freed."""
+        """Remove the function from transformers' registry, so that the pool can be freed."""
         del ALL_ATTENTION_FUNCTIONS[self.name]
 
     def __call__(
@@ -121,7 +121,7 @@ class StepAttention:
         s_aux: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d_v], as transformers asks."""
+        """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d_v], transformers' interface."""
         assert self.step is not None, "attention outside of a step"
         packed_query, packed_key, packed_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         layer = module.layer_idx

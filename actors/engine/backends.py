@@ -1,4 +1,4 @@
-"""The back ends of attention that are built on SDPA, and run wherever it does."""
+"""The attention back ends that use torch's SDPA and run on every device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.engine.attention import LayerCall, RaggedBatch, Span
 
 
 class PerSession:
-    """Each span by itself on zero-copy views of its extent: the shapes of a forward of that session alone."""
+    """Attends each span in a call of its own on views of its extent: the shapes equal those of a session alone."""
 
     name = "per_session"
     static = False
@@ -20,7 +20,7 @@ class PerSession:
     def attend(self, step: RaggedBatch, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         parts = []
         for span in step.spans:
-            # The first new token sees the least of the past; nothing before its window is read.
+            # The first new token attends farthest back; keys before its window are not read.
             seen = span.length if call.window is None else min(span.length, call.window + span.count - 1)
             low = span.start + span.length - seen
             part = _attend_together(
@@ -36,7 +36,7 @@ class PerSession:
 
     @staticmethod
     def _mask(step: RaggedBatch, count: int, seen: int, window: int | None, device: torch.device) -> Tensor | None:
-        """[1, count, seen], true where a token sees a key; None for a single token, which sees all."""
+        """[1, count, seen], True where a token attends to a key; None for a single token, which attends to all."""
         if count == 1:
             return None
         key = ("mask", count, seen, window, device)
@@ -48,7 +48,7 @@ class PerSession:
 
 
 class Gathered:
-    """Spans of equal count in one call, their keys gathered to [B, L]: works wherever SDPA does."""
+    """Attends all spans of equal count in one call; their keys are gathered to [B, L]."""
 
     name = "gathered"
     static = False
@@ -75,7 +75,7 @@ class Gathered:
     def _indices(
         step: RaggedBatch, group: tuple[Span, ...], device: torch.device, trash: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed rows [B, n], pool rows [B, L], and the absolute position [B, n] of each new token."""
+        """Packed indices [B, n], pool rows [B, L], and the absolute position [B, n] of each new token."""
         key = ("indices", group[0].count, device)
         if key not in step.memo:
             spread = torch.arange(group[0].count, device=device)
@@ -97,7 +97,7 @@ class Gathered:
 
 
 def _visible(last: Tensor, keys: int, window: int | None) -> Tensor:
-    """[B, n, keys]: token i at position last[b, i] sees positions <= its own, within the window."""
+    """Mask [B, n, keys]: token i at position last[b, i] attends to positions <= its own within the window."""
     position = torch.arange(keys, device=last.device)
     mask = position <= last[..., None]
     return mask if window is None else mask & (position > last[..., None] - window)
@@ -106,7 +106,7 @@ def _visible(last: Tensor, keys: int, window: int | None) -> Tensor:
 def _attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, call: LayerCall) -> Tensor:
     """query [B, n, heads, d], keys and values [B, L, kv_heads, d], mask [B, n, L] -> [B, n, heads, d_v].
 
-    The heads of a group are folded into the query axis, so that keys and values are never repeated.
+    The heads of a group are folded into the query axis, so that keys and values are not repeated.
     """
     batch, count, heads, width = query.shape
     kv_heads = keys.shape[2]
@@ -129,7 +129,7 @@ def _attend_together(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor |
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: LayerCall, sinks: Tensor | None) -> Tensor:
-    """Attention with capped scores (Gemma 2) or sinks (gpt-oss), which SDPA does not know; softmax in float32."""
+    """Attention with capped scores (Gemma 2) or sinks (gpt-oss), which SDPA lacks. The softmax is float32."""
     scores = torch.matmul(q, k.transpose(2, 3)) * call.scale
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap

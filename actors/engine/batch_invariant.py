@@ -1,8 +1,7 @@
-"""Linear layers whose rows have the same bits in any company: what `batch_invariant` mode multiplies with.
+"""Linear layers whose output rows have the same bits in any batch, for `batch_invariant` mode.
 
-A matrix product may pick another kernel, and with it another order of summation, for another number of rows, as MKL
-does on some CPU types from 16 rows on. So rows are multiplied in tiles of eight, each a product of one and the same
-shape.
+For another number of rows a matrix product may use another kernel with another order of summation, as MKL does on some
+CPU types from 16 rows on. So rows are multiplied in tiles of eight: every product has the same shape.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ TILE = 8  # rows; the engine pads tokens and logits to a multiple of it
 
 
 class BatchInvariantLinear(nn.Module):
-    """A linear layer over the same weight. Rows that are no multiple of a tile are multiplied in one piece."""
+    """A linear layer with the same weight. Rows that are no multiple of a tile are multiplied in one product."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class BatchInvariantLinear(nn.Module):
 
 
 def make_linears_batch_invariant(model: PreTrainedModel) -> None:
-    """Replace every plain linear layer of a model; parameters keep their names."""
+    """Replace every plain linear layer of a model. Parameters keep their names."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, BatchInvariantLinear(module))

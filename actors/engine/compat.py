@@ -1,4 +1,4 @@
-"""Which models the engine would get wrong, told from config.json alone: no torch, no weights."""
+"""Refuses models that the engine would compute wrongly, by their config.json alone: no torch, no weights."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from actors.engine.sizing import text_config
 # "attention" is an older name of full attention.
 SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 _LAYER_KEYS = ("layer_types", "layers_block_type", "block_types")
-# These change a token's frequencies with the longest sequence of the batch: company would change its logits.
+# Their frequencies depend on the longest sequence of the batch, so other sessions would change a token's logits.
 _SHIFTING_ROPES = frozenset({"dynamic", "longrope", "su"})
 
 
 def refuse_config(config: Mapping[str, Any], name: str) -> None:
-    """Raise LoadError if the model `name` with this config cannot be served by the engine.
+    """Raise LoadError if the engine cannot serve the model `name` with this config.
 
-    Linear attention and state-space layers keep state that a packed ragged forward would silently mix between
-    sessions; RoPE that depends on the batch's longest sequence breaks repeatability.
+    Linear attention and state-space layers keep state, which a packed ragged forward would mix between sessions. RoPE
+    that depends on the batch's longest sequence is not repeatable.
     """
     text = text_config(config)
     if not (text.get("num_attention_heads") or text.get("n_head")):
         raise LoadError(name, "its config names no attention heads", _way_out("causal language models with attention"))
-    strange = sorted({str(kind) for key in _LAYER_KEYS for kind in text.get(key) or ()} - SERVED_LAYERS)
-    if strange:
-        why = f"its layers of type {', '.join(strange)} keep state outside of the attention cache"
+    unserved = sorted({str(kind) for key in _LAYER_KEYS for kind in text.get(key) or ()} - SERVED_LAYERS)
+    if unserved:
+        why = f"its layers of type {', '.join(unserved)} keep state outside of the attention cache"
         raise LoadError(name, why, _way_out("models of full and sliding attention only"))
     shifting = sorted(set(_rope_types(text)) & _SHIFTING_ROPES)
     if shifting:
@@ -39,7 +39,7 @@ def _way_out(served: str) -> str:
 
 
 def _rope_types(text: Mapping[str, Any]) -> Iterator[str]:
-    """Every RoPE type that a config names, per layer type too; `type` and `rope_scaling` are older spellings."""
+    """All RoPE types in a config, also those of layer types. `type` and `rope_scaling` are older keys."""
     for key in ("rope_parameters", "rope_scaling"):
         outer = text.get(key)
         if isinstance(outer, Mapping):

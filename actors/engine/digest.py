@@ -1,4 +1,4 @@
-"""A digest of a model, from which running hashes of tokens begin: caches of different models never match."""
+"""A digest of a model, with which running hashes of tokens start, so that caches of different models never match."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SAMPLES = 64  # values read of every parameter: enough to tell checkpoints apart without reading them whole
-_PRIVATE = (
+_SAMPLES = 64  # values of every parameter: enough to tell checkpoints apart
+_LOCAL = (
     "_name_or_path",
     "transformers_version",
     "_attn_implementation",
     "distributed_config",
-)  # where and how it is run
+)  # keys that depend on the machine
 
 
 def model_digest(model: PreTrainedModel) -> int:
-    """64 bits of a transformers model's config, adapters and weights; the same after every restart.
+    """A 64-bit digest of a transformers model's config, adapters and weights, the same after every restart.
 
-    Of each parameter the name, shape, dtype and 64 values spread over it are read. Where parameters are spread over
-    ranks, all ranks call this together, and the digest is that of the whole model.
+    It covers the name, shape, dtype and 64 values of each parameter. If parameters are sharded over ranks, all ranks
+    must call this together, and the digest is that of the whole model.
     """
     digest = hashlib.blake2b(digest_size=8)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _PRIVATE}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _LOCAL}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -43,16 +43,16 @@ def model_digest(model: PreTrainedModel) -> int:
 
 
 def _bits(parameter: Tensor, index: Tensor) -> Tensor:
-    """The bytes of a parameter's values at flat indices, of whichever rank holds them."""
+    """The bytes of a parameter's values at flat indices, from the ranks that hold them."""
     if not isinstance(parameter, DTensor):
         return parameter.flatten()[index.to(parameter.device)].contiguous().view(torch.uint8)
     local = parameter.to_local()
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     places = [at - start for at, start in zip(torch.unravel_index(index, parameter.shape), offset, strict=True)]
-    mine = torch.stack([(0 <= at) & (at < size) for at, size in zip(places, local.shape, strict=True)]).all(0)
+    held = torch.stack([(0 <= at) & (at < size) for at, size in zip(places, local.shape, strict=True)]).all(0)
     values = torch.zeros(len(index), dtype=local.dtype, device=local.device)
-    values[mine.to(local.device)] = local[tuple(at[mine].to(local.device) for at in places)]
-    # As integers: one rank's bits and zeros of the others, which a sum of floats could change.
+    values[held.to(local.device)] = local[tuple(at[held].to(local.device) for at in places)]
+    # As integers: a sum of floats could change the bits.
     bits = values.view(torch.uint8).int()
     dist.all_reduce(bits)
     return bits.to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Random weights of a published config, made where they are used: what a shape costs, without a download."""
+"""Models with random weights of a published config, for measurements without a download."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SEED = 0  # the same weights after every start, so that caches and hashes of rep
 
 
 def dummy_model(config: Any, device: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of a transformers config whose weights are drawn on `device`, as before its training.
+    """A model of a transformers config with random weights, drawn on `device` as before a training.
 
-    Nothing is made on the host first. dtype "auto" is the one that the config names, float32 if none. Tied weights
-    stay tied. One config, dtype and kind of device give the same weights every time.
+    No weights are made on the host first. dtype "auto" is the one that the config names, float32 if none. Tied weights
+    stay tied. The same config, dtype and kind of device always give the same weights.
     """
     kind = getattr(torch, dtype) if dtype != "auto" else config.get_text_config().dtype or config.dtype
     with torch.device("meta"):

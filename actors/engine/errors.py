@@ -1,4 +1,4 @@
-"""What can go wrong in an engine, as types: the shells turn them into replies and messages to people."""
+"""The errors of an engine, as types. Callers turn them into replies and messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class EngineError(RuntimeError):
 
 
 class LoadError(EngineError):
-    """A model cannot be served: `what` is refused, `why`, and the way `out` (a command or a setting)."""
+    """A model cannot be served. what: the refused thing; why: the reason; out: a command or setting that helps."""
 
     def __init__(self, what: str, why: str, out: str) -> None:
         super().__init__(f"{what}: {why}. {out}")
@@ -18,7 +18,7 @@ class LoadError(EngineError):
 
 
 class BadExtend(EngineError):
-    """An extend that can never succeed, whoever else is served; nothing was changed by it."""
+    """An extend that can never succeed, whatever other sessions do. It changed nothing."""
 
     def __init__(self, session: int, why: str) -> None:
         super().__init__(f"session {session}: {why}")
@@ -26,7 +26,7 @@ class BadExtend(EngineError):
 
 
 class StepFailed(EngineError):
-    """The forward raised (its error is the cause); the caches of `sessions` are dropped and must be sent again."""
+    """The forward raised (its error is the cause). The caches of `sessions` are dropped and must be sent again."""
 
     def __init__(self, sessions: Sequence[int], error: BaseException) -> None:
         super().__init__(f"a forward over {len(sessions)} sessions failed: {error}; extend them again from position 0")
@@ -34,7 +34,7 @@ class StepFailed(EngineError):
 
 
 class RowGone(EngineError):
-    """The rows of a session are not held (any more): extend the session again to have them."""
+    """The rows of a session are not held, or not any more: extend the session again."""
 
     def __init__(self, session: int) -> None:
         super().__init__(f"no rows of session {session} are held; extend it again")

@@ -1,4 +1,4 @@
-"""A first-fit allocator of contiguous ranges of cache rows. Pure arithmetic: it moves no data."""
+"""A first-fit allocator of contiguous ranges of cache rows. It is pure arithmetic and moves no data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Extent:
 class Extents:
     """Hands out extents whose starts and sizes are multiples of `unit` rows.
 
-    Whole units keep every session's cache equally aligned in memory, which bitwise repeatability needs.
+    Whole units keep every session's cache equally aligned in memory, as bitwise repeatability requires.
     """
 
     def __init__(self, total: int, unit: int) -> None:

@@ -28,7 +28,7 @@ class FlashAttention:
     The operator reads sequence b's keys at rows [starts[b], starts[b] + lengths[b]) of the pool, because `seqused_k`
     takes precedence over differences of `cum_seq_k`. Layers that it cannot do (capped scores, sinks, odd head widths)
     attend gathered, and then `static` is False: their shapes depend on the step.
-    op: the operator, `torch.ops.aten._flash_attention_forward` unless told.
+    op: the operator, `torch.ops.aten._flash_attention_forward` by default.
     """
 
     name = "flash"

@@ -1,6 +1,6 @@
-"""A model's head that yields float32 logits from 16-bit weights, not rounded 16-bit ones.
+"""Makes a model's head yield float32 logits from 16-bit weights instead of 16-bit logits.
 
-Rounded rows have ties at the top and lose the small differences between models that guidance adds up.
+Rounded logits have ties at the top and lose the small differences between models that guidance adds up.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Float32Head(nn.Module):
-    """A linear head over the same weight, with a float32 product and sum.
+    """A linear head with the same weight, whose product and sum are float32.
 
-    On CUDA `mm` takes 16-bit factors and yields float32. Elsewhere the weight is kept a second time in float32:
-    memory (hidden x vocabulary x 4 bytes) for not converting it at every step.
+    On CUDA `mm` takes 16-bit factors and yields float32. Elsewhere a float32 copy of the weight (hidden x vocabulary x
+    4 bytes) saves its conversion at every step.
     """
 
     def __init__(self, head: nn.Linear) -> None:
@@ -39,14 +39,14 @@ class Float32Head(nn.Module):
 
 
 def widen_head(model: PreTrainedModel) -> None:
-    """Replace a plain 16-bit linear head of a transformers model; others (float32, quantised) stay as they are.
+    """Replace the head of a transformers model if it is a plain 16-bit linear layer.
 
-    A quantised or otherwise special head computes in its own way; its output is converted to float32 afterwards.
+    Other heads (float32, quantised) stay. Their output is converted to float32 later.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
         return
-    if head.weight.is_meta:  # offloaded: the weight comes and goes with accelerate's hook
+    if head.weight.is_meta:  # offloaded: accelerate's hook loads the weight for each call
         return
     hook = getattr(head, "_hf_hook", None)
     wide: nn.Module = Float32Head(head if hook is None else remove_hook_from_module(head))

@@ -1,7 +1,7 @@
-"""What one forward reads, as one flat tensor of integers: a single copy to the device, whatever the step holds.
+"""Packs the inputs of one forward into one flat tensor of integers, so that one copy brings them to the device.
 
 A layout may be larger than its batch: tokens, rows and sequences are padded to a fixed shape, so that a captured graph
-of that shape serves any batch that fits it.
+of that shape can run any batch that fits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Batch:
     positions: Sequence[int]  # [T]
     write: Sequence[int]  # [T] pool rows
     spans: Sequence[Span]
-    keep: Sequence[int]  # [R] packed tokens whose logits are asked for
+    keep: Sequence[int]  # [R] indices of the packed tokens whose logits are requested
 
     @property
     def max_q(self) -> int:
@@ -36,7 +36,7 @@ class Batch:
 
 
 class Layout(NamedTuple):
-    """The shape of a forward's inputs. max_q, max_k: the most new and held tokens of a sequence that it is good for."""
+    """The shape of a forward's inputs. max_q, max_k: limits of the new and the held tokens of a sequence."""
 
     tokens: int
     rows: int
@@ -52,8 +52,8 @@ class Layout(NamedTuple):
     def flatten(self, batch: Batch, trash: int) -> list[int]:
         """The batch in this layout: ids, positions, write, keep, cu_q, starts, lengths, number of real tokens.
 
-        Padding tokens are written to the pool row `trash`. Padding sequences hold nothing; each takes up to `max_q`
-        padding tokens, so that with max_q 1 every sequence has one token, which decoding kernels count on.
+        Padding tokens are written to the pool row `trash`. Padding sequences hold no tokens; each takes up to `max_q`
+        padding tokens, so that with max_q 1 every sequence has one token, as decoding kernels require.
         """
         spans, real = batch.spans, len(batch.ids)
         padding, idle = self.tokens - real, self.sequences - len(spans)
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
             ends.append(min(ends[-1] + self.max_q, self.tokens))
         flat = [*batch.ids, *[0] * padding, *batch.positions, *[0] * padding, *batch.write, *[trash] * padding]
         flat += [*batch.keep, *[0] * (self.rows - len(batch.keep)), *ends]
-        flat += [*(span.start for span in spans), *[0] * (idle + 1)]  # as many as cu_q has, as the kernel asks
+        flat += [*(span.start for span in spans), *[0] * (idle + 1)]  # the kernel requires the length of cu_q
         flat += [*(span.length for span in spans), *[0] * idle, real]
         return flat
 
@@ -75,7 +75,7 @@ class Layout(NamedTuple):
         return Inputs(*torch.split(flat[: 3 * self.tokens + self.rows], [*[self.tokens] * 3, self.rows]))
 
     def read_varlen(self, flat: Tensor) -> Varlen:
-        """Its parts that kernels of variable length take, without waiting for the device."""
+        """The parts for kernels of variable length, without waiting for the device."""
         rest = flat[3 * self.tokens + self.rows :]
         cu_q, starts, lengths, real = torch.split(rest, [self.sequences + 1, self.sequences + 1, self.sequences, 1])
         padding = torch.arange(self.tokens, device=flat.device) >= real
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a model's forward takes, on its device."""
+    """The inputs of a model's forward, on its device."""
 
     ids: Tensor  # [T]
     positions: Tensor  # [T]

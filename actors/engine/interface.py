@@ -1,4 +1,4 @@
-"""The one verb of a model, `Extend`, its answers, and what an engine is. No torch here: any process may name them."""
+"""The interface of an engine: `Extend`, its outcomes, and the `Engine` protocol. It imports no torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ BLOCK = 16  # tokens: caches are shared in whole blocks from the first token on
 
 
 class Extend(NamedTuple):
-    """Append `tokens` at `position` of a session and hold the logits of the last `rows` of them.
+    """Append `tokens` at `position` of a session and hold the logits rows of the last `rows` of them.
 
-    A position smaller than what is held rewinds to there first; a larger one is a `KVMiss`.
+    A position below the number of cached tokens rewinds the session first; one above it is a `KVMiss`. Example: a
+    session holds 10 tokens; `position=8, tokens=(a, b, c), rows=2` drops tokens 8 and 9, caches a, b, c as 8, 9, 10
+    and holds the rows of b and c.
     """
 
-    session: int  # key of the owner's cache
-    position: int  # tokens before the first of `tokens`
-    prefix: int  # 64-bit running hash of those tokens, begun from the engine's hash_seed
+    session: int  # key of its cache
+    position: int  # number of tokens before the first of `tokens`
+    prefix: int  # 64-bit running hash of those tokens, started from the engine's hash_seed
     tokens: Sequence[int]  # at least one
     rows: int  # 0 .. len(tokens)
     age: int  # admission age: a smaller one is older and may evict a larger one
-    keep: int = 0  # so many held rows before `position` stay, and the new ones join them
+    keep: int = 0  # number of held rows directly before `position` that stay, with the new ones behind them
 
     @property
     def end(self) -> int:
@@ -34,7 +36,7 @@ class Extend(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Success: the session holds `length` tokens, and `rows` new rows until its next extend that keeps none."""
+    """Success: the session holds `length` tokens, and `rows` new rows until its next extend."""
 
     session: int
     length: int
@@ -42,14 +44,14 @@ class Held(NamedTuple):
 
 
 class KVMiss(NamedTuple):
-    """The cache ends before `position` or was built from other tokens: send again from position `held`."""
+    """The cache ends before `position` or holds other tokens: send the tokens from position `held` on."""
 
     session: int
     held: int
 
 
 class Full(NamedTuple):
-    """No room for this session now. Nothing of it was computed: try again later."""
+    """The cache has no room for this session now. No token was computed: try again later."""
 
     session: int
 
@@ -62,7 +64,7 @@ class CacheStats:
     """Size and use of a cache, in tokens."""
 
     tokens_total: int
-    tokens_used: int  # in the allocator's units, what sessions need rounded up
+    tokens_used: int  # needed by sessions, each rounded up to the allocator's unit
     sessions: int  # sessions that hold at least one token
 
 
@@ -76,23 +78,23 @@ class TopKSlices:
 
 
 class HeldRows(Protocol):
-    """The rows of a session's last extend and of those that it kept: a snapshot that any thread may read."""
+    """The logits rows of a session's last extend and those that it kept: a snapshot that any thread may read."""
 
     @property
     def size(self) -> int:
-        """Rows held; the last extend's own are the last."""
+        """Number of rows. The last extend's own rows are the last ones."""
 
     def index(self, position: int, prefix: int) -> int | None:
-        """Which row is at `position`, built from tokens with this running hash, its own token included."""
+        """Index of the row at `position` whose tokens, its own included, have this running hash; None if not held."""
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices: ...
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]: ...
 
 
 class Engine(Protocol):
-    """A model that extends sessions: `actors.engine.step_engine.StepEngine`, or one that computes nothing.
+    """A model that extends sessions: `actors.engine.step_engine.StepEngine`, or a synthetic one of the benchmarks.
 
-    `rows`, `values` and `check_extend` may be called from any thread, everything else from one at a time.
+    `rows`, `values` and `check_extend` may be called from any thread, all other methods from one thread at a time.
     """
 
     width: int  # logits in a row
@@ -104,20 +106,20 @@ class Engine(Protocol):
         """Raise for an extend that can never succeed."""
 
     def shared(self, blocks: Sequence[int]) -> int:
-        """How many of a sequence's first blocks, named by the running hash after each, some session holds."""
+        """Number of a sequence's leading blocks that some session holds. blocks: the running hash after each."""
 
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
-        """Let a session hold `tokens`, whole blocks that some session holds, without a forward; False if it cannot.
+        """Let a session hold `tokens`, whole blocks that some session holds, without a forward; False if impossible.
 
-        It then holds nothing, or what it held.
+        After False the session holds no tokens, or the ones that it held before.
         """
 
     def rows(self, session: int) -> HeldRows | None: ...
     def values(self, rows: Sequence[tuple[Any, int]], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
-        """The logits [N] of rows (what `rows` gave, and which of them) at ids [N], `counts` of each row in turn."""
+        """The logits [N] at ids [N]. rows: pairs of a result of `rows` and a row's index; counts: ids of each row."""
 
     def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
-        """The slices of the rows that the last extends of `sessions` gave."""
+        """The slices of the rows of the last extends of `sessions`, in their order."""
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]: ...
     def close(self, session: int) -> None: ...
@@ -126,4 +128,4 @@ class Engine(Protocol):
         """Prove that the cache's accounts are exact; AssertionError if not."""
 
     def check_health(self) -> None:
-        """Raise if it cannot go on."""
+        """Raise if the engine cannot continue."""

@@ -1,7 +1,12 @@
-"""The cache of one model: per layer one flat pool of keys and values, of which each session owns one extent.
+"""The KV cache of one model: one flat pool of keys and values for each layer, of which each session owns one extent.
 
-A contiguous extent makes a rewind a change of length, a fork one strided copy, and lets attention read a session's
-keys as a view. Nothing is reserved for tokens that may come: an extent grows in place, else it moves.
+Because an extent is contiguous, a rewind only changes a length, a fork is one copy, and attention reads a session's
+keys as a view. No rows are reserved for future tokens: an extent grows in place if the rows behind it are free, and
+moves otherwise. Example with units of 32 rows in a pool of 128:
+
+    reserve(A, 20)    A [0, 32)
+    reserve(B, 40)    A [0, 32), B [32, 96)
+    reserve(A, 33)    B [0, 64), A [64, 128): no hole has 64 rows, so the pool is compacted with A at its end
 """
 
 from __future__ import annotations
@@ -17,15 +22,15 @@ from actors.engine.extents import Extent, Extents
 
 @dataclass(slots=True)
 class SessionCache:
-    """The cache of one session: an extent, of which `length` rows hold keys and values."""
+    """The extent of one session. Its first `length` rows hold keys and values."""
 
     extent: Extent
     length: int
-    needed: int  # rows that a compaction must leave: `length`, or what the running step will write
+    needed: int  # rows that a compaction must leave: `length`, or the length after the running step
 
 
 class KVPool:
-    """Extents of sessions and the tensors behind them. Not thread-safe: one owner calls it."""
+    """The extents of sessions and the tensors of all layers. Not thread-safe: one thread calls it."""
 
     def __init__(self, tokens: int, unit: int = 32) -> None:
         self.extents = Extents(tokens, unit)
@@ -34,12 +39,12 @@ class KVPool:
 
     @property
     def trash(self) -> int:
-        """The row behind the pool, to which padding tokens are written."""
+        """The extra row behind the pool, to which padding tokens are written."""
         return self.extents.total
 
     @property
     def used(self) -> int:
-        """Rows that sessions need, in whole units, without the slack of their extents."""
+        """Rows that sessions need, each rounded up to whole units, without spare rows of their extents."""
         return sum(self.extents.round(cache.needed) for cache in self.caches.values())
 
     def length(self, session: int) -> int:
@@ -53,7 +58,7 @@ class KVPool:
     def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [T, kv_heads, head_dim] at pool rows `index` [T]; return the layer's pools.
 
-        The pools of a layer are made at its first write, in whatever shape and on whatever device the layer has.
+        The first write of a layer makes its pools, with the layer's shape and on its device.
         """
         if layer not in self.layers:
             rows = self.extents.total + 1
@@ -67,7 +72,7 @@ class KVPool:
         return key_pool, value_pool
 
     def reserve(self, session: int, tokens: int) -> bool:
-        """Make the session's extent hold `tokens`, moving caches where that helps; False if there is no room."""
+        """Make the session's extent hold `tokens` rows, moving extents if needed; False if there is no room."""
         cache = self.caches.get(session)
         if cache is None:
             return self._reserve_new(session, tokens)
@@ -77,12 +82,12 @@ class KVPool:
         return True
 
     def room_for(self, session: int, without: Iterable[int] = ()) -> int:
-        """Rows that `session` could have, its own included, after a compaction `without` some other sessions."""
+        """Rows that `session` could have, its own included, after `without` were dropped and the pool compacted."""
         others = (self.caches[other].needed for other in self.caches.keys() - {session, *without})
         return self.extents.total - sum(map(self.extents.round, others))
 
     def commit(self, session: int, length: int) -> None:
-        """The session now holds `length` tokens (after a forward, or shortened by a rewind)."""
+        """Set the session's length to `length` tokens, after a forward or a rewind."""
         cache = self.caches[session]
         assert 0 < length <= cache.extent.capacity
         cache.length = cache.needed = length
@@ -98,13 +103,13 @@ class KVPool:
         return True
 
     def drop(self, session: int) -> None:
-        """Give the session's rows back; nothing happens if it has none."""
+        """Free the session's rows, if it has any."""
         cache = self.caches.pop(session, None)
         if cache is not None:
             self.extents.release(cache.extent)
 
     def check(self) -> None:
-        """Prove that every row is free or owned once and that slots are consistent; AssertionError if not."""
+        """Prove that every row is free or owned once and that caches are consistent; AssertionError if not."""
         self.extents.check(cache.extent for cache in self.caches.values())
         for session, cache in self.caches.items():
             assert 0 < cache.length == cache.needed <= cache.extent.capacity, f"session {session}: {cache}"
@@ -124,7 +129,7 @@ class KVPool:
         if grown is not None:
             cache.extent = grown
             return True
-        # Doubling makes the copies of a growing session linear in its length.
+        # By doubling, the rows copied for a growing session stay linear in its length.
         moved = self.extents.allocate(max(tokens, 2 * cache.extent.capacity)) or self.extents.allocate(tokens)
         if moved is not None:
             self._copy(cache.extent.start, moved.start, cache.length)
@@ -146,7 +151,7 @@ class KVPool:
                 pool[target : target + length] = pool[source : source + length]
 
     def _compact(self, order: Iterable[int]) -> None:
-        """Move all extents to the front of the pool, in `order`, without slack."""
+        """Move all extents to the front of the pool, in `order`, without spare rows."""
         sources, targets, cursor = [], [], 0
         for session in order:
             cache = self.caches[session]
@@ -160,7 +165,7 @@ class KVPool:
 
     @torch.inference_mode()
     def _move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy pool rows through a temporary of one layer's size: source and target rows overlap."""
+        """Copy pool rows through a temporary tensor of one layer: source and target rows may overlap."""
         for pools in self.layers.values():
             for pool in pools:
                 pool[targets.to(pool.device)] = pool[sources.to(pool.device)]

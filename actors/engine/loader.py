@@ -1,4 +1,4 @@
-"""From a name in a configuration to a model in memory: weights, dtype, placement, quantisation and adapters."""
+"""Loads a configured model: weights, dtype, placement, quantisation and adapters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOAD_FORMATS = ("auto", "dummy")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Which weights to load, and how."""
+    """The weights to load, and how to load them."""
 
     path: str  # a local folder in Hugging Face layout, or a hub id
     revision: str | None = None  # a hub branch, tag or commit
@@ -44,8 +44,8 @@ class ModelSource:
     quantization: dict[str, Any] | None = None  # a transformers quantization config, with its `quant_method`
     adapter: str | None = None  # a PEFT adapter's folder or hub id
     trust_remote_code: bool = False  # for a hub id only with a pinned revision
-    load_format: str = "auto"  # of LOAD_FORMATS; "dummy" needs no checkpoint, its weights are random
-    tensor_parallel: int = 1  # ranks; above 1 this process is one of them, in a process group
+    load_format: str = "auto"  # of LOAD_FORMATS; "dummy" makes random weights without a checkpoint
+    tensor_parallel: int = 1  # number of ranks; above 1 this process is one of them, in a process group
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -65,13 +65,13 @@ class ModelSource:
 
     @property
     def local(self) -> bool:
-        """Whether the weights lie in a folder of this machine."""
+        """True if the weights are in a folder of this machine."""
         return Path(self.path).is_dir()
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """One thing that a loading model did or begins to wait for."""
+    """A stage of loading that begins."""
 
     stage: str  # "config", "weights", "adapter", "loaded", "check", "ready"
     bytes: int  # of weights: on disk before they are loaded (0 if unknown), in memory after
@@ -98,7 +98,7 @@ def load_engine(
     max_held_rows: int | None = None,
     report: Report | None = None,
 ) -> StepEngine:
-    """Load a model, make its engine and hold it against a plain forward; LoadError if any of it cannot be."""
+    """Load a model, make its engine and compare it with a plain forward. Raises LoadError if any of these fails."""
     began = time.monotonic()
     loaded = load_model(source, report)
     engine = StepEngine(
@@ -111,10 +111,10 @@ def load_engine(
 
 
 def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel:
-    """Load the weights of `source`; `report` hears what is awaited, and log lines say the same.
+    """Load the weights of `source`. Each stage is logged and passed to `report`.
 
-    Raises LoadError, with the command or setting that mends it, for a missing or gated model, one that the engine
-    cannot serve, an unknown quantisation or an adapter that does not fit.
+    Raises LoadError, with a command or setting that helps, for a missing or gated model, one that the engine cannot
+    serve, an unknown quantisation or an adapter that does not fit.
     """
     began = time.monotonic()
     _report_progress(report, source, began, "config", 0)
@@ -145,7 +145,7 @@ def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             dtype=source.dtype,
-            use_safetensors=True,  # never a pickle
+            use_safetensors=True,  # no pickles
             **placement,
             quantization_config=quantization,
             output_loading_info=True,
@@ -162,7 +162,7 @@ def _dummy(source: ModelSource, config: Any) -> PreTrainedModel:
 
 
 def _placement(source: ModelSource) -> dict[str, Any]:
-    """What tells transformers where the weights go."""
+    """The options that tell transformers where to put the weights."""
     if source.tensor_parallel > 1:
         return {"distributed_config": DistributedConfig(tp_size=source.tensor_parallel)}
     return {"device_map": source.device_map if source.device_map is not None else {"": _device(source)}}
@@ -175,7 +175,7 @@ def _device(source: ModelSource) -> str:
 
 
 def _refuse_missing(source: ModelSource, missing: list[str]) -> None:
-    """transformers fills missing weights with random numbers and only warns."""
+    """Raise LoadError for missing weights: transformers only warns, and fills them with random numbers."""
     if missing:
         why = f"its checkpoint lacks {len(missing)} weights, {missing[0]} among them"
         raise LoadError(source.path, why, "Restore its *.safetensors, or correct its config.json.")
@@ -184,7 +184,7 @@ def _refuse_missing(source: ModelSource, missing: list[str]) -> None:
 def _quantization_config(source: ModelSource) -> Any:
     if source.quantization is None:
         return None
-    from transformers.quantizers.auto import AutoQuantizationConfig  # seconds, which few models need
+    from transformers.quantizers.auto import AutoQuantizationConfig  # takes seconds, and few models need it
 
     try:
         return AutoQuantizationConfig.from_dict(dict(source.quantization))
@@ -194,9 +194,9 @@ def _quantization_config(source: ModelSource) -> Any:
 
 
 def _with_adapter(model: PreTrainedModel, source: ModelSource, merge: bool) -> PreTrainedModel:
-    """The model with its adapter: merged into plain weights, as layers of their own on quantised ones."""
+    """The model with its adapter, merged into plain weights, or as separate layers beside quantised ones."""
     assert source.adapter is not None
-    from peft import PeftModel  # seconds, which few models need
+    from peft import PeftModel  # takes seconds, and few models need it
 
     if any(Path(source.adapter).glob("adapter_model.bin")):
         raise LoadError(f"adapter {source.adapter}", "it is a pickle", "Save it as safetensors: save_pretrained.")
@@ -211,7 +211,7 @@ def _with_adapter(model: PreTrainedModel, source: ModelSource, merge: bool) -> P
 
 @contextmanager
 def _errors_explained(source: ModelSource) -> Iterator[None]:
-    """Turn the errors of a missing, gated or unreadable model into a LoadError with the command that mends it."""
+    """Turn the errors of a missing, gated or unreadable model into a LoadError with a command that helps."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -235,7 +235,7 @@ def _remedy(source: ModelSource, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The beginning of an error's text: transformers' errors run over paragraphs."""
+    """The first line of an error's text: those of transformers have paragraphs."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -1,8 +1,8 @@
-"""Linear layers on the CPU whose weight lies in oneDNN's own blocked order.
+"""Linear layers on the CPU whose weight is stored in oneDNN's blocked order.
 
-A plain float32 product of 4 to 8 rows, which is what a check of drafts is, costs 1.9 to 2.5 times a product of one row,
-though the same weight is read; in blocked order 1.2 to 1.4 times (AVX-512, 1 and 2 threads). One row alone costs up to
-a tenth more, unless the weight is as large as a head's.
+A verification of drafts multiplies 4 to 8 rows. As a plain float32 product this costs 1.9 to 2.5 times a product of one
+row, though it reads the same weight; in blocked order it costs 1.2 to 1.4 times (AVX-512, 1 and 2 threads). One row
+alone costs up to a tenth more, unless the weight is as large as a head's.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Below, the call's own 15 microseconds outweigh what it saves.
+# For smaller weights the 15 microseconds of the call itself cost more than it saves.
 SMALLEST = 1 << 20  # elements of a weight
-_ROWS = 8  # oneDNN chooses the order for products of so many; it holds for any
+_ROWS = 8  # oneDNN chooses the order for products of so many rows; it serves any number
 
 
 class OneDnnLinear(nn.Module):
-    """The float32 product of a linear layer, equal to it but for rounding. Its weight replaces the plain one."""
+    """A float32 linear layer that equals the plain one except for rounding. Its weight replaces the plain one."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        # Not a buffer: nothing but the product can read the order.
+        # Not a buffer: only this product can read the order.
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), _ROWS)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -38,9 +38,9 @@ class OneDnnLinear(nn.Module):
 
 
 def use_onednn_linears(model: PreTrainedModel, smallest: int = SMALLEST) -> int:
-    """Pack the large float32 linear layers of a model on the CPU; how many were packed, 0 where it is not supported.
+    """Replace the large float32 linear layers of a model on the CPU; return their number, 0 if not supported.
 
-    A weight that others use too (a head tied to the embeddings) is kept for them beside its packed copy.
+    A weight that other layers use too (a head tied to the embeddings) stays for them beside its packed copy.
     """
     if not _supported():
         return 0

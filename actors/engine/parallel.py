@@ -1,7 +1,7 @@
 """Tensor parallelism: one engine over several ranks of one node, each with its share of the heads, weights and cache.
 
-Rank 0 decides and holds the rows. What becomes of a verb is a function of the verbs before it, so every other rank
-follows by doing the same verbs in the same order on its own share; nothing but the verbs is sent to it.
+Rank 0 decides and holds the rows. The effect of an operation depends only on the operations before it, so the other
+ranks follow by applying the same operations in the same order to their shares; nothing else is sent to them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ += ["follow", "load_parallel"]
 
 T = TypeVar("T")
 
-# What changes a session or runs a forward, and so must be done by every rank; the rest is rank 0's alone.
+# Operations that change a session or run a forward, which every rank must apply; rank 0 does the others alone.
 FOLLOWED = frozenset({"extend", "close", "evict", "fork", "plain_logits"})
 _GRACE_S = 5.0  # a follower without a leader ends itself after so long, whatever it computes
 
@@ -65,7 +65,7 @@ class FollowerProcess:
 
 
 class ParallelEngine(StepEngine):
-    """Rank 0: a step engine whose verbs the other ranks follow. `stop` when done."""
+    """Rank 0: a step engine whose operations the other ranks follow. Call `stop` when done."""
 
     def __init__(self, followers: Followers, *arguments: Any, **options: Any) -> None:
         self._followers: Followers | None = None  # until all are built, every rank runs the same code by itself
@@ -73,7 +73,7 @@ class ParallelEngine(StepEngine):
         self._followers = followers
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
-        self.check_batch(batch)  # refused before anybody hears of it
+        self.check_batch(batch)  # refused before it is sent
         return self._on_all_ranks("extend", super().extend, batch, wire=[_packed(extend) for extend in batch])
 
     def close(self, session: int) -> None:
@@ -99,7 +99,7 @@ class ParallelEngine(StepEngine):
             self._followers.stop()
 
     def _on_all_ranks(self, operation: str, local: Callable[..., T], *arguments: Any, wire: Any = None) -> T:
-        """Do a verb on every rank. An error, but for ValueError, leaves the ranks out of step for good."""
+        """Apply an operation on every rank. After an error other than ValueError the ranks stay out of step."""
         assert self._followers is not None
         self._followers.broadcast(operation, *(arguments if wire is None else [wire]))
         try:
@@ -148,7 +148,7 @@ def load_parallel(
 
 
 def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
-    """Be rank `rank` until the leader is gone. Raises what ended it; the leader hears of it first."""
+    """Run rank `rank` until the leader is gone. An error is sent to the leader, then raised."""
     pipe = Client((LOOPBACK, rendezvous.operations_port), authkey=rendezvous.key)
     operations: SimpleQueue[bytes | None] = SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, operations), name="leader", daemon=True).start()
@@ -174,7 +174,7 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
 
 
 def apply_operation(engine: StepEngine, message: bytes) -> None:
-    """Do one verb that the leader has sent."""
+    """Apply one operation that the leader has sent."""
     operation, *arguments = msgpack.unpackb(message)
     if operation not in FOLLOWED:
         raise EngineError(f"{operation!r} is no operation of a follower")
@@ -185,7 +185,7 @@ def apply_operation(engine: StepEngine, message: bytes) -> None:
 
 
 def _options(recipe: Recipe, model: Any) -> Mapping[str, Any]:
-    """What every rank builds its engine with; all ranks call this together."""
+    """The options with which every rank builds its engine. All ranks call this together."""
     digest = model_digest(model)
     use_local_shares(model)
     return {"backend": recipe.backend, "max_held_rows": recipe.max_held_rows, "digest": digest}
@@ -198,7 +198,7 @@ def _packed(extend: Extend) -> tuple[Any, ...]:
 
 
 def _receive(pipe: Connection, operations: SimpleQueue[bytes | None]) -> None:
-    """Queue what the leader sends. When it is gone, even a rank that waits in a collective must end."""
+    """Queue the leader's messages. When it is gone, even a rank that waits in a collective must end."""
     try:
         while True:
             operations.put(pipe.recv_bytes())

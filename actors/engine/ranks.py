@@ -1,4 +1,4 @@
-"""The leader's end of the other ranks of a model: how they are started, told what to do, and noticed when lost."""
+"""The leader's side of a model's other ranks: starts them, sends them operations, and notices lost ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RanksLost(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What every rank needs to build its share of an engine."""
+    """The data from which every rank builds its share of an engine."""
 
     source: ModelSource
     cache_tokens: int
@@ -53,7 +53,7 @@ class Rendezvous:
 
     operations_port: int
     store_port: int
-    key: bytes  # by which the two ends of a verb connection know each other
+    key: bytes  # authenticates the two ends of an operations connection
     load_s: float  # the leader waits so long for its followers to load
     step_s: float  # a collective that waits longer ends the ranks
 
@@ -70,7 +70,7 @@ StartFollower = Callable[[Recipe, Rendezvous, int], Follower]
 
 
 class Followers:
-    """The leader's end of every other rank: sends verbs, hears of failures."""
+    """The leader's connections to all other ranks: sends operations, receives failures."""
 
     def __init__(self, recipe: Recipe, start: StartFollower, load_s: float, step_s: float) -> None:
         """Start the followers and wait until each has called; raises LoadError if one does not in time."""
@@ -111,7 +111,7 @@ class Followers:
                     raise LoadError(f"{self._what} over {len(self._handles) + 1} ranks", why, out) from None
 
     def broadcast(self, operation: str, *arguments: Any) -> None:
-        """Send a verb to every follower. Raises RanksLost."""
+        """Send an operation to every follower. Raises RanksLost."""
         self.check()
         message = msgpack.packb([operation, *arguments])
         for rank, pipe in self._pipes.items():

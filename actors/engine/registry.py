@@ -1,6 +1,7 @@
-"""The choice among the back ends of attention.
+"""Chooses the attention back end: the first in `BACKENDS` that supports the device and dtype, or a configured one.
 
-A new one (a fused kernel for one device) is a class with `attend` and one line in `BACKENDS`.
+To add one (a fused kernel for one device), write a class with `attend` (`actors.engine.attention.AttentionBackend`)
+and add a line to `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from actors.engine.flash import FlashAttention, flash_supported
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """One way to attend, and where it may be used."""
+    """An attention back end, and the devices and dtypes that it supports."""
 
     build: Callable[[], AttentionBackend]
     supports: Callable[[torch.device, torch.dtype], bool]
@@ -33,7 +34,7 @@ BACKENDS: dict[str, BackendEntry] = {
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, name: str | None = None) -> AttentionBackend:
-    """The back end called `name`, or the first that supports the device and dtype; LoadError if it cannot be used."""
+    """The back end called `name`, or the first that supports the device and dtype. Raises LoadError if none does."""
     if name is not None and name not in BACKENDS:
         raise LoadError(f"attention back end {name!r}", "unknown", f"Known are: {', '.join(BACKENDS)}.")
     for candidate in BACKENDS if name is None else [name]:

@@ -1,7 +1,7 @@
-"""Logits rows that are held for lookups, and their reduction to slices.
+"""Holds logits rows on the device for later lookups, and reduces rows to top-k slices.
 
-Rows are float32. A row is named by its position and by the running hash *including* its own token, because position
-alone would mix a rejected draft's row with its successor's.
+Rows are float32. A row's key is its position and the running hash *including* its own token: the position alone would
+confuse the row of a rejected draft with the one that replaced it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from actors.engine.interface import TopKSlices
 
-MAX_ROWS = 4_096  # a session that drafts holds up to 9
-MIN_ROWS = 256  # however wide: what one extend may ask for
+MAX_ROWS = 4_096  # a session with drafts holds up to 9
+MIN_ROWS = 256  # for rows of any width, so that one extend can request so many
 _ROWS_SHARE = 1 / 32  # of the memory; three roles may share a device
 
 
 class RowLocation(NamedTuple):
-    """Where a row lies: in the logits [B, V] of one forward."""
+    """The place of a row in the logits [B, V] of one forward."""
 
     block: Tensor
     row: int
@@ -32,7 +32,7 @@ class RowLocation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
-    """The rows of one session's last extend and of those that it kept: a snapshot, safe to read from any thread."""
+    """One session's held rows, on the device that computed them: a snapshot that any thread may read."""
 
     position: int  # of the first row's token in the session
     hashes: tuple[int, ...]  # per row the running hash including the row's own token
@@ -42,7 +42,7 @@ class DeviceRows:
 
     @property
     def size(self) -> int:
-        """Rows held; the last extend's own are the last `fresh` of them."""
+        """Number of rows. The last `fresh` of them are the last extend's own."""
         return len(self.hashes)
 
     @property
@@ -51,23 +51,23 @@ class DeviceRows:
         return gather_rows(self.places)
 
     def index(self, position: int, prefix: int) -> int | None:
-        """Which row is at `position` with running hash `prefix` (its own token included), or None."""
+        """Index of the row at `position` with running hash `prefix` (its own token included), or None."""
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
-        """The slices of `rows` (all if None); k = 0 gives only the logsumexp, k > V the whole row."""
+        """The top-k slices of `rows` (all if None). k = 0 gives only the logsumexp, k > V the full row."""
         return reduce_rows(self._select(rows), k, self.batch_invariant)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """The whole logits [m, V] of `rows` (all if None), read-only."""
+        """The full logits [m, V] of `rows` (all if None), read-only."""
         return _to_host(self._select(rows))
 
     def _select(self, rows: Sequence[int] | None) -> Tensor:
         return gather_rows(self.places if rows is None else [self.places[row] for row in rows])
 
     def at_positions(self, first: int, end: int) -> DeviceRows | None:
-        """Those of them at positions from `first` on, before `end`; None if there are none."""
+        """The rows at positions from `first` to before `end`; None if there are none."""
         begin, stop = max(first - self.position, 0), end - self.position
         if begin >= min(stop, self.size):
             return None
@@ -75,7 +75,7 @@ class DeviceRows:
         return DeviceRows(self.position + begin, self.hashes[part], self.places[part], self.batch_invariant, 0)
 
     def joined_with(self, later: DeviceRows) -> DeviceRows:
-        """These rows and those of an extend that went on where they end; only the later ones if it did not."""
+        """These rows and the `later` ones, if the later ones start directly behind; else only the later ones."""
         if self.position + len(self.hashes) != later.position:
             return later
         hashes, places = self.hashes + later.hashes, self.places + later.places
@@ -83,7 +83,7 @@ class DeviceRows:
 
 
 def gather_rows(places: Sequence[RowLocation]) -> Tensor:
-    """The rows [len(places), V] side by side: a view if one forward made them in this order."""
+    """The rows [len(places), V] as one tensor: a view if one forward made them in this order."""
     block, first = places[0]
     if all(place.block is block for place in places):
         rows = [place.row for place in places]
@@ -95,9 +95,9 @@ def gather_rows(places: Sequence[RowLocation]) -> Tensor:
 
 @torch.inference_mode()
 def values_at(places: Sequence[RowLocation], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
-    """The exact logits [N] of rows at ids [N], of which `counts` belong to each row in turn; one copy a forward.
+    """The logits [N] of rows at ids [N], counts[i] of them of row i; one copy to the host for each forward.
 
-    IndexError for an id outside the rows.
+    Raises IndexError for an id outside the rows.
     """
     out = np.empty(len(ids), np.float32)
     if not len(ids):
@@ -111,8 +111,8 @@ def values_at(places: Sequence[RowLocation], counts: Sequence[int], ids: NDArray
         return _take(places[0].block, flat)
     owner = np.repeat([id(place.block) for place in places], counts)
     for key, block in blocks.items():
-        mine = owner == key
-        out[mine] = _take(block, flat[mine])
+        of_block = owner == key
+        out[of_block] = _take(block, flat[of_block])
     return out
 
 
@@ -122,10 +122,10 @@ def _take(block: Tensor, flat: NDArray[np.int64]) -> NDArray[np.float32]:
 
 @torch.inference_mode()
 def reduce_rows(logits: Tensor, k: int, batch_invariant: bool) -> TopKSlices:
-    """Reduce logits [R, V] on their device and bring the result to the host in one copy.
+    """Reduce logits [R, V] to top-k slices on their device, and copy the result to the host at once.
 
-    If batch_invariant, each logsumexp runs over a fresh copy of its row: vectorised kernels treat the last lanes of a
-    *tensor* differently, so that a row's bits would depend on the rows around it. Top-k compares and never rounds.
+    If batch_invariant, each logsumexp runs over a copy of its row: vectorised kernels treat the last lanes of a
+    *tensor* differently, so that a row's bits would depend on the rows around it. Top-k compares and does not round.
     """
     if batch_invariant:
         sums = torch.stack([row.clone().logsumexp(-1) for row in logits]) if len(logits) else logits.new_zeros(0)
@@ -140,17 +140,17 @@ def reduce_rows(logits: Tensor, k: int, batch_invariant: bool) -> TopKSlices:
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids [R, k] of the largest logits [R, V], ids ascending; of equal ones at the k-th place the lowest.
+    """Values and ids [R, k] of the largest logits [R, V], ids ascending. Of equal logits the lowest ids count.
 
-    `torch.topk` leaves open which of several equal logits it takes, and devices differ. So rows in which more logits
-    equal the k-th value than were taken (rare in float32, common in rounded rows) take theirs again in id order.
+    `torch.topk` does not specify which of several equal logits it takes, and devices differ. So rows in which more
+    logits equal the k-th value than were taken (rare in float32, common in rounded rows) are chosen again in id order.
     """
     values, ids = logits.topk(k, dim=-1)
     if k == 0:
         return values, ids
     edge = values[:, -1:]
-    crowded = (logits == edge).sum(-1) > (values == edge).sum(-1)
-    for row in crowded.nonzero().flatten().tolist():
+    ambiguous = (logits == edge).sum(-1) > (values == edge).sum(-1)
+    for row in ambiguous.nonzero().flatten().tolist():
         above = ids[row][values[row] > edge[row]]
         level = (logits[row] == edge[row]).nonzero().flatten()
         ids[row] = torch.cat([above, level[: k - len(above)]])
@@ -159,9 +159,9 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def top_k_on_device(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same as `top_k` of float32 logits, without waiting for the device; on the CPU it is slower.
+    """Equal to `top_k` for float32 logits, without waiting for the device. It is slower on the CPU.
 
-    Each logit's order-preserving 32 bits stand above its reversed id in one integer, so that no two keys are equal.
+    Each key is one integer: order-preserving 32 bits of the logit above the reversed id, so that no two keys are equal.
     """
     width = logits.shape[-1]
     bits = (logits + 0.0).view(torch.int32)  # -0.0 and 0.0 are one value
@@ -173,27 +173,27 @@ def top_k_on_device(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def pack_slices(ids: Tensor, values: Tensor, sums: Tensor) -> Tensor:
-    """ids and values [R, k], sums [R] as one int32 tensor: one copy to the host costs as much as a small part of it."""
+    """Pack ids and values [R, k] and sums [R] into one int32 tensor, because one copy to the host is cheaper."""
     parts = (ids.to(torch.int32), values.contiguous().view(torch.int32), sums.view(torch.int32))
     return torch.cat([part.flatten() for part in parts])
 
 
 def unpack_slices(packed: NDArray[np.int32], rows: int, k: int) -> TopKSlices:
-    """What `pack_slices` packed, as views."""
+    """The inverse of `pack_slices`, as views."""
     ids, values, sums = np.split(packed, [rows * k, 2 * rows * k])
     return TopKSlices(ids.reshape(rows, k), values.view(np.float32).reshape(rows, k), sums.view(np.float32))
 
 
 @dataclass(slots=True)
 class _ForwardRows:
-    """The logits of one forward; they stay in memory until the last session that reads them lets go."""
+    """The logits of one forward. They stay in memory until no session holds one of their rows."""
 
     size: int  # rows, padding included
     sessions: set[int] = field(default_factory=set)
 
 
 def row_budget(width: int, device: torch.device) -> int:
-    """How many rows [width] float32 may be held on a device: MAX_ROWS, or what fits a share of its memory."""
+    """Number of rows [width] float32 to hold on a device: MAX_ROWS, or fewer to fit a share of its memory."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -202,13 +202,13 @@ def row_budget(width: int, device: torch.device) -> int:
 
 
 class LogitsRowStore:
-    """The held rows of all sessions, at most `budget` rows of memory: the oldest forward's rows go first."""
+    """The held rows of all sessions, at most `budget` rows of memory. The oldest forward's rows are dropped first."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._rows: dict[int, DeviceRows] = {}
-        self._blocks_of: dict[int, dict[int, Tensor]] = {}  # by session the forwards that its rows lie in
-        self._blocks: dict[int, _ForwardRows] = {}  # by forward, in order
+        self._blocks_of: dict[int, dict[int, Tensor]] = {}  # by session the forwards that made its rows
+        self._blocks: dict[int, _ForwardRows] = {}  # by number of the forward, in order
         self._forwards = 0
 
     @property
@@ -220,7 +220,7 @@ class LogitsRowStore:
         return self._rows.get(session)
 
     def drop(self, session: int) -> None:
-        """Let go of a session's rows; nothing happens if it has none."""
+        """Drop a session's rows, if it has any."""
         self._rows.pop(session, None)
         for number in self._blocks_of.pop(session, {}):
             self._release(number, session)
@@ -235,9 +235,9 @@ class LogitsRowStore:
     def hold(
         self, rows: Mapping[int, DeviceRows], size: int, kept: Mapping[int, tuple[int, int]] | None = None
     ) -> None:
-        """Keep what one forward of `size` rows, padding included, gave to each session.
+        """Hold the rows that one forward of `size` rows, padding included, made for each session.
 
-        kept: by session a position, and how many of the rows that it still holds stay before it; None: no rows stay.
+        kept: by session a position, and the number of earlier rows directly before it that stay; None: no rows stay.
         """
         self._forwards += 1
         if rows:
@@ -250,10 +250,10 @@ class LogitsRowStore:
             self._rows[session] = held
             blocks = self._blocks_of.setdefault(session, {})
             blocks[self._forwards] = block
-            self._let_go(session, blocks, held)
+            self._release_unused(session, blocks, held)
 
-    def _let_go(self, session: int, blocks: dict[int, Tensor], held: DeviceRows) -> None:
-        """Of the forwards in which none of its rows lie any more."""
+    def _release_unused(self, session: int, blocks: dict[int, Tensor], held: DeviceRows) -> None:
+        """Release the forwards that made none of the session's rows."""
         used = {id(place.block) for place in held.places}
         for number in [number for number, block in blocks.items() if id(block) not in used]:
             del blocks[number]
@@ -274,7 +274,7 @@ class LogitsRowStore:
 
 
 def _to_host(tensor: Tensor) -> NDArray[Any]:
-    """A read-only copy in the host's memory, through pinned memory from a GPU; a view of what is there already."""
+    """A read-only array in the host's memory: copied through pinned memory from a GPU, a view on the CPU."""
     if tensor.device.type == "cuda":
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)

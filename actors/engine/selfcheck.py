@@ -1,4 +1,4 @@
-"""A short run at load that holds an engine against its model's own plain forward, and refuses what differs."""
+"""Compares an engine with its model's own plain forward when it is loaded, and refuses it if they differ."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from actors.engine.inputs import Batch, Layout, upload
 from actors.engine.interface import Extend, Held
 from actors.engine.step_engine import StepEngine
 
-_LENGTHS = {-1: 5, -2: 43}  # session keys and their tokens: ragged, and several tiles of exact mode together
+_LENGTHS = {-1: 5, -2: 43}  # tokens by session key: ragged, and together several tiles of `batch_invariant` mode
 _CHUNKS = 2
-_CHECK = 4  # tokens of a check of drafts, which runs in a bucket where there are graphs
-# A pool with sequences at odd starts, not in their order: a chunk of a prompt, decoding, checks; padding behind.
+_CHECK = 4  # tokens of a verification of drafts, which runs in a bucket if graphs are used
+# Sequences at odd starts of the pool, out of order: a chunk of a prompt, decoding, verifications; padding behind.
 _TRASH = 320
 _SPANS = (
     Span(0, 17, 3, 90),
@@ -29,7 +29,7 @@ _SPANS = (
 )
 _DECODING = (Span(0, 1, 131, 130), Span(1, 1, 3, 90), Span(2, 1, 95, 1))
 _LAYOUTS = ((_SPANS, Layout(40, 0, 7, 17, 130)), (_DECODING, Layout(4, 0, 4, 1, 1024)))
-# Relative error of a row around its mean. Sound models stay far below; state that leaks is of the order of 1.
+# Relative error of a row around its mean. Correct models stay far below; leaking state causes errors of about 1.
 _TOLERANCE_FLOAT32 = 1e-3
 _TOLERANCE_ROUNDED = 5e-2  # 16-bit and quantised arithmetic
 
@@ -37,8 +37,8 @@ _TOLERANCE_ROUNDED = 5e-2  # 16-bit and quantised arithmetic
 def verify_engine(engine: StepEngine, name: str) -> None:
     """Raise LoadError if two short ragged sequences differ from plain eager forwards of the model called `name`.
 
-    Before that a fused back end of attention is held against SDPA, and where there are graphs a replay against both.
-    In exact mode decoding alone, token by token, must moreover give the same bits as the ragged run.
+    Before that, a fused attention back end is compared with SDPA, and if graphs are used, a replay with the ragged run.
+    In `batch_invariant` mode, decoding a session alone, token by token, must give the same bits as the ragged run.
     """
     if engine.layers != engine.hidden_layers:
         why = f"attention ran in {engine.layers} of its {engine.hidden_layers} layers"
@@ -50,8 +50,9 @@ def verify_engine(engine: StepEngine, name: str) -> None:
     alone = {key: _rows_alone(engine, key) for key in _LENGTHS} if engine.batch_invariant else ragged
     for key, rows in ragged.items():
         if not torch.equal(rows, alone[key]):
-            why = "its bits depend on the company of a session on this CPU and torch build"
-            raise LoadError(f"exact mode of {name}", why, "Leave exact unset, or use another dtype or machine.")
+            why = "on this CPU and torch build its bits depend on the other sessions of a batch"
+            out = "Leave batch_invariant unset, or use another dtype or machine."
+            raise LoadError(f"batch_invariant mode of {name}", why, out)
         error_size = relative_error(rows, engine.plain_logits(_tokens(engine, key)).cpu())
         limit = _tolerance(engine)
         if not error_size <= limit:  # a NaN is refused too
@@ -61,7 +62,7 @@ def verify_engine(engine: StepEngine, name: str) -> None:
 
 @torch.inference_mode()
 def verify_backend(engine: StepEngine) -> None:
-    """Raise LoadError if a back end that is not built on SDPA differs from the gathered one on the same pool."""
+    """Raise LoadError if a back end that does not use SDPA differs from the gathered one on the same pool."""
     backend = engine.attention
     if isinstance(backend, Gathered | PerSession):
         return
@@ -94,7 +95,7 @@ def verify_backend(engine: StepEngine) -> None:
 def _attention_shapes(
     engine: StepEngine,
 ) -> list[tuple[int, tuple[int, int], tuple[int, int], float, int | None]]:
-    """Query heads, shape of a key and of a value, scale and window, with and without a window, per kind of layer."""
+    """Query heads, shape of a key and of a value, scale and window, for each kind of layer with and without window."""
     kinds = {(keys.shape[1:], values.shape[1:]) for keys, values in engine.cache_layers}
     return [
         (engine.heads, (keys[0], keys[1]), (values[0], values[1]), keys[1] ** -0.5, window)
@@ -104,9 +105,9 @@ def _attention_shapes(
 
 
 def _verify_graphs(engine: StepEngine, rows: Tensor, name: str) -> None:
-    """Captured and replayed steps must give the rows [n, V] of the longest sequence again."""
+    """Raise LoadError unless captured and replayed steps give the rows [n, V] of the longest sequence again."""
     key = min(_LENGTHS)
-    for _ in range(2):  # a bucket is captured when first met
+    for _ in range(2):  # a bucket is captured at its first use
         parts = []
         for start in range(0, len(rows) - _CHECK, _CHECK):
             parts.append(_run(engine, [_extend(engine, key, start, start + _CHECK)])[key])
@@ -136,7 +137,7 @@ def _tokens(engine: StepEngine, key: int) -> list[int]:
 
 
 def _ragged_rows(engine: StepEngine) -> dict[int, Tensor]:
-    """Logits [n, V] of every token of the sequences, run together in chunks."""
+    """By session the logits [n, V] of all its tokens, computed together in chunks."""
     parts: dict[int, list[Tensor]] = {key: [] for key in _LENGTHS}
     for chunk in range(_CHUNKS):
         batch = []

@@ -1,6 +1,6 @@
-"""Who holds what in the cache, and who may enter a step.
+"""The sessions in the KV cache, and the admission of their extends to a step.
 
-Admission goes by age: an older session may evict younger ones, so the oldest always progresses.
+Admission goes by age: an older session may evict younger ones, so the oldest session always progresses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from actors.engine.kv_pool import KVPool
 
 @dataclass(slots=True)
 class Session:
-    """What the engine knows of a session besides its keys and values."""
+    """A session's data besides its keys and values."""
 
     age: int
     hashes: array[int]  # 64-bit running hash after 0, 1, 2 ... tokens
@@ -29,23 +29,23 @@ class Session:
 
 
 def seniority(extend: Extend) -> tuple[int, int]:
-    """Sorts extends oldest first; equal ages are ordered by session, so that somebody always progresses."""
+    """Sort key of extends, oldest first. Equal ages are ordered by session, so that one session always progresses."""
     return extend.age, extend.session
 
 
 class SessionTable:
-    """Sessions and their part of a pool. Not thread-safe: one owner calls it."""
+    """The sessions with cached tokens. Not thread-safe: one thread calls it."""
 
     def __init__(self, pool: KVPool, seed: int) -> None:
         self.pool, self.seed = pool, seed
         self.sessions: dict[int, Session] = {}
-        self._holders: dict[int, set[int]] = {}  # by the hash after each whole block: the sessions that hold it
+        self._holders: dict[int, set[int]] = {}  # by hash after a whole block the sessions that hold the block
 
     def admit(self, batch: Sequence[Extend]) -> dict[int, KVMiss | Full | None]:
-        """Reserve room for every extend that can run now: per session None if it can, else why not.
+        """Reserve room for every extend that can run now. Returns by session None if it can, else the refusal.
 
-        Oldest first, so that who is admitted depends on ages alone, not on the order of the batch. A session that is
-        evicted for an older one of the same step answers `Full`.
+        Extends are served oldest first, so that admission depends on ages and not on the order of the batch. A session
+        that is evicted for an older one of the same step gets `Full`.
         """
         answers: dict[int, KVMiss | Full | None] = {}
         waiting = {extend.session for extend in batch}
@@ -59,30 +59,31 @@ class SessionTable:
         return answers
 
     def commit(self, extend: Extend) -> None:
-        """The forward wrote this extend's keys and values: lengths and hashes follow."""
+        """Update length and hashes after the forward wrote this extend's keys and values."""
         session = self.sessions.setdefault(extend.session, Session(extend.age, array("Q", [self.seed]), array("i")))
         session.age = extend.age
-        self._forget(extend.session, extend.position)
+        self._remove_holder(extend.session, extend.position)
         del session.hashes[extend.position + 1 :]
         del session.tokens[extend.position :]
         session.hashes.extend(extend_hashes(extend.prefix, extend.tokens))
         session.tokens.extend(extend.tokens)
-        self._note(extend.session, extend.position)
+        self._add_holder(extend.session, extend.position)
         self.pool.commit(extend.session, extend.end)
 
     def evict(self, session: int) -> None:
-        """Drop the cache of a session; its next extend answers `KVMiss(0)`."""
+        """Drop the cache of a session: its next extend gets `KVMiss(0)`."""
         if session in self.sessions:
-            self._forget(session, 0)
+            self._remove_holder(session, 0)
             del self.sessions[session]
         self.pool.drop(session)
 
     def shared(self, blocks: Sequence[int]) -> int:
-        """How many of the first blocks, named by the running hash after each, a session holds."""
-        return bisect_left(blocks, True, key=lambda block: block not in self._holders)  # who holds one holds all before
+        """Number of leading blocks that some session holds. blocks: the running hash after each."""
+        # A session that holds a block holds all blocks before it.
+        return bisect_left(blocks, True, key=lambda block: block not in self._holders)
 
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
-        """Begin `session` with `tokens`, whole blocks that a session holds; False without such a one or room."""
+        """Start `session` with `tokens`, whole blocks of another one. False if none holds them or without room."""
         holders = self._holders.get(blocks[-1], set())
         source = session if session in holders else next(iter(holders), None)
         length = len(tokens)
@@ -94,7 +95,7 @@ class SessionTable:
                 return False
             origin = self.sessions[source]
             self.sessions[session] = Session(age, origin.hashes[: length + 1], origin.tokens[:length])
-            self._note(session, 0)
+            self._add_holder(session, 0)
         return True
 
     def check(self) -> None:
@@ -109,20 +110,20 @@ class SessionTable:
         assert held == {(block, key) for block, keys in self._holders.items() for key in keys}
         assert all(self._holders.values())
 
-    def _note(self, key: int, position: int) -> None:
-        """A session holds more tokens than the first `position`."""
+    def _add_holder(self, key: int, position: int) -> None:
+        """Add a session as holder of its blocks behind the first `position` tokens."""
         for block in self.sessions[key].hashes[_block_after(position) :: BLOCK]:
             self._holders.setdefault(block, set()).add(key)
 
-    def _forget(self, key: int, position: int) -> None:
-        """A session goes back to its first `position` tokens."""
+    def _remove_holder(self, key: int, position: int) -> None:
+        """Remove a session as holder of its blocks behind the first `position` tokens."""
         for block in self.sessions[key].hashes[_block_after(position) :: BLOCK]:
             self._holders[block].remove(key)
             if not self._holders[block]:
                 del self._holders[block]
 
     def _match(self, extend: Extend) -> KVMiss | None:
-        """A miss unless what is held before `position` is what the sender means."""
+        """The miss of an extend whose earlier tokens are not those in the cache; None if they are."""
         session = self.sessions.get(extend.session)
         hashes: Sequence[int] = session.hashes if session is not None else [self.seed]
         if extend.position >= len(hashes):
@@ -132,12 +133,12 @@ class SessionTable:
         return None
 
     def _reserve(self, extend: Extend, waiting: Collection[int], answers: dict[int, KVMiss | Full | None]) -> bool:
-        """Make room, by evicting younger sessions if need be; nobody is evicted when that would not be enough."""
+        """Make room, if needed by evicting younger sessions. No session is evicted if that is not enough."""
         if self.pool.reserve(extend.session, extend.end):
             return True
         needed = self.pool.extents.round(extend.end)
         victims: list[int] = []
-        for victim in self._younger(extend, waiting, answers):
+        for victim in self._evictable(extend, waiting, answers):
             if self.pool.room_for(extend.session, victims) >= needed:
                 break
             victims.append(victim)
@@ -148,11 +149,11 @@ class SessionTable:
             if victim in waiting:
                 answers[victim] = Full(victim)
         reserved = self.pool.reserve(extend.session, extend.end)
-        assert reserved, "room that a compaction leaves can be reserved"
+        assert reserved, "the room after a compaction can be reserved"
         return True
 
-    def _younger(self, extend: Extend, waiting: Collection[int], answers: Collection[int]) -> list[int]:
-        """Whom the requester may evict: youngest first, those outside of this step before those that wait in it."""
+    def _evictable(self, extend: Extend, waiting: Collection[int], answers: Collection[int]) -> list[int]:
+        """Sessions that an extend may evict: youngest first, those outside of this step before those in it."""
         younger = [
             (key not in waiting, session.age, key)
             for key, session in self.sessions.items()
@@ -162,5 +163,5 @@ class SessionTable:
 
 
 def _block_after(position: int) -> int:
-    """Where the first whole block ends that is not within the first `position` tokens."""
+    """End of the first whole block that reaches beyond the first `position` tokens."""
     return (position // BLOCK + 1) * BLOCK

@@ -1,4 +1,4 @@
-"""How many bytes a model's cache and weights take, from its config.json alone: no torch, no weights."""
+"""Computes the bytes of a model's KV cache and weights from its config.json alone: no torch, no weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def cache_bytes_per_token(config: Mapping[str, Any], dtype: str = "auto") -> int:
-    """Bytes of keys and values that one token takes in the cache of a model.
+    """Bytes of the keys and values of one token in the cache of a model.
 
-    config: the mapping of a Hugging Face config.json (of a multimodal model, its text part is used).
+    config: a Hugging Face config.json; of a multimodal model the text part is used.
     dtype: "float32", "bfloat16", "float16", or "auto" for the one that the config names (float32 if none).
     Raises ValueError for a config without attention heads or an unknown dtype.
     """
@@ -24,9 +24,9 @@ def cache_bytes_per_token(config: Mapping[str, Any], dtype: str = "auto") -> int
 
 
 def weight_bytes(config: Mapping[str, Any], dtype: str = "auto") -> int:
-    """Bytes of the weights of a gated decoder (Llama, Qwen and their kin), to about 1 %: norms and biases are left out.
+    """Bytes of the weights of a decoder with gated layers (Llama, Qwen), to about 1 %: without norms and biases.
 
-    config, dtype: as in `cache_bytes_per_token`. Raises ValueError for a config that is not such a model's.
+    config, dtype: as in `cache_bytes_per_token`. Raises ValueError for a config of another kind of model.
     """
     text = text_config(config)
     hidden, layers = _first(text, "hidden_size", "n_embd"), _first(text, "num_hidden_layers", "n_layer")
@@ -49,19 +49,19 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _first(text: Mapping[str, Any], *names: str) -> int:
-    """The first of a quantity's names (newer, older) that the config has, 0 if none."""
+    """The value of the first of these keys (newer and older names of a quantity) that the config has, 0 if none."""
     return next((int(text[name]) for name in names if text.get(name)), 0)
 
 
 def _grouped_width(text: Mapping[str, Any]) -> int:
-    """Numbers per token and layer: keys and values of kv_heads heads of head_dim each."""
+    """Numbers per token and layer: keys and values of kv_heads heads with head_dim each."""
     heads = _first(text, "num_attention_heads", "n_head")
     head_dim = _first(text, "head_dim") or _first(text, "hidden_size", "n_embd") // heads
     return 2 * (_first(text, "num_key_value_heads") or heads) * head_dim
 
 
 def _latent_width(text: Mapping[str, Any]) -> int:
-    """Multi-head latent attention: the engine stores what reaches attention, expanded to all heads."""
+    """Numbers per token and layer of multi-head latent attention: keys and values are stored expanded to all heads."""
     per_head = text["qk_nope_head_dim"] + text["qk_rope_head_dim"] + text["v_head_dim"]
     return int(text["num_attention_heads"]) * int(per_head)
 

@@ -1,7 +1,7 @@
-"""One model, many sessions: every step is one ragged forward over all sessions' new tokens.
+"""The engine of one model: every step is one ragged forward over the new tokens of many sessions.
 
-No model code is touched. transformers calls the attention function that is registered here; it gets packed tokens
-`[1, T]` with their positions, and returns logits of the asked-for tokens only.
+No model code is changed. transformers gets packed tokens [1, T] with their positions, calls the attention function
+that is registered here, and returns the logits of the requested tokens only.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ if TYPE_CHECKING:
 
 
 class StepEngine:
-    """Extends sessions of one causal language model. One thread calls it; `rows` may be called from any.
+    """Extends sessions of one causal language model. One thread calls it; `rows` may be called from any thread.
 
-    cache_tokens: tokens of all sessions together. max_held_rows: rows in memory for lookups, width x 4 bytes each; None
-    as many as 450 sessions that draft hold, within a share of the memory.
-    batch_invariant: one thread, token and logit counts padded to a multiple of 8 and every token attended as its own
-    row; then prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding alone,
-    token by token, on one CPU type and torch build. backend: force an attention back end by name. graphs: pad small
-    steps to buckets, captured as CUDA graphs where that can be (None: only there).
-    digest: of the whole model, where `model` is one rank's share.
-    Raises LoadError for a model, device or back end that cannot be served so.
+    cache_tokens: tokens of all sessions together.
+    max_held_rows: logits rows in memory for lookups, width x 4 bytes each; None for those of 450 sessions with drafts,
+    or fewer to fit a share of the memory.
+    batch_invariant: use one thread, pad token and row counts to a multiple of 8 and attend every token by itself. Then
+    prefill in chunks, verification with rejection, eviction and fork are bitwise equal to decoding a session alone,
+    token by token, on one CPU type and torch build.
+    backend: name of an attention back end; None for the choice of `actors.engine.registry`.
+    graphs: pad small steps to buckets, captured as CUDA graphs if possible; None: only if they can be captured.
+    digest: of the whole model, if `model` is one rank's share.
+    Raises LoadError for a model, device or back end that does not support this.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class StepEngine:
         graphs: bool | None = None,
         digest: int | None = None,
     ) -> None:
-        assert not (batch_invariant and graphs), "a bucket pads in another way than exact mode"
+        assert not (batch_invariant and graphs), "a bucket pads in another way than batch_invariant mode"
         _require_kept_logits(model)
         if batch_invariant:
-            _require_exact(model)
+            _require_float32_on_cpu(model)
             torch.set_num_threads(1)
         self.batch_invariant = batch_invariant
         self.hash_seed = model_digest(model) if digest is None else digest
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model can read
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model has embeddings for
         widen_head(model)
         (make_linears_batch_invariant if batch_invariant else use_onednn_linears)(model)
         self._model = model.eval()
@@ -86,18 +88,25 @@ class StepEngine:
         self.graphs: GraphBuckets | None = None
         self.width = int(self._forward(Batch([0], [0], [self._pool.trash], [], [0])).shape[-1])  # also makes the pools
         self._store = LogitsRowStore(max_held_rows or row_budget(self.width, model.device))
-        self.graphs = self._graphs(graphs)  # the pools must be there before a capture
-        self.layers = len(self._pool.layers)  # that attended
+        self.graphs = self._graphs(graphs)  # a capture needs the pools
+        self.layers = len(self._pool.layers)  # layers with attention
         self.hidden_layers = int(model.config.get_text_config().num_hidden_layers)
         self.heads = int(model.config.get_text_config().num_attention_heads)  # of queries
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
-        """Run one forward for all extends that can run now, at most one of each session; outcomes in their order.
+        """Run one forward for all extends that can run now, at most one of each session; return outcomes in order.
 
-        Raises BadExtend (nothing is changed) for an extend that can never succeed, and StepFailed when the forward
-        raises: then every session of this step is dropped and answers `KVMiss(0)`.
+        Raises BadExtend, without any change, for an extend that can never succeed. Raises StepFailed if the forward
+        raises: then every session of this step is dropped and gets `KVMiss(0)` next. Example, session 1 holding 10
+        tokens, session 2 none, with a cache of 64 tokens (units of 32):
+
+            Extend(1, position=8, tokens=(a, b, c), rows=3)   -> Held(1, length=11, rows=3)  rows 8, 9, 10
+            Extend(2, position=0, tokens=(d,) * 20, rows=1)   -> Held(2, length=20, rows=1)  row 19
+            Extend(3, position=5, tokens=(e,), rows=1)        -> KVMiss(3, held=0)           send from position 0
+
+        The first two run as 23 packed tokens. Tokens 8 and 9 of session 1, rejected drafts, are overwritten.
         """
         self.check_batch(batch)
         answers = self._table.admit(self._within_row_budget(batch))
@@ -107,14 +116,14 @@ class StepEngine:
         return [self._outcome(extend, answers) for extend in batch]
 
     def check_batch(self, batch: Sequence[Extend]) -> None:
-        """Raise BadExtend for a batch of which an extend can never succeed, or that names a session twice."""
+        """Raise BadExtend if an extend of the batch can never succeed, or if two extend the same session."""
         if len({extend.session for extend in batch}) < len(batch):
             raise BadExtend(batch[0].session, "a session may be extended once in a step")
         for extend in batch:
             self.check_extend(extend)
 
     def check_extend(self, extend: Extend) -> None:
-        """Raise BadExtend for an extend that can never succeed: an edge refuses it before it meets others."""
+        """Raise BadExtend for an extend that can never succeed, so that it is refused before it joins a batch."""
         if not extend.tokens:
             raise BadExtend(extend.session, "an extend needs at least one token")
         if not 0 <= extend.rows <= len(extend.tokens):
@@ -135,30 +144,30 @@ class StepEngine:
 
     @property
     def cache_layers(self) -> Collection[tuple[Tensor, Tensor]]:
-        """The pools [rows, kv_heads, head_dim] of keys and values of each layer."""
+        """The pools of keys and values, each [rows, kv_heads, head_dim], of each layer."""
         return self._pool.layers.values()
 
     def rows(self, session: int) -> DeviceRows | None:
-        """The rows of the session's last extend, or None if they are gone. From any thread."""
+        """The rows of the session's last extend and those that it kept, or None. Callable from any thread."""
         return self._store.get(session)
 
     def values(
         self, rows: Sequence[tuple[DeviceRows, int]], counts: Sequence[int], ids: NDArray[Any]
     ) -> NDArray[np.float32]:
-        """The logits [N] of held rows at ids [N], of which `counts` belong to each row in turn. From any thread."""
+        """The logits [N] of held rows at ids [N], counts[i] of them of row i. Callable from any thread."""
         return values_at([held.places[row] for held, row in rows], counts, ids)
 
     def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
-        """The slices of the rows that the last extends of `sessions` gave, in their order; RowGone if one has none."""
+        """The slices of the rows of the last extends of `sessions`, in order. Raises RowGone if one has none."""
         return reduce_rows(self._fresh_rows(sessions), k, self.batch_invariant)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
-        """The whole rows [R, V] that the last extends of `sessions` gave, in their order; RowGone if one has none."""
+        """The full rows [R, V] of the last extends of `sessions`, in order. Raises RowGone if one has none."""
         array: NDArray[np.float32] = self._fresh_rows(sessions).cpu().numpy()
         return array
 
     def plain_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [n, V] float32 of transformers' own eager forward of one sequence, past the engine's cache."""
+        """Logits [n, V] float32 of transformers' own eager forward of one sequence, without the engine's cache."""
         self._model.set_attn_implementation("eager")
         try:
             with torch.inference_mode():
@@ -169,23 +178,23 @@ class StepEngine:
         return logits
 
     def close(self, session: int) -> None:
-        """Forget a session: its cache and its rows."""
+        """Drop a session's cache and its rows."""
         self._table.evict(session)
         self._store.drop(session)
 
     def evict(self, session: int) -> None:
-        """Drop a session's cache, so that its next extend answers `KVMiss(0)`; its held rows stay readable."""
+        """Drop a session's cache: its next extend gets `KVMiss(0)`. Its held rows stay readable."""
         self._table.evict(session)
 
     def shared(self, blocks: Sequence[int]) -> int:
-        """How many of a sequence's first blocks, named by the running hash after each, some session holds."""
+        """Number of a sequence's leading blocks that some session holds. blocks: the running hash after each."""
         return self._table.shared(blocks)
 
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
-        """Let `session` hold `tokens` that some session holds: one copy per layer, no forward.
+        """Let `session` hold `tokens` that another session holds: one copy for each layer, no forward.
 
-        tokens: whole blocks from the first token on, compared one by one; blocks: the running hash after each.
-        False if no session holds them or there is no room: nobody else is evicted for a fork.
+        tokens: whole blocks from the first token on, compared one by one. blocks: the running hash after each.
+        Returns False if no session holds them or without room: a fork evicts no other session.
         """
         return self._table.fork(session, tokens, blocks, age)
 
@@ -193,7 +202,7 @@ class StepEngine:
         return CacheStats(self._pool.extents.total, self._pool.used, len(self._table.sessions))
 
     def check_health(self) -> None:
-        """Raise if the engine cannot go on: one process can as long as it lives."""
+        """Raise if the engine cannot continue. An engine in one process always can."""
 
     def check(self) -> None:
         """Prove that free + used = all and that every extent, hash and row is consistent; AssertionError if not."""
@@ -206,7 +215,7 @@ class StepEngine:
         return Held(extend.session, extend.end, extend.rows) if refusal is None else refusal
 
     def _within_row_budget(self, batch: Sequence[Extend]) -> list[Extend]:
-        """The oldest extends whose rows fit the row budget together; one alone always does."""
+        """The oldest extends whose rows fit the row budget together. One alone always fits."""
         fitting, rows = [], 0
         for extend in sorted(batch, key=seniority):
             if self._padded(rows + extend.rows) <= self._store.budget:
@@ -223,7 +232,7 @@ class StepEngine:
         try:
             logits = self._forward_extends(admitted)
         except BaseException as error:
-            # Their pools may be half written.
+            # Their cache may be half written.
             for session in sessions:
                 self.close(session)
             if isinstance(error, Exception):
@@ -234,7 +243,7 @@ class StepEngine:
         self._hold(admitted, logits)
 
     def _forward_extends(self, admitted: Sequence[Extend]) -> Tensor:
-        """Pack the new tokens of all extends and run them; the logits of their rows, padding behind."""
+        """Pack the new tokens of all extends and run them. Returns the logits of their rows, then padding."""
         ids: list[int] = []
         positions: list[int] = []
         write: list[int] = []
@@ -253,7 +262,7 @@ class StepEngine:
         return self._forward(Batch(ids, positions, write, spans, keep))
 
     def _forward(self, batch: Batch) -> Tensor:
-        """Logits [R, V] float32 of the tokens to keep, R and T padded in exact mode."""
+        """Logits [R, V] float32 of the tokens to keep; R and T are padded in batch_invariant mode."""
         if self.graphs is not None:
             logits = self.graphs.run(batch)
             if logits is not None:
@@ -264,7 +273,7 @@ class StepEngine:
 
     @torch.inference_mode()
     def _compute(self, layout: Layout, flat: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Logits [rows, V] float32 of inputs on the device; with a static back end nothing depends on `spans`."""
+        """Logits [rows, V] float32 of inputs on the device. A static back end does not use `spans`."""
         inputs = layout.read(flat)
         read_varlen = partial(layout.read_varlen, flat)
         self._attention.step = RaggedBatch(tuple(spans), layout.tokens, inputs.write, read_varlen)
@@ -281,7 +290,7 @@ class StepEngine:
         return logits
 
     def _graphs(self, wanted: bool | None) -> GraphBuckets | None:
-        """Graphs for a static back end on one GPU; the same buckets as plain calls where they are forced elsewhere."""
+        """Graphs for a static back end on one GPU; elsewhere, if `wanted`, the same buckets as plain calls."""
         device, backend = self._model.device, self._attention.backend
         spread = {pools[0].device for pools in self._pool.layers.values()} != {device}
         capture = device.type == "cuda" and backend.static and not spread
@@ -322,7 +331,7 @@ def _require_kept_logits(model: PreTrainedModel) -> None:
         raise LoadError(type(model).__name__, "its forward takes no logits_to_keep", out)
 
 
-def _require_exact(model: PreTrainedModel) -> None:
+def _require_float32_on_cpu(model: PreTrainedModel) -> None:
     if model.device.type != "cpu" or model.dtype != torch.float32:
         why = f"the model is on {model.device} in {model.dtype}"
-        raise LoadError("exact mode", why, "Set device: cpu and dtype: float32, or leave exact unset.")
+        raise LoadError("batch_invariant mode", why, "Set device: cpu and dtype: float32, or leave it unset.")

@@ -53,7 +53,7 @@ def test_bits_that_depend_on_company_are_refused_in_exact_mode(monkeypatch: pyte
         return attend(step, *arguments) * (1 + 1e-6 * len(step.spans))
 
     monkeypatch.setattr(engine._attention.backend, "attend", coarse)
-    with pytest.raises(LoadError, match="depend on the company"):
+    with pytest.raises(LoadError, match="depend on the other sessions"):
         verify_engine(engine, "tiny")
 
 

@@ -1,4 +1,4 @@
-"""Bitwise claims of exact mode: whatever else happens, a row has the bits of decoding alone, token by token."""
+"""Claims of batch_invariant mode: in any batch, a row has the bits of decoding its session alone, token by token."""
 
 from __future__ import annotations
 
@@ -138,5 +138,5 @@ def test_the_thread_that_runs_the_forward_does_not_matter() -> None:
 
 
 def test_exact_mode_is_refused_where_it_is_not_claimed() -> None:
-    with pytest.raises(LoadError, match="exact mode"):
+    with pytest.raises(LoadError, match="batch_invariant mode"):
         StepEngine(qwen2().bfloat16(), 64, batch_invariant=True)
