@@ -240,67 +240,52 @@ class VersionBody(BaseModel):
     version: str
 
 
-_REFUSED: Json = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+ERRORS: dict[int | str, Json] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}  # `responses` of every route
 
 
-def _reference(name: str) -> str:
-    return f"#/components/schemas/{name}"
+def _reference(model: str) -> Json:
+    return {"$ref": f"#/components/schemas/{model}"}
 
 
-def _asked(kinds: tuple[type[BaseModel], ...], answer: type[BaseModel], chunk: type[BaseModel] | None = None) -> Json:
-    """A route that reads one of `kinds` and answers; chunk: what the events of a stream hold."""
-    schemas = [{"$ref": _reference(kind.__name__)} for kind in kinds]
-    body = {"schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas}}
-    answered: Json = {"model": answer, "description": "The answer."}
-    if chunk is not None:
-        events = [{"$ref": _reference(kind.__name__)} for kind in (chunk, ErrorBody)]
-        told = {"contentMediaType": "application/json", "contentSchema": {"anyOf": events}}
-        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}
-        item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
-        answered["content"] = {"text/event-stream": {"itemSchema": item}}
-    extra = {"requestBody": {"required": True, "content": {"application/json": body}}}
-    return {"responses": {200: answered, **_REFUSED}, "openapi_extra": extra}
+def _reads(*bodies: type[BaseModel]) -> Json:
+    """Of a route whose handler parses the request's body itself, as one of these models."""
+    schemas = [_reference(body.__name__) for body in bodies]
+    content = {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas}}}
+    return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
 
 
-def _told(answer: type[BaseModel], *more: int) -> Json:
-    """A route that takes no body; more: further statuses with such an answer."""
-    return {"responses": {status: {"model": answer} for status in (200, *more)} | _REFUSED}
+def _streams(chunk: type[BaseModel]) -> Json:
+    """Of a route that also answers as a stream of events: chunks or an error, then [DONE]."""
+    body = {"anyOf": [_reference(chunk.__name__), _reference(ErrorBody.__name__)]}
+    event = {"contentMediaType": "application/json", "contentSchema": body}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, event]}
+    item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {"responses": {200: {"content": {"text/event-stream": {"itemSchema": item}}}}}
 
 
-CHAT = _asked((ChatRequest,), ChatAnswer, ChatChunk)
-COMPLETIONS = _asked((CompletionRequest,), TextAnswer, TextChunk)
-TOKENIZE = _asked((TokenizeText, TokenizeChat), TokenizedBody)
-DETOKENIZE = _asked((DetokenizeRequest,), DetokenizedBody)
-HEALTH, READY = _told(StatusBody), _told(StatusBody, 503)
-MODELS, MODEL, VERSIONS = _told(ModelList), _told(ModelCard), _told(VersionBody)
+# What FastAPI's `response_model` does not say of the four routes that read a body: arguments of `app.post`.
+CHAT = _reads(ChatRequest) | _streams(ChatChunk)
+COMPLETIONS = _reads(CompletionRequest) | _streams(TextChunk)
+TOKENIZE = _reads(TokenizeText, TokenizeChat)
+DETOKENIZE = _reads(DetokenizeRequest)
 
 
 def document(app: FastAPI, names: Iterable[str]) -> Json:
-    """The document of an application's routes. names: the served models'."""
+    """The OpenAPI document of an application's routes. names: the served models."""
     spec = get_openapi(title=app.title, version=VERSION, openapi_version=_OPENAPI, routes=app.routes)
-    kinds = [(kind, "validation") for kind in _REQUESTS] + [(kind, "serialization") for kind in (ChatChunk, TextChunk)]
-    _, shared = models_json_schema(kinds, ref_template=_reference("{model}"))  # type: ignore[arg-type]
-    schemas: Json = shared["$defs"]
-    for kind in _REQUESTS:
-        fields = schemas[kind.__name__]["properties"]
-        served: Json = {"enum": list(names)}
-        fields["model"] = served if kind in _SAMPLED else {"anyOf": [served, {"type": "null"}]}
-        schemas[kind.__name__]["properties"] = _properties(fields, kind in _SAMPLED)
-    spec["components"]["schemas"] |= schemas
+    # FastAPI does not see the bodies that handlers parse, nor the chunks of a stream.
+    models = [(body, "validation") for body in _REQUESTS] + [(ChatChunk, "serialization"), (TextChunk, "serialization")]
+    _, shared = models_json_schema(models, ref_template=_reference("{model}")["$ref"])  # type: ignore[arg-type]
+    schemas: Json = spec["components"]["schemas"]
+    schemas |= shared["$defs"]
+    for body in _REQUESTS:
+        fields, sampled = schemas[body.__name__]["properties"], body in _SAMPLED
+        fields["model"] = {"enum": list(names)}
+        for name in fields.keys() & (NULL_IS_DEFAULT if sampled else NULL_IS_DEFAULT | {"model"}):
+            fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
+        for name in IGNORED if sampled else ():
+            fields.setdefault(name, {"description": "Read, and changes nothing."})
+        for name, neutral in NOT_SERVED.items() if sampled else ():
+            told = "Not served: taken where it asks for nothing."
+            fields.setdefault(name, {"enum": list(neutral), "description": told})
     return spec
-
-
-def _properties(stated: Json, sampled: bool) -> Json:
-    """The fields of a request as `parse` reads them: with null for a default, and those that are not served."""
-    fields = {
-        name: {"anyOf": [schema, {"type": "null"}]} if name in NULL_IS_DEFAULT else schema
-        for name, schema in stated.items()
-    }
-    if not sampled:
-        return fields
-    ignored = {name: {"description": "Read, and changes nothing."} for name in IGNORED}
-    refused = {
-        name: {"enum": list(neutral), "description": "Not served: taken where it asks for nothing."}
-        for name, neutral in NOT_SERVED.items()
-    }
-    return fields | ignored | refused
