@@ -24,20 +24,20 @@ from actors.config import ServiceConfig
 from actors.metrics import Recorder
 from actors.text.tokenizer import RoleTokenizer
 from router import openapi
-from router.auth import guard, refusal
+from router.auth import add_access_checks, error_response
 from router.backend import ApiError, Backend, BadRequest, TooLarge
 from router.chat import Tokenizers
-from router.context import longest
-from router.logprobs import Tokens
+from router.context import max_model_len
+from router.logprobs import TokenFormatter
 from router.metrics_endpoint import Exposition
 from router.playground import playground
-from router.request_log import LEFT, Record
-from router.request_planning import Plan, client_of, plan_chat, plan_completion, served_as
-from router.responses import Answer, ChatShape, CompletionShape, Json, Shape
+from router.request_log import CLIENT_CLOSED, RequestRecord
+from router.request_planning import Plan, client_id, plan_chat, plan_completion, resolve_model
+from router.responses import BodyFormat, ChatFormat, CompletedChoice, CompletionFormat, Json
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
-from router.sse import EventStream, explained
-from router.streams import ClientGone, Generations, joined, while_connected
-from router.tokenize_api import detokenized, tokenized
+from router.sse import EventStream, api_errors
+from router.streams import ClientGone, Generations, merge_deltas, while_connected
+from router.tokenize_api import detokenize, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def create_app(
     get, post = app.get, app.post  # the models only describe: a ready response is sent as it is
     get("/health", response_model=openapi.StatusBody)(endpoints.health)
     get("/ready", response_model=openapi.StatusBody, responses={503: {"model": openapi.StatusBody}})(endpoints.ready)
-    get("/metrics", include_in_schema=False)(Exposition(recorder).answer)
+    get("/metrics", include_in_schema=False)(Exposition(recorder).respond)
     get("/version", response_model=openapi.VersionBody)(endpoints.version)
     get("/v1/models", response_model=openapi.ModelList)(endpoints.models)
     get("/v1/models/{name:path}", response_model=openapi.ModelCard)(endpoints.model)
@@ -69,10 +69,10 @@ def create_app(
     post("/detokenize", response_model=openapi.DetokenizedBody, **openapi.DETOKENIZE)(endpoints.detokenize)
     get("/openapi.json", include_in_schema=False)(endpoints.openapi)
     app.include_router(playground(service))
-    app.add_exception_handler(ApiError, _refused)
-    app.add_exception_handler(ClientGone, _gone)
-    app.add_exception_handler(HTTPException, _refused_by_routing)
-    guard(app, service.router, recorder)
+    app.add_exception_handler(ApiError, _handle_api_error)
+    app.add_exception_handler(ClientGone, _client_closed)
+    app.add_exception_handler(HTTPException, _handle_routing_error)
+    add_access_checks(app, service.router, recorder)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
 
@@ -112,67 +112,71 @@ class Endpoints:
 
     async def models(self) -> Response:
         """All served names."""
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in self.service.served_names]})
+        return JSONResponse({"object": "list", "data": [self._model_card(name) for name in self.service.served_names]})
 
     async def model(self, name: str) -> Response:
         """One served name."""
-        served_as(self.service, name)
-        return JSONResponse(self._card(name))
+        resolve_model(self.service, name)
+        return JSONResponse(self._model_card(name))
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        return await self._answer(request, ChatRequest, plan_chat, ChatShape)
+        return await self._answer(request, ChatRequest, plan_chat, ChatFormat)
 
     async def completions(self, request: Request) -> Response:
         """Continue raw text or tokens."""
-        return await self._answer(request, CompletionRequest, plan_completion, CompletionShape)
+        return await self._answer(request, CompletionRequest, plan_completion, CompletionFormat)
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or of a conversation's prompt."""
-        return await self._told(request, tokenized)
+        return await self._run_tokenizer(request, tokenize)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        return await self._told(request, detokenized)
+        return await self._run_tokenizer(request, detokenize)
 
-    async def _told(self, request: Request, tell: Callable[[Any, ServiceConfig, Tokenizers], Json]) -> Response:
-        with explained(request.scope["request_id"]):
-            body = await _json_body(request, self.service.router.max_request_bytes)
-            return JSONResponse(await asyncio.to_thread(tell, body, self.service, self.tokenizers))
+    async def _run_tokenizer(
+        self, request: Request, convert: Callable[[Any, ServiceConfig, Tokenizers], Json]
+    ) -> Response:
+        with api_errors(request.scope["request_id"]):
+            body = await _read_json(request, self.service.router.max_request_bytes)
+            return JSONResponse(await asyncio.to_thread(convert, body, self.service, self.tokenizers))
 
-    async def _answer(self, request: Request, kind: type[R], planner: Planner[R], shape: type[Shape]) -> Response:
+    async def _answer(
+        self, request: Request, kind: type[R], planner: Planner[R], body_format: type[BodyFormat]
+    ) -> Response:
         request_id: str = request.scope["request_id"]
-        record: Record = request.scope["record"]
-        with explained(request_id):
+        record: RequestRecord = request.scope["record"]
+        with api_errors(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
-                body = parse(kind, await _json_body(request, self.service.router.max_request_bytes))
+                body = parse(kind, await _read_json(request, self.service.router.max_request_bytes))
                 record.model = body.model if body.model in self.service.served_names else None
                 # A long prompt takes long to tokenise, and other streams must not wait for it.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
-                plan = plan.asked_by(client_of(record.key, request.headers.get("authorization"), body.user))
+                plan = plan.for_client(client_id(record.key, request.headers.get("authorization"), body.user))
                 record.prompt_tokens = plan.prompt_tokens
                 if self.service.router.log_prompts:
                     record.prompt = body.model_dump(include={"messages", "prompt"}, exclude_unset=True)
                 _require_size(plan, self.service.router.max_request_tokens)
                 backend = record.watch(self.backend)
                 prompts = plan.prompts if body.return_token_ids else None
-                tokens = Tokens(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
+                tokens = TokenFormatter(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
                 wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo, prompts
-                bodies = shape(request_id, body.model, plan.seed, tokens, *wanted)
+                bodies = body_format(request_id, body.model, plan.seed, tokens, *wanted)
                 if body.stream:
                     options = body.stream_options or StreamOptions()
                     idle_s = self.service.router.keep_alive_s
                     return EventStream(backend, plan, bodies, options, deadline.when(), idle_s)
-                answers = await while_connected(request.receive, _collected(backend, plan))
+                answers = await while_connected(request.receive, _collect_choices(backend, plan))
                 return JSONResponse(bodies.body(answers, plan.prompt_tokens))
 
-    def _card(self, name: str) -> dict[str, Any]:
+    def _model_card(self, name: str) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": self.service.name,
-            "max_model_len": longest(self.service, self.tokenizers, name),
+            "max_model_len": max_model_len(self.service, self.tokenizers, name),
         }
 
 
@@ -191,24 +195,24 @@ class RequestId:
         request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex
         scope["request_id"] = request_id
 
-        async def named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        await self.app(scope, receive, named)
+        await self.app(scope, receive, send_with_id)
 
 
-async def _json_body(request: Request, most: int) -> Any:
-    refusal = TooLarge(f"the body is larger than the {most} bytes that this service reads", code="request_too_large")
+async def _read_json(request: Request, most: int) -> Any:
+    too_large = TooLarge(f"the body is larger than the {most} bytes that this service reads", code="request_too_large")
     stated = request.headers.get("content-length", "")
     if stated.isdigit() and int(stated) > most:
-        raise refusal
+        raise too_large
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
-            raise refusal
+            raise too_large
     try:
         value = json.loads(body.decode())
         if b"\\ud" in body.lower():  # half of a surrogate pair is a JSON string, but no text
@@ -219,37 +223,37 @@ async def _json_body(request: Request, most: int) -> Any:
 
 
 def _require_size(plan: Plan, most: int | None) -> None:
-    if most is not None and plan.most_tokens > most:
+    if most is not None and plan.max_total_tokens > most:
         raise TooLarge(
-            f"this request may come to {plan.most_tokens} tokens, and the service takes {most}: ask for fewer "
+            f"this request may come to {plan.max_total_tokens} tokens, and the service takes {most}: ask for fewer "
             "max_tokens or choices",
             param="max_tokens",
             code="request_too_large",
         )
 
 
-async def _collected(backend: Backend, plan: Plan) -> list[Answer]:
+async def _collect_choices(backend: Backend, plan: Plan) -> list[CompletedChoice]:
     deltas: dict[int, Delta] = {}
     ends: dict[int, Finished] = {}
     async with Generations(backend, plan.sequences) as generations:
         async for batch in generations.batches():
             ends |= batch.finished
             for choice, delta in batch.deltas.items():
-                deltas[choice] = joined(deltas.get(choice), delta)
-    return [Answer(deltas.get(choice, Delta()), ends[choice]) for choice in range(len(plan.sequences))]
+                deltas[choice] = merge_deltas(deltas.get(choice), delta)
+    return [CompletedChoice(deltas.get(choice, Delta()), ends[choice]) for choice in range(len(plan.sequences))]
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _handle_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return refusal(request.scope, error)
+    return error_response(request.scope, error)
 
 
-async def _gone(request: Request, error: Exception) -> Response:
+async def _client_closed(request: Request, error: Exception) -> Response:
     log.info("%s: the client left; its generations are cancelled", request.scope["request_id"])
-    return Response(status_code=LEFT)  # nobody reads it
+    return Response(status_code=CLIENT_CLOSED)  # nobody reads it
 
 
-async def _refused_by_routing(request: Request, error: Exception) -> Response:
+async def _handle_routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refusal = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(refusal.body(request.scope["request_id"]), error.status_code, headers=error.headers)
+    error_body = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(error_body.body(request.scope["request_id"]), error.status_code, headers=error.headers)

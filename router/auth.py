@@ -13,10 +13,10 @@ from actors.metrics import Recorder
 from router.backend import ApiError
 from router.keys import Keys
 from router.limits import Limits
-from router.request_log import Records, address
+from router.request_log import RequestLog, request_path
 
 
-def guard(app: FastAPI, config: RouterConfig, recorder: Recorder) -> None:
+def add_access_checks(app: FastAPI, config: RouterConfig, recorder: Recorder) -> None:
     """Put the record, the origins and the keys before the application, in this order.
 
     A browser asks without a key whether it may ask (CORS), so that comes before the keys. Raises ConfigError where the
@@ -32,7 +32,7 @@ def guard(app: FastAPI, config: RouterConfig, recorder: Recorder) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Records, keys=config.keys, recorder=recorder)  # outside, so that it sees the gate's refusals
+    app.add_middleware(RequestLog, keys=config.keys, recorder=recorder)  # outside, so that it sees the gate's refusals
 
 
 class Gate:
@@ -44,7 +44,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
-        if scope["type"] != "http" or self._opens(address(scope)):
+        if scope["type"] != "http" or self._opens(request_path(scope)):
             await self.app(scope, receive, send)
             return
         try:
@@ -52,7 +52,7 @@ class Gate:
             scope["record"].key = name
             self._limits.enter(name)
         except ApiError as error:
-            await refusal(scope, error)(scope, receive, send)
+            await error_response(scope, error)(scope, receive, send)
             return
         try:
             await self.app(scope, receive, send)
@@ -60,7 +60,7 @@ class Gate:
             self._limits.leave(name)
 
 
-def refusal(scope: Scope, error: ApiError) -> JSONResponse:
+def error_response(scope: Scope, error: ApiError) -> JSONResponse:
     """The response that an error is, noted in the request's record."""
     scope["record"].error = error.code or error.type
     return JSONResponse(error.body(scope["request_id"]), error.status, headers=error.headers)

@@ -68,7 +68,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.retry_after_s = message, param, code, retry_after_s
-        self.so_far: list[list[int]] = []  # token ids of each choice, where generating had begun
+        self.token_ids_so_far: list[list[int]] = []  # token ids of each choice, where generating had begun
 
     @property
     def headers(self) -> dict[str, str]:
@@ -84,8 +84,8 @@ class ApiError(Exception):
             "code": self.code,
             "request_id": request_id,
         }
-        if self.so_far:
-            error["choices"] = [{"index": index, "token_ids": ids} for index, ids in enumerate(self.so_far)]
+        if self.token_ids_so_far:
+            error["choices"] = [{"index": index, "token_ids": ids} for index, ids in enumerate(self.token_ids_so_far)]
         return {"error": error}
 
 

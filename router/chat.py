@@ -51,7 +51,7 @@ def chat_prompts(request: Conversation, roles: Sequence[Role], tokenizers: Token
     for role in roles:
         own = tokenizers[role]
         template = own if own.has_chat_template else tokenizers["target"]
-        text = opened(_render(template, request), start)
+        text = open_thinking(_render(template, request), start)
         try:
             prompts[role] = own.encode(text, special=request.add_special_tokens)
         except TokenizerError as error:
@@ -86,7 +86,7 @@ def token_prompts(
     return prompts
 
 
-def opened(text: str, start: str) -> str:
+def open_thinking(text: str, start: str) -> str:
     """`text` with `start` at its end, once: some templates open the thinking themselves, others do not."""
     mark = start.strip()
     if mark and text.rstrip().endswith(mark):
@@ -98,7 +98,7 @@ def _render(tokenizer: RoleTokenizer, request: Conversation) -> str:
     new_turn = request.add_generation_prompt
     try:
         return tokenizer.render(
-            [_plain(message) for message in request.messages],
+            [_template_message(message) for message in request.messages],
             add_generation_prompt=not request.continue_final_message if new_turn is None else new_turn,
             continue_final_message=request.continue_final_message,
             **request.chat_template_kwargs,
@@ -107,7 +107,7 @@ def _render(tokenizer: RoleTokenizer, request: Conversation) -> str:
         raise BadRequest(str(error), param="messages") from error
 
 
-def _plain(message: ChatMessage) -> dict[str, Any]:
+def _template_message(message: ChatMessage) -> dict[str, Any]:
     """The message as templates know it: text content, and "developer", OpenAI's newer word, as "system"."""
     content = message.content
     if isinstance(content, list):
@@ -117,12 +117,12 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
         plain["role"] = "system"
     reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
     if message.tool_calls:
-        plain["tool_calls"] = [_called(call) for call in message.tool_calls]
+        plain["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     optional = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": reasoning}
     return plain | {key: value for key, value in optional.items() if value is not None}
 
 
-def _called(call: ToolCall) -> dict[str, Any]:
+def _template_call(call: ToolCall) -> dict[str, Any]:
     """The call as templates know it, its arguments decoded: many of them look into these."""
     try:
         arguments = json.loads(call.function.arguments)

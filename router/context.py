@@ -12,7 +12,7 @@ from router.backend import BadRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class ContextLimit:
     """How many tokens, prompt and answer together, a role takes, and what sets that limit."""
 
     role: Role
@@ -29,9 +29,9 @@ class Budget:
     param: str = "max_tokens"
 
 
-def limits(
+def context_limits(
     service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], primary: Role, roles: Sequence[Role]
-) -> list[Limit]:
+) -> list[ContextLimit]:
     """The limits that a session of these roles must keep.
 
     The positions of a small role count when `beyond_context` is "error" only; the cache of a role cannot be exceeded
@@ -42,21 +42,21 @@ def limits(
         model = service.models.role(role)
         positions = model.max_position or tokenizers[role].max_position
         if positions is not None and (role == primary or service.beyond_context == "error"):
-            found.append(Limit(role, positions, "positions of its model"))
+            found.append(ContextLimit(role, positions, "positions of its model"))
         if role == primary or service.beyond_context != "stop_guidance":
-            found.append(Limit(role, model.cache_tokens, "tokens of its cache"))
+            found.append(ContextLimit(role, model.cache_tokens, "tokens of its cache"))
     return found
 
 
-def longest(service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], name: str) -> int:
+def max_model_len(service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], name: str) -> int:
     """Tokens, prompt and answer together, that a served name takes."""
     served = service.served_names[name]
     primary: Role = "target" if served == "guided" else served
-    bounds = limits(service, tokenizers, primary, [primary] if served != "guided" else [*tokenizers])
+    bounds = context_limits(service, tokenizers, primary, [primary] if served != "guided" else [*tokenizers])
     return min(bound.tokens for bound in bounds)
 
 
-def answer_tokens(prompts: Mapping[Role, Sequence[int]], bounds: Sequence[Limit], budget: Budget) -> int:
+def resolve_max_tokens(prompts: Mapping[Role, Sequence[int]], bounds: Sequence[ContextLimit], budget: Budget) -> int:
     """max_tokens of an answer: what the client asked for, else the default or what is left, whichever is less.
 
     Raises BadRequest when what was asked for, or a single token, does not fit.

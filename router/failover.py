@@ -39,22 +39,22 @@ class Resuming:
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
         """See router.backend.Backend.generate."""
-        known = _Known(request)
+        progress = _Progress(request)
         while True:
             try:
-                async with aclosing(self._attempt(known.request())) as events:
+                async with aclosing(self._attempt(progress.request())) as events:
                     async for event in events:
                         if isinstance(event, Moved):
                             raise Unavailable("its coordinator hands it over")
                         if isinstance(event, Delta):
-                            if (said := known.add(event)) is not None:
-                                yield said
+                            if (shown := progress.add(event)) is not None:
+                                yield shown
                         else:
                             yield event
                             return
             except Unavailable as error:
-                known.lost(error, self._deadlines.reconnect_timeout_s)
-            if pause := known.pause():
+                progress.add_loss(error, self._deadlines.reconnect_timeout_s)
+            if pause := progress.pause():
                 if await self._coordinators.ending():
                     raise Unavailable("the service is being shut down")
                 await asyncio.sleep(pause)
@@ -84,7 +84,7 @@ class Resuming:
                 yield event
 
 
-class _Known:
+class _Progress:
     """What the router knows of a generation: enough to have it continued."""
 
     def __init__(self, request: Generate) -> None:
@@ -92,7 +92,7 @@ class _Known:
         self._choices: list[int] = []
         self._scored = 0
         self._tally: Tally | None = None  # None: no coordinator has taken it on
-        self._heard_at = time.monotonic()
+        self._last_event_at = time.monotonic()
         self._losses = 0  # since the last token
 
     def request(self) -> Generate:
@@ -103,7 +103,7 @@ class _Known:
 
     def add(self, delta: Delta) -> Delta | None:
         """Take in what a coordinator has said; what of it the reader is told, if anything."""
-        self._heard_at = time.monotonic()
+        self._last_event_at = time.monotonic()
         self._tally = delta.tally or self._tally
         self._choices += delta.choices
         self._scored += len(delta.prompt)
@@ -113,13 +113,13 @@ class _Known:
             return None
         return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes, prompt=delta.prompt)
 
-    def lost(self, error: Unavailable, reconnect_timeout_s: float) -> None:
+    def add_loss(self, error: Unavailable, reconnect_timeout_s: float) -> None:
         """A coordinator is gone. Raises Unavailable when that was the last attempt."""
         self._losses += 1
         log.warning("%s: %s; %d tokens are kept", self._request.request_id, error.message, len(self._choices))
         if self._losses >= MAX_LOSSES:
             raise Unavailable(f"{self._losses} coordinators were lost without a token in between") from error
-        if time.monotonic() - self._heard_at > reconnect_timeout_s:
+        if time.monotonic() - self._last_event_at > reconnect_timeout_s:
             raise Unavailable(
                 f"no coordinator has taken the request on for {reconnect_timeout_s:g} s: {error.message}"
             ) from error

@@ -26,7 +26,7 @@ from router.backend import Unauthorized
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0  # between two looks whether the file has changed
+CHECK_INTERVAL_S = 1.0  # between two looks whether the file has changed
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(r"[!-~]{16,}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
@@ -49,10 +49,10 @@ class Keys:
 
     def __init__(self, config: KeysConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = Path(config.file).expanduser() if config.file else None
-        self._clock, self._looked_at = clock, clock()
-        self._from_env = _of_environment(config.env) if config.env else ()
+        self._clock, self._checked_at = clock, clock()
+        self._environment_keys = _read_environment(config.env) if config.env else ()
         self._version = self._file_version()
-        self._keys = self._from_env + self._of_file()
+        self._keys = self._environment_keys + self._read_file()
         _require_different(self._keys)
 
     def owner(self, authorization: str | None) -> str:
@@ -60,7 +60,7 @@ class Keys:
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise Unauthorized("this service wants an API key, in the header Authorization: Bearer KEY")
-        self._follow_file()
+        self._reload_changed_file()
         digest = hashlib.sha256(given.strip().encode("utf-8", "replace")).digest()
         name = None
         for key in self._keys:  # all of them: how long it takes says nothing about which one it is
@@ -70,16 +70,16 @@ class Keys:
             raise Unauthorized("this API key is not known here", code="invalid_api_key")
         return name
 
-    def _follow_file(self) -> None:
-        if self._file is None or self._clock() - self._looked_at < LOOK_EVERY_S:
+    def _reload_changed_file(self) -> None:
+        if self._file is None or self._clock() - self._checked_at < CHECK_INTERVAL_S:
             return
-        self._looked_at = self._clock()
+        self._checked_at = self._clock()
         version = self._file_version()
         if version == self._version:
             return
         self._version = version
         try:
-            keys = self._from_env + self._of_file()
+            keys = self._environment_keys + self._read_file()
             _require_different(keys)
         except ConfigError as error:
             log.error("%s; the keys that were read before stay in force", error)
@@ -98,7 +98,7 @@ class Keys:
         # The last one changes with its rights too: it may become readable without being written.
         return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
-    def _of_file(self) -> tuple[Key, ...]:
+    def _read_file(self) -> tuple[Key, ...]:
         if self._file is None:
             return ()
         try:
@@ -107,27 +107,27 @@ class Keys:
             raise ConfigError(f"router.keys.file: {self._file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ConfigError(f"router.keys.file: {self._file} is not UTF-8 text") from None
-        return _parsed(text, f"router.keys.file: {self._file}")
+        return _parse(text, f"router.keys.file: {self._file}")
 
 
-def _of_environment(variable: str) -> tuple[Key, ...]:
+def _read_environment(variable: str) -> tuple[Key, ...]:
     text = os.environ.get(variable)
     if text is None:
         raise ConfigError(f"router.keys.env: the environment has no {variable}")
-    return _parsed(text, f"router.keys.env: {variable}")
+    return _parse(text, f"router.keys.env: {variable}")
 
 
-def _parsed(text: str, source: str) -> tuple[Key, ...]:
+def _parse(text: str, source: str) -> tuple[Key, ...]:
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.lstrip().startswith("#"):
-            keys += [_key(entry, f"{source}, line {number}") for entry in line.split()]
+            keys += [_parse_entry(entry, f"{source}, line {number}") for entry in line.split()]
     if not keys:
         raise ConfigError(f"{source} holds no key")
     return tuple(keys)
 
 
-def _key(entry: str, where: str) -> Key:
+def _parse_entry(entry: str, where: str) -> Key:
     """One entry. What is wrong is not quoted, not even its name: somebody may have put the key there."""
     name, colon, secret = entry.partition(":")
     if not colon or not _NAME.fullmatch(name) or name == "sha256":

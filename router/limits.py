@@ -17,18 +17,18 @@ class Bucket:
     """So many requests a minute on average, and as many at once after a minute without any."""
 
     def __init__(self, per_minute: float, clock: Clock) -> None:
-        self._rate = per_minute / 60  # per second
-        self._most = self._held = max(1.0, per_minute)
-        self._clock, self._at = clock, clock()
+        self._per_second = per_minute / 60  # per second
+        self._capacity = self._available = max(1.0, per_minute)
+        self._clock, self._updated_at = clock, clock()
 
     def take(self) -> float:
         """Seconds until there is room for the next request; 0 where there was, and this one has taken it."""
         now = self._clock()
-        self._held = min(self._most, self._held + (now - self._at) * self._rate)
-        self._at = now
-        if self._held < 1 - 1e-9:  # what dripped in meanwhile is rounded
-            return (1 - self._held) / self._rate
-        self._held -= 1
+        self._available = min(self._capacity, self._available + (now - self._updated_at) * self._per_second)
+        self._updated_at = now
+        if self._available < 1 - 1e-9:  # what dripped in meanwhile is rounded
+            return (1 - self._available) / self._per_second
+        self._available -= 1
         return 0.0
 
 

@@ -12,11 +12,11 @@ from actors.text.tokenizer import RoleTokenizer
 
 Json = dict[str, Any]
 Note = TokenNote | PromptNote
-LEAST = -9999.0  # stands for minus infinity, which JSON has not
+MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenFormatter:
     """How an answer's tokens are named: by what they add to a text, or as "token_id:7"."""
 
     tokenizer: RoleTokenizer
@@ -34,7 +34,7 @@ class Tokens:
         """`logprobs` of a chat's choice, with `top` candidates of each token."""
         content = []
         for note in notes:
-            logprob, candidates = _said(note)
+            logprob, candidates = _logprob_and_candidates(note)
             listed = [self._entry(id_, value) for id_, value in candidates[:top]]
             content.append(self._entry(note.id, logprob) | {"top_logprobs": listed})
         return {"content": content}
@@ -46,23 +46,23 @@ class Tokens:
         """
         body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for note in notes:
-            told = _listed(note, top)
+            listed = _with_candidates(note, top)
             body["tokens"].append(self.name(note.id))
-            body["token_logprobs"].append(_finite(told[0][1]) if told else None)
-            body["top_logprobs"].append(self._by_name(told) if told else None)
+            body["token_logprobs"].append(_finite(listed[0][1]) if listed else None)
+            body["top_logprobs"].append(self._by_name(listed) if listed else None)
             body["text_offset"].append(offset)
             offset += len(self.text(note.id))
         return body
 
     def prompt(self, notes: Sequence[PromptNote], top: int) -> list[Json | None]:
         """vLLM's `prompt_logprobs`: by token its own and its `top` candidates' by id, null for the first."""
-        return [self._ranked(note, top) for note in notes]
+        return [self._ranked_candidates(note, top) for note in notes]
 
     def length(self, notes: Sequence[Note]) -> int:
         """Characters of these tokens."""
         return sum(len(self.text(note.id)) for note in notes)
 
-    def explained(self, note: TokenNote) -> Json:
+    def explain(self, note: TokenNote) -> Json:
         """What guidance did to a token. Of a forced one nothing is said but that."""
         scores = note.scores
         return {
@@ -73,9 +73,9 @@ class Tokens:
             "drafted": note.drafted,
             "shift": scores and scores.shift,
             "probability": scores and math.exp(scores.logprob),
-            "target": self._likely(scores.target if scores else ()),
-            "guider": self._likely(scores.guider if scores else ()),
-            "guided": self._likely(scores.guided[:EXPLAINED] if scores else ()),
+            "target": self._probabilities(scores.target if scores else ()),
+            "guider": self._probabilities(scores.guider if scores else ()),
+            "guided": self._probabilities(scores.guided[:EXPLAINED] if scores else ()),
         }
 
     def _by_name(self, candidates: Candidates) -> Json:
@@ -85,33 +85,33 @@ class Tokens:
             named.setdefault(self.name(id_), _finite(value))
         return named
 
-    def _ranked(self, note: PromptNote, top: int) -> Json | None:
+    def _ranked_candidates(self, note: PromptNote, top: int) -> Json | None:
         ranks = {note.id: note.rank} | {id_: rank for rank, (id_, _) in enumerate(note.guided[:top], 1)}
         ranked = {
             str(id_): {"logprob": _finite(value), "rank": ranks[id_], "decoded_token": self.text(id_)}
-            for id_, value in _listed(note, top)
+            for id_, value in _with_candidates(note, top)
         }
         return ranked or None
 
-    def _likely(self, candidates: Candidates) -> list[Json]:
+    def _probabilities(self, candidates: Candidates) -> list[Json]:
         return [{"id": id_, "text": self.text(id_), "probability": math.exp(value)} for id_, value in candidates]
 
     def _entry(self, id_: int, logprob: float) -> Json:
         return {"token": self.name(id_), "logprob": _finite(logprob), "bytes": [*self.tokenizer.token_bytes(id_)]}
 
 
-def _said(note: TokenNote) -> tuple[float, Candidates]:
+def _logprob_and_candidates(note: TokenNote) -> tuple[float, Candidates]:
     """A token's log-probability and its candidates. What was forced was certain."""
     return (note.scores.logprob, note.scores.guided) if note.scores else (0.0, ())
 
 
-def _listed(note: Note, top: int) -> Candidates:
+def _with_candidates(note: Note, top: int) -> Candidates:
     """A token with its log-probability, then its other candidates; nothing for the first of a prompt."""
-    logprob, candidates = (note.logprob, note.guided) if isinstance(note, PromptNote) else _said(note)
+    logprob, candidates = (note.logprob, note.guided) if isinstance(note, PromptNote) else _logprob_and_candidates(note)
     if logprob is None:
         return ()
     return ((note.id, logprob), *((id_, value) for id_, value in candidates[:top] if id_ != note.id))
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST)
+    return max(logprob, MIN_LOGPROB)

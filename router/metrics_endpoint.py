@@ -44,7 +44,7 @@ class Exposition(Collector):
             families[metric.name] = family
         yield from families.values()
 
-    async def answer(self, request: Request) -> Response:
+    async def respond(self, request: Request) -> Response:
         """The response to GET /metrics, as text of the version that is asked for."""
         try:
             encode, media_type = choose_encoder(request.headers.get("accept", ""))

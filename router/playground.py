@@ -16,7 +16,7 @@ from router.backend import NotFound
 
 FOLDER = Path(__file__).with_suffix("")
 PAGE, DEFAULTS = "index.html", "defaults.json"
-MEDIA = {
+MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -39,18 +39,18 @@ def playground(service: ServiceConfig) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     if not service.router.playground:
         return router
-    files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in MEDIA}
+    files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES}
     files[DEFAULTS] = json.dumps(defaults(service), ensure_ascii=False).encode()
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def page(request: Request) -> Response:
-        return answer(request, PAGE, files[PAGE])
+        return file_response(request, PAGE, files[PAGE])
 
     @router.api_route("/playground/{name}", methods=["GET", "HEAD"])
     async def file(request: Request, name: str) -> Response:
         if name not in files:
             raise NotFound(f"the playground has no file {name!r}")
-        return answer(request, name, files[name])
+        return file_response(request, name, files[name])
 
     return router
 
@@ -66,10 +66,10 @@ def defaults(service: ServiceConfig) -> dict[str, Any]:
     }
 
 
-def answer(request: Request, name: str, content: bytes) -> Response:
+def file_response(request: Request, name: str, content: bytes) -> Response:
     """A file, or 304 where the client has it already."""
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {**HEADERS, "ETag": etag}
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
-    return Response(content, media_type=MEDIA[Path(name).suffix], headers=headers)
+    return Response(content, media_type=MEDIA_TYPES[Path(name).suffix], headers=headers)

@@ -23,12 +23,12 @@ from router.backend import Backend, Status
 
 log = logging.getLogger(__name__)
 
-MEASURED = "/v1/"  # requests for addresses below it are counted; probes are not, nor are browsers that ask leave
-LEFT = 499  # the status that stands for a client that left before the answer's end; nobody received it
+COUNTED_PREFIX = "/v1/"  # requests for addresses below it are counted; probes are not, nor are browsers that ask leave
+CLIENT_CLOSED = 499  # the status that stands for a client that left before the answer's end; nobody received it
 
 
 @dataclass(slots=True)
-class Record:
+class RequestRecord:
     """What becomes known of a request on its way; `scope["record"]` is the one of this request.
 
     key: the name of the key that it came with. model: a name that is served. tokens: so far, by sequence. heard: when
@@ -47,16 +47,16 @@ class Record:
     status: int | None = None
     prompt_tokens: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
-    heard: dict[str, float] = field(default_factory=dict)
+    last_token_at: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     first_token_s: float | None = None
     error: str | None = None
-    broke: int | None = None
+    stream_error_status: int | None = None
     prompt: Any = None
 
     def watch(self, backend: Backend) -> Backend:
         """The same backend, with what it says of this request's sequences counted."""
-        return _Watched(self, backend)
+        return _RecordingBackend(self, backend)
 
     def begin(self, sequence: str) -> None:
         """One of its sequences is asked for."""
@@ -65,33 +65,33 @@ class Record:
     def add(self, sequence: str, event: Event) -> None:
         """Take in what was said of a sequence."""
         if isinstance(event, Delta) and event.tokens:
-            self._hear(sequence, len(event.tokens))
+            self._count_tokens(sequence, len(event.tokens))
         elif isinstance(event, Finished):
             self.tokens[sequence], self.reasons[sequence] = event.usage.completion_tokens, event.reason
 
     def end(self) -> None:
         """The request is over: count it."""
-        if self.path.startswith(MEASURED) and self.method != "OPTIONS":
-            status = next((each for each in (self.broke, self.status) if each is not None), LEFT)
-            self.recorder.counter("thinklogit_requests", *self._asked, str(status)).add()
+        if self.path.startswith(COUNTED_PREFIX) and self.method != "OPTIONS":
+            status = next((each for each in (self.stream_error_status, self.status) if each is not None), CLIENT_CLOSED)
+            self.recorder.counter("thinklogit_requests", *self._labels, str(status)).add()
 
     @property
-    def _asked(self) -> tuple[str, str]:
+    def _labels(self) -> tuple[str, str]:
         """Labels: the model and the key, as far as they are known."""
         return self.model or "", self.key or ""
 
-    def _hear(self, sequence: str, count: int) -> None:
-        now, (model, key) = time.perf_counter(), self._asked
+    def _count_tokens(self, sequence: str, count: int) -> None:
+        now, (model, key) = time.perf_counter(), self._labels
         if self.first_token_s is None:
             self.first_token_s = now - self.began
             self.recorder.counter("thinklogit_prompt_tokens", model, key).add(self.prompt_tokens)
-        if sequence in self.heard:
+        if sequence in self.last_token_at:
             took = self.recorder.histogram("thinklogit_inter_token_seconds", model)
-            took.observe((now - self.heard[sequence]) / count)
+            took.observe((now - self.last_token_at[sequence]) / count)
         else:
             self.recorder.histogram("thinklogit_first_token_seconds", model).observe(now - self.began)
         self.recorder.counter("thinklogit_completion_tokens", model, key).add(count)
-        self.heard[sequence] = now
+        self.last_token_at[sequence] = now
         self.tokens[sequence] += count
 
     def line(self) -> str:
@@ -114,10 +114,10 @@ class Record:
         return json.dumps(fields | ({} if self.prompt is None else {"prompt": self.prompt}))
 
 
-class _Watched:
+class _RecordingBackend:
     """A backend as one request sees it."""
 
-    def __init__(self, record: Record, backend: Backend) -> None:
+    def __init__(self, record: RequestRecord, backend: Backend) -> None:
         self._record, self._backend = record, backend
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
@@ -133,7 +133,7 @@ class _Watched:
         return await self._backend.status()
 
 
-class Records:
+class RequestLog:
     """Gives every request its record; at the end it is counted, and logged unless its address is an open one."""
 
     def __init__(self, app: ASGIApp, keys: KeysConfig, recorder: Recorder) -> None:
@@ -144,17 +144,22 @@ class Records:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = scope["record"] = Record(self._recorder, scope["request_id"], scope["method"], address(scope))
+        record = scope["record"] = RequestRecord(
+            self._recorder, scope["request_id"], scope["method"], request_path(scope)
+        )
 
-        async def noting(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, noting)
+            await self.app(scope, receive, send_and_record)
         except Exception:
-            record.status, record.broke = record.status or 500, 500  # what the server answers in its place
+            record.status, record.stream_error_status = (
+                record.status or 500,
+                500,
+            )  # what the server answers in its place
             raise
         finally:
             record.end()
@@ -162,7 +167,7 @@ class Records:
                 log.info("%s", record.line())
 
 
-def address(scope: Scope) -> str:
+def request_path(scope: Scope) -> str:
     """The path of a request, as the service names it wherever it is mounted."""
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path or "/"

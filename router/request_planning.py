@@ -22,13 +22,13 @@ from actors.decoding.hashing import derive_seed
 from actors.text.tokenizer import RoleTokenizer
 from router.backend import BadRequest, NotFound
 from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
-from router.context import Budget, answer_tokens, limits
+from router.context import Budget, context_limits, resolve_max_tokens
 from router.schema import ChatRequest, CompletionRequest, Conversation, SpeculationFields
 
-WHOLE_S = 1.0  # between two messages of an answer that is not streamed: nobody reads it before its end
-COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
+UNSTREAMED_INTERVAL_S = 1.0  # between two messages of an answer that is not streamed: nobody reads it before its end
+DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
 
-_RENAMED = (
+_CONVERTED = (
     "logit_bias",
     "stop",
     "stop_token_ids",
@@ -37,7 +37,7 @@ _RENAMED = (
     "top_k",
     "max_tokens",
 )  # those that _sampling gives another form
-_COPIED = tuple(item.name for item in fields(Sampling) if item.name not in _RENAMED)
+_COPIED = tuple(item.name for item in fields(Sampling) if item.name not in _CONVERTED)
 
 Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
 
@@ -75,16 +75,16 @@ class Plan:
         return sum(map(len, self.prompts[:: self.choices_per_prompt]))
 
     @property
-    def most_tokens(self) -> int:
+    def max_total_tokens(self) -> int:
         """Tokens that its sequences come to at most, prompts and answers."""
         return sum(len(s.prompts[s.primary]) + (s.sampling.max_tokens or 0) for s in self.sequences)
 
-    def asked_by(self, client: str) -> Plan:
+    def for_client(self, client: str) -> Plan:
         """The same, with who asks."""
         return replace(self, sequences=[replace(sequence, client=client) for sequence in self.sequences])
 
 
-def client_of(key: str | None, authorization: str | None, user: str | None) -> str:
+def client_id(key: str | None, authorization: str | None, user: str | None) -> str:
     """Who asks, for fairness. key: the name of a key that was checked.
 
     Else all with one Authorization header are one client; without one, all with one `user`; "" for all others. Of the
@@ -98,7 +98,7 @@ def client_of(key: str | None, authorization: str | None, user: str | None) -> s
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
+class _ServedModel:
     """The part of the service that a served name stands for."""
 
     primary: Role
@@ -130,13 +130,13 @@ def plan_completion(
         text_prompts(prompt, model.roles, tokenizers, thinking.start, request.add_special_tokens)
         if isinstance(prompt, str)
         else token_prompts(prompt, model.primary, model.roles, tokenizers, thinking.start)
-        for prompt in _prompts_of(request)
+        for prompt in _prompt_list(request)
     ]
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
         raise BadRequest("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs", param="max_tokens")
     if request.max_tokens == 0 and request.min_tokens:
         raise BadRequest("min_tokens asks for an answer, and max_tokens: 0 for none", param="min_tokens")
-    budget = Budget(request.max_tokens, service.sampling.max_tokens or COMPLETION_TOKENS)
+    budget = Budget(request.max_tokens, service.sampling.max_tokens or DEFAULT_COMPLETION_TOKENS)
     plan = _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
     return replace(plan, echoes=_echoes(request, tokenizers[model.primary], thinking.start))
 
@@ -146,7 +146,7 @@ def _plan(
     service: ServiceConfig,
     tokenizers: Tokenizers,
     request_id: str,
-    model: _Model,
+    model: _ServedModel,
     thinking: Thinking,
     prompts: Sequence[Prompts],
     budget: Budget,
@@ -159,17 +159,17 @@ def _plan(
         raise BadRequest("stream_options are for stream: true alone", param="stream_options")
     if not request.spaces_between_special_tokens and tokenizers[model.primary].spaces_added:
         raise BadRequest("this model's decoder always puts those spaces", param="spaces_between_special_tokens")
-    bounds = limits(service, tokenizers, model.primary, model.roles)
+    bounds = context_limits(service, tokenizers, model.primary, model.roles)
     seed = request.seed if request.seed is not None else secrets.randbits(53)  # exact as a JSON number everywhere
     unique = f"{request_id}.{secrets.token_hex(4)}"  # a client may use its own id twice
     speculation = request.speculation or SpeculationFields()
     sequences: list[Generate] = []
-    words = _ids_of(request.bad_words, tokenizers[model.primary])
+    words = _encode_words(request.bad_words, tokenizers[model.primary])
     samplings: dict[int, Sampling] = {}  # by the tokens that an answer may have: all else is the request's
     for prompt in prompts:
         if not all(prompt.values()):
             raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
-        most = max(answer_tokens(prompt, bounds, budget), int(only_prompt))
+        most = max(resolve_max_tokens(prompt, bounds, budget), int(only_prompt))
         if most not in samplings:
             samplings[most] = _sampling(request, service.sampling, most, words)
             _check_ids(samplings[most], tokenizers[model.primary].width)
@@ -191,7 +191,7 @@ def _plan(
                     only_prompt=only_prompt,
                     drafts=speculation.drafts,
                     drafter=speculation.drafter or "auto",
-                    interval_s=0.0 if request.stream else WHOLE_S,
+                    interval_s=0.0 if request.stream else UNSTREAMED_INTERVAL_S,
                 )
             )
     return Plan(sequences, seed, request.n)
@@ -201,20 +201,20 @@ def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, start: str) ->
     """The text of each prompt, where it is wanted before the answer."""
     if not request.echo:
         return []
-    prompts = _prompts_of(request)
+    prompts = _prompt_list(request)
     return [(p if isinstance(p, str) else tokenizer.decode(p, skip_special=False)) + start for p in prompts]
 
 
-def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _Model:
-    served = served_as(service, request.model)
+def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _ServedModel:
+    served = resolve_model(service, request.model)
     guidance = _guidance(request, service.guidance if served == "guided" else Guidance(alpha=0.0))
     if served != "guided" and not guidance.never_guides():
         raise BadRequest(
             f"{request.model} is one model alone, which nothing guides: ask {service.name} for guidance",
             param="guidance",
         )
-    primary = answering(served)
-    return _Model(primary, guidance, (primary,) if guidance.never_guides() else ROLES)
+    primary = primary_role(served)
+    return _ServedModel(primary, guidance, (primary,) if guidance.never_guides() else ROLES)
 
 
 def opens_turn(conversation: Conversation) -> bool:
@@ -222,7 +222,7 @@ def opens_turn(conversation: Conversation) -> bool:
     return not conversation.continue_final_message and conversation.add_generation_prompt is not False
 
 
-def served_as(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
+def resolve_model(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
     """What a served name stands for. Raises NotFound."""
     if name not in service.served_names:
         served = ", ".join(service.served_names)
@@ -230,7 +230,7 @@ def served_as(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
     return service.served_names[name]
 
 
-def answering(served: Role | Literal["guided"]) -> Role:
+def primary_role(served: Role | Literal["guided"]) -> Role:
     """The role whose tokens its answers are made of."""
     return "target" if served == "guided" else served
 
@@ -243,18 +243,18 @@ def _guidance(request: ChatRequest | CompletionRequest, default: Guidance) -> Gu
         given["schedule"] = tuple((start, alpha) for start, alpha in given["schedule"])
     elif "alpha" in given:
         given["schedule"] = ()  # the service's schedule would stand above the alpha that the client asks for
-    return _replaced(default, given, "guidance")
+    return _override(default, given, "guidance")
 
 
 def _thinking(request: ChatRequest | CompletionRequest, default: Thinking) -> Thinking:
-    return _replaced(default, _given(request.thinking), "thinking")
+    return _override(default, _set_fields(request.thinking), "thinking")
 
 
-def _given(fields: BaseModel | None) -> dict[str, Any]:
+def _set_fields(fields: BaseModel | None) -> dict[str, Any]:
     return {} if fields is None else fields.model_dump(exclude_unset=True)
 
 
-def _ids_of(words: list[str] | None, tokenizer: RoleTokenizer) -> tuple[tuple[int, ...], ...] | None:
+def _encode_words(words: list[str] | None, tokenizer: RoleTokenizer) -> tuple[tuple[int, ...], ...] | None:
     """Words as they are spelled, at the beginning of a text and within it."""
     if words is None:
         return None
@@ -274,19 +274,19 @@ def _sampling(
     given["stop_token_ids"] = _tuple(request.stop_token_ids)
     given["allowed_token_ids"] = _tuple(request.allowed_token_ids)
     given["bad_words"] = bad_words
-    given["logit_bias"] = None if request.logit_bias is None else _bias(request.logit_bias)
+    given["logit_bias"] = None if request.logit_bias is None else _parse_logit_bias(request.logit_bias)
     given["max_tokens"] = max_tokens
-    return _replaced(default, {name: value for name, value in given.items() if value is not None}, "")
+    return _override(default, {name: value for name, value in given.items() if value is not None}, "")
 
 
-def _replaced(default: Parameters, given: Mapping[str, Any], section: str) -> Parameters:
+def _override(default: Parameters, given: Mapping[str, Any], section: str) -> Parameters:
     try:
         return replace(default, **given)
     except ValueError as error:
-        raise _refusal(str(error), list(given), section) from None
+        raise _bad_request(str(error), list(given), section) from None
 
 
-def _refusal(message: str, given: Sequence[str], section: str) -> BadRequest:
+def _bad_request(message: str, given: Sequence[str], section: str) -> BadRequest:
     named = [name for name in given if re.search(rf"\b{name}\b", message)]
     param = ".".join(part for part in (section, *named[:1]) if part)
     return BadRequest(f"{section}: {message}" if section else message, param=param or None)
@@ -296,7 +296,7 @@ def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)
 
 
-def _bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+def _parse_logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     try:
         return tuple(sorted((int(id_), number) for id_, number in bias.items()))
     except ValueError:
@@ -332,7 +332,7 @@ def _chat_budget(request: ChatRequest, default: int | None) -> Budget:
     return Budget(old, default) if new is None else Budget(new, default, "max_completion_tokens")
 
 
-def _prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+def _prompt_list(request: CompletionRequest) -> list[str | list[int]]:
     prompt = request.prompt
     if not prompt and isinstance(prompt, list):
         raise BadRequest("prompt is an empty list", param="prompt")

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from actors.api.generation import Delta, Finished, Usage
-from router.logprobs import Note, Tokens
+from router.logprobs import Note, TokenFormatter
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CompletedChoice:
     """One whole choice."""
 
     delta: Delta
@@ -23,7 +23,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Shape(ABC):
+class BodyFormat(ABC):
     """What the bodies of one request have in common; its two kinds say how a choice is written.
 
     explain: whether each token's guidance is told. logprobs: how many candidates stand with each token's
@@ -35,7 +35,7 @@ class Shape(ABC):
     request_id: str
     model: str
     seed: int
-    tokens: Tokens
+    tokens: TokenFormatter
     explain: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -43,20 +43,20 @@ class Shape(ABC):
     prompts: Sequence[list[int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
-    whole: ClassVar[str]
-    part: ClassVar[str]
+    object_type: ClassVar[str]
+    chunk_type: ClassVar[str]
     prompts_in_choices: ClassVar[bool]
 
-    def body(self, answers: Sequence[Answer], prompt_tokens: int) -> Json:
+    def body(self, answers: Sequence[CompletedChoice], prompt_tokens: int) -> Json:
         """The body of an answer that is not streamed."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
-        whole = self._frame(self.whole, choices) | self._prompt_told(answers) | {"usage": usage}
+        whole = self._frame(self.object_type, choices) | self._prompt_logprobs(answers) | {"usage": usage}
         return whole | self._prompt_ids(0, in_choice=False)
 
-    def sent(self, delta: Delta) -> int:
+    def token_text_length(self, delta: Delta) -> int:
         """Characters of the tokens that a part of a choice tells of."""
-        return self.tokens.length(self._told(delta))
+        return self.tokens.length(self._listed_notes(delta))
 
     def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offset: int = 0) -> Json:
         """One event of a stream: more of a choice, its end, or both.
@@ -65,13 +65,13 @@ class Shape(ABC):
         """
         delta = delta or Delta()
         text = self._text(choice, delta, first)
-        body = text | {"index": choice, "logprobs": self._scored(delta, offset)} | _ending(end)
-        body |= self._ids(choice, delta, first)
-        return self._frame(self.part, [body | self._explained(delta)]) | self._prompt_ids(choice, False, first)
+        body = text | {"index": choice, "logprobs": self._choice_logprobs(delta, offset)} | _finish_fields(end)
+        body |= self._token_ids(choice, delta, first)
+        return self._frame(self.chunk_type, [body | self._explanation(delta)]) | self._prompt_ids(choice, False, first)
 
     def usage_chunk(self, usages: Sequence[Usage], prompt_tokens: int) -> Json:
         """The last event of a stream whose request asked for its usage."""
-        return self._frame(self.part, []) | {"usage": usage_body(usages, prompt_tokens)}
+        return self._frame(self.chunk_type, []) | {"usage": usage_body(usages, prompt_tokens)}
 
     def _frame(self, kind: str, choices: list[Json]) -> Json:
         return {
@@ -83,12 +83,14 @@ class Shape(ABC):
             "choices": choices,
         }
 
-    def _whole_choice(self, index: int, answer: Answer) -> Json:
-        body = {"index": index, "logprobs": self._scored(answer.delta, 0)} | self._whole_text(index, answer.delta)
-        body |= self._ids(index, answer.delta, first=True)
-        return body | _ending(answer.end) | self._explained(answer.delta)
+    def _whole_choice(self, index: int, answer: CompletedChoice) -> Json:
+        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, 0)} | self._whole_text(
+            index, answer.delta
+        )
+        body |= self._token_ids(index, answer.delta, first=True)
+        return body | _finish_fields(answer.end) | self._explanation(answer.delta)
 
-    def _ids(self, choice: int, delta: Delta, first: bool) -> Json:
+    def _token_ids(self, choice: int, delta: Delta, first: bool) -> Json:
         if self.prompts is None:
             return {}
         return {"token_ids": delta.tokens} | self._prompt_ids(choice, True, first)
@@ -98,15 +100,15 @@ class Shape(ABC):
             return {}
         return {"prompt_token_ids": self.prompts[choice]}
 
-    def _explained(self, delta: Delta) -> Json:
-        return {"guidance": {"tokens": [self.tokens.explained(note) for note in delta.notes]}} if self.explain else {}
+    def _explanation(self, delta: Delta) -> Json:
+        return {"guidance": {"tokens": [self.tokens.explain(note) for note in delta.notes]}} if self.explain else {}
 
-    def _scored(self, delta: Delta, offset: int) -> Json | None:
-        if self.logprobs is None or not self._told(delta):
+    def _choice_logprobs(self, delta: Delta, offset: int) -> Json | None:
+        if self.logprobs is None or not self._listed_notes(delta):
             return None
         return self._logprobs(delta, self.logprobs, offset)
 
-    def _told(self, delta: Delta) -> Sequence[Note]:
+    def _listed_notes(self, delta: Delta) -> Sequence[Note]:
         """The tokens that stand in the text of a choice."""
         return [*delta.prompt, *delta.notes] if self.echo else delta.notes
 
@@ -123,20 +125,20 @@ class Shape(ABC):
         """The text of a whole choice."""
 
     @abstractmethod
-    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+    def _prompt_logprobs(self, answers: Sequence[CompletedChoice]) -> Json:
         """What a body of whole answers tells of its prompt, beside its choices."""
 
 
-class ChatShape(Shape):
+class ChatFormat(BodyFormat):
     """Bodies of /v1/chat/completions."""
 
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
     prompts_in_choices = False
 
     def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
         return self.tokens.chat(delta.notes, top)
 
-    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+    def _prompt_logprobs(self, answers: Sequence[CompletedChoice]) -> Json:
         if self.prompt_logprobs is None:
             return {}
         return {"prompt_logprobs": self.tokens.prompt(answers[0].delta.prompt, self.prompt_logprobs)}
@@ -155,16 +157,16 @@ class ChatShape(Shape):
         return {"message": message | {"reasoning": reasoning, "reasoning_content": reasoning}}
 
 
-class CompletionShape(Shape):
+class CompletionFormat(BodyFormat):
     """Bodies of /v1/completions."""
 
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+    prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
     prompts_in_choices = True
 
     def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
-        return self.tokens.completion(self._told(delta), top, offset)
+        return self.tokens.completion(self._listed_notes(delta), top, offset)
 
-    def _prompt_told(self, answers: Sequence[Answer]) -> Json:
+    def _prompt_logprobs(self, answers: Sequence[CompletedChoice]) -> Json:
         return {}  # it stands in each choice
 
     def _text(self, choice: int, delta: Delta, first: bool) -> Json:
@@ -214,5 +216,5 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
     }
 
 
-def _ending(end: Finished | None) -> Json:
+def _finish_fields(end: Finished | None) -> Json:
     return {"finish_reason": end and end.reason} | ({"stop_reason": end.stop_reason} if end else {})

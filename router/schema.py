@@ -292,7 +292,11 @@ def parse(kind: type[R], body: Any) -> R:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     for name, neutral in NOT_SERVED.items():
-        if name in body and name not in kind.model_fields and not any(_same(body[name], value) for value in neutral):
+        if (
+            name in body
+            and name not in kind.model_fields
+            and not any(_equal_with_type(body[name], value) for value in neutral)
+        ):
             raise BadRequest(f"{name} is not supported by this service; leave it out", param=name, code="unsupported")
     passed = {*IGNORED, *NOT_SERVED} - kind.model_fields.keys()
     kept = {
@@ -303,15 +307,15 @@ def parse(kind: type[R], body: Any) -> R:
     try:
         return kind.model_validate(kept)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _bad_request(error) from None
 
 
-def _same(value: Any, neutral: Any) -> bool:
+def _equal_with_type(value: Any, neutral: Any) -> bool:
     # 0 is not False: `logprobs: 0` asks for some
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
-def _refusal(error: ValidationError) -> BadRequest:
+def _bad_request(error: ValidationError) -> BadRequest:
     items = error.errors(include_url=False, include_context=False, include_input=False)
     # A union reports every member that does not fit: what reached deepest is what the client meant.
     item = max(items, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))

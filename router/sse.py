@@ -15,9 +15,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from actors.api.generation import Finished
 from router.backend import ApiError, Backend, DeadlinePassed
-from router.request_log import LEFT
+from router.request_log import CLIENT_CLOSED
 from router.request_planning import Plan
-from router.responses import Shape, plain_usage
+from router.responses import BodyFormat, plain_usage
 from router.schema import StreamOptions
 from router.streams import ClientGone, Generations, while_connected
 
@@ -35,30 +35,30 @@ class EventStream(Response):
         self,
         backend: Backend,
         plan: Plan,
-        shape: Shape,
+        body_format: BodyFormat,
         options: StreamOptions,
         deadline: float | None,
         idle_s: float,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._backend, self._plan, self._shape = backend, plan, shape
+        self._backend, self._plan, self._format = backend, plan, body_format
         self._options, self._deadline, self._idle_s = options, deadline, idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the end, an error or the client's leaving."""
         request_id: str = scope["request_id"]
         try:
-            await while_connected(receive, self._send_all(scope, _noticing_departure(send)))
+            await while_connected(receive, self._send_all(scope, _detect_disconnect(send)))
         except ClientGone:
-            scope["record"].status = LEFT
+            scope["record"].status = CLIENT_CLOSED
             log.info("%s: the client left; its generations are cancelled", request_id)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         request_id: str = scope["request_id"]
         started = False
         try:
-            with explained(request_id):
+            with api_errors(request_id):
                 async with asyncio.timeout_at(self._deadline), aclosing(self._events()) as events:
                     async for event in events:
                         if not started:
@@ -68,8 +68,8 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            scope["record"].error, scope["record"].broke = error.code or error.type, error.status
-            await send({"type": "http.response.body", "body": _event(error.body(request_id)), "more_body": True})
+            scope["record"].error, scope["record"].stream_error_status = error.code or error.type, error.status
+            await send({"type": "http.response.body", "body": _encode_event(error.body(request_id)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -84,35 +84,35 @@ class EventStream(Response):
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
                     offset = sent.get(choice, 0)
-                    chunks.append(self._shape.chunk(choice, delta, end, choice not in sent, offset))
-                    sent[choice] = offset + (self._shape.sent(delta) if delta else 0)
+                    chunks.append(self._format.chunk(choice, delta, end, choice not in sent, offset))
+                    sent[choice] = offset + (self._format.token_text_length(delta) if delta else 0)
                     counts[choice] += len(delta.tokens) if delta else 0
                     if self._options.include_usage and self._options.continuous_usage_stats:
                         chunks[-1] |= {"usage": plain_usage(prompts[choice], counts[choice])}
-                yield b"".join(map(_event, chunks)) or KEEP_ALIVE
+                yield b"".join(map(_encode_event, chunks)) or KEEP_ALIVE
         if self._options.include_usage:
             usages = [ends[choice].usage for choice in sorted(ends)]
-            yield _event(self._shape.usage_chunk(usages, self._plan.prompt_tokens))
+            yield _encode_event(self._format.usage_chunk(usages, self._plan.prompt_tokens))
         yield b"data: [DONE]\n\n"
 
 
-def _noticing_departure(send: Send) -> Send:
-    async def noticing(message: Message) -> None:
+def _detect_disconnect(send: Send) -> Send:
+    async def send_or_raise(message: Message) -> None:
         try:
             await send(message)
         except OSError:  # what servers raise for a closed connection
             raise ClientGone from None
 
-    return noticing
+    return send_or_raise
 
 
-def _event(body: dict[str, Any]) -> bytes:
+def _encode_event(body: dict[str, Any]) -> bytes:
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # NaN is no JSON
     return f"data: {text}\n\n".encode()
 
 
 @contextmanager
-def explained(request_id: str) -> Iterator[None]:
+def api_errors(request_id: str) -> Iterator[None]:
     """Turn what goes wrong into an error for the client; what nobody foresaw goes to the log, not to the client."""
     try:
         yield

@@ -35,7 +35,7 @@ class Batch:
         if isinstance(event, Finished):
             self.finished[choice] = event
         else:
-            self.deltas[choice] = joined(self.deltas.get(choice), event)
+            self.deltas[choice] = merge_deltas(self.deltas.get(choice), event)
 
 
 class Generations:
@@ -57,7 +57,7 @@ class Generations:
         self._running = len(sequences)
         self._failure: Exception | None = None
         self._tokens: list[list[int]] = [[] for _ in sequences]
-        self._news, self._over = asyncio.Event(), asyncio.Event()
+        self._has_events, self._ended = asyncio.Event(), asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -69,7 +69,7 @@ class Generations:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await _end(*self._tasks)
+        await _cancel(*self._tasks)
 
     async def batches(self) -> AsyncIterator[Batch]:
         """The first event at once, then at most one batch per interval, until every sequence has finished.
@@ -80,23 +80,23 @@ class Generations:
         """
         clock = asyncio.get_running_loop().time
         due = clock()
-        while self._running or self._news.is_set():
+        while self._running or self._has_events.is_set():
             try:
                 async with asyncio.timeout(self._idle_s):
-                    await self._news.wait()
+                    await self._has_events.wait()
             except TimeoutError:
                 yield Batch()
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(due):
-                    await self._over.wait()
-            self._news.clear()
+                    await self._ended.wait()
+            self._has_events.clear()
             batch, self._batch = self._batch, Batch()
             if batch.deltas or batch.finished:
                 yield batch
             if self._failure is not None:
                 if isinstance(self._failure, ApiError) and any(self._tokens):
-                    self._failure.so_far = self._tokens
+                    self._failure.token_ids_so_far = self._tokens
                 raise self._failure
             due = clock() + self._interval_s
 
@@ -112,7 +112,7 @@ class Generations:
                 if isinstance(event, Finished):
                     break
                 self._tokens[choice] += event.tokens
-                self._news.set()
+                self._has_events.set()
             else:
                 raise ApiError("the generation ended without saying why")
         except Exception as error:
@@ -120,14 +120,14 @@ class Generations:
         finally:
             self._running -= 1
             if self._failure or not self._running:
-                self._over.set()
-            self._news.set()
+                self._ended.set()
+            self._has_events.set()
             close = getattr(events, "aclose", None)
             if close is not None:
                 await close()
 
 
-def joined(first: Delta | None, second: Delta) -> Delta:
+def merge_deltas(first: Delta | None, second: Delta) -> Delta:
     """Two deltas of one choice as one."""
     if first is None:
         return second
@@ -153,7 +153,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             return working.result()
         raise ClientGone
     finally:
-        await _end(working, watching)
+        await _cancel(working, watching)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -161,7 +161,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _end(*tasks: asyncio.Future[Any]) -> None:
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,13 +8,13 @@ from actors.api.generation import Role
 from actors.config import ServiceConfig
 from router.backend import BadRequest
 from router.chat import Tokenizers, chat_prompts, text_prompts
-from router.context import longest
-from router.request_planning import answering, opens_turn, served_as
+from router.context import max_model_len
+from router.request_planning import opens_turn, primary_role, resolve_model
 from router.responses import Json
 from router.schema import DetokenizeRequest, TokenizeChat, TokenizeText, parse
 
 
-def tokenized(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
+def tokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
     """The tokens of raw text, or of the prompt that a chat request with these messages has. Raises an ApiError."""
     request: TokenizeChat | TokenizeText
     if isinstance(body, dict) and "messages" in body:
@@ -28,13 +28,13 @@ def tokenized(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json
         ids = text_prompts(request.prompt, (role,), tokenizers, special=request.add_special_tokens)[role]
     return {
         "count": len(ids),
-        "max_model_len": longest(service, tokenizers, name),
+        "max_model_len": max_model_len(service, tokenizers, name),
         "tokens": ids,
         "token_strs": tokenizers[role].pieces(ids) if request.return_token_strs else None,
     }
 
 
-def detokenized(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
+def detokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
     """The text of tokens, special ones included. Raises an ApiError."""
     request = parse(DetokenizeRequest, body)
     own = tokenizers[_model(request.model, service)[1]]
@@ -46,4 +46,4 @@ def detokenized(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Js
 
 def _model(asked: str | None, service: ServiceConfig) -> tuple[str, Role]:
     name = service.name if asked is None else asked
-    return name, answering(served_as(service, name))
+    return name, primary_role(resolve_model(service, name))

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from actors.config import ConfigError, ServiceConfig
-from router.request_planning import client_of
+from router.request_planning import client_id
 from tests.support.scripted_service import Reciter, client, config
 
 ADA, ADAS_OTHER, EVE = "ada-secret-0123456789", "ada-secret-9876543210", "eve-secret-0123456789"
@@ -118,7 +118,7 @@ async def test_clients_take_turns_by_the_name_of_their_key(file: Path) -> None:
     async with client(backend, guarded(file)) as http:
         for key in (ADA, ADAS_OTHER, EVE):
             await http.post("/v1/completions", json=TEXT | {"user": "x"}, headers=bearer(key))
-    assert [one.client for one in backend.asked] == [client_of(name, None, None) for name in ("ada", "ada", "eve")]
+    assert [one.client for one in backend.asked] == [client_id(name, None, None) for name in ("ada", "ada", "eve")]
 
 
 async def test_a_key_that_asks_too_often_is_told_when_to_come_back(file: Path) -> None:

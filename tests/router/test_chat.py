@@ -4,7 +4,7 @@ import pytest
 
 from actors.api.generation import ROLES
 from router.backend import BadRequest
-from router.chat import chat_prompts, opened, text_prompts, token_prompts
+from router.chat import chat_prompts, open_thinking, text_prompts, token_prompts
 from router.schema import ChatRequest, parse
 from tests.support.scripted_service import tokenizers
 from tests.support.tokenizers import TEMPLATE, byte_level, role_tokenizer
@@ -50,8 +50,8 @@ def test_thinking_is_opened_once_even_where_the_template_opens_it() -> None:
     own = {**TOKENIZERS, "guider": role_tokenizer(template=TEMPLATE + "{{ '<think>\\n' }}")}
     prompts = chat_prompts(request(user()), ROLES, own, "<think>")
     assert own["guider"].decode(prompts["guider"]) == own["target"].decode(prompts["target"])
-    assert opened("a <think>\n", "<think>\n") == "a <think>\n"
-    assert opened("a <think>", "") == "a <think>"
+    assert open_thinking("a <think>\n", "<think>\n") == "a <think>\n"
+    assert open_thinking("a <think>", "") == "a <think>"
 
 
 def test_parts_of_text_are_joined_and_developers_are_the_system() -> None:

@@ -5,14 +5,14 @@ import pytest
 
 from actors.api.generation import ROLES, Role
 from router.backend import BadRequest
-from router.context import Budget, answer_tokens, limits
+from router.context import Budget, context_limits, resolve_max_tokens
 from tests.support.scripted_service import config, tokenizers
 
 TOKENIZERS = tokenizers()  # 512, 400 and 300 positions
 
 
 def bounds(primary: Role = "target", roles: Sequence[Role] = ROLES, **more: Any) -> dict[tuple[str, str], int]:
-    found = limits(config(**more), TOKENIZERS, primary, roles)
+    found = context_limits(config(**more), TOKENIZERS, primary, roles)
     return {(limit.role, limit.reason.split()[0]): limit.tokens for limit in found}
 
 
@@ -31,7 +31,7 @@ def test_only_the_primarys_positions_count_otherwise(beyond: str) -> None:
 def refusal(asked: int | None, **lengths: int) -> BadRequest:
     prompts = {role: [1] * lengths.get(role, 10) for role in ROLES}
     with pytest.raises(BadRequest) as caught:
-        answer_tokens(prompts, limits(config(), TOKENIZERS, "target", ROLES), Budget(asked, None))
+        resolve_max_tokens(prompts, context_limits(config(), TOKENIZERS, "target", ROLES), Budget(asked, None))
     return caught.value
 
 
@@ -51,8 +51,8 @@ def test_a_prompt_without_room_for_one_token_is_refused() -> None:
 
 def test_a_default_yields_to_what_is_left_and_a_request_does_not() -> None:
     prompts = {role: [1] * 10 for role in ROLES}
-    found = limits(config(), TOKENIZERS, "target", ROLES)
-    assert answer_tokens(prompts, found, Budget(None, None)) == 290
-    assert answer_tokens(prompts, found, Budget(None, 1000)) == 290
-    assert answer_tokens(prompts, found, Budget(None, 16)) == 16
-    assert answer_tokens(prompts, found, Budget(290, 16)) == 290
+    found = context_limits(config(), TOKENIZERS, "target", ROLES)
+    assert resolve_max_tokens(prompts, found, Budget(None, None)) == 290
+    assert resolve_max_tokens(prompts, found, Budget(None, 1000)) == 290
+    assert resolve_max_tokens(prompts, found, Budget(None, 16)) == 16
+    assert resolve_max_tokens(prompts, found, Budget(290, 16)) == 290

@@ -11,7 +11,7 @@ import pytest
 
 from actors.config import ConfigError, KeysConfig
 from router.backend import Unauthorized
-from router.keys import LOOK_EVERY_S, Keys
+from router.keys import CHECK_INTERVAL_S, Keys
 
 ADA, EVE, NEW = "ada-secret-0123456789", "eve-secret-0123456789", "new-secret-0123456789"
 
@@ -146,7 +146,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     path.write_text(f"eve:{EVE}", encoding="utf-8")
     os.utime(path, ns=(1, 1))
     assert held.owner(f"Bearer {ADA}") == "ada"  # it was looked at a moment ago
-    clock.now += LOOK_EVERY_S
+    clock.now += CHECK_INTERVAL_S
     assert held.owner(f"Bearer {EVE}") == "eve"
     assert refused(held, f"Bearer {ADA}").code == "invalid_api_key"
 
@@ -161,10 +161,10 @@ def test_a_file_that_could_not_be_read_is_read_once_its_rights_have_changed(
         locked.setattr(
             Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
         )
-        clock.now += LOOK_EVERY_S
+        clock.now += CHECK_INTERVAL_S
         assert held.owner(f"Bearer {ADA}") == "ada"
     path.chmod(0o640)
-    clock.now += LOOK_EVERY_S
+    clock.now += CHECK_INTERVAL_S
     assert held.owner(f"Bearer {EVE}") == "eve"
 
 
@@ -178,10 +178,10 @@ def test_a_changed_file_that_is_not_sound_changes_nothing_and_is_reported_withou
     if text is not None:
         path.write_text(text, encoding="utf-8")
     for _ in range(3):
-        clock.now += LOOK_EVERY_S
+        clock.now += CHECK_INTERVAL_S
         assert held.owner(f"Bearer {ADA}") == "ada"
     assert caplog.text.count("stay in force") == 1
     assert "secret" not in caplog.text
     path.write_text(f"eve:{EVE}", encoding="utf-8")
-    clock.now += LOOK_EVERY_S
+    clock.now += CHECK_INTERVAL_S
     assert held.owner(f"Bearer {EVE}") == "eve"

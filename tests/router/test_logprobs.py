@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.api.generation import Scores, TokenNote
-from router.logprobs import LEAST, Tokens
+from router.logprobs import MIN_LOGPROB, TokenFormatter
 from tests.router.test_api import CHAT, TEXT, events, post
 from tests.support.scripted_service import Reciter
 from tests.support.tokenizers import role_tokenizer, sentence_piece
@@ -23,7 +23,7 @@ def note(id_: int, logprob: float, *guided: tuple[int, float]) -> TokenNote:
 
 
 def test_a_chats_token_comes_with_its_likeliest_candidates_alone() -> None:
-    content = Tokens(TOKENIZER).chat([note(A, log(0.25), (E, log(0.5)), (A, log(0.25)))], 1)["content"]
+    content = TokenFormatter(TOKENIZER).chat([note(A, log(0.25), (E, log(0.5)), (A, log(0.25)))], 1)["content"]
     assert content == [
         {
             "token": "a",
@@ -36,7 +36,7 @@ def test_a_chats_token_comes_with_its_likeliest_candidates_alone() -> None:
 
 def test_a_completions_token_stands_beside_its_likeliest_candidates() -> None:
     notes = [note(A, log(0.25), (E, log(0.5)), (A, log(0.25))), note(E, log(0.5), (E, log(0.5)))]
-    assert Tokens(TOKENIZER).completion(notes, 1, 5) == {
+    assert TokenFormatter(TOKENIZER).completion(notes, 1, 5) == {
         "tokens": ["a", "e"],
         "token_logprobs": [log(0.25), log(0.5)],
         "top_logprobs": [{"a": log(0.25), "e": log(0.5)}, {"e": log(0.5)}],
@@ -45,7 +45,7 @@ def test_a_completions_token_stands_beside_its_likeliest_candidates() -> None:
 
 
 def test_tokens_can_be_named_by_their_ids() -> None:
-    tokens = Tokens(TOKENIZER, as_ids=True)
+    tokens = TokenFormatter(TOKENIZER, as_ids=True)
     entry = tokens.chat([note(A, log(0.5), (A, log(0.5)))], 1)["content"][0]
     assert (entry["token"], entry["bytes"], entry["top_logprobs"][0]["token"]) == (
         f"token_id:{A}",
@@ -57,20 +57,20 @@ def test_tokens_can_be_named_by_their_ids() -> None:
 
 def test_what_was_forced_was_certain() -> None:
     forced = TokenNote(A, "a", 1.0, False)
-    assert Tokens(TOKENIZER).chat([forced], 3)["content"][0]["logprob"] == 0.0
-    assert Tokens(TOKENIZER).chat([forced], 3)["content"][0]["top_logprobs"] == []
-    assert Tokens(TOKENIZER).completion([forced], 3, 0)["top_logprobs"] == [{"a": 0.0}]
+    assert TokenFormatter(TOKENIZER).chat([forced], 3)["content"][0]["logprob"] == 0.0
+    assert TokenFormatter(TOKENIZER).chat([forced], 3)["content"][0]["top_logprobs"] == []
+    assert TokenFormatter(TOKENIZER).completion([forced], 3, 0)["top_logprobs"] == [{"a": 0.0}]
 
 
 def test_an_impossible_token_has_a_number_that_json_has() -> None:
-    assert Tokens(TOKENIZER).completion([note(A, -float("inf"))], 0, 0)["token_logprobs"] == [LEAST]
+    assert TokenFormatter(TOKENIZER).completion([note(A, -float("inf"))], 0, 0)["token_logprobs"] == [MIN_LOGPROB]
 
 
 def test_bytes_join_to_the_text_in_every_kind_of_vocabulary() -> None:
     for tokenizer in (TOKENIZER, role_tokenizer(sentence_piece())):
         text = " is 漢字 ü"
         ids = tokenizer.encode(text)
-        content = Tokens(tokenizer).chat([note(id_, -1.0) for id_ in ids], 0)["content"]
+        content = TokenFormatter(tokenizer).chat([note(id_, -1.0) for id_ in ids], 0)["content"]
         assert bytes(byte for entry in content for byte in entry["bytes"]).decode().strip() == text.strip()
 
 

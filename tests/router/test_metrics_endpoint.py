@@ -18,7 +18,7 @@ from router.api import create_app
 from router.backend import ApiError, Status, Unavailable
 from router.failover import Resuming
 from router.metrics_endpoint import Exposition
-from router.request_log import Records
+from router.request_log import RequestLog
 from tests.support.scripted_service import Reciter, config, tokenizers, usage
 
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
@@ -165,7 +165,7 @@ async def test_a_program_that_fails_counts_as_500() -> None:
 
     recorder = Recorder()
     with pytest.raises(RuntimeError):
-        await Records(broken, KeysConfig(), recorder)(dict(SCOPE), None, None)  # type: ignore[arg-type]
+        await RequestLog(broken, KeysConfig(), recorder)(dict(SCOPE), None, None)  # type: ignore[arg-type]
     assert recorder.counter("thinklogit_requests", "", "", "500").value == 1
 
 
@@ -186,7 +186,7 @@ async def test_the_name_of_a_key_is_a_label() -> None:
         pass
 
     recorder = Recorder()
-    await Records(answers, KeysConfig(), recorder)(dict(SCOPE), None, send)  # type: ignore[arg-type]
+    await RequestLog(answers, KeysConfig(), recorder)(dict(SCOPE), None, send)  # type: ignore[arg-type]
     assert recorder.counter("thinklogit_requests", "", "alice", "401").value == 1
 
 

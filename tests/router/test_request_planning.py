@@ -9,7 +9,7 @@ from actors.config import ServiceConfig
 from actors.decoding.hashing import derive_seed
 from actors.text.tokenizer import RoleTokenizer
 from router.backend import ApiError, BadRequest, NotFound
-from router.request_planning import WHOLE_S, Plan, client_of, plan_chat, plan_completion
+from router.request_planning import UNSTREAMED_INTERVAL_S, Plan, client_id, plan_chat, plan_completion
 from router.schema import ChatRequest, CompletionRequest, parse
 from tests.support.scripted_service import config, tokenizers
 from tests.support.tokenizers import byte_level, role_tokenizer
@@ -139,7 +139,7 @@ def test_each_choice_has_a_seed_and_an_id_of_its_own() -> None:
 
 def test_an_answer_that_is_not_streamed_comes_in_few_messages() -> None:
     assert first(chat(stream=True)).interval_s == first(completion(stream=True)).interval_s == 0
-    assert first(chat()).interval_s == first(completion()).interval_s == WHOLE_S
+    assert first(chat()).interval_s == first(completion()).interval_s == UNSTREAMED_INTERVAL_S
 
 
 def test_a_seed_is_drawn_when_none_is_given() -> None:
@@ -229,24 +229,24 @@ def test_speculation_is_the_requests_where_it_says_so(body: dict[str, Any], draf
 
 
 def test_one_key_is_one_client_whatever_user_it_names() -> None:
-    key = client_of(None, "Bearer secret", "ada")
-    assert key == client_of(None, "Bearer secret", None) != client_of(None, "Bearer other", "ada")
+    key = client_id(None, "Bearer secret", "ada")
+    assert key == client_id(None, "Bearer secret", None) != client_id(None, "Bearer other", "ada")
     assert "secret" not in key
-    assert client_of(None, None, "ada") != client_of(None, None, "eve")
-    assert client_of(None, None, key) != key  # nobody takes another's name
-    assert client_of(None, "", None) == client_of(None, None, "") == ""
+    assert client_id(None, None, "ada") != client_id(None, None, "eve")
+    assert client_id(None, None, key) != key  # nobody takes another's name
+    assert client_id(None, "", None) == client_id(None, None, "") == ""
 
 
 def test_a_checked_keys_name_is_the_client_whatever_else_is_said() -> None:
-    named = client_of("ada", "Bearer one", "x")
-    assert named == client_of("ada", "Bearer another", None) != client_of("eve", "Bearer one", "x")
+    named = client_id("ada", "Bearer one", "x")
+    assert named == client_id("ada", "Bearer another", None) != client_id("eve", "Bearer one", "x")
     assert named not in (
-        client_of(None, "Bearer one", None),
-        client_of(None, None, "ada"),
-        client_of(None, None, named),
+        client_id(None, "Bearer one", None),
+        client_id(None, None, "ada"),
+        client_id(None, None, named),
     )
 
 
 def test_every_sequence_says_who_asks() -> None:
-    plan = chat(n=3).asked_by("ada")
+    plan = chat(n=3).for_client("ada")
     assert [sequence.client for sequence in plan.sequences] == ["ada"] * 3

@@ -4,13 +4,13 @@ from math import log
 import pytest
 
 from actors.api.generation import Delta, Finished, Scores, TokenNote, Usage
-from router.logprobs import Tokens
-from router.responses import Answer, ChatShape, CompletionShape, usage_body
+from router.logprobs import TokenFormatter
+from router.responses import ChatFormat, CompletedChoice, CompletionFormat, usage_body
 from tests.support.tokenizers import role_tokenizer
 
 COUNTS = Usage(9, 4, 2, 3, 1, 2, 0.5)
 TOKENIZER = role_tokenizer()
-TOKENS = Tokens(TOKENIZER)
+TOKENS = TokenFormatter(TOKENIZER)
 A, EVE = TOKENIZER.encode("a")[0], TOKENIZER.encode("e")[0]
 END = Finished("stop", COUNTS, "END")
 
@@ -38,15 +38,15 @@ def test_an_answer_without_drafts_has_no_acceptance() -> None:
 
 
 def test_thinking_is_returned_under_both_of_its_names() -> None:
-    shape = ChatShape("r", "duo", 7, TOKENS)
-    message = shape.body([Answer(Delta("Hm", "Eve"), END)], 9)["choices"][0]["message"]
+    shape = ChatFormat("r", "duo", 7, TOKENS)
+    message = shape.body([CompletedChoice(Delta("Hm", "Eve"), END)], 9)["choices"][0]["message"]
     assert message == {"role": "assistant", "content": "Eve", "reasoning": "Hm", "reasoning_content": "Hm"}
     delta = shape.chunk(0, Delta("Hm"), None, first=False)["choices"][0]["delta"]
     assert delta == {"reasoning": "Hm", "reasoning_content": "Hm"}
 
 
 def test_the_first_chunk_of_a_choice_names_the_role() -> None:
-    shape = ChatShape("r", "duo", 7, TOKENS)
+    shape = ChatFormat("r", "duo", 7, TOKENS)
     assert shape.chunk(1, None, END, first=True)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert shape.chunk(1, Delta(content="a"), None, first=False)["choices"][0]["delta"] == {"content": "a"}
 
@@ -54,7 +54,7 @@ def test_the_first_chunk_of_a_choice_names_the_role() -> None:
 def test_an_explanation_names_each_token() -> None:
     scores = Scores(log(0.5), log(2.0), ((EVE, log(0.5)),), target=((A, log(0.75)), (EVE, log(0.25))))
     delta = Delta(content="e", tokens=[EVE], notes=[TokenNote(EVE, "e", 1.0, True, True, scores)])
-    choice = CompletionShape("r", "duo", 7, TOKENS, explain=True).chunk(0, delta, END, first=True)["choices"][0]
+    choice = CompletionFormat("r", "duo", 7, TOKENS, explain=True).chunk(0, delta, END, first=True)["choices"][0]
     (told,) = choice["guidance"]["tokens"]
     assert {name: told[name] for name in ("id", "text", "alpha", "changed", "drafted", "guider")} == {
         "id": EVE,
@@ -74,10 +74,10 @@ def test_an_explanation_names_each_token() -> None:
 
 
 def test_the_seed_that_was_used_is_returned() -> None:
-    assert CompletionShape("r", "duo", 7, TOKENS).body([Answer(Delta(), END)], 9)["seed"] == 7
+    assert CompletionFormat("r", "duo", 7, TOKENS).body([CompletedChoice(Delta(), END)], 9)["seed"] == 7
 
 
 def test_what_was_forced_is_explained_by_nothing() -> None:
-    note = Tokens(TOKENIZER).explained(TokenNote(A, "a", 1.0, False))
+    note = TokenFormatter(TOKENIZER).explain(TokenNote(A, "a", 1.0, False))
     assert (note["shift"], note["probability"]) == (None, None)
     assert note["target"] == note["guider"] == note["guided"] == []
