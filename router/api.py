@@ -1,4 +1,4 @@
-"""The HTTP side: the OpenAI API over the guided model and over each of its roles alone."""
+"""The HTTP application: OpenAI's API for the guided model and for each of its roles alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from actors.api.generation import Delta, Finished, Role
+from actors.api.generation import Delta, Role
 from actors.config import ServiceConfig
 from actors.metrics import Recorder
 from actors.text.tokenizer import RoleTokenizer
@@ -36,27 +36,29 @@ from router.request_planning import Plan, client_id, plan_chat, plan_completion,
 from router.responses import BodyFormat, ChatFormat, CompletedChoice, CompletionFormat, Json
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
 from router.sse import EventStream, api_errors
-from router.streams import ClientGone, Generations, merge_deltas, while_connected
+from router.streams import Batch, ClientGone, Generations, while_connected
 from router.tokenize_api import detokenize, tokenize
 
 log = logging.getLogger(__name__)
 
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
+Convert = Callable[[Any, ServiceConfig, Tokenizers], Json]
 Planner = Callable[[R, ServiceConfig, dict[Role, RoleTokenizer], str], Plan]
 
 
 def create_app(
     service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], backend: Backend, recorder: Recorder | None = None
 ) -> FastAPI:
-    """The application: `tokenizers` of all three roles, `backend` decodes, `recorder` takes what is measured.
+    """The HTTP application of a service.
 
-    Raises ConfigError where API keys are wanted and cannot be read.
+    tokenizers: of all three roles. backend: decodes. recorder: collects the metrics.
+    Raises ConfigError if API keys are configured and cannot be read.
     """
     recorder = Recorder() if recorder is None else recorder
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, responses=openapi.ERRORS, openapi_url=None, redirect_slashes=False)
-    get, post = app.get, app.post  # the models only describe: a ready response is sent as it is
+    get, post = app.get, app.post  # response models only describe: handlers return ready responses
     get("/health", response_model=openapi.StatusBody)(endpoints.health)
     get("/ready", response_model=openapi.StatusBody, responses={503: {"model": openapi.StatusBody}})(endpoints.ready)
     get("/metrics", include_in_schema=False)(Exposition(recorder).respond)
@@ -73,13 +75,13 @@ def create_app(
     app.add_exception_handler(ClientGone, _client_closed)
     app.add_exception_handler(HTTPException, _handle_routing_error)
     add_access_checks(app, service.router, recorder)
-    app.add_middleware(RequestId)  # the last one added is the first to see a request
+    app.add_middleware(RequestId)  # added last, so it receives a request first
     return app
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """One method per address."""
+    """The request handlers, one method per address."""
 
     service: ServiceConfig
     tokenizers: dict[Role, RoleTokenizer]
@@ -87,11 +89,11 @@ class Endpoints:
     started: int = field(default_factory=lambda: int(time.time()))
 
     async def health(self) -> Response:
-        """Whether this process answers at all."""
+        """Answer 200 while this process runs."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Whether every role is there; 503 names those that are not."""
+        """Answer 200 if every role is connected; otherwise 503 with the missing roles."""
         try:
             async with asyncio.timeout(self.service.deadlines.connect_s):
                 status = await self.backend.status()
@@ -103,19 +105,19 @@ class Endpoints:
         return JSONResponse({"status": "ready"})
 
     async def version(self) -> Response:
-        """The version of this service."""
+        """Return the version of this service."""
         return JSONResponse({"version": openapi.VERSION})
 
     async def openapi(self, request: Request) -> Response:
-        """What all addresses take and answer."""
+        """Return the OpenAPI document."""
         return JSONResponse(openapi.document(request.app, self.service.served_names))
 
     async def models(self) -> Response:
-        """All served names."""
+        """List the served models."""
         return JSONResponse({"object": "list", "data": [self._model_card(name) for name in self.service.served_names]})
 
     async def model(self, name: str) -> Response:
-        """One served name."""
+        """Describe one served model."""
         resolve_model(self.service, name)
         return JSONResponse(self._model_card(name))
 
@@ -128,30 +130,26 @@ class Endpoints:
         return await self._answer(request, CompletionRequest, plan_completion, CompletionFormat)
 
     async def tokenize(self, request: Request) -> Response:
-        """The tokens of a text or of a conversation's prompt."""
+        """Return the tokens of a text or of a conversation's prompt."""
         return await self._run_tokenizer(request, tokenize)
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of tokens."""
+        """Return the text of tokens."""
         return await self._run_tokenizer(request, detokenize)
 
-    async def _run_tokenizer(
-        self, request: Request, convert: Callable[[Any, ServiceConfig, Tokenizers], Json]
-    ) -> Response:
+    async def _run_tokenizer(self, request: Request, convert: Convert) -> Response:
         with api_errors(request.scope["request_id"]):
             body = await _read_json(request, self.service.router.max_request_bytes)
             return JSONResponse(await asyncio.to_thread(convert, body, self.service, self.tokenizers))
 
-    async def _answer(
-        self, request: Request, kind: type[R], planner: Planner[R], body_format: type[BodyFormat]
-    ) -> Response:
+    async def _answer(self, request: Request, kind: type[R], planner: Planner[R], form: type[BodyFormat]) -> Response:
         request_id: str = request.scope["request_id"]
         record: RequestRecord = request.scope["record"]
         with api_errors(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
                 body = parse(kind, await _read_json(request, self.service.router.max_request_bytes))
                 record.model = body.model if body.model in self.service.served_names else None
-                # A long prompt takes long to tokenise, and other streams must not wait for it.
+                # Tokenising a long prompt takes long; in a thread it does not delay other streams.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
                 plan = plan.for_client(client_id(record.key, request.headers.get("authorization"), body.user))
                 record.prompt_tokens = plan.prompt_tokens
@@ -162,7 +160,7 @@ class Endpoints:
                 prompts = plan.prompts if body.return_token_ids else None
                 tokens = TokenFormatter(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
                 wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo, prompts
-                bodies = body_format(request_id, body.model, plan.seed, tokens, *wanted)
+                bodies = form(request_id, body.model, plan.seed, tokens, *wanted)
                 if body.stream:
                     options = body.stream_options or StreamOptions()
                     idle_s = self.service.router.keep_alive_s
@@ -181,13 +179,13 @@ class Endpoints:
 
 
 class RequestId:
-    """Takes over the client's X-Request-Id, or makes one, and returns it with every response."""
+    """Middleware that keeps the client's X-Request-Id, or creates one, and returns it with every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its id in the scope."""
+        """Pass the request on with its id in `scope["request_id"]`."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -215,7 +213,7 @@ async def _read_json(request: Request, most: int) -> Any:
             raise too_large
     try:
         value = json.loads(body.decode())
-        if b"\\ud" in body.lower():  # half of a surrogate pair is a JSON string, but no text
+        if b"\\ud" in body.lower():  # JSON strings may contain half of a surrogate pair, text may not
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
@@ -233,14 +231,13 @@ def _require_size(plan: Plan, most: int | None) -> None:
 
 
 async def _collect_choices(backend: Backend, plan: Plan) -> list[CompletedChoice]:
-    deltas: dict[int, Delta] = {}
-    ends: dict[int, Finished] = {}
+    whole = Batch()
     async with Generations(backend, plan.sequences) as generations:
         async for batch in generations.batches():
-            ends |= batch.finished
-            for choice, delta in batch.deltas.items():
-                deltas[choice] = merge_deltas(deltas.get(choice), delta)
-    return [CompletedChoice(deltas.get(choice, Delta()), ends[choice]) for choice in range(len(plan.sequences))]
+            for choice, event in (*batch.deltas.items(), *batch.finished.items()):
+                whole.add(choice, event)
+    choices = range(len(plan.sequences))
+    return [CompletedChoice(whole.deltas.get(choice, Delta()), whole.finished[choice]) for choice in choices]
 
 
 async def _handle_api_error(request: Request, error: Exception) -> Response:
@@ -249,8 +246,8 @@ async def _handle_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _client_closed(request: Request, error: Exception) -> Response:
-    log.info("%s: the client left; its generations are cancelled", request.scope["request_id"])
-    return Response(status_code=CLIENT_CLOSED)  # nobody reads it
+    log.info("%s: the client disconnected; its generations are cancelled", request.scope["request_id"])
+    return Response(status_code=CLIENT_CLOSED)  # the client does not receive it
 
 
 async def _handle_routing_error(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Several generations as one flow of batches, ended at once when the client goes away."""
+"""Merges a request's generations into one sequence of batches; cancels them if the client disconnects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import Receive
 from actors.api.generation import Delta, Finished, Generate, Rejected
 from router.backend import ApiError, Backend, rejection
 
-INTERVAL_S = 0.05  # between two messages of a stream, so that a busy one costs 20 a second and choice at most
+INTERVAL_S = 0.05  # between two messages of a stream: at most 20 a second per choice
 
 T = TypeVar("T")
 
@@ -25,21 +25,21 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class Batch:
-    """What has arrived since the last batch, by choice."""
+    """Events since the last batch, by choice."""
 
     deltas: dict[int, Delta] = field(default_factory=dict)
     finished: dict[int, Finished] = field(default_factory=dict)
 
     def add(self, choice: int, event: Delta | Finished) -> None:
-        """Take in one more event of a choice."""
+        """Add an event of a choice."""
         if isinstance(event, Finished):
             self.finished[choice] = event
         else:
-            self.deltas[choice] = merge_deltas(self.deltas.get(choice), event)
+            self.deltas[choice] = self.deltas.get(choice, Delta()) + event
 
 
 class Generations:
-    """All sequences of a request, decoded together. Leaving the context cancels those that still run.
+    """All sequences of a request, decoded concurrently. Leaving the context cancels those that still run.
 
     async with Generations(backend, sequences) as generations:
         async for batch in generations.batches(): ...
@@ -72,11 +72,10 @@ class Generations:
         await _cancel(*self._tasks)
 
     async def batches(self) -> AsyncIterator[Batch]:
-        """The first event at once, then at most one batch per interval, until every sequence has finished.
+        """Yield the first event at once, then at most one batch per interval, until every sequence has finished.
 
-        Where nothing comes for `idle_s`, an empty batch says so.
-        Raises the first failure of any sequence, after what came before it was yielded; an ApiError tells the tokens
-        so far.
+        Yields an empty batch after `idle_s` without an event.
+        Raises the first failure of any sequence after the events before it; an ApiError gets the tokens so far.
         """
         clock = asyncio.get_running_loop().time
         due = clock()
@@ -127,23 +126,10 @@ class Generations:
                 await close()
 
 
-def merge_deltas(first: Delta | None, second: Delta) -> Delta:
-    """Two deltas of one choice as one."""
-    if first is None:
-        return second
-    return Delta(
-        reasoning=first.reasoning + second.reasoning,
-        content=first.content + second.content,
-        tokens=first.tokens + second.tokens,
-        notes=first.notes + second.notes,
-        prompt=first.prompt + second.prompt,
-    )
-
-
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client is gone. Raises ClientGone then.
+    """The result of `work`. Cancels it and raises ClientGone if the client disconnects first.
 
-    The request's body must have been read: only its end can follow.
+    The request's body must have been read: afterwards `receive` only reports the disconnect.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
