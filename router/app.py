@@ -1,4 +1,4 @@
-"""The one place where deployments are bound: `ray_config.yaml` names `router.app:build`."""
+"""Binds the Ray Serve application; `ray_config.yaml` names `router.app:build`."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODEL_NAMES: dict[Role, str] = {"target": "Target", "guider": "Guider", "guider_base": "GuiderBase"}
-MAX_ONGOING = 10_000  # above what the coordinators take, so that they and not Serve's queue refuse what is too much
-STATUS_S = 5.0  # a probe that asks what is missing gets its answer within this
+MAX_ONGOING = 10_000  # above the coordinators' capacity, so that they reject excess requests, not Serve's queue
+STATUS_S = 5.0  # timeout of a status query
 DIRECTORY_CPUS = 0.05
 _SETTINGS: dict[str, Any] = {
     "max_ongoing_requests": MAX_ONGOING,
@@ -56,11 +56,11 @@ _SETTINGS: dict[str, Any] = {
 
 
 class ServedCoordinators:
-    """Coordinators and the directory behind Serve's handles; `Resuming` makes the API's backend of it."""
+    """The coordinators and the directory behind Serve's handles; `Resuming` makes them the API's backend."""
 
     def __init__(self, application: str, coordinator: DeploymentHandle, directory: DeploymentHandle) -> None:
-        # Over gRPC whatever process bound the handle: Serve's setting for it counts only where Serve was imported
-        # under it, and a streamed event costs 0.5 ms by reference, 0.1 ms so.
+        # Over gRPC: a streamed event costs 0.1 ms, by reference 0.5 ms. Set here, because Serve's own setting takes
+        # effect only in processes that imported Serve with it.
         self._coordinator = coordinator.options(stream=True, _by_reference=False)
         self._application, self._directory = application, directory
 
@@ -73,11 +73,11 @@ class ServedCoordinators:
         except BackPressureError as error:
             raise Overloaded("too many requests are waiting; try again later") from error
         except RayTaskError:
-            raise  # a fault in the coordinator's program, not its loss
+            raise  # an exception inside the coordinator, not its loss
         except (RayError, DeploymentUnavailableError) as error:
             raise Unavailable("its coordinator was lost") from error
         finally:
-            response.cancel()  # nothing happens where the stream has ended
+            response.cancel()  # no effect after the stream's end
 
     async def status(self) -> Status:
         """See router.backend.Coordinators.status."""
@@ -93,14 +93,14 @@ class ServedCoordinators:
         try:
             async with asyncio.timeout(STATUS_S):
                 details = await application_details(self._application)
-        except Exception as error:  # the controller may be away for any reason, and come back
+        except Exception as error:  # any failure of the controller may be temporary
             log.info("the Serve controller does not answer: %s", type(error).__name__)
             return False
         return details is None or details["status"] == "DELETING"
 
 
 class RouterShell:
-    """What clients see. Serve calls `__serve_build_asgi_app__` once the tokenizers are there."""
+    """The router's deployment. Serve calls `__serve_build_asgi_app__` once the tokenizers are loaded."""
 
     async def __init__(  # type: ignore[misc]  # awaited by Serve
         self, config: ServiceConfig, coordinator: DeploymentHandle, directory: DeploymentHandle
@@ -120,17 +120,17 @@ class RouterShell:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application that the `args` of `ray_config.yaml` describe.
+    """The application described by the `args` of `ray_config.yaml`.
 
-    Raises ConfigError that names each wrong key, and each model that is missing or does not fit the others.
+    Raises ConfigError that names each invalid key and each model that is missing or incompatible.
     """
     return bind(load_config(args))
 
 
 def bind(config: ServiceConfig, load: Load = load_role) -> serve.Application:
-    """The application of a configuration. Raises ConfigError when its models are missing or do not fit.
+    """The application of a configuration. Raises ConfigError if its models are missing or incompatible.
 
-    load: makes the engine of a role, in the process of its replica.
+    load: creates a role's engine, in its replica's process.
     """
     require_sound(config)
     directory = serve.deployment(
@@ -153,7 +153,8 @@ def bind(config: ServiceConfig, load: Load = load_role) -> serve.Application:
         name="Router",
         ray_actor_options=_placement(config.router),
         **_replicas(config.router.replicas, target_ongoing_requests=config.router.target_ongoing),
-        **_SETTINGS | {"graceful_shutdown_timeout_s": config.deadlines.request_s},  # its streams cannot move
+        **_SETTINGS
+        | {"graceful_shutdown_timeout_s": config.deadlines.request_s},  # its streams cannot move to another router
     ).bind(config, coordinator, directory)
 
 
@@ -169,9 +170,9 @@ def _model(config: ServiceConfig, role: Role) -> serve.Deployment:
 
 
 def _ranks(model: ModelConfig) -> dict[str, Any]:
-    """Where a model's ranks go: one alone like any replica, several in one placement group on one node.
+    """Ray options that place a model's ranks: one rank like any replica, several in a placement group on one node.
 
-    The replica is the first rank and takes the first bundle; it starts the others in theirs.
+    The replica is the first rank and uses the first bundle; it starts the other ranks in the other bundles.
     """
     options = _placement(model)
     if model.tensor_parallel == 1:
@@ -188,17 +189,17 @@ def _ranks(model: ModelConfig) -> dict[str, Any]:
 
 
 def _placement(section: ModelConfig | CoordinatorConfig | RouterConfig) -> dict[str, Any]:
-    """What a replica asks of its node, in Ray's words."""
+    """The resources that a replica requires, as Ray actor options."""
     options = section.model_dump(include={"num_cpus", "num_gpus", "resources", "label_selector"})
     return {name: value for name, value in options.items() if value != {}}
 
 
 def _replicas(replicas: Replicas, **scaling: Any) -> dict[str, Any]:
-    """A fixed number of replicas, or Serve's autoscaling between two. scaling: what it aims at."""
+    """A fixed number of replicas, or Serve's autoscaling between two. scaling: the target of autoscaling."""
     if replicas.min == replicas.max:
         return {"num_replicas": replicas.min}
     with warnings.catch_warnings():
-        # Serve means to replace metrics_interval_s by variables of the environment, which it does not read yet.
+        # Serve deprecates metrics_interval_s in favour of environment variables that it does not read yet.
         warnings.simplefilter("ignore", DeprecationWarning)
         config = AutoscalingConfig(
             min_replicas=replicas.min,
@@ -213,6 +214,6 @@ def _replicas(replicas: Replicas, **scaling: Any) -> dict[str, Any]:
 
 
 def _policy(replicas: ModelReplicas) -> dict[str, Any]:
-    """What a model role is scaled by. Serve pickles the class by value where the application is built."""
+    """The autoscaling policy of a model role. Serve pickles its class by value where the application is built."""
     targets = replicas.model_dump(include={"target_cache", "target_waiting"})
     return {"policy_function": "actors.serve.autoscaling:LoadPolicy", "policy_kwargs": targets}

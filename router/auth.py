@@ -1,4 +1,4 @@
-"""Who is let in: what every request passes before it reaches its endpoint."""
+"""Access control: middleware that every request passes before it reaches its handler."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from router.request_log import RequestLog, request_path
 
 
 def add_access_checks(app: FastAPI, config: RouterConfig, recorder: Recorder) -> None:
-    """Put the record, the origins and the keys before the application, in this order.
+    """Add the middleware for the request log, CORS and API keys; a request passes them in this order.
 
-    A browser asks without a key whether it may ask (CORS), so that comes before the keys. Raises ConfigError where the
-    keys cannot be read.
+    CORS comes before the keys because a browser's preflight request carries no key. Raises ConfigError if the keys
+    cannot be read.
     """
     if config.keys.required:
         app.add_middleware(Gate, config=config, keys=Keys(config.keys))
@@ -32,18 +32,18 @@ def add_access_checks(app: FastAPI, config: RouterConfig, recorder: Recorder) ->
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(RequestLog, keys=config.keys, recorder=recorder)  # outside, so that it sees the gate's refusals
+    app.add_middleware(RequestLog, keys=config.keys, recorder=recorder)  # outermost: logs the gate's errors too
 
 
 class Gate:
-    """Lets in who has a key and keeps its limits; `keys.open_paths` are open to everybody."""
+    """Middleware that checks API keys and enforces their limits; `keys.open_paths` need no key."""
 
     def __init__(self, app: ASGIApp, config: RouterConfig, keys: Keys) -> None:
         self.app, self._keys = app, keys
         self._limits, self._opens = Limits(config.limits), config.keys.opens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
+        """Pass the request on, or answer with 401 or 429."""
         if scope["type"] != "http" or self._opens(request_path(scope)):
             await self.app(scope, receive, send)
             return
@@ -61,6 +61,6 @@ class Gate:
 
 
 def error_response(scope: Scope, error: ApiError) -> JSONResponse:
-    """The response that an error is, noted in the request's record."""
+    """The HTTP response for an error; also notes the error in the request's record."""
     scope["record"].error = error.code or error.type
     return JSONResponse(error.body(scope["request_id"]), error.status, headers=error.headers)

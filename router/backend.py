@@ -1,4 +1,4 @@
-"""What the HTTP side needs from the rest of the service, and the errors that a client may see."""
+"""The interface between the HTTP side and the coordinators, and the errors that clients receive."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from actors.api.generation import CoordinatorEvent, Event, Generate, Rejected, R
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """missing: roles that no replica serves now. awaited: what they wait for, a sentence each."""
+    """State of the roles. missing: without a connected replica. awaited: one sentence each on what they wait for."""
 
     missing: tuple[Role, ...] = ()
     awaited: tuple[str, ...] = ()
 
 
 class Backend(Protocol):
-    """Who decodes."""
+    """Decodes requests; hides the loss of coordinators."""
 
     def generate(self, request: Generate) -> AsyncIterator[Event]:
         """Deltas and then one Finished, or one Rejected alone. Closing the iterator cancels the generation."""
         ...
 
     async def status(self) -> Status:
-        """Whether every role is there."""
+        """The roles' state."""
         ...
 
 
 class Coordinators(Protocol):
-    """Whoever decodes at the moment; any of them may go at any time."""
+    """The coordinators that run at the moment; any of them may be lost at any time."""
 
     def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         """Deltas and then one Finished or Moved, or one Rejected alone. Closing the iterator cancels the generation.
 
-        Raises Unavailable when its coordinator is lost.
+        Raises Unavailable if the coordinator is lost.
         """
         ...
 
     async def status(self) -> Status:
-        """Whether every role is there."""
+        """The roles' state."""
         ...
 
     async def ending(self) -> bool:
-        """Whether the service is being shut down, so that nobody will come back."""
+        """Whether the service is being shut down, so that no coordinator will return."""
         ...
 
 
 class ApiError(Exception):
-    """An error for the client, as the OpenAI API states errors. param: the request's field that is wrong.
+    """An error response in OpenAI's form. param: the request's field at fault.
 
-    retry_after_s: when trying again makes sense, if it does.
+    retry_after_s: seconds after which a retry makes sense; None if it does not.
     """
 
     status = 500
@@ -68,15 +68,15 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.retry_after_s = message, param, code, retry_after_s
-        self.token_ids_so_far: list[list[int]] = []  # token ids of each choice, where generating had begun
+        self.token_ids_so_far: list[list[int]] = []  # token ids by choice; empty if no token was generated
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of the response beside its body."""
+        """Additional headers of the response."""
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """The JSON body of the response, or of the event that ends a stream; with the tokens so far, if any."""
+        """The JSON body of the response, or of a stream's last event; includes the tokens generated so far."""
         error: dict[str, Any] = {
             "message": self.message,
             "type": self.type,
@@ -97,53 +97,53 @@ class BadRequest(ApiError):
 
 
 class Unauthorized(ApiError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown."""
 
     status = 401
     type = "invalid_request_error"
 
     @property
     def headers(self) -> dict[str, str]:
-        """Which kind of key is wanted."""
+        """The authentication scheme that the service expects."""
         return {"WWW-Authenticate": "Bearer"}
 
 
 class NotFound(ApiError):
-    """No such model or address."""
+    """There is no such model or address."""
 
     status = 404
     type = "invalid_request_error"
 
 
 class TooLarge(ApiError):
-    """The request is larger than the service takes."""
+    """The request exceeds a size limit of the service."""
 
     status = 413
     type = "invalid_request_error"
 
 
 class Overloaded(ApiError):
-    """More requests wait than the service takes; try again later."""
+    """The admission queue is full, or a key exceeds its limits."""
 
     status = 429
     type = "rate_limit_error"
 
 
 class Unavailable(ApiError):
-    """A role is away, so the request cannot be answered now."""
+    """A role is not connected, so the request cannot be answered now."""
 
     status = 503
     type = "service_unavailable_error"
 
 
 class DeadlinePassed(ApiError):
-    """The request took longer than the service's deadline for one request."""
+    """The request exceeded `deadlines.request_s`."""
 
     status = 504
     type = "timeout_error"
 
 
 def rejection(rejected: Rejected) -> ApiError:
-    """What a client is told when the service did not take its request on."""
+    """The client's error for a request that a coordinator rejected."""
     kinds: dict[str, type[ApiError]] = {"overloaded": Overloaded, "unavailable": Unavailable, "invalid": BadRequest}
     return kinds[rejected.code](rejected.message, code=rejected.code, retry_after_s=rejected.retry_after_s)

@@ -1,8 +1,8 @@
-"""From what a client wrote to a prompt for each role, each in its own vocabulary.
+"""Builds the prompt of each role, in the role's own vocabulary.
 
-In a chat every role renders the messages with its own template, so that special tokens match by role and never by id;
-in a completion the same raw text goes to all. A small role without a template takes the text that the target's template
-gave, which its own tokenizer then reads: marks that it does not know are plain text to it.
+Chat: every role renders the messages with its own template, so special tokens correspond by function, never by id. A
+small role without a template tokenises the text that the target's template rendered; it reads unknown marks as plain
+text. Completion: all roles receive the same raw text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tokenizers = Mapping[Role, RoleTokenizer]
 
 _RESERVED = frozenset(
     {
-        "self",  # jinja's own
+        "self",  # a name of jinja itself
         "messages",
         "tools",
         "documents",
@@ -35,9 +35,9 @@ _RESERVED = frozenset(
 
 
 def chat_prompts(request: Conversation, roles: Sequence[Role], tokenizers: Tokenizers, start: str) -> Prompts:
-    """The prompt of each of `roles`, with `start` (the mark that opens thinking) at its end.
+    """Prompt ids of each of `roles`. start: text that opens the thinking, at the prompt's end.
 
-    Raises BadRequest when a template refuses the messages.
+    Raises BadRequest if a template rejects the messages.
     """
     if request.continue_final_message and request.add_generation_prompt:
         raise BadRequest(
@@ -62,7 +62,7 @@ def chat_prompts(request: Conversation, roles: Sequence[Role], tokenizers: Token
 def text_prompts(
     text: str, roles: Sequence[Role], tokenizers: Tokenizers, start: str = "", special: bool = True
 ) -> Prompts:
-    """The same raw text for each of `roles`; special: with what its tokenizer puts before raw text."""
+    """Prompt ids of the same raw text for each of `roles`. special: with the tokenizer's own prefix, such as a BOS."""
     try:
         return {role: tokenizers[role].encode(text + start, special=special) for role in roles}
     except TokenizerError as error:
@@ -72,7 +72,7 @@ def text_prompts(
 def token_prompts(
     ids: list[int], primary: Role, roles: Sequence[Role], tokenizers: Tokenizers, start: str = ""
 ) -> Prompts:
-    """A prompt given as ids of `primary`: the other roles read its text, after their own BOS where it has one."""
+    """A prompt given as ids of `primary`; the other roles read its text, with their own BOS if `ids` has one."""
     own = tokenizers[primary]
     for id_ in ids:
         if not 0 <= id_ < own.width:
@@ -87,7 +87,7 @@ def token_prompts(
 
 
 def open_thinking(text: str, start: str) -> str:
-    """`text` with `start` at its end, once: some templates open the thinking themselves, others do not."""
+    """`text` with `start` at its end exactly once: some templates open the thinking themselves."""
     mark = start.strip()
     if mark and text.rstrip().endswith(mark):
         return text.rstrip()[: -len(mark)] + start
@@ -108,7 +108,7 @@ def _render(tokenizer: RoleTokenizer, request: Conversation) -> str:
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:
-    """The message as templates know it: text content, and "developer", OpenAI's newer word, as "system"."""
+    """The message in the form that templates expect: text content; OpenAI's newer role "developer" becomes "system"."""
     content = message.content
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)
@@ -123,7 +123,7 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
 
 
 def _template_call(call: ToolCall) -> dict[str, Any]:
-    """The call as templates know it, its arguments decoded: many of them look into these."""
+    """The tool call in the form that templates expect, with decoded arguments: many templates read them."""
     try:
         arguments = json.loads(call.function.arguments)
     except (ValueError, RecursionError):

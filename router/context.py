@@ -1,4 +1,4 @@
-"""How much of a role's context a prompt leaves, and the refusal, with its arithmetic, of what cannot fit."""
+"""Context limits of the roles, and the length of an answer that fits into them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from router.backend import BadRequest
 
 @dataclass(frozen=True, slots=True)
 class ContextLimit:
-    """How many tokens, prompt and answer together, a role takes, and what sets that limit."""
+    """Maximum tokens of a role, prompt and answer together. reason: what sets the limit, for error messages."""
 
     role: Role
     tokens: int
@@ -22,7 +22,7 @@ class ContextLimit:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long an answer may be: what the client asked for in field `param`, and the default where it did not."""
+    """Length of an answer in tokens: as requested in field `param` (None: not given), and the default."""
 
     asked: int | None
     default: int | None
@@ -32,10 +32,10 @@ class Budget:
 def context_limits(
     service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], primary: Role, roles: Sequence[Role]
 ) -> list[ContextLimit]:
-    """The limits that a session of these roles must keep.
+    """The limits of a session with these roles.
 
-    The positions of a small role count when `beyond_context` is "error" only; the cache of a role cannot be exceeded
-    in any mode that keeps it running.
+    A small role's positions are a limit only if `beyond_context` is "error". A role's cache is a limit in every mode
+    in which the role continues to run.
     """
     found = []
     for role in roles:
@@ -49,7 +49,7 @@ def context_limits(
 
 
 def max_model_len(service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer], name: str) -> int:
-    """Tokens, prompt and answer together, that a served name takes."""
+    """Maximum tokens of a served model, prompt and answer together."""
     served = service.served_names[name]
     primary: Role = "target" if served == "guided" else served
     bounds = context_limits(service, tokenizers, primary, [primary] if served != "guided" else [*tokenizers])
@@ -57,9 +57,9 @@ def max_model_len(service: ServiceConfig, tokenizers: Mapping[Role, RoleTokenize
 
 
 def resolve_max_tokens(prompts: Mapping[Role, Sequence[int]], bounds: Sequence[ContextLimit], budget: Budget) -> int:
-    """max_tokens of an answer: what the client asked for, else the default or what is left, whichever is less.
+    """max_tokens of an answer: as requested, else the smaller of the default and the remaining context.
 
-    Raises BadRequest when what was asked for, or a single token, does not fit.
+    Raises BadRequest if the requested length, or a single token, does not fit.
     """
     asked, param = budget.asked, budget.param
     tightest = min(bounds, key=lambda bound: bound.tokens - len(prompts[bound.role]))

@@ -1,7 +1,7 @@
-"""Generations that outlive the coordinators that decode them.
+"""Continues generations on another coordinator.
 
-A coordinator may die, hang or be stopped in the middle of an answer. What it has chosen so far is all that another one
-needs to go on: the reader of the stream sees a pause, and then the very tokens that it would have had.
+A coordinator may die, hang or be stopped during an answer. Another coordinator needs only the tokens chosen so far to
+continue: the client sees a pause, then the same tokens as without the fault.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from router.backend import Coordinators, Status, Unavailable
 
 log = logging.getLogger(__name__)
 
-MAX_LOSSES = 20  # coordinators lost without a token in between: it may be this very request that they die of
+MAX_LOSSES = 20  # lost coordinators without a token in between: this request itself may crash them
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
 class Resuming:
-    """A `Backend` over coordinators that may go at any time.
+    """A `Backend` over coordinators that may be lost at any time.
 
-    Raises Unavailable when nothing has come for `deadlines.reconnect_timeout_s`, after MAX_LOSSES without a token, or
-    when the service itself ends.
+    Raises Unavailable if no event arrived for `deadlines.reconnect_timeout_s`, after MAX_LOSSES losses without a token,
+    or if the service is being shut down.
     """
 
     def __init__(self, coordinators: Coordinators, deadlines: Deadlines, recorder: Recorder | None = None) -> None:
@@ -64,7 +64,7 @@ class Resuming:
         return await self._coordinators.status()
 
     async def _attempt(self, request: Generate) -> AsyncGenerator[CoordinatorEvent, None]:
-        """The events of one coordinator. Raises Unavailable when it is lost, silent or full."""
+        """The events of one coordinator. Raises Unavailable if it is lost or silent, or rejects a resumed request."""
         peer_timeout_s = self._deadlines.peer_timeout_s
         if request.resumed:
             self._resumes.add()
@@ -80,29 +80,29 @@ class Resuming:
                 if event is None:
                     raise Unavailable("its coordinator ended the stream before the answer's end")
                 if isinstance(event, Rejected) and event.code != "invalid" and request.resume is not None:
-                    raise Unavailable(event.message)  # it was taken on once
+                    raise Unavailable(event.message)  # it was admitted before
                 yield event
 
 
 class _Progress:
-    """What the router knows of a generation: enough to have it continued."""
+    """State of one generation that another coordinator needs to continue it."""
 
     def __init__(self, request: Generate) -> None:
         self._request = request
         self._choices: list[int] = []
         self._scored = 0
-        self._tally: Tally | None = None  # None: no coordinator has taken it on
+        self._tally: Tally | None = None  # None: not yet admitted
         self._last_event_at = time.monotonic()
         self._losses = 0  # since the last token
 
     def request(self) -> Generate:
-        """What the next coordinator is asked."""
+        """The request for the next coordinator."""
         if self._tally is None:
             return self._request
         return replace(self._request, resume=Resume(list(self._choices), self._tally, self._scored))
 
     def add(self, delta: Delta) -> Delta | None:
-        """Take in what a coordinator has said; what of it the reader is told, if anything."""
+        """Record a coordinator's delta. Returns the client's part of it, None if it has none."""
         self._last_event_at = time.monotonic()
         self._tally = delta.tally or self._tally
         self._choices += delta.choices
@@ -114,7 +114,7 @@ class _Progress:
         return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes, prompt=delta.prompt)
 
     def add_loss(self, error: Unavailable, reconnect_timeout_s: float) -> None:
-        """A coordinator is gone. Raises Unavailable when that was the last attempt."""
+        """Record the loss of a coordinator. Raises Unavailable if that was the last attempt."""
         self._losses += 1
         log.warning("%s: %s; %d tokens are kept", self._request.request_id, error.message, len(self._choices))
         if self._losses >= MAX_LOSSES:
@@ -125,7 +125,7 @@ class _Progress:
             ) from error
 
     def pause(self) -> float:
-        """Seconds before the next attempt, with jitter; none after the first loss, for others may be there."""
+        """Seconds before the next attempt, with jitter; 0 after the first loss, since another coordinator may run."""
         if self._losses <= 1:
             return 0.0
         return random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0**self._losses)

@@ -1,12 +1,12 @@
-"""API keys: who asks, told by the key in the `Authorization: Bearer` header.
+"""API keys: identify the client by the key in the `Authorization: Bearer` header.
 
-Keys stand in a file, in a variable of the environment, or in both, one `name:key` after another, set apart by white
-space; a line that begins with # is a comment. A name may have several keys, so that one can take over from another. A
-key is its text, 16 printable characters or more, or what stands instead of it in a file that others may read:
+Keys are read from a file, an environment variable, or both. Entries `name:key` are separated by white space; a line
+that begins with # is a comment. A name may have several keys, so that a key can be replaced without interruption. A key
+is a text of at least 16 printable characters, or, in a file that others may read, its digest:
 
     ada:sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b     # printf %s KEY | sha256sum
 
-Of either only the digest is held. It is not stretched: make keys at random (`openssl rand -hex 24`), not from words.
+Only digests are kept in memory. They are not stretched: use random keys (`openssl rand -hex 24`), not words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from router.backend import Unauthorized
 
 log = logging.getLogger(__name__)
 
-CHECK_INTERVAL_S = 1.0  # between two looks whether the file has changed
+CHECK_INTERVAL_S = 1.0  # minimum time between two checks of the file for changes
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(r"[!-~]{16,}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
@@ -34,7 +34,7 @@ _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Whose it is, and the SHA-256 digest of its text."""
+    """The owner's name and the SHA-256 digest of the key's text."""
 
     name: str
     digest: bytes = field(repr=False)
@@ -43,8 +43,8 @@ class Key:
 class Keys:
     """The keys of a router.
 
-    The file is read again once it has changed; where the new one is not sound, what was read before stays in force.
-    Raises ConfigError where a source is not there, holds no key, or holds something else; it quotes none of it.
+    The file is read again after a change; if the new content is invalid, the previous keys stay in force.
+    Raises ConfigError if a source is missing, empty or invalid; the message quotes none of its content.
     """
 
     def __init__(self, config: KeysConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,14 +56,14 @@ class Keys:
         _require_different(self._keys)
 
     def owner(self, authorization: str | None) -> str:
-        """The name behind a request's Authorization header. Raises Unauthorized."""
+        """The name for a request's Authorization header. Raises Unauthorized."""
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise Unauthorized("this service wants an API key, in the header Authorization: Bearer KEY")
         self._reload_changed_file()
         digest = hashlib.sha256(given.strip().encode("utf-8", "replace")).digest()
         name = None
-        for key in self._keys:  # all of them: how long it takes says nothing about which one it is
+        for key in self._keys:  # no early exit: the time must not reveal which key matched
             if hmac.compare_digest(key.digest, digest):
                 name = key.name
         if name is None:
@@ -88,14 +88,14 @@ class Keys:
         log.info("%s has changed: %d keys of %d names", self._file, len(keys), len({key.name for key in keys}))
 
     def _file_version(self) -> tuple[int, int, int, int] | None:
-        """What changes whenever the file does; None where there is none."""
+        """A value that changes with the file; None if there is no file."""
         if self._file is None:
             return None
         try:
             status = self._file.stat()
         except OSError:
             return None
-        # The last one changes with its rights too: it may become readable without being written.
+        # st_ctime_ns also changes with permissions: a file may become readable without being written.
         return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
     def _read_file(self) -> tuple[Key, ...]:
@@ -128,7 +128,7 @@ def _parse(text: str, source: str) -> tuple[Key, ...]:
 
 
 def _parse_entry(entry: str, where: str) -> Key:
-    """One entry. What is wrong is not quoted, not even its name: somebody may have put the key there."""
+    """Parse one entry. Errors do not quote it, not even the name: the key may stand in its place."""
     name, colon, secret = entry.partition(":")
     if not colon or not _NAME.fullmatch(name) or name == "sha256":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How much one key may ask of one router. Several routers count apart, so that each has the whole limit."""
+"""Limits per API key. Each router counts for itself, so each one allows the whole limit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from actors.config import LimitsConfig
 from router.backend import Overloaded
 
 Clock = Callable[[], float]
-_OPEN_RETRY_S = 1.0  # when an open request ends is not known
+_OPEN_RETRY_S = 1.0  # the end of an open request cannot be predicted
 
 
 class Bucket:
-    """So many requests a minute on average, and as many at once after a minute without any."""
+    """A token bucket of requests: refills `per_minute` a minute and holds at most that many."""
 
     def __init__(self, per_minute: float, clock: Clock) -> None:
         self._per_second = per_minute / 60  # per second
@@ -22,18 +22,18 @@ class Bucket:
         self._clock, self._updated_at = clock, clock()
 
     def take(self) -> float:
-        """Seconds until there is room for the next request; 0 where there was, and this one has taken it."""
+        """Take one request from the bucket: 0 on success, else the seconds until the next one fits."""
         now = self._clock()
         self._available = min(self._capacity, self._available + (now - self._updated_at) * self._per_second)
         self._updated_at = now
-        if self._available < 1 - 1e-9:  # what dripped in meanwhile is rounded
+        if self._available < 1 - 1e-9:  # tolerates rounding of the refill
             return (1 - self._available) / self._per_second
         self._available -= 1
         return 0.0
 
 
 class Limits:
-    """What each key has open, and what is left of its minute."""
+    """Open requests and request rate of each key."""
 
     def __init__(self, config: LimitsConfig, clock: Clock = time.monotonic) -> None:
         self._config, self._clock = config, clock
@@ -41,7 +41,7 @@ class Limits:
         self._buckets: dict[str, Bucket] = {}
 
     def enter(self, name: str) -> None:
-        """A request of that key begins; `leave` must follow. Raises Overloaded, and then nothing has begun."""
+        """Count a new request of a key; `leave` must follow. Raises Overloaded without counting it."""
         most, per_minute = self._config.open_requests, self._config.requests_per_minute
         if most is not None and self._open[name] >= most:
             raise Overloaded(
@@ -60,5 +60,5 @@ class Limits:
         self._open[name] += 1
 
     def leave(self, name: str) -> None:
-        """A request that was let in has ended."""
+        """Count the end of a request that `enter` accepted."""
         self._open[name] -= 1

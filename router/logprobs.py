@@ -1,4 +1,4 @@
-"""Tokens and their log-probabilities as OpenAI's two endpoints and vLLM write them."""
+"""Formats tokens and log-probabilities as OpenAI's two endpoints and vLLM do."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from actors.text.tokenizer import RoleTokenizer
 
 Json = dict[str, Any]
 Note = TokenNote | PromptNote
-MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
+MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot express
 
 
 @dataclass(frozen=True, slots=True)
 class TokenFormatter:
-    """How an answer's tokens are named: by what they add to a text, or as "token_id:7"."""
+    """Formats tokens of one tokenizer. as_ids: name tokens "token_id:7" instead of by their text."""
 
     tokenizer: RoleTokenizer
     as_ids: bool = False
 
     def name(self, id_: int) -> str:
-        """What stands for a token in log-probabilities."""
+        """A token's name in log-probabilities."""
         return f"token_id:{id_}" if self.as_ids else self.text(id_)
 
     def text(self, id_: int) -> str:
-        """What it adds to a text; bytes that are no character of their own become U+FFFD."""
+        """A token's text; bytes that are not a whole character become U+FFFD."""
         return self.tokenizer.token_bytes(id_).decode(errors="replace")
 
     def chat(self, notes: Sequence[TokenNote], top: int) -> Json:
-        """`logprobs` of a chat's choice, with `top` candidates of each token."""
+        """`logprobs` of a chat choice, with `top` candidates per token."""
         content = []
         for note in notes:
             logprob, candidates = _logprob_and_candidates(note)
@@ -40,9 +40,10 @@ class TokenFormatter:
         return {"content": content}
 
     def completion(self, notes: Sequence[Note], top: int, offset: int) -> Json:
-        """`logprobs` of a completion's choice, or of its prompt and it; offset: characters of its tokens before these.
+        """`logprobs` of a completion's choice, of its prompt too if `notes` begin there.
 
-        A token that is not among its `top` candidates stands beside them, as with OpenAI.
+        offset: characters of the choice's earlier tokens. As in OpenAI's API, a token that is not among its `top`
+        candidates is listed in addition.
         """
         body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for note in notes:
@@ -55,15 +56,15 @@ class TokenFormatter:
         return body
 
     def prompt(self, notes: Sequence[PromptNote], top: int) -> list[Json | None]:
-        """vLLM's `prompt_logprobs`: by token its own and its `top` candidates' by id, null for the first."""
+        """vLLM's `prompt_logprobs`: per token, its own and its `top` candidates' entries by id; null for the first."""
         return [self._ranked_candidates(note, top) for note in notes]
 
     def length(self, notes: Sequence[Note]) -> int:
-        """Characters of these tokens."""
+        """Characters in the text of these tokens."""
         return sum(len(self.text(note.id)) for note in notes)
 
     def explain(self, note: TokenNote) -> Json:
-        """What guidance did to a token. Of a forced one nothing is said but that."""
+        """The effect of guidance on a token; scores and candidates are empty for a forced token."""
         scores = note.scores
         return {
             "id": note.id,
@@ -79,7 +80,7 @@ class TokenFormatter:
         }
 
     def _by_name(self, candidates: Candidates) -> Json:
-        """Of several of one name the first counts."""
+        """Log-probabilities by token name; of several tokens with one name, the first."""
         named: Json = {}
         for id_, value in candidates:
             named.setdefault(self.name(id_), _finite(value))
@@ -101,12 +102,12 @@ class TokenFormatter:
 
 
 def _logprob_and_candidates(note: TokenNote) -> tuple[float, Candidates]:
-    """A token's log-probability and its candidates. What was forced was certain."""
+    """A token's log-probability and its candidates. A forced token has log-probability 0."""
     return (note.scores.logprob, note.scores.guided) if note.scores else (0.0, ())
 
 
 def _with_candidates(note: Note, top: int) -> Candidates:
-    """A token with its log-probability, then its other candidates; nothing for the first of a prompt."""
+    """A token with its log-probability, then its other candidates; empty for the first token of a prompt."""
     logprob, candidates = (note.logprob, note.guided) if isinstance(note, PromptNote) else _logprob_and_candidates(note)
     if logprob is None:
         return ()

@@ -1,4 +1,4 @@
-"""What the router has measured, as Prometheus reads it: time to tokens, tokens, requests by status, resumes."""
+"""GET /metrics: the router's metrics in Prometheus' text formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actors.metrics import Counter, Histogram, Recorder
 
 
 class Exposition(Collector):
-    """A recorder in Prometheus' words."""
+    """Exposes a recorder to Prometheus."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -22,7 +22,7 @@ class Exposition(Collector):
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric that has a value."""
+        """All metrics that have a value."""
         families: dict[str, CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily] = {}
         for metric, labels, series in self._recorder:
             family = families.get(metric.name)
@@ -45,9 +45,9 @@ class Exposition(Collector):
         yield from families.values()
 
     async def respond(self, request: Request) -> Response:
-        """The response to GET /metrics, as text of the version that is asked for."""
+        """Answer GET /metrics in the format of the request's Accept header."""
         try:
             encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        except (TypeError, ValueError):  # a version that is none
+        except (TypeError, ValueError):  # an invalid version
             encode, media_type = choose_encoder("")
         return Response(encode(self._registry), headers={"Content-Type": media_type})

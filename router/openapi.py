@@ -1,6 +1,6 @@
-"""The service's OpenAPI document: what the addresses take and answer, for readers, generators and checkers.
+"""The service's OpenAPI document: requests and responses of all addresses.
 
-The models here only describe: bodies are read by `router.schema.parse` and written by `router.responses`.
+The models here only describe. `router.schema.parse` reads request bodies and `router.responses` writes responses.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from router.schema import (
     TokenizeText,
 )
 
-VERSION = "0.1.0"  # of pyproject.toml, which does not travel with an installed service
+VERSION = "0.1.0"  # as in pyproject.toml, which is not part of an installed service
 
-_OPENAPI = "3.2.0"  # the first one that says what the events of a stream are
+_OPENAPI = "3.2.0"  # the first version that describes events of a stream
 
 Json = dict[str, Any]
 FinishReason = Literal["stop", "length", "abort"]
@@ -35,7 +35,7 @@ _SAMPLED = (ChatRequest, CompletionRequest)
 
 
 class Error(BaseModel):
-    """What went wrong; param: the field of the request. choices: the tokens so far, where generating had begun."""
+    """param: the request's field at fault. choices: the tokens generated before the error."""
 
     message: str
     type: str
@@ -46,13 +46,13 @@ class Error(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every refusal, and the event that ends a stream which fails."""
+    """The body of every error response, and the last event of a stream that fails."""
 
     error: Error
 
 
 class TokenDetails(BaseModel):
-    """Kinds of an answer's tokens."""
+    """Kinds of completion tokens."""
 
     reasoning_tokens: int
     accepted_prediction_tokens: int
@@ -60,7 +60,7 @@ class TokenDetails(BaseModel):
 
 
 class UsageBody(BaseModel):
-    """Counts; a prompt counts once, however many choices it has. The plain three alone in chunks before the last."""
+    """Token counts; a prompt counts once for all its choices. Chunks before the last have the first three only."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -71,7 +71,7 @@ class UsageBody(BaseModel):
 
 
 class Candidate(BaseModel):
-    """A token that a model would have said."""
+    """A likely token of one distribution."""
 
     id: int
     text: str
@@ -79,7 +79,7 @@ class Candidate(BaseModel):
 
 
 class ExplainedToken(BaseModel):
-    """What guidance did to one token; of a forced one, which nobody chose, nothing but that it was said.
+    """The effect of guidance on one token; without scores and candidates if the token was forced.
 
     shift: log p(guided) - log p(target), nats. probability: in the combined distribution.
     """
@@ -97,13 +97,13 @@ class ExplainedToken(BaseModel):
 
 
 class Explanation(BaseModel):
-    """In a choice where `guidance.explain` was asked for."""
+    """The tokens of a choice if the request set `guidance.explain`."""
 
     tokens: list[ExplainedToken]
 
 
 class Choice(BaseModel):
-    """What choices have in common. token_ids: where `return_token_ids` was asked for."""
+    """Common fields of choices. token_ids: if the request set `return_token_ids`."""
 
     index: int
     logprobs: Json | None
@@ -114,7 +114,7 @@ class Choice(BaseModel):
 
 
 class Message(BaseModel):
-    """An answer; reasoning: its thinking, under both of its usual names."""
+    """The answer. reasoning: the thinking, under both of its usual names."""
 
     role: Literal["assistant"]
     content: str
@@ -123,7 +123,7 @@ class Message(BaseModel):
 
 
 class MessagePart(BaseModel):
-    """More of an answer."""
+    """The next part of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -138,13 +138,13 @@ class ChatChoice(Choice):
 
 
 class ChatChunkChoice(Choice):
-    """More of one answer."""
+    """The next part of one answer."""
 
     delta: MessagePart
 
 
 class TextChoice(Choice):
-    """One continuation, or more of one in a chunk."""
+    """One continuation, or in a chunk its next part."""
 
     text: str
     reasoning: str | None = None
@@ -152,7 +152,7 @@ class TextChoice(Choice):
 
 
 class Answer(BaseModel):
-    """What answers have in common."""
+    """Common fields of answers."""
 
     id: str
     created: int
@@ -161,7 +161,7 @@ class Answer(BaseModel):
 
 
 class ChatAnswer(Answer):
-    """The answer of /v1/chat/completions."""
+    """The response of /v1/chat/completions."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
@@ -179,7 +179,7 @@ class ChatChunk(Answer):
 
 
 class TextAnswer(Answer):
-    """The answer of /v1/completions."""
+    """The response of /v1/completions."""
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
@@ -195,7 +195,7 @@ class TextChunk(Answer):
 
 
 class TokenizedBody(BaseModel):
-    """The answer of /tokenize. max_model_len: tokens that the model takes, prompt and answer together."""
+    """The response of /tokenize. max_model_len: maximum tokens of prompt and answer together."""
 
     count: int
     max_model_len: int
@@ -204,13 +204,13 @@ class TokenizedBody(BaseModel):
 
 
 class DetokenizedBody(BaseModel):
-    """The answer of /detokenize."""
+    """The response of /detokenize."""
 
     prompt: str
 
 
 class ModelCard(BaseModel):
-    """One served name."""
+    """One served model."""
 
     id: str
     object: Literal["model"]
@@ -220,14 +220,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All served names."""
+    """All served models."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class StatusBody(BaseModel):
-    """How the service is; missing: roles that are not there, awaited: what they wait for."""
+    """State of the service. missing: roles that are not connected. awaited: what they wait for."""
 
     status: Literal["ok", "ready", "waiting"]
     missing: list[str] | None = None
@@ -248,14 +248,14 @@ def _reference(model: str) -> Json:
 
 
 def _reads(*bodies: type[BaseModel]) -> Json:
-    """Of a route whose handler parses the request's body itself, as one of these models."""
+    """Route arguments for a handler that parses the request's body itself, as one of these models."""
     schemas = [_reference(body.__name__) for body in bodies]
     content = {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas}}}
     return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
 
 
 def _streams(chunk: type[BaseModel]) -> Json:
-    """Of a route that also answers as a stream of events: chunks or an error, then [DONE]."""
+    """Route arguments for a handler that can also stream events: chunks or an error, then [DONE]."""
     body = {"anyOf": [_reference(chunk.__name__), _reference(ErrorBody.__name__)]}
     event = {"contentMediaType": "application/json", "contentSchema": body}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, event]}
@@ -263,7 +263,7 @@ def _streams(chunk: type[BaseModel]) -> Json:
     return {"responses": {200: {"content": {"text/event-stream": {"itemSchema": item}}}}}
 
 
-# What FastAPI's `response_model` does not say of the four routes that read a body: arguments of `app.post`.
+# Arguments of `app.post` beside `response_model`.
 CHAT = _reads(ChatRequest) | _streams(ChatChunk)
 COMPLETIONS = _reads(CompletionRequest) | _streams(TextChunk)
 TOKENIZE = _reads(TokenizeText, TokenizeChat)
@@ -273,7 +273,7 @@ DETOKENIZE = _reads(DetokenizeRequest)
 def document(app: FastAPI, names: Iterable[str]) -> Json:
     """The OpenAPI document of an application's routes. names: the served models."""
     spec = get_openapi(title=app.title, version=VERSION, openapi_version=_OPENAPI, routes=app.routes)
-    # FastAPI does not see the bodies that handlers parse, nor the chunks of a stream.
+    # FastAPI knows neither the bodies that handlers parse nor the chunks of a stream.
     models = [(body, "validation") for body in _REQUESTS] + [(ChatChunk, "serialization"), (TextChunk, "serialization")]
     _, shared = models_json_schema(models, ref_template=_reference("{model}")["$ref"])  # type: ignore[arg-type]
     schemas: Json = spec["components"]["schemas"]
@@ -284,8 +284,9 @@ def document(app: FastAPI, names: Iterable[str]) -> Json:
         for name in fields.keys() & (NULL_IS_DEFAULT if sampled else NULL_IS_DEFAULT | {"model"}):
             fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
         for name in IGNORED if sampled else ():
-            fields.setdefault(name, {"description": "Read, and changes nothing."})
+            fields.setdefault(name, {"description": "Accepted, without effect."})
         for name, neutral in NOT_SERVED.items() if sampled else ():
-            told = "Not served: taken where it asks for nothing."
-            fields.setdefault(name, {"enum": list(neutral), "description": told})
+            fields.setdefault(
+                name, {"enum": list(neutral), "description": "Not supported: only the default is accepted."}
+            )
     return spec

@@ -1,4 +1,4 @@
-"""The playground: one page at `/` that asks the three modes side by side, served as the files it consists of."""
+"""Serves the playground: the static page at `/` that shows the answers of three modes side by side."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 HEADERS = {
-    # Nothing but these files and this service; no script or style in the page itself, no string becomes markup.
+    # Only these files and this service: no inline script or style, and no string becomes markup.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, and asked for by its ETag each time: an upgrade is seen at once
+    "Cache-Control": "no-cache",  # revalidated by ETag each time, so an upgrade takes effect at once
 }
 
 
 def playground(service: ServiceConfig) -> APIRouter:
-    """GET / and GET /playground/<file>; no route at all where the configuration switches the page off."""
+    """Routes GET / and GET /playground/<file>; none if the configuration disables the page."""
     router = APIRouter(include_in_schema=False)
     if not service.router.playground:
         return router
@@ -56,7 +56,7 @@ def playground(service: ServiceConfig) -> APIRouter:
 
 
 def defaults(service: ServiceConfig) -> dict[str, Any]:
-    """Where the page's settings begin, and the questions that it offers."""
+    """Initial values of the page's settings, and its example questions."""
     return {
         "alpha": service.guidance.alpha,
         "warmup_tokens": service.guidance.warmup_tokens,
@@ -67,7 +67,7 @@ def defaults(service: ServiceConfig) -> dict[str, Any]:
 
 
 def file_response(request: Request, name: str, content: bytes) -> Response:
-    """A file, or 304 where the client has it already."""
+    """The response with a file, or 304 if the client has its current version."""
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {**HEADERS, "ETag": etag}
     if etag in request.headers.get("if-none-match", ""):

@@ -1,6 +1,6 @@
-"""What is kept of a request: its part of the metrics, and one JSON line at its end, on the logger `router.request_log`.
+"""Request log: middleware that counts each request and logs it as one JSON line on the logger `router.request_log`.
 
-No text of a prompt or an answer is in it, unless `router.log_prompts` asks for the prompts.
+The line contains no text of prompts or answers; `router.log_prompts` adds the prompts.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from router.backend import Backend, Status
 
 log = logging.getLogger(__name__)
 
-COUNTED_PREFIX = "/v1/"  # requests for addresses below it are counted; probes are not, nor are browsers that ask leave
-CLIENT_CLOSED = 499  # the status that stands for a client that left before the answer's end; nobody received it
+COUNTED_PREFIX = "/v1/"  # only requests below this address are counted: no probes
+CLIENT_CLOSED = 499  # status recorded for a client that disconnected before the answer's end; it is not sent
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What becomes known of a request on its way; `scope["record"]` is the one of this request.
+    """Data about one request, collected while it is served; handlers find it in `scope["record"]`.
 
-    key: the name of the key that it came with. model: a name that is served. tokens: so far, by sequence. heard: when
-    the newest of them came. error: the code or the type of the error that it ended with; broke: that error's status
-    where a stream had begun. prompt: only where prompts are logged.
+    key: name of the API key. model: a served name. tokens: count so far, by sequence. last_token_at: time of a
+    sequence's newest token. error: code or type of the final error; stream_error_status: its status if the stream had
+    begun. prompt: only if prompts are logged.
     """
 
     recorder: Recorder
@@ -55,29 +55,29 @@ class RequestRecord:
     prompt: Any = None
 
     def watch(self, backend: Backend) -> Backend:
-        """The same backend, with what it says of this request's sequences counted."""
+        """Wrap `backend` so that this record counts the tokens of the request's sequences."""
         return _RecordingBackend(self, backend)
 
     def begin(self, sequence: str) -> None:
-        """One of its sequences is asked for."""
+        """Register a sequence of this request."""
         self.tokens[sequence] = 0
 
     def add(self, sequence: str, event: Event) -> None:
-        """Take in what was said of a sequence."""
+        """Record an event of a sequence."""
         if isinstance(event, Delta) and event.tokens:
             self._count_tokens(sequence, len(event.tokens))
         elif isinstance(event, Finished):
             self.tokens[sequence], self.reasons[sequence] = event.usage.completion_tokens, event.reason
 
     def end(self) -> None:
-        """The request is over: count it."""
+        """Count the finished request in the metrics."""
         if self.path.startswith(COUNTED_PREFIX) and self.method != "OPTIONS":
             status = next((each for each in (self.stream_error_status, self.status) if each is not None), CLIENT_CLOSED)
             self.recorder.counter("thinklogit_requests", *self._labels, str(status)).add()
 
     @property
     def _labels(self) -> tuple[str, str]:
-        """Labels: the model and the key, as far as they are known."""
+        """Metric labels: model and key, "" if unknown."""
         return self.model or "", self.key or ""
 
     def _count_tokens(self, sequence: str, count: int) -> None:
@@ -115,7 +115,7 @@ class RequestRecord:
 
 
 class _RecordingBackend:
-    """A backend as one request sees it."""
+    """A backend whose events are counted in a request's record."""
 
     def __init__(self, record: RequestRecord, backend: Backend) -> None:
         self._record, self._backend = record, backend
@@ -134,19 +134,18 @@ class _RecordingBackend:
 
 
 class RequestLog:
-    """Gives every request its record; at the end it is counted, and logged unless its address is an open one."""
+    """Middleware that creates each request's record, counts it at the end and logs it unless its address is open."""
 
     def __init__(self, app: ASGIApp, keys: KeysConfig, recorder: Recorder) -> None:
         self.app, self._unlogged, self._recorder = app, keys.opens, recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its record in the scope."""
+        """Pass the request on with its record in `scope["record"]`."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = scope["record"] = RequestRecord(
-            self._recorder, scope["request_id"], scope["method"], request_path(scope)
-        )
+        of_request = scope["request_id"], scope["method"], request_path(scope)
+        record = scope["record"] = RequestRecord(self._recorder, *of_request)
 
         async def send_and_record(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -155,11 +154,8 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_and_record)
-        except Exception:
-            record.status, record.stream_error_status = (
-                record.status or 500,
-                500,
-            )  # what the server answers in its place
+        except Exception:  # the server answers 500
+            record.status, record.stream_error_status = record.status or 500, 500
             raise
         finally:
             record.end()
@@ -168,7 +164,7 @@ class RequestLog:
 
 
 def request_path(scope: Scope) -> str:
-    """The path of a request, as the service names it wherever it is mounted."""
+    """The path of a request, without the prefix under which the service is mounted."""
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path or "/"
 

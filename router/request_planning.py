@@ -1,6 +1,6 @@
-"""From a request's body to the sequences that coordinators decode.
+"""Turns a request's body into the sequences that coordinators decode.
 
-A request's value stands above the service's default, field by field.
+Each field of the request overrides the service's default.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_p
 from router.context import Budget, context_limits, resolve_max_tokens
 from router.schema import ChatRequest, CompletionRequest, Conversation, SpeculationFields
 
-UNSTREAMED_INTERVAL_S = 1.0  # between two messages of an answer that is not streamed: nobody reads it before its end
-DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's completions give when max_tokens is absent
+UNSTREAMED_INTERVAL_S = 1.0  # between two messages of an answer that is not streamed: its parts are not needed early
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of a completion
 
 _CONVERTED = (
     "logit_bias",
@@ -36,7 +36,7 @@ _CONVERTED = (
     "bad_words",
     "top_k",
     "max_tokens",
-)  # those that _sampling gives another form
+)  # fields that _sampling converts
 _COPIED = tuple(item.name for item in fields(Sampling) if item.name not in _CONVERTED)
 
 Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
@@ -44,9 +44,9 @@ Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request comes to: its sequences in the order of their choices, and the seed that they derive from.
+    """The sequences of a request in the order of their choices, and the seed from which theirs derive.
 
-    echoes: the text of each prompt where answers begin with it; else none.
+    echoes: text of each prompt if answers begin with it, else empty.
     """
 
     sequences: list[Generate]
@@ -56,39 +56,39 @@ class Plan:
 
     @property
     def primary(self) -> Role:
-        """The role whose tokens the answers are made of."""
+        """The role whose vocabulary the answers are in."""
         return self.sequences[0].primary
 
     @property
     def echo(self) -> list[str]:
-        """By choice what its text begins with; empty where it does with the answer."""
+        """By choice the prompt that its text begins with; empty without echo."""
         return [text for text in self.echoes for _ in range(self.choices_per_prompt)]
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Each choice's prompt, in the ids of the role that its answer is in."""
+        """By choice the prompt, in ids of the primary role."""
         return [sequence.prompts[sequence.primary] for sequence in self.sequences]
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompts, each counted once however many choices it has."""
+        """Tokens of the prompts; each counts once, independent of its number of choices."""
         return sum(map(len, self.prompts[:: self.choices_per_prompt]))
 
     @property
     def max_total_tokens(self) -> int:
-        """Tokens that its sequences come to at most, prompts and answers."""
+        """Maximum total of tokens of all sequences, prompts and answers."""
         return sum(len(s.prompts[s.primary]) + (s.sampling.max_tokens or 0) for s in self.sequences)
 
     def for_client(self, client: str) -> Plan:
-        """The same, with who asks."""
+        """The same plan on behalf of a client."""
         return replace(self, sequences=[replace(sequence, client=client) for sequence in self.sequences])
 
 
 def client_id(key: str | None, authorization: str | None, user: str | None) -> str:
-    """Who asks, for fairness. key: the name of a key that was checked.
+    """Identifies the client for fair scheduling. key: name of the verified API key.
 
-    Else all with one Authorization header are one client; without one, all with one `user`; "" for all others. Of the
-    header only its hash goes on, so that it stands in no log.
+    Without a key, an Authorization header identifies the client, and without that `user`; "" for all others. Only a
+    hash of the header is used, so that the header appears in no log.
     """
     if key is not None:
         return f"name:{key}"
@@ -99,17 +99,17 @@ def client_id(key: str | None, authorization: str | None, user: str | None) -> s
 
 @dataclass(frozen=True, slots=True)
 class _ServedModel:
-    """The part of the service that a served name stands for."""
+    """The roles and the guidance behind a served name."""
 
     primary: Role
     guidance: Guidance
-    roles: tuple[Role, ...]  # those whose prompts are needed
+    roles: tuple[Role, ...]  # roles that need a prompt
 
 
 def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str) -> Plan:
     """The sequences of a chat request. Raises BadRequest or NotFound."""
     model = _model(request, service)
-    # An answer that is continued has begun its thinking already, or has none.
+    # A continued answer has already opened its thinking, or has none.
     default = service.thinking if opens_turn(request) else replace(service.thinking, start="")
     thinking = _thinking(request, default)
     if request.top_logprobs and not request.logprobs:
@@ -124,7 +124,7 @@ def plan_completion(
 ) -> Plan:
     """The sequences of a completion request. Raises BadRequest or NotFound."""
     model = _model(request, service)
-    # Raw text has no thinking of its own: it is told from the answer only when the request says how it is marked.
+    # Raw text has no marked thinking unless the request says how it is marked.
     thinking = Thinking() if request.thinking is None else _thinking(request, service.thinking)
     prompts = [
         text_prompts(prompt, model.roles, tokenizers, thinking.start, request.add_special_tokens)
@@ -160,12 +160,14 @@ def _plan(
     if not request.spaces_between_special_tokens and tokenizers[model.primary].spaces_added:
         raise BadRequest("this model's decoder always puts those spaces", param="spaces_between_special_tokens")
     bounds = context_limits(service, tokenizers, model.primary, model.roles)
-    seed = request.seed if request.seed is not None else secrets.randbits(53)  # exact as a JSON number everywhere
-    unique = f"{request_id}.{secrets.token_hex(4)}"  # a client may use its own id twice
+    seed = (
+        request.seed if request.seed is not None else secrets.randbits(53)
+    )  # 53 bits: exact as a JSON number in every client
+    unique = f"{request_id}.{secrets.token_hex(4)}"  # clients may repeat their request id
     speculation = request.speculation or SpeculationFields()
     sequences: list[Generate] = []
     words = _encode_words(request.bad_words, tokenizers[model.primary])
-    samplings: dict[int, Sampling] = {}  # by the tokens that an answer may have: all else is the request's
+    samplings: dict[int, Sampling] = {}  # by max_tokens; all other fields are the same
     for prompt in prompts:
         if not all(prompt.values()):
             raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
@@ -198,7 +200,7 @@ def _plan(
 
 
 def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, start: str) -> list[str]:
-    """The text of each prompt, where it is wanted before the answer."""
+    """The text of each prompt if the request sets echo, else empty."""
     if not request.echo:
         return []
     prompts = _prompt_list(request)
@@ -218,12 +220,12 @@ def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> 
 
 
 def opens_turn(conversation: Conversation) -> bool:
-    """Whether the prompt ends where a new answer begins."""
+    """True if a new answer begins after the prompt."""
     return not conversation.continue_final_message and conversation.add_generation_prompt is not False
 
 
 def resolve_model(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
-    """What a served name stands for. Raises NotFound."""
+    """The role behind a served name, or "guided". Raises NotFound."""
     if name not in service.served_names:
         served = ", ".join(service.served_names)
         raise NotFound(f"there is no model {name!r}; served are {served}", param="model", code="model_not_found")
@@ -231,7 +233,7 @@ def resolve_model(service: ServiceConfig, name: str) -> Role | Literal["guided"]
 
 
 def primary_role(served: Role | Literal["guided"]) -> Role:
-    """The role whose tokens its answers are made of."""
+    """The role whose vocabulary the answers are in."""
     return "target" if served == "guided" else served
 
 
@@ -242,7 +244,7 @@ def _guidance(request: ChatRequest | CompletionRequest, default: Guidance) -> Gu
     if "schedule" in given:
         given["schedule"] = tuple((start, alpha) for start, alpha in given["schedule"])
     elif "alpha" in given:
-        given["schedule"] = ()  # the service's schedule would stand above the alpha that the client asks for
+        given["schedule"] = ()  # the service's schedule would override the request's alpha
     return _override(default, given, "guidance")
 
 
@@ -255,7 +257,7 @@ def _set_fields(fields: BaseModel | None) -> dict[str, Any]:
 
 
 def _encode_words(words: list[str] | None, tokenizer: RoleTokenizer) -> tuple[tuple[int, ...], ...] | None:
-    """Words as they are spelled, at the beginning of a text and within it."""
+    """Token ids of words, both at the beginning of a text and after a space."""
     if words is None:
         return None
     spelled = (tuple(tokenizer.encode(text)) for word in words for text in (word, f" {word.lstrip()}"))

@@ -1,4 +1,4 @@
-"""The bodies of answers: whole ones and the chunks of streams, for chats and for completions."""
+"""Writes response bodies: whole answers and chunks of streams, for chats and for completions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class CompletedChoice:
-    """One whole choice."""
+    """One choice with its whole text and its end."""
 
     delta: Delta
     end: Finished
@@ -24,12 +24,12 @@ class CompletedChoice:
 
 @dataclass(frozen=True)
 class BodyFormat(ABC):
-    """What the bodies of one request have in common; its two kinds say how a choice is written.
+    """Common parts of one request's bodies; the two subclasses write a choice.
 
-    explain: whether each token's guidance is told. logprobs: how many candidates stand with each token's
-    log-probability; None: without log-probabilities. prompt_logprobs: the same of the prompt's tokens, told apart.
-    echo: by choice the prompt that its text begins with, where it does. prompts: the prompt's ids of each choice where
-    ids are asked for; prompts_in_choices: where they stand.
+    explain: add an explanation of each token. logprobs: candidates per token's log-probability; None: no
+    log-probabilities. prompt_logprobs: the same for the prompt's tokens, in a field of their own. echo: by choice the
+    prompt that its text begins with; empty without echo. prompts: by choice the prompt's ids, if the request wants ids;
+    prompts_in_choices: place them in the choices, not beside them.
     """
 
     request_id: str
@@ -48,20 +48,20 @@ class BodyFormat(ABC):
     prompts_in_choices: ClassVar[bool]
 
     def body(self, answers: Sequence[CompletedChoice], prompt_tokens: int) -> Json:
-        """The body of an answer that is not streamed."""
+        """The body of a response that is not streamed."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
         whole = self._frame(self.object_type, choices) | self._prompt_logprobs(answers) | {"usage": usage}
         return whole | self._prompt_ids(0, in_choice=False)
 
     def token_text_length(self, delta: Delta) -> int:
-        """Characters of the tokens that a part of a choice tells of."""
+        """Characters of the tokens that a part of a choice lists."""
         return self.tokens.length(self._listed_notes(delta))
 
     def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offset: int = 0) -> Json:
-        """One event of a stream: more of a choice, its end, or both.
+        """One event of a stream: the next part of a choice, its end, or both.
 
-        first: nothing of the choice was sent before. offset: characters of its tokens that were sent.
+        first: True for the choice's first event. offset: characters of its tokens in earlier events.
         """
         delta = delta or Delta()
         text = self._text(choice, delta, first)
@@ -70,7 +70,7 @@ class BodyFormat(ABC):
         return self._frame(self.chunk_type, [body | self._explanation(delta)]) | self._prompt_ids(choice, False, first)
 
     def usage_chunk(self, usages: Sequence[Usage], prompt_tokens: int) -> Json:
-        """The last event of a stream whose request asked for its usage."""
+        """The last event of a stream with `include_usage`."""
         return self._frame(self.chunk_type, []) | {"usage": usage_body(usages, prompt_tokens)}
 
     def _frame(self, kind: str, choices: list[Json]) -> Json:
@@ -84,9 +84,8 @@ class BodyFormat(ABC):
         }
 
     def _whole_choice(self, index: int, answer: CompletedChoice) -> Json:
-        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, 0)} | self._whole_text(
-            index, answer.delta
-        )
+        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, 0)}
+        body |= self._whole_text(index, answer.delta)
         body |= self._token_ids(index, answer.delta, first=True)
         return body | _finish_fields(answer.end) | self._explanation(answer.delta)
 
@@ -109,28 +108,28 @@ class BodyFormat(ABC):
         return self._logprobs(delta, self.logprobs, offset)
 
     def _listed_notes(self, delta: Delta) -> Sequence[Note]:
-        """The tokens that stand in the text of a choice."""
+        """The tokens of a choice's text, with echo including the prompt's."""
         return [*delta.prompt, *delta.notes] if self.echo else delta.notes
 
     @abstractmethod
     def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
-        """The log-probabilities of a choice's tokens."""
+        """Log-probabilities of a choice's tokens."""
 
     @abstractmethod
     def _text(self, choice: int, delta: Delta, first: bool) -> Json:
-        """The text of a chunk's choice."""
+        """The text fields of a chunk's choice."""
 
     @abstractmethod
     def _whole_text(self, choice: int, delta: Delta) -> Json:
-        """The text of a whole choice."""
+        """The text fields of a whole choice."""
 
     @abstractmethod
     def _prompt_logprobs(self, answers: Sequence[CompletedChoice]) -> Json:
-        """What a body of whole answers tells of its prompt, beside its choices."""
+        """Prompt log-probabilities beside the choices, if they belong there."""
 
 
 class ChatFormat(BodyFormat):
-    """Bodies of /v1/chat/completions."""
+    """Writes bodies of /v1/chat/completions."""
 
     prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
     prompts_in_choices = False
@@ -158,7 +157,7 @@ class ChatFormat(BodyFormat):
 
 
 class CompletionFormat(BodyFormat):
-    """Bodies of /v1/completions."""
+    """Writes bodies of /v1/completions."""
 
     prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
     prompts_in_choices = True
@@ -167,7 +166,7 @@ class CompletionFormat(BodyFormat):
         return self.tokens.completion(self._listed_notes(delta), top, offset)
 
     def _prompt_logprobs(self, answers: Sequence[CompletedChoice]) -> Json:
-        return {}  # it stands in each choice
+        return {}  # they are part of each choice
 
     def _text(self, choice: int, delta: Delta, first: bool) -> Json:
         prompt = self.echo[choice] if self.echo and first else ""
@@ -181,7 +180,7 @@ class CompletionFormat(BodyFormat):
 
 
 def plain_usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    """The counts of one choice so far."""
+    """OpenAI's three counts."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -190,7 +189,7 @@ def plain_usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
-    """The counts of a request's sequences together; a prompt counts once, however many choices it has."""
+    """Total counts of a request's sequences. prompt_tokens: each prompt counted once for all its choices."""
     completion = sum(usage.completion_tokens for usage in usages)
     guided = sum(usage.guided_tokens for usage in usages)
     mass = sum(usage.uncovered_mass * usage.guided_tokens for usage in usages)

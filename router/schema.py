@@ -1,4 +1,4 @@
-"""Request bodies: fields, types and neutral values. Their meaning is decided in `router.request_planning`."""
+"""Request bodies: fields, types and neutral values. `router.request_planning` interprets them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pydantic_core import PydanticCustomError
 
 from router.backend import BadRequest
 
-# Fields of the OpenAI API or of vLLM that are read and change nothing, as there.
+# Fields of the OpenAI API that are accepted and have no effect.
 IGNORED = ("metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
 
-# Fields that are known and not served, with the values at which they ask for nothing.
+# Fields that are known but not supported, with the values that are accepted because they request nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": (None,),
     "echo": (None, False),
@@ -66,7 +66,7 @@ MAX_LOGPROBS = 20  # candidates of one token, as in the OpenAI API and vLLM
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
 
-# What is looked for, or gone through, at every token of a session is bounded, or one client would hold up all others.
+# The coordinator processes these at every token of a session; the bounds keep one client from delaying all others.
 ShortText = Annotated[str, Field(max_length=1_024)]
 FewIds = Annotated[list[int], Field(max_length=1_024)]
 
@@ -76,7 +76,7 @@ class _Body(BaseModel):
 
 
 class GuidanceFields(_Body):
-    """Overrides of the service's guidance, and whether to explain each token."""
+    """Overrides the service's guidance. explain: return an explanation of each token."""
 
     alpha: float | None = None
     warmup_tokens: int | None = None
@@ -86,7 +86,7 @@ class GuidanceFields(_Body):
 
 
 class ThinkingFields(_Body):
-    """Overrides of the service's thinking; `max_tokens: null` lifts the service's bound."""
+    """Overrides the service's thinking; `max_tokens: null` lifts the service's limit."""
 
     start: ShortText = ""
     end: ShortText = ""
@@ -96,17 +96,17 @@ class ThinkingFields(_Body):
 
 
 class SpeculationFields(_Body):
-    """Overrides of the service's speculation. drafts: tokens drafted ahead at most, 0 for none, null as configured."""
+    """Overrides the service's speculation. drafts: maximum tokens per draft; 0: none; null: as configured."""
 
     drafts: int | None = Field(None, ge=0, le=8)
     drafter: Literal["auto", "guider"] | None = None
 
 
 class StreamOptions(_Body):
-    """include_usage: a last chunk with the counts. continuous_usage_stats: with it, counts so far in every chunk."""
+    """include_usage: add a last chunk with the counts. continuous_usage_stats: also add counts to every chunk."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # OpenAI's padding against traffic analysis; none is sent
+    include_obfuscation: bool = False  # OpenAI's padding against traffic analysis; not sent
     continuous_usage_stats: bool = False
 
 
@@ -119,7 +119,7 @@ class TextPart(_Body):
     @model_validator(mode="before")
     @classmethod
     def _only_text(cls, part: Any) -> Any:
-        """Say which kind of part is not served, before any of its fields."""
+        """Report the unsupported kind of a part rather than its first unknown field."""
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise PydanticCustomError(
@@ -129,14 +129,14 @@ class TextPart(_Body):
 
 
 class CalledFunction(_Body):
-    """What an earlier answer called; arguments: JSON in a string."""
+    """The function of a tool call. arguments: JSON in a string."""
 
     name: str
     arguments: str = "{}"
 
 
 class ToolCall(_Body):
-    """A call in a conversation that used tools elsewhere; templates show it to the model."""
+    """A tool call in an earlier message; templates show it to the model."""
 
     id: str
     type: Literal["function"] = "function"
@@ -144,7 +144,7 @@ class ToolCall(_Body):
 
 
 class ChatMessage(_Body):
-    """One message. An answer of this service can be sent back as it came: its empty fields are accepted."""
+    """One message. Accepts the empty fields of an answer, so that clients can send it back unchanged."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -160,7 +160,7 @@ class ChatMessage(_Body):
 
 
 class Conversation(_Body):
-    """Messages, and how the chat template makes a prompt of them."""
+    """Messages, and options for rendering them with the chat template."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     chat_template_kwargs: dict[str, Any] = {}
@@ -204,7 +204,7 @@ class _Request(_Body):
 
     @property
     def explain(self) -> bool:
-        """Whether each token's guidance is returned."""
+        """True if the response explains each token."""
         return self.guidance is not None and self.guidance.explain
 
 
@@ -217,12 +217,12 @@ class ChatRequest(Conversation, _Request):
 
     @property
     def candidates(self) -> int | None:
-        """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
+        """Candidates per token's log-probability; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def prompt_candidates(self) -> int | None:
-        """The same of the prompt's tokens."""
+        """Candidates per prompt token's log-probability; None: no log-probabilities."""
         return self.prompt_logprobs
 
 
@@ -236,12 +236,12 @@ class CompletionRequest(_Request):
 
     @property
     def candidates(self) -> int | None:
-        """How many candidates are listed with each token's log-probability; None: no log-probability is wanted."""
+        """Candidates per token's log-probability; None: no log-probabilities."""
         return self.logprobs
 
     @property
     def prompt_candidates(self) -> int | None:
-        """The same of the prompt's tokens."""
+        """Candidates per prompt token's log-probability; None: no log-probabilities."""
         wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return max((count for count in wanted if count is not None), default=None)
 
@@ -256,7 +256,7 @@ class TokenizeText(_Body):
 
 
 class TokenizeChat(Conversation):
-    """The body of POST /tokenize for a conversation: its prompt as a chat request would make it."""
+    """The body of POST /tokenize for a conversation: the same prompt as a chat request's."""
 
     model: str | None = None
     return_token_strs: bool = False
@@ -271,7 +271,7 @@ class DetokenizeRequest(_Body):
 
 R = TypeVar("R", bound=_Body)
 
-# Fields whose type has no null, and where it stands for the default all the same.
+# Fields whose type excludes null, but where null means the default.
 NULL_IS_DEFAULT = frozenset(
     {
         "n",
@@ -288,15 +288,12 @@ NULL_IS_DEFAULT = frozenset(
 
 
 def parse(kind: type[R], body: Any) -> R:
-    """The request in a decoded JSON body. Raises BadRequest naming the first field that is wrong."""
+    """The request in a decoded JSON body. Raises BadRequest that names a field at fault."""
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     for name, neutral in NOT_SERVED.items():
-        if (
-            name in body
-            and name not in kind.model_fields
-            and not any(_equal_with_type(body[name], value) for value in neutral)
-        ):
+        given = name in body and name not in kind.model_fields
+        if given and not any(_equal_with_type(body[name], value) for value in neutral):
             raise BadRequest(f"{name} is not supported by this service; leave it out", param=name, code="unsupported")
     passed = {*IGNORED, *NOT_SERVED} - kind.model_fields.keys()
     kept = {
@@ -311,13 +308,13 @@ def parse(kind: type[R], body: Any) -> R:
 
 
 def _equal_with_type(value: Any, neutral: Any) -> bool:
-    # 0 is not False: `logprobs: 0` asks for some
+    # 0 is not False: `logprobs: 0` requests log-probabilities
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 def _bad_request(error: ValidationError) -> BadRequest:
     items = error.errors(include_url=False, include_context=False, include_input=False)
-    # A union reports every member that does not fit: what reached deepest is what the client meant.
+    # A union reports an error for every member; the deepest one belongs to the member that the client meant.
     item = max(items, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "constrained-")))
     if item["type"] == "extra_forbidden":

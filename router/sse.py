@@ -1,4 +1,4 @@
-"""An answer as server-sent events, and what a client is told where something goes wrong."""
+"""Streams an answer as server-sent events, and turns exceptions into errors for the client."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from router.streams import ClientGone, Generations, while_connected
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which readers of server-sent events pass over
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients of server-sent events ignore
 
 
 class EventStream(Response):
-    """An answer as server-sent events. The status waits for the first event, so that an early refusal keeps its own."""
+    """An answer as server-sent events. The status waits for the first event, so that an early error has its own."""
 
     media_type = "text/event-stream"
 
@@ -46,13 +46,13 @@ class EventStream(Response):
         self._options, self._deadline, self._idle_s = options, deadline, idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the end, an error or the client's leaving."""
+        """Send the events until the end, an error or the client's disconnect."""
         request_id: str = scope["request_id"]
         try:
             await while_connected(receive, self._send_all(scope, _detect_disconnect(send)))
         except ClientGone:
             scope["record"].status = CLIENT_CLOSED
-            log.info("%s: the client left; its generations are cancelled", request_id)
+            log.info("%s: the client disconnected; its generations are cancelled", request_id)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         request_id: str = scope["request_id"]
@@ -73,9 +73,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        sent: dict[int, int] = {}  # characters of tokens, by choice
+        sent: dict[int, int] = {}  # by choice: characters of the tokens
         ends: dict[int, Finished] = {}
-        counts = [0] * len(self._plan.sequences)  # tokens by choice
+        counts = [0] * len(self._plan.sequences)  # by choice: tokens
         prompts = [len(prompt) for prompt in self._plan.prompts]
         async with Generations(self._backend, self._plan.sequences, idle_s=self._idle_s) as generations:
             async for batch in generations.batches():
@@ -100,20 +100,20 @@ def _detect_disconnect(send: Send) -> Send:
     async def send_or_raise(message: Message) -> None:
         try:
             await send(message)
-        except OSError:  # what servers raise for a closed connection
+        except OSError:  # raised by servers if the connection is closed
             raise ClientGone from None
 
     return send_or_raise
 
 
 def _encode_event(body: dict[str, Any]) -> bytes:
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # NaN is no JSON
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # JSON has no NaN
     return f"data: {text}\n\n".encode()
 
 
 @contextmanager
 def api_errors(request_id: str) -> Iterator[None]:
-    """Turn what goes wrong into an error for the client; what nobody foresaw goes to the log, not to the client."""
+    """Turn exceptions into an ApiError; the details of unexpected ones go to the log, not to the client."""
     try:
         yield
     except (ApiError, ClientGone):

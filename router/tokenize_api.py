@@ -1,4 +1,4 @@
-"""Texts to tokens and back, as a served model reads and writes them: the bodies of /tokenize and /detokenize."""
+"""The bodies of /tokenize and /detokenize: texts to tokens of a served model, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router.schema import DetokenizeRequest, TokenizeChat, TokenizeText, parse
 
 
 def tokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
-    """The tokens of raw text, or of the prompt that a chat request with these messages has. Raises an ApiError."""
+    """Tokens of raw text, or of the prompt of a chat request with these messages. Raises ApiError."""
     request: TokenizeChat | TokenizeText
     if isinstance(body, dict) and "messages" in body:
         request = parse(TokenizeChat, body)
@@ -35,7 +35,7 @@ def tokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
 
 
 def detokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
-    """The text of tokens, special ones included. Raises an ApiError."""
+    """Text of tokens, special ones included. Raises ApiError."""
     request = parse(DetokenizeRequest, body)
     own = tokenizers[_model(request.model, service)[1]]
     for id_ in request.tokens:
