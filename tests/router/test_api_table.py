@@ -1,4 +1,4 @@
-"""docs/api.md, row by row, against the application."""
+"""Each row of the tables in docs/api.md, compared with the application."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from router.schema import IGNORED, NOT_SERVED, ChatRequest, CompletionRequest
-from tests.support.scripted_service import Reciter, client
+from tests.support.scripted_service import ScriptedBackend, client
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "api.md"
 ROW = re.compile(r"\| `(\w+)` \| (both|chat|completions) \| (supported|same|refused) \| `(\{.*\})` \| ?(.*?) ?\|")
@@ -19,24 +19,16 @@ ADDRESSES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"model": "duo", "messages": [{"role": "user", "content": "Hi"}]}),
     "completions": ("/v1/completions", {"model": "duo", "prompt": "Hi"}),
 }
-OURS = {"guidance", "thinking", "speculation", "stop_on_repeat"}
-# Refused too, but fields of OpenAI or of older versions and not of vLLM's bodies.
-OLDER = {
-    "best_of",
-    "functions",
-    "function_call",
-    "modalities",
-    "audio",
-    "prediction",
-    "verbosity",
-    "web_search_options",
+OWN_FIELDS = {"guidance", "thinking", "speculation", "stop_on_repeat"}
+NOT_VLLM_FIELDS = {  # also refused, but fields of OpenAI or of older versions of vLLM
+    *("best_of", "functions", "function_call", "modalities", "audio", "prediction", "verbosity", "web_search_options"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 }
-OLDER |= {"guided_json", "guided_regex", "guided_choice", "guided_grammar"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row, for one address."""
+    """One row of a table, for one address."""
 
     field: str
     address: str
@@ -46,22 +38,22 @@ class Row:
 
 
 def rows() -> list[Row]:
-    lines = PAGE.read_text(encoding="utf-8").split("| field | where |")[1].splitlines()[2:]
     found = []
-    for line in lines[: lines.index("")]:
-        match = ROW.fullmatch(line)
-        assert match is not None, line
-        field, where, status, example, note = match.groups()
-        for address in ADDRESSES if where == "both" else (where,):
-            found.append(Row(field, address, status, json.loads(example), note))
+    for table in PAGE.read_text(encoding="utf-8").split("| field | where |")[1:]:
+        for line in table.split("\n\n")[0].splitlines()[2:]:
+            match = ROW.fullmatch(line)
+            assert match is not None, line
+            field, where, status, example, note = match.groups()
+            for address in ADDRESSES if where == "both" else (where,):
+                found.append(Row(field, address, status, json.loads(example), note))
     return found
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.address}-{row.field}")
-async def test_a_field_is_what_its_row_says(row: Row) -> None:
+async def test_a_field_has_the_status_of_its_row(row: Row) -> None:
     path, body = ADDRESSES[row.address]
     assert row.field in row.example
-    async with client(Reciter()) as http:
+    async with client(ScriptedBackend()) as http:
         response = await http.post(path, json=body | row.example)
     if row.status == "refused":
         assert (response.status_code, response.json()["error"]["param"]) == (400, row.field)
@@ -69,20 +61,20 @@ async def test_a_field_is_what_its_row_says(row: Row) -> None:
         assert response.status_code == 200, response.text
 
 
-def test_every_field_stands_there_once() -> None:
+def test_every_field_has_one_row() -> None:
     stated = [(row.field, row.address) for row in rows()]
     assert len(stated) == len(set(stated))
     for address, kind in (("chat", ChatRequest), ("completions", CompletionRequest)):
         served = {row.field for row in rows() if row.address == address and row.status != "refused"}
-        assert served - {"parallel_tool_calls"} == kind.model_fields.keys() - OURS
+        assert served - {"parallel_tool_calls"} == kind.model_fields.keys() - OWN_FIELDS
     refused = {row.field for row in rows() if row.status == "refused"} | {"parallel_tool_calls"}
-    assert refused == NOT_SERVED.keys() - OLDER
+    assert refused == NOT_SERVED.keys() - NOT_VLLM_FIELDS
 
 
-def test_a_difference_is_told() -> None:
+def test_a_row_with_a_difference_has_a_note() -> None:
     assert all(row.note for row in rows() if row.status == "same")
 
 
-def test_what_the_page_says_of_other_fields_holds() -> None:
-    text = PAGE.read_text(encoding="utf-8").split("Of OpenAI's own fields")[1]
-    assert set(re.findall(r"`(\w+)`", text)) == {*IGNORED, *OURS}
+def test_the_page_lists_the_other_fields() -> None:
+    paragraph = PAGE.read_text(encoding="utf-8").split("Of OpenAI's own fields")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", paragraph)) == {*IGNORED, *OWN_FIELDS}
