@@ -234,8 +234,9 @@ async def _collect_choices(backend: Backend, plan: Plan) -> list[CompletedChoice
     whole = Batch()
     async with Generations(backend, plan.sequences) as generations:
         async for batch in generations.batches():
-            for choice, event in (*batch.deltas.items(), *batch.finished.items()):
-                whole.add(choice, event)
+            whole.finished |= batch.finished
+            for choice, delta in batch.deltas.items():
+                whole.add(choice, delta)
     choices = range(len(plan.sequences))
     return [CompletedChoice(whole.deltas.get(choice, Delta()), whole.finished[choice]) for choice in choices]
 
