@@ -14,7 +14,7 @@ import pytest
 
 from actors.config import ConfigError, ServiceConfig
 from router.request_planning import client_id
-from tests.support.scripted_service import Reciter, client, config
+from tests.support.scripted_service import ScriptedBackend, client, config
 
 ADA, ADAS_OTHER, EVE = "ada-secret-0123456789", "ada-secret-9876543210", "eve-secret-0123456789"
 TEXT = {"model": "duo", "prompt": "Hi"}
@@ -61,31 +61,31 @@ def openais(response: httpx.Response) -> dict[str, Any]:
         ("OPTIONS", "/v1/models"),
     ],
 )
-async def test_without_a_key_nothing_but_the_open_addresses_is_reached(method: str, path: str, file: Path) -> None:
-    backend = Reciter()
+async def test_without_a_key_only_open_addresses_answer(method: str, path: str, file: Path) -> None:
+    backend = ScriptedBackend()
     async with client(backend, guarded(file)) as http:
         for headers in ({}, bearer("wrong-key-0123456789")):
             response = await http.request(method, f"http://service{path}", json=TEXT, headers=headers)
             assert response.status_code == 401
             assert response.headers["WWW-Authenticate"] == "Bearer"
             assert openais(response)["type"] == "invalid_request_error"
-    assert backend.asked == []
+    assert backend.requests == []
 
 
 async def test_probes_need_no_key_unless_they_are_closed(file: Path) -> None:
-    async with client(Reciter(), guarded(file)) as http:
+    async with client(ScriptedBackend(), guarded(file)) as http:
         for path in OPEN:
             assert (await http.get(path)).status_code != 401, path
         assert (await http.get("/health")).status_code == 200
     closed = config(router={"keys": {"file": str(file), "open_paths": ["/health"]}})
-    async with client(Reciter(), closed) as http:
+    async with client(ScriptedBackend(), closed) as http:
         assert (await http.get("/health")).status_code == 200
         assert (await http.get("/ready")).status_code == 401
         assert (await http.get("/ready", headers=bearer(ADA))).status_code == 200
 
 
-async def test_with_a_key_every_kind_of_request_is_answered_as_without_keys(file: Path) -> None:
-    async with client(Reciter(), guarded(file)) as http, client(Reciter()) as open_http:
+async def test_a_key_changes_no_answer(file: Path) -> None:
+    async with client(ScriptedBackend(), guarded(file)) as http, client(ScriptedBackend()) as open_http:
         for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
             for stream in (False, True):
                 asked = {**body, "stream": stream, "seed": 1}
@@ -97,14 +97,14 @@ async def test_with_a_key_every_kind_of_request_is_answered_as_without_keys(file
                 assert len(answer.text) == len(usual.text)
 
 
-async def test_without_keys_configured_the_service_is_open_to_any_key_and_none() -> None:
-    async with client(Reciter()) as http:
+async def test_without_configured_keys_any_key_or_none_is_accepted() -> None:
+    async with client(ScriptedBackend()) as http:
         for headers in ({}, bearer("none")):
             assert (await http.post("/v1/completions", json=TEXT, headers=headers)).status_code == 200
 
 
-async def test_the_official_client_knows_the_refusal(file: Path) -> None:
-    http: Any = client(Reciter(), guarded(file))
+async def test_the_official_client_recognises_an_unknown_key(file: Path) -> None:
+    http: Any = client(ScriptedBackend(), guarded(file))
     async with openai.AsyncOpenAI(api_key="none", base_url="http://service/v1", http_client=http) as api:
         with pytest.raises(openai.AuthenticationError, match="not known here") as raised:
             await api.completions.create(model="duo", prompt="Hi")
@@ -114,15 +114,15 @@ async def test_the_official_client_knows_the_refusal(file: Path) -> None:
 
 
 async def test_clients_take_turns_by_the_name_of_their_key(file: Path) -> None:
-    backend = Reciter()
+    backend = ScriptedBackend()
     async with client(backend, guarded(file)) as http:
         for key in (ADA, ADAS_OTHER, EVE):
             await http.post("/v1/completions", json=TEXT | {"user": "x"}, headers=bearer(key))
-    assert [one.client for one in backend.asked] == [client_id(name, None, None) for name in ("ada", "ada", "eve")]
+    assert [one.client for one in backend.requests] == [client_id(name, None, None) for name in ("ada", "ada", "eve")]
 
 
-async def test_a_key_that_asks_too_often_is_told_when_to_come_back(file: Path) -> None:
-    async with client(Reciter(), guarded(file, limits={"requests_per_minute": 2})) as http:
+async def test_a_key_over_its_rate_gets_429_with_retry_after(file: Path) -> None:
+    async with client(ScriptedBackend(), guarded(file, limits={"requests_per_minute": 2})) as http:
         answers = [await http.post("/v1/completions", json=TEXT, headers=bearer(ADA)) for _ in range(3)]
         other = await http.post("/v1/completions", json=TEXT, headers=bearer(EVE))
         probe = await http.get("/health", headers=bearer(ADA))
@@ -134,9 +134,9 @@ async def test_a_key_that_asks_too_often_is_told_when_to_come_back(file: Path) -
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_keys_open_requests_are_bounded_until_they_end_or_are_left(stream: bool, file: Path) -> None:
-    backend = Reciter()
-    backend.gate = asyncio.Event()
+async def test_a_keys_open_requests_are_bounded_until_they_end(stream: bool, file: Path) -> None:
+    backend = ScriptedBackend()
+    backend.proceed = asyncio.Event()
     body = TEXT | {"stream": stream}
     async with client(backend, guarded(file, limits={"open_requests": 2})) as http:
 
@@ -153,20 +153,20 @@ async def test_a_keys_open_requests_are_bounded_until_they_end_or_are_left(strea
         await asyncio.wait(running[:1])
         running[0] = asyncio.create_task(ask())
         await asyncio.wait_for(backend.began.acquire(), 30)
-        backend.gate.set()
+        backend.proceed.set()
         assert await asyncio.gather(*running) == [200] * 3
         assert await ask() == 200
 
 
-async def test_limits_need_keys_to_be_counted_by() -> None:
+async def test_limits_require_keys() -> None:
     with pytest.raises(ConfigError, match=r"router: limits are counted for each key"):
         config(router={"limits": {"open_requests": 1}})
 
 
-def test_keys_that_are_not_there_keep_the_service_from_starting(file: Path) -> None:
+def test_a_missing_key_file_prevents_the_start(file: Path) -> None:
     file.unlink()
     with pytest.raises(ConfigError, match=r"router\.keys\.file"):
-        client(Reciter(), guarded(file))
+        client(ScriptedBackend(), guarded(file))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_keys_that_are_not_there_keep_the_service_from_starting(file: Path) -> N
 async def test_a_request_of_too_many_tokens_is_refused_with_its_size(
     path: str, body: dict[str, Any], comes_to: int
 ) -> None:
-    async with client(Reciter(), config(router={"max_request_tokens": 100})) as http:
+    async with client(ScriptedBackend(), config(router={"max_request_tokens": 100})) as http:
         response = await http.post(path, json=body)
         fits = await http.post(path, json=TEXT | {"max_tokens": 90})
     assert response.status_code == 413
@@ -196,9 +196,9 @@ def preflight(origin: str) -> dict[str, str]:
     }
 
 
-async def test_pages_of_other_sites_may_not_ask_unless_their_site_is_named(file: Path) -> None:
+async def test_only_named_origins_may_read_responses(file: Path) -> None:
     for origins, allowed in (([], []), (["https://a.example"], ["https://a.example"]), (["*"], ["*", "*"])):
-        async with client(Reciter(), guarded(file, cors_origins=origins)) as http:
+        async with client(ScriptedBackend(), guarded(file, cors_origins=origins)) as http:
             seen = await _origins_allowed(http, ["https://a.example", "https://b.example"])
         assert seen == allowed
 
@@ -222,7 +222,7 @@ async def _origins_allowed(http: httpx.AsyncClient, origins: Sequence[str]) -> l
 
 
 async def test_a_mounted_service_knows_its_open_addresses(file: Path) -> None:
-    http = client(Reciter(), guarded(file))
+    http = client(ScriptedBackend(), guarded(file))
     transport = http._transport
     assert isinstance(transport, httpx.ASGITransport)
     async with httpx.AsyncClient(

@@ -33,7 +33,7 @@ def test_special_tokens_match_by_role_and_never_by_id() -> None:
     assert set(texts(prompts).values()) == {"<|turn|>user\nHi<|end|>\n<|turn|>assistant\n<think>\n"}
 
 
-def test_a_mark_that_a_role_does_not_know_is_text_to_it() -> None:
+def test_a_role_reads_an_unknown_mark_as_text() -> None:
     prompts = chat_prompts(request(user()), ROLES, TOKENIZERS, "<think>")
     assert prompts["target"][-1] == TOKENIZERS["target"].added_tokens["<think>"]
     assert prompts["guider_base"][-1] in TOKENIZERS["guider_base"].text_tokens.values()
@@ -46,7 +46,7 @@ def test_each_role_renders_with_its_own_template() -> None:
     assert own["target"].decode(prompts["target"]).endswith("assistant\n")
 
 
-def test_thinking_is_opened_once_even_where_the_template_opens_it() -> None:
+def test_thinking_is_opened_once_even_if_the_template_opens_it() -> None:
     own = {**TOKENIZERS, "guider": role_tokenizer(template=TEMPLATE + "{{ '<think>\\n' }}")}
     prompts = chat_prompts(request(user()), ROLES, own, "<think>")
     assert own["guider"].decode(prompts["guider"]) == own["target"].decode(prompts["target"])
@@ -54,20 +54,20 @@ def test_thinking_is_opened_once_even_where_the_template_opens_it() -> None:
     assert open_thinking("a <think>", "") == "a <think>"
 
 
-def test_parts_of_text_are_joined_and_developers_are_the_system() -> None:
+def test_text_parts_are_joined_and_developer_becomes_system() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     message = {"role": "developer", "content": parts}
     text = texts(chat_prompts(request(message, user()), ROLES, TOKENIZERS, ""))["target"]
     assert text.startswith("<|turn|>system\none\ntwo<|end|>")
 
 
-def test_arguments_reach_the_template() -> None:
+def test_chat_template_kwargs_reach_the_template() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(template="{{ colour }}")}
     prompts = chat_prompts(request(user(), chat_template_kwargs={"colour": "red"}), ["target"], own, "")
     assert own["target"].decode(prompts["target"]) == "red"
 
 
-def test_what_a_template_refuses_is_a_refusal_of_the_messages() -> None:
+def test_a_template_error_is_a_bad_request_for_messages() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(template="{{ raise_exception('roles must alternate') }}")}
     with pytest.raises(BadRequest, match="roles must alternate") as caught:
         chat_prompts(request(user()), ["target"], own, "")
@@ -81,7 +81,7 @@ CALLED = (
 )
 
 
-def test_calls_of_tools_and_their_results_reach_the_template() -> None:
+def test_tool_calls_and_results_reach_the_template() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(template=CALLED)}
     answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "tool_call_id": "1", "content": "Eve"}
@@ -89,13 +89,13 @@ def test_calls_of_tools_and_their_results_reach_the_template() -> None:
     assert own["target"].decode(prompts["target"]) == "user:Hi;assistant:Ada;tool:Eve;"
 
 
-def test_arguments_of_a_call_that_are_no_json_are_refused() -> None:
+def test_tool_arguments_that_are_not_json_are_refused() -> None:
     call = CALL | {"function": {"name": "find", "arguments": "{"}}
     with pytest.raises(BadRequest, match="must be JSON"):
         chat_prompts(request(user(), {"role": "assistant", "tool_calls": [call]}), ["target"], TOKENIZERS, "")
 
 
-def test_what_a_tokenizer_puts_around_text_stands_there_as_the_request_says() -> None:
+def test_add_special_tokens_controls_the_bos() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(byte_level(bos="<|begin|>"))}
     for special in (True, False):
         chat = chat_prompts(request(user(), add_special_tokens=special), ["target"], own, "")["target"]
@@ -109,7 +109,7 @@ def test_a_completion_gives_every_role_the_same_text() -> None:
     assert prompts["target"][-1] == TOKENIZERS["target"].added_tokens["<|end|>"]
 
 
-def test_token_ids_are_the_primarys_and_the_others_read_their_text() -> None:
+def test_other_roles_read_the_text_of_prompt_token_ids() -> None:
     ids = TOKENIZERS["target"].encode("Ada<think>")
     prompts = token_prompts(ids, "target", ROLES, TOKENIZERS)
     assert prompts["target"] == ids
@@ -117,7 +117,7 @@ def test_token_ids_are_the_primarys_and_the_others_read_their_text() -> None:
     assert set(texts(prompts).values()) == {"Ada<think>"}
 
 
-def test_a_bos_of_the_primary_is_each_roles_own_bos() -> None:
+def test_a_bos_of_the_primary_becomes_each_roles_own_bos() -> None:
     own = {
         "target": role_tokenizer(byte_level(bos="<|begin|>")),
         "guider": role_tokenizer(byte_level(bos="<|start|>")),

@@ -1,4 +1,4 @@
-"""Clients that others wrote, as they come from PyPI, against the application behind a real server."""
+"""Public clients from PyPI, unmodified, against the application behind a real server."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import openai
 import pytest
 
 from router.api import create_app
-from tests.support.scripted_service import Reciter, config, serving, tokenizers
+from tests.support.scripted_service import ScriptedBackend, config, serving, tokenizers
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"  # else its import asks the network for prices
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"  # otherwise its import downloads prices
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of their own
+    warnings.simplefilter("ignore")  # their own
     import litellm
     from langchain_openai import ChatOpenAI, OpenAI
 
@@ -34,23 +34,24 @@ EXTRA = {"guidance": {"alpha": 0.5}, "thinking": {"start": "<think>"}, "return_t
 
 
 @pytest.fixture(autouse=True)
-def what_clients_leave_open_ends_with_their_test() -> Iterator[None]:
+def collect_garbage() -> Iterator[None]:
+    """Closes within the test what its clients leave open."""
     yield
     gc.collect()
 
 
 @pytest.fixture
-def backend() -> Reciter:
-    return Reciter(thought="So Eve", text=SAID)
+def backend() -> ScriptedBackend:
+    return ScriptedBackend(thought="So Eve", text=SAID)
 
 
 @pytest.fixture
-async def url(backend: Reciter) -> AsyncIterator[str]:
+async def url(backend: ScriptedBackend) -> AsyncIterator[str]:
     async with serving(create_app(config(), tokenizers(), backend)) as url:
         yield f"{url}/v1"
 
 
-async def test_the_official_client_reads_every_answer_while_it_waits(url: str, backend: Reciter) -> None:
+async def test_the_official_sync_client_reads_every_answer(url: str, backend: ScriptedBackend) -> None:
     def ask() -> None:
         with openai.OpenAI(api_key="none", base_url=url, max_retries=0) as api:
             assert "duo/target" in [model.id for model in api.models.list()]
@@ -73,24 +74,45 @@ async def test_the_official_client_reads_every_answer_while_it_waits(url: str, b
             assert caught.value.param == "temperature"
 
     await asyncio.to_thread(ask)
-    assert backend.asked[0].guidance.alpha == 0.5
+    assert backend.requests[0].guidance.alpha == 0.5
 
 
-async def test_the_official_client_reads_every_answer_as_it_comes(url: str) -> None:
+async def test_the_official_async_client_reads_every_answer(url: str, backend: ScriptedBackend) -> None:
     async with openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=0) as api:
-        whole = await api.chat.completions.create(model="duo", messages=ASK, max_completion_tokens=9)
-        assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (SAID, "stop")
+        names = ["duo", "duo/target", "duo/guider", "duo/guider-base"]
+        assert [model.id async for model in api.models.list()] == names
+        assert (await api.models.retrieve("duo/guider-base")).id == "duo/guider-base"
+        whole = await api.chat.completions.create(model="duo", messages=ASK, max_completion_tokens=9, extra_body=EXTRA)
+        message = whole.choices[0].message
+        assert (message.content, whole.choices[0].finish_reason) == (SAID, "stop")
+        assert message.model_extra == {"reasoning": "So Eve", "reasoning_content": "So Eve"}
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens_details is not None
+        assert whole.usage.completion_tokens_details.reasoning_tokens == 2
+        history: list[Any] = [message, {"role": "user", "content": "And?"}]
+        chunks = await api.chat.completions.create(model="duo", messages=history, stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in chunks]) == SAID
         async with api.chat.completions.stream(model="duo", messages=ASK) as stream:
             final = await stream.get_final_completion()
         assert final.choices[0].message.content == SAID
         text = await api.completions.create(model="duo", prompt="Who", stream=True)
         assert "".join([chunk.choices[0].text async for chunk in text]) == SAID
-        with pytest.raises(openai.NotFoundError):
+        alone = await api.completions.create(
+            model="duo/target", prompt=["Hi", "Ho"], extra_body={"thinking": EXTRA["thinking"]}
+        )
+        assert [choice.text for choice in alone.choices] == [SAID] * 2
+        assert alone.choices[0].model_extra is not None
+        assert alone.choices[0].model_extra["reasoning"] == "So Eve"
+        with pytest.raises(openai.NotFoundError, match="served are duo, duo/target"):
             await api.completions.create(model="gpt", prompt="Who")
+        tool: Any = {"type": "function", "function": {"name": "f"}}
+        with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+            await api.chat.completions.create(model="duo", messages=history, tools=[tool])
+    assert backend.requests[0].guidance.alpha == 0.5
 
 
-async def test_the_official_client_passes_over_signs_of_life(backend: Reciter) -> None:
-    backend.gate = asyncio.Event()
+async def test_the_official_client_ignores_keep_alives(backend: ScriptedBackend) -> None:
+    backend.proceed = asyncio.Event()
     service = config(router={"keep_alive_s": 0.02})
     async with serving(create_app(service, tokenizers(), backend)) as url:
         async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0) as api:
@@ -98,7 +120,7 @@ async def test_the_official_client_passes_over_signs_of_life(backend: Reciter) -
             first = await anext(stream)
             assert first.choices[0].delta.role == "assistant"
             await asyncio.sleep(0.1)
-            backend.gate.set()
+            backend.proceed.set()
             said = [chunk.choices[0].delta.content or "" async for chunk in stream]
     assert "".join(said) == SAID
 

@@ -16,7 +16,7 @@ def bounds(primary: Role = "target", roles: Sequence[Role] = ROLES, **more: Any)
     return {(limit.role, limit.reason.split()[0]): limit.tokens for limit in found}
 
 
-def test_every_role_must_hold_the_session_when_going_beyond_is_an_error() -> None:
+def test_every_roles_positions_count_if_beyond_context_is_an_error() -> None:
     assert bounds()["guider_base", "positions"] == 300
     assert bounds(models={"guider_base": {"max_position": 99}})["guider_base", "positions"] == 99
 
@@ -35,7 +35,7 @@ def refusal(asked: int | None, **lengths: int) -> BadRequest:
     return caught.value
 
 
-def test_what_cannot_fit_is_refused_with_the_arithmetic_and_the_role() -> None:
+def test_a_length_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
     error = refusal(291)
     assert "10 prompt tokens + 291 of max_tokens = 301, but the guider_base takes 300" in error.message
     assert "at most 290" in error.message
@@ -49,7 +49,7 @@ def test_a_prompt_without_room_for_one_token_is_refused() -> None:
     assert error.param == "prompt"
 
 
-def test_a_default_yields_to_what_is_left_and_a_request_does_not() -> None:
+def test_a_default_length_shrinks_to_fit_and_a_requested_one_does_not() -> None:
     prompts = {role: [1] * 10 for role in ROLES}
     found = context_limits(config(), TOKENIZERS, "target", ROLES)
     assert resolve_max_tokens(prompts, found, Budget(None, None)) == 290

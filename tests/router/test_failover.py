@@ -1,4 +1,4 @@
-"""Sessions that go on elsewhere: coordinators that die, hang or hand over, and model replicas that are stopped."""
+"""Failover: coordinators die, hang or hand over; model replicas are stopped. No answer changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from actors.coordinator.coordinator import Coordinator
 from actors.directory import Endpoint
 from actors.replica.build import load_role, serve_role
 from actors.replica.engine_thread import Engine
-from router import failover as resume
+from router import failover
 from router.backend import Status, Unavailable
 from router.failover import MAX_LOSSES, Resuming
 from tests.support.local_service import Answer, LocalService, local_service, trio_config
@@ -60,33 +60,33 @@ def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
 
 
 class Fleet:
-    """Coordinators of one service, of which any may be killed, hung or told to go in the middle of a stream."""
+    """The coordinators of one service; a test can kill, hang or remove any of them during a stream."""
 
     def __init__(self, service: LocalService) -> None:
         self._service = service
         self.hung: set[Coordinator] = set()
         self.dead: set[Coordinator] = set()
         self.leaving: set[Coordinator] = set()
-        self.short_lived: int | None = None  # so many messages, and the coordinator is lost to its stream
-        self.asked: list[Generate] = []
+        self.short_lived: int | None = None  # if set, a stream loses its coordinator after this many messages
+        self.requests: list[Generate] = []
 
     async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
-        """As Serve would: whoever is there, and an error when its process dies."""
-        said = 0
+        """Like Serve: picks a running coordinator, and raises if its process dies."""
+        sent = 0
         living = [c for c in self._service.coordinators if c not in self.dead | self.leaving]
         coordinator = min(living, key=lambda c: (c in self.hung, c.load().sessions))
-        self.asked.append(request)
+        self.requests.append(request)
         async with aclosing(coordinator.generate(request)) as events:
             async for event in events:
                 if coordinator in self.hung:
                     await asyncio.sleep(3600)
-                if coordinator in self.dead or said == self.short_lived:
+                if coordinator in self.dead or sent == self.short_lived:
                     raise LOST
                 yield event
-                said += 1
+                sent += 1
 
     def busy(self) -> Iterator[Coordinator]:
-        """Those that live and decode."""
+        """Coordinators that run and decode."""
         return (c for c in self._service.coordinators if c not in self.dead and c.load().sessions)
 
     async def status(self) -> Status:
@@ -98,57 +98,58 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(
-    engines: Mapping[Role, Engine], coordinators: int = 2, **deadlines: float
+    engines: Mapping[Role, Engine], count: int = 2, **deadlines: float
 ) -> AsyncIterator[tuple[LocalService, Fleet, Resuming]]:
     config = trio_config(deadlines=deadlines)
-    async with local_service(config, engines, coordinators) as service:
-        those = Fleet(service)
-        yield service, those, Resuming(those, config.deadlines)
+    async with local_service(config, engines, count) as service:
+        coordinators = Fleet(service)
+        yield service, coordinators, Resuming(coordinators, config.deadlines)
 
 
 async def answer(backend: Resuming, one: Generate) -> Answer:
-    """One request to its end."""
-    came = Answer()
+    """The answer to one request."""
+    received = Answer()
     async for event in backend.generate(one):
         if isinstance(event, Delta):
-            came.reasoning, came.content = came.reasoning + event.reasoning, came.content + event.content
-            came.tokens += event.tokens
+            received.reasoning += event.reasoning
+            received.content += event.content
+            received.tokens += event.tokens
         else:
-            came.end = event
-    return came
+            received.end = event
+    return received
 
 
 async def both(backend: Resuming, requests: Sequence[Generate], disturb: Any) -> tuple[list[Answer], list[Answer]]:
-    """The answers undisturbed, and those while `disturb()` does its work."""
-    calm = [await answer(backend, one) for one in requests]
+    """The answers without and with `disturb()` running beside them."""
+    undisturbed = [await answer(backend, one) for one in requests]
     running = [asyncio.create_task(answer(backend, one)) for one in requests]
     await disturb()
-    return calm, list(await asyncio.gather(*running))
+    return undisturbed, list(await asyncio.gather(*running))
 
 
-def answered(usage: Usage) -> Usage:
+def without_work_counts(usage: Usage) -> Usage:
     return replace(usage, drafted_tokens=0, accepted_tokens=0, widened_rows=0, uncovered_mass=0.0)
 
 
-def same(first: Sequence[Answer], second: Sequence[Answer]) -> None:
-    """Tokens and texts are the same, and the counts but for those of work: drafts, and rows that were widened twice."""
+def assert_same(first: Sequence[Answer], second: Sequence[Answer]) -> None:
+    """Asserts equal tokens, texts and counts; counts of work (drafts, rows widened again) may differ."""
     assert [(a.tokens, a.reasoning, a.content) for a in first] == [(a.tokens, a.reasoning, a.content) for a in second]
     for one, other in zip(first, second, strict=True):
         assert isinstance(one.end, Finished)
         assert isinstance(other.end, Finished)
-        assert answered(one.end.usage) == answered(other.end.usage)
+        assert without_work_counts(one.end.usage) == without_work_counts(other.end.usage)
         assert one.end.usage.uncovered_mass == pytest.approx(other.end.usage.uncovered_mass)
         assert (one.end.reason, one.end.stop_reason) == (other.end.reason, other.end.stop_reason)
 
 
 async def working(coordinator: Coordinator, tokens: int = 20) -> None:
-    """The coordinator has sessions and has decided so many more tokens."""
+    """Waits until the coordinator has sessions and has chosen `tokens` more tokens."""
     begun = coordinator.load().tokens
     await until(lambda: coordinator.load().sessions > 0 and coordinator.load().tokens >= begun + tokens)
 
 
 def demanding_requests(service: LocalService) -> list[Generate]:
-    """Requests whose next token depends on much of what was said: forced ends, waits, penalties, stops, schedules."""
+    """Requests whose next token depends on the whole history: forced ends, waits, penalties, stops, schedules."""
     ways: list[dict[str, Any]] = [
         {"thinking": Thinking("<think>", "</think>", max_tokens=12)},
         {"thinking": Thinking("<think>", "</think>", min_tokens=25, wait=" Wait, "), "sampling": GREEDY},
@@ -164,60 +165,60 @@ def demanding_requests(service: LocalService) -> list[Generate]:
 
 
 async def test_coordinators_that_die_change_no_answer(trio_engines: Mapping[Role, Engine]) -> None:
-    async with fleet(trio_engines, coordinators=4) as (service, those, backend):
+    async with fleet(trio_engines, count=4) as (service, coordinators, backend):
 
         async def kill() -> None:
             for _ in range(2):
-                await until(lambda: any(those.busy()))
-                victim = next(those.busy())
+                await until(lambda: any(coordinators.busy()))
+                victim = next(coordinators.busy())
                 await working(victim, 5)
-                those.dead.add(victim)
+                coordinators.dead.add(victim)
 
-        same(*await both(backend, mixed_requests(service, 8), kill))
-        assert any(one.resume is not None and one.resume.choices for one in those.asked)
+        assert_same(*await both(backend, mixed_requests(service, 8), kill))
+        assert any(one.resume is not None and one.resume.choices for one in coordinators.requests)
 
 
-async def test_whatever_an_answer_depends_on_is_carried_over_any_number_of_times(
+async def test_repeated_failover_changes_no_answer(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
-    async with fleet(trio_engines) as (service, those, backend):
+    async with fleet(trio_engines) as (service, coordinators, backend):
         requests = demanding_requests(service)
-        calm = [await answer(backend, one) for one in requests]
-        those.short_lived = 3
-        same(calm, await asyncio.gather(*(answer(backend, one) for one in requests)))
-        assert len(those.asked) > 4 * len(requests)
+        undisturbed = [await answer(backend, one) for one in requests]
+        coordinators.short_lived = 3
+        assert_same(undisturbed, await asyncio.gather(*(answer(backend, one) for one in requests)))
+        assert len(coordinators.requests) > 4 * len(requests)
 
 
-async def test_a_coordinator_that_hangs_is_left_within_the_silence_deadline(
+async def test_a_hanging_coordinator_is_left_within_the_peer_timeout(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
-    async with fleet(trio_engines, peer_timeout_s=1.0) as (service, those, backend):
+    async with fleet(trio_engines, peer_timeout_s=1.0) as (service, coordinators, backend):
 
         async def hang() -> None:
             coordinator = service.coordinators[0]
             await working(coordinator)
-            those.hung.add(coordinator)
+            coordinators.hung.add(coordinator)
 
-        same(*await both(backend, mixed_requests(service, 4), hang))
+        assert_same(*await both(backend, mixed_requests(service, 4), hang))
 
 
-async def test_a_coordinator_that_hands_over_keeps_no_session_and_takes_none(
+async def test_a_coordinator_that_hands_over_has_and_accepts_no_session(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
-    async with fleet(trio_engines) as (service, those, backend):
+    async with fleet(trio_engines) as (service, coordinators, backend):
         leaving = service.coordinators[0]
 
         async def hand_over() -> None:
             await working(leaving)
-            those.leaving.add(leaving)
+            coordinators.leaving.add(leaving)
             leaving.hand_over()
             assert leaving.load().sessions == 0
 
-        same(*await both(backend, mixed_requests(service, 6), hand_over))
+        assert_same(*await both(backend, mixed_requests(service, 6), hand_over))
         assert [event async for event in leaving.generate(mixed_requests(service, 1)[0])] == [Moved()]
 
 
-async def test_an_answer_that_was_complete_but_for_its_end_is_ended_at_once(
+async def test_a_resumed_answer_without_missing_tokens_ends_at_once(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
     async with local_service(trio_config(), trio_engines) as service:
@@ -230,26 +231,26 @@ async def test_an_answer_that_was_complete_but_for_its_end_is_ended_at_once(
         assert (end.reason, end.usage.completion_tokens, end.usage.guided_tokens) == ("stop", len(choices), 7)
 
 
-async def test_a_stream_that_is_slow_says_that_it_lives(trio: Trio) -> None:
+async def test_a_slow_stream_is_not_taken_for_a_lost_one(trio: Trio) -> None:
     free = threading.Event()
-    async with fleet(trio.engines, peer_timeout_s=0.3) as (service, those, backend):
+    async with fleet(trio.engines, peer_timeout_s=0.3) as (service, coordinators, backend):
         trio.disturb(lambda engine: (free.wait(10), None)[1], "target")
         running = asyncio.create_task(answer(backend, request(service.tokenizers, TEXT)))
         await asyncio.sleep(1.0)
         free.set()
         assert finished(await running).reason == "stop"
-        assert len(those.asked) == 1
+        assert len(coordinators.requests) == 1
 
 
-class Scripted:
-    """Coordinators that fail as told: each attempt plays the next list of events, an exception ends it."""
+class ScriptedCoordinators:
+    """Coordinators that follow a script: each attempt yields the next list of events; an exception ends it."""
 
     def __init__(self, *attempts: Sequence[CoordinatorEvent | Exception], ends: bool = False) -> None:
         self._attempts, self._ends = list(attempts), ends
-        self.asked: list[Generate] = []
+        self.requests: list[Generate] = []
 
     async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
-        self.asked.append(request)
+        self.requests.append(request)
         for event in self._attempts.pop(0) if len(self._attempts) > 1 else self._attempts[0]:
             if isinstance(event, Exception):
                 raise event
@@ -269,68 +270,78 @@ END = Finished("stop", usage(ANY, 2))
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses between attempts are short."""
-    monkeypatch.setattr(resume, "_LONGEST_PAUSE_S", 0.001)
+    """Shortens the pauses between attempts."""
+    monkeypatch.setattr(failover, "_LONGEST_PAUSE_S", 0.001)
 
 
 def token(choice: int) -> Delta:
     return Delta(content=f" {choice}", tokens=[choice], choices=[choice], tally=Tally(guided=choice))
 
 
-async def test_what_was_said_is_passed_on_and_not_said_again(impatient: None) -> None:
-    those = Scripted([token(1), LOST], [token(2), Moved()], [token(3)], [END])
-    events = [event async for event in Resuming(those, Deadlines()).generate(ANY)]
+async def test_failover_repeats_no_token(impatient: None) -> None:
+    coordinators = ScriptedCoordinators([token(1), LOST], [token(2), Moved()], [token(3)], [END])
+    events = [event async for event in Resuming(coordinators, Deadlines()).generate(ANY)]
     assert events == [
         Delta(content=" 1", tokens=[1]),
         Delta(content=" 2", tokens=[2]),
         Delta(content=" 3", tokens=[3]),
         END,
     ]
-    assert [one.resume for one in those.asked] == [
+    assert [one.resume for one in coordinators.requests] == [
         None,
         Resume([1], Tally(guided=1)),
         Resume([1, 2], Tally(guided=2)),
         Resume([1, 2, 3], Tally(guided=3)),
     ]
-    assert {one.arrived for one in those.asked} == {ANY.arrived}
+    assert {one.arrived for one in coordinators.requests} == {ANY.arrived}
 
 
-async def test_the_log_probabilities_of_a_prompt_are_not_told_twice(impatient: None) -> None:
+async def test_failover_repeats_no_prompt_log_probability(impatient: None) -> None:
     notes = [PromptNote(number, -1.0) for number in range(3)]
-    those = Scripted(
+    coordinators = ScriptedCoordinators(
         [Delta(prompt=notes[:1], tally=Tally()), LOST], [Delta(prompt=notes[1:]), Moved()], [token(1), END]
     )
-    events = [event async for event in Resuming(those, Deadlines()).generate(ANY)]
+    events = [event async for event in Resuming(coordinators, Deadlines()).generate(ANY)]
     assert events[:2] == [Delta(prompt=notes[:1]), Delta(prompt=notes[1:])]
-    assert [one.resume and one.resume.scored for one in those.asked] == [None, 1, 3]
+    assert [one.resume and one.resume.scored for one in coordinators.requests] == [None, 1, 3]
 
 
-async def test_a_request_of_which_coordinators_die_does_not_kill_them_for_ever(impatient: None) -> None:
-    those = Scripted([Delta(tally=Tally()), LOST])
+async def test_a_request_that_crashes_coordinators_is_given_up(impatient: None) -> None:
+    coordinators = ScriptedCoordinators([Delta(tally=Tally()), LOST])
     with pytest.raises(Unavailable, match=f"{MAX_LOSSES} coordinators were lost"):
-        [event async for event in Resuming(those, Deadlines()).generate(ANY)]
-    assert len(those.asked) == MAX_LOSSES
+        [event async for event in Resuming(coordinators, Deadlines()).generate(ANY)]
+    assert len(coordinators.requests) == MAX_LOSSES
 
 
-async def test_a_coordinator_that_never_comes_back_is_waited_for_no_longer_than_configured(impatient: None) -> None:
+async def test_waiting_for_a_coordinator_ends_at_reconnect_timeout(impatient: None) -> None:
     with pytest.raises(Unavailable, match="its coordinator was lost"):
-        [event async for event in Resuming(Scripted([LOST]), Deadlines(reconnect_timeout_s=0.001)).generate(ANY)]
+        [
+            event
+            async for event in Resuming(ScriptedCoordinators([LOST]), Deadlines(reconnect_timeout_s=0.001)).generate(
+                ANY
+            )
+        ]
 
 
-async def test_the_end_of_the_service_ends_its_streams(impatient: None) -> None:
+async def test_shutdown_of_the_service_ends_its_streams(impatient: None) -> None:
     with pytest.raises(Unavailable, match="is being shut down"):
-        [event async for event in Resuming(Scripted([token(1), LOST], [LOST], ends=True), Deadlines()).generate(ANY)]
+        [
+            event
+            async for event in Resuming(
+                ScriptedCoordinators([token(1), LOST], [LOST], ends=True), Deadlines()
+            ).generate(ANY)
+        ]
 
 
-async def test_a_full_coordinator_refuses_newcomers_and_not_what_was_taken_on_elsewhere(impatient: None) -> None:
+async def test_a_full_coordinator_rejects_new_requests_but_not_resumed_ones(impatient: None) -> None:
     full = Rejected("overloaded", "too many", 1.0)
-    assert [event async for event in Resuming(Scripted([full]), Deadlines()).generate(ANY)] == [full]
-    moved = Scripted([token(1), LOST], [full], [END])
+    assert [event async for event in Resuming(ScriptedCoordinators([full]), Deadlines()).generate(ANY)] == [full]
+    moved = ScriptedCoordinators([token(1), LOST], [full], [END])
     assert [event async for event in Resuming(moved, Deadlines()).generate(ANY)][-1] == END
 
 
 @pytest.mark.parametrize("role", ["target", slow("guider"), slow("guider_base")])
-async def test_sessions_leave_a_model_replica_that_stops_before_it_is_gone(
+async def test_sessions_leave_a_stopping_model_replica_before_it_ends(
     trio_engines: Mapping[Role, Engine], role: Role
 ) -> None:
     config = trio_config()

@@ -44,13 +44,13 @@ def refused(held: Keys, authorization: str | None) -> Unauthorized:
     return raised.value
 
 
-def test_a_key_is_known_by_its_text_or_by_its_digest(tmp_path: Path) -> None:
+def test_a_key_is_accepted_by_text_or_digest(tmp_path: Path) -> None:
     held = keys(written(tmp_path, f"# ours\nada:{ADA}\n\n  eve:{digest(EVE)}\n"))
     assert held.owner(f"Bearer {ADA}") == "ada"
     assert held.owner(f"bearer  {EVE} ") == "eve"
 
 
-def test_a_name_may_have_two_keys_while_one_takes_over_from_the_other(tmp_path: Path) -> None:
+def test_a_name_may_have_two_keys(tmp_path: Path) -> None:
     held = keys(written(tmp_path, f"ada:{ADA} ada:{NEW}"))
     assert [held.owner(f"Bearer {key}") for key in (ADA, NEW)] == ["ada", "ada"]
 
@@ -71,7 +71,7 @@ def test_a_name_may_have_two_keys_while_one_takes_over_from_the_other(tmp_path: 
         "Bearer caf\u00e9",
     ],
 )
-def test_what_is_not_a_key_is_refused_and_not_quoted(tmp_path: Path, authorization: str | None) -> None:
+def test_an_invalid_key_is_refused_and_not_quoted(tmp_path: Path, authorization: str | None) -> None:
     error = refused(keys(written(tmp_path, f"ada:{ADA}")), authorization)
     assert (error.status, error.headers) == (401, {"WWW-Authenticate": "Bearer"})
     assert "secret" not in str(error.body("r"))
@@ -92,9 +92,7 @@ def test_a_digest_is_compared_in_constant_time_with_every_key(tmp_path: Path, mo
     assert compared == [(32, 32)] * 6
 
 
-def test_keys_of_the_environment_count_beside_those_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_from_the_environment_and_the_file_both_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVICE_KEYS", f"eve:{EVE} new:{digest(NEW)}")
     held = Keys(KeysConfig(file=str(written(tmp_path, f"ada:{ADA}")), env="SERVICE_KEYS"))
     assert [held.owner(f"Bearer {key}") for key in (ADA, EVE, NEW)] == ["ada", "eve", "new"]
@@ -115,13 +113,13 @@ def test_keys_of_the_environment_count_beside_those_of_the_file(
         (f"ada:{ADA}\neve:{digest(ADA)}", "ada and eve have the same key"),
     ],
 )
-def test_a_file_that_is_not_sound_is_refused_by_line_and_not_quoted(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_file_is_refused_by_line_and_not_quoted(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as raised:
         keys(written(tmp_path, text))
     assert "secret" not in str(raised.value)
 
 
-def test_a_source_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_unreadable_source_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SERVICE_KEYS", raising=False)
     with pytest.raises(ConfigError, match=r"router.keys.file: .*/keys cannot be read: No such file"):
         keys(tmp_path / "keys")
@@ -132,7 +130,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest
         keys(tmp_path / "keys")
 
 
-def test_no_key_and_no_digest_is_in_what_is_printed_of_them(tmp_path: Path) -> None:
+def test_printing_keys_shows_neither_key_nor_digest(tmp_path: Path) -> None:
     held = keys(written(tmp_path, f"ada:{ADA}"))
     printed = f"{held!r} {held} {held._keys!r}"
     assert "ada" in printed
@@ -140,7 +138,7 @@ def test_no_key_and_no_digest_is_in_what_is_printed_of_them(tmp_path: Path) -> N
         assert secret not in printed
 
 
-def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     clock, path = Clock(), written(tmp_path, f"ada:{ADA}")
     held = keys(path, clock)
     path.write_text(f"eve:{EVE}", encoding="utf-8")
@@ -151,7 +149,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     assert refused(held, f"Bearer {ADA}").code == "invalid_api_key"
 
 
-def test_a_file_that_could_not_be_read_is_read_once_its_rights_have_changed(
+def test_an_unreadable_file_is_read_after_its_permissions_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, path = Clock(), written(tmp_path, f"ada:{ADA}")
@@ -169,7 +167,7 @@ def test_a_file_that_could_not_be_read_is_read_once_its_rights_have_changed(
 
 
 @pytest.mark.parametrize("text", ["eve:secret", "", f"a:{NEW} b:{NEW}", None])
-def test_a_changed_file_that_is_not_sound_changes_nothing_and_is_reported_without_keys(
+def test_an_invalid_change_keeps_the_keys_and_is_logged_without_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | None
 ) -> None:
     clock, path = Clock(), written(tmp_path, f"ada:{ADA}")

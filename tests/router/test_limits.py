@@ -25,7 +25,7 @@ def wait_s(limits: Limits, name: str) -> float:
     return raised.value.retry_after_s
 
 
-def test_a_bucket_gives_a_minutes_worth_at_once_and_then_one_at_a_time() -> None:
+def test_a_bucket_allows_a_minutes_burst_then_the_rate() -> None:
     clock = Clock()
     bucket = Bucket(30, clock)
     assert [bucket.take() for _ in range(30)] == [0.0] * 30
@@ -45,7 +45,7 @@ def test_a_bucket_holds_a_minutes_worth_at_most() -> None:
 
 
 @pytest.mark.parametrize("per_minute", [0.3, 0.7, 7, 90, 1_000])
-def test_whoever_waits_as_long_as_told_is_let_in(per_minute: float) -> None:
+def test_waiting_for_retry_after_is_enough(per_minute: float) -> None:
     clock = Clock()
     bucket = Bucket(per_minute, clock)
     for _ in range(200):
@@ -54,7 +54,7 @@ def test_whoever_waits_as_long_as_told_is_let_in(per_minute: float) -> None:
             assert bucket.take() == 0.0
 
 
-def test_over_a_long_time_the_rate_is_the_limit() -> None:
+def test_the_long_term_rate_is_the_limit() -> None:
     clock = Clock()
     bucket = Bucket(60, clock)
     taken = 0
@@ -64,14 +64,14 @@ def test_over_a_long_time_the_rate_is_the_limit() -> None:
     assert taken == pytest.approx(660, abs=1)  # ten minutes and the bucket's content
 
 
-def test_keys_do_not_spend_each_others_minute() -> None:
+def test_each_key_has_its_own_rate() -> None:
     limits = Limits(LimitsConfig(requests_per_minute=1), Clock())
     limits.enter("ada")
     assert wait_s(limits, "ada") == pytest.approx(60.0)
     limits.enter("eve")
 
 
-def test_a_place_is_free_again_once_a_request_has_ended() -> None:
+def test_a_finished_request_frees_its_place() -> None:
     limits = Limits(LimitsConfig(open_requests=2), Clock())
     limits.enter("ada")
     limits.enter("ada")
@@ -82,7 +82,7 @@ def test_a_place_is_free_again_once_a_request_has_ended() -> None:
     assert wait_s(limits, "ada") > 0
 
 
-def test_what_is_refused_for_its_place_costs_nothing_of_the_minute() -> None:
+def test_a_request_refused_for_open_requests_costs_no_rate() -> None:
     limits = Limits(LimitsConfig(open_requests=1, requests_per_minute=2), Clock())
     limits.enter("ada")
     for _ in range(5):
@@ -91,7 +91,7 @@ def test_what_is_refused_for_its_place_costs_nothing_of_the_minute() -> None:
     limits.enter("ada")
 
 
-def test_what_is_refused_for_its_rate_takes_no_place() -> None:
+def test_a_request_refused_for_its_rate_takes_no_place() -> None:
     clock = Clock()
     limits = Limits(LimitsConfig(open_requests=1, requests_per_minute=1), clock)
     limits.enter("ada")
@@ -101,7 +101,7 @@ def test_what_is_refused_for_its_rate_takes_no_place() -> None:
     limits.enter("ada")
 
 
-def test_without_limits_everybody_is_let_in() -> None:
+def test_without_limits_every_request_is_accepted() -> None:
     limits = Limits(LimitsConfig(), Clock())
     for _ in range(10_000):
         limits.enter("ada")

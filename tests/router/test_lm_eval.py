@@ -1,4 +1,4 @@
-"""EleutherAI's `lm_eval` command against the service over HTTP, unpatched: it scores the guided model."""
+"""EleutherAI's `lm_eval` command, unmodified, scores the guided model over HTTP."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 import yaml
 from transformers import AutoTokenizer
 
@@ -23,10 +21,11 @@ from cluster.demo.task import questions
 from router.api import create_app
 from tests.coordinator.test_logprobs import normalised
 from tests.support.local_backend import LocalBackend
-from tests.support.local_service import WEIGHTS, LocalService, local_service, trio_config
+from tests.support.local_service import WEIGHTS, local_service, trio_config
 from tests.support.oracle import Oracle
+from tests.support.scripted_service import serving
 
-# Its own warnings, and those of what it imports, are not ours to mend.
+# Warnings of lm_eval and of its imports are not failures.
 pytestmark = pytest.mark.filterwarnings("default")
 DEADLINE_S = 240.0  # of one command
 CLOSE = 1e-3  # nats over an answer of some tokens, in plain forwards of other shapes
@@ -53,22 +52,6 @@ GENERATED = {
 }
 
 
-@asynccontextmanager
-async def over_http(service: LocalService) -> AsyncIterator[str]:
-    """The service's API on the loopback; its address."""
-    app = create_app(service.config, service.tokenizers, LocalBackend(service))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        assert not serving.done()
-        await asyncio.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        await serving
-
-
 def write_task(folder: Path, task: dict[str, Any], documents: list[dict[str, Any]]) -> None:
     folder.mkdir(exist_ok=True)
     data = folder / f"{task['task']}.jsonl"
@@ -82,7 +65,7 @@ def write_task(folder: Path, task: dict[str, Any], documents: list[dict[str, Any
 
 
 async def evaluated(kind: str, folder: Path, *tasks: str, **arguments: Any) -> dict[str, tuple[dict[str, Any], Any]]:
-    """What the command `lm_eval` finds: by task its figures, and its samples in the order of the documents."""
+    """Runs the command `lm_eval`. Returns by task its figures, and its samples in the order of the documents."""
     batch, chat = arguments.pop("batch_size", 1), ["--apply_chat_template"] if "chat" in kind else []
     stated = ",".join(f"{name}={value}" for name, value in arguments.items())
     out = folder / f"out-{kind}-{arguments['model'].replace('/', '-')}-{batch}"
@@ -95,59 +78,64 @@ async def evaluated(kind: str, folder: Path, *tasks: str, **arguments: Any) -> d
     )
     try:
         async with asyncio.timeout(DEADLINE_S):
-            said, _ = await started.communicate()
+            output, _ = await started.communicate()
     finally:
         if started.returncode is None:
             started.kill()
             await started.wait()
-    assert started.returncode == 0, said.decode()
+    assert started.returncode == 0, output.decode()
     (results,) = out.rglob("results_*.json")
     figures = json.loads(results.read_text())["results"]
     found = {}
     for task in tasks:
         (samples,) = out.rglob(f"samples_{task}_*.jsonl")
-        told = [json.loads(line) for line in samples.read_text().splitlines()]
-        found[task] = figures[task], sorted(told, key=lambda sample: int(sample["doc_id"]))
+        parsed = [json.loads(line) for line in samples.read_text().splitlines()]
+        found[task] = figures[task], sorted(parsed, key=lambda sample: int(sample["doc_id"]))
     return found
 
 
-async def test_the_guided_model_is_scored_and_generates(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
+async def test_lm_eval_scores_and_generates_with_the_guided_model(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
     scored: list[dict[str, Any]] = [
         {"prompt": question.text, "choices": [" The rival of Ada is Bo.", " Ada.", "\n1, 2, 3"]}
         for question in questions("held_out", 2, 4)
     ]
     asked = questions("held_out", 3, 6)
     texts, chats = tmp_path / "texts", tmp_path / "chats"
-    async with local_service(trio_config(), trio_engines) as service, over_http(service) as address:
+    async with (
+        local_service(trio_config(), trio_engines) as service,
+        serving(create_app(service.config, service.tokenizers, LocalBackend(service))) as url,
+    ):
         render = service.tokenizers["target"].render
         prompts = [render([{"role": "user", "content": question.text}]) for question in asked]
         write_task(texts, SCORED, scored)
         write_task(texts, GENERATED, [{"prompt": p, "answer": q.answer} for p, q in zip(prompts, asked, strict=True)])
         write_task(chats, GENERATED, [{"prompt": q.text, "answer": q.answer} for q in asked])
-        both = {"base_url": f"{address}/completions", "tokenizer": WEIGHTS / "target", "max_length": 512}
+        both = {"base_url": f"{url}/v1/completions", "tokenizer": WEIGHTS / "target", "max_length": 512}
         both |= {"batch_size": 3, "add_bos_token": False}
-        chat = {"model": "demo", "base_url": f"{address}/chat/completions"}
-        told, alone, told_in_chat = await asyncio.gather(
+        chat = {"model": "demo", "base_url": f"{url}/v1/chat/completions"}
+        guided, alone, guided_chat = await asyncio.gather(
             evaluated("local-completions", texts, "scored", "generated", model="demo", **both),
             evaluated("local-completions", texts, "scored", "generated", model="demo/target", **both),
             evaluated("local-chat-completions", chats, "generated", **chat),
         )
-        # What the client sends are its own tokens: its class splits digits otherwise than the service's.
+        # The client sends its own tokens: its tokenizer class splits digits differently from the service's.
         tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "target")
         assert tokenizer.encode(" 2") != service.tokenizers["target"].encode(" 2")
     found = {}
-    for alpha, what in ((1.0, told), (0.0, alone)):
-        found[alpha] = [float(resp[0][0]) for sample in what["scored"][1] for resp in sample["resps"]]
+    for alpha, results in ((1.0, guided), (0.0, alone)):
+        found[alpha] = [float(resp[0][0]) for sample in results["scored"][1] for resp in sample["resps"]]
         np.testing.assert_allclose(found[alpha], loglikelihoods(tokenizer, scored, alpha), atol=CLOSE)
     assert np.abs(np.array(found[1.0]) - np.array(found[0.0])).min() > CLOSE
-    (figures, said), (figures_of_chat, said_in_chat) = told["generated"], told_in_chat["generated"]
-    assert figures["exact_match,last"] == figures_of_chat["exact_match,last"] > 0.8
+    (figures, samples), (chat_figures, chat_samples) = guided["generated"], guided_chat["generated"]
+    assert figures["exact_match,last"] == chat_figures["exact_match,last"] > 0.8
     assert alone["generated"][0]["exact_match,last"] < 0.5  # the claim of the method, as lm-eval measures it
-    assert [sample["resps"] for sample in said_in_chat] == [sample["resps"] for sample in said]
+    assert [sample["resps"] for sample in chat_samples] == [sample["resps"] for sample in samples]
 
 
 def loglikelihoods(tokenizer: Any, documents: Sequence[Mapping[str, Any]], alpha: float) -> list[float]:
-    """Of every document's choices, by plain forwards of the three models."""
+    """Log-likelihoods (nats) of every document's choices, from plain forwards of the three models."""
     oracle, found = Oracle(), []
     for document in documents:
         prompt = tokenizer.encode(document["prompt"])

@@ -1,4 +1,4 @@
-"""Log-probabilities in the bodies of answers, as clients of OpenAI's API and of vLLM read them."""
+"""Log-probabilities in response bodies, in the form of OpenAI's API and of vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from actors.api.generation import Scores, TokenNote
 from router.logprobs import MIN_LOGPROB, TokenFormatter
 from tests.router.test_api import CHAT, TEXT, events, post
-from tests.support.scripted_service import Reciter
+from tests.support.scripted_service import ScriptedBackend
 from tests.support.tokenizers import role_tokenizer, sentence_piece
 
 TOKENIZER = role_tokenizer()
@@ -22,7 +22,7 @@ def note(id_: int, logprob: float, *guided: tuple[int, float]) -> TokenNote:
     return TokenNote(id_, "", 1.0, False, scores=Scores(logprob, 0.0, guided))
 
 
-def test_a_chats_token_comes_with_its_likeliest_candidates_alone() -> None:
+def test_a_chat_token_lists_only_its_top_candidates() -> None:
     content = TokenFormatter(TOKENIZER).chat([note(A, log(0.25), (E, log(0.5)), (A, log(0.25)))], 1)["content"]
     assert content == [
         {
@@ -34,7 +34,7 @@ def test_a_chats_token_comes_with_its_likeliest_candidates_alone() -> None:
     ]
 
 
-def test_a_completions_token_stands_beside_its_likeliest_candidates() -> None:
+def test_a_completion_token_is_listed_beside_its_top_candidates() -> None:
     notes = [note(A, log(0.25), (E, log(0.5)), (A, log(0.25))), note(E, log(0.5), (E, log(0.5)))]
     assert TokenFormatter(TOKENIZER).completion(notes, 1, 5) == {
         "tokens": ["a", "e"],
@@ -55,18 +55,18 @@ def test_tokens_can_be_named_by_their_ids() -> None:
     assert tokens.completion([note(A, 0.0)], 0, 0)["top_logprobs"] == [{f"token_id:{A}": 0.0}]
 
 
-def test_what_was_forced_was_certain() -> None:
+def test_a_forced_token_has_log_probability_zero() -> None:
     forced = TokenNote(A, "a", 1.0, False)
     assert TokenFormatter(TOKENIZER).chat([forced], 3)["content"][0]["logprob"] == 0.0
     assert TokenFormatter(TOKENIZER).chat([forced], 3)["content"][0]["top_logprobs"] == []
     assert TokenFormatter(TOKENIZER).completion([forced], 3, 0)["top_logprobs"] == [{"a": 0.0}]
 
 
-def test_an_impossible_token_has_a_number_that_json_has() -> None:
+def test_minus_infinity_becomes_a_json_number() -> None:
     assert TokenFormatter(TOKENIZER).completion([note(A, -float("inf"))], 0, 0)["token_logprobs"] == [MIN_LOGPROB]
 
 
-def test_bytes_join_to_the_text_in_every_kind_of_vocabulary() -> None:
+def test_token_bytes_join_to_the_text_in_every_kind_of_vocabulary() -> None:
     for tokenizer in (TOKENIZER, role_tokenizer(sentence_piece())):
         text = " is 漢字 ü"
         ids = tokenizer.encode(text)
@@ -74,28 +74,37 @@ def test_bytes_join_to_the_text_in_every_kind_of_vocabulary() -> None:
         assert bytes(byte for entry in content for byte in entry["bytes"]).decode().strip() == text.strip()
 
 
-async def test_log_probabilities_come_where_they_are_asked_for() -> None:
+async def test_log_probabilities_are_returned_on_request() -> None:
     asked = {"logprobs": True, "top_logprobs": 2, "n": 2}
-    choices = (await post(Reciter(), CHAT_URL, CHAT | asked)).json()["choices"]
+    choices = (await post(ScriptedBackend(), CHAT_URL, CHAT | asked)).json()["choices"]
     for choice in choices:
         assert [len(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]] == [2, 2, 0, 2]
-    plain = (await post(Reciter(), CHAT_URL, CHAT)).json()["choices"][0]
+    plain = (await post(ScriptedBackend(), CHAT_URL, CHAT)).json()["choices"][0]
     assert plain["logprobs"] is None
-    bare = (await post(Reciter(), CHAT_URL, CHAT | {"logprobs": True})).json()["choices"][0]["logprobs"]["content"]
+    bare = (await post(ScriptedBackend(), CHAT_URL, CHAT | {"logprobs": True})).json()["choices"][0]["logprobs"][
+        "content"
+    ]
     assert [entry["top_logprobs"] for entry in bare] == [[]] * 4
     assert bare[1]["logprob"] == 2 * -log(2)
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [(CHAT_URL, CHAT | {"logprobs": True, "top_logprobs": 3}), (TEXT_URL, TEXT | {"logprobs": 3})]
+    ("path", "body"),
+    [
+        (CHAT_URL, CHAT | {"logprobs": True, "top_logprobs": 3}),
+        (TEXT_URL, TEXT | {"logprobs": 3}),
+        (TEXT_URL, TEXT | {"logprobs": 2, "echo": True}),
+    ],
 )
 async def test_a_stream_has_the_log_probabilities_of_the_whole_answer(path: str, body: dict[str, Any]) -> None:
-    whole = (await post(Reciter(), path, body | {"n": 2})).json()["choices"]
-    found: list[dict[str, list[Any]]] = [{}, {}]
-    for chunk in events(await post(Reciter(), path, body | {"n": 2, "stream": True})):
+    whole = (await post(ScriptedBackend(), path, body | {"n": 2})).json()["choices"]
+    texts, found = ["", ""], [dict[str, list[Any]](), dict[str, list[Any]]()]
+    for chunk in events(await post(ScriptedBackend(), path, body | {"n": 2, "stream": True})):
         for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"] if "text" in choice else choice["delta"].get("content", "")
             for name, values in (choice["logprobs"] or {}).items():
                 found[choice["index"]].setdefault(name, []).extend(values)
+    assert texts == [choice["text"] if "text" in choice else choice["message"]["content"] for choice in whole]
     assert found == [choice["logprobs"] for choice in whole]
     assert found[0]
 
@@ -110,10 +119,18 @@ async def test_a_stream_has_the_log_probabilities_of_the_whole_answer(path: str,
         (TEXT_URL, TEXT | {"logprobs": -1}, "logprobs"),
         (TEXT_URL, TEXT | {"logprobs": True}, "logprobs"),
         (TEXT_URL, TEXT | {"top_logprobs": 2}, "top_logprobs"),
+        (TEXT_URL, TEXT | {"max_tokens": 0}, "max_tokens"),
+        (CHAT_URL, CHAT | {"max_tokens": 0, "prompt_logprobs": 1}, "max_tokens"),
+        (TEXT_URL, TEXT | {"max_tokens": 0, "echo": True, "min_tokens": 2}, "min_tokens"),
+        (CHAT_URL, CHAT | {"echo": True}, "echo"),
+        (TEXT_URL, TEXT | {"prompt_logprobs": 21}, "prompt_logprobs"),
+        (TEXT_URL, TEXT | {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ],
 )
-async def test_what_cannot_be_listed_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
-    response = await post(Reciter(), path, body)
+async def test_invalid_log_probability_requests_are_refused_by_name(
+    path: str, body: dict[str, Any], param: str
+) -> None:
+    response = await post(ScriptedBackend(), path, body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
@@ -121,21 +138,23 @@ async def test_what_cannot_be_listed_is_refused_by_name(path: str, body: dict[st
 
 
 async def choice_of(**more: Any) -> dict[str, Any]:
-    response = await post(Reciter(), TEXT_URL, TEXT | more)
+    response = await post(ScriptedBackend(), TEXT_URL, TEXT | more)
     assert response.status_code == 200, response.text
     choice: dict[str, Any] = response.json()["choices"][0]
     return choice
 
 
-async def test_an_echo_stands_before_the_answer() -> None:
+async def test_an_echo_precedes_the_answer() -> None:
     assert (await choice_of(echo=True))["text"] == "HiIt is Eve ."
     ids = TOKENIZER.encode("Hi")
     assert (await choice_of(echo=True, prompt=ids))["text"] == "HiIt is Eve ."
-    both = (await post(Reciter(), TEXT_URL, TEXT | {"prompt": ["Hi", "Ho"], "n": 2, "echo": True})).json()["choices"]
+    both = (await post(ScriptedBackend(), TEXT_URL, TEXT | {"prompt": ["Hi", "Ho"], "n": 2, "echo": True})).json()[
+        "choices"
+    ]
     assert [choice["text"][:2] for choice in both] == ["Hi", "Hi", "Ho", "Ho"]
 
 
-async def test_an_echo_has_the_log_probabilities_of_its_prompt() -> None:
+async def test_an_echo_includes_the_prompts_log_probabilities() -> None:
     logprobs = (await choice_of(echo=True, logprobs=1))["logprobs"]
     assert logprobs["tokens"][:2] == ["H", "i"]
     assert logprobs["token_logprobs"][:2] == [None, -2.0]
@@ -147,14 +166,14 @@ async def test_an_echo_has_the_log_probabilities_of_its_prompt() -> None:
 
 async def test_a_prompt_alone_can_be_scored() -> None:
     for asked in ({"logprobs": 1}, {}):
-        response = await post(Reciter(), TEXT_URL, TEXT | {"echo": True, "max_tokens": 0} | asked)
+        response = await post(ScriptedBackend(), TEXT_URL, TEXT | {"echo": True, "max_tokens": 0} | asked)
         choice = response.json()["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
         assert response.json()["usage"]["completion_tokens"] == 0
     assert choice["logprobs"] is None
 
 
-async def test_the_logprobs_of_prompts_are_those_of_vllm() -> None:
+async def test_prompt_logprobs_have_vllms_form() -> None:
     _, second = TOKENIZER.encode("Hi")
     expected = {
         str(second): {"logprob": -2.0, "rank": 2, "decoded_token": "i"},
@@ -164,36 +183,7 @@ async def test_the_logprobs_of_prompts_are_those_of_vllm() -> None:
     assert choice["prompt_logprobs"] == [None, expected]
     assert choice["logprobs"] is None
     assert (await choice_of(prompt_logprobs=0))["prompt_logprobs"] == [None, {str(second): expected[str(second)]}]
-    body = (await post(Reciter(), CHAT_URL, CHAT | {"prompt_logprobs": 1})).json()
+    body = (await post(ScriptedBackend(), CHAT_URL, CHAT | {"prompt_logprobs": 1})).json()
     assert body["prompt_logprobs"][0] is None
     assert len(body["prompt_logprobs"][1]) == 2
-    assert "prompt_logprobs" not in (await post(Reciter(), CHAT_URL, CHAT)).json()
-
-
-async def test_a_stream_echoes_what_the_whole_answer_does() -> None:
-    body = TEXT | {"echo": True, "logprobs": 2, "n": 2}
-    whole = (await post(Reciter(), TEXT_URL, body)).json()["choices"]
-    texts, found = ["", ""], [dict[str, list[Any]](), dict[str, list[Any]]()]
-    for chunk in events(await post(Reciter(), TEXT_URL, body | {"stream": True})):
-        for choice in chunk["choices"]:
-            texts[choice["index"]] += choice["text"]
-            for name, values in (choice["logprobs"] or {}).items():
-                found[choice["index"]].setdefault(name, []).extend(values)
-    assert texts == [choice["text"] for choice in whole]
-    assert found == [choice["logprobs"] for choice in whole]
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        (TEXT_URL, TEXT | {"max_tokens": 0}, "max_tokens"),
-        (CHAT_URL, CHAT | {"max_tokens": 0, "prompt_logprobs": 1}, "max_tokens"),
-        (TEXT_URL, TEXT | {"max_tokens": 0, "echo": True, "min_tokens": 2}, "min_tokens"),
-        (CHAT_URL, CHAT | {"echo": True}, "echo"),
-        (TEXT_URL, TEXT | {"prompt_logprobs": 21}, "prompt_logprobs"),
-        (TEXT_URL, TEXT | {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-    ],
-)
-async def test_a_prompt_that_cannot_be_told_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
-    response = await post(Reciter(), path, body)
-    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert "prompt_logprobs" not in (await post(ScriptedBackend(), CHAT_URL, CHAT)).json()

@@ -19,7 +19,7 @@ from router.backend import ApiError, Status, Unavailable
 from router.failover import Resuming
 from router.metrics_endpoint import Exposition
 from router.request_log import RequestLog
-from tests.support.scripted_service import Reciter, config, tokenizers, usage
+from tests.support.scripted_service import ScriptedBackend, config, tokenizers, usage
 
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
 STREAM = CHAT | {"stream": True}
@@ -44,7 +44,7 @@ def samples(text: str) -> Samples:
     }
 
 
-async def scraped(backend: Reciter, *bodies: Any) -> Samples:
+async def scraped(backend: ScriptedBackend, *bodies: Any) -> Samples:
     """What /metrics says after these requests."""
     async with service(backend, Recorder()) as http:
         for body in bodies:
@@ -58,21 +58,21 @@ def statuses(seen: Samples) -> dict[tuple[str, ...], float]:
 
 @pytest.mark.parametrize("body", [CHAT, STREAM])
 async def test_an_answer_is_counted_with_its_tokens_and_times(body: dict[str, Any]) -> None:
-    seen = await scraped(Reciter(thought="So Eve"), body, body | {"n": 2})
+    seen = await scraped(ScriptedBackend(thought="So Eve"), body, body | {"n": 2})
     assert statuses(seen) == {("duo", "", "200"): 2}
     assert seen["thinklogit_completion_tokens_total", ("duo", "")] == 3 * 6
     assert seen["thinklogit_first_token_seconds_count", ("duo",)] == 3
     assert seen["thinklogit_inter_token_seconds_count", ("duo",)] == 3 * 5
 
 
-async def test_a_prompt_counts_once_however_many_choices_it_has() -> None:
-    async with service(Reciter(), Recorder()) as http:
+async def test_a_prompt_counts_once_for_all_its_choices() -> None:
+    async with service(ScriptedBackend(), Recorder()) as http:
         answer = (await http.post("/v1/chat/completions", json=CHAT | {"n": 3})).json()
         seen = samples((await http.get("/metrics")).text)
     assert seen["thinklogit_prompt_tokens_total", ("duo", "")] == answer["usage"]["prompt_tokens"] > 0
 
 
-class Slow(Reciter):
+class Slow(ScriptedBackend):
     """Waits before its first token."""
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
@@ -82,7 +82,7 @@ class Slow(Reciter):
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM])
-async def test_waiting_before_the_first_token_and_between_tokens_are_told_apart(body: dict[str, Any]) -> None:
+async def test_first_token_time_and_inter_token_time_are_separate(body: dict[str, Any]) -> None:
     recorder = Recorder()
     async with service(Slow(), recorder) as http:
         await http.post("/v1/chat/completions", json=body)
@@ -91,8 +91,8 @@ async def test_waiting_before_the_first_token_and_between_tokens_are_told_apart(
     assert between.sum < 0.2 <= first.sum
 
 
-async def test_several_tokens_of_one_message_share_its_time() -> None:
-    class Busy(Reciter):
+async def test_tokens_of_one_message_share_its_time() -> None:
+    class Busy(ScriptedBackend):
         async def generate(self, request: Generate) -> AsyncIterator[Event]:
             yield Delta(content="It", tokens=[1])
             await asyncio.sleep(0.1)
@@ -113,31 +113,29 @@ async def test_several_tokens_of_one_message_share_its_time() -> None:
         ({}, ("", "", "400")),
     ],
 )
-async def test_a_refusal_counts_by_its_status_and_never_by_what_a_client_made_up(
-    body: dict[str, Any], labels: tuple[str, ...]
-) -> None:
-    assert statuses(await scraped(Reciter(), body)) == {labels: 1}
+async def test_an_error_is_labelled_with_served_models_only(body: dict[str, Any], labels: tuple[str, ...]) -> None:
+    assert statuses(await scraped(ScriptedBackend(), body)) == {labels: 1}
 
 
 async def test_a_full_service_counts_as_429() -> None:
-    backend = Reciter()
+    backend = ScriptedBackend()
     backend.rejected = Rejected("overloaded", "later", 2.0)
     seen = await scraped(backend, CHAT, STREAM)
     assert statuses(seen) == {("duo", "", "429"): 2}
     assert not any(name.startswith("thinklogit_prompt_tokens") for name, _ in seen)
 
 
-async def test_a_stream_that_breaks_counts_by_what_broke_it() -> None:
-    backend = Reciter()
+async def test_a_failing_stream_counts_with_its_errors_status() -> None:
+    backend = ScriptedBackend()
     backend.fail = Unavailable("gone")
     assert statuses(await scraped(backend, STREAM)) == {("duo", "", "503"): 1}
     backend.fail = ApiError("broken")
     assert statuses(await scraped(backend, STREAM, CHAT)) == {("duo", "", "500"): 2}
 
 
-async def test_a_client_that_leaves_counts_as_499() -> None:
-    backend, recorder = Reciter(), Recorder()
-    backend.gate = asyncio.Event()
+async def test_a_client_disconnect_counts_as_499() -> None:
+    backend, recorder = ScriptedBackend(), Recorder()
+    backend.proceed = asyncio.Event()
     app = create_app(config(), tokenizers(), backend, recorder)
     left = asyncio.Event()
     sent: list[dict[str, Any]] = []
@@ -159,7 +157,7 @@ async def test_a_client_that_leaves_counts_as_499() -> None:
     assert [labels for metric, labels, _ in recorder if metric.name == "thinklogit_requests"] == [("duo", "", "499")]
 
 
-async def test_a_program_that_fails_counts_as_500() -> None:
+async def test_an_exception_counts_as_500() -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("a fault")
 
@@ -169,8 +167,8 @@ async def test_a_program_that_fails_counts_as_500() -> None:
     assert recorder.counter("thinklogit_requests", "", "", "500").value == 1
 
 
-async def test_probes_scrapes_and_questions_of_browsers_are_not_counted() -> None:
-    async with service(Reciter(), Recorder()) as http:
+async def test_probes_scrapes_and_preflights_are_not_counted() -> None:
+    async with service(ScriptedBackend(), Recorder()) as http:
         await http.options("/v1/chat/completions")
         for path in ("/health", "/ready", "/metrics", "/metrics", "/nothing"):
             await http.get(path)
@@ -213,8 +211,8 @@ def full_recorder() -> Recorder:
         ("application/openmetrics-text; version=1.0.0", openmetrics, "application/openmetrics-text"),
     ],
 )
-async def test_every_metric_is_written_as_prometheus_reads_it(accept: str, parse: Any, kind: str) -> None:
-    async with service(Reciter(), full_recorder()) as http:
+async def test_prometheus_parses_every_metric(accept: str, parse: Any, kind: str) -> None:
+    async with service(ScriptedBackend(), full_recorder()) as http:
         response = await http.get("/metrics", headers={"Accept": accept})
     assert response.headers["content-type"].startswith(kind)
     families = {family.name: family for family in parse(response.text)}
@@ -227,21 +225,21 @@ async def test_every_metric_is_written_as_prometheus_reads_it(accept: str, parse
             assert set(sample.labels.values()) <= {"a", 'b"\n'} or "le" in sample.labels
 
 
-def test_buckets_add_up() -> None:
+def test_histogram_buckets_are_cumulative() -> None:
     (family,) = (f for f in Exposition(full_recorder()).collect() if f.name == "thinklogit_first_token_seconds")
     buckets = [s.value for s in family.samples if s.name.endswith("_bucket") and s.labels["model"] == "a"]
     assert buckets == [0, *[3] * (len(METRICS[family.name].buckets) - 1), 4]
     assert [s.value for s in family.samples if s.name.endswith("_sum")] == [pytest.approx(1e6 + 0.06)] * 2
 
 
-class Handing:
+class CoordinatorsThatHandOver:
     """Coordinators of which the first hands over after one token."""
 
     def __init__(self) -> None:
-        self.asked: list[Resume | None] = []
+        self.requests: list[Resume | None] = []
 
     async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
-        self.asked.append(request.resume)
+        self.requests.append(request.resume)
         if request.resume is None:
             yield Delta(content="It", tokens=[1], choices=[1], tally=Tally())
             yield Moved()
@@ -256,9 +254,9 @@ class Handing:
         return False
 
 
-async def test_an_answer_that_goes_on_elsewhere_is_one_resume() -> None:
+async def test_a_failover_counts_as_one_resume() -> None:
     recorder = Recorder()
-    async with service(Resuming(Handing(), config().deadlines, recorder), recorder) as http:
+    async with service(Resuming(CoordinatorsThatHandOver(), config().deadlines, recorder), recorder) as http:
         answer = (await http.post("/v1/chat/completions", json=CHAT)).json()
         seen = samples((await http.get("/metrics")).text)
     assert answer["choices"][0]["message"]["content"] == "It is"

@@ -21,11 +21,11 @@ from schemathesis.specs.openapi.checks import (
 
 from router.api import create_app
 from router.openapi import VERSION, document
-from tests.support.scripted_service import Reciter, client, config, tokenizers
+from tests.support.scripted_service import ScriptedBackend, client, config, tokenizers
 
 CASES = int(os.environ.get("API_CASES", "100"))  # of each operation
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
-APP = create_app(config(), tokenizers(), Reciter())
+APP = create_app(config(), tokenizers(), ScriptedBackend())
 DESCRIBED = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 
@@ -37,7 +37,7 @@ DESCRIBED = schemathesis.openapi.from_asgi("/openapi.json", APP)
     database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-def test_no_body_that_can_be_made_breaks_the_service(case: schemathesis.Case[Any]) -> None:
+def test_no_generated_body_breaks_the_service(case: schemathesis.Case[Any]) -> None:
     case.call_and_validate(checks=CHECKS)
 
 
@@ -54,11 +54,11 @@ BODIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("address", BODIES)
-async def test_answers_and_chunks_are_as_described(address: str) -> None:
+async def test_responses_and_chunks_match_the_document(address: str) -> None:
     path, body, whole, part = BODIES[address]
     asked = body | {"model": "duo", "n": 2, "return_token_ids": True, "guidance": {"explain": True}}
     usage = {"include_usage": True, "continuous_usage_stats": True}
-    async with client(Reciter(thought="So Eve")) as http:
+    async with client(ScriptedBackend(thought="So Eve")) as http:
         answer = await http.post(path, json=asked)
         stream = await http.post(path, json=asked | {"stream": True, "stream_options": usage})
     jsonschema.validate(answer.json(), await described(whole))
@@ -69,7 +69,7 @@ async def test_answers_and_chunks_are_as_described(address: str) -> None:
 
 
 async def test_the_document_has_every_route_and_resolves() -> None:
-    async with client(Reciter()) as http:
+    async with client(ScriptedBackend()) as http:
         spec = (await http.get("/openapi.json")).json()
     stated = {(path, method.upper()) for path, item in spec["paths"].items() for method in item}
     assert stated == {
@@ -89,5 +89,5 @@ async def test_the_document_has_every_route_and_resolves() -> None:
 
 async def test_the_version_is_that_of_the_project() -> None:
     project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]
-    async with client(Reciter()) as http:
+    async with client(ScriptedBackend()) as http:
         assert (await http.get("/version")).json() == {"version": project["version"]} == {"version": VERSION}

@@ -17,9 +17,9 @@ from actors.api.generation import ROLES, Role
 from actors.replica.engine_thread import Engine
 from cluster.demo.task import questions
 from router.playground import FOLDER
-from tests.support.browsing import Held, Scripted, candidates, explained, serving, trio
+from tests.support.browsing import HoldingBackend, ScriptedService, candidates, explained, serving, trio
 from tests.support.local_service import trio_config
-from tests.support.scripted_service import Reciter, client, config
+from tests.support.scripted_service import ScriptedBackend, client, config
 
 SCREENSHOTS = "PLAYGROUND_SCREENSHOTS"  # environment: set, the pictures of docs/ are taken
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -58,8 +58,8 @@ def within(seconds: float, true: Callable[[], bool]) -> bool:
     return True
 
 
-async def test_the_page_consists_of_its_own_files_alone() -> None:
-    async with client(Reciter()) as http:
+async def test_the_page_uses_only_its_own_files() -> None:
+    async with client(ScriptedBackend()) as http:
         page = await http.get("/")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         named = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
@@ -76,7 +76,7 @@ async def test_the_page_consists_of_its_own_files_alone() -> None:
 
 
 async def test_an_unchanged_file_is_not_sent_again() -> None:
-    async with client(Reciter()) as http:
+    async with client(ScriptedBackend()) as http:
         first = await http.get("/playground/app.js")
         assert first.headers["cache-control"] == "no-cache"
         again = await http.get("/playground/app.js", headers={"If-None-Match": f"W/{first.headers['etag']}"})
@@ -85,50 +85,50 @@ async def test_an_unchanged_file_is_not_sent_again() -> None:
         assert other.status_code == 200
 
 
-async def test_only_the_files_of_the_page_are_served() -> None:
-    async with client(Reciter()) as http:
+async def test_only_the_pages_files_are_served() -> None:
+    async with client(ScriptedBackend()) as http:
         for name in ("playground.py", "..%2Fapi.py", "../api.py", "%2e%2e/api.py"):
             refused = await http.get(f"/playground/{name}")
             assert refused.status_code == 404, name
             assert refused.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_service_without_a_playground_has_none() -> None:
-    async with client(Reciter(), config(router={"playground": False})) as http:
+async def test_the_playground_can_be_disabled() -> None:
+    async with client(ScriptedBackend(), config(router={"playground": False})) as http:
         for path in ("/", "/playground/app.js", "/playground/defaults.json"):
             assert (await http.get(path)).status_code == 404
 
 
-async def test_the_settings_begin_where_the_service_s_own_do() -> None:
+async def test_the_settings_start_with_the_services_defaults() -> None:
     service = config(
         guidance={"alpha": 0.7, "warmup_tokens": 100}, sampling={"temperature": 0.6}, router={"examples": ["Why?"]}
     )
-    async with client(Reciter(), service) as http:
+    async with client(ScriptedBackend(), service) as http:
         told = (await http.get("/playground/defaults.json")).json()
     assert told == {"alpha": 0.7, "warmup_tokens": 100, "temperature": 0.6, "max_tokens": None, "examples": ["Why?"]}
 
 
 @pytest.fixture(scope="module")
-def made() -> list[Held]:
+def made() -> list[HoldingBackend]:
     """The backend of `url`, once it runs."""
     return []
 
 
 @pytest.fixture(scope="module")
-def url(browser: Any, trio_engines: Mapping[Role, Engine], made: list[Held]) -> Iterator[str]:
+def url(browser: Any, trio_engines: Mapping[Role, Engine], made: list[HoldingBackend]) -> Iterator[str]:
     """The embedded trio behind the whole HTTP side."""
     with serving(trio(CONFIG, trio_engines, made)) as url:
         yield url
 
 
 @pytest.fixture
-def script() -> Scripted:
-    return Scripted(CONFIG, SCRIPT)
+def script() -> ScriptedService:
+    return ScriptedService(CONFIG, SCRIPT)
 
 
 @pytest.fixture
-def scripted(browser: Any, script: Scripted) -> Iterator[str]:
-    with serving(script.making) as url:
+def scripted(browser: Any, script: ScriptedService) -> Iterator[str]:
+    with serving(script.create) as url:
         yield url
 
 
@@ -207,7 +207,7 @@ def test_a_question_is_answered_in_three_modes_side_by_side(url: str, visit: Cal
     assert lefts == sorted({*lefts}), "side by side"
 
 
-def test_tokens_that_guidance_changed_are_marked_and_say_so(url: str, visit: Callable[..., Any]) -> None:
+def test_tokens_changed_by_guidance_are_marked_and_explained(url: str, visit: Callable[..., Any]) -> None:
     page = visit(url)
     ask(page)
     states(page, "done")
@@ -234,7 +234,7 @@ def test_tokens_that_guidance_changed_are_marked_and_say_so(url: str, visit: Cal
     assert re.search(r"drafts kept\n\d+ % of \d+", numbers)
 
 
-def test_stop_ends_every_generation(url: str, made: list[Held], visit: Callable[..., Any]) -> None:
+def test_stop_ends_every_generation(url: str, made: list[HoldingBackend], visit: Callable[..., Any]) -> None:
     page = visit(url)
     stop = page.get_by_role("button", name="Stop")
     assert stop.is_visible() is False
@@ -256,7 +256,7 @@ def test_stop_ends_every_generation(url: str, made: list[Held], visit: Callable[
     assert part(page, "guided", ".answer").text_content() == QUESTION.direct_answer
 
 
-def test_the_settings_reach_the_service(scripted: str, script: Scripted, visit: Callable[..., Any]) -> None:
+def test_the_settings_reach_the_service(scripted: str, script: ScriptedService, visit: Callable[..., Any]) -> None:
     page = visit(scripted)
     page.get_by_label("Strength").fill("0.5")
     page.get_by_label("Warm-up").fill("40")
@@ -264,7 +264,7 @@ def test_the_settings_reach_the_service(scripted: str, script: Scripted, visit: 
     page.get_by_label("Seed").fill("7")
     ask(page, " Why?\n")
     states(page, "done")
-    asked = {body["model"]: body for body in script.asked}
+    asked = {body["model"]: body for body in script.requests}
     assert asked.keys() == {*MODES.values()}
     assert [asked[model]["guidance"] for model in MODES.values()] == [
         {"explain": True},
@@ -278,7 +278,7 @@ def test_the_settings_reach_the_service(scripted: str, script: Scripted, visit: 
     page.get_by_label("Seed").fill("")
     ask(page)
     states(page, "done")
-    drawn = {body["seed"] for body in script.asked[3:]}
+    drawn = {body["seed"] for body in script.requests[3:]}
     assert [str(seed) for seed in drawn] == [page.get_by_label("Seed").get_attribute("placeholder")], "one for all"
 
 
@@ -319,7 +319,7 @@ def test_the_shade_grows_with_the_shift(scripted: str, visit: Callable[..., Any]
     assert shade["Vera"] > shade["So"] > shade["It"] > shade["</think>"] == 0
 
 
-def test_text_streams_until_it_is_stopped(scripted: str, script: Scripted, visit: Callable[..., Any]) -> None:
+def test_text_streams_until_it_is_stopped(scripted: str, script: ScriptedService, visit: Callable[..., Any]) -> None:
     script.script, script.endless = [({"content": "on "}, [explained("on ")])], True
     page = visit(scripted)
     ask(page)
@@ -334,8 +334,8 @@ def test_text_streams_until_it_is_stopped(scripted: str, script: Scripted, visit
         assert script.left.acquire(timeout=5), "the service has seen all three leave"
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab_alone(
-    scripted: str, script: Scripted, visit: Callable[..., Any]
+def test_a_key_is_requested_and_kept_in_this_tab_only(
+    scripted: str, script: ScriptedService, visit: Callable[..., Any]
 ) -> None:
     page = visit(scripted)
     script.key = "secret"
@@ -358,7 +358,7 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_alone(
     assert page.evaluate("[Object.values(sessionStorage), Object.values(localStorage)]") == [["secret"], []]
 
 
-def test_errors_are_told_in_plain_words(scripted: str, script: Scripted, visit: Callable[..., Any]) -> None:
+def test_errors_are_shown_in_plain_words(scripted: str, script: ScriptedService, visit: Callable[..., Any]) -> None:
     page = visit(scripted)
     script.busy = True
     ask(page)
@@ -374,7 +374,7 @@ def test_errors_are_told_in_plain_words(scripted: str, script: Scripted, visit: 
     assert page.locator(".trouble:visible").count() == 0
 
 
-def test_the_page_is_used_with_the_keyboard_alone(scripted: str, visit: Callable[..., Any]) -> None:
+def test_the_page_works_with_the_keyboard_alone(scripted: str, visit: Callable[..., Any]) -> None:
     page = visit(scripted)
 
     def tab(selector: str) -> None:
@@ -451,7 +451,7 @@ def test_the_theme_follows_the_system_until_one_is_chosen(scripted: str, visit: 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_keeps_the_rules_of_accessibility(scripted: str, visit: Callable[..., Any], scheme: str) -> None:
+def test_the_page_passes_the_accessibility_rules(scripted: str, visit: Callable[..., Any], scheme: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     page = visit(scripted, color_scheme=scheme)
@@ -468,7 +468,7 @@ def test_the_page_keeps_the_rules_of_accessibility(scripted: str, visit: Callabl
     assert found.violations_count == 0, found.generate_report()
 
 
-def test_each_text_finds_its_tokens_however_they_arrive(scripted: str, visit: Callable[..., Any]) -> None:
+def test_text_and_tokens_match_in_any_order_of_arrival(scripted: str, visit: Callable[..., Any]) -> None:
     page = visit(scripted)
     place = """async ([texts, tokens, size]) => {
         const { Placer } = await import("/playground/tokens.js");
@@ -500,7 +500,7 @@ def test_each_text_finds_its_tokens_however_they_arrive(scripted: str, visit: Ca
 
 
 @pytest.mark.skipif(SCREENSHOTS not in os.environ, reason=f"{SCREENSHOTS} is not set")
-def test_the_pictures_of_the_page_are_taken(url: str, visit: Callable[..., Any]) -> None:
+def test_screenshots_are_taken(url: str, visit: Callable[..., Any]) -> None:
     wide, narrow = {"width": 1280, "height": 1040}, {"width": 390, "height": 844}
     for name, scheme, size in (
         ("playground", "light", wide),

@@ -14,7 +14,7 @@ import pytest
 
 from actors.api.generation import Rejected
 from router.backend import Unavailable
-from tests.support.scripted_service import Reciter, client, config
+from tests.support.scripted_service import ScriptedBackend, client, config
 
 KEY = "ada-secret-0123456789"
 SECRET = "marzipan"  # what stands in prompts, and in some answers
@@ -55,7 +55,7 @@ async def test_a_finished_request_is_one_line_with_its_counts(
 ) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "mine-1"}
     body = CHAT | {"stream": stream, "n": 2}
-    async with client(Reciter(thought="So Eve"), config(router=keys)) as http:
+    async with client(ScriptedBackend(thought="So Eve"), config(router=keys)) as http:
         answer = await http.post("/v1/chat/completions", json=body, headers=headers)
     (line,) = lines(log)
     assert datetime.fromisoformat(line.pop("time")).tzinfo is not None
@@ -78,10 +78,10 @@ async def test_a_finished_request_is_one_line_with_its_counts(
     }
 
 
-async def test_refusals_are_lines_that_say_why(keys: dict[str, Any], log: pytest.LogCaptureFixture) -> None:
+async def test_error_lines_contain_the_reason(keys: dict[str, Any], log: pytest.LogCaptureFixture) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     router = keys | {"limits": {"requests_per_minute": 3}}
-    async with client(Reciter(), config(router=router)) as http:
+    async with client(ScriptedBackend(), config(router=router)) as http:
         await http.post("/v1/completions", json=TEXT)
         await http.post("/v1/completions", json=TEXT | {"model": SECRET}, headers=headers)
         await http.post("/v1/completions", json=TEXT | {SECRET: 1}, headers=headers)
@@ -97,8 +97,8 @@ async def test_refusals_are_lines_that_say_why(keys: dict[str, Any], log: pytest
     ]
 
 
-async def test_an_error_in_mid_stream_is_told_beside_the_status_that_was_sent(log: pytest.LogCaptureFixture) -> None:
-    backend = Reciter()
+async def test_an_error_in_a_stream_is_logged_beside_the_sent_status(log: pytest.LogCaptureFixture) -> None:
+    backend = ScriptedBackend()
     backend.fail = Unavailable("its coordinator was lost")
     async with client(backend) as http:
         await http.post("/v1/completions", json=TEXT | {"stream": True})
@@ -108,13 +108,13 @@ async def test_an_error_in_mid_stream_is_told_beside_the_status_that_was_sent(lo
 
 
 async def test_probes_are_not_logged(log: pytest.LogCaptureFixture) -> None:
-    async with client(Reciter()) as http:
+    async with client(ScriptedBackend()) as http:
         for path in ("/health", "/ready", "/v1/models"):
             await http.get(path)
     assert [line["path"] for line in lines(log)] == ["/v1/models"]
 
 
-async def every_way(backend: Reciter, service: Any) -> None:
+async def every_way(backend: ScriptedBackend, service: Any) -> None:
     """Requests that are answered, refused by every check, fail, pass a deadline; all of them with the secret."""
     headers = {"Authorization": f"Bearer {KEY}"}
     async with client(backend, service) as http:
@@ -132,9 +132,9 @@ async def every_way(backend: Reciter, service: Any) -> None:
                 await ask(path, json=usual)
                 backend.fail, backend.error = None, "the cache is full"
                 await ask(path, json=usual)
-                backend.error, backend.gate = None, asyncio.Event()
+                backend.error, backend.proceed = None, asyncio.Event()
                 await ask(path, json=usual)  # until the deadline
-                backend.gate = None
+                backend.proceed = None
         for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
             wrong: list[dict[str, Any]] = [
                 body | {"model": SECRET},
@@ -157,10 +157,10 @@ async def every_way(backend: Reciter, service: Any) -> None:
             assert (await ask(path, json=body, headers={"Authorization": f"Bearer {SECRET}-of-somebody"})).status_code
 
 
-async def test_no_text_of_a_prompt_an_answer_or_a_key_is_in_any_log_record(
+async def test_no_log_record_contains_a_prompt_an_answer_or_a_key(
     keys: dict[str, Any], log: pytest.LogCaptureFixture
 ) -> None:
-    echo = Reciter(thought=f"So {SECRET}", text=f"It is {SECRET} .")
+    echo = ScriptedBackend(thought=f"So {SECRET}", text=f"It is {SECRET} .")
     await every_way(echo, config(router=keys, deadlines={"request_s": 0.2}))
     assert len(lines(log)) > 40
     assert {line["status"] for line in lines(log)} >= {200, 400, 401, 404, 429, 500, 504}
@@ -168,8 +168,8 @@ async def test_no_text_of_a_prompt_an_answer_or_a_key_is_in_any_log_record(
     assert KEY not in everything(log)
 
 
-async def test_prompts_are_logged_where_that_is_asked_for_and_answers_never(log: pytest.LogCaptureFixture) -> None:
-    async with client(Reciter(text="an answer"), config(router={"log_prompts": True})) as http:
+async def test_log_prompts_logs_prompts_but_no_answers(log: pytest.LogCaptureFixture) -> None:
+    async with client(ScriptedBackend(text="an answer"), config(router={"log_prompts": True})) as http:
         await http.post("/v1/completions", json=TEXT)
         await http.post("/v1/chat/completions", json=CHAT)
     assert [line["prompt"] for line in lines(log)] == [{"prompt": TEXT["prompt"]}, {"messages": CHAT["messages"]}]

@@ -37,7 +37,7 @@ def first(plan: Plan) -> Generate:
     return plan.sequences[0]
 
 
-def test_a_request_stands_above_the_defaults_field_by_field() -> None:
+def test_a_request_overrides_the_defaults_field_by_field() -> None:
     body = {
         "temperature": 0,
         "guidance": {"warmup_tokens": 3},
@@ -50,7 +50,7 @@ def test_a_request_stands_above_the_defaults_field_by_field() -> None:
     assert asked.thinking.wait == "Hold on"
 
 
-def test_an_alpha_that_is_asked_for_holds_throughout() -> None:
+def test_a_requested_alpha_replaces_the_schedule() -> None:
     assert first(chat(config(**DEFAULTS), guidance={"alpha": 0.7})).guidance.schedule == ()
 
 
@@ -88,6 +88,7 @@ def test_every_sampling_field_arrives() -> None:
     [
         ({"guidance": {"alpha": math.inf}}, "guidance.alpha"),
         ({"guidance": {"alpha": math.nan}}, "guidance.alpha"),
+        ({"guidance": {"alpha": 1e308}}, "guidance.alpha"),
         ({"guidance": {"warmup_tokens": -1}}, "guidance.warmup_tokens"),
         ({"guidance": {"schedule": [[5, 1], [2, 1]]}}, "guidance.schedule"),
         ({"thinking": {"min_tokens": -1}}, "thinking.min_tokens"),
@@ -116,7 +117,7 @@ def test_a_value_out_of_range_is_refused_by_name(body: dict[str, Any], param: st
     assert caught.value.param == param
 
 
-def test_spaces_between_special_tokens_are_refused_where_the_decoder_always_puts_them() -> None:
+def test_a_decoder_that_always_adds_spaces_cannot_omit_them() -> None:
     spaced = byte_level()
     spaced.decoder = decoders.WordPiece()
     request = parse(CompletionRequest, {"model": "duo", "prompt": "Hi", "spaces_between_special_tokens": False})
@@ -126,7 +127,7 @@ def test_spaces_between_special_tokens_are_refused_where_the_decoder_always_puts
     assert caught.value.param == "spaces_between_special_tokens"
 
 
-def test_an_unknown_model_is_answered_with_those_that_are_served() -> None:
+def test_an_unknown_model_gets_the_list_of_served_ones() -> None:
     with pytest.raises(NotFound, match="duo, duo/target, duo/guider, duo/guider-base"):
         chat(model="gpt")
 
@@ -137,7 +138,7 @@ def test_each_choice_has_a_seed_and_an_id_of_its_own() -> None:
     assert len({sequence.request_id for sequence in plan.sequences + chat(n=3).sequences}) == 6
 
 
-def test_an_answer_that_is_not_streamed_comes_in_few_messages() -> None:
+def test_an_answer_that_is_not_streamed_uses_few_messages() -> None:
     assert first(chat(stream=True)).interval_s == first(completion(stream=True)).interval_s == 0
     assert first(chat()).interval_s == first(completion()).interval_s == UNSTREAMED_INTERVAL_S
 
@@ -154,7 +155,7 @@ def test_choices_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
     assert plan.prompt_tokens == sum(len(TOKENIZERS["target"].encode(text)) for text in ("Ada", "Bob Eve"))
 
 
-def test_bad_words_are_spelled_once_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_words_are_encoded_once_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     spelled: list[str] = []
     encode = RoleTokenizer.encode
 
@@ -198,14 +199,14 @@ def test_thinking_is_marked_in_a_completion_only_on_demand() -> None:
     assert TOKENIZERS["target"].decode(asked.prompts["target"]) == "Hi<think>\n"
 
 
-def test_a_continued_answer_opens_no_thinking_of_its_own() -> None:
+def test_a_continued_answer_opens_no_thinking() -> None:
     messages = [*HI, {"role": "assistant", "content": "It is"}]
     asked = first(chat(config(**DEFAULTS), messages=messages, continue_final_message=True))
     assert asked.thinking.start == ""
     assert TOKENIZERS["target"].decode(asked.prompts["target"]).endswith("assistant\nIt is")
 
 
-def test_completions_are_16_tokens_and_chats_what_is_left_of_the_context() -> None:
+def test_completions_default_to_16_tokens_and_chats_to_the_context() -> None:
     assert first(completion()).sampling.max_tokens == 16
     asked = first(chat())
     left = {role: (TOKENIZERS[role].max_position or 0) - len(asked.prompts[role]) for role in ROLES}
@@ -223,12 +224,12 @@ def test_completions_are_16_tokens_and_chats_what_is_left_of_the_context() -> No
         ({"speculation": {"drafts": 8, "drafter": "guider"}}, 8, "guider"),
     ],
 )
-def test_speculation_is_the_requests_where_it_says_so(body: dict[str, Any], drafts: int | None, drafter: str) -> None:
+def test_a_request_overrides_speculation(body: dict[str, Any], drafts: int | None, drafter: str) -> None:
     for sequence in (*chat(n=2, **body).sequences, *completion(**body).sequences):
         assert (sequence.drafts, sequence.drafter) == (drafts, drafter)
 
 
-def test_one_key_is_one_client_whatever_user_it_names() -> None:
+def test_one_authorization_header_is_one_client_for_any_user() -> None:
     key = client_id(None, "Bearer secret", "ada")
     assert key == client_id(None, "Bearer secret", None) != client_id(None, "Bearer other", "ada")
     assert "secret" not in key
@@ -237,7 +238,7 @@ def test_one_key_is_one_client_whatever_user_it_names() -> None:
     assert client_id(None, "", None) == client_id(None, None, "") == ""
 
 
-def test_a_checked_keys_name_is_the_client_whatever_else_is_said() -> None:
+def test_the_name_of_a_verified_key_is_the_client() -> None:
     named = client_id("ada", "Bearer one", "x")
     assert named == client_id("ada", "Bearer another", None) != client_id("eve", "Bearer one", "x")
     assert named not in (
@@ -247,6 +248,6 @@ def test_a_checked_keys_name_is_the_client_whatever_else_is_said() -> None:
     )
 
 
-def test_every_sequence_says_who_asks() -> None:
+def test_every_sequence_carries_the_client() -> None:
     plan = chat(n=3).for_client("ada")
     assert [sequence.client for sequence in plan.sequences] == ["ada"] * 3

@@ -26,14 +26,14 @@ def test_an_unguided_answer_has_no_uncovered_mass() -> None:
     assert usage_body([Usage(9, 4, 0, 0, 0, 0, 0.0)], 9)["guidance"]["uncovered_mass"] == 0.0
 
 
-def test_drafts_that_were_not_kept_are_the_rejected_ones() -> None:
+def test_drafts_that_were_not_accepted_count_as_rejected() -> None:
     body = usage_body([replace(COUNTS, drafted_tokens=6, accepted_tokens=3), replace(COUNTS, drafted_tokens=2)], 9)
     details = body["completion_tokens_details"]
     assert (details["accepted_prediction_tokens"], details["rejected_prediction_tokens"]) == (3, 5)
     assert body["speculation"] == {"drafted_tokens": 8, "accepted_tokens": 3, "acceptance": 0.375}
 
 
-def test_an_answer_without_drafts_has_no_acceptance() -> None:
+def test_an_answer_without_drafts_has_acceptance_zero() -> None:
     assert usage_body([COUNTS], 9)["speculation"] == {"drafted_tokens": 0, "accepted_tokens": 0, "acceptance": 0.0}
 
 
@@ -51,7 +51,7 @@ def test_the_first_chunk_of_a_choice_names_the_role() -> None:
     assert shape.chunk(1, Delta(content="a"), None, first=False)["choices"][0]["delta"] == {"content": "a"}
 
 
-def test_an_explanation_names_each_token() -> None:
+def test_an_explanation_describes_each_token() -> None:
     scores = Scores(log(0.5), log(2.0), ((EVE, log(0.5)),), target=((A, log(0.75)), (EVE, log(0.25))))
     delta = Delta(content="e", tokens=[EVE], notes=[TokenNote(EVE, "e", 1.0, True, True, scores)])
     choice = CompletionFormat("r", "duo", 7, TOKENS, explain=True).chunk(0, delta, END, first=True)["choices"][0]
@@ -77,7 +77,7 @@ def test_the_seed_that_was_used_is_returned() -> None:
     assert CompletionFormat("r", "duo", 7, TOKENS).body([CompletedChoice(Delta(), END)], 9)["seed"] == 7
 
 
-def test_what_was_forced_is_explained_by_nothing() -> None:
+def test_a_forced_token_has_no_explanation() -> None:
     note = TokenFormatter(TOKENIZER).explain(TokenNote(A, "a", 1.0, False))
     assert (note["shift"], note["probability"]) == (None, None)
     assert note["target"] == note["guider"] == note["guided"] == []

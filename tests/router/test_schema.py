@@ -51,51 +51,50 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(more: dict[str, Any], para
     assert refusal(CHAT | more).param == param
 
 
-def test_an_image_is_refused_where_it_stands() -> None:
+def test_an_image_is_refused_by_its_position() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:,"}}
     error = refusal(CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, image]}]})
     assert error.param == "messages.0.content.1"
     assert "image_url is not supported" in error.message
 
 
-def test_what_is_gone_through_at_every_token_is_bounded() -> None:
-    many = list(range(1_025))
-    for more in (
-        {"stop_token_ids": many},
-        {"allowed_token_ids": many},
-        {"logit_bias": {str(id_): 1.0 for id_ in many}},
-        {"stop": ["x"] * 65},
-        {"bad_words": ["x"] * 1_025},
-    ):
-        assert refusal(CHAT | more).param == next(iter(more))
+MANY, LONG = list(range(1_025)), "x" * 1_025
 
 
-def test_an_answer_of_openai_can_be_sent_back_as_it_came() -> None:
-    answer: dict[str, Any] = {
-        "role": "assistant",
-        "content": "7",
-        "refusal": None,
-        "annotations": [],
-        "audio": None,
-        "tool_calls": None,
-    }
-    assert parse(ChatRequest, {"model": "duo", "messages": [answer]}).messages[0].content == "7"
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stop_token_ids": MANY}, "stop_token_ids"),
+        ({"allowed_token_ids": MANY}, "allowed_token_ids"),
+        ({"logit_bias": {str(id_): 1.0 for id_ in MANY}}, "logit_bias"),
+        ({"stop": ["x"] * 65}, "stop"),
+        ({"stop": LONG}, "stop"),
+        ({"stop": [LONG]}, "stop"),
+        ({"bad_words": ["x"] * 1_025}, "bad_words"),
+        ({"bad_words": [LONG]}, "bad_words"),
+        ({"guidance": {"schedule": [[n, 1.0] for n in range(257)]}}, "guidance.schedule"),
+        ({"thinking": {"end": LONG}}, "thinking.end"),
+        ({"thinking": {"wait": LONG}}, "thinking.wait"),
+    ],
+)
+def test_fields_processed_at_every_token_are_bounded(more: dict[str, Any], param: str) -> None:
+    assert (refusal(CHAT | more).param or "").startswith(param)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SERVED))
-def test_a_field_that_is_not_served_passes_only_where_it_asks_for_nothing(name: str) -> None:
+def test_an_unsupported_field_accepts_only_its_neutral_values(name: str) -> None:
     for neutral in NOT_SERVED[name]:
         assert parse(ChatRequest, CHAT | {name: neutral}).model == "duo"
     error = refusal(CHAT | {name: {"something": 1}})
     assert (error.param, error.code) == (name, "unsupported")
 
 
-def test_zero_log_probabilities_of_a_completion_are_still_some() -> None:
+def test_logprobs_zero_still_requests_log_probabilities() -> None:
     assert parse(CompletionRequest, TEXT | {"logprobs": 0}).candidates == 0
     assert parse(CompletionRequest, TEXT).candidates is None
 
 
-def test_fields_that_mean_nothing_here_are_ignored_as_openai_does() -> None:
+def test_openai_fields_without_effect_are_accepted() -> None:
     assert parse(ChatRequest, CHAT | {"user": "me", "metadata": {"a": "b"}, "store": True}).n == 1
 
 
@@ -104,8 +103,9 @@ def test_null_means_the_default() -> None:
     assert (request.n, request.stream, request.temperature) == (1, False, None)
 
 
-def test_an_answer_can_be_sent_back_as_it_came() -> None:
-    answer = {"role": "assistant", "content": "Eve", "reasoning": "Hm", "refusal": None, "tool_calls": None}
+@pytest.mark.parametrize("more", [{"reasoning": "Hm"}, {"annotations": [], "audio": None}], ids=["ours", "openais"])
+def test_an_answer_can_be_sent_back_unchanged(more: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "content": "Eve", "refusal": None, "tool_calls": None} | more
     assert parse(ChatRequest, CHAT | {"messages": [*CHAT["messages"], answer]}).messages[1].content == "Eve"
 
 
@@ -120,7 +120,7 @@ def test_any_other_prompt_is_refused(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize("body", [[], "text", 1, None])
-def test_a_body_that_is_no_object_is_refused(body: Any) -> None:
+def test_a_body_that_is_not_an_object_is_refused(body: Any) -> None:
     assert "JSON object" in refusal(body).message
 
 

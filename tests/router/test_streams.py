@@ -9,9 +9,9 @@ from router.backend import ApiError, Overloaded, Status
 from router.request_planning import plan_chat
 from router.schema import ChatRequest, parse
 from router.streams import Batch, ClientGone, Generations, while_connected
-from tests.support.scripted_service import Reciter, config, tokenizers, usage
+from tests.support.scripted_service import ScriptedBackend, config, tokenizers, usage
 
-NEVER_S = 3600.0  # an interval that no test lives to see
+NEVER_S = 3600.0  # an interval longer than any test
 
 
 def sequences(n: int) -> list[Generate]:
@@ -23,13 +23,13 @@ async def gathered(generations: Generations) -> list[Batch]:
     return [batch async for batch in generations.batches()]
 
 
-async def test_the_first_event_goes_at_once_and_the_rest_together() -> None:
-    backend = Reciter(text="It is Eve .")
-    backend.gate = asyncio.Event()
+async def test_the_first_event_is_sent_at_once_and_the_rest_together() -> None:
+    backend = ScriptedBackend(text="It is Eve .")
+    backend.proceed = asyncio.Event()
     async with Generations(backend, sequences(1), NEVER_S) as generations:
         batches = generations.batches()
         assert (await anext(batches)).deltas[0].content == "It"
-        backend.gate.set()
+        backend.proceed.set()
         rest = [batch async for batch in batches]  # the end cuts the interval short
     assert len(rest) == 1
     assert rest[0].deltas[0] == Delta(content=" is Eve .", tokens=[1, 2, 3])
@@ -37,23 +37,23 @@ async def test_the_first_event_goes_at_once_and_the_rest_together() -> None:
 
 
 async def test_a_burst_within_the_interval_is_one_batch() -> None:
-    async with Generations(Reciter(), sequences(3), NEVER_S) as generations:
+    async with Generations(ScriptedBackend(), sequences(3), NEVER_S) as generations:
         batches = await gathered(generations)
     assert len(batches) <= 2
     assert {choice for batch in batches for choice in batch.finished} == {0, 1, 2}
 
 
 async def test_leaving_early_cancels_every_sequence() -> None:
-    backend = Reciter()
-    backend.gate = asyncio.Event()
+    backend = ScriptedBackend()
+    backend.proceed = asyncio.Event()
     asked = sequences(3)
     async with Generations(backend, asked) as generations:
         await anext(generations.batches())
     assert sorted(backend.cancelled) == sorted(sequence.request_id for sequence in asked)
 
 
-async def test_one_failure_ends_all_and_comes_after_what_was_said() -> None:
-    backend = Reciter()
+async def test_one_failure_ends_all_after_the_earlier_events() -> None:
+    backend = ScriptedBackend()
     backend.fail = ApiError("the model is gone")
     async with Generations(backend, sequences(2), 0.0) as generations:
         batches = generations.batches()
@@ -62,8 +62,8 @@ async def test_one_failure_ends_all_and_comes_after_what_was_said() -> None:
             await anext(batches)
 
 
-class Script:
-    """A backend that yields given events."""
+class ScriptedEvents:
+    """A backend that yields the given events."""
 
     def __init__(self, *events: Event) -> None:
         self.events = events
@@ -77,13 +77,13 @@ class Script:
 
 
 async def failure(*events: Event) -> ApiError:
-    async with Generations(Script(*events), sequences(1)) as generations:
+    async with Generations(ScriptedEvents(*events), sequences(1)) as generations:
         with pytest.raises(ApiError) as caught:
             await gathered(generations)
     return caught.value
 
 
-async def test_every_bad_end_is_an_error() -> None:
+async def test_every_abnormal_end_is_an_error() -> None:
     counts = usage(sequences(1)[0], 1)
     assert "without saying why" in (await failure(Delta(content="a"))).message
     assert (await failure(Finished("error", counts, None, "no memory"))).message == "no memory"
@@ -92,42 +92,42 @@ async def test_every_bad_end_is_an_error() -> None:
     assert error.headers == {"Retry-After": "2"}
 
 
-async def test_work_ends_when_the_client_leaves() -> None:
-    left, cancelled = asyncio.Event(), asyncio.Event()
+class Work:
+    """Work that never ends by itself."""
 
-    async def receive() -> MutableMapping[str, Any]:
-        await left.wait()
-        return {"type": "http.disconnect"}
+    def __init__(self) -> None:
+        self.started, self.cancelled = asyncio.Event(), asyncio.Event()
 
-    async def work() -> None:
-        left.set()
+    async def run(self) -> None:
+        self.started.set()
         try:
             await asyncio.Event().wait()
         finally:
-            cancelled.set()
+            self.cancelled.set()
+
+
+async def test_a_disconnect_cancels_the_work() -> None:
+    work = Work()
+
+    async def receive() -> MutableMapping[str, Any]:
+        await work.started.wait()
+        return {"type": "http.disconnect"}
 
     with pytest.raises(ClientGone):
-        await while_connected(receive, work())
-    assert cancelled.is_set()
+        await while_connected(receive, work.run())
+    assert work.cancelled.is_set()
 
 
-async def test_work_of_a_cancelled_request_is_cancelled() -> None:
-    started, cancelled = asyncio.Event(), asyncio.Event()
+async def test_cancelling_the_request_cancels_the_work() -> None:
+    work = Work()
 
     async def receive() -> MutableMapping[str, Any]:
         await asyncio.Event().wait()
         raise AssertionError
 
-    async def work() -> None:
-        started.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            cancelled.set()
-
-    serving = asyncio.create_task(while_connected(receive, work()))
-    await started.wait()
+    serving = asyncio.create_task(while_connected(receive, work.run()))
+    await work.started.wait()
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await serving
-    assert cancelled.is_set()
+    assert work.cancelled.is_set()

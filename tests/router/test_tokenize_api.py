@@ -7,18 +7,18 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.scripted_service import Reciter, client, config, tokenizers
+from tests.support.scripted_service import ScriptedBackend, client, config, tokenizers
 
 HI = [{"role": "user", "content": "Hi"}]
 TARGET = tokenizers()["target"]
 
 
 async def post(path: str, body: Any, **service: Any) -> httpx.Response:
-    async with client(Reciter(), config(**service)) as http:
+    async with client(ScriptedBackend(), config(**service)) as http:
         return await http.post(path, json=body)
 
 
-async def test_a_text_comes_back_from_its_tokens() -> None:
+async def test_detokenize_inverts_tokenize() -> None:
     body = (await post("/tokenize", {"prompt": "Who is Ada?<|end|>", "return_token_strs": True})).json()
     assert body["tokens"] == TARGET.encode("Who is Ada?<|end|>", special=True)
     assert (body["count"], body["max_model_len"]) == (len(body["tokens"]), 300)
@@ -26,7 +26,7 @@ async def test_a_text_comes_back_from_its_tokens() -> None:
     assert (await post("/detokenize", {"tokens": body["tokens"]})).json() == {"prompt": "Who is Ada?<|end|>"}
 
 
-async def test_a_chat_is_counted_as_it_is_answered() -> None:
+async def test_tokenize_counts_a_chat_as_it_is_answered() -> None:
     for more in ({}, {"continue_final_message": True}, {"add_generation_prompt": False}):
         thinking = {"start": "<think>\n"}
         told = (await post("/tokenize", {"messages": HI} | more, thinking=thinking)).json()
@@ -56,7 +56,7 @@ async def test_each_model_has_its_own_tokens_and_length() -> None:
         ("/detokenize", {"tokens": "1"}, 400, "tokens"),
     ],
 )
-async def test_what_is_wrong_is_named(path: str, body: Any, status: int, param: str) -> None:
+async def test_an_error_names_the_field(path: str, body: Any, status: int, param: str) -> None:
     response = await post(path, body)
     assert response.status_code == status
     assert response.json()["error"]["param"] == param

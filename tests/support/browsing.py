@@ -24,18 +24,18 @@ from router.playground import playground
 from tests.support.local_backend import LocalBackend
 from tests.support.local_service import LocalService, local_service
 
-Making = Callable[[], AbstractAsyncContextManager[Any]]  # of an ASGI application, in the loop that serves it
+AppFactory = Callable[[], AbstractAsyncContextManager[Any]]  # of an ASGI application, in the loop that serves it
 
 
 @contextmanager
-def serving(making: Making) -> Iterator[str]:
+def serving(create: AppFactory) -> Iterator[str]:
     """An application on loopback, in a thread with a loop of its own; its base URL."""
     listening = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()
     servers: list[uvicorn.Server] = []
 
     async def serve() -> None:
-        async with making() as app:
+        async with create() as app:
             server = uvicorn.Server(
                 uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
             )
@@ -58,7 +58,7 @@ def serving(making: Making) -> Iterator[str]:
         listening.close()
 
 
-class Held(LocalBackend):
+class HoldingBackend(LocalBackend):
     """The real trio; when `holding`, answers stop after their first tokens, until their clients leave."""
 
     def __init__(self, service: LocalService) -> None:
@@ -79,16 +79,16 @@ class Held(LocalBackend):
                         self.left.release()
 
 
-def trio(config: ServiceConfig, engines: Mapping[Role, Engine], made: list[Held]) -> Making:
+def trio(config: ServiceConfig, engines: Mapping[Role, Engine], made: list[HoldingBackend]) -> AppFactory:
     """The whole service of this process over HTTP; its backend is appended to `made`."""
 
     @asynccontextmanager
-    async def making() -> AsyncIterator[FastAPI]:
+    async def create() -> AsyncIterator[FastAPI]:
         async with local_service(config, engines) as service:
-            made.append(Held(service))
+            made.append(HoldingBackend(service))
             yield create_app(config, service.tokenizers, made[-1])
 
-    return making
+    return create
 
 
 def candidates(*pairs: tuple[str, float]) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def explained(text: str, **more: Any) -> dict[str, Any]:
 Chunk = tuple[dict[str, str], Sequence[dict[str, Any]]]  # a delta and the tokens explained with it
 
 
-class Scripted:
+class ScriptedService:
     """A service that says what it was told to, to every mode alike.
 
     key: what it asks for, if anything. busy: answers 429. endless: repeats its last chunk until the client leaves.
@@ -117,11 +117,11 @@ class Scripted:
         self.config, self.script = config, script
         self.key = ""
         self.busy = self.endless = False
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.left = threading.Semaphore(0)  # released by every client that leaves
 
     @asynccontextmanager
-    async def making(self) -> AsyncIterator[FastAPI]:
+    async def create(self) -> AsyncIterator[FastAPI]:
         """The application."""
         app = FastAPI()
         app.include_router(playground(self.config))
@@ -140,7 +140,7 @@ class Scripted:
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
-        self.asked.append(body)
+        self.requests.append(body)
         if self.busy:
             return JSONResponse({"error": {"message": "too many wait"}}, 429, headers={"Retry-After": "7"})
         return self._refusal(request) or StreamingResponse(self._events(), media_type="text/event-stream")

@@ -56,7 +56,7 @@ def usage(sequence: Generate, tokens: int, reasoning: int = 0) -> Usage:
     return Usage(prompt, tokens, reasoning, guided, guided // 2, 1, 0.25)
 
 
-class Reciter:
+class ScriptedBackend:
     """A backend that says one word a token, remembers what was asked of it and what was cancelled.
 
     gate: when set, each sequence waits for it after its first word. fail: an exception raised after the first word.
@@ -64,18 +64,18 @@ class Reciter:
 
     def __init__(self, thought: str = "", text: str = "It is Eve .") -> None:
         self.thought, self.text = thought, text
-        self.asked: list[Generate] = []
+        self.requests: list[Generate] = []
         self.cancelled: list[str] = []
-        self.gate: asyncio.Event | None = None
+        self.proceed: asyncio.Event | None = None
         self.fail: Exception | None = None
         self.error: str | None = None
         self.reason: FinishReason = "stop"
         self.rejected: Rejected | None = None
-        self.now = Status()
+        self.current_status = Status()
         self.began = asyncio.Semaphore(0)  # released by every sequence that begins
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
-        self.asked.append(request)
+        self.requests.append(request)
         self.began.release()
         if self.rejected is not None:
             yield self.rejected
@@ -92,8 +92,8 @@ class Reciter:
                 notes = [_note(number, text, request)] if request.top is not None else []
                 inside = number < len(thoughts)
                 yield Delta(text if inside else "", "" if inside else text, [number], notes)
-                if self.gate is not None:
-                    await self.gate.wait()
+                if self.proceed is not None:
+                    await self.proceed.wait()
                 if self.fail is not None:
                     raise self.fail
             counts = usage(request, len(thoughts) + len(words), len(thoughts))
@@ -103,7 +103,7 @@ class Reciter:
             raise
 
     async def status(self) -> Status:
-        return self.now
+        return self.current_status
 
 
 def _note(number: int, text: str, request: Generate) -> TokenNote:
@@ -124,7 +124,7 @@ def _prompt_notes(request: Generate) -> list[PromptNote]:
     ]
 
 
-def client(backend: Reciter, service: ServiceConfig | None = None) -> httpx.AsyncClient:
+def client(backend: ScriptedBackend, service: ServiceConfig | None = None) -> httpx.AsyncClient:
     """A client of an application over `backend`."""
     app = create_app(service or config(), tokenizers(), backend)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
