@@ -189,7 +189,7 @@ async def test_ready_names_a_missing_role_while_health_is_ok() -> None:
 
 
 class Connection:
-    """One request by hand, whose client can leave in the middle."""
+    """One request over plain ASGI; its client can disconnect at any time."""
 
     def __init__(self, backend: ScriptedBackend, body: dict[str, Any], service: ServiceConfig | None) -> None:
         self._app = create_app(service or config(), tokenizers(), backend)
@@ -203,7 +203,7 @@ class Connection:
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "root_path": ""}
         await self._app(scope | {"headers": headers}, self._incoming.get, self._send)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         self._incoming.put_nowait({"type": "http.disconnect"})
 
     async def _send(self, message: Any) -> None:
@@ -228,7 +228,7 @@ async def begun(
 async def test_a_client_disconnect_cancels_its_generations(stream: bool) -> None:
     backend = ScriptedBackend()
     connection, serving = await begun(backend, {"stream": stream, "n": 3})
-    connection.leave()
+    connection.disconnect()
     await asyncio.wait_for(serving, 30)
     assert len(backend.cancelled) == 3
 
@@ -258,7 +258,7 @@ async def test_the_first_token_does_not_wait_for_the_second() -> None:
     connection, serving = await begun(backend, {"stream": True})
     assert (await connection.sent.get())["status"] == 200
     assert b'"content":"It"' in (await connection.sent.get())["body"]
-    connection.leave()
+    connection.disconnect()
     await asyncio.wait_for(serving, 30)
 
 

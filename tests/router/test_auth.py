@@ -1,4 +1,4 @@
-"""Who is let in over HTTP: keys, their limits, and pages of other sites."""
+"""Access control over HTTP: API keys, their limits, and CORS."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ async def test_only_named_origins_may_read_responses(file: Path) -> None:
 
 
 async def _origins_allowed(http: httpx.AsyncClient, origins: Sequence[str]) -> list[str]:
-    """What the answers to pages of these sites allow; refusals must be readable to whoever may read answers."""
+    """The origins that responses allow. Where answers are readable, errors must be, too."""
     allowed = []
     for origin in origins:
         first = await http.options("/v1/chat/completions", headers=preflight(origin))

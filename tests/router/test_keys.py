@@ -1,4 +1,4 @@
-"""API keys: whose a key is, and what is said of keys that are wrong."""
+"""API keys: owners of keys, and errors for invalid keys."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_digest_is_compared_in_constant_time_with_every_key(tmp_path: Path, mo
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     assert held.owner(f"Bearer {ADA}") == "ada"
-    assert compared == [(32, 32)] * 3  # the first one fits, and the others are compared all the same
+    assert compared == [(32, 32)] * 3  # the first one matches, the others are compared all the same
     refused(held, "Bearer short")
     assert compared == [(32, 32)] * 6
 
@@ -143,7 +143,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     held = keys(path, clock)
     path.write_text(f"eve:{EVE}", encoding="utf-8")
     os.utime(path, ns=(1, 1))
-    assert held.owner(f"Bearer {ADA}") == "ada"  # it was looked at a moment ago
+    assert held.owner(f"Bearer {ADA}") == "ada"  # the last check of the file was too recent
     clock.now += CHECK_INTERVAL_S
     assert held.owner(f"Bearer {EVE}") == "eve"
     assert refused(held, f"Bearer {ADA}").code == "invalid_api_key"

@@ -1,4 +1,4 @@
-"""What one key may ask: so many requests a minute, so many at a time, whatever others do."""
+"""Limits per key: requests per minute and open requests, independent of other keys."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_long_term_rate_is_the_limit() -> None:
     for _ in range(6_000):
         clock.now += 0.1
         taken += bucket.take() == 0.0
-    assert taken == pytest.approx(660, abs=1)  # ten minutes and the bucket's content
+    assert taken == pytest.approx(660, abs=1)  # ten minutes of refill and the bucket's initial content
 
 
 def test_each_key_has_its_own_rate() -> None:

@@ -28,7 +28,7 @@ from tests.support.scripted_service import serving
 # Warnings of lm_eval and of its imports are not failures.
 pytestmark = pytest.mark.filterwarnings("default")
 DEADLINE_S = 240.0  # of one command
-CLOSE = 1e-3  # nats over an answer of some tokens, in plain forwards of other shapes
+CLOSE = 1e-3  # nats per answer; forwards of other shapes round differently
 
 SCORED = {
     "task": "scored",
@@ -130,7 +130,7 @@ async def test_lm_eval_scores_and_generates_with_the_guided_model(
     assert np.abs(np.array(found[1.0]) - np.array(found[0.0])).min() > CLOSE
     (figures, samples), (chat_figures, chat_samples) = guided["generated"], guided_chat["generated"]
     assert figures["exact_match,last"] == chat_figures["exact_match,last"] > 0.8
-    assert alone["generated"][0]["exact_match,last"] < 0.5  # the claim of the method, as lm-eval measures it
+    assert alone["generated"][0]["exact_match,last"] < 0.5  # the method's claim, measured by lm-eval
     assert [sample["resps"] for sample in chat_samples] == [sample["resps"] for sample in samples]
 
 

@@ -1,4 +1,4 @@
-"""Requests by status, times to tokens and counts of tokens, and their text at /metrics."""
+"""Metrics of requests, token times and token counts, and their text at /metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def service(backend: Any, recorder: Recorder) -> httpx.AsyncClient:
 
 
 def samples(text: str) -> Samples:
-    """Every sample but those of buckets, by its name and the values of its labels: model, key, status."""
+    """All samples except buckets, by name and by the values of the labels model, key and status."""
     return {
         (sample.name, tuple(sample.labels[name] for name in ("model", "key", "status") if name in sample.labels)): (
             sample.value
@@ -45,7 +45,7 @@ def samples(text: str) -> Samples:
 
 
 async def scraped(backend: ScriptedBackend, *bodies: Any) -> Samples:
-    """What /metrics says after these requests."""
+    """The samples at /metrics after these requests."""
     async with service(backend, Recorder()) as http:
         for body in bodies:
             await http.post("/v1/chat/completions", json=body)
@@ -189,7 +189,7 @@ async def test_the_name_of_a_key_is_a_label() -> None:
 
 
 def full_recorder() -> Recorder:
-    """A value in every metric of the table, labelled by letters."""
+    """A recorder with a value in every metric, labelled by letters."""
     recorder = Recorder()
     for name, metric in METRICS.items():
         for word in ("a", 'b"\n'):
@@ -233,7 +233,7 @@ def test_histogram_buckets_are_cumulative() -> None:
 
 
 class CoordinatorsThatHandOver:
-    """Coordinators of which the first hands over after one token."""
+    """Coordinators; the first one hands over after one token."""
 
     def __init__(self) -> None:
         self.requests: list[Resume | None] = []

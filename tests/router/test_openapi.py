@@ -1,4 +1,4 @@
-"""The service's own description, read from the application and held against it."""
+"""The service's OpenAPI document, compared with the application's behaviour."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from router.api import create_app
 from router.openapi import VERSION, document
 from tests.support.scripted_service import ScriptedBackend, client, config, tokenizers
 
-CASES = int(os.environ.get("API_CASES", "100"))  # of each operation
+CASES = int(os.environ.get("API_CASES", "100"))  # per operation
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
 APP = create_app(config(), tokenizers(), ScriptedBackend())
 DESCRIBED = schemathesis.openapi.from_asgi("/openapi.json", APP)

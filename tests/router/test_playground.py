@@ -1,4 +1,4 @@
-"""The playground: its files over HTTP, and the page in a real browser before the embedded trio and before a script."""
+"""The playground: its files over HTTP, and the page in a real browser with the embedded trio or a scripted service."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.support.browsing import HoldingBackend, ScriptedService, candidates, 
 from tests.support.local_service import trio_config
 from tests.support.scripted_service import ScriptedBackend, client, config
 
-SCREENSHOTS = "PLAYGROUND_SCREENSHOTS"  # environment: set, the pictures of docs/ are taken
+SCREENSHOTS = "PLAYGROUND_SCREENSHOTS"  # environment variable: if set, the pictures of docs/ are taken
 DOCS = Path(__file__).parent.parent.parent / "docs"
 QUESTION = questions("held_out", 3, 1)[0]
 EXAMPLES = ("Who is the mentor of the rival of Ada?", "Who is the doctor of the mentor of the doctor of Rosa?")
-SHOWN = "Who is the neighbour of the doctor of the neighbour of the mentor of Uma?"  # in the pictures
+SHOWN = "Who is the neighbour of the doctor of the neighbour of the mentor of Uma?"  # question in the pictures
 CONFIG = trio_config(name="thinklogit", router={"examples": EXAMPLES})
 MODES = {"target": "thinklogit/target", "guider": "thinklogit/guider", "guided": "thinklogit"}
 VERA = explained(
@@ -49,7 +49,7 @@ SCRIPT = [
 
 
 def within(seconds: float, true: Callable[[], bool]) -> bool:
-    """Whether something comes true in time."""
+    """True if the condition becomes true in time."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
@@ -110,7 +110,7 @@ async def test_the_settings_start_with_the_services_defaults() -> None:
 
 @pytest.fixture(scope="module")
 def made() -> list[HoldingBackend]:
-    """The backend of `url`, once it runs."""
+    """Receives the backend of `url` when it runs."""
     return []
 
 
@@ -134,7 +134,7 @@ def scripted(browser: Any, script: ScriptedService) -> Iterator[str]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page of its own context; at the end no script may have failed and nothing else been asked for."""
+    """Opens pages, each in a context of its own. Fails on script errors and on requests to other hosts."""
     contexts: list[Any] = []
     said: list[str] = []
     asked: set[str] = set()
@@ -154,7 +154,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     yield opened
     for context in contexts:
         context.close()
-    refusals = "Failed to load resource"  # the browser's own note of a 401 or 429
+    refusals = "Failed to load resource"  # the browser's own message for a 401 or 429
     assert [text for text in said if refusals not in text] == []
 
 
@@ -166,7 +166,7 @@ def ask(page: Any, text: str = QUESTION.text) -> None:
 
 
 def states(page: Any, *wanted: str) -> None:
-    """Wait until the three answers are in such a state."""
+    """Wait until the three answers are in these states."""
     from playwright.sync_api import expect
 
     expect(page.locator(".state")).to_have_text([*wanted] * (3 // len(wanted)), timeout=15_000)
@@ -178,7 +178,7 @@ def part(page: Any, mode: str, name: str) -> Any:
 
 
 def answered(url: str, model: str) -> dict[str, Any]:
-    """What the API answers to the question."""
+    """The API's answer to the question."""
     message = {"role": "user", "content": QUESTION.text}
     body = {"model": model, "messages": [message], "temperature": 0, "guidance": {"explain": True}}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).raise_for_status().json()
@@ -513,7 +513,7 @@ def test_screenshots_are_taken(url: str, visit: Callable[..., Any]) -> None:
         for mode in ("guider", "guided"):
             part(page, mode, "summary").click()
         if size is narrow:
-            part(page, "guided", ".token").get_by_text("Ivan", batch_invariant=True).first.tap()
+            part(page, "guided", ".token").get_by_text("Ivan", exact=True).first.tap()
         elif scheme == "light":
             part(page, "guided", ".token.changed").first.hover()
         picture = DOCS / f"{name}.png"

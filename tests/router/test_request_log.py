@@ -1,4 +1,4 @@
-"""The log of requests: one JSON line each, and no text of anybody's in it."""
+"""The request log: one JSON line per request, without any text of prompts or answers."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from router.backend import Unavailable
 from tests.support.scripted_service import ScriptedBackend, client, config
 
 KEY = "ada-secret-0123456789"
-SECRET = "marzipan"  # what stands in prompts, and in some answers
+SECRET = "marzipan"  # part of prompts and of some answers
 TEXT = {"model": "duo", "prompt": f"Say {SECRET}"}
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": f"Say {SECRET}"}], "max_tokens": 9}
 
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Everything that anything logs, at any level."""
+    """Captures all log records of any level."""
     caplog.set_level(logging.DEBUG)
     return caplog
 
 
 def lines(log: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    """The log of requests so far."""
+    """The request log so far."""
     messages = [record.getMessage() for record in log.records if record.name == "router.request_log"]
     assert not any("\n" in message for message in messages)
     return [json.loads(message) for message in messages]
 
 
 def everything(log: pytest.LogCaptureFixture) -> str:
-    """Each record as it would be written, with its arguments and its traceback."""
+    """All records as they would be written, with arguments and tracebacks."""
     formatter = logging.Formatter("%(name)s %(message)s")
     return "\n".join(f"{formatter.format(record)} {record.__dict__}" for record in log.records)
 
@@ -62,7 +62,7 @@ async def test_a_finished_request_is_one_line_with_its_counts(
     duration, first_token = line.pop("duration_ms"), line.pop("first_token_ms")
     assert 0 < first_token <= duration < 30_000
     prompt_tokens = line.pop("prompt_tokens")
-    assert prompt_tokens > len(SECRET)  # a vocabulary of bytes
+    assert prompt_tokens > len(SECRET)  # the vocabulary consists mostly of bytes
     if not stream:
         assert prompt_tokens == answer.json()["usage"]["prompt_tokens"]
     assert line == {
@@ -115,7 +115,7 @@ async def test_probes_are_not_logged(log: pytest.LogCaptureFixture) -> None:
 
 
 async def every_way(backend: ScriptedBackend, service: Any) -> None:
-    """Requests that are answered, refused by every check, fail, pass a deadline; all of them with the secret."""
+    """Sends requests that succeed, fail every check, raise, or time out; all of them contain the secret."""
     headers = {"Authorization": f"Bearer {KEY}"}
     async with client(backend, service) as http:
 
@@ -133,7 +133,7 @@ async def every_way(backend: ScriptedBackend, service: Any) -> None:
                 backend.fail, backend.error = None, "the cache is full"
                 await ask(path, json=usual)
                 backend.error, backend.proceed = None, asyncio.Event()
-                await ask(path, json=usual)  # until the deadline
+                await ask(path, json=usual)  # ends at the deadline
                 backend.proceed = None
         for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
             wrong: list[dict[str, Any]] = [

@@ -234,7 +234,7 @@ def test_one_authorization_header_is_one_client_for_any_user() -> None:
     assert key == client_id(None, "Bearer secret", None) != client_id(None, "Bearer other", "ada")
     assert "secret" not in key
     assert client_id(None, None, "ada") != client_id(None, None, "eve")
-    assert client_id(None, None, key) != key  # nobody takes another's name
+    assert client_id(None, None, key) != key  # no client can claim the identity of another
     assert client_id(None, "", None) == client_id(None, None, "") == ""
 
 

@@ -1,4 +1,4 @@
-"""The playground in a browser: applications served on loopback by a thread, and a service that plays a script."""
+"""Serves the playground to a browser: applications on loopback in a thread, and a scripted service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AppFactory = Callable[[], AbstractAsyncContextManager[Any]]  # of an ASGI applic
 
 @contextmanager
 def serving(create: AppFactory) -> Iterator[str]:
-    """An application on loopback, in a thread with a loop of its own; its base URL."""
+    """Serves an application on loopback, in a thread with its own event loop; yields its base URL."""
     listening = socket.create_server(("127.0.0.1", 0))
     up = threading.Event()
     servers: list[uvicorn.Server] = []
@@ -59,13 +59,13 @@ def serving(create: AppFactory) -> Iterator[str]:
 
 
 class HoldingBackend(LocalBackend):
-    """The real trio; when `holding`, answers stop after their first tokens, until their clients leave."""
+    """The real trio; while `holding`, answers stop after their first tokens until their clients disconnect."""
 
     def __init__(self, service: LocalService) -> None:
         super().__init__(service)
         self.service = service
         self.holding = False
-        self.left = threading.Semaphore(0)  # released by every held answer whose client leaves
+        self.left = threading.Semaphore(0)  # released by every held answer whose client disconnects
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
         """See router.backend.Backend.generate."""
@@ -80,7 +80,7 @@ class HoldingBackend(LocalBackend):
 
 
 def trio(config: ServiceConfig, engines: Mapping[Role, Engine], made: list[HoldingBackend]) -> AppFactory:
-    """The whole service of this process over HTTP; its backend is appended to `made`."""
+    """The whole service in this process over HTTP; appends its backend to `made`."""
 
     @asynccontextmanager
     async def create() -> AsyncIterator[FastAPI]:
@@ -97,7 +97,7 @@ def candidates(*pairs: tuple[str, float]) -> list[dict[str, Any]]:
 
 
 def explained(text: str, **more: Any) -> dict[str, Any]:
-    """A token that guidance left alone, with every field; `more` overrides."""
+    """An explained token that guidance did not change, with every field; `more` overrides."""
     token = {"id": sum(text.encode()), "text": text, "alpha": 1.0, "changed": False, "drafted": False}
     alone = candidates((text, 0.9), (" other", 0.1))
     moved = {"shift": math.log(0.97 / 0.9), "probability": 0.97}
@@ -108,7 +108,7 @@ Chunk = tuple[dict[str, str], Sequence[dict[str, Any]]]  # a delta and the token
 
 
 class ScriptedService:
-    """A service that says what it was told to, to every mode alike.
+    """A service that sends every mode the same scripted answer.
 
     key: what it asks for, if anything. busy: answers 429. endless: repeats its last chunk until the client leaves.
     """
@@ -118,7 +118,7 @@ class ScriptedService:
         self.key = ""
         self.busy = self.endless = False
         self.requests: list[dict[str, Any]] = []
-        self.left = threading.Semaphore(0)  # released by every client that leaves
+        self.left = threading.Semaphore(0)  # released by every client that disconnects
 
     @asynccontextmanager
     async def create(self) -> AsyncIterator[FastAPI]:

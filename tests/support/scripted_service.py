@@ -1,4 +1,4 @@
-"""A service without models: a configuration, tokenizers whose marks differ by role, and a backend that recites."""
+"""A service without models: a configuration, tokenizers whose marks differ by role, and a scripted backend."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config(**more: Any) -> ServiceConfig:
 
 
 def tokenizers() -> dict[Role, RoleTokenizer]:
-    """The guider's marks have other ids than the target's; the guider base has no marks of thinking and no template."""
+    """The guider's marks have other ids than the target's; the guider base has no template and no thinking marks."""
     return {
         "target": role_tokenizer(),
         "guider": role_tokenizer(byte_level(MARKS[::-1]), max_position=400),
@@ -50,16 +50,16 @@ def tokenizers() -> dict[Role, RoleTokenizer]:
 
 
 def usage(sequence: Generate, tokens: int, reasoning: int = 0) -> Usage:
-    """Counts of a sequence of which every second token was changed."""
+    """Counts of a sequence in which guidance changed every second token."""
     prompt = len(sequence.prompts[sequence.primary])
     guided = 0 if sequence.guidance.never_guides() else tokens
     return Usage(prompt, tokens, reasoning, guided, guided // 2, 1, 0.25)
 
 
 class ScriptedBackend:
-    """A backend that says one word a token, remembers what was asked of it and what was cancelled.
+    """A backend that answers with one word per token; it records its requests and cancellations.
 
-    gate: when set, each sequence waits for it after its first word. fail: an exception raised after the first word.
+    proceed: if set, each sequence waits for it after its first word. fail: an exception raised after the first word.
     """
 
     def __init__(self, thought: str = "", text: str = "It is Eve .") -> None:
@@ -107,7 +107,7 @@ class ScriptedBackend:
 
 
 def _note(number: int, text: str, request: Generate) -> TokenNote:
-    """Every candidate is half as likely as the one before; every third token is forced."""
+    """A note in which each candidate is half as likely as the one before; every third token is forced."""
     if number % 3 == 2:
         return TokenNote(number, text, request.guidance.alpha, False)
     likeliest = tuple((number + rank, -math.log(2) * (rank + 1)) for rank in range(request.top or 0))
@@ -116,7 +116,7 @@ def _note(number: int, text: str, request: Generate) -> TokenNote:
 
 
 def _prompt_notes(request: Generate) -> list[PromptNote]:
-    """Every token but the first is half as likely as the likeliest, which is its successor by id."""
+    """Notes in which each token but the first ranks second; the likeliest has the next id."""
     first, *others = request.prompts[request.primary]
     return [
         PromptNote(first, None),
@@ -125,14 +125,14 @@ def _prompt_notes(request: Generate) -> list[PromptNote]:
 
 
 def client(backend: ScriptedBackend, service: ServiceConfig | None = None) -> httpx.AsyncClient:
-    """A client of an application over `backend`."""
+    """An HTTP client of an application over `backend`."""
     app = create_app(service or config(), tokenizers(), backend)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
 
 
 @asynccontextmanager
 async def serving(app: FastAPI) -> AsyncIterator[str]:
-    """An application behind uvicorn on the loopback interface, in this process: its URL."""
+    """Serves an application with uvicorn on loopback, in this process; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         running = asyncio.create_task(server.serve([listening]))

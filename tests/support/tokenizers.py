@@ -1,4 +1,4 @@
-"""Small tokenizers of the families that the service meets, built in milliseconds."""
+"""Small tokenizers of the supported families, built in milliseconds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sentence_piece() -> Tokenizer:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([TEXT.replace(" ", " ")] * 4, trainer)
-    # The byte tokens belong to the model alone: only the first three are added tokens.
+    # The byte tokens are part of the model; only the first three are added tokens.
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]
     return Tokenizer.from_str(json.dumps(spec))
