@@ -18,7 +18,7 @@ from benchmarks.exchange import connected
 from cluster.launch import LOOPBACK, free_port
 from router.api import create_app
 from router.backend import Status
-from router.failover import Resuming
+from router.failover import FailoverBackend
 
 
 class CoordinatorWorker:
@@ -54,7 +54,7 @@ class Front(CoordinatorWorker):
     async def serve(self) -> str:
         """Answer HTTP on the loopback interface; the base URL."""
         port = free_port()
-        app = create_app(self._config, self._tokenizers, Resuming(self, self._config.deadlines))
+        app = create_app(self._config, self._tokenizers, FailoverBackend(self, self._config.deadlines))
         self._server = uvicorn.Server(
             uvicorn.Config(app, host=LOOPBACK, port=port, log_level="warning", lifespan="off", backlog=4_096)
         )

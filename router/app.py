@@ -35,7 +35,7 @@ from actors.serve.model import ModelShell
 from actors.serve.ray_metrics import keep_exporting
 from router.api import create_app
 from router.backend import Overloaded, Status, Unavailable
-from router.failover import Resuming
+from router.failover import FailoverBackend
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -56,7 +56,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 class ServedCoordinators:
-    """The coordinators and the directory behind Serve's handles; `Resuming` makes them the API's backend."""
+    """The coordinators and the directory behind Serve's handles; `FailoverBackend` makes them the API's backend."""
 
     def __init__(self, application: str, coordinator: DeploymentHandle, directory: DeploymentHandle) -> None:
         # Over gRPC: a streamed event costs 0.1 ms, by reference 0.5 ms. Set here, because Serve's own setting takes
@@ -111,7 +111,7 @@ class RouterShell:
         application = serve.get_replica_context().app_name
         self._recorder = Recorder()
         coordinators = ServedCoordinators(application, coordinator, directory)
-        self._backend = Resuming(coordinators, config.deadlines, self._recorder)
+        self._backend = FailoverBackend(coordinators, config.deadlines, self._recorder)
         self._exporting = asyncio.create_task(keep_exporting(lambda: self._recorder))
         collect_rarely()
 

@@ -26,7 +26,7 @@ MAX_LOSSES = 20  # lost coordinators without a token in between: this request it
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
-class Resuming:
+class FailoverBackend:
     """A `Backend` over coordinators that may be lost at any time.
 
     Raises Unavailable if no event arrived for `deadlines.reconnect_timeout_s`, after MAX_LOSSES losses without a token,

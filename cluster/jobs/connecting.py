@@ -23,7 +23,7 @@ from cluster.launch import LaunchError, running_service
 from cluster.serve_file import read_service_config
 from router.app import ServedCoordinators, bind
 from router.backend import Backend
-from router.failover import Resuming
+from router.failover import FailoverBackend
 
 ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
 POLL_S = 0.5
@@ -127,4 +127,4 @@ def _connection(application: str) -> Connection:
     except TimeoutError as error:
         raise LaunchError(f"the coordinator of {application} does not answer within {ANSWER_S:g} s") from error
     backend = ServedCoordinators(application, coordinator, directory)
-    return Connection(Resuming(backend, service.deadlines), service)
+    return Connection(FailoverBackend(backend, service.deadlines), service)

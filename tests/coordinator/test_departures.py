@@ -19,7 +19,7 @@ from actors.replica.engine_thread import Engine
 from cluster.launch import LOOPBACK, free_port
 from router.api import create_app
 from router.backend import Status
-from router.failover import Resuming
+from router.failover import FailoverBackend
 from tests.support.local_service import LocalService, local_service, trio_config
 from tests.support.watched import until
 
@@ -48,7 +48,7 @@ class One:
 @asynccontextmanager
 async def over_http(service: LocalService) -> AsyncIterator[str]:
     """The base URL of a service on the loopback interface."""
-    backend = Resuming(One(service.coordinators[0]), service.config.deadlines)
+    backend = FailoverBackend(One(service.coordinators[0]), service.config.deadlines)
     port = free_port()
     app = create_app(service.config, service.tokenizers, backend)
     server = uvicorn.Server(

@@ -33,7 +33,7 @@ from actors.replica.build import load_role, serve_role
 from actors.replica.engine_thread import Engine
 from router import failover
 from router.backend import Status, Unavailable
-from router.failover import MAX_LOSSES, Resuming
+from router.failover import MAX_LOSSES, FailoverBackend
 from tests.support.local_service import Answer, LocalService, local_service, trio_config
 from tests.support.scripted_service import usage
 from tests.support.tiers import slow
@@ -99,14 +99,14 @@ class Fleet:
 @asynccontextmanager
 async def fleet(
     engines: Mapping[Role, Engine], count: int = 2, **deadlines: float
-) -> AsyncIterator[tuple[LocalService, Fleet, Resuming]]:
+) -> AsyncIterator[tuple[LocalService, Fleet, FailoverBackend]]:
     config = trio_config(deadlines=deadlines)
     async with local_service(config, engines, count) as service:
         coordinators = Fleet(service)
-        yield service, coordinators, Resuming(coordinators, config.deadlines)
+        yield service, coordinators, FailoverBackend(coordinators, config.deadlines)
 
 
-async def answer(backend: Resuming, one: Generate) -> Answer:
+async def answer(backend: FailoverBackend, one: Generate) -> Answer:
     """The answer to one request."""
     received = Answer()
     async for event in backend.generate(one):
@@ -119,7 +119,9 @@ async def answer(backend: Resuming, one: Generate) -> Answer:
     return received
 
 
-async def both(backend: Resuming, requests: Sequence[Generate], disturb: Any) -> tuple[list[Answer], list[Answer]]:
+async def both(
+    backend: FailoverBackend, requests: Sequence[Generate], disturb: Any
+) -> tuple[list[Answer], list[Answer]]:
     """The answers without and with `disturb()` running beside them."""
     undisturbed = [await answer(backend, one) for one in requests]
     running = [asyncio.create_task(answer(backend, one)) for one in requests]
@@ -280,7 +282,7 @@ def token(choice: int) -> Delta:
 
 async def test_failover_repeats_no_token(impatient: None) -> None:
     coordinators = ScriptedCoordinators([token(1), LOST], [token(2), Moved()], [token(3)], [END])
-    events = [event async for event in Resuming(coordinators, Deadlines()).generate(ANY)]
+    events = [event async for event in FailoverBackend(coordinators, Deadlines()).generate(ANY)]
     assert events == [
         Delta(content=" 1", tokens=[1]),
         Delta(content=" 2", tokens=[2]),
@@ -301,7 +303,7 @@ async def test_failover_repeats_no_prompt_log_probability(impatient: None) -> No
     coordinators = ScriptedCoordinators(
         [Delta(prompt=notes[:1], tally=Tally()), LOST], [Delta(prompt=notes[1:]), Moved()], [token(1), END]
     )
-    events = [event async for event in Resuming(coordinators, Deadlines()).generate(ANY)]
+    events = [event async for event in FailoverBackend(coordinators, Deadlines()).generate(ANY)]
     assert events[:2] == [Delta(prompt=notes[:1]), Delta(prompt=notes[1:])]
     assert [one.resume and one.resume.scored for one in coordinators.requests] == [None, 1, 3]
 
@@ -309,7 +311,7 @@ async def test_failover_repeats_no_prompt_log_probability(impatient: None) -> No
 async def test_a_request_that_crashes_coordinators_is_given_up(impatient: None) -> None:
     coordinators = ScriptedCoordinators([Delta(tally=Tally()), LOST])
     with pytest.raises(Unavailable, match=f"{MAX_LOSSES} coordinators were lost"):
-        [event async for event in Resuming(coordinators, Deadlines()).generate(ANY)]
+        [event async for event in FailoverBackend(coordinators, Deadlines()).generate(ANY)]
     assert len(coordinators.requests) == MAX_LOSSES
 
 
@@ -317,9 +319,9 @@ async def test_waiting_for_a_coordinator_ends_at_reconnect_timeout(impatient: No
     with pytest.raises(Unavailable, match="its coordinator was lost"):
         [
             event
-            async for event in Resuming(ScriptedCoordinators([LOST]), Deadlines(reconnect_timeout_s=0.001)).generate(
-                ANY
-            )
+            async for event in FailoverBackend(
+                ScriptedCoordinators([LOST]), Deadlines(reconnect_timeout_s=0.001)
+            ).generate(ANY)
         ]
 
 
@@ -327,7 +329,7 @@ async def test_shutdown_of_the_service_ends_its_streams(impatient: None) -> None
     with pytest.raises(Unavailable, match="is being shut down"):
         [
             event
-            async for event in Resuming(
+            async for event in FailoverBackend(
                 ScriptedCoordinators([token(1), LOST], [LOST], ends=True), Deadlines()
             ).generate(ANY)
         ]
@@ -335,9 +337,9 @@ async def test_shutdown_of_the_service_ends_its_streams(impatient: None) -> None
 
 async def test_a_full_coordinator_rejects_new_requests_but_not_resumed_ones(impatient: None) -> None:
     full = Rejected("overloaded", "too many", 1.0)
-    assert [event async for event in Resuming(ScriptedCoordinators([full]), Deadlines()).generate(ANY)] == [full]
+    assert [event async for event in FailoverBackend(ScriptedCoordinators([full]), Deadlines()).generate(ANY)] == [full]
     moved = ScriptedCoordinators([token(1), LOST], [full], [END])
-    assert [event async for event in Resuming(moved, Deadlines()).generate(ANY)][-1] == END
+    assert [event async for event in FailoverBackend(moved, Deadlines()).generate(ANY)][-1] == END
 
 
 @pytest.mark.parametrize("role", ["target", slow("guider"), slow("guider_base")])

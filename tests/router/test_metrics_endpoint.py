@@ -16,7 +16,7 @@ from actors.config import KeysConfig
 from actors.metrics import METRICS, Recorder
 from router.api import create_app
 from router.backend import ApiError, Status, Unavailable
-from router.failover import Resuming
+from router.failover import FailoverBackend
 from router.metrics_endpoint import Exposition
 from router.request_log import RequestLog
 from tests.support.scripted_service import ScriptedBackend, config, tokenizers, usage
@@ -256,7 +256,7 @@ class CoordinatorsThatHandOver:
 
 async def test_a_failover_counts_as_one_resume() -> None:
     recorder = Recorder()
-    async with service(Resuming(CoordinatorsThatHandOver(), config().deadlines, recorder), recorder) as http:
+    async with service(FailoverBackend(CoordinatorsThatHandOver(), config().deadlines, recorder), recorder) as http:
         answer = (await http.post("/v1/chat/completions", json=CHAT)).json()
         seen = samples((await http.get("/metrics")).text)
     assert answer["choices"][0]["message"]["content"] == "It is"
