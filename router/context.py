@@ -24,7 +24,7 @@ class ContextLimit:
 class Budget:
     """Length of an answer in tokens: as requested in field `param` (None: not given), and the default."""
 
-    asked: int | None
+    requested: int | None
     default: int | None
     param: str = "max_tokens"
 
@@ -61,22 +61,20 @@ def resolve_max_tokens(prompts: Mapping[Role, Sequence[int]], bounds: Sequence[C
 
     Raises BadRequest if the requested length, or a single token, does not fit.
     """
-    asked, param = budget.asked, budget.param
+    requested, param = budget.requested, budget.param
     tightest = min(bounds, key=lambda bound: bound.tokens - len(prompts[bound.role]))
     prompt = len(prompts[tightest.role])
     left = tightest.tokens - prompt
-    if left < max(asked or 0, 1):
-        wanted = (
-            f"{prompt} prompt tokens + {asked} of {param} = {prompt + asked}" if asked else f"{prompt} prompt tokens"
-        )
+    if left < max(requested or 0, 1):
+        total = f" + {requested} of {param} = {prompt + requested}" if requested else ""
         raise BadRequest(
-            f"{wanted}, but the {tightest.role} takes {tightest.tokens} ({tightest.reason}): "
+            f"{prompt} prompt tokens{total}, but the {tightest.role} takes {tightest.tokens} ({tightest.reason}): "
             + (
                 f"ask for at most {left} tokens" if left > 0 else f"shorten the prompt to {tightest.tokens - 1} or less"
             ),
-            param=param if asked and left > 0 else "prompt",
+            param=param if requested and left > 0 else "prompt",
             code="context_length_exceeded",
         )
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     return left if budget.default is None else min(budget.default, left)

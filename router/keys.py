@@ -127,21 +127,21 @@ def _parse(text: str, source: str) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def _parse_entry(entry: str, where: str) -> Key:
+def _parse_entry(entry: str, location: str) -> Key:
     """Parse one entry. Errors do not quote it, not even the name: the key may stand in its place."""
     name, colon, secret = entry.partition(":")
     if not colon or not _NAME.fullmatch(name) or name == "sha256":
         raise ConfigError(
-            f"{where}: an entry is name:key or name:sha256:digest; a name has letters, digits, dots, dashes and "
+            f"{location}: an entry is name:key or name:sha256:digest; a name has letters, digits, dots, dashes and "
             "underscores, 64 at most"
         )
     if secret.startswith("sha256:"):
         digest = secret.removeprefix("sha256:")
         if not _DIGEST.fullmatch(digest):
-            raise ConfigError(f"{where}: a digest is not 64 hexadecimal digits")
+            raise ConfigError(f"{location}: a digest is not 64 hexadecimal digits")
         return Key(name, bytes.fromhex(digest))
     if not _KEY.fullmatch(secret):
-        raise ConfigError(f"{where}: a key must have 16 printable ASCII characters or more")
+        raise ConfigError(f"{location}: a key must have 16 printable ASCII characters or more")
     return Key(name, hashlib.sha256(secret.encode()).digest())
 
 

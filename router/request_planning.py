@@ -153,7 +153,7 @@ def _plan(
 ) -> Plan:
     if request.prompt_logprobs is not None and request.stream:
         raise BadRequest("prompt_logprobs come with whole answers alone: leave out stream", param="prompt_logprobs")
-    only_prompt = budget.asked == 0 and isinstance(request, CompletionRequest)
+    only_prompt = budget.requested == 0 and isinstance(request, CompletionRequest)
     _check_count(len(prompts) * request.n, service)
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options are for stream: true alone", param="stream_options")

@@ -316,9 +316,9 @@ def _bad_request(error: ValidationError) -> BadRequest:
     items = error.errors(include_url=False, include_context=False, include_input=False)
     # A union reports an error for every member; the deepest one belongs to the member that the client meant.
     item = max(items, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
-    where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "constrained-")))
+    location = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "constrained-")))
     if item["type"] == "extra_forbidden":
-        return BadRequest(f"{where} is not a field of this request", param=where, code="unknown_field")
+        return BadRequest(f"{location} is not a field of this request", param=location, code="unknown_field")
     if item["type"] == "missing":
-        return BadRequest(f"{where} is missing", param=where, code="missing_field")
-    return BadRequest(f"{where}: {item['msg']}", param=where)
+        return BadRequest(f"{location} is missing", param=location, code="missing_field")
+    return BadRequest(f"{location}: {item['msg']}", param=location)

@@ -44,6 +44,6 @@ def detokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Jso
     return {"prompt": own.decode(request.tokens, skip_special=False)}
 
 
-def _model(asked: str | None, service: ServiceConfig) -> tuple[str, Role]:
-    name = service.name if asked is None else asked
+def _model(requested: str | None, service: ServiceConfig) -> tuple[str, Role]:
+    name = service.name if requested is None else requested
     return name, primary_role(resolve_model(service, name))
