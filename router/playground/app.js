@@ -1,16 +1,16 @@
-// The page: reads the settings, asks all three modes at once, stops them, asks for a key, changes the theme.
+// The page: reads the settings, requests all three modes at once, stops them, prompts for a key, changes the theme.
 
 import { Column } from "./column.js";
 import { Inspector } from "./inspector.js";
-import { Trouble, defaults, key, models, stream } from "./service.js";
+import { ServiceError, defaults, key, models, stream } from "./service.js";
 
 const $ = (id) => document.getElementById(id);
 const inspector = new Inspector($("inspector"), $("spoken"));
 const columns = ["target", "guider", "guided"].map((kind) => new Column(kind, $("column"), inspector));
 $("columns").append(...columns.map((column) => column.root));
 
-let names = null; // of the models, by kind
-let running = null; // the AbortController of the answers that run
+let names = null; // model names by kind
+let running = null; // AbortController of the running answers
 
 async function start() {
   try {
@@ -18,16 +18,16 @@ async function start() {
     const first = names === null;
     names = found;
     for (const column of columns) column.model = names[column.kind];
-    if (first) settle(own);
-    trouble("");
+    if (first) applyDefaults(own);
+    setTrouble("");
     return true;
   } catch (error) {
-    refused(error);
+    showError(error);
     return false;
   }
 }
 
-function settle({ alpha, warmup_tokens, temperature, max_tokens, examples }) {
+function applyDefaults({ alpha, warmup_tokens, temperature, max_tokens, examples }) {
   slide("alpha", alpha);
   slide("warmup", warmup_tokens);
   $("temperature").value = temperature;
@@ -40,10 +40,10 @@ function slide(id, value) {
   const slider = $(id);
   slider.max = Math.max(slider.max, value);
   slider.value = value;
-  tell(slider);
+  showValue(slider);
 }
 
-function tell(slider) {
+function showValue(slider) {
   const value = Number(slider.value);
   const text = slider.id === "alpha" ? value.toFixed(2) : `${value} ${value === 1 ? "token" : "tokens"}`;
   $(`${slider.id}-now`).value = text;
@@ -73,14 +73,14 @@ async function ask() {
     if (names === null && !(await start())) return;
     const settings = read();
     await Promise.all(columns.map((column) => answer(column, { ...settings, ...guidance(column.kind) }, own.signal)));
-    inspector.spoken.textContent = own.signal.aborted ? "Stopped." : columns.map((column) => column.said).join("\n");
+    inspector.spoken.textContent = own.signal.aborted ? "Stopped." : columns.map((column) => column.announcement).join("\n");
   } finally {
     running = null;
     busy(false);
   }
 }
 
-/** What all modes are asked. A seed that nobody chose is drawn here, so that the reader can ask for the same again. */
+/** Request fields that all modes share. Draws a seed if none is set, so that the reader can repeat the request. */
 function read() {
   const number = (id) => Number($(id).value);
   if ($("seed").value === "") $("seed").placeholder = crypto.getRandomValues(new Uint32Array(1))[0];
@@ -104,7 +104,7 @@ async function answer(column, body, signal) {
     column.end("done");
   } catch (error) {
     if (error.name === "AbortError") return column.end("stopped");
-    if (!(error instanceof Trouble)) console.error(error);
+    if (!(error instanceof ServiceError)) console.error(error);
     column.end("failed", error.message);
     if (error.status === 401) openKey(error.message);
   }
@@ -121,14 +121,14 @@ function busy(is) {
   $("ask").setAttribute("aria-disabled", is);
 }
 
-function trouble(text) {
+function setTrouble(text) {
   $("trouble").textContent = text;
   $("trouble").hidden = !text;
 }
 
-function refused(error) {
-  if (!(error instanceof Trouble)) console.error(error);
-  trouble(error.message);
+function showError(error) {
+  if (!(error instanceof ServiceError)) console.error(error);
+  setTrouble(error.message);
   if (error.status === 401) openKey(error.message);
 }
 
@@ -152,7 +152,7 @@ $("stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !event.defaultPrevented && !$("key-dialog").open) stop();
 });
-for (const id of ["alpha", "warmup"]) $(id).addEventListener("input", (event) => tell(event.target));
+for (const id of ["alpha", "warmup"]) $(id).addEventListener("input", (event) => showValue(event.target));
 
 $("key").addEventListener("click", () => openKey());
 $("key-cancel").addEventListener("click", () => $("key-dialog").close());
@@ -172,7 +172,7 @@ $("theme").addEventListener("click", () => {
   try {
     localStorage.setItem("theme", theme());
   } catch {
-    // storage is switched off: until the page is closed
+    // without storage the choice lasts until the page is closed
   }
   theme();
 });

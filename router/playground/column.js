@@ -1,10 +1,10 @@
-// One of the answers side by side.
+// One of the three answers side by side.
 
-import { Placer, Thought, heat } from "./tokens.js";
+import { Placer, ThinkingSplitter, shade } from "./tokens.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const SHOWN_MS = 200; // between two renewals of the numbers
-const FEWEST_BARS = 48; // the strip's width in tokens, until the answer is longer
+const SHOWN_MS = 200; // between two updates of the numbers
+const FEWEST_BARS = 48; // minimum width of the strip, in tokens
 
 const KINDS = {
   target: { title: "Target alone", about: "The large model as it is. Nobody trained it to reason." },
@@ -43,8 +43,8 @@ export class Column {
     this.parts.model.textContent = name;
   }
 
-  /** What a screen reader says once it is over. */
-  get said() {
+  /** The announcement for screen readers after the end. */
+  get announcement() {
     return `${this.title}: ${this.parts.trouble.textContent || this.parts.answer.textContent || "no answer"}`;
   }
 
@@ -55,7 +55,7 @@ export class Column {
     parts.strip.firstChild.replaceChildren();
     this.inspector?.clear();
     this.tokens = [];
-    this.thought = new Thought();
+    this.thought = new ThinkingSplitter();
     this.placer = new Placer((part, text, token) => this.#place(part, text, token));
     this.counts = { tokens: 0, thinking: 0, changed: 0, drafted: 0, reasoned: false };
     this.usage = this.reason = null;
@@ -66,7 +66,7 @@ export class Column {
     this.#number(true);
   }
 
-  /** Take in one chunk of the stream. */
+  /** Process one chunk of the stream. */
   take(chunk) {
     if (chunk.usage) this.usage = chunk.usage;
     for (const choice of chunk.choices ?? []) {
@@ -88,7 +88,7 @@ export class Column {
     this.#number(false);
   }
 
-  /** The stream is over. how: "done", "stopped" or "failed". trouble: what went wrong, in words. */
+  /** End of the stream. how: "done", "stopped" or "failed". trouble: error message for the reader. */
   end(how, trouble = "") {
     const rest = this.thought.flush();
     this.placer.add(rest ? [["answer", rest]] : [], []);
@@ -109,9 +109,9 @@ export class Column {
     const { parts } = this;
     const into = part === "thinking" ? parts.thought : parts.answer;
     if (part === "thinking") parts.thinking.hidden = false;
-    const again = token && this.tokens.at(-1) === token; // its text goes on in the other part
+    const again = token && this.tokens.at(-1) === token; // its text continues in the other part
     if (token && !again) this.#count(part, token);
-    const shown = text || token?.text; // a mark of thinking is shown by its name
+    const shown = text || token?.text; // a thinking mark is shown by its name
     if (!this.inspector || !token) {
       into.append(text);
     } else if (shown) {
@@ -119,10 +119,10 @@ export class Column {
       mark.className = text ? "token" : "token mark";
       mark.textContent = shown.trimStart() || shown;
       into.append(shown.slice(0, shown.length - mark.textContent.length)); // no shade at the end of a line for a space
-      mark.style.setProperty("--heat", heat(token).toFixed(3));
+      mark.style.setProperty("--shade", shade(token).toFixed(3));
       mark.classList.toggle("changed", token.changed);
       into.append(mark);
-      this.inspector.know(mark, token, this.tokens.length);
+      this.inspector.register(mark, token, this.tokens.length);
     }
   }
 
@@ -134,7 +134,7 @@ export class Column {
     this.parts.length.textContent = tokens(this.counts.thinking);
     if (!this.inspector) return;
     const bar = document.createElementNS(SVG, "rect");
-    const height = 0.06 + 0.94 * heat(token);
+    const height = 0.06 + 0.94 * shade(token);
     const place = { x: this.tokens.length - 0.9, width: 0.8, y: 1 - height, height };
     for (const [name, value] of Object.entries(place)) bar.setAttribute(name, value);
     if (token.changed) bar.classList.add("changed");
@@ -144,7 +144,7 @@ export class Column {
     this.parts.strip.hidden = this.parts.legend.hidden = false;
   }
 
-  /** Renew the numbers above the answer, now or when it is time. */
+  /** Update the numbers above the answer: now, or if the last update is old enough. */
   #number(now) {
     if (!now && performance.now() - (this.numbered ?? 0) < SHOWN_MS) return;
     this.numbered = performance.now();
@@ -166,7 +166,7 @@ export class Column {
   }
 }
 
-/** Of the drafts how many became tokens: until the end only these are known. */
+/** Share of accepted drafts; until the end, only the number of accepted ones is known. */
 function kept(speculation, drafted) {
   if (!speculation) return drafted ? `${drafted}` : "–";
   const { drafted_tokens: all, acceptance } = speculation;

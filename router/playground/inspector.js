@@ -1,6 +1,6 @@
-// What stands behind one token: shown at the mouse, at a touch, and at the keyboard's place.
+// The panel with details of one token; opened by mouse, touch or keyboard.
 
-const LEAVE_MS = 150; // so long the mouse may be on its way from a token to its panel
+const LEAVE_MS = 150; // time for the mouse to move from a token to its panel
 const GAP = 8; // px between a token and its panel
 
 const narrow = matchMedia("(max-width: 700px)"); // as in style.css
@@ -12,12 +12,12 @@ const MODELS = [
 ];
 
 export class Inspector {
-  #known = new Map(); // of an element: its token and its place, from 1
-  #at = null; // the element that is shown
-  #pinned = false; // by a click or the keyboard: the mouse's leaving closes nothing
+  #tokens = new Map(); // by element: token and position, from 1
+  #at = null; // the element whose panel is open
+  #pinned = false; // opened by click or keyboard: stays open when the mouse leaves
   #leaving = 0;
 
-  /** panel: where it is shown. spoken: where a screen reader hears it when the keyboard moves. */
+  /** panel: element of the panel. spoken: live region for screen readers. */
   constructor(panel, spoken) {
     this.panel = panel;
     this.spoken = spoken;
@@ -25,24 +25,24 @@ export class Inspector {
     panel.addEventListener("pointerleave", () => this.#leave());
     document.addEventListener("keydown", (event) => {
       if (event.key !== "Escape" || !this.#at) return;
-      event.preventDefault(); // this panel alone is closed by it
+      event.preventDefault(); // closes only this panel
       this.hide();
     });
     document.addEventListener("pointerdown", (event) => {
-      if (!this.#known.has(event.target) && !panel.contains(event.target)) this.hide();
+      if (!this.#tokens.has(event.target) && !panel.contains(event.target)) this.hide();
     });
     addEventListener("scroll", () => this.#at && this.#put(), { passive: true });
     addEventListener("resize", () => this.hide());
   }
 
-  /** The tokens that will stand in this element can be inspected; arrow keys walk through them. */
+  /** Make the tokens inside this element inspectable; arrow keys move between them. */
   watch(area, name) {
     area.addEventListener("pointerover", (event) => {
-      if (event.pointerType === "mouse" && this.#known.has(event.target) && !this.#pinned) this.#show(event.target);
+      if (event.pointerType === "mouse" && this.#tokens.has(event.target) && !this.#pinned) this.#show(event.target);
     });
     area.addEventListener("pointerout", () => this.#leave());
     area.addEventListener("click", (event) => {
-      if (!this.#known.has(event.target)) return;
+      if (!this.#tokens.has(event.target)) return;
       if (this.#pinned && this.#at === event.target) return this.hide();
       this.#pin(event.target);
     });
@@ -56,15 +56,15 @@ export class Inspector {
     );
   }
 
-  know(element, token, place) {
-    this.#known.set(element, { token, place });
+  register(element, token, place) {
+    this.#tokens.set(element, { token, place });
     element.parentElement.tabIndex = 0;
   }
 
   clear() {
     this.hide();
-    for (const element of this.#known.keys()) element.parentElement?.removeAttribute("tabindex");
-    this.#known.clear();
+    for (const element of this.#tokens.keys()) element.parentElement?.removeAttribute("tabindex");
+    this.#tokens.clear();
   }
 
   hide() {
@@ -102,7 +102,7 @@ export class Inspector {
     area.querySelector(".last-seen")?.classList.remove("last-seen");
     element.classList.add("last-seen");
     this.#pin(element);
-    const { token, place } = this.#known.get(element);
+    const { token, place } = this.#tokens.get(element);
     this.spoken.textContent = `Token ${place}, ${quoted(token.text)}. ${verdict(token).join(" ")}`;
   }
 
@@ -111,7 +111,7 @@ export class Inspector {
     this.#show(element);
     this.#pinned = true;
     const hidden = element.getBoundingClientRect().bottom + GAP - this.panel.getBoundingClientRect().top;
-    if (narrow.matches && hidden > 0) scrollBy({ top: hidden }); // the panel at the bottom covers it
+    if (narrow.matches && hidden > 0) scrollBy({ top: hidden }); // the panel at the bottom would cover the token
   }
 
   #show(element) {
@@ -120,12 +120,12 @@ export class Inspector {
     this.hide();
     this.#at = element;
     element.classList.add("seen");
-    this.panel.replaceChildren(...panelOf(this.#known.get(element)));
+    this.panel.replaceChildren(...panelOf(this.#tokens.get(element)));
     this.panel.hidden = false;
     this.#put();
   }
 
-  /** Below the token, above it where there is no room; a narrow screen has its panel at the bottom (style.css). */
+  /** Place the panel below the token, or above it if there is no room; narrow screens show it at the bottom (style.css). */
   #put() {
     const lines = this.#at.getClientRects();
     const token = lines[0] ?? this.#at.getBoundingClientRect();
@@ -143,11 +143,11 @@ function panelOf({ token, place }) {
   const facts = [`token ${place}`, `α ${token.alpha.toFixed(2)}`];
   if (token.drafted) facts.push("drafted ahead");
   head.append(make("code", "", visible(token.text) || "end of text"), make("span", "facts", facts.join(" · ")));
-  const told = verdict(token).map((text, at) => make("p", at ? "verdict more" : "verdict", text));
+  const sentences = verdict(token).map((text, at) => make("p", at ? "verdict more" : "verdict", text));
   const lists = MODELS.filter(([name]) => token[name]?.length).map(([name, title]) => listOf(title, token[name], token.id));
   const models = make("div", "models");
   models.append(...lists);
-  return lists.length ? [head, ...told, models] : [head, ...told];
+  return lists.length ? [head, ...sentences, models] : [head, ...sentences];
 }
 
 function listOf(title, candidates, chosen) {
@@ -165,16 +165,16 @@ function listOf(title, candidates, chosen) {
   return group;
 }
 
-/** One or two sentences about what guidance did. */
+/** One or two sentences about the effect of guidance. */
 function verdict(token) {
   if (token.shift === null && token.probability === null) return ["Forced: no model chose this token."];
   if (!token.alpha) return ["Not guided: the target's own choice."];
   const own = token.target?.[0];
-  const said = ["The target alone prefers this token too."];
-  if (token.changed) said[0] = "The target alone prefers another token.";
-  if (token.changed && own) said[0] = `The target alone prefers ${quoted(own.text)} (${percent(own.probability)}).`;
-  if (typeof token.shift === "number") said.push(moved(token.shift));
-  return said;
+  const sentences = ["The target alone prefers this token too."];
+  if (token.changed) sentences[0] = "The target alone prefers another token.";
+  if (token.changed && own) sentences[0] = `The target alone prefers ${quoted(own.text)} (${percent(own.probability)}).`;
+  if (typeof token.shift === "number") sentences.push(moved(token.shift));
+  return sentences;
 }
 
 function moved(shift) {

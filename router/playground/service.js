@@ -1,4 +1,4 @@
-// The service as this page asks it: models, defaults, streamed answers, and errors in plain words.
+// Client of the service: models, defaults, streamed answers, and errors in plain words.
 
 const KEY = "api-key"; // in sessionStorage: this tab only, gone when it is closed
 
@@ -11,35 +11,35 @@ function stored(act) {
   try {
     return act();
   } catch {
-    return null; // storage is switched off
+    return null; // storage is disabled
   }
 }
 
-/** What went wrong, in words for the reader. status: of HTTP, 0 where no answer came. */
-export class Trouble extends Error {
+/** An error with a message for the reader. status: of HTTP, 0 without a response. */
+export class ServiceError extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status;
   }
 }
 
-/** The names of the three modes as /v1/models lists them, and the tokens that a session may have. */
+/** The model names of the three modes from /v1/models, and the maximum tokens of a session. */
 export async function models() {
-  const { data } = await (await asked("v1/models")).json();
+  const { data } = await (await request("v1/models")).json();
   const names = new Set(data.map((card) => card.id));
   const guided = data.find((card) => names.has(`${card.id}/target`) && names.has(`${card.id}/guider`));
-  if (!guided) throw new Trouble("This service lists no guided model beside its target and its guider.");
+  if (!guided) throw new ServiceError("This service lists no guided model beside its target and its guider.");
   return { target: `${guided.id}/target`, guider: `${guided.id}/guider`, guided: guided.id, longest: guided.max_model_len };
 }
 
 /** The service's own defaults for the settings, and its examples. */
 export async function defaults() {
-  return (await asked("playground/defaults.json")).json();
+  return (await request("playground/defaults.json")).json();
 }
 
-/** Stream one answer: `take` gets each chunk. Throws Trouble, or AbortError after `signal`. */
+/** Stream one answer: calls `take` with each chunk. Throws ServiceError, or AbortError after `signal`. */
 export async function stream(body, signal, take) {
-  const response = await asked("v1/chat/completions", {
+  const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
@@ -49,16 +49,16 @@ export async function stream(body, signal, take) {
     for await (const event of events(response.body)) {
       if (event === "[DONE]") return;
       const chunk = JSON.parse(event);
-      if (chunk.error) throw new Trouble(`The answer broke off: ${sentence(chunk.error.message)}`, 200);
+      if (chunk.error) throw new ServiceError(`The answer broke off: ${sentence(chunk.error.message)}`, 200);
       take(chunk);
     }
   } catch (error) {
-    throw error instanceof Trouble || error.name === "AbortError" ? error : new Trouble("The connection was cut off.");
+    throw error instanceof ServiceError || error.name === "AbortError" ? error : new ServiceError("The connection was cut off.");
   }
-  throw new Trouble("The connection was cut off before the answer was complete.");
+  throw new ServiceError("The connection was cut off before the answer was complete.");
 }
 
-async function asked(path, options = {}) {
+async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
   let response;
@@ -66,32 +66,32 @@ async function asked(path, options = {}) {
     response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Trouble("The service cannot be reached. Is it still running?");
+    throw new ServiceError("The service cannot be reached. Is it still running?");
   }
-  if (!response.ok) throw new Trouble(await reason(response), response.status);
+  if (!response.ok) throw new ServiceError(await reason(response), response.status);
   return response;
 }
 
 async function reason(response) {
   const body = await response.json().catch(() => ({}));
-  const said = sentence(body.error?.message);
+  const detail = sentence(body.error?.message);
   const wait = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
   const again = Number.isFinite(wait) ? `Try again in ${wait} ${wait === 1 ? "second" : "seconds"}.` : "Try again in a moment.";
   switch (response.status) {
     case 401:
       return key.get() ? "The service does not accept this API key." : "The service asks for an API key.";
     case 403:
-      return `This API key may not do that. ${said}`;
+      return `This API key may not do that. ${detail}`;
     case 413:
-      return `The question is too long. ${said}`;
+      return `The question is too long. ${detail}`;
     case 429:
       return `The service is busy. ${again}`;
     case 503:
-      return `A part of the service is away. ${said} ${again}`;
+      return `A part of the service is away. ${detail} ${again}`;
     case 504:
-      return `The answer took too long. ${said}`;
+      return `The answer took too long. ${detail}`;
     default:
-      return response.status < 500 ? `The service refused: ${said}` : `Something went wrong in the service. ${said}`;
+      return response.status < 500 ? `The service refused: ${detail}` : `Something went wrong in the service. ${detail}`;
   }
 }
 
@@ -110,7 +110,7 @@ async function* events(body) {
     const parts = (held + value).split(/\r?\n\r?\n/);
     held = parts.pop();
     for (const part of parts) {
-      const lines = part.split(/\r?\n/).filter((line) => line.startsWith("data:")); // a comment keeps a stream open
+      const lines = part.split(/\r?\n/).filter((line) => line.startsWith("data:")); // skips comments such as keep-alives
       if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
     }
   }

@@ -1,7 +1,7 @@
-// Before the first paint: the theme that was chosen here, else the system's.
+// Runs before the first paint: applies the saved theme, otherwise the system's.
 try {
   const chosen = localStorage.getItem("theme");
   if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
 } catch {
-  // storage is switched off: the system's theme
+  // without storage: the system's theme
 }

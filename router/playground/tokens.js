@@ -1,22 +1,22 @@
-// Explained tokens, laid over the text that is streamed beside them.
+// Matches explained tokens with the text that is streamed beside them.
 
 const OPEN = "<think>";
 const CLOSE = "</think>";
-const STRONG = 4; // nats of shift at which a token has its full shade
-const LOST = 400; // characters of text without a token, after which they are shown without one
+const STRONG = 4; // nats of shift for full shade
+const LOST = 400; // characters of unmatched text after which they are shown without a token
 
-/** How strongly a token is shaded, 0 to 1. Without a shift all that is known is whether guidance changed it. */
-export function heat(token) {
+/** Shade of a token, 0 to 1. Without a shift it only depends on whether guidance changed the token. */
+export function shade(token) {
   if (typeof token.shift === "number") return Math.min(1, Math.abs(token.shift) / STRONG) ** 0.6;
   return token.changed ? 0.8 : 0;
 }
 
-/** Tells thinking from answer where a service sends both as content, marked by <think> and </think>. */
-export class Thought {
+/** Separates thinking from answer if a service sends both as content, marked by <think> and </think>. */
+export class ThinkingSplitter {
   #state = "undecided";
   #held = "";
 
-  /** What can be shown of more content: pairs of "thinking" or "answer" and a text. */
+  /** The displayable part of more content: pairs of "thinking" or "answer" and a text. */
   content(text) {
     this.#held += text;
     const shown = [];
@@ -40,7 +40,7 @@ export class Thought {
     return shown.filter(([, part]) => part);
   }
 
-  /** The answer is over: what was held back. */
+  /** The text held back, at the end of the answer. */
   flush() {
     const rest = this.#held;
     this.#held = "";
@@ -56,14 +56,14 @@ function tail(text) {
 }
 
 /**
- * Gives each token its text. Marks of thinking and ends of text have a token and no text; a character of several
- * tokens is text only with its last one; and a text may come later than its tokens.
+ * Assigns each token its text. Thinking marks and ends of text have a token but no text; a character made of several
+ * tokens appears only with the last one; text may arrive later than its tokens.
  *
- * place(part, text, token): a piece of "thinking" or "answer"; text "" where the token stands for none, token null
- * where a text has none.
+ * place(part, text, token): a piece of "thinking" or "answer"; text is "" for a token without text, token is null for
+ * text without a token.
  */
 export class Placer {
-  #texts = []; // [part, text], not placed yet
+  #texts = []; // [part, text] not yet placed
   #tokens = [];
   #part = null;
 
