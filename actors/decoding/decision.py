@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -53,18 +53,7 @@ class Decisions:
 
     def row(self, index: int) -> Decisions:
         """The decision of one row."""
-        at = slice(index, index + 1)
-        return Decisions(
-            self.tokens[at],
-            self.target_tokens[at],
-            self.outside[at],
-            self.uncovered[at],
-            self.no_legal_token[at],
-            self.ids[at],
-            self.logits[at],
-            self.inside[at],
-            self.scores[at],
-        )
+        return Decisions(*(getattr(self, field.name)[index : index + 1] for field in fields(self)))
 
 
 def decide(
@@ -127,11 +116,7 @@ def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[fl
 
 
 def _choose(
-    specs: Sequence[RowSamplingSpec],
-    ids: NDArray[Any],
-    logits: Floats,
-    own: Floats,
-    guided: bool,
+    specs: Sequence[RowSamplingSpec], ids: NDArray[Any], logits: Floats, own: Floats, guided: bool
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The combined choice [B] and the target's own [B], with the same noise."""
     parameters = [spec.sampling for spec in specs]

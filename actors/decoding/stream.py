@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.decoding.hashing import prefix_hash
+from actors.decoding.hashing import extend_hashes
 
 
 class Stream:
@@ -22,11 +22,8 @@ class Stream:
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add tokens at the end."""
-        running = self.hash_before(len(self.tokens))
-        for token in tokens:
-            running = prefix_hash(running, token)
-            self.tokens.append(token)
-            self._hashes.append(running)
+        self._hashes += extend_hashes(self.hash_before(len(self.tokens)), tokens)
+        self.tokens += tokens
 
     def replace_tail(self, length: int, tokens: Sequence[int]) -> None:
         """Replace the last `length` tokens by `tokens`."""

@@ -67,11 +67,7 @@ def self_map(vocabulary: Vocabulary) -> VocabularyMap:
     return VocabularyMap(ids, ids, {}, folds)
 
 
-def map_vocabulary(
-    primary: Vocabulary,
-    role: Vocabulary,
-    encode: Callable[[str], Sequence[int]],
-) -> VocabularyMap:
+def map_vocabulary(primary: Vocabulary, role: Vocabulary, encode: Callable[[str], Sequence[int]]) -> VocabularyMap:
     """The map from `primary` to `role`. encode: encodes a text into ids of the role, added tokens included.
 
     Raises VocabularyError if the text tokens differ.

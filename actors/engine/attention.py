@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from actors.engine.kv_pool import KVPool
 
+T = TypeVar("T")
 _numbers = itertools.count()
 
 
@@ -55,21 +56,23 @@ class RaggedBatch:
     tokens: int  # T, padding included
     write: Tensor  # [T] pool rows of the new tokens
     read_varlen: Callable[[], Varlen]  # gives the spans on the device of `write`
-    memo: dict[Hashable, Any] = field(default_factory=dict)  # values that a back end computes once for all layers
+    memo: dict[Hashable, Any] = field(default_factory=dict)  # of `cached`
+
+    def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """A value that is computed once in a step, for all layers."""
+        if key not in self.memo:
+            self.memo[key] = compute()
+        value: T = self.memo[key]
+        return value
 
     def write_on(self, device: torch.device) -> Tensor:
         """The pool rows on the device of a layer."""
-        if self.write.device == device:
-            return self.write
-        return self.memo.setdefault(("write", device), self.write.to(device))  # type: ignore[no-any-return]
+        same = self.write.device == device
+        return self.write if same else self.cached(("write", device), lambda: self.write.to(device))
 
     def varlen_on(self, device: torch.device) -> Varlen:
-        """The spans on the device of a layer, computed once in a step."""
-        key = ("varlen", device)
-        if key not in self.memo:
-            self.memo[key] = self.read_varlen().to(device)
-        varlen: Varlen = self.memo[key]
-        return varlen
+        """The spans on the device of a layer."""
+        return self.cached(("varlen", device), lambda: self.read_varlen().to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +40,10 @@ class PerSession:
         """[1, count, seen], True where a token attends to a key; None for a single token, which attends to all."""
         if count == 1:
             return None
-        key = ("mask", count, seen, window, device)
-        if key not in step.memo:
-            last = torch.arange(seen - count, seen, device=device)
-            step.memo[key] = _visible(last[None], seen, window)
-        mask: Tensor = step.memo[key]
-        return mask
+        return step.cached(
+            ("mask", count, seen, window, device),
+            lambda: _visible(torch.arange(seen - count, seen, device=device)[None], seen, window),
+        )
 
 
 class Gathered:
@@ -55,45 +54,31 @@ class Gathered:
 
     def attend(self, step: RaggedBatch, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
         out = query.new_zeros(step.tokens, query.shape[1], values.shape[-1])
-        for group in self._groups(step):
-            rows, index, last = self._indices(step, group, query.device, keys.shape[0] - 1)
-            mask = self._mask(step, group, last, index.shape[1], call.window)
+        for group in step.cached("groups", partial(self._groups, step)):
+            count, device = group[0].count, query.device
+            indices = partial(self._indices, group, device, keys.shape[0] - 1)
+            rows, index, last = step.cached(("indices", count, device), indices)
+            visible = partial(_visible, last, index.shape[1], call.window)
+            mask = step.cached(("mask", count, call.window, device), visible)
             out[rows] = _attend_together(query[rows], keys[index], values[index], mask, call)
         return out
 
     @staticmethod
     def _groups(step: RaggedBatch) -> list[tuple[Span, ...]]:
-        if "groups" not in step.memo:
-            by_count: defaultdict[int, list[Span]] = defaultdict(list)
-            for span in step.spans:
-                by_count[span.count].append(span)
-            step.memo["groups"] = [tuple(group) for group in by_count.values()]
-        groups: list[tuple[Span, ...]] = step.memo["groups"]
-        return groups
+        by_count: defaultdict[int, list[Span]] = defaultdict(list)
+        for span in step.spans:
+            by_count[span.count].append(span)
+        return [tuple(group) for group in by_count.values()]
 
     @staticmethod
-    def _indices(
-        step: RaggedBatch, group: tuple[Span, ...], device: torch.device, trash: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _indices(group: tuple[Span, ...], device: torch.device, trash: int) -> tuple[Tensor, Tensor, Tensor]:
         """Packed indices [B, n], pool rows [B, L], and the absolute position [B, n] of each new token."""
-        key = ("indices", group[0].count, device)
-        if key not in step.memo:
-            spread = torch.arange(group[0].count, device=device)
-            first = torch.tensor([span.first for span in group], device=device)[:, None]
-            start = torch.tensor([span.start for span in group], device=device)[:, None]
-            before = torch.tensor([span.length - span.count for span in group], device=device)[:, None]
-            longest = torch.arange(max(span.length for span in group), device=device)
-            step.memo[key] = (first + spread, (start + longest).clamp(max=trash), before + spread)
-        indices: tuple[Tensor, Tensor, Tensor] = step.memo[key]
-        return indices
-
-    @staticmethod
-    def _mask(step: RaggedBatch, group: tuple[Span, ...], last: Tensor, longest: int, window: int | None) -> Tensor:
-        key = ("mask", group[0].count, window, last.device)
-        if key not in step.memo:
-            step.memo[key] = _visible(last, longest, window)
-        mask: Tensor = step.memo[key]
-        return mask
+        spread = torch.arange(group[0].count, device=device)
+        first = torch.tensor([span.first for span in group], device=device)[:, None]
+        start = torch.tensor([span.start for span in group], device=device)[:, None]
+        before = torch.tensor([span.length - span.count for span in group], device=device)[:, None]
+        longest = torch.arange(max(span.length for span in group), device=device)
+        return first + spread, (start + longest).clamp(max=trash), before + spread
 
 
 def _visible(last: Tensor, keys: int, window: int | None) -> Tensor:

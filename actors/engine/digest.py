@@ -16,12 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAMPLES = 64  # values of every parameter: enough to tell checkpoints apart
-_LOCAL = (
-    "_name_or_path",
-    "transformers_version",
-    "_attn_implementation",
-    "distributed_config",
-)  # keys that depend on the machine
+# Keys of a config that depend on the machine.
+_LOCAL = ("_name_or_path", "transformers_version", "_attn_implementation", "distributed_config")
 
 
 def model_digest(model: PreTrainedModel) -> int:

@@ -109,9 +109,11 @@ class Engine(Protocol):
         """Number of a sequence's leading blocks that some session holds. blocks: the running hash after each."""
 
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
-        """Let a session hold `tokens`, whole blocks that some session holds, without a forward; False if impossible.
+        """Let a session hold `tokens` that another one holds: one copy for each layer, no forward.
 
-        After False the session holds no tokens, or the ones that it held before.
+        tokens: whole blocks from the first token on, compared one by one. blocks: the running hash after each.
+        Returns False if no session holds them or without room: a fork evicts no other session. The session then holds
+        no tokens, or those that it held before.
         """
 
     def rows(self, session: int) -> HeldRows | None: ...

@@ -62,10 +62,7 @@ class KVPool:
         """
         if layer not in self.layers:
             rows = self.extents.total + 1
-            self.layers[layer] = (
-                keys.new_zeros(rows, *keys.shape[1:]),
-                values.new_zeros(rows, *values.shape[1:]),
-            )
+            self.layers[layer] = keys.new_zeros(rows, *keys.shape[1:]), values.new_zeros(rows, *values.shape[1:])
         key_pool, value_pool = self.layers[layer]
         key_pool.index_copy_(0, index, keys)
         value_pool.index_copy_(0, index, values)

@@ -48,13 +48,9 @@ class ModelSource:
     tensor_parallel: int = 1  # number of ranks; above 1 this process is one of them, in a process group
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise LoadError(self.path, f"dtype {self.dtype!r} is unknown", f"Known are {', '.join(DTYPES)}.")
-        if self.device not in DEVICES:
-            raise LoadError(self.path, f"device {self.device!r} is unknown", f"Known are {', '.join(DEVICES)}.")
-        if self.load_format not in LOAD_FORMATS:
-            known = ", ".join(LOAD_FORMATS)
-            raise LoadError(self.path, f"load_format {self.load_format!r} is unknown", f"Known are {known}.")
+        for key, allowed in (("dtype", DTYPES), ("device", DEVICES), ("load_format", LOAD_FORMATS)):
+            if (value := getattr(self, key)) not in allowed:
+                raise LoadError(self.path, f"{key} {value!r} is unknown", f"Known are {', '.join(allowed)}.")
         elsewhere = self.quantization is not None or self.device_map is not None or self.tensor_parallel > 1
         if self.load_format == "dummy" and elsewhere:
             out = "Leave quantization and device_map unset."

@@ -42,7 +42,6 @@ class DeviceRows:
 
     @property
     def size(self) -> int:
-        """Number of rows. The last `fresh` of them are the last extend's own."""
         return len(self.hashes)
 
     @property
@@ -51,7 +50,6 @@ class DeviceRows:
         return gather_rows(self.places)
 
     def index(self, position: int, prefix: int) -> int | None:
-        """Index of the row at `position` with running hash `prefix` (its own token included), or None."""
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 

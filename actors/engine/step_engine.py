@@ -154,7 +154,6 @@ class StepEngine:
     def values(
         self, rows: Sequence[tuple[DeviceRows, int]], counts: Sequence[int], ids: NDArray[Any]
     ) -> NDArray[np.float32]:
-        """The logits [N] of held rows at ids [N], counts[i] of them of row i. Callable from any thread."""
         return values_at([held.places[row] for held, row in rows], counts, ids)
 
     def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
@@ -187,15 +186,9 @@ class StepEngine:
         self._table.evict(session)
 
     def shared(self, blocks: Sequence[int]) -> int:
-        """Number of a sequence's leading blocks that some session holds. blocks: the running hash after each."""
         return self._table.shared(blocks)
 
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
-        """Let `session` hold `tokens` that another session holds: one copy for each layer, no forward.
-
-        tokens: whole blocks from the first token on, compared one by one. blocks: the running hash after each.
-        Returns False if no session holds them or without room: a fork evicts no other session.
-        """
         return self._table.fork(session, tokens, blocks, age)
 
     def cache_stats(self) -> CacheStats:

@@ -53,7 +53,6 @@ class ByteTokenizerAdapter:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text, and by id the bytes of the text up to its end. Callers must not change the lists."""
         return self._cached_encode(text) if len(text) <= _SHORT else self._encode(text)
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
@@ -67,7 +66,7 @@ class ByteTokenizerAdapter:
         return ids, [len(text[:end].encode()) for _, end in encoding.offsets[:-1]] + [len(text.encode())] * bool(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of many texts."""
+
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -82,7 +81,6 @@ class ByteTokenizerAdapter:
         return ids if min(ids, default=-1) >= 0 else []
 
     def restart(self, text: str) -> int:
-        """Number of leading characters whose tokens no following text can change."""
         return self._cached_restart(text) if len(text) <= _SHORT else self._restart(text)
 
     def _restart(self, text: str) -> int:
@@ -108,15 +106,8 @@ def _mid_text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of the same tokenizer for a piece from the middle of a text."""
     normalizer = _without_steps(settings["normalizer"], "normalizers", _REMOVED)
     pre_tokenizer = _without_first_space(settings["pre_tokenizer"])
-    return {
-        **settings,
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "added_tokens": [],
-        "truncation": None,
-        "padding": None,
-    }
+    unused: dict[str, Any] = {"post_processor": None, "added_tokens": [], "truncation": None, "padding": None}
+    return {**settings, **unused, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
 
 
 def _without_steps(step: dict[str, Any] | None, parts: str, removed: Sequence[str]) -> dict[str, Any] | None:

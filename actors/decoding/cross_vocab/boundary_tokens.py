@@ -13,7 +13,7 @@ gets there, and cached.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,25 +46,19 @@ class CrossingTokenFinder:
         self._small = role.texts
         by_text = sorted((text, id_) for id_, text in enumerate(role.texts) if text)
         self._texts, self._ids = [text for text, _ in by_text], [id_ for _, id_ in by_text]
-        self._between = lru_cache(_CACHED)(self._find_between)
-        self._within = lru_cache(_CACHED)(self._find_within)
+        self.between = lru_cache(_CACHED)(self._between)
+        self.within = lru_cache(_CACHED)(self._within)
 
-    def between(self, written: Sequence[int]) -> CrossingTokens | None:
+    def _between(self, written: tuple[int, ...]) -> CrossingTokens | None:
         """Those from a boundary of both models. written: the target's tokens since then."""
-        return self._between(tuple(written))
-
-    def within(self, written: Sequence[int], offset: int) -> CrossingTokens | None:
-        """Those from a boundary of the small model `offset` bytes within the target's token written[0]."""
-        return self._within(tuple(written), offset)
-
-    def _find_between(self, written: tuple[int, ...]) -> CrossingTokens | None:
         node = self._tables.walk(written)
         if node == NOWHERE:
             return None
         begun = b"".join(map(self._token_bytes, written))
         return self._crossing(self._tables.crossing_tokens[node], self._tables.nexts[node], begun)
 
-    def _find_within(self, written: tuple[int, ...], offset: int) -> CrossingTokens | None:
+    def _within(self, written: tuple[int, ...], offset: int) -> CrossingTokens | None:
+        """Those from a boundary of the small model `offset` bytes within the target's token written[0]."""
         whole = b"".join(map(self._token_bytes, written))
         begun = whole[offset:]
         first, last = bisect_left(self._texts, begun + b"\0"), bisect_left(self._texts, begun + b"\xff")

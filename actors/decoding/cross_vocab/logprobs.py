@@ -260,20 +260,17 @@ class CrossVocabBlock(CandidateBlock):
         return self._events[role].masses() if role in self._events else super().values(role)
 
     def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
-        """Store a slice that came after the block was made."""
         if role in self._events:
             self._events[role].add_slice(row, part)
         else:
             super().add_slice(role, row, part)
 
     def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
-        """Rows [n], places [n] and the role's ids [n] of the logits that must be looked up."""
         if role in self._events:
             return self._events[role].missing_logits()
         return super().missing_logits(role, theirs)
 
     def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
-        """Store the logits of a lookup."""
         if role in self._events:
             self._events[role].fill(places, values)
         else:

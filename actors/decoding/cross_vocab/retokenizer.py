@@ -71,20 +71,6 @@ class IncrementalRetokenizer:
     end, and the tokens to add then.
     """
 
-    __slots__ = (
-        "_adapter",
-        "_added_tokens",
-        "_base",
-        "_ends",
-        "_floor",
-        "_ids",
-        "_incomplete",
-        "_marks",
-        "_tail",
-        "_tail_tokens",
-        "_target_tokens",
-    )
-
     def __init__(self, adapter: TokenizerAdapter, added_tokens: AddedTokenMatcher | None = None) -> None:
         """added_tokens: those of the small model that may occur in the text."""
         self._adapter, self._added_tokens = adapter, added_tokens or AddedTokenMatcher({})
@@ -113,10 +99,8 @@ class IncrementalRetokenizer:
     def fork(self) -> IncrementalRetokenizer:
         """A copy, to which drafts can be pushed."""
         other = IncrementalRetokenizer.__new__(IncrementalRetokenizer)
-        other._adapter, other._added_tokens = self._adapter, self._added_tokens
-        other._base, other._floor = self._base, self._floor
+        other.__dict__.update(self.__dict__)
         other._ids, other._ends = self._ids[:], self._ends[:]
-        other._tail, other._tail_tokens, other._incomplete = self._tail, self._tail_tokens, self._incomplete
         other._target_tokens, other._marks = self._target_tokens[:], self._marks[:]
         return other
 
@@ -176,8 +160,8 @@ class IncrementalRetokenizer:
         if at == len(self._marks):
             return None
         if self._marks[at] == end:
-            return crossing_finder.between(self._target_tokens[at:])
-        return crossing_finder.within(self._target_tokens[at - 1 :], end - self._marks[at - 1]) if at else None
+            return crossing_finder.between(tuple(self._target_tokens[at:]))
+        return crossing_finder.within(tuple(self._target_tokens[at - 1 :]), end - self._marks[at - 1]) if at else None
 
     def _add_text(self, text: str) -> int:
         """Add text; return the number of tokens before the first that changed."""

@@ -235,21 +235,10 @@ def build_tables(target: TokenizerAdapter, role: TokenizerAdapter, matches: Spec
     flat = np.array([t for v in several for t in ours[v]], np.int64)
     starts = np.cumsum([0, *(len(ours[v]) for v in several)]).astype(np.int64)
     trie = Trie.of(np.array(several, np.int64), RaggedArray(starts, flat))
-    equal = sum(text in small_ids for text in large_texts.values())
-    return Tables(
-        TableArrays(
-            image,
-            events.starts,
-            events.flat,
-            trie.edge_nodes,
-            trie.edge_tokens,
-            trie.edge_children,
-            trie.tokens.starts,
-            trie.tokens.flat,
-            trie.nexts.flat,
-            np.array([len(large_texts), equal]),
-        )
-    )
+    texts = np.array([len(large_texts), sum(text in small_ids for text in large_texts.values())])
+    edges = trie.edge_nodes, trie.edge_tokens, trie.edge_children
+    crossing = trie.tokens.starts, trie.tokens.flat, trie.nexts.flat
+    return Tables(TableArrays(image, events.starts, events.flat, *edges, *crossing, texts))
 
 
 def _by_bytes(texts: Mapping[int, bytes]) -> dict[bytes, int]:

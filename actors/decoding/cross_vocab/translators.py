@@ -75,11 +75,9 @@ class OneToOneTranslator:
         self._mapping, self._stream = mapping, stream
 
     def append(self, token: int) -> None:
-        """Append a token of the target."""
         self._stream.append(self._mapping.tokens(token))
 
     def append_forced(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
-        """Append a forced text."""
         self._stream.append(theirs)
 
     def retokenize(self, ours: Sequence[int], theirs: Sequence[int], marker: str) -> None:
@@ -99,7 +97,6 @@ class OneToOneTranslator:
         return _one_for_one(drafted, self._mapping.to_primary)
 
     def oldest_needed_row(self) -> int | None:
-        """No row needs another."""
         return None
 
 
@@ -155,7 +152,6 @@ class RetokenizingTranslator:
         self._recent: list[int] = []  # the target's newest tokens since its last special token
 
     def append(self, token: int) -> None:
-        """Append a token of the target."""
         self._stream.replace_tail(*self._push(self._retokenizer, token))
         self._recent = [] if token in self._alignment.special else [*self._recent[1 - _CONTEXT :], token]
 

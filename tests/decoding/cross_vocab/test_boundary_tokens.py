@@ -18,7 +18,7 @@ def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, r
     said = pair.target.encode(texts()["english"].train[:600])[0]
     for at in range(len(said) - 1):
         for offset in range(1, len(pair.token_bytes(said[at]))):
-            crossing_tokens = pair.crossing_finder.within(said[at : at + 1], offset)
+            crossing_tokens = pair.crossing_finder.within((said[at],), offset)
             if crossing_tokens is None:
                 continue
             begun = pair.token_bytes(said[at])[offset:]
@@ -36,10 +36,10 @@ def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, r
 def test_a_place_where_too_many_begin_alike_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = alignment("pieces", "single")
     places = [(t, n) for t, text in enumerate(pair.target.texts) if text for n in range(1, len(text))]
-    here = next(place for place in places if _count(pair.crossing_finder.within([place[0]], place[1])) > 1)
+    here = next(place for place in places if _count(pair.crossing_finder.within((place[0],), place[1])) > 1)
     monkeypatch.setattr("actors.decoding.cross_vocab.boundary_tokens._MOST", 1)
     again = CrossingTokenFinder(pair.tables, pair.target, pair.token_bytes, pair.role)
-    assert again.within([here[0]], here[1]) is None
+    assert again.within((here[0],), here[1]) is None
 
 
 def _count(crossing_tokens: object) -> int:
@@ -55,7 +55,7 @@ def test_a_target_token_that_is_heard_by_its_first_small_token_is_heard_of_a_str
     }  # a target's token, by the one that its first part is
     assert longer
     for said in range(len(pair.target.texts)):
-        crossing_tokens = pair.crossing_finder.between([said])
+        crossing_tokens = pair.crossing_finder.between((said,))
         if crossing_tokens is None:
             continue
         pairs = zip(
