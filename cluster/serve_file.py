@@ -67,7 +67,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         file = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(file, dict):
         raise ConfigError(f"{path} does not hold a mapping at its top level")

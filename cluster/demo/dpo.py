@@ -1,16 +1,15 @@
-"""ThinkLogit-DPO from end to end with the embedded trio: pairs, training, and what it is worth.
+"""Runs ThinkLogit-DPO from end to end with the embedded trio: pairs, training, evaluation of the adapter.
 
     python -m cluster.demo.dpo [--run runs/dpo] [--no-resume]
 
-Target and guider answer training questions, their right and wrong answers are paired, the guider is trained on the
-pairs, and held-out questions are asked with and without the adapter. It is three jobs one after another, as a cluster
-would run them; interrupted, the same command goes on. The last line is one JSON object.
+Target and guider answer training questions, their right and wrong answers become pairs, the guider is trained on the
+pairs, and held-out questions are answered with and without the adapter. It runs the three jobs of a cluster one after
+another. After an interruption the same command resumes. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.table import Table
 
 from cluster.jobs.config import load_evaluation
 from cluster.jobs.dpo.training import load_training
-from cluster.jobs.evaluate import guarded, sample
+from cluster.jobs.evaluate import run_job, sample
 from cluster.jobs.preferences import load_preferences
 from cluster.jobs.preferences import run as make_pairs
 from cluster.jobs.results import Results
@@ -35,7 +34,7 @@ DPO = "dpo"  # the adapter's name
 
 
 def run(folder: Path, console: Console, *, resume: bool = True) -> dict[str, Any]:
-    """All three jobs; what the last line says."""
+    """Run all three jobs. Returns the JSON object of the last line."""
     evaluation, pairing = load_preferences(CONFIGS / "dpo" / "demo_pairs.yaml")
     made = make_pairs(evaluation.model_copy(update={"run": folder / "pairs"}), pairing, console, resume=resume)
     training = load_training(CONFIGS / "dpo" / "demo_training.yaml")
@@ -55,7 +54,7 @@ def run(folder: Path, console: Console, *, resume: bool = True) -> dict[str, Any
 
 
 def table(results: Results, alphas: Sequence[float]) -> Table:
-    """Right answers by model and alpha, and what the adapter adds, with its interval."""
+    """The share of right answers by model and alpha, and the gain of the adapter with its interval."""
     shares = {score.variant: score.pass_at_1.value for score in summarise(results).overall}
     shown = Table("", *(f"alpha {alpha:g}" for alpha in alphas), title="right answers to held-out questions")
     alone = {"target": Variant("target"), "guider": Variant("guider"), "guider-DPO": Variant("guider", DPO)}
@@ -69,7 +68,7 @@ def table(results: Results, alphas: Sequence[float]) -> Table:
 
 
 def gain(results: Results, alpha: float) -> Interval:
-    """Share of right answers of guided-DPO over that of guided, paired by problem."""
+    """Share of right answers of guided-DPO minus that of guided, paired by problem."""
     settings = (f"a{alpha:g}-{DPO}", f"a{alpha:g}")
     right: dict[str, dict[str, list[bool]]] = {setting: {} for setting in settings}
     for one in results.samples():
@@ -81,16 +80,13 @@ def gain(results: Results, alpha: float) -> Interval:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demonstration; the exit status."""
+    """Run the demonstration. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/dpo"), help="where everything goes (%(default)s)")
-    parser.add_argument("--no-resume", action="store_true", help="throw away what the folder holds, and start over")
+    parser.add_argument("--run", type=Path, default=Path("runs/dpo"), help="the folder of all three jobs (%(default)s)")
+    parser.add_argument("--no-resume", action="store_true", help="delete what the folder holds, and start over")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    status, result = guarded(lambda: run(options.run, console, resume=not options.no_resume), console)
-    if status == 0:
-        print(json.dumps(result), flush=True)
-    return status
+    return run_job(lambda: run(options.run, console, resume=not options.no_resume), console)
 
 
 def _rounded(interval: Interval) -> list[float]:

@@ -1,4 +1,4 @@
-"""Adapters of the guider that an evaluation goes through: the service with each of them, and what tells them apart."""
+"""The guider's adapters in an evaluation: the service with each of them, and the digests of their weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def service_with(service: ServiceConfig, evaluation: Evaluation, adapter: str) -> ServiceConfig:
-    """The service whose guider has that adapter of the evaluation; as it is for AS_CONFIGURED."""
+    """The service with that adapter of the evaluation on its guider; unchanged for AS_CONFIGURED."""
     return service if adapter == AS_CONFIGURED else service.with_adapter(evaluation.adapters[adapter])
 
 
 def check_adapters(evaluation: Evaluation) -> None:
-    """Raise ConfigError for an adapter that is neither a folder here nor the name of one on the hub."""
+    """Raise ConfigError for an adapter that is neither a local folder nor the name of one on the hub."""
     for name, path in evaluation.adapters.items():
         if path is None or (Path(path) / WEIGHTS).is_file():
             continue
         if Path(path).exists() or len(Path(path).parts) != 2:
-            raise ConfigError(f"adapters.{name}: {path} holds no {WEIGHTS}; cluster.jobs.train_dpo makes such a folder")
+            raise ConfigError(
+                f"adapters.{name}: {path} holds no {WEIGHTS}; cluster.jobs.train_dpo creates such a folder"
+            )
 
 
 def digests(evaluation: Evaluation) -> dict[str, str]:
-    """What is kept beside answers to know that an adapter is still the one that gave them."""
+    """Digests of local adapters. The run's folder stores them, to detect an adapter that changed meanwhile."""
     return {
         name: hashlib.sha256((Path(path) / WEIGHTS).read_bytes()).hexdigest()[:16]
         for name, path in evaluation.adapters.items()

@@ -1,8 +1,8 @@
-"""How often a text does what long reasoning does: counts of words that show it.
+"""Counts words and phrases that indicate behaviours of long reasoning.
 
-Three behaviours are counted, as the paper does (arXiv 2507.12759): branching into another way, backtracking from a
-mistake, and verifying oneself. Its lists of lemmas are not repeated here: these are this project's, so that modes of a
-run can be compared with one another, not with figures of the paper.
+Three behaviours are counted, as in the paper (arXiv 2507.12759): branching into an alternative, backtracking from a
+mistake, and self-verification. The word lists are this project's own. Figures can therefore be compared between the
+modes of a run, but not with those of the paper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
-# Lemmas with their inflections, in lower case, one or more words each; no phrase begins another of its list.
+# Words and phrases with their inflections, in lower case. No phrase is the beginning of another one in its list.
 _BRANCHING = """
 alternatively, alternative, alternatives, instead, perhaps, maybe, suppose, supposing, another way, another approach,
 another method, another idea, another possibility, another option, different way, different approach, different method,
@@ -29,12 +29,12 @@ double-checked, double-checking, confirm, confirms, confirmed, confirming, reche
 recalculate, recalculating, make sure, makes sure, making sure, made sure, sanity test
 """
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-_GAP = "  "  # two spaces, so that phrases side by side each have their own around them
+_GAP = "  "  # two spaces, so that each of two adjacent phrases has a space on both sides
 
 
 @dataclass(frozen=True, slots=True)
 class Behaviours:
-    """Occurrences in some text, and its words."""
+    """The number of words of a text, and the occurrences of each behaviour in it."""
 
     words: int = 0
     branching: int = 0
@@ -50,12 +50,12 @@ class Behaviours:
         )
 
     def per_mille(self, count: int) -> float:
-        """Of the words."""
+        """`count` per 1,000 words."""
         return 1_000 * count / self.words if self.words else 0.0
 
 
 def behaviours(text: str) -> Behaviours:
-    """Count one answer, thinking included. Words are compared in lower case, whatever stands between them."""
+    """Counts of one answer, thinking included. Case and the characters between words are ignored."""
     words = _WORD.findall(text.lower().replace("’", "'"))
     counts, spaced = Counter(words), f" {_GAP.join(words)} "
     return Behaviours(
@@ -68,7 +68,7 @@ def behaviours(text: str) -> Behaviours:
 
 
 def _split(lemmas: str) -> tuple[list[str], list[str]]:
-    """Single words, and phrases as they stand in spaced text."""
+    """The single words of a list, and its phrases in the spacing of the searched text."""
     all_lemmas = [" ".join(lemma.split()) for lemma in lemmas.split(",")]
     phrases = [f" {lemma.replace(' ', _GAP)} " for lemma in all_lemmas if " " in lemma]
     return [lemma for lemma in all_lemmas if " " not in lemma], phrases

@@ -1,6 +1,6 @@
-"""Puts the samples of an evaluation to a service as a client would, with seeds of their own, until each is answered.
+"""The client of a job: sends the requests of an evaluation to a service, and repeats each until it is answered.
 
-Whoever decodes is a `Backend`: the coordinators behind Serve's handles, or one coordinator in this process.
+It talks to a `Backend`: the coordinators behind Serve's handles, or one coordinator in this process.
 """
 
 from __future__ import annotations
@@ -24,55 +24,55 @@ from router.backend import ApiError, Backend, BadRequest, Overloaded, Unavailabl
 from router.request_planning import plan_chat, plan_completion
 from router.schema import ChatMessage, ChatRequest, CompletionRequest, GuidanceFields
 
-PATIENCE_S = 900.0  # a service that takes nothing on for so long is gone; a replica that loads a model takes minutes
-LOSSES = 5  # attempts at one sample that may be lost after they had begun
+PATIENCE_S = 900.0  # a service that accepts no request for this long is lost; loading a model takes minutes
+LOSSES = 5  # attempts at one sample that may fail after their first token
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 
 
 class Unanswered(RuntimeError):
-    """The service did not answer; what is finished is kept, and the same command goes on from there."""
+    """The service did not answer. Finished samples are stored, and the same command resumes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample that is to be had."""
+    """One sample to generate. seed: of the run. number: of the sample among those of its problem."""
 
     task: Task
     problem: Problem
     arm: Arm
-    seed: int  # of the run
+    seed: int
     number: int
 
     @property
     def key(self) -> Key:
-        """Its name among the results."""
+        """The key of the sample in the results."""
         return Key(self.task.name, self.problem.id, self.arm.mode, self.arm.setting, self.seed, self.number)
 
     @property
     def choice_seed(self) -> int:
-        """H(run seed, task, problem, sample). Mode and setting are left out: common random numbers make pairs."""
+        """H(run seed, task, problem, number). Modes and settings share it: common random numbers pair their samples."""
         return derive_seed(self.seed, _hash(self.task.name), _hash(self.problem.id), self.number)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. seconds: from the request that was answered to its last token."""
+    """A complete answer. tokens: ids of the mode's primary role. seconds: of the successful attempt."""
 
     text: str
-    tokens: tuple[int, ...]  # ids, in the vocabulary of the mode's primary role
+    tokens: tuple[int, ...]
     end: Finished
     seconds: float
 
     @property
     def usage(self) -> Usage:
-        """Its counts."""
+        """The token counts of the answer."""
         return self.end.usage
 
 
 class Client:
-    """Asks a backend whose service is configured as `service`.
+    """Sends requests to a backend whose configuration is `service`.
 
-    tokenizers: of all three roles. on_tokens: called with the number of tokens of each message that arrives.
+    tokenizers: of all three roles. on_tokens: called with the number of tokens of each received message.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Client:
         self._drafts, self._patience_s, self._on_tokens = drafts, patience_s, on_tokens
 
     def request(self, item: Item) -> Generate:
-        """The sequence that the HTTP side would make of this sample. Raises ConfigError where it does not fit."""
+        """The request that the router would make for this sample. Raises ConfigError if it does not fit the models."""
         try:
             made = plan_item(item, self._service, self._tokenizers)
         except ApiError as error:
@@ -98,21 +98,22 @@ class Client:
         return replace(made, request_id=unique, seed=item.choice_seed, drafts=self._drafts)
 
     async def answer_item(self, item: Item) -> Answer:
-        """The answer to one sample, asked for again while the service is full, away or loses it.
-
-        Raises Unanswered after `patience_s` without being taken on or LOSSES lost answers, ConfigError if refused.
-        """
+        """The answer to one sample. See `answer`."""
         return await self.answer(self.request(item))
 
     async def answer(self, request: Generate) -> Answer:
-        """See `ask`."""
+        """The answer to one request. Repeats the request if the service is full or unavailable, or loses the answer.
+
+        Raises Unanswered after `patience_s` seconds without acceptance or after LOSSES lost answers, ConfigError if
+        the service refuses the request itself.
+        """
         refused_since, refusals, losses = time.monotonic(), 0, 0
         while True:
             attempt = _Attempt(request, self._on_tokens)
             try:
                 return await attempt.run(self._backend)
             except BadRequest as error:
-                raise ConfigError(f"{request.request_id}: the service refuses it: {error.message}") from None
+                raise ConfigError(f"{request.request_id}: the service refuses the request: {error.message}") from None
             except (Overloaded, Unavailable, _Lost) as error:
                 if attempt.begun:
                     refused_since, refusals, losses = time.monotonic(), 0, losses + 1
@@ -123,20 +124,20 @@ class Client:
 
 
 class _Lost(RuntimeError):
-    """An answer ended without its end, or with an error."""
+    """An answer ended with an error, or without a last message."""
 
 
 class _Attempt:
-    """One try at a request."""
+    """One attempt at a request. begun: True once tokens have arrived."""
 
     def __init__(self, request: Generate, on_tokens: Callable[[int], None]) -> None:
         self._request, self._on_tokens = request, on_tokens
-        self.begun = False  # tokens have come
+        self.begun = False
 
     async def run(self, backend: Backend) -> Answer:
-        """The answer. Raises what `Backend.generate` raises, the error of a rejection, or _Lost."""
+        """The answer. Raises the errors of `Backend.generate`, the error of a rejection, or _Lost."""
         began, deltas = time.perf_counter(), []
-        # Closing cancels the generation: nobody waits for what an interrupted run had asked.
+        # Closing the stream cancels the generation, so that an interrupted run leaves no work to the service.
         async with aclosing(cast("AsyncGenerator[Event, None]", backend.generate(self._request))) as events:
             async for event in events:
                 if isinstance(event, Rejected):
@@ -154,13 +155,13 @@ class _Attempt:
         raise _Lost("the stream ended before the answer did")
 
     def _text(self, deltas: list[Delta]) -> str:
-        """As it was generated: the mark that the API drops between thinking and answer is put back."""
+        """The generated text, with the mark between thinking and answer that the API drops."""
         reasoning, content = ("".join(getattr(delta, part) for delta in deltas) for part in ("reasoning", "content"))
         return reasoning + (self._request.thinking.end if reasoning and content else "") + content
 
 
 def plan_item(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]) -> Generate:
-    """What the HTTP side makes of the problem's prompt: a user's message, or the same raw text for every role."""
+    """The router's request for a sample: a chat with one user message, or a completion of one text by all roles."""
     task = item.task
     fields: dict[str, Any] = {
         "model": next(name for name, served in service.served_names.items() if served == item.arm.mode),
@@ -179,7 +180,7 @@ def plan_item(item: Item, service: ServiceConfig, tokenizers: dict[Role, RoleTok
 
 
 def _guidance(arm: Arm) -> GuidanceFields | None:
-    """The whole of the arm's guidance: nothing of the service's own default is left under it."""
+    """The arm's guidance with every field set, so that no default of the service applies."""
     if arm.mode != "guided":
         return None
     own = arm.guidance
@@ -193,5 +194,5 @@ def _hash(text: str) -> int:
 
 
 def _pause(refusals: int) -> float:
-    """Seconds before the next try, with jitter, so that those that were refused together do not return together."""
+    """Seconds before the next attempt, with jitter, so that requests refused together do not return together."""
     return random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(refusals, 16))

@@ -1,7 +1,7 @@
-"""What an evaluation runs: tasks x modes x settings of guidance x seeds, as one YAML file says it.
+"""The YAML file of an evaluation: tasks x modes x settings of guidance x seeds.
 
-run: runs/demo                # the folder of the results; the same command goes on where it was interrupted
-service: ray_config.yaml      # what to bring up where no service runs
+run: runs/demo                # the folder of the results; the same command resumes an interrupted run
+service: ray_config.yaml      # the service to start if none runs
 tasks:
   - multihop                  # a shipped task's name, or the path of a task file
   - {task: math500, limit: 100, samples: 4, max_tokens: 8192}
@@ -9,7 +9,7 @@ modes: [target, guider, guider_base, guided]
 alpha: [0.5, 1.0]             # x warmup_tokens: the settings of the guided mode
 warmup_tokens: [0, 100]
 schedules: {fading: [[0, 1.5], [500, 0.5]]}
-adapters: {plain: null, dpo: runs/dpo/adapter}   # of the guider: the service is brought up with each in turn
+adapters: {plain: null, dpo: runs/dpo/adapter}   # of the guider; the service is started with each in turn
 seeds: [0, 1]
 """
 
@@ -26,19 +26,19 @@ from cluster.jobs.sample import ALONE, MODES, Mode
 from cluster.serve_file import read_mapping
 
 UNGUIDED = Guidance(alpha=0.0)
-AS_CONFIGURED = ""  # in an adapter's place: the guider is as the service has it
+AS_CONFIGURED = ""  # in place of an adapter's name: the service's own guider
 
 S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """A part of a job's file: a key that is not known is refused."""
+    """A section of a job's file. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TaskChoice(Section):
-    """A task, and what of it is run otherwise than its file says. limit: its first problems only."""
+    """A task, and the keys of its file that this evaluation overrides. limit: use only the first problems."""
 
     task: str = Field(min_length=1)
     limit: int | None = Field(None, ge=1)
@@ -47,7 +47,7 @@ class TaskChoice(Section):
 
 
 class Machine(Section):
-    """What the evaluation needs, and takes there. hours: at least and at most, estimated where nobody measured."""
+    """The machine that the evaluation needs. hours: shortest and longest duration, estimated unless measured."""
 
     gpus: int = Field(ge=0)
     gpu_memory_gb: float = Field(0.0, ge=0)
@@ -62,16 +62,19 @@ class Machine(Section):
 
 
 class Expectation(Section):
-    """What counts as reproduced: the relative gain of `setting` over the target, averaged over the tasks, lies within
-    `gain` (0.1 is 10 %), and the interval of the paired difference lies above zero."""
+    """The result that counts as reproduced.
+
+    The relative gain of `setting` over the target, averaged over the tasks, must lie within `gain` (0.1 is 10 %), and
+    the interval of the paired difference above zero.
+    """
 
     setting: str
     gain: tuple[float, float]
-    source: str = Field(min_length=1)  # where the range comes from
+    source: str = Field(min_length=1)  # of the range
 
 
 class Arm(NamedTuple):
-    """A mode at a setting: what every problem is asked in."""
+    """A mode at a setting. Every problem is sampled in each arm."""
 
     mode: Mode
     setting: str
@@ -83,8 +86,8 @@ class Arm(NamedTuple):
 
 
 class Evaluation(Section):
-    """An evaluation as its file says it. `alpha` x `warmup_tokens` and `schedules` apply to the guided mode alone,
-    `adapters` to it and to the guider's."""
+    """An evaluation's file. `alpha` x `warmup_tokens` and `schedules` apply only to the guided mode, `adapters` to the
+    guided mode and the guider's."""
 
     run: Path
     service: Path = Path("ray_config.yaml")
@@ -95,8 +98,8 @@ class Evaluation(Section):
     schedules: dict[str, tuple[tuple[int, float], ...]] = {}  # each from token 0 on; warmup_tokens do not apply
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], str | None] = {}  # by name; null: none
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    concurrency: int | None = Field(None, ge=1)  # asked at once; default: what the coordinators decode together
-    drafts: int | None = Field(None, ge=0, le=8)  # default: as the service is configured
+    concurrency: int | None = Field(None, ge=1)  # open requests; default: the sessions that the coordinators decode
+    drafts: int | None = Field(None, ge=0, le=8)  # default: the service's configuration
     data: Path | None = None  # a folder with copies of the tasks' data; default: the hub
     machine: Machine | None = None
     expect: Expectation | None = None
@@ -116,7 +119,7 @@ class Evaluation(Section):
         )
         for name, values in lists:
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} names something twice")
+                raise ValueError(f"{name} repeats a value")
         if "guided" in self.modes and not (self.alpha or self.schedules):
             raise ValueError("the guided mode needs an alpha or a schedule")
         for name, pieces in self.schedules.items():
@@ -130,7 +133,7 @@ class Evaluation(Section):
         return self
 
     def settings(self) -> dict[str, Guidance]:
-        """Every setting of the guided mode by its name: a1, a0.5-w100, or its schedule's."""
+        """The settings of the guided mode by name: a1, a0.5-w100, or the name of a schedule."""
         made: dict[str, Guidance] = {}
         for alpha in self.alpha:
             for warmup in self.warmup_tokens:
@@ -138,14 +141,14 @@ class Evaluation(Section):
                 made[name] = Guidance(alpha, warmup)
         for name, pieces in self.schedules.items():
             if name in made or name == ALONE:
-                raise ValueError(f"schedules.{name}: {name} is a setting's name already")
+                raise ValueError(f"schedules.{name}: {name} is already the name of a setting")
             made[name] = Guidance(schedule=pieces)
         return made
 
     def arms(self) -> list[Arm]:
-        """Modes in their order; the guided one once for each setting, and what has the guider in it for each adapter.
+        """The modes in order: guided once for each setting; guided and guider once for each adapter.
 
-        The name of an adapter that is not null follows that of the setting: a1-dpo.
+        The name of an adapter that is not null is appended to that of the setting: a1-dpo.
         """
         settings = self.settings()
         arms = []
@@ -161,19 +164,23 @@ class Evaluation(Section):
                 arms += [Arm(mode, name, guidance, adapter) for name, guidance in names.items()]
         return arms
 
+    def at(self, run: Path | None) -> Self:
+        """The same evaluation with its results in `run`; None: in its own folder."""
+        return self if run is None else self.model_copy(update={"run": run})
+
 
 def load_evaluation(path: Path) -> Evaluation:
-    """The evaluation in a file. Raises ConfigError that names every key that is wrong."""
+    """The evaluation in a file. Raises ConfigError naming every wrong key."""
     return checked(read_mapping(path))
 
 
 def checked(given: dict[str, Any]) -> Evaluation:
-    """The evaluation of such a mapping. Raises ConfigError."""
+    """The evaluation in a mapping. Raises ConfigError naming every wrong key."""
     return validated(Evaluation, given)
 
 
 def validated(kind: type[S], given: dict[str, Any]) -> S:
-    """What a mapping says, as that kind of job. Raises ConfigError that names every key that is wrong."""
+    """The mapping as a section of that kind. Raises ConfigError naming every wrong key."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:

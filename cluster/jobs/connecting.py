@@ -1,7 +1,7 @@
-"""The service that a job asks: the one that runs in its cluster, or one that it brings up and takes down again.
+"""Connects a job to a service: the one that runs in its cluster, or one that the job starts and stops itself.
 
-Ray is looked for where RAY_ADDRESS says, else on this machine; RAY_ADDRESS=local, or no Ray at all, means one of the
-job's own.
+The job joins the Ray at RAY_ADDRESS, or else the Ray on this machine. With RAY_ADDRESS=local, or if no Ray runs, it
+starts its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from router.app import ServedCoordinators, bind
 from router.backend import Backend
 from router.failover import FailoverBackend
 
-ANSWER_S = 60.0  # a coordinator that is there says how it is configured within this
+ANSWER_S = 60.0  # limit for a coordinator to return its configuration
 POLL_S = 0.5
 Log = Callable[[str], None]
 Adapted = Callable[[ServiceConfig], ServiceConfig]
@@ -33,7 +33,7 @@ Adapted = Callable[[ServiceConfig], ServiceConfig]
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A service that can be asked, and what it was built from."""
+    """A running service and its configuration."""
 
     backend: Backend
     service: ServiceConfig
@@ -43,15 +43,15 @@ class Connection:
 def connected(file: Path, log: Log, adapted: Adapted | None = None) -> Iterator[Connection]:
     """A connection to the service that `file` describes.
 
-    Of a service that runs already the name counts, and what it says of itself. adapted: gives the guider the adapter
-    that is wanted; then a service that runs with another is let alone, and one of the job's own brought up beside it.
-    Raises ConfigError for a file or models that are not sound, LaunchError where nothing comes up.
+    A service that already runs under the file's name is used with its own configuration. adapted: sets the guider's
+    adapter in a configuration; if it is given, a running service with another adapter is not used, and the job starts
+    its own beside it. Raises ConfigError for an invalid file or invalid models, LaunchError if no service starts.
     """
     wanted = read_service_config(file)
     if adapted is not None:
         wanted = adapted(wanted)
     if not joined():
-        log("no Ray runs here: starting one, and the service in it ...")
+        log("no Ray runs here: starting Ray and the service ...")
         with running_service(wanted):
             yield _connection(wanted.name)
         return
@@ -63,7 +63,7 @@ def connected(file: Path, log: Log, adapted: Adapted | None = None) -> Iterator[
 
 
 async def ready(backend: Backend, deadline_s: float, log: Log) -> None:
-    """Return once every role is there; says what is awaited whenever that changes. Raises LaunchError."""
+    """Wait until every role has a replica, and log missing ones whenever they change. Raises LaunchError."""
     until, logged = time.monotonic() + deadline_s, ""
     while (status := await backend.status()).missing:
         awaited = "; ".join(status.awaited) or ", ".join(status.missing)
@@ -76,7 +76,7 @@ async def ready(backend: Backend, deadline_s: float, log: Log) -> None:
 
 
 def joined() -> bool:
-    """Join the Ray that there is; False where this job needs one of its own."""
+    """Join a running Ray. Returns False if the job must start its own. Raises LaunchError."""
     address = os.environ.get("RAY_ADDRESS")
     if address == "local":
         return False
@@ -92,7 +92,7 @@ def joined() -> bool:
 
 @contextmanager
 def _application(wanted: ServiceConfig, log: Log, *, same_adapter: bool) -> Iterator[str]:
-    """The name of the application that is asked. One of the job's own has no HTTP address, and ends with it."""
+    """The name of the Serve application to use. An application of the job's own has no HTTP port and ends with it."""
     running = serve.status().applications
     own = f"{wanted.name}-jobs"
 
@@ -102,15 +102,15 @@ def _application(wanted: ServiceConfig, log: Log, *, same_adapter: bool) -> Iter
         return not same_adapter or _connection(name).service.models.guider.adapter == wanted.models.guider.adapter
 
     if matches(wanted.name):
-        log(f"asking the service {wanted.name}, which runs in this cluster")
+        log(f"using the service {wanted.name} that runs in this cluster")
         yield wanted.name
         return
     if not matches(own):
-        log(f"no such service {wanted.name} runs in this cluster: bringing it up as {own} ...")
+        log(f"no matching service {wanted.name} runs in this cluster: starting {own} ...")
         serve.start(proxy_location="Disabled")
         try:
             serve.run(bind(wanted), name=own, route_prefix=None)
-        except RuntimeError as error:  # what Serve raises when a deployment fails
+        except RuntimeError as error:  # Serve raises it if a deployment fails
             serve.delete(own)
             raise LaunchError(f"Ray Serve did not start {own}: {error}") from error
     try:

@@ -1,4 +1,4 @@
-"""Problems on which guidance changed the verdict, with what every mode said."""
+"""Problems on which guidance changed the verdict, with every mode's answer."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from cluster.jobs.results import ProblemRow, Results
 from cluster.jobs.sample import Sample
 from cluster.jobs.summary import TARGET, Variant
 
-EACH_WAY = 6  # contrasts of a report: so many that were gained, so many that were lost
+EACH_WAY = 6  # contrasts of a report that were gained, and as many that were lost
 
 _SampleId: TypeAlias = tuple[str, str, int, int]  # task, problem, seed, number
 
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """One problem, asked once: target and guided variant differ in verdict."""
+    """One sample of a problem for which the target's and the guided variant's verdicts differ."""
 
     problem: ProblemRow
-    gained: bool  # right by guidance; else lost by it
-    answers: Mapping[Variant, Sample]  # target, guider, guider base as far as they ran, guided
+    gained: bool  # True if only the guided answer is right, False if only the target's
+    answers: Mapping[Variant, Sample]  # target, guided, guider and guider base, if they ran
 
 
 def contrasts(results: Results, guided: Variant, each_way: int = EACH_WAY) -> list[Contrast]:
-    """Of each task in turn, first those that guidance gained; first samples first."""
+    """At most `each_way` gained and then `each_way` lost contrasts, from each task in turn, first samples first."""
     verdicts: dict[_SampleId, dict[Variant, bool]] = {}
     for sample in results.samples():
         variant = _variant(sample)
@@ -47,7 +47,7 @@ def contrasts(results: Results, guided: Variant, each_way: int = EACH_WAY) -> li
 
 
 def _answers(results: Results, chosen: Iterable[_SampleId], guided: Variant) -> dict[_SampleId, dict[Variant, Sample]]:
-    """The second reading: the texts of what was chosen, and of no more."""
+    """The samples of the chosen problems. A second pass over the file, so that other texts need no memory."""
     answers: dict[_SampleId, dict[Variant, Sample]] = {id_: {} for id_ in chosen}
     for sample in results.samples():
         variant = _variant(sample)
@@ -70,7 +70,7 @@ def _order(item: tuple[Variant, Sample]) -> int:
 
 
 def _in_turn(ids: Iterable[_SampleId]) -> list[_SampleId]:
-    """One of each task in turn; within a task each problem's first sample before any second."""
+    """The ids with tasks taking turns; within a task, first samples of all problems come before second ones."""
     by_task: dict[str, list[_SampleId]] = {}
     for id_ in sorted(ids, key=lambda id_: (id_[0], id_[3], id_[2], id_[1])):
         by_task.setdefault(id_[0], []).append(id_)

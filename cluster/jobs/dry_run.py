@@ -1,4 +1,4 @@
-"""What an evaluation would ask, with every name and field resolved: nothing is downloaded, started or asked."""
+"""Checks an evaluation and shows what it would run, without downloading or starting anything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def dry_run(evaluation: Evaluation, console: Console) -> dict[str, Any]:
-    """Show what would be run, on what, and return it for the last line. Raises ConfigError with all that is wrong."""
+    """Print tasks, models and arms. Returns the JSON object of the last line. Raises ConfigError with all errors."""
     wrong: list[str] = []
     tasks = _tasks(evaluation, wrong)
     models = _models(evaluation, wrong)
@@ -41,7 +41,7 @@ def dry_run(evaluation: Evaluation, console: Console) -> dict[str, Any]:
     console.print(table)
     for role, where in models.items():
         console.print(f"{role}: {where}", highlight=False, soft_wrap=True)
-    console.print(f"every problem in {len(arms)} ways: {', '.join(arms)}", highlight=False, soft_wrap=True)
+    console.print(f"every problem in {len(arms)} arms: {', '.join(arms)}", highlight=False, soft_wrap=True)
     if evaluation.machine is not None:
         console.print(f"needs {evaluation.machine}", highlight=False, soft_wrap=True)
     if evaluation.expect is not None:
@@ -65,13 +65,13 @@ def _tasks(evaluation: Evaluation, wrong: list[str]) -> list[Task]:
             wrong += [f"tasks: {choice.task}: {line}" for line in str(error).splitlines()]
             continue
         if any(task.name == other.name for other in found):
-            wrong.append(f"tasks: {task.name} comes twice; give a task file another name")
+            wrong.append(f"tasks: {task.name} is repeated; give one task file another name")
         found.append(task)
     return found
 
 
 def _models(evaluation: Evaluation, wrong: list[str]) -> dict[str, str]:
-    """Each role's model, and whether it is here."""
+    """Each role's model, and where its files are."""
     try:
         service: ServiceConfig = read_service_config(evaluation.service)
     except ConfigError as error:
@@ -88,8 +88,8 @@ def _models(evaluation: Evaluation, wrong: list[str]) -> dict[str, str]:
 
 def _where(model: ModelConfig) -> str:
     if Path(model.path).expanduser().is_dir():
-        return f"{model.path}, a folder here"
+        return f"{model.path}, a local folder"
     if not _HUB_NAME.fullmatch(model.path):
-        raise ConfigError(f"{model.path} is neither a folder here nor the name of a model on the hub")
+        raise ConfigError(f"{model.path} is neither a local folder nor the name of a model on the hub")
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
     return f"{model.path}, {'in the cache' if isinstance(cached, str) else 'to be downloaded from the hub'}"

@@ -1,11 +1,11 @@
-"""Runs an evaluation: tasks x modes x settings x seeds against the service, resumable at any moment.
+"""Runs an evaluation: tasks x modes x settings x seeds on the service. It can be resumed at any moment.
 
     python -m cluster.jobs.evaluate CONFIG.yaml [--run FOLDER] [--no-resume] [--dry-run]
     ray job submit --working-dir . -- python -m cluster.jobs.evaluate CONFIG.yaml --run /shared/FOLDER
 
-It asks the service that runs in the cluster, or brings one up as the config's `service` file says. Every sample is
-kept as it finishes: after Ctrl-C, `ray job stop` or a kill the same command does what is missing. The last line is one
-JSON object. Exit status 0: finished. 1: it could not go on, the message says why. 130, 143: stopped by a signal.
+It uses the service that runs in the cluster, or starts one from the config's `service` file. Every sample is stored
+when it finishes: after Ctrl-C, `ray job stop` or a kill, the same command computes the missing ones. The last line of
+output is one JSON object. Exit status: 0 finished; 1 an error, explained by the message; 130, 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ REFUSALS = (
     TaskError,
     Unanswered,
     UnreadableLine,
-)  # each says what to do
-COPIED = "working_dir_files"  # where Ray keeps the copy of a submitted job's working directory
+)  # errors whose message says what to do
+COPIED = "working_dir_files"  # folder in which Ray keeps the copy of a submitted job's working directory
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Stopped(Exception):
 
 
 async def answer_all(items: Iterator[Item], client: Client, results: Results, progress: Progress, at_once: int) -> None:
-    """Ask, grade and keep every item, `at_once` together. Raises what `Client.ask` raises; what is kept stays."""
+    """Generate, grade and store every item, `at_once` at a time. Raises what `Client.answer_item` raises."""
 
     async def worker() -> None:
         for item in items:
@@ -89,7 +89,7 @@ async def answer_all(items: Iterator[Item], client: Client, results: Results, pr
 
 
 def graded(item: Item, answer: Answer) -> Sample:
-    """The sample of an answer."""
+    """The answer of an item as a graded sample."""
     found = grade(item.task.grader, answer.text, item.problem.answer)
     usage = answer.usage
     return Sample(
@@ -115,9 +115,9 @@ async def evaluate(
     adapter: str = AS_CONFIGURED,
     resume: bool = True,
 ) -> None:
-    """Do what is missing in `folder` with that adapter of the guider, which the connected service has, and sort it.
+    """Generate the samples of `adapter` that `folder` lacks, then sort the folder's files.
 
-    Raises ConfigError, RunError, Unanswered, LaunchError.
+    The connected service must have that adapter. Raises ConfigError, RunError, Unanswered, LaunchError.
     """
     evaluation, service = workload.evaluation, connection.service
     coordinator = service.coordinator
@@ -126,7 +126,7 @@ async def evaluate(
         connection.backend, service, load_tokenizers(service), drafts=evaluation.drafts, on_tokens=progress.add_tokens
     )
     workload.check(client)
-    first = next(iter(evaluation.adapters), AS_CONFIGURED)  # the one that is written down
+    first = next(iter(evaluation.adapters), AS_CONFIGURED)  # config.yaml holds the service with this one
     config, rows = workload.resolved(service_with(service, evaluation, first)), workload.problem_rows()
     with Results(folder).writing(config, rows, resume=resume, may_differ=MAY_DIFFER) as results:
         if not resume:
@@ -144,7 +144,7 @@ async def evaluate(
 
 
 async def until_stopped(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which a signal cancels. Raises Stopped then."""
+    """The result of `work`. A signal cancels it and raises Stopped."""
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     received: list[int] = []
 
@@ -167,7 +167,7 @@ async def until_stopped(work: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """What runs in this thread, the main one, ends with Stopped at a signal; Ray's own handlers come back after it."""
+    """Raise Stopped in the main thread at a signal. Ray's own handlers are restored at the end."""
 
     def stop(number: int, _: object) -> None:
         raise Stopped(number)
@@ -180,13 +180,18 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def sample(evaluation: Evaluation, console: Console, *, resume: bool = True) -> Workload:
-    """Have every sample in the evaluation's folder; what was asked."""
-    if not evaluation.run.is_absolute() and COPIED in Path.cwd().parts:
+def require_lasting(run: Path) -> None:
+    """Raise ConfigError for a run's folder that Ray would delete at the end of a submitted job."""
+    if not run.is_absolute() and COPIED in Path.cwd().parts:
         raise ConfigError(
-            f"run: {evaluation.run} would lie in the copy of the working directory that ends with the job: "
-            "give a folder that stays, by an absolute path (--run)"
+            f"run: {run} would lie in the job's copy of the working directory, which Ray deletes when the job ends: "
+            "give the absolute path of a folder that stays (--run)"
         )
+
+
+def sample(evaluation: Evaluation, console: Console, *, resume: bool = True) -> Workload:
+    """Complete the samples in the evaluation's folder, with each adapter in turn. Returns their workload."""
+    require_lasting(evaluation.run)
     workload = load_workload(evaluation)
     for adapter in evaluation.adapters or (AS_CONFIGURED,):
         adapted = None
@@ -197,12 +202,12 @@ def sample(evaluation: Evaluation, console: Console, *, resume: bool = True) -> 
         with connected(evaluation.service, console.print, adapted) as connection:
             work = evaluate(workload, connection, evaluation.run, console, adapter=adapter, resume=resume)
             asyncio.run(until_stopped(work))
-        resume = True  # what the first adapter gave stays
+        resume = True  # the samples of the first adapter stay
     return workload
 
 
 def run(evaluation: Evaluation, console: Console, *, resume: bool = True) -> dict[str, Any]:
-    """The whole evaluation with its report; what the last line says."""
+    """Run the whole evaluation and write its report. Returns the JSON object of the last line."""
     sample(evaluation, console, resume=resume)
     result: dict[str, Any] = write_report(evaluation.run)
     if evaluation.expect is not None:
@@ -211,41 +216,45 @@ def run(evaluation: Evaluation, console: Console, *, resume: bool = True) -> dic
     return result
 
 
-def guarded(work: Callable[[], dict[str, Any]], console: Console) -> tuple[int, dict[str, Any]]:
-    """The exit status of a job, and what it returned; what stopped it is said in a sentence."""
+def run_job(work: Callable[[], dict[str, Any]], console: Console) -> int:
+    """Run a job's work and print its result as the last line of output, or print why it stopped.
+
+    Returns the exit status, as of this module's command.
+    """
     try:
-        return 0, work()
+        result = work()
     except REFUSALS as error:
         console.print("[bold red]error[/]", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        return 1, {}
+        return 1
     except (Stopped, KeyboardInterrupt) as stopped:
-        console.print("stopped; what is finished is kept, and the same command goes on from there")
-        return (stopped.status if isinstance(stopped, Stopped) else 130), {}
+        console.print("stopped; finished work is stored, and the same command resumes it")
+        return stopped.status if isinstance(stopped, Stopped) else 130
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+def sampling_options(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of a job that samples: the config file and the folder of its results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="the job's YAML file")
+    parser.add_argument("--run", type=Path, help="the folder of the results; overrides `run` of the file")
+    parser.add_argument("--no-resume", action="store_true", help="delete what the folder holds, and start over")
+    parser.add_argument("--dry-run", action="store_true", help="only check every name and field; download nothing")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, or with --dry-run only resolve, one evaluation; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="the evaluation's YAML file")
-    parser.add_argument("--run", type=Path, help="the folder of the results, instead of the file's `run`")
-    parser.add_argument("--no-resume", action="store_true", help="throw away what the folder holds, and start over")
-    parser.add_argument("--dry-run", action="store_true", help="resolve every name and field; download and ask nothing")
-    options = parser.parse_args(arguments)
-    console = Console(stderr=True)
+    """Run one evaluation, or only check it with --dry-run. Returns the exit status."""
+    options, console = sampling_options(__doc__, arguments), Console(stderr=True)
 
     def work() -> dict[str, Any]:
-        evaluation = load_evaluation(options.config)
-        if options.run is not None:
-            evaluation = evaluation.model_copy(update={"run": options.run})
+        evaluation = load_evaluation(options.config).at(options.run)
         if options.dry_run:
             return dry_run(evaluation, console)
         return run(evaluation, console, resume=not options.no_resume)
 
-    status, result = guarded(work, console)
-    if status == 0:
-        print(json.dumps(result), flush=True)
-    return status
+    return run_job(work, console)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a run found, for people: one HTML page that loads nothing, and the same tables in Markdown.
+"""Writes the report of an evaluation: one HTML page that loads nothing, and the same tables in Markdown.
 
     python -m cluster.jobs.evaluation_report RUN
 
-Reads the run's folder, also while the run goes on, and writes RUN/report.html and RUN/report.md. The last line is one
-JSON object with the overall figures.
+Reads the folder of a run, finished or not, and writes RUN/report.html and RUN/report.md. The last line of output is
+one JSON object with the overall figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.jobs.contrasts import Contrast, contrasts
-from cluster.jobs.jsonl import UnreadableLine, replace
+from cluster.jobs.jsonl import UnreadableLine, write_file
 from cluster.jobs.report_page import page
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.statistics import Interval
@@ -29,25 +29,25 @@ FILES = ("report.html", "report.md")
 
 
 def remove_report(folder: Path) -> None:
-    """Take away what was cells of answers that are gone."""
+    """Delete the report of a run whose samples were deleted."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
 
 
 def write_report(folder: Path) -> dict[str, Any]:
-    """Write both files of a run and return the overall figures. Raises RunError, UnreadableLine."""
+    """Write both files of a run. Returns the overall figures. Raises RunError, UnreadableLine."""
     results = Results(folder)
     summary = summarise(results)
     differing = contrasts(results, summary.best.variant) if summary.best is not None else []
     html, text = (folder / file for file in FILES)
     name = folder.resolve().name
-    replace(html, page(name, summary, differing).encode())
-    replace(text, markdown(name, summary, differing).encode())
+    write_file(html, page(name, summary, differing).encode())
+    write_file(text, markdown(name, summary, differing).encode())
     return {**figures(summary), "html": str(html), "markdown": str(text)}
 
 
 def figures(summary: Summary) -> dict[str, Any]:
-    """The overall figures as plain data: accuracies in [0, 1], `gain` relative; null where there is none."""
+    """The overall figures as plain data: accuracies in [0, 1], `gain` relative; None for missing figures."""
     return {
         "verdict": verdict(summary),
         "samples": summary.samples,
@@ -58,7 +58,7 @@ def figures(summary: Summary) -> dict[str, Any]:
 
 
 def markdown(name: str, summary: Summary, differing: Sequence[Contrast]) -> str:
-    """The report without plots and long texts."""
+    """The report in Markdown, without plots and long texts."""
     parts = [f"# {name}", verdict(summary), completeness(summary), *(_table(table) for table in tables(summary))]
     if differing:
         parts.append(_table(_contrasts(differing)))
@@ -81,14 +81,14 @@ def _figures(score: Score) -> dict[str, Any]:
 
 
 def _plain(interval: Interval | None) -> list[float | None] | None:
-    """[value, low, high]; JSON has no infinity."""
+    """[value, low, high], with None for infinite limits, which JSON cannot hold."""
     if interval is None:
         return None
     return [value if math.isfinite(value) else None for value in (interval.value, interval.low, interval.high)]
 
 
 def _contrasts(differing: Sequence[Contrast]) -> Table:
-    """The problems on which the verdict changed, with every mode's answer; the page has the texts."""
+    """The problems on which guidance changed the verdict, with every mode's answer."""
     variants = list(dict.fromkeys(variant for contrast in differing for variant in contrast.answers))
     rows = []
     for contrast in differing:
@@ -108,7 +108,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    """On one line, without what ends a cell or begins an element."""
+    """The text on one line, with characters escaped that would end a cell or begin an HTML element."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 

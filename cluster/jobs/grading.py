@@ -1,12 +1,18 @@
-r"""Whether an answer is right: what is read from a text, and what it is held against.
+r"""Graders: read the answer in a reply and compare it with the right ("gold") answer.
 
-    math       the last \boxed{} after the thinking, equal to the gold answer as math-verify sees it
+    math       the last \boxed{} after the thinking, equal to the gold answer according to math-verify
     letter     the last \boxed{} after the thinking, which names one option: B, (B), \text{B}, B. because ...
-    exact      the last \boxed{} after the thinking, else the last line, word for word
-    multihop   the embedded task's own: "The answer is Ben."
+    exact      the last \boxed{} after the thinking, otherwise the last line, equal word for word
+    multihop   the format of the embedded task: "The answer is Ben."
 
-The thinking ends at the last </think>. A text without one, as base models write, is read as a whole, as in the
+The thinking ends at the last </think>. A text without one, as base models write it, is read as a whole, as in the
 published evaluation.
+
+How to add a grader:
+1. Add its name to `Grader` below. Task files and `cluster.jobs.choose_alpha --grader` then accept it.
+2. Read the answer in `extract`: a branch that returns the answer's text, or None if there is none.
+3. Compare it in `_SAME`: a function of (gold answer, extracted answer) that returns True if they are equal.
+4. Test both in `tests/jobs/test_grading.py`, add a line to the list above and a row to the table in `docs/tasks.md`.
 """
 
 from __future__ import annotations
@@ -33,17 +39,17 @@ _MATH = MathProcesses()
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """extracted: the answer that was read, None where the text gives none, which is never right."""
+    """extracted: the answer that was read, None if the text has none, which is never right."""
 
     extracted: str | None
     right: bool
 
 
 def grade(grader: Grader, text: str, answer: str) -> Grade:
-    """Grade `text`, a whole reply with its thinking, against the gold `answer`.
+    """Compare `text`, a whole reply with its thinking, with the gold `answer`.
 
-    Safe on any thread. It may take seconds of processor time ("math"), so an event loop asks it on a thread. Raises
-    GradingError where the machine cannot compare, and ValueError for a grader that does not exist.
+    Thread-safe. "math" may take seconds of processor time, so call it in a thread of an event loop. Raises GradingError
+    if this machine cannot compare answers, and ValueError for an unknown grader.
     """
     if grader not in GRADERS:
         raise ValueError(f"unknown grader {grader!r}; the graders are {', '.join(GRADERS)}")
@@ -52,7 +58,7 @@ def grade(grader: Grader, text: str, answer: str) -> Grade:
 
 
 def extract(grader: Grader, text: str) -> str | None:
-    """The answer that `grader` reads in `text`, None where there is none."""
+    """The answer that `grader` reads in `text`, None if there is none."""
     if grader == "multihop":
         return answer_in(text)
     final = text.rpartition(_THINK_END)[2]
@@ -65,19 +71,19 @@ def extract(grader: Grader, text: str) -> str | None:
 
 
 def is_words(gold: str) -> bool:
-    r"""Whether a gold answer is \text{of words}, which "math" holds against words rather than against mathematics."""
+    r"""True if a gold answer is \text{of words}, which "math" compares as words rather than as mathematics."""
     return _WORDS.fullmatch(gold) is not None
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last \boxed{} of `text`; None where there is none, or it is empty or not closed."""
+    r"""The content of the last \boxed{} of `text`; None if there is none, or if it is empty or not closed."""
     starts = [match.end() for match in _BOXES.finditer(text)]
     if not starts:
         return None
     depth, place = 1, starts[-1]
     while place < len(text):
         if text[place] == "\\":
-            place += 1  # what is escaped opens and closes nothing
+            place += 1  # an escaped brace opens and closes nothing
         elif text[place] in "{}":
             depth += 1 if text[place] == "{" else -1
             if depth == 0:
@@ -92,7 +98,7 @@ def _letter(box: str) -> str | None:
 
 
 def _unstyled(text: str) -> str:
-    r"""`text` without \text{} and its like, and without mathematics' dollar signs."""
+    r"""`text` without \text{} and similar commands, and without the dollar signs of mathematics."""
     previous = None
     while text != previous:
         previous, text = text, _STYLE.sub(r"\1", text)
@@ -108,7 +114,7 @@ def _plain(text: str) -> str:
 
 
 def _same_math(gold: str, given: str) -> bool:
-    """Words are held against words, and 52_8 is not 52_9, though math-verify drops the base."""
+    """Words are compared as words. 52_8 differs from 52_9, although math-verify drops the base."""
     if is_words(gold):
         return _plain(gold) == _plain(given)
     bases = [_base(gold), _base(given)]

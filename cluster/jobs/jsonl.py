@@ -1,4 +1,4 @@
-"""Files of JSON lines that hold whole lines only, though their writer may be killed at any instant."""
+"""Files of JSON lines that stay readable although their writer may be killed at any moment."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Name = TypeVar("Name", bound=tuple[object, ...])
 
 
 class UnreadableLine(ValueError):
-    """A line that is complete and yet no JSON object: not a kill's doing. The message names file and line."""
+    """A complete line is no JSON object, which a killed writer cannot cause. The message names file and line."""
 
 
 class LineFile:
-    """One file with one writer, who must keep others away."""
+    """A file with one writer. The caller must exclude other writers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = -1
-        self._size = 0  # bytes of whole lines
+        self._size = 0  # bytes of complete lines
 
     def open(self) -> None:
-        """Open to append. A last line without an end, which a killed writer left, is cut away."""
+        """Open to append. An incomplete last line, which a killed writer left, is removed."""
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = _whole(self._file)
         os.ftruncate(self._file, self._size)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line, in one write. Raises OSError, the file as it was before, if the disk takes no more."""
+        """Append one line in one write. Raises OSError if the disk is full, and leaves the file as before."""
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             written = os.write(self._file, line)
-            while written < len(line):  # a disk that is nearly full, or a signal
+            while written < len(line):  # the disk is nearly full, or a signal arrived
                 written += os.write(self._file, line[written:])
         except OSError:
             os.ftruncate(self._file, self._size)
@@ -42,9 +42,9 @@ class LineFile:
         self._size += len(line)
 
     def sort(self, name: Callable[[Mapping[str, Any]], Name], keep: Collection[Name]) -> None:
-        """Rewrite the file sorted by name, as one step that happens or does not; of equal names the last stays.
+        """Rewrite the file atomically, sorted by name, with the names in `keep`. Of equal names the last line stays.
 
-        Only places are held in memory: the lines of a large run are gigabytes.
+        Only the lines' offsets are in memory, because the lines of a large run are gigabytes.
         """
         places: dict[Name, tuple[int, int]] = {}
         start = 0
@@ -59,46 +59,46 @@ class LineFile:
                     sorted_lines.write(lines.read(places[key][1]))
                 sorted_lines.flush()
                 os.fsync(sorted_lines.fileno())
-        _put(part, self.path)
+        _rename(part, self.path)
         self.close()
         self.open()
 
     def close(self) -> None:
-        """Closing twice is fine."""
+        """Close the file. Closing twice is allowed."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; none if it does not exist. Raises UnreadableLine."""
+    """The complete lines of a file; none if it does not exist. Raises UnreadableLine."""
     if not path.exists():
         return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
-                return  # being written, or cut short by a kill
+                return  # still being written, or truncated by a kill
             try:
                 row = json.loads(line)
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise UnreadableLine(f"{path}, line {number} is no JSON object: repair or remove it")
+                raise UnreadableLine(f"{path}, line {number} is not a JSON object: repair or remove it")
             yield row
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Put a file in place with all of its content, or not at all."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write or replace a file atomically: with all of its content, or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    _put(part, path)
+    _rename(part, path)
 
 
-def _put(part: Path, path: Path) -> None:
-    """Rename, and have the folder remember it."""
+def _rename(part: Path, path: Path) -> None:
+    """Rename a file durably: the folder is synced too."""
     part.replace(path)
     folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -108,7 +108,7 @@ def _put(part: Path, path: Path) -> None:
 
 
 def _whole(file: int) -> int:
-    """Bytes up to and with the last line end."""
+    """Bytes up to and including the last line end."""
     end = os.fstat(file).st_size
     while end > 0:
         start = max(0, end - 65_536)

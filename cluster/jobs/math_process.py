@@ -1,11 +1,11 @@
-"""Whether two answers are mathematically equal, asked of processes that may be killed.
+"""Compares two mathematical answers in child processes that may be killed.
 
-math-verify hands whatever a model wrote to a computer algebra system, which may take for ever, fill the memory, or
-overflow the stack; its own time limit is a signal that only a main thread can set and that arithmetic in C does not
-heed. So each comparison runs in a child that the kernel ends when it has used up its processor time. Processor time
-rather than seconds, so that a verdict does not depend on how busy the machine is.
+math-verify passes the text of a model to a computer algebra system, which may never return, fill the memory or overflow
+the stack. Its own time limit is a signal, which only a main thread can set and which arithmetic in C ignores. Therefore
+each comparison runs in a child process that the kernel ends when its processor time is used up. The limit is processor
+time rather than seconds, so that a verdict does not depend on the load of the machine.
 
-The child is `python -m cluster.jobs.math_process`: a line of JSON in, one byte out.
+The child is `python -m cluster.jobs.math_process`: it reads a line of JSON and replies with one byte.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from pathlib import Path
 from typing import BinaryIO
 
 CPU_S = 10.0  # processor time of one comparison; nearly all take milliseconds
-WALL_S = 300.0  # a child that says nothing for so long is not computing: the machine is at fault
-MEMORY = 2 << 30  # bytes of address space of a child
+WALL_S = 300.0  # a child without a reply for this long is not computing: the machine is at fault
+MEMORY = 2 << 30  # bytes of a child's address space
 _ROOT = Path(__file__).resolve().parents[2]
 _READY, _EQUAL, _DIFFERENT = b"?", b"1", b"0"
-# What ends a child through its own doing: out of time, out of stack, out of memory within the limit.
+# Signals by which a comparison ends its own child: out of time, out of stack, out of memory within the limit.
 _UNDECIDED = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGABRT)
 
 
 class GradingError(RuntimeError):
-    """Answers cannot be compared on this machine; the message says why. It is no verdict on an answer."""
+    """Answers cannot be compared on this machine. The message says why. It is no verdict on an answer."""
 
 
 class MathProcesses:
-    """Up to `count` children, started when they are needed. Any thread may ask; each call has a child to itself."""
+    """Up to `count` children, started on demand. Thread-safe: each call uses a child of its own."""
 
     def __init__(self, count: int | None = None, cpu_s: float = CPU_S) -> None:
         self._cpu_s = cpu_s
-        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # last in, first out: few stay warm
+        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # last in, first out: few children stay in use
         for _ in range(count or min(4, os.cpu_count() or 1)):
             self._idle.put(None)
         atexit.register(self.close)
 
     def equal(self, gold: str, given: str) -> bool:
-        """Whether `given` equals the right answer `gold`, both LaTeX; False too where that cannot be decided in time.
+        """True if `given` equals the right answer `gold`, both LaTeX; False also if that is not decided in time.
 
-        Raises GradingError where children cannot be started or are killed from outside.
+        Raises GradingError if children cannot be started or are killed from outside.
         """
         child = self._idle.get()
         try:
@@ -59,7 +59,7 @@ class MathProcesses:
             self._idle.put(_alive(child))
 
     def close(self) -> None:
-        """End the children that are idle. A later question starts new ones."""
+        """End the idle children. A later call of `equal` starts new ones."""
         for _ in range(self._idle.qsize()):
             try:
                 child = self._idle.get_nowait()
@@ -71,10 +71,10 @@ class MathProcesses:
 
 
 class _Child:
-    """One process that compares. Used by one thread at a time."""
+    """One comparing process. Used by one thread at a time."""
 
     def __init__(self, cpu_s: float) -> None:
-        # A session of its own: Ctrl-C is for the job, which still has answers to grade when it hears it.
+        # A process session of its own, so that Ctrl-C reaches only the job, which still has answers to grade.
         self._process = subprocess.Popen(  # noqa: S603 - this module, run by this interpreter
             [sys.executable, "-m", "cluster.jobs.math_process", str(cpu_s)],
             cwd=_ROOT,
@@ -86,7 +86,7 @@ class _Child:
         )
         if self._reply() != _READY:
             self.stop()
-            raise GradingError("the process that compares answers did not start; what it printed says why")
+            raise GradingError("the process that compares answers did not start; its output says why")
 
     @property
     def ended(self) -> bool:
@@ -116,19 +116,19 @@ class _Child:
         self._process.wait()
 
     def _reply(self) -> bytes:
-        """One byte of the child's, or none when it ended."""
+        """One byte from the child; empty if it has ended."""
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
-        poll = select.poll()  # unlike select() it knows descriptors above 1,023
+        poll = select.poll()  # unlike select(), it accepts descriptors above 1,023
         poll.register(descriptor, select.POLLIN)
         if not poll.poll(WALL_S * 1000):
             self._process.kill()
-            raise GradingError(f"the process that compares answers said nothing for {WALL_S:g} s")
+            raise GradingError(f"the process that compares answers did not reply for {WALL_S:g} s")
         return os.read(descriptor, 1)
 
 
 def _alive(child: _Child | None) -> _Child | None:
-    """`child`, or None where it ended, its pipes closed."""
+    """`child`, or None if it has ended; its pipes are then closed."""
     if child and child.ended:
         child.stop()
         return None
@@ -136,9 +136,9 @@ def _alive(child: _Child | None) -> _Child | None:
 
 
 def equal(gold: str, given: str) -> bool:
-    """math-verify's verdict, to be asked in a process that may be ended.
+    """math-verify's verdict. Call it in a process that may be killed.
 
-    Numbers are compared to six significant places rather than six decimals, which .0000672 and .0000673 share.
+    Numbers are compared to six significant digits. math-verify's six decimals would equate .0000672 and .0000673.
     """
     from math_verify import verify
     from sympy.core.random import seed
@@ -149,7 +149,7 @@ def equal(gold: str, given: str) -> bool:
 
 
 def parsed(answer: str) -> list[object]:
-    """What math-verify makes of LaTeX: an expression where it can, and the text that it read, to fall back to."""
+    """math-verify's parse of LaTeX: an expression if it finds one, and the text itself as a fallback."""
     from math_verify import LatexExtractionConfig, parse
 
     rules = [LatexExtractionConfig(boxed_match_priority=0)]
@@ -158,7 +158,7 @@ def parsed(answer: str) -> list[object]:
 
 
 def _decimals(parsed: list[object]) -> int:
-    """Decimals that six significant places of a number below 1 need; 6 for anything else."""
+    """The decimals that six significant digits of a number below 1 need; 6 for anything else."""
     from sympy import Float, Rational  # a Number might also be infinite
 
     small = [number for number in parsed if isinstance(number, Float | Rational) and 0 < abs(number) < 1]
@@ -181,14 +181,14 @@ def _serve(requests: BinaryIO, replies: BinaryIO, cpu_s: float) -> None:
 def main() -> None:
     import resource
 
-    import math_verify  # noqa: F401 - its import is no part of a comparison's time
+    import math_verify  # noqa: F401 - so that a comparison's time does not include the import
 
-    logging.disable(logging.WARNING)  # that its own limit is off, once for each process
+    logging.disable(logging.WARNING)  # math-verify's warning in each process that its own limit is off
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with contextlib.suppress(ValueError, OSError):  # macOS knows the limit and refuses it
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses the limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     replies = os.dup(1)
-    os.dup2(2, 1)  # what a parser prints is not a reply
+    os.dup2(2, 1)  # a parser's own output must not look like a reply
     with os.fdopen(replies, "wb", buffering=0) as out:
         _serve(sys.stdin.buffer, out, float(sys.argv[1]))
 

@@ -1,7 +1,8 @@
-"""Pairs of a right and a wrong answer to one problem, of which one is the target's and the other the guider's.
+"""Makes preference pairs: a right and a wrong answer to one problem, one of the target and one of the guider.
 
-Both kinds of ThinkLogit-DPO (arXiv 2507.12759): `target_right` teaches the guider what it lacks beside the target,
-`guider_right` keeps what it has over it. Which pairs are made follows from the samples and the configuration alone.
+There are the two kinds of ThinkLogit-DPO (arXiv 2507.12759). `target_right` teaches the guider problems that the target
+answers right; `guider_right` preserves those that only the guider answers right. Pairs depend only on the samples and
+the configuration.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ Kind: TypeAlias = Literal["target_right", "guider_right"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Split: TypeAlias = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-SAMPLED: tuple[Mode, ...] = ("target", "guider")  # whose answers are paired
+SAMPLED: tuple[Mode, ...] = ("target", "guider")  # modes whose answers are paired
 CHOSEN: dict[Kind, tuple[Mode, Mode]] = {"target_right": ("target", "guider"), "guider_right": ("guider", "target")}
 
 
 class Pairing(Section):
-    """How samples become pairs.
+    """The `pairs` section: how samples become pairs.
 
-    balanced: as many of one kind as of the other. most: of all kinds and both splits together; the paper took about
-    10,000. per_problem: of each kind. min_chosen_tokens: a shorter right answer is a guess, and is not preferred to
-    anything. finished_only: leave out wrong answers that were cut at their greatest length. validation: the share of
-    problems that are kept apart. seed: of every choice between samples.
+    balanced: make equally many pairs of each kind. most: limit of all kinds and both splits together; the paper used
+    about 10,000. per_problem: limit of each kind. min_chosen_tokens: a shorter right answer counts as a guess and is
+    never chosen. finished_only: leave out truncated wrong answers. validation: share of problems in the validation
+    split. seed: of every choice between samples.
     """
 
     kinds: tuple[Kind, ...] = Field(KINDS, min_length=1)
@@ -49,13 +50,13 @@ class Pairing(Section):
     @classmethod
     def _once(cls, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
         if len(set(kinds)) < len(kinds):
-            raise ValueError("a kind is named twice")
+            raise ValueError("a kind is repeated")
         return kinds
 
 
 @dataclass(frozen=True, slots=True)
 class PromptedProblem:
-    """A problem as it was put to each role. question: its words, by which problems are told apart."""
+    """A problem with the prompt of each role. question: the problem's text, by which problems are distinguished."""
 
     task: str
     id: str
@@ -65,7 +66,7 @@ class PromptedProblem:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A right answer that is preferred to a wrong one."""
+    """A right answer (chosen) and a wrong one (rejected) to a problem."""
 
     problem: PromptedProblem
     kind: Kind
@@ -73,22 +74,22 @@ class Pair:
     rejected: Sample
 
     def row(self) -> dict[str, Any]:
-        """In TRL's preference format with plain text, and what a trainer or a reader may want beside it."""
+        """The pair in TRL's plain-text preference format, with more columns for trainers and readers."""
         row: dict[str, Any] = {column("prompt", role): prompt for role, prompt in self.problem.prompts.items()}
         row |= {"chosen": self.chosen.text, "rejected": self.rejected.text}
         for name, sample in (("chosen", self.chosen), ("rejected", self.rejected)):
-            row[f"{name}_finished"] = sample.finish == "stop"  # by itself: its end belongs to what is learnt
+            row[f"{name}_finished"] = sample.finish == "stop"  # not truncated: training includes the end token
             row[f"{name}_tokens"] = sample.tokens
         return row | {"kind": self.kind, "task": self.problem.task, "problem": self.problem.id}
 
 
 def column(name: str, role: Role) -> str:
-    """Where what belongs to a role stands in a row of pairs: TRL's own columns are the guider's."""
+    """The column of a role in a row of pairs. TRL's own columns are the guider's."""
     return name if role == "guider" else f"{role}_{name}"
 
 
 def pairs(samples: Iterable[Sample], problems: Sequence[PromptedProblem], pairing: Pairing) -> dict[Split, list[Pair]]:
-    """The pairs of both splits; no question stands in both. samples: of the target and the guider."""
+    """The pairs of both splits. No question is in both. samples: of the target and the guider."""
     answers: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
         answers[sample.key.task, sample.key.problem].append(sample)
@@ -102,7 +103,7 @@ def pairs(samples: Iterable[Sample], problems: Sequence[PromptedProblem], pairin
 
 
 def split_of(question: str, pairing: Pairing) -> Split:
-    """Where all pairs of a question go, by its words: the same question in two tasks is one question."""
+    """The split of all pairs of a question. It depends on the text only: equal questions of two tasks stay together."""
     return "validation" if _draw(pairing.seed, " ".join(question.split())) < pairing.validation else "train"
 
 
@@ -112,14 +113,14 @@ def _of_kind(
     answers: Mapping[tuple[str, str], Sequence[Sample]],
     pairing: Pairing,
 ) -> list[Pair]:
-    """In the order in which they are taken: each problem gives its first before any gives its second."""
+    """The pairs of one kind in order of preference: the first pairs of all problems come before the second ones."""
     by_problem = [_of_problem(kind, one, answers.get((one.task, one.id), ()), pairing) for one in problems]
     by_problem.sort(key=lambda made: _draw(pairing.seed, made[0].problem.task, made[0].problem.id) if made else 0.0)
     return [pair for turn in zip_longest(*by_problem) for pair in turn if pair is not None]
 
 
 def _of_problem(kind: Kind, problem: PromptedProblem, samples: Sequence[Sample], pairing: Pairing) -> list[Pair]:
-    """Different pairs of different texts; where one side has fewer, its answers come again with others."""
+    """Distinct pairs of distinct texts. If one side has fewer answers, they are paired repeatedly."""
     of_right, of_wrong = CHOSEN[kind]
     right = _distinct(
         (s for s in samples if s.key.mode == of_right and s.right and s.tokens >= pairing.min_chosen_tokens), pairing
@@ -139,7 +140,7 @@ def _of_problem(kind: Kind, problem: PromptedProblem, samples: Sequence[Sample],
 
 
 def _distinct(samples: Iterable[Sample], pairing: Pairing) -> list[Sample]:
-    """One sample of each text, in an order that the seed draws."""
+    """One sample for each text, in a random order that depends on the seed."""
     by_text: dict[str, Sample] = {}
     for sample in samples:
         by_text.setdefault(sample.text.strip(), sample)
@@ -147,7 +148,7 @@ def _distinct(samples: Iterable[Sample], pairing: Pairing) -> list[Sample]:
 
 
 def _chosen(kinds: Mapping[Kind, Sequence[Pair]], most: int, balanced: bool) -> list[Pair]:
-    """At most `most`, evenly over the kinds as far as they go."""
+    """At most `most` pairs, evenly over the kinds as far as possible."""
     if balanced:
         each = min(most // len(kinds), *map(len, kinds.values())) if len(kinds) > 1 else most
         return [pair for made in kinds.values() for pair in made[:each]]
@@ -160,6 +161,6 @@ def _chosen(kinds: Mapping[Kind, Sequence[Pair]], most: int, balanced: bool) -> 
 
 
 def _draw(seed: int, *words: str) -> float:
-    """A number in [0, 1) that belongs to these words."""
+    """A pseudo-random number in [0, 1) for these words."""
     digest = hashlib.sha256("\0".join((str(seed), *words)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

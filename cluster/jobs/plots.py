@@ -1,4 +1,4 @@
-"""A report's plots as SVG that stands in a page: its text and axes take the page's colour, light or dark."""
+"""The plots of a report as inline SVG. Their text and axes take the page's colour, light or dark."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cluster.jobs.statistics import Interval
 from cluster.jobs.summary import TARGET, Score, Summary
 from cluster.jobs.tables import task_title
 
-# Seen well on white and on near black. Okabe and Ito's, which colour-blind readers tell apart.
+# Okabe and Ito's colours: visible on white and near black, and distinguishable for colour-blind readers.
 _COLOURS = {"target": "#0072B2", "guider": "#E69F00", "guider_base": "#CC79A7", "guided": "#009E73"}
 _WARMUP_COLOURS = ("#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#E69F00")
-_INK = "#010203"  # stands for the page's own colour until the SVG is written
-_SETTING = re.compile(r"a(-?[\d.]+(?:e[+-]?\d+)?)(?:-w(\d+))?")  # alpha, warm-up; schedules have names of their own
+_INK = "#010203"  # placeholder for the page's own colour
+_SETTING = re.compile(r"a(-?[\d.]+(?:e[+-]?\d+)?)(?:-w(\d+))?")  # alpha and warm-up; schedules have other names
 _ACROSS = 3  # plots in a row
 
 
 def over_alpha(summary: Summary) -> str | None:
-    """pass@1 against alpha, a line for each warm-up, the target alone as a level; None where nothing is guided."""
+    """pass@1 over alpha, with a line for each warm-up and a level for each unguided mode; None without guidance."""
     points = _points_by_warmup(summary.overall)
     return _drawn(summary, "alpha", _over_alpha) if points else None
 
 
 def over_tokens(summary: Summary) -> str:
-    """pass@1 against the mean length of an answer, a point for each mode and setting."""
+    """pass@1 over the mean length of an answer, with a point for each mode and setting."""
     return _drawn(summary, "tokens", _over_tokens)
 
 
@@ -59,7 +59,7 @@ def _over_tokens(axis: Any, scores: Sequence[Score]) -> None:
 
 
 def _points_by_warmup(scores: Sequence[Score]) -> dict[int, list[tuple[float, Interval]]]:
-    """(alpha, pass@1) of the settings that are an alpha and a warm-up, alphas rising."""
+    """By warm-up: (alpha, pass@1) by rising alpha. Schedules are left out."""
     points: dict[int, list[tuple[float, Interval]]] = {}
     for score in scores:
         found = _SETTING.fullmatch(score.variant.setting)
@@ -69,12 +69,12 @@ def _points_by_warmup(scores: Sequence[Score]) -> dict[int, list[tuple[float, In
 
 
 def _bars(found: Sequence[Interval]) -> list[list[float]]:
-    """Lengths of error bars below and above."""
+    """Lengths of the error bars below and above the values."""
     return [[max(0.0, f.value - f.low) for f in found], [max(0.0, f.high - f.value) for f in found]]
 
 
 def _drawn(summary: Summary, name: str, panel: Callable[[Any, Sequence[Score]], None]) -> str:
-    """A panel for each task, and for the average."""
+    """The plot with a panel for each task and for the average."""
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "font.family": "sans-serif"}
     with matplotlib.rc_context({**style, **dict.fromkeys(inks, _INK)}):
@@ -98,7 +98,7 @@ def _drawn(summary: Summary, name: str, panel: Callable[[Any, Sequence[Score]], 
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as one element without a date, its ids its own within the page."""
+    """The figure as one SVG element without a date. Its ids begin with `name`, so that they are unique in the page."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)

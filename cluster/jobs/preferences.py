@@ -1,23 +1,23 @@
-"""Makes the pairs that ThinkLogit-DPO trains a guider on: samples target and guider, grades, and pairs.
+"""Makes the preference pairs that ThinkLogit-DPO trains a guider on: samples target and guider, grades and pairs.
 
     python -m cluster.jobs.preferences CONFIG.yaml [--run FOLDER] [--no-resume] [--dry-run]
     ray job submit --working-dir . -- python -m cluster.jobs.preferences CONFIG.yaml --run /shared/FOLDER
 
-CONFIG.yaml is that of an evaluation on training problems, without modes and settings, and with `pairs`:
+CONFIG.yaml is the file of an evaluation on training problems, without modes and settings, and with `pairs`:
 
 run: runs/preferences
 service: ray_config.yaml
 tasks: [{task: math_train, samples: 4}]
-pairs: {most: 10000, per_problem: 4, min_chosen_tokens: 0, validation: 0.1}      # cluster/jobs/pairs.py has them all
+pairs: {most: 10000, per_problem: 4, min_chosen_tokens: 0, validation: 0.1}      # all keys: cluster/jobs/pairs.py
 
-The samples are kept and resumed as an evaluation's. Their pairs come to the folder's `pairs`: a saved `datasets` folder
-with the splits train and validation in TRL's preference format, and a card that counts them. They follow from the
-samples and `pairs` alone, so the same command with other `pairs` asks nothing again. The last line is one JSON object.
+Samples are stored and resumed like those of an evaluation. The pairs go to the subfolder `pairs`: a saved `datasets`
+folder with the splits train and validation in TRL's preference format, and a card with counts. Pairs depend only on the
+samples and the `pairs` section, so a run with another section generates no new samples. The last line of output is one
+JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -36,31 +36,31 @@ from actors.preflight import load_tokenizers
 from cluster.jobs.client import Item, plan_item
 from cluster.jobs.config import Arm, Evaluation, checked, validated
 from cluster.jobs.dry_run import dry_run
-from cluster.jobs.evaluate import guarded, sample
+from cluster.jobs.evaluate import run_job, sample, sampling_options
 from cluster.jobs.grading import grade
 from cluster.jobs.pairs import SAMPLED, SPLITS, Kind, Pair, Pairing, PromptedProblem, Split, pairs
 from cluster.jobs.results import Results, RunError
 from cluster.jobs.workload import Workload
 from cluster.serve_file import read_mapping
 
-NOT_HERE = ("modes", "alpha", "warmup_tokens", "schedules", "expect")  # what an evaluation has and pairs do not
+EVALUATION_ONLY = ("modes", "alpha", "warmup_tokens", "schedules", "expect")  # keys that this job's file may not have
 
 
 class WrongPair(RunError):
-    """A chosen answer grades wrong, or a rejected one right."""
+    """A chosen answer is graded wrong, or a rejected one right."""
 
 
 def load_preferences(path: Path) -> tuple[Evaluation, Pairing]:
-    """What to sample and how to pair. Raises ConfigError that names every key that is wrong."""
+    """The evaluation and the pairing in a file. Raises ConfigError naming every wrong key."""
     given = dict(read_mapping(path))
     pairing = validated(Pairing, given.pop("pairs", None) or {})
-    if here := [key for key in NOT_HERE if key in given]:
-        raise ConfigError(f"{', '.join(here)}: target and guider are asked alone; leave it out")
+    if refused := [key for key in EVALUATION_ONLY if key in given]:
+        raise ConfigError(f"{', '.join(refused)}: target and guider are sampled alone; leave it out")
     return checked(given | {"modes": list(SAMPLED)}), pairing
 
 
 def prompted_problems(workload: Workload, service: ServiceConfig) -> list[PromptedProblem]:
-    """Every problem with what each role reads when it is asked guided, as text in which special tokens stand."""
+    """Every problem with each role's prompt in the guided mode, as text that includes special tokens."""
     tokenizers = load_tokenizers(service)
     guided = Arm("guided", "a1", Guidance(1.0))
     prompted = []
@@ -73,7 +73,7 @@ def prompted_problems(workload: Workload, service: ServiceConfig) -> list[Prompt
 
 
 def check_grades(made: Mapping[Split, Sequence[Pair]], workload: Workload) -> None:
-    """Grade both answers of every pair anew. Raises WrongPair."""
+    """Grade both answers of every pair again. Raises WrongPair."""
     graders = {task.name: task.grader for task, _ in workload.tasks}
     gold = {(row.task, row.problem): row.answer for row in workload.problem_rows()}
     for pair in (pair for split in made.values() for pair in split):
@@ -86,14 +86,14 @@ def check_grades(made: Mapping[Split, Sequence[Pair]], workload: Workload) -> No
 
 
 def write(made: Mapping[Split, Sequence[Pair]], counts: Mapping[str, Any], folder: Path) -> None:
-    """Save the splits and their card as `folder`, which is replaced as a whole. Raises RunError where one is empty."""
+    """Replace `folder` by the saved splits and their card, in one step. Raises RunError if a split is empty."""
     from datasets import Dataset, DatasetDict, disable_progress_bars  # seconds of import
 
     disable_progress_bars()
     if empty := [split for split in SPLITS if not made[split]]:
         raise RunError(
-            f"no pair came out for {' and '.join(empty)}: target and guider must differ in what they get right. "
-            f"Take more problems or samples, or lower pairs.min_chosen_tokens ({json.dumps(counts['samples'])})"
+            f"no pairs for {' and '.join(empty)}: target and guider must differ in which problems they answer right. "
+            f"Use more problems or samples, or lower pairs.min_chosen_tokens ({json.dumps(counts['samples'])})"
         )
     fresh = folder.with_name(folder.name + ".part")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -109,7 +109,7 @@ def write(made: Mapping[Split, Sequence[Pair]], counts: Mapping[str, Any], folde
 def count(
     made: Mapping[Split, Sequence[Pair]], results: Results, pairing: Pairing, service: ServiceConfig
 ) -> dict[str, Any]:
-    """What the card says: samples and how many are right, pairs, problems and lengths."""
+    """The counts of the card: samples and right samples, pairs, problems and answer lengths."""
     samples: dict[str, dict[str, int]] = {mode: {"answers": 0, "right": 0, "cut": 0} for mode in SAMPLED}
     for one in results.samples():
         row = samples[one.key.mode]
@@ -127,16 +127,16 @@ def count(
 
 
 def card(counts: Mapping[str, Any]) -> str:
-    """The counts for a reader."""
+    """The counts as a dataset card in Markdown."""
     models, samples, pairs_, tokens = (counts[key] for key in ("models", "samples", "pairs", "tokens"))
     lines = [
         "# Preference pairs for ThinkLogit-DPO",
         "",
-        "A right answer (`chosen`) and a wrong one (`rejected`) to the same problem, one of them the target's and the",
-        "other the guider's. `prompt` is what the guider read, special tokens included; `chosen_finished` and",
-        "`rejected_finished` say whether an answer ended by itself, so that its end belongs to what is learnt.",
+        "Each row has a right answer (`chosen`) and a wrong one (`rejected`) to one problem. One is the target's, the",
+        "other the guider's. `prompt` is the guider's prompt, special tokens included. `chosen_finished` and",
+        "`rejected_finished` are true if the answer ended by itself, so that training includes its end token.",
         "",
-        "| answers of | model | answers | right | cut at their greatest length |",
+        "| answers of | model | answers | right | truncated |",
         "|---|---|---|---|---|",
         *(
             f"| {mode} | {models[mode]} | {row['answers']:,} | {row['right'] / max(1, row['answers']):.1%} "
@@ -153,7 +153,7 @@ def card(counts: Mapping[str, Any]) -> str:
         ),
         f"| of problems | {counts['problems']['train']:,} | {counts['problems']['validation']:,} | | |",
         "",
-        "No problem stands in both splits. Made with:",
+        "No problem is in both splits. The pairs were made with:",
         "",
         "```json",
         json.dumps(counts["pairing"]),
@@ -171,10 +171,10 @@ def table(counts: Mapping[str, Any]) -> Table:
 
 
 def run(evaluation: Evaluation, pairing: Pairing, console: Console, *, resume: bool = True) -> dict[str, Any]:
-    """Sample what is missing and make the pairs; what the last line says."""
+    """Generate missing samples and make the pairs. Returns the JSON object of the last line."""
     workload = sample(evaluation, console, resume=resume)
     results = Results(evaluation.run)
-    service = load_config(results.config()["service"])  # that which answered
+    service = load_config(results.config()["service"])  # the one that generated the samples
     made = pairs(results.samples(), prompted_problems(workload, service), pairing)
     check_grades(made, workload)
     counts = count(made, results, pairing, service)
@@ -185,27 +185,17 @@ def run(evaluation: Evaluation, pairing: Pairing, console: Console, *, resume: b
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the pairs, or with --dry-run only resolve what would be asked; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="the YAML file")
-    parser.add_argument("--run", type=Path, help="the folder of samples and pairs, instead of the file's `run`")
-    parser.add_argument("--no-resume", action="store_true", help="throw away what the folder holds, and start over")
-    parser.add_argument("--dry-run", action="store_true", help="resolve every name and field; download and ask nothing")
-    options = parser.parse_args(arguments)
-    console = Console(stderr=True)
+    """Make the pairs, or only check the file with --dry-run. Returns the exit status."""
+    options, console = sampling_options(__doc__, arguments), Console(stderr=True)
 
     def work() -> dict[str, Any]:
         evaluation, pairing = load_preferences(options.config)
-        if options.run is not None:
-            evaluation = evaluation.model_copy(update={"run": options.run})
+        evaluation = evaluation.at(options.run)
         if options.dry_run:
             return dry_run(evaluation, console)
         return run(evaluation, pairing, console, resume=not options.no_resume)
 
-    status, result = guarded(work, console)
-    if status == 0:
-        print(json.dumps(result), flush=True)
-    return status
+    return run_job(work, console)
 
 
 def _of(made: Sequence[Pair], kind: Kind) -> list[Pair]:
@@ -213,7 +203,7 @@ def _of(made: Sequence[Pair], kind: Kind) -> list[Pair]:
 
 
 def _lengths(made: Sequence[Pair]) -> dict[str, list[float]]:
-    """Tokens of both answers: the 10th, 50th and 90th percentile."""
+    """The 10th, 50th and 90th percentile of the tokens of each side."""
     if not made:
         return {"chosen": [], "rejected": []}
     tokens = {"chosen": [pair.chosen.tokens for pair in made], "rejected": [pair.rejected.tokens for pair in made]}

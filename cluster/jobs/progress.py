@@ -1,4 +1,4 @@
-"""How far an evaluation is: a live line per setting in a terminal, plain lines now and then elsewhere."""
+"""Shows the progress of an evaluation: a live line for each arm in a terminal, otherwise a plain line every 10 s."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ ALL = "all"
 
 
 class Progress:
-    """Counts samples by arm, and tokens. `before`: samples that an earlier run finished.
-
-    with Progress(console, totals, before) as progress: ...
-    """
+    """Counts tokens, and samples by arm. totals: the samples of each arm. Use as a context manager."""
 
     def __init__(
         self,
@@ -64,22 +61,22 @@ class Progress:
 
     @property
     def summary(self) -> str:
-        """Done, tokens a second, time left."""
+        """Finished samples, tokens per second and remaining time."""
         return f"{self._done[ALL]} of {self._totals[ALL]} samples, {self._rates()}"
 
     def resumed(self, arm: Arm, sample: Sample) -> None:
-        """A sample that was there already."""
+        """Count a sample of an earlier start."""
         self._before += 1
         self._count(arm, sample)
 
     def add_tokens(self, tokens: int) -> None:
-        """Tokens have come."""
+        """Count generated tokens."""
         self._tokens += tokens
         if not self._console.is_terminal and self._clock() - self._printed_at >= PLAIN_EVERY_S:
             self._print_line()
 
     def finished(self, arm: Arm, sample: Sample) -> None:
-        """A sample was written."""
+        """Count a new sample."""
         self._count(arm, sample)
 
     def _count(self, arm: Arm, sample: Sample) -> None:
@@ -91,9 +88,9 @@ class Progress:
 
     def _rates(self) -> str:
         elapsed = max(self._clock() - self._began, 1e-9)
-        here = self._done[ALL] - self._before
+        new = self._done[ALL] - self._before
         left = self._totals[ALL] - self._done[ALL]
-        eta = "?" if left and not here else _duration(left * elapsed / max(here, 1))
+        eta = "?" if left and not new else _duration(left * elapsed / max(new, 1))
         return f"{self._tokens / elapsed:,.0f} tokens/s, {eta} left"
 
     def _print_line(self) -> None:

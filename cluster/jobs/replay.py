@@ -1,9 +1,9 @@
-"""Repeats a logged request in all modes, with the same seed, and shows where their answers part.
+"""Repeats a logged request in all modes with the same seed, and shows where their answers diverge.
 
     python -m cluster.jobs.replay REQUEST.json [--service ray_config.yaml]
 
-The file holds the JSON body of POST /v1/chat/completions or /v1/completions; its own model and guidance are what the
-guided mode repeats. The last line is one JSON object.
+The file holds the JSON body of POST /v1/chat/completions or /v1/completions. The guided mode uses the body's own
+guidance. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from actors.preflight import load_tokenizers
 from actors.text.tokenizer import RoleTokenizer
 from cluster.jobs.client import Answer, Client
 from cluster.jobs.connecting import Connection, connected, ready
-from cluster.jobs.evaluate import guarded, until_stopped
+from cluster.jobs.evaluate import run_job, until_stopped
 from cluster.jobs.sample import MODES, Mode
 from router.backend import ApiError
 from router.request_planning import plan_chat, plan_completion
 from router.schema import ChatRequest, CompletionRequest, parse
 
-BEFORE, AFTER = 12, 12  # tokens shown on either side of the place where two answers part
-GUIDED_ONLY = ("guidance",)  # fields that a role alone refuses
+BEFORE, AFTER = 12, 12  # tokens shown before and after the place where two answers diverge
+GUIDED_ONLY = ("guidance",)  # request fields that the service refuses for a role alone
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """One mode's answer as the texts of its tokens."""
+    """The answer of one mode. pieces: the text of each token."""
 
     mode: Mode
     pieces: tuple[str, ...]
@@ -53,19 +53,19 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where a mode leaves the target's answer. after: tokens that are the same; None where it never does."""
+    """Where a mode's answer differs from the target's. after: tokens that are equal; None if all are."""
 
     mode: Mode
     after: int | None
-    shared: str = ""  # the end of what both said
-    target: str = ""  # how the target went on
-    other: str = ""  # how the mode went on
+    shared: str = ""  # end of the common text
+    target: str = ""  # continuation of the target
+    other: str = ""  # continuation of the mode
 
 
 def requests(
     body: Mapping[str, Any], service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer]
 ) -> dict[Mode, Generate]:
-    """The request in every mode, its first choice. Raises ConfigError where the service would refuse it."""
+    """The request in every mode, with n = 1. Raises ConfigError if the service would refuse it."""
     seed = body.get("seed")
     given = dict(body) | {"seed": secrets.randbits(53) if seed is None else seed, "n": 1}
     made: dict[Mode, Generate] = {}
@@ -87,7 +87,7 @@ def requests(
 async def replay(
     client: Client, asked: Mapping[Mode, Generate], tokenizers: Mapping[Role, RoleTokenizer]
 ) -> list[Replayed]:
-    """All modes at once, in their order. Raises what `Client.answer` raises."""
+    """The answers of all modes, generated concurrently. Raises what `Client.answer` raises."""
     answers = await asyncio.gather(*(client.answer(request) for request in asked.values()))
     return [
         Replayed(mode, _pieces(tokenizers[request.primary], answer.tokens), answer)
@@ -96,19 +96,19 @@ async def replay(
 
 
 def divergences(replayed: Sequence[Replayed]) -> list[Divergence]:
-    """Every mode against the target, by the texts of tokens: the roles' ids may differ."""
+    """Every mode compared with the target. Tokens are compared as texts, because the roles' ids may differ."""
     target = next(each for each in replayed if each.mode == "target")
     return [_divergence(target.pieces, each) for each in replayed if each.mode != "target"]
 
 
 def show(replayed: Sequence[Replayed], diverging: Sequence[Divergence], console: Console) -> None:
-    """The answers, and below them how each leaves the target's."""
+    """Print the answers, and below them where each differs from the target's."""
     for each in replayed:
         usage = each.answer.usage
         changed = f", {usage.changed_tokens} of {usage.guided_tokens} changed" if usage.guided_tokens else ""
         console.rule(f"{each.mode}: {usage.completion_tokens} tokens, {each.answer.end.reason}{changed}")
         console.print(Text(each.text))
-    console.rule("where they part from the target")
+    console.rule("where they diverge from the target")
     for divergence in diverging:
         if divergence.after is None:
             console.print(Text(f"{divergence.mode}: the same answer"))
@@ -119,7 +119,7 @@ def show(replayed: Sequence[Replayed], diverging: Sequence[Divergence], console:
 
 
 async def replay_on(connection: Connection, body: Mapping[str, Any], console: Console) -> dict[str, Any]:
-    """Replay on a connected service, show it, and return it for the last line."""
+    """Replay a request body on a connected service and print it. Returns the JSON object of the last line."""
     service = connection.service
     tokenizers = load_tokenizers(service)
     asked = requests(body, service, tokenizers)
@@ -132,7 +132,7 @@ async def replay_on(connection: Connection, body: Mapping[str, Any], console: Co
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Replay one request; the exit status as of `cluster.jobs.evaluate`."""
+    """Replay one request. Returns the exit status, as of `cluster.jobs.evaluate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("request", type=Path, help="the request's JSON body")
     parser.add_argument("--service", type=Path, default=Path("ray_config.yaml"), help="the Serve config file")
@@ -144,10 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with connected(options.service, console.print) as connection:
             return asyncio.run(until_stopped(replay_on(connection, body, console)))
 
-    status, result = guarded(work, console)
-    if status == 0:
-        print(json.dumps(result), flush=True)
-    return status
+    return run_job(work, console)
 
 
 def _body(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether a run shows the gain that its configuration expects."""
+"""Compares the gain of a run with the gain that its configuration expects."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from cluster.jobs.tables import SURE
 
 
 def helps(score: Score) -> bool:
-    """Whether a guided variant is better than the target by more than chance does."""
+    """True if a guided variant is significantly better than the target."""
     return score.difference is not None and score.difference.low > 0 and score.p is not None and score.p < SURE
 
 
 def reproduced(expected: Expectation, summary: Summary) -> tuple[bool, str]:
-    """Whether the expected setting gains what it should, surely; and the sentence that says so, or why not."""
+    """(True if the expected setting significantly gains what it should, a sentence with the reason)."""
     low, high = expected.gain
     range_ = f"expected {low:+.0%} to {high:+.0%} ({expected.source})"
     score = summary.score(Variant("guided", expected.setting))
     if score is None or score.gain is None:
-        return False, f"not: {expected.setting} cannot be held against the target; {range_}"
+        return False, f"not reproduced: {expected.setting} cannot be compared with the target; {range_}"
     inside, sure = low <= score.gain.value <= high, helps(score)
-    word = "reproduced" if inside and sure else "not"
-    doubt = "" if sure else ", which chance alone may do"
+    word = "reproduced" if inside and sure else "not reproduced"
+    doubt = "" if sure else ", which may be chance"
     return inside and sure, f"{word}: {expected.setting} gains {percent(score.gain)} over the target{doubt}; {range_}"
 
 
 def points(interval: Interval) -> str:
-    """Of a difference of accuracies, as +12.3 [+4.5, +20.1] points."""
+    """A difference of accuracies as text: +12.3 [+4.5, +20.1] points."""
     return f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}] points"
 
 
 def percent(interval: Interval) -> str:
-    """Of a relative gain, as +12.3% [+4.5%, +20.1%]."""
+    """A relative gain as text: +12.3% [+4.5%, +20.1%]."""
     return f"{interval.value:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"

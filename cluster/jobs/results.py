@@ -1,13 +1,13 @@
-"""The folder of a run: one line a sample, appended as it finishes, whole whatever happens.
+"""The folder of an evaluation run, which stays consistent whenever its writer is killed.
 
-    samples.jsonl    what was said: a function of configuration and models alone
-    timings.jsonl    what it took: differs from run to run
-    config.yaml      the configuration as it was resolved
+    samples.jsonl    one line a sample, appended when it finishes: depends on configuration and models only
+    timings.jsonl    durations of the samples: differ from run to run
+    config.yaml      the resolved configuration
     problems.jsonl   question and right answer of every problem
 
-A sample counts once its line in samples.jsonl is complete. Its timing is written before it, so that a sample that
-counts has one; a timing without a sample is what a killed run leaves, and does not count. A line that a kill cut short
-is cut away when the folder is opened again, and asked again. `finish` sorts both files by key: from then on
+A sample counts once its line in samples.jsonl is complete. Its timing is written first, so that every counted sample
+has one. A killed run may leave a timing without a sample, which does not count, and an incomplete line. That line is
+removed when the folder is opened again, and its sample is generated again. `finish` sorts both files by key: after it,
 samples.jsonl has the same bytes however often the run was interrupted.
 """
 
@@ -22,27 +22,27 @@ from typing import Any, BinaryIO, Self
 
 import yaml
 
-from cluster.jobs.jsonl import LineFile, replace, rows
+from cluster.jobs.jsonl import LineFile, rows, write_file
 from cluster.jobs.sample import Key, Sample, Timing
 
-_writing: set[Path] = set()  # folders that this process writes to: a record lock binds other processes only
+_writing: set[Path] = set()  # folders that this process writes to: a record lock excludes only other processes
 
 
 class RunError(RuntimeError):
-    """A run's folder cannot be used; the message says why and what to do."""
+    """A run's folder cannot be used. The message says why and what to do."""
 
 
 class InUse(RunError):
-    """Another process, or this one, writes to the folder."""
+    """A process is writing to the folder."""
 
 
 class OtherRun(RunError):
-    """The folder holds samples of another configuration or of other problems; the message names what differs."""
+    """The folder holds samples of another configuration or of other problems. The message names the differences."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemRow:
-    """What was asked, and what is right."""
+    """A problem and its right answer."""
 
     task: str
     problem: str  # its id within the task
@@ -51,7 +51,7 @@ class ProblemRow:
 
 
 class Results:
-    """A run's folder. Reading takes no lock and sees all samples that are complete; one process at a time may write.
+    """A run's folder. Readers take no lock and see all complete samples. One process at a time may write.
 
     with Results(folder).writing(config, problems) as results:
         missing = wanted - results.done()
@@ -75,11 +75,11 @@ class Results:
         resume: bool = True,
         may_differ: Collection[str] = (),
     ) -> Self:
-        """Open the folder to append; made if it is missing. Use as a context manager, or call `close`.
+        """Open the folder to append, and create it if necessary. Use as a context manager, or call `close`.
 
-        config: plain data, as resolved; of a folder that has one, all must be equal but the dotted keys in
-        `may_differ`, which change no sample. resume: False throws away what the folder holds. Raises InUse, OtherRun,
-        and UnreadableLine of `cluster.jobs.jsonl`.
+        config: the resolved configuration as plain data. It must equal that of an existing folder, except for the
+        dotted keys in `may_differ`, which change no sample. resume: False deletes what the folder holds. Raises InUse,
+        OtherRun, and UnreadableLine of `cluster.jobs.jsonl`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -103,7 +103,7 @@ class Results:
         self.close()
 
     def close(self) -> None:
-        """Let another writer in. What was appended stays; closing twice is fine."""
+        """Release the folder for other writers. Closing twice is allowed."""
         self._samples.close()
         self._timings.close()
         if self._lock is not None:
@@ -112,18 +112,18 @@ class Results:
             _writing.discard(self.folder.resolve())
 
     def append(self, sample: Sample, timing: Timing) -> None:
-        """Write one sample. Raises ValueError where the run has its key already, OSError if the disk is full."""
+        """Append one sample. Raises ValueError if the run already has its key, OSError if the disk is full."""
         if sample.key != timing.key:
-            raise ValueError(f"the timing is of {timing.key}, the sample of {sample.key}")
+            raise ValueError(f"the timing has the key {timing.key}, the sample {sample.key}")
         if sample.key in self._done:
-            raise ValueError(f"{sample.key} is in the run already")
+            raise ValueError(f"{sample.key} is already in the run")
         self._timings.append(_row(timing))
         self._samples.append(_row(sample))
         self._done.add(sample.key)
 
     def finish(self) -> None:
-        """Sort both files by key, each replaced as a whole; timings of samples that do not count are left out."""
-        assert self._lock is not None, "finish() is for a folder that is open for writing"
+        """Sort both files by key, atomically, and drop timings without a sample."""
+        assert self._lock is not None, "finish() needs a folder that is open for writing"
         self._timings.sort(_key, keep=self._done)
         self._samples.sort(_key, keep=self._done)
 
@@ -132,50 +132,50 @@ class Results:
         return {_key(row) for row in rows(self._samples.path)}
 
     def samples(self) -> Iterator[Sample]:
-        """All complete samples, in the file's order: by key once the run has finished."""
+        """All complete samples in the order of the file, which is by key after `finish`."""
         return (Sample(**_keyed(row)) for row in rows(self._samples.path))
 
     def timings(self) -> Iterator[Timing]:
-        """What samples took, in the file's order. Of a run that was killed the same key may come twice, the last is
-        the one that counts; the sample of the very last may be missing."""
+        """All timings in the order of the file. After a kill a key may repeat, and then its last timing counts. The
+        sample of the last line may be missing."""
         return (Timing(**_keyed(row)) for row in rows(self._timings.path))
 
     def problems(self) -> Iterator[ProblemRow]:
-        """What was asked, sorted by task and id."""
+        """The problems of the run, sorted by task and id."""
         return (ProblemRow(**row) for row in rows(self.folder / "problems.jsonl"))
 
     def config(self) -> dict[str, Any]:
-        """The configuration as it was resolved. Raises RunError where the folder is no run's."""
+        """The resolved configuration. Raises RunError if the folder does not belong to a run."""
         path = self.folder / "config.yaml"
         if not path.is_file():
-            raise RunError(f"{self.folder} has no config.yaml: it is not the folder of a run")
+            raise RunError(f"{self.folder} is not the folder of a run: it has no config.yaml")
         return _loaded(path)
 
     def _take_lock(self) -> None:
-        """A record lock: it ends with this process, even where a child that it forked lives on."""
+        """Take a record lock. It ends with this process, even if a forked child lives on."""
         folder = self.folder.resolve()
         if folder in _writing:
-            raise InUse(f"{self.folder} is being written to by this process already")
+            raise InUse(f"this process is already writing to {self.folder}")
         lock = (self.folder / ".lock").open("ab")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise InUse(f"{self.folder} is being written to by another process: wait for it, or stop it") from None
+            raise InUse(f"another process is writing to {self.folder}: wait for it, or stop it") from None
         self._lock = lock
         _writing.add(folder)
 
     def _clear(self) -> None:
-        """Samples first: without them nothing else counts."""
+        """Delete the run's files, samples first: without them nothing else counts."""
         for name in ("samples.jsonl", "timings.jsonl", "problems.jsonl", "config.yaml"):
             (self.folder / name).unlink(missing_ok=True)
 
 
-def _row(what: Sample | Timing) -> dict[str, Any]:
-    """Flat: the key's fields, then the others, for tools that read tables."""
-    fields = asdict(what)
+def _row(record: Sample | Timing) -> dict[str, Any]:
+    """A flat row for tools that read tables: the key's fields, then the others."""
+    fields = asdict(record)
     del fields["key"]
-    return what.key._asdict() | fields
+    return record.key._asdict() | fields
 
 
 def _key(row: Mapping[str, Any]) -> Key:
@@ -192,42 +192,42 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 
 def _check_config(path: Path, config: Mapping[str, Any], may_differ: Collection[str]) -> None:
-    """Write it where there is none, else hold it against what is there."""
+    """Write the configuration, or compare it with the stored one. Raises OtherRun."""
     text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     if not path.exists():
-        replace(path, text.encode())
+        write_file(path, text.encode())
         return
     found = list(_differences(_loaded(path), yaml.safe_load(text), "", may_differ))
     if found:
         raise OtherRun(
-            f"{path.parent} holds a run of another configuration ({'; '.join(found)}): choose another folder, "
-            "or start it over without resuming"
+            f"{path.parent} holds a run of another configuration ({'; '.join(found)}): "
+            "choose another folder (--run), or start over (--no-resume)"
         )
 
 
-def _differences(there: Any, here: Any, at: str, may_differ: Collection[str]) -> Iterator[str]:
-    """Every leaf that differs as "dotted.key: there X, here Y"."""
-    if at in may_differ or there == here:
+def _differences(stored: Any, given: Any, at: str, may_differ: Collection[str]) -> Iterator[str]:
+    """Every differing leaf as "dotted.key: stored X, given Y"."""
+    if at in may_differ or stored == given:
         return
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in dict.fromkeys((*there, *here)):
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for name in dict.fromkeys((*stored, *given)):
             inner = f"{at}.{name}" if at else str(name)
-            yield from _differences(there.get(name), here.get(name), inner, may_differ)
+            yield from _differences(stored.get(name), given.get(name), inner, may_differ)
     else:
-        yield f"{at}: there {json.dumps(there, default=str)}, here {json.dumps(here, default=str)}"
+        yield f"{at}: stored {json.dumps(stored, default=str)}, given {json.dumps(given, default=str)}"
 
 
 def _check_problems(path: Path, problems: Iterable[ProblemRow]) -> None:
-    """Write them where there are none, else hold them against what is there."""
+    """Write the problems, or compare them with the stored ones. Raises OtherRun."""
     wanted = sorted((asdict(problem) for problem in problems), key=lambda row: (row["task"], row["problem"]))
     if not path.exists():
-        replace(path, b"".join(json.dumps(row).encode() + b"\n" for row in wanted))
+        write_file(path, b"".join(json.dumps(row).encode() + b"\n" for row in wanted))
         return
-    there = {(row["task"], row["problem"]): row for row in rows(path)}
-    here = {(row["task"], row["problem"]): row for row in wanted}
-    found = [" ".join(name) for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    stored = {(row["task"], row["problem"]): row for row in rows(path)}
+    given = {(row["task"], row["problem"]): row for row in wanted}
+    found = [" ".join(name) for name in sorted({*stored, *given}) if stored.get(name) != given.get(name)]
     if found:
         raise OtherRun(
             f"{path.parent} holds answers to other problems ({len(found)} differ, the first is {found[0]}): "
-            "the task's data changed; choose another folder (--run), or start over (--no-resume)"
+            "the data of the task have changed; choose another folder (--run), or start over (--no-resume)"
         )

@@ -1,4 +1,4 @@
-"""One answer of an evaluation, as every module of a job names it: its key, what was said, and what it took."""
+"""Data types for one answer of an evaluation: its key, its content and its timing."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 Mode: TypeAlias = Literal["target", "guider", "guider_base", "guided"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-ALONE = "-"  # the setting of modes that nothing guides
+ALONE = "-"  # the setting of modes without guidance
 
 
 class Key(NamedTuple):
-    """What makes a sample one of a kind; a run has each key once. Keys sort as tuples."""
+    """The identity of a sample, unique in a run. Keys sort as tuples."""
 
     task: str  # the task's name
     problem: str  # its id within the task
     mode: Mode
-    setting: str  # the name of alpha, warm-up and schedule together; ALONE where nothing guides
+    setting: str  # name of alpha, warm-up and schedule together; ALONE without guidance
     seed: int  # of the run
     number: int  # 0 .. samples - 1 of the problem
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What follows from key, configuration and models alone: the same however often a run was interrupted.
+    """An answer, which depends only on key, configuration and models: interruptions do not change it.
 
-    finish: "stop" or "length" (truncated). extracted: the answer that the grader read, None if it found none.
+    finish: "stop" or "length" (truncated). extracted: the answer that the grader read in the text, None if it found
+    none.
     """
 
     key: Key
-    text: str  # thinking included, as it was generated
+    text: str  # as generated, thinking included
     extracted: str | None
     right: bool
     finish: str
@@ -42,9 +43,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a sample took, which differs from run to run."""
+    """Duration and drafts of a sample, which differ from run to run."""
 
     key: Key
-    seconds: float  # from request to last token
+    seconds: float  # from the request to the last token
     drafted_tokens: int
     accepted_tokens: int

@@ -1,9 +1,9 @@
-"""What can be said from right and wrong answers, and how surely.
+"""Accuracies, gains and their significance from right and wrong answers.
 
-A table is the rates of right answers in [0, 1], float [problems, columns]: one table a task, one column for each thing
-that is compared, the same problems in the same rows. Everything is weighted as the paper does (arXiv 2507.12759):
-problems alike within a task, tasks alike in the average. Problems are what a task draws at random, so they are what is
-resampled; samples of one problem are no independent evidence.
+A table is an array of rates of right answers in [0, 1], float [problems, columns]: one table for each task, one column
+for each compared variant, the same problems in the same rows. Weights follow the paper (arXiv 2507.12759): problems
+have equal weight within a task, tasks have equal weight in the average. Resampling draws problems, because the problems
+of a task are a random sample, while samples of one problem are not independent.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 Floats: TypeAlias = NDArray[np.float64]
 
 LEVEL = 0.95
-_DRAWS = 10_000  # of a bootstrap or of signs: a limit of an interval is then sure to about 0.02 of its width
+_DRAWS = 10_000  # of a bootstrap or of signs: the error of an interval's limit is then about 0.02 of its width
 _BLOCK = 1_000_000  # numbers drawn at once
-_EXACT = 14  # up to so many problems that differ, all 2^n signs are tried
+_EXACT = 14  # with at most this many differing problems, all 2^n signs are tried
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure with its bootstrap interval, both in the figure's own unit."""
+    """A figure with its bootstrap interval, in the unit of the figure."""
 
     value: float
     low: float
@@ -44,9 +44,9 @@ def mean(tables: Sequence[Floats]) -> Floats:
 
 
 def resampled_means(tables: Sequence[Floats], seed: int = 0) -> Floats:
-    """`mean` of problems drawn again with replacement within each task: [draws, columns], the same for a seed.
+    """`mean` of problems drawn with replacement within each task: [draws, columns]. Deterministic for a seed.
 
-    All columns see the same problems, so that differences of columns are paired.
+    All columns use the same drawn problems, so that differences of columns are paired.
     """
     total = np.zeros((_DRAWS, tables[0].shape[1]))
     for number, table in enumerate(tables):
@@ -67,13 +67,13 @@ def pass_at_1(rates: Sequence[Floats], seed: int = 0) -> Interval:
 
 
 def difference(rates: Sequence[Floats], baseline: Sequence[Floats], seed: int = 0) -> Interval:
-    """How much higher the first average is, in points of [0, 1]; paired by problem."""
+    """Average of `rates` minus average of `baseline`, in [-1, 1], paired by problem."""
     return pass_at_1([rate - base for rate, base in zip(rates, baseline, strict=True)], seed)
 
 
 def relative_gain(rates: Sequence[Floats], baseline: Sequence[Floats], seed: int = 0) -> Interval | None:
-    """(average - baseline's average) / baseline's average, as the paper counts it: of averages, not the average of
-    gains. None where the baseline is never right; an interval's end is infinite where that happens to resamples."""
+    """(average - baseline's average) / baseline's average, as in the paper: the gain of averages, not the average of
+    gains. None if the baseline is never right. If that happens in resamples, a limit of the interval is infinite."""
     tables = [np.stack([rate, base], axis=1) for rate, base in zip(rates, baseline, strict=True)]
     value, base = mean(tables)
     if base == 0:
@@ -85,9 +85,9 @@ def relative_gain(rates: Sequence[Floats], baseline: Sequence[Floats], seed: int
 
 
 def significance(rates: Sequence[Floats], baseline: Sequence[Floats], seed: int = 0) -> float:
-    """Two-sided p of "neither is better": a paired permutation test, which swaps the two at random problem by problem.
+    """Two-sided p of "neither is better": a paired permutation test, which swaps the two for random problems.
 
-    Exact where few problems differ, else (1 + hits) / (1 + draws) of random signs.
+    Exact if few problems differ, otherwise (1 + hits) / (1 + draws) with random signs.
     """
     pairs = zip(rates, baseline, strict=True)
     parts = np.concatenate([(rate - base) / len(rate) for rate, base in pairs])
@@ -105,7 +105,7 @@ def significance(rates: Sequence[Floats], baseline: Sequence[Floats], seed: int 
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Each p adjusted for how many were tried (Holm 1979): below .05, it holds among all of them."""
+    """Each p adjusted for the number of tests (Holm 1979)."""
     adjusted = [0.0] * len(ps)
     highest = 0.0
     for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
@@ -115,18 +115,20 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of a problem's samples, drawn without replacement, have a right one: 1 - C(n-c, k) / C(n, k),
-    unbiased (Chen et al. 2021). Raises ValueError for k beyond the samples."""
+    """The probability that k of a problem's samples, drawn without replacement, include a right one.
+
+    1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021). Raises ValueError if k exceeds the samples.
+    """
     _check_k(samples, k)
     return 1 - comb(samples - right, k) / comb(samples, k)
 
 
 def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
-    """The chance that the most frequent answer of k of a problem's samples, drawn without replacement, is right.
+    """The probability that the most frequent answer of k of a problem's samples, drawn without replacement, is right.
 
-    Ties share: of two leaders one of which is right, half. A sample without an answer casts no vote; without votes
-    nothing is right. All right answers are one answer however they are written, wrong ones are told apart by their
-    text. Raises ValueError for k beyond the samples.
+    A tie counts in equal shares: with two leading answers, one of them right, half. A sample without an answer has no
+    vote. All right answers count as one answer; wrong answers are distinguished by their text. Raises ValueError if k
+    exceeds the samples.
     """
     _check_k(len(answers), k)
     rights = sum(right)
@@ -141,17 +143,19 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
 
 
 def _ways(wrong: Sequence[int], silent: int, most: int, drawn: int) -> list[int]:
-    """In how many ways `drawn` samples can be other than right with no wrong answer more than `most` times: by how many
-    wrong answers have exactly `most`."""
+    """The number of ways to draw `drawn` samples that are not right, with no wrong answer more than `most` times.
+
+    Entry i counts the ways in which exactly i wrong answers are drawn `most` times.
+    """
     table = [[0] * (len(wrong) + 1) for _ in range(drawn + 1)]  # [samples drawn, answers that tie]
     for count in range(min(silent, drawn) + 1):
         table[count][0] = comb(silent, count)
-    for held in wrong:
+    for samples in wrong:
         grown = [[0] * (len(wrong) + 1) for _ in range(drawn + 1)]
         for had, row in enumerate(table):
             for ties, ways in enumerate(row):
-                for votes in range(min(held, most, drawn - had) + 1) if ways else ():
-                    grown[had + votes][ties + (votes == most)] += ways * comb(held, votes)
+                for votes in range(min(samples, most, drawn - had) + 1) if ways else ():
+                    grown[had + votes][ties + (votes == most)] += ways * comb(samples, votes)
         table = grown
     return table[drawn]
 

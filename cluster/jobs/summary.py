@@ -1,7 +1,7 @@
-"""A run in figures: how often each mode is right on each task and on average, what it takes, and how it reasons.
+"""The figures of a run: accuracy, cost and reasoning behaviours of each variant, by task and on average.
 
-What is compared is a variant: a mode at a setting. The average weighs tasks alike. A comparison with the target is
-made on the problems that both have answered, so that the report of a run that still goes on is a fair one.
+A variant is a mode at a setting. Tasks have equal weight in the average. A variant is compared with the target on the
+problems that both have answered, so that the report of an unfinished run is fair.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cluster.jobs.statistics import (
     significance,
 )
 
-AVERAGE = "average"  # in the place of a task's name
+AVERAGE = "average"  # in place of a task's name
 
 
 class Variant(NamedTuple):
@@ -48,20 +48,20 @@ TARGET = Variant("target")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one answer takes, as means over all samples."""
+    """The cost of one answer, as means over all samples."""
 
     tokens: float
     reasoning_tokens: float
-    truncated: float  # share of answers that hit the limit of tokens
-    guided: float  # share of tokens that guidance was applied to
-    changed: float  # share of tokens that are others than the target alone would have chosen
-    seconds: float | None  # from request to last token, in the company that the run had; None: not recorded
-    gpu_seconds: float | None  # seconds x GPUs of the roles that took part; None: on CPU, or not known
+    truncated: float  # share of answers that reached the limit of tokens
+    guided: float  # share of tokens with guidance
+    changed: float  # share of tokens for which the target alone would have chosen another
+    seconds: float | None  # from request to last token at the run's concurrency; None: not recorded
+    gpu_seconds: float | None  # seconds x GPUs of the participating roles; None: on CPU, or unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A variant on a task, or on average. `gain`, `difference` and `p` are against the target."""
+    """A variant on a task, or on average. `gain`, `difference` and `p` compare it with the target."""
 
     variant: Variant
     problems: int
@@ -71,55 +71,56 @@ class Score:
     majority_at: Mapping[int, float]  # by k
     gain: Interval | None  # relative: 0.1 is 10 % more right answers
     difference: Interval | None  # absolute, in [-1, 1]
-    p: float | None  # of variants that were steered, two-sided, adjusted (Holm) for all of them in the run
+    p: float | None  # of steered variants, two-sided, adjusted (Holm) for all of them in the run
     cost: Cost
     behaviours: Behaviours
 
     def per_right(self, amount: float | None) -> float | None:
-        """What an answer takes, as what a right answer takes; None where nothing is right."""
+        """An amount for each answer as an amount for each right answer; None if no answer is right."""
         return None if amount is None or not self.pass_at_1.value else amount / self.pass_at_1.value
 
     @property
     def steered(self) -> bool:
-        """Whether guidance took part in any token."""
+        """True if any token was guided."""
         return self.cost.guided > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run in figures. scores: by task, and AVERAGE where there are several; variants in the order of modes."""
+    """The figures of a run. scores: by task, and AVERAGE if there are several; variants in the order of modes."""
 
     scores: Mapping[str, tuple[Score, ...]]
     samples: int
-    expected: int | None  # samples of the whole run; None where config.yaml does not say
-    gpus: Mapping[Role, float] | None  # None where config.yaml does not say
-    concurrency: int | None  # answers in flight, as configured
+    expected: int | None  # samples of the whole run; None if config.yaml lacks them
+    gpus: Mapping[Role, float] | None  # of one replica of each role; None if config.yaml lacks them
+    concurrency: int | None  # concurrent answers, as configured
 
     @property
     def overall(self) -> tuple[Score, ...]:
-        """The average, or the only task."""
+        """The scores of the average, or of the only task."""
         return self.scores[AVERAGE] if AVERAGE in self.scores else next(iter(self.scores.values()))
 
     def score(self, variant: Variant, task: str | None = None) -> Score | None:
-        """One variant on a task; overall without one."""
+        """The score of a variant on a task; overall if `task` is None."""
         scores = self.overall if task is None else self.scores[task]
         return next((score for score in scores if score.variant == variant), None)
 
     @property
     def steered(self) -> list[Score]:
-        """The variants in which guidance took part; at alpha 0 it does not, and nothing is tried."""
+        """The variants with guided tokens. At alpha 0 there are none, so it does not count as a comparison."""
         return [score for score in self.overall if score.steered]
 
     @property
     def best(self) -> Score | None:
-        """The guided variant that is right most often overall, above the target where that ran: in a run that goes on
-        variants have answered other problems, and only differences are fair."""
+        """The guided variant with the largest overall difference to the target, or with the highest accuracy if the
+        target did not run. In an unfinished run variants have answered different problems, so that only differences
+        are fair."""
         return max(self.steered, key=lambda score: (score.difference or score.pass_at_1).value, default=None)
 
 
 @dataclass(slots=True)
 class _Tally:
-    """One variant on one task while samples are read; texts are counted and let go."""
+    """Accumulates one variant on one task while samples are read. Texts are counted and then dropped."""
 
     answers: dict[str, list[tuple[str | None, bool]]] = field(default_factory=dict)  # by problem
     sums: Counter[str] = field(default_factory=Counter)
@@ -151,18 +152,18 @@ class _Tally:
         )
 
     def rates(self, problems: Iterable[str]) -> Floats:
-        """Share of right answers by problem."""
+        """The share of right answers of each problem."""
         return np.array([np.mean([right for _, right in self.answers[problem]]) for problem in problems])
 
     def at_k(self) -> tuple[dict[int, float], dict[int, float]]:
-        """pass@k and maj@k for the ks that all problems have samples for: powers of two, and the most."""
+        """pass@k and maj@k for the ks for which all problems have samples: powers of two, and the largest k."""
         most = min(len(answers) for answers in self.answers.values())
         ks = sorted({most} | {2**power for power in range(most.bit_length()) if 2**power <= most})
         passed, voted = {}, {}
         for k in ks:
-            asked = [list(zip(*answers, strict=True)) for answers in self.answers.values()]
-            passed[k] = float(np.mean([pass_at_k(len(right), sum(right), k) for _, right in asked]))
-            voted[k] = float(np.mean([majority_at_k(texts, right, k) for texts, right in asked]))
+            problems = [list(zip(*answers, strict=True)) for answers in self.answers.values()]
+            passed[k] = float(np.mean([pass_at_k(len(right), sum(right), k) for _, right in problems]))
+            voted[k] = float(np.mean([majority_at_k(texts, right, k) for texts, right in problems]))
         return passed, voted
 
 
@@ -170,12 +171,12 @@ _Tallies = dict[str, dict[Variant, _Tally]]  # by task
 
 
 def summarise(results: Results) -> Summary:
-    """Read a run. Raises RunError where it has no sample."""
+    """The figures of a run. Raises RunError if it has no sample."""
     config = results.config()
     gpus = role_gpus(config)
     tallies = _tallies(results, gpus)
     if not tallies:
-        raise RunError(f"{results.folder} holds no sample yet")
+        raise RunError(f"{results.folder} holds no samples yet")
     on_gpu = bool(gpus and any(gpus.values()))
     scores = {task: _scores({task: row}, on_gpu) for task, row in tallies.items()}
     if len(tallies) > 1:
@@ -186,7 +187,7 @@ def summarise(results: Results) -> Summary:
 
 
 def role_gpus(config: Mapping[str, Any]) -> dict[Role, float] | None:
-    """GPUs of one replica of each role, from the run's `service` section; None where it has none."""
+    """GPUs of one replica of each role, from the run's `service` section; None without such a section."""
     service = config.get("service")
     if not isinstance(service, Mapping):
         return None
@@ -195,7 +196,7 @@ def role_gpus(config: Mapping[str, Any]) -> dict[Role, float] | None:
 
 
 def _tallies(results: Results, gpus: Mapping[Role, float] | None) -> _Tallies:
-    """By task and variant, both in the order in which they are shown."""
+    """The tallies by task and variant, both in the order of the report."""
     seconds = {timing.key: timing.seconds for timing in results.timings()}
     tallies: _Tallies = {}
     for sample in results.samples():
@@ -210,14 +211,14 @@ def _tallies(results: Results, gpus: Mapping[Role, float] | None) -> _Tallies:
 
 
 def _roles(sample: Sample) -> Sequence[Role]:
-    """Who took part: the small models only where they guided."""
+    """The roles that took part in a sample: the small models only if they guided it."""
     if sample.key.mode == "guided":
         return ROLES if sample.guided_tokens else ("target",)
     return (sample.key.mode,)
 
 
 def _expected(results: Results, config: Mapping[str, Any], tallies: _Tallies) -> int | None:
-    """Samples of the whole run, of the variants that have begun."""
+    """Samples of the whole run, for the variants that have begun."""
     tasks, seeds = config.get("tasks"), (config.get("evaluation") or {}).get("seeds")
     if not isinstance(tasks, Mapping) or not seeds:
         return None
@@ -227,7 +228,7 @@ def _expected(results: Results, config: Mapping[str, Any], tallies: _Tallies) ->
 
 
 def _scores(tallies: _Tallies, on_gpu: bool) -> tuple[Score, ...]:
-    """Every variant over some tasks; of variants that lack a task, over those that they have."""
+    """The score of every variant over the given tasks; if a variant lacks some of them, over the others."""
     variants = dict.fromkeys(variant for row in tallies.values() for variant in row)
     scores = [_score(variant, tallies, on_gpu) for variant in variants]
     compared = [place for place, score in enumerate(scores) if score.p is not None]
@@ -237,7 +238,7 @@ def _scores(tallies: _Tallies, on_gpu: bool) -> tuple[Score, ...]:
 
 
 def _score(variant: Variant, tallies: _Tallies, on_gpu: bool) -> Score:
-    """`p` not yet adjusted."""
+    """The score of one variant, with `p` not yet adjusted."""
     own = [row[variant] for row in tallies.values() if variant in row]
     passed, voted = zip(*(tally.at_k() for tally in own), strict=True)
     rates, baseline = _paired(variant, tallies)
@@ -258,7 +259,7 @@ def _score(variant: Variant, tallies: _Tallies, on_gpu: bool) -> Score:
 
 
 def _paired(variant: Variant, tallies: _Tallies) -> tuple[list[Floats], list[Floats]]:
-    """Rates of variant and target, an array a task, over the problems that both have answered."""
+    """Rates of the variant and the target on the problems that both have answered, one array for each task."""
     rates, baseline = [], []
     for row in tallies.values():
         if variant in row and TARGET in row:
@@ -270,15 +271,15 @@ def _paired(variant: Variant, tallies: _Tallies) -> tuple[list[Floats], list[Flo
 
 
 def _common_means(by_k: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Means over tasks, for the ks that all have."""
+    """Means over tasks, for the ks that all tasks have."""
     common = set.intersection(*(set(values) for values in by_k))
     return {k: float(np.mean([values[k] for values in by_k])) for k in sorted(common)}
 
 
 def _mean_cost(costs: Sequence[Cost]) -> Cost:
-    """Mean over tasks; None where one does not know."""
+    """Means over tasks; None for a field that is None on one of them."""
     means = {}
     for name in Cost.__dataclass_fields__:
         values = [getattr(cost, name) for cost in costs]
         means[name] = None if None in values else float(np.mean(values))
-    return Cost(**means)  # type: ignore[arg-type]  # only what may be None is None
+    return Cost(**means)  # type: ignore[arg-type]  # only optional fields are None

@@ -1,4 +1,4 @@
-"""What a report says in words and tables, alike on the page and in Markdown."""
+"""The sentences and tables of a report, shared by the HTML page and Markdown."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from actors.api.generation import ROLES
 from cluster.jobs.statistics import Interval
 from cluster.jobs.summary import AVERAGE, Score, Summary
 
-SURE = 0.05  # p below which a difference counts as shown
+SURE = 0.05  # a difference with a smaller p counts as significant
 UNKNOWN = "–"
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Text cells; the first two columns name, the others are figures. notes: sentences below it."""
+    """A table of text cells. The first two columns are names, the others figures. notes: sentences below it."""
 
     title: str
     header: tuple[str, ...]
@@ -26,13 +26,13 @@ class Table:
 
 
 def tables(summary: Summary) -> list[Table]:
-    """All of a report's, in their order."""
+    """The tables of a report in their order."""
     found = [accuracy(summary), several(summary), costs(summary), behaviour(summary)]
-    return [table for table in found if len(table.header) > 2]  # one answer a problem: there are no several
+    return [table for table in found if len(table.header) > 2]  # `several` is empty with one answer to each problem
 
 
 def accuracy(summary: Summary) -> Table:
-    """pass@1 with its interval, what that is against the target, and how surely."""
+    """pass@1 with its interval, the gain over the target, and its significance."""
     columns: dict[str, Callable[[Score], str]] = {
         "pass@1 [95 %]": lambda score: _rate_interval(score.pass_at_1),
         "gain over target [95 %]": lambda score: gain(score.gain),
@@ -40,14 +40,14 @@ def accuracy(summary: Summary) -> Table:
         "p": lambda score: UNKNOWN if score.p is None else p_value(score.p),
     }
     notes = [
-        "Intervals: bootstrap over problems, paired with the target for gain and points. Gain is relative, and of "
+        "Intervals: bootstrap over problems, paired with the target for gain and points. Gain: relative gain of the "
         "averages. p: paired permutation test over problems, two-sided, adjusted (Holm) for all guided settings.",
     ]
     return _table(summary, "Right answers, in %", columns, notes)
 
 
 def several(summary: Summary) -> Table:
-    """pass@k and maj@k for every k that all problems of a task have samples for."""
+    """pass@k and maj@k for every k for which all problems of a task have enough samples."""
     ks = sorted({k for scores in summary.scores.values() for score in scores for k in score.pass_at if k > 1})
     columns: dict[str, Callable[[Score], str]] = {}
     for k in ks:
@@ -62,7 +62,7 @@ def several(summary: Summary) -> Table:
 
 
 def costs(summary: Summary) -> Table:
-    """Tokens, time and GPU time a problem and a right answer."""
+    """Tokens, time and GPU time of an answer, and of a right answer."""
     columns: dict[str, Callable[[Score], str]] = {
         "tokens": lambda score: _amount(score.cost.tokens),
         "of them thinking": lambda score: _amount(score.cost.reasoning_tokens or None),
@@ -77,27 +77,27 @@ def costs(summary: Summary) -> Table:
         columns["GPU-s"] = lambda score: _amount(score.cost.gpu_seconds)
         columns["GPU-s / right"] = lambda score: _amount(score.per_right(score.cost.gpu_seconds))
     notes = [
-        "Means over answers, and the same per right answer. Truncated, guided and changed in %: answers that hit the "
-        "limit of tokens, tokens under guidance, tokens that the target alone would have chosen otherwise.",
-        f"Seconds are from request to last token{_concurrency_note(summary)}. {_gpu_note(summary)}",
+        "Means over answers, and the same per right answer. In %: truncated answers (at the limit of tokens), guided "
+        "tokens, and changed tokens, for which the target alone would have chosen another token.",
+        f"Seconds are from the request to the last token{_concurrency_note(summary)}. {_gpu_note(summary)}",
     ]
     return _table(summary, "What an answer takes", columns, notes)
 
 
 def behaviour(summary: Summary) -> Table:
-    """Words of reasoning per mille."""
+    """Occurrences of each reasoning behaviour per 1,000 words."""
     columns: dict[str, Callable[[Score], str]] = {
         "words": lambda score: _amount(score.behaviours.words / score.samples),
         "branching": lambda score: f"{score.behaviours.per_mille(score.behaviours.branching):.2f}",
         "backtracking": lambda score: f"{score.behaviours.per_mille(score.behaviours.backtracking):.2f}",
         "self-verification": lambda score: f"{score.behaviours.per_mille(score.behaviours.verification):.2f}",
     }
-    notes = ["Occurrences of each behaviour's words and phrases per 1,000 words; words are the mean of an answer."]
+    notes = ["Occurrences of each behaviour's words and phrases per 1,000 words. Words: the mean length of an answer."]
     return _table(summary, "How answers reason", columns, notes)
 
 
 def verdict(summary: Summary) -> str:
-    """The answer to the question that an evaluation asks, in a sentence or two."""
+    """The conclusion of the report: whether guidance helps, in one to three sentences."""
     best, target = summary.best, next((s for s in summary.overall if s.variant.mode == "target"), None)
     if best is None:
         return "Nothing was guided."
@@ -109,17 +109,17 @@ def verdict(summary: Summary) -> str:
     )
     settings = len(summary.steered)
     if settings > 1:
-        shown += f" It is the best of {settings} settings on these problems, which flatters it: confirm it on others."
+        shown += f" As the best of {settings} settings it is likely overestimated: confirm it on other problems."
     if best.p >= SURE:
         return f"Guidance is not shown to help. {shown}"
     return f"{'Guidance helps.' if best.difference.value > 0 else 'Guidance hurts.'} {shown}"
 
 
 def completeness(summary: Summary) -> str:
-    """How much of the run there is."""
+    """A sentence with the number of answers, and of missing ones."""
     if summary.expected is None or summary.samples == summary.expected:
         return f"{summary.samples:,} answers."
-    return f"Not finished: {summary.samples:,} of {summary.expected:,} answers. Figures are of what there is."
+    return f"Not finished: the figures are from {summary.samples:,} of {summary.expected:,} answers."
 
 
 def gain(value: Interval | None) -> str:
@@ -130,12 +130,12 @@ def gain(value: Interval | None) -> str:
 
 
 def p_value(p: float, equal: str = "") -> str:
-    """Three digits; smaller ones as a bound. equal: what stands before a figure that is no bound."""
+    """p with three decimals, or "< 0.001". equal: text before a p that is not such a bound."""
     return "< 0.001" if p < 0.001 else f"{equal}{p:.3f}"
 
 
 def task_title(task: str, summary: Summary) -> str:
-    """A task's name as tables and plots show it."""
+    """The name of a task in tables and plots."""
     return f"average of {len(summary.scores) - 1}" if task == AVERAGE else task
 
 
@@ -166,11 +166,11 @@ def _gpu_note(summary: Summary) -> str:
     if summary.gpus is None:
         return "GPU-seconds are left out: config.yaml has no service section."
     if not _on_gpu(summary):
-        return "The models ran on CPU: there are no GPU-seconds."
-    held = ", ".join(f"{role.replace('_', ' ')} {summary.gpus[role]:g}" for role in ROLES)
+        return "The models ran on CPU, so there are no GPU-seconds."
+    gpus = ", ".join(f"{role.replace('_', ' ')} {summary.gpus[role]:g}" for role in ROLES)
     return (
-        f"GPU-seconds are seconds x GPUs of the roles that took part ({held}); answers in flight together share them, "
-        "so that they are what an answer holds, not what it alone costs."
+        f"GPU-seconds are seconds x GPUs of the participating roles ({gpus}). Concurrent answers share these GPUs, so "
+        "this is what an answer occupies, not what it costs alone."
     )
 
 

@@ -1,4 +1,4 @@
-"""The problems of a task: rows of its data, made into prompts and gold answers."""
+"""Loads the problems of a task: turns the rows of its data into prompts and right ("gold") answers."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from cluster.jobs.task_file import QUESTION, Columns, Demo, Hub, Task, TaskError
 
 __all__ = ["Problem", "Task", "TaskError", "check_task", "load_task", "problems", "shipped"]
 
-COPY = Columns(id="id", question="problem", answer="answer")  # what a copy of a hub's data calls its columns
+COPY = Columns(id="id", question="problem", answer="answer")  # columns of a local copy of hub data
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question of a task. prompt: the text that is sent, or the user's message where the task's style is chat."""
+    """One problem. prompt: the text that is sent, or the user's message if the task's style is chat."""
 
     id: str
     question: str
-    answer: str  # gold, as the task's grader reads it
+    answer: str  # the right answer, in the form that the task's grader reads
     prompt: str
 
 
 def problems(task: Task, limit: int | None = None, data_dir: str | Path | None = None) -> list[Problem]:
     """The first `limit` problems of `task` (default: all), in the order of its data.
 
-    Hub data are downloaded into the hub's cache, unless the folder `data_dir` holds a copy: `<task name>.jsonl` of
-    rows with `id`, `problem` and `answer`. Raises TaskError where data are absent or a row lacks a value.
+    Hub data are downloaded into the hub's cache, unless the folder `data_dir` holds a copy: `<task name>.jsonl` with
+    rows of `id`, `problem` and `answer`. Raises TaskError if data are missing or a row lacks a value.
     """
     found = list(islice(_all(task, data_dir), limit))
     if not found:
-        raise TaskError(f"{task.name}: no row of its data is a problem")
+        raise TaskError(f"{task.name}: its data hold no problem")
     twice = [identity for identity, times in Counter(problem.id for problem in found).items() if times > 1]
     if twice:
-        raise TaskError(f"{task.name}: ids must differ, but {', '.join(twice[:3])} stand more than once")
+        raise TaskError(f"{task.name}: ids must differ, but these are repeated: {', '.join(twice[:3])}")
     return found
 
 
 def check_task(task: Task, data_dir: str | Path | None = None) -> dict[str, str]:
-    """What each field of `task` resolves to, without a download. Raises TaskError where one resolves to nothing.
+    """The resolved value of each field of `task`, without a download. Raises TaskError for a field without one.
 
-    Local data are read and their first problem is made; of hub data the name is checked, and a copy in `data_dir`.
+    Local data are read up to the first problem. For hub data the name is checked, and a copy in `data_dir` is read.
     """
     local = task.data.hub is None or _copy(task, data_dir) is not None
     first = problems(task, 1, data_dir)[0] if local else None
@@ -65,7 +65,7 @@ def check_task(task: Task, data_dir: str | Path | None = None) -> dict[str, str]
         "samples": str(task.samples),
         "sampling": f"temperature {task.temperature:g}, top_p {task.top_p:g}, {task.max_tokens:,} tokens at most"
         + "".join(f", stop at {text!r}" for text in task.stop)
-        + (f", stop when a token stands {task.stop_on_repeat} times in a row" if task.stop_on_repeat else ""),
+        + (f", stop when a token repeats {task.stop_on_repeat} times" if task.stop_on_repeat else ""),
     }
 
 
@@ -89,7 +89,7 @@ def _all(task: Task, data_dir: str | Path | None) -> Iterator[Problem]:
         return
     copy = _copy(task, data_dir) if data.hub else None
     if copy:
-        # A copy holds the task's problems alone, their answers ready.
+        # A copy holds only the task's problems, with extracted answers.
         columns = COPY.model_copy(update={"wrong": task.columns.wrong})
         task = task.model_copy(update={"columns": columns, "where": {}, "boxed_answer": False})
     rows = _hub_rows(data.hub) if data.hub and not copy else _file_rows(copy or _file(task))
@@ -97,14 +97,14 @@ def _all(task: Task, data_dir: str | Path | None) -> Iterator[Problem]:
 
 
 def _demo(task: Task, demo: Demo) -> Iterator[Problem]:
-    """The hop counts take turns, so that the first few problems are of all of them."""
+    """The questions of the embedded task. Hop counts take turns, so that a `limit` keeps all of them."""
     try:
-        asked = {hops: questions(demo.split, hops, demo.n) for hops in demo.hops}
+        by_hops = {hops: questions(demo.split, hops, demo.n) for hops in demo.hops}
     except ValueError as error:
         raise TaskError(f"{task.name}: {error}") from None
     for number in range(demo.n):
         for hops in demo.hops:
-            question = asked[hops][number]
+            question = by_hops[hops][number]
             prompt = task.prompt.replace(QUESTION, question.text)
             yield Problem(f"{hops}-{number:04d}", question.text, question.answer, prompt)
 
@@ -138,15 +138,15 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _hub_rows(hub: Hub) -> Iterable[Mapping[str, Any]]:
-    from datasets import load_dataset  # seconds of import, and only for data of the hub
+    from datasets import load_dataset  # seconds of import, and only needed for hub data
 
     try:
         rows: Iterable[Mapping[str, Any]] = load_dataset(hub.name, hub.config, split=hub.split, revision=hub.revision)
-    except Exception as error:  # the hub's client raises a dozen kinds: no such set, split, access, network
+    except Exception as error:  # the hub's client raises many types: unknown set or split, no access, no network
         reason = str(error).strip().partition("\n")[0] or repr(error)
         raise TaskError(
-            f"{hub.name} cannot be loaded from the hub: {reason}\nA set with conditions (GPQA has some) needs them "
-            "accepted on its page and HF_TOKEN set; without a network, name a folder of copies (docs/tasks.md)."
+            f"{hub.name} cannot be loaded from the hub: {reason}\nFor a gated data set (such as GPQA), accept the "
+            "conditions on its page and set HF_TOKEN. Without a network, use a folder of copies (docs/tasks.md)."
         ) from error
     return rows
 
@@ -173,17 +173,19 @@ def _from_rows(task: Task, rows: Iterable[Mapping[str, Any]]) -> Iterator[Proble
 def _value(task: Task, row: Mapping[str, Any], number: int, column: str) -> str:
     value = row.get(column)
     if value is None:
-        raise TaskError(f"{task.name}, row {number}: no {column}; its columns are {', '.join(map(str, row))}")
+        raise TaskError(f"{task.name}, row {number}: no column {column}; its columns are {', '.join(map(str, row))}")
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # some sets keep answers like 27 as 27.0
+        value = int(value)  # some data sets store 27 as 27.0
     return str(value)
 
 
 def _lettered(task: str, identity: str, question: str, right: str, wrong: list[str]) -> tuple[str, str]:
-    """The question followed by its options, and the right one's letter, in an order that the id alone decides."""
+    """The question with its lettered options, and the letter of the right one. The order depends only on the id."""
     options = [right, *wrong]
     if len(options) > len(ascii_uppercase):
-        raise TaskError(f"{task}, {identity}: {len(options)} options are more than there are letters")
+        raise TaskError(
+            f"{task}, {identity}: {len(options)} options, but there are only {len(ascii_uppercase)} letters"
+        )
     order = list(range(len(options)))
     random.Random(hashlib.sha256(f"{task}/{identity}".encode()).digest()).shuffle(order)
     lines = [f"{letter}. {options[place]}" for letter, place in zip(ascii_uppercase, order, strict=False)]

@@ -1,4 +1,4 @@
-"""Trains the guider on pairs: ThinkLogit-DPO, as a LoRA adapter that the service takes as `guider.adapter`.
+"""Trains the guider on preference pairs (ThinkLogit-DPO). The result is a LoRA adapter for `models.guider.adapter`.
 
     python -m cluster.jobs.train_dpo CONFIG.yaml [--run FOLDER] [--no-resume]
     ray job submit --working-dir . -- python -m cluster.jobs.train_dpo CONFIG.yaml --run /shared/FOLDER
@@ -6,19 +6,19 @@
 CONFIG.yaml (cluster/jobs/dpo/training.py has every key and its default):
 
 run: runs/dpo
-pairs: runs/preferences/pairs      # what cluster.jobs.preferences made
-service: ray_config.yaml           # whose guider is trained
-workers: 4                         # each with a GPU where there are any
+pairs: runs/preferences/pairs      # the output of cluster.jobs.preferences
+service: ray_config.yaml           # the service whose guider is trained
+workers: 4                         # each uses a GPU if the cluster has any
 
-Ray Train runs the workers in the cluster, or in a Ray of the job's own. A worker that dies is replaced, and training
-goes on from the last checkpoint; so does the same command after Ctrl-C or a kill. The run's folder must be one that
-every node sees. It gets `adapter`, `metrics.jsonl`, `training.png` and `training.json`. The last line is a JSON object.
+Ray Train runs the workers in the cluster, or in a local Ray that the job starts. A worker that dies is replaced, and
+training resumes at the last checkpoint. So does the same command after Ctrl-C or a kill. The run's folder must be
+visible to every node. It receives `adapter`, `metrics.jsonl`, `training.png` and `training.json`. The last line of
+output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -39,21 +39,21 @@ from cluster.jobs.dpo.data import make_data
 from cluster.jobs.dpo.journal import Journal, Line
 from cluster.jobs.dpo.record import Record
 from cluster.jobs.dpo.training import Training, load_training
-from cluster.jobs.evaluate import COPIED, guarded, stoppable
+from cluster.jobs.evaluate import require_lasting, run_job, stoppable
 from cluster.jobs.results import RunError
 from cluster.launch import local_ray
 from cluster.serve_file import read_service_config
 
 POLL_S = 0.5
-START_S = 60.0  # RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S unless it is set
+START_S = 60.0  # default of RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; the exit status."""
+    """Train. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="the training's YAML file")
-    parser.add_argument("--run", type=Path, help="the run's folder, instead of the file's `run`")
-    parser.add_argument("--no-resume", action="store_true", help="throw away what the folder holds, and start over")
+    parser.add_argument("--run", type=Path, help="the run's folder; overrides `run` of the file")
+    parser.add_argument("--no-resume", action="store_true", help="delete what the folder holds, and start over")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
 
@@ -63,25 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             training = training.model_copy(update={"run": options.run})
         return train(training, console, resume=not options.no_resume)
 
-    status, result = guarded(work, console)
-    if status == 0:
-        print(json.dumps(result), flush=True)
-    return status
+    return run_job(work, console)
 
 
 def train(training: Training, console: Console, *, resume: bool = True) -> dict[str, Any]:
-    """Do what is missing of a run; what the last line says. Raises ConfigError, RunError, LaunchError."""
-    if not training.run.is_absolute() and COPIED in Path.cwd().parts:
-        raise ConfigError(
-            f"run: {training.run} would lie in the copy of the working directory that ends with the job: "
-            "give a folder that stays, by an absolute path (--run)"
-        )
+    """Run or resume a training. Returns the JSON object of the last line. Raises ConfigError, RunError, LaunchError."""
+    require_lasting(training.run)
     training = training.model_copy(update={"run": training.run.absolute(), "pairs": training.pairs.absolute()})
     service = read_service_config(training.service)
     if service.models.guider.adapter is not None:
         raise ConfigError(
-            f"service: {training.service}: models.guider.adapter is set, and an adapter is trained on a plain guider: "
-            "take it out, or merge it into a model of its own first"
+            f"service: {training.service}: models.guider.adapter is set, but training needs a guider without an "
+            "adapter: remove it, or merge it into the guider's weights first"
         )
     run = training.run
     if not resume:
@@ -89,7 +82,7 @@ def train(training: Training, console: Console, *, resume: bool = True) -> dict[
     record = Record(run)
     record.open(training, service)
     if (result := record.result()) is not None:
-        console.print(f"{run} is finished already; --no-resume starts it over", highlight=False)
+        console.print(f"{run} is already finished; --no-resume starts it over", highlight=False)
         return result
     with _ray():
         counts = make_data(training, service, console)
@@ -100,7 +93,7 @@ def train(training: Training, console: Console, *, resume: bool = True) -> dict[
 
 
 def _fit(training: Training, service: ServiceConfig, pairs: int, console: Console) -> None:
-    """Run the workers to the end, and show what they say. Raises RunError where they die too often."""
+    """Run the workers to the end and show their metrics. Raises RunError if they die too often."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -122,7 +115,7 @@ def _fit(training: Training, service: ServiceConfig, pairs: int, console: Consol
             storage_path=str(training.run / "ray"),
             failure_config=FailureConfig(
                 max_failures=training.max_failures,
-                # Ray Train waits so long for its workers' places at a time; nodes may have to come first.
+                # Each attempt waits START_S for the workers' resources; the cluster may have to start nodes first.
                 controller_failure_limit=math.ceil(service.deadlines.model_load_s / START_S),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -136,12 +129,12 @@ def _fit(training: Training, service: ServiceConfig, pairs: int, console: Consol
         except TrainingFailedError as error:
             last = str(error).strip().splitlines()[-1]
             raise RunError(
-                f"training ({workers}) did not end: {last}; the same command goes on from the last checkpoint"
+                f"training ({workers}) failed: {last}; the same command resumes at the last checkpoint"
             ) from error
 
 
 def _run(work: Callable[[], object]) -> None:
-    """Let a thread work, so that a signal stops this one at once: Ray Train would end the process without a word."""
+    """Do `work` in a thread, so that a signal stops the main thread with a message. Ray Train would end the process."""
     failed: list[BaseException] = []
 
     def guarded_work() -> None:
@@ -160,7 +153,7 @@ def _run(work: Callable[[], object]) -> None:
 
 
 def _worker(given: dict[str, Any]) -> None:
-    """In every worker: one part of the training, from the newest checkpoint on."""
+    """The training loop of one worker, from the newest checkpoint on."""
     import ray.train
     from ray.util.metrics import Gauge
 
@@ -189,14 +182,14 @@ def _worker(given: dict[str, Any]) -> None:
 
 
 def _placed(guider: ModelConfig, gpus: float) -> ModelConfig:
-    """The guider as a worker loads it."""
+    """The guider's configuration in a training worker: one device, no quantisation."""
     device, dtype = ("cuda", "bfloat16") if gpus else ("cpu", "float32")
     return guider.model_copy(update={"device": device, "dtype": dtype, "device_map": None, "quantization": None})
 
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """The cluster that this process is in already, that the job runs in, or one of its own."""
+    """The Ray that this process has joined, the cluster of the job, or a new local one."""
     if ray.is_initialized():
         yield
     elif joined():
@@ -211,7 +204,7 @@ def _ray() -> Iterator[None]:
 
 @contextmanager
 def _progress_bar(journal: Journal, steps: int, console: Console) -> Iterator[None]:
-    """A bar that follows the journal, and a line for each validation."""
+    """Show a progress bar that follows the journal, and a line for each validation."""
     text = TextColumn(
         "loss {task.fields[loss]:.3f} margin {task.fields[margin]:+.3f} right {task.fields[accuracy]:.0%}"
     )

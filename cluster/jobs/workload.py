@@ -1,4 +1,4 @@
-"""Everything that an evaluation asks, and what is kept beside the answers to know it again."""
+"""All samples that an evaluation generates, and the configuration that is stored beside them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.jobs.config import AS_CONFIGURED, Arm, Evaluation, TaskChoice
 from cluster.jobs.results import ProblemRow
 from cluster.jobs.task_loading import Problem, Task, load_task, problems
 
-# What changes no sample: a run goes on under another of these.
+# Keys that change no sample: a run may be resumed with other values of these.
 _PLACEMENT = ("cache_tokens", "prefill_chunk", "num_cpus", "num_gpus", "resources", "label_selector", "replicas")
 MAY_DIFFER = frozenset(
     [
@@ -27,19 +27,18 @@ MAY_DIFFER = frozenset(
 
 @dataclass(frozen=True)
 class Workload:
-    """The tasks of an evaluation with their problems, in the order in which they are asked."""
+    """The tasks of an evaluation with their problems, in the order of the requests."""
 
     evaluation: Evaluation
     tasks: tuple[tuple[Task, tuple[Problem, ...]], ...]
 
     @property
     def arms(self) -> list[Arm]:
-        """The modes and settings that every problem is asked in."""
+        """The modes and settings in which every problem is sampled."""
         return self.evaluation.arms()
 
     def items(self, adapter: str = AS_CONFIGURED) -> Iterator[Item]:
-        """Every sample with that adapter: problem by problem, so that all arms go forward together and prompts share
-        their prefill."""
+        """Every sample with that adapter, problem by problem: all arms advance together and prompts share prefill."""
         arms = [arm for arm in self.arms if arm.adapter == adapter]
         for task, asked in self.tasks:
             for problem in asked:
@@ -54,7 +53,7 @@ class Workload:
         return dict.fromkeys(self.arms, each)
 
     def problem_rows(self) -> list[ProblemRow]:
-        """Questions and right answers, as the results keep them."""
+        """Questions and right answers for the results."""
         return [
             ProblemRow(task.name, problem.id, problem.question, problem.answer)
             for task, asked in self.tasks
@@ -62,7 +61,7 @@ class Workload:
         ]
 
     def resolved(self, service: ServiceConfig) -> dict[str, Any]:
-        """The configuration as it is kept beside the results."""
+        """The configuration that the results store."""
         return {
             "evaluation": self.evaluation.model_dump(mode="json"),
             "tasks": {task.name: task.model_dump(mode="json") for task, _ in self.tasks},
@@ -71,7 +70,7 @@ class Workload:
         }
 
     def check(self, client: Client) -> None:
-        """Make the request of every problem in every mode once. Raises ConfigError for the first that does not fit."""
+        """Build the request of every problem in every mode. Raises ConfigError for the first that does not fit."""
         kinds = {(arm.mode, arm.guidance.never_guides()): arm for arm in self.arms}
         for task, asked in self.tasks:
             for problem in asked:
@@ -80,19 +79,19 @@ class Workload:
 
 
 def chosen_task(choice: TaskChoice) -> Task:
-    """The task of a choice with what the choice overrides. Raises TaskError."""
+    """The task of a choice, with the keys that the choice overrides. Raises TaskError."""
     changed = choice.model_dump(include={"samples", "max_tokens"}, exclude_none=True)
     return load_task(choice.task).model_copy(update=changed)
 
 
 def load_workload(evaluation: Evaluation) -> Workload:
-    """The problems of every task. Raises TaskError for a task that does not exist, ConfigError for one named twice or
-    an adapter that is not there."""
+    """The problems of every task. Raises TaskError for an unknown task, ConfigError for a repeated one or a missing
+    adapter."""
     check_adapters(evaluation)
     loaded: list[tuple[Task, tuple[Problem, ...]]] = []
     for choice in evaluation.tasks:
         task = chosen_task(choice)
         if any(task.name == other.name for other, _ in loaded):
-            raise ConfigError(f"tasks: {task.name} comes twice; give a task file another name")
+            raise ConfigError(f"tasks: {task.name} is repeated; give one task file another name")
         loaded.append((task, tuple(problems(task, limit=choice.limit, data_dir=evaluation.data))))
     return Workload(evaluation, tuple(loaded))

@@ -1,3 +1,5 @@
+"""The jobs' client: the requests that it builds, and how it repeats them."""
+
 from __future__ import annotations
 
 import asyncio
@@ -26,15 +28,15 @@ Script = Callable[[], AsyncIterator[Event]]
 
 
 class Scripted:
-    """A backend whose attempts are written down; the last is repeated."""
+    """A backend that replays scripted attempts; the last is repeated."""
 
     def __init__(self, *attempts: list[Event | Exception]) -> None:
-        self.attempts, self.asked = list(attempts), 0
+        self.attempts, self.requests = list(attempts), 0
         self.closed = 0
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
-        attempt = self.attempts[min(self.asked, len(self.attempts) - 1)]
-        self.asked += 1
+        attempt = self.attempts[min(self.requests, len(self.attempts) - 1)]
+        self.requests += 1
         try:
             for event in attempt:
                 if isinstance(event, Exception):
@@ -88,7 +90,7 @@ def test_a_sample_has_the_same_seed_in_every_mode_and_setting_and_no_other_sampl
     assert item(alone).choice_seed == item(guided(alpha=[0.5])).choice_seed
     others = [item(seed=1), item(number=1), item(problem="8"), item(name="others")]
     assert len({item().choice_seed, *(other.choice_seed for other in others)}) == 5
-    assert item().choice_seed == 18060674801305240028  # another hash would draw other samples in a run that goes on
+    assert item().choice_seed == 18060674801305240028  # another hash would change the samples of a resumed run
 
 
 def test_a_chat_task_is_rendered_by_each_roles_template_and_a_raw_one_is_the_same_text_for_all() -> None:
@@ -136,7 +138,7 @@ async def test_a_service_that_is_full_away_or_loses_an_answer_is_asked_again_and
     )
     answer = await client(backend, on_tokens=received.append).answer_item(item())
     assert (answer.text, answer.tokens, answer.end) == ("Ben.", (1, 2), END)
-    assert backend.asked == backend.closed == 7
+    assert backend.requests == backend.closed == 7
 
 
 async def test_the_mark_between_thinking_and_answer_is_part_of_the_text() -> None:
@@ -148,27 +150,27 @@ async def test_patience_ends() -> None:
     backend = Scripted([Rejected("unavailable", "the guider is away")])
     with pytest.raises(Unanswered, match="the guider is away"):
         await client(backend, patience_s=0.02).answer_item(item())
-    assert backend.asked > 1
+    assert backend.requests > 1
 
 
 async def test_an_answer_that_is_lost_every_time_ends_the_run() -> None:
     backend = Scripted([Delta(content="B", tokens=[1]), Finished("error", USAGE, error="not finished within 5 s")])
     with pytest.raises(Unanswered, match="not finished within 5 s"):
         await client(backend).answer_item(item())
-    assert backend.asked == LOSSES
+    assert backend.requests == LOSSES
 
 
 async def test_a_refusal_of_the_request_itself_is_not_repeated() -> None:
     backend = Scripted([Rejected("invalid", "the prompt is empty")])
     with pytest.raises(ConfigError, match="the prompt is empty"):
         await client(backend).answer_item(item())
-    assert backend.asked == 1
+    assert backend.requests == 1
 
 
 async def test_cancelling_closes_the_generation() -> None:
     class Endless(Scripted):
         async def generate(self, request: Generate) -> AsyncIterator[Event]:
-            self.asked += 1
+            self.requests += 1
             try:
                 while True:
                     yield Delta(content="B", tokens=[1])
@@ -178,7 +180,7 @@ async def test_cancelling_closes_the_generation() -> None:
 
     backend = Endless()
     answering = asyncio.create_task(client(backend).answer_item(item()))
-    await until(lambda: backend.asked > 0)
+    await until(lambda: backend.requests > 0)
     answering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await answering

@@ -1,3 +1,5 @@
+"""The file of an evaluation: its arms, its errors, and the shipped files."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -19,7 +21,7 @@ from cluster.jobs.workload import load_workload
 from cluster.serve_file import read_service_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "cluster" / "jobs" / "configs").glob("*.yaml"))
-# Bytes in bf16 of Qwen2.5-32B's weights and of the larger 1.5B model's, and of a cached token of each.
+# Bytes in bf16: weights of Qwen2.5-32B and of the larger 1.5B model, and the cache of one token of each.
 WEIGHTS = {"target": 65.5e9, "guider": 3.6e9, "guider_base": 3.6e9}
 TOKEN = {"target": 262_144, "guider": 28_672, "guider_base": 28_672}
 
@@ -76,12 +78,12 @@ def test_an_adapter_that_is_not_there_is_named_before_anything_starts(tmp_path: 
         ({"alhpa": [1]}, "alhpa: unknown key"),
         ({"tasks": [{"task": "aime2024", "limits": 3}]}, r"tasks\.0\.limits: unknown key"),
         ({"tasks": []}, "tasks: "),
-        ({"modes": ["guided", "guided"]}, "modes names something twice"),
+        ({"modes": ["guided", "guided"]}, "modes repeats a value"),
         ({"alpha": []}, "needs an alpha or a schedule"),
         ({"alpha": [float("nan")]}, "finite"),
         ({"warmup_tokens": [-1]}, "warmup_tokens must be 0 or more"),
         ({"schedules": {"late": [[5, 1.0]]}}, r"schedules\.late must begin at token 0"),
-        ({"schedules": {"a1": [[0, 1.0]]}}, "a1 is a setting's name already"),
+        ({"schedules": {"a1": [[0, 1.0]]}}, "a1 is already the name of a setting"),
         ({"expect": {"setting": "a2", "gain": [0, 1], "source": "hope"}}, "the settings are a1"),
         ({"drafts": 9}, "drafts: "),
         ({"adapters": {"a": None, "b": None}}, "at most one may be null"),
@@ -133,7 +135,7 @@ def test_a_dry_run_names_every_model_and_task_that_cannot_be(
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert main([str(tmp_path / "config.yaml"), "--dry-run"]) == 1
-    said = capsys.readouterr().err
-    assert "aime2034" in said
-    assert "/nowhere/guider" in said
+    message = capsys.readouterr().err
+    assert "aime2034" in message
+    assert "/nowhere/guider" in message
     assert not (tmp_path / "run").exists()

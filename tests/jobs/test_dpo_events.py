@@ -1,4 +1,4 @@
-"""The guided distribution on events, and what is kept of target and base."""
+"""The guided distribution on events, and the stored slices of target and guider base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole evaluation of the embedded trio, through replicas, sockets and a coordinator in this process."""
+"""Whole evaluations of the embedded trio through replicas, sockets and a coordinator in this process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONSOLE = Console(quiet=True)
 
 
 def task_files(folder: Path, temperature: float = 0) -> list[str]:
-    """A task for each hop count, whose answers may be as long as the benchmark allows."""
+    """A task for each hop count, with the benchmark's limit of tokens."""
     paths = []
     for hops in HOPS:
         task = {
@@ -78,10 +78,10 @@ async def connection(
 
 
 async def run(work: Workload, engines: Mapping[Role, Engine], stop_after: int | None = None, **keys: Any) -> int:
-    """One evaluation to its end; how many requests it made."""
+    """Run one evaluation to its end. Returns the number of its requests."""
     async with connection(engines, stop_after) as (connected, backend, _):
         await evaluate.evaluate(work, connected, work.evaluation.run, CONSOLE, **keys)
-    return backend.asked
+    return backend.requests
 
 
 async def test_the_job_finds_what_the_benchmark_finds_in_every_mode_at_every_alpha_and_seed(
@@ -99,9 +99,9 @@ async def test_the_job_finds_what_the_benchmark_finds_in_every_mode_at_every_alp
                 setting = f"a{alpha:g}" if mode == "guided" else ALONE
                 for seed in (0, 1):
                     place = (f"hops{hops}", mode, setting, seed)
-                    mine = [s.right for s in samples if (s.key.task, s.key.mode, s.key.setting, s.key.seed) == place]
-                    assert len(mine) == PER_HOP
-                    assert round(sum(mine) / PER_HOP, 4) == effect.by_hops[hops][mode], place
+                    found = [s.right for s in samples if (s.key.task, s.key.mode, s.key.setting, s.key.seed) == place]
+                    assert len(found) == PER_HOP
+                    assert round(sum(found) / PER_HOP, 4) == effect.by_hops[hops][mode], place
     overall = summarise(Results(tmp_path / "run"))
     guided, target = overall.score(Variant("guided", "a1")), overall.score(Variant("target"))
     assert guided is not None
@@ -154,7 +154,7 @@ def command(config: Path) -> list[str]:
 
 
 def killed(config: Path, folder: Path, enough: int, later_s: float) -> int:
-    """Run until so many samples are there and a moment more, then SIGKILL; how many are there."""
+    """Run until `enough` samples exist, wait `later_s` seconds, then send SIGKILL. Returns the number of samples."""
     with subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         wait_until(lambda: process.poll() is not None or len(Results(folder).done()) >= enough, "the next samples")
         time.sleep(later_s)
@@ -174,7 +174,7 @@ async def test_a_folder_is_not_shared_by_two_configurations_until_it_is_started_
     write_report(tmp_path / "run")
     await run(other, trio_engines, resume=False)
     left = {path.suffix for path in (tmp_path / "run").iterdir()}
-    assert not left & {".html", ".md"}, "they tell of answers that are gone"
+    assert not left & {".html", ".md"}, "reports of deleted samples"
     assert {sample.key.setting for sample in Results(tmp_path / "run").samples()} == {"a0.5"}
 
 
@@ -214,7 +214,7 @@ async def test_sampled_answers_of_one_problem_differ_and_repeat_with_the_run(
 
 
 def own_data(folder: Path, rows: int) -> Path:
-    """Multi-hop questions as somebody's own data."""
+    """Multi-hop questions as a user's own data file."""
     path = folder / "mine.jsonl"
     asked = [question for hops in HOPS for question in questions("held_out", hops, rows)]
     lines = [json.dumps({"q": question.text, "gold": question.direct_answer}) for question in asked]
@@ -233,20 +233,20 @@ async def test_the_alpha_that_helps_is_chosen_for_a_users_own_data(
 ) -> None:
     evaluation = choose_alpha.sweep(alpha_options(tmp_path, 12, "--alpha", "0.5", "1", "8"))
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
-    assert said["helps"]
-    assert said["alpha"] in (0.5, 1.0)
-    assert said["words"].startswith(f"Choose alpha {said['alpha']:g}")
-    assert 0 < said["difference"][1] <= said["difference"][0] <= said["difference"][2]
+    choice = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
+    assert choice["helps"]
+    assert choice["alpha"] in (0.5, 1.0)
+    assert choice["words"].startswith(f"Choose alpha {choice['alpha']:g}")
+    assert 0 < choice["difference"][1] <= choice["difference"][0] <= choice["difference"][2]
 
 
 async def test_guidance_that_does_not_help_is_not_chosen(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
     evaluation = choose_alpha.sweep(alpha_options(tmp_path, 6, "--alpha", "8"))
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
-    assert not said["helps"]
-    assert said["alpha"] == 0
-    assert said["words"].startswith("Guidance does not help here")
+    choice = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
+    assert not choice["helps"]
+    assert choice["alpha"] == 0
+    assert choice["words"].startswith("Guidance does not help here")
 
 
 async def test_where_no_answer_is_right_nothing_is_said_of_guidance(
@@ -257,11 +257,11 @@ async def test_where_no_answer_is_right_nothing_is_said_of_guidance(
     options.data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     evaluation = choose_alpha.sweep(options)
     await run(load_workload(evaluation), trio_engines)
-    said = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
-    assert said["words"].startswith("No answer is right in any setting")
-    assert "'Nobody' is right" in said["words"]
+    choice = choose_alpha.report_choice(Results(tmp_path / "run"), evaluation, CONSOLE)
+    assert choice["words"].startswith("No answer is right in any setting")
+    assert "the right answer is 'Nobody'" in choice["words"]
     summary = summarise(Results(tmp_path / "run"))
-    assert [str(score.variant) for score in summary.steered] == ["guided a1"], "alpha 0 tries nothing"
+    assert [str(score.variant) for score in summary.steered] == ["guided a1"], "alpha 0 guides nothing"
     untried = summary.score(Variant("guided", "a0"))
     assert untried is not None
     assert untried.p is None
@@ -295,7 +295,7 @@ def test_a_relative_folder_of_a_submitted_job_is_refused(tmp_path: Path, monkeyp
     copy = tmp_path / evaluate.COPIED / "_ray_pkg_0"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    with pytest.raises(ConfigError, match="ends with the job"):
+    with pytest.raises(ConfigError, match="deletes when the job ends"):
         evaluate.run(checked({"run": "runs/x", "tasks": ["multihop"]}), CONSOLE)
 
 

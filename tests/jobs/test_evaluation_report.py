@@ -1,4 +1,4 @@
-"""A made-up run whose figures are known, as tables, page and plots; the page as a browser shows it."""
+"""The report of a synthetic run with known figures: tables, page and plots, also in a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cluster.jobs.sample import ALONE, Key, Mode, Sample, Timing
 from cluster.jobs.summary import AVERAGE, TARGET, Variant, summarise
 
 ROOT = Path(__file__).parents[2]
-SCREENSHOT_OF = "REPORT_SCREENSHOT_OF"  # environment: a run's folder whose report docs/report.png is to show
+SCREENSHOT_OF = "REPORT_SCREENSHOT_OF"  # environment variable: the run whose report docs/report.png shows
 ARMS: tuple[tuple[Mode, str], ...] = (
     ("target", ALONE),
     ("guider", ALONE),
@@ -38,7 +38,7 @@ PROBLEMS = tuple(
     for number in range(20)
 )
 SEEDS, SAMPLES = (0, 1), 2
-# How many of 20 problems each is right on, in all samples. Algebra, geometry.
+# Problems of 20 that each answers right in all samples: (algebra, geometry).
 RIGHT = {
     "target": (8, 4),
     "guider": (4, 2),
@@ -78,8 +78,8 @@ def sample(row: ProblemRow, mode: Mode, setting: str, seed: int, number: int) ->
     )
 
 
-def made_up(folder: Path, gpus: float = 1.0, arms: tuple[tuple[Mode, str], ...] = ARMS) -> Path:
-    """A finished run; the same in every call."""
+def synthetic_run(folder: Path, gpus: float = 1.0, arms: tuple[tuple[Mode, str], ...] = ARMS) -> Path:
+    """A finished synthetic run, the same in every call."""
     with Results(folder).writing(config(gpus), PROBLEMS) as results:
         for row in PROBLEMS:
             for mode, setting in arms:
@@ -93,7 +93,7 @@ def made_up(folder: Path, gpus: float = 1.0, arms: tuple[tuple[Mode, str], ...] 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = made_up(tmp_path_factory.mktemp("runs") / "made-up")
+    folder = synthetic_run(tmp_path_factory.mktemp("runs") / "made-up")
     write_report(folder)
     return folder
 
@@ -135,7 +135,7 @@ def test_costs_are_per_answer_and_per_right_answer_on_the_gpus_that_took_part(ru
 
 def test_both_files_hold_all_that_a_report_owes(run: Path) -> None:
     for text in ((run / "report.md").read_text(), (run / "report.html").read_text()):
-        for owed in (
+        for text_part in (
             "Guidance helps.",
             "pass@1",
             "pass@4",
@@ -153,10 +153,10 @@ def test_both_files_hold_all_that_a_report_owes(run: Path) -> None:
             "Where guidance changed the verdict",
             "best of 4 settings",
         ):
-            assert owed in text, owed
+            assert text_part in text, text_part
     page = (run / "report.html").read_text()
     assert page.count("<svg") == 2
-    assert page.count("<details>") == 6, "each task's gained; a1 lost none"
+    assert page.count("<details>") == 6, "the gained ones; a1 lost none"
     assert len(page) < 1_000_000
 
 
@@ -182,14 +182,14 @@ def test_every_row_of_a_markdown_table_has_the_cells_of_its_header(run: Path) ->
 
 
 def test_the_same_run_gives_the_same_report(run: Path, tmp_path: Path) -> None:
-    again = made_up(tmp_path / "made-up")
+    again = synthetic_run(tmp_path / "made-up")
     write_report(again)
     for name in ("report.html", "report.md"):
         assert (again / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_on_cpu_there_are_no_gpu_seconds(tmp_path: Path) -> None:
-    run = made_up(tmp_path, gpus=0)
+    run = synthetic_run(tmp_path, gpus=0)
     write_report(run)
     text = (run / "report.md").read_text()
     assert "ran on CPU" in text
@@ -197,17 +197,17 @@ def test_on_cpu_there_are_no_gpu_seconds(tmp_path: Path) -> None:
 
 
 def test_guidance_that_is_not_shown_to_help_is_said_not_to(tmp_path: Path) -> None:
-    said = {}
+    verdicts = {}
     for setting in ("a1", "vain", "hurt"):
         arms: tuple[tuple[Mode, str], ...] = (("target", ALONE), ("guided", setting))
-        said[setting] = write_report(made_up(tmp_path / setting, arms=arms))["verdict"]
-    assert said["a1"].startswith("Guidance helps.")
-    assert said["vain"].startswith("Guidance is not shown to help.")
-    assert said["hurt"].startswith("Guidance hurts.")
+        verdicts[setting] = write_report(synthetic_run(tmp_path / setting, arms=arms))["verdict"]
+    assert verdicts["a1"].startswith("Guidance helps.")
+    assert verdicts["vain"].startswith("Guidance is not shown to help.")
+    assert verdicts["hurt"].startswith("Guidance hurts.")
 
 
 def test_a_run_that_goes_on_is_reported_as_such_and_compared_fairly(tmp_path: Path) -> None:
-    """The target has answered the hard half only: the guided rates on the other half do not count against it."""
+    """The target has answered only the harder problems, so the guided rates on the others must not count."""
     with Results(tmp_path).writing(config(0), PROBLEMS) as results:
         for row in PROBLEMS:
             for mode, setting in ARMS[:1] * (int(row.problem) >= 6) + ARMS[4:5]:
@@ -242,7 +242,7 @@ def test_a_long_text_is_shown_by_its_ends() -> None:
 
 def test_a_folder_without_samples_says_so(tmp_path: Path) -> None:
     Results(tmp_path).writing(config(0), PROBLEMS).close()
-    with pytest.raises(RunError, match="no sample yet"):
+    with pytest.raises(RunError, match="no samples yet"):
         write_report(tmp_path)
 
 
@@ -259,11 +259,11 @@ def test_the_command_prints_one_json_object_last(run: Path) -> None:
 
 def test_a_browser_shows_the_page_in_light_and_dark_and_asks_for_nothing_else(run: Path, browser: Any) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    asked: list[str] = []
-    said: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    requested: list[str] = []
+    messages: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto((run / "report.html").as_uri())
     assert page.locator("h1").inner_text() == "made-up"
     assert page.locator("svg").count() == 2
@@ -282,8 +282,8 @@ def test_a_browser_shows_the_page_in_light_and_dark_and_asks_for_nothing_else(ru
     assert seen["dark"] == ["rgb(13, 17, 23)", "rgb(230, 237, 243)"]
     page.set_viewport_size({"width": 420, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "a phone scrolls tables, not the page"
-    assert asked == [(run / "report.html").as_uri()]
-    assert said == []
+    assert requested == [(run / "report.html").as_uri()]
+    assert messages == []
 
 
 @pytest.mark.skipif(SCREENSHOT_OF not in os.environ, reason=f"{SCREENSHOT_OF} names no run to show")

@@ -1,7 +1,7 @@
-r"""Grading: what is read from a text, and what it is held against.
+r"""Grading: the answer that each grader reads in a text, and its comparison with the gold answer.
 
-The whole benchmark files are read from the folder that THINKLOGIT_BENCHMARKS names: aime2024.jsonl, aime2025.jsonl,
-amc23.jsonl and math500.jsonl, rows with `id` and `answer`.
+Tests of whole benchmarks need the folder THINKLOGIT_BENCHMARKS with aime2024.jsonl, aime2025.jsonl, amc23.jsonl and
+math500.jsonl: rows with `id` and `answer`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FOLDER = os.environ.get("THINKLOGIT_BENCHMARKS")
 
 needs_benchmarks = pytest.mark.skipif(not FOLDER, reason="THINKLOGIT_BENCHMARKS names no folder of benchmark files")
 
-# Gold answers that are words and no mathematics; all others parse.
+# Gold answers that are words rather than mathematics; all others parse.
 WORDS = {
     "test/algebra/1349.json": r"\text{Evelyn}",
     "test/intermediate_algebra/128.json": r"\text{even}",
@@ -40,10 +40,10 @@ WORDS = {
     "test/precalculus/452.json": r"\text{(E)}",
     "test/precalculus/819.json": r"\text{(C)}",
 }
-# Where one digit may change and the answer stays right: the exponent of a unit, and units do not count.
+# Answers that stay right if one digit changes: the exponent of a unit, because units are ignored.
 UNIT_EXPONENTS = {"test/geometry/473.json", "test/prealgebra/1114.json"}
 
-# Gold answers of MATH-500 and AIME, each with what is the same and what is not.
+# Gold answers of MATH-500 and AIME, each with equal and different answers.
 REPRESENTATIVE: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("33", ("033", "33.0", "x = 33"), ("34", "-33", "330")),
     (r"\frac{3}{56}", ("3/56", r"\dfrac{6}{112}", r"\frac3{56}"), (r"\frac{3}{57}", r"\frac{56}{3}", "0.05")),
@@ -87,7 +87,7 @@ def test_an_answer_is_right_however_it_is_written_and_another_is_wrong(
 
 
 def corrupted(answer: str) -> Iterator[str]:
-    """`answer` with each of its digits changed in turn; one without digits becomes another answer."""
+    """`answer` with each of its digits changed in turn; without digits, another answer."""
     digits = list(re.finditer(r"\d", answer))
     for digit in digits:
         yield f"{answer[: digit.start()]}{(int(digit[0]) + 1) % 10}{answer[digit.end() :]}"
@@ -205,7 +205,7 @@ def test_a_process_that_is_killed_from_outside_is_no_verdict(monkeypatch: pytest
     assert processes.equal("1", "1")
     child = processes._idle.queue[0]
     assert child is not None
-    monkeypatch.setattr(type(child), "ended", property(lambda self: False))  # it dies after it was looked at
+    monkeypatch.setattr(type(child), "ended", property(lambda self: False))  # it dies after the check
     child._process.kill()
     child._process.wait()
     with pytest.raises(GradingError, match="ended"):

@@ -1,4 +1,4 @@
-"""Which answers become pairs, which of them stand together, and what the saved folder says of them."""
+"""Which answers become preference pairs, and in which split."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sample(problem: str, mode: Mode, number: int, right: bool, **changed: Any) -
 
 
 def answers(count: int, target: Sequence[bool], guider: Sequence[bool]) -> list[Sample]:
-    """The same pattern of right and wrong answers to so many problems."""
+    """The same pattern of right and wrong answers to each of `count` problems."""
     return [
         sample(f"p{i}", mode, number, right)
         for i in range(count)
@@ -83,7 +83,7 @@ def test_no_question_stands_in_both_splits_even_where_two_tasks_ask_it() -> None
 
 
 def test_balance_takes_as_many_of_one_kind_as_of_the_other_and_the_cap_holds() -> None:
-    samples = answers(30, [True, True, True], [False, False, True])  # only the guider is ever wrong
+    samples = answers(30, [True, True, True], [False, False, True])  # only the guider gives wrong answers
     samples += [sample(f"q{i}", "target", 0, False) for i in range(12)]
     samples += [sample(f"q{i}", "guider", 0, True) for i in range(12)]
     all_problems = problems(30) + [PromptedProblem("t", f"q{i}", f"other {i}", {"guider": "x"}) for i in range(12)]

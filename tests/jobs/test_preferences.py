@@ -1,4 +1,4 @@
-"""From a job's file to a saved folder of pairs, sampled from the embedded trio in this process."""
+"""The job that makes preference pairs, from its file to the saved folder, with the embedded trio in this process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIGS = ROOT / "cluster" / "jobs" / "configs" / "dpo"
 
 
 def config(folder: Path, **changed: Any) -> Path:
-    """A job on a few training questions."""
+    """The file of a job on a few training questions."""
     task = {
         "name": "few",
         "data": {"demo": {"hops": [2, 3], "split": "train", "n": 20}},
@@ -53,22 +53,22 @@ def config(folder: Path, **changed: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def sampled(trio_engines: Mapping[Role, Engine], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job's folder whose samples are there; asked through replicas, sockets and a coordinator."""
+    """A job's folder with complete samples, generated through replicas, sockets and a coordinator."""
     folder = tmp_path_factory.mktemp("sampled")
     evaluation, _ = load_preferences(config(folder))
     workload = load_workload(evaluation)
 
-    async def ask() -> None:
+    async def generate() -> None:
         async with local_service(trio_config(), trio_engines) as local:
             await evaluate(workload, Connection(LocalBackend(local), trio_config()), evaluation.run, CONSOLE)
 
-    asyncio.run(ask())
+    asyncio.run(generate())
     return folder
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The samples are there already."""
+def samples_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generate no samples: they are complete."""
 
     def sample(evaluation: Evaluation, console: Console, *, resume: bool = True) -> Workload:
         return load_workload(evaluation)
@@ -108,7 +108,7 @@ def test_other_pairs_of_the_same_samples_replace_the_folder_and_its_card(sampled
 
 def test_where_nothing_can_be_paired_it_says_what_to_change(sampled: Path) -> None:
     evaluation, pairing = load_preferences(config(sampled, min_chosen_tokens=1_000))
-    with pytest.raises(RunError, match=r"no pair came out for train and validation.*min_chosen_tokens"):
+    with pytest.raises(RunError, match=r"no pairs for train and validation.*min_chosen_tokens"):
         preferences.run(evaluation, pairing, CONSOLE)
 
 
@@ -129,7 +129,7 @@ def test_what_does_not_belong_into_the_file_is_refused_by_name(tmp_path: Path) -
         load_preferences(path)
     given = yaml.safe_load(config(tmp_path).read_text(encoding="utf-8")) | {"alpha": [1], "modes": ["guided"]}
     path.write_text(yaml.safe_dump(given), encoding="utf-8")
-    with pytest.raises(ConfigError, match="modes, alpha: target and guider are asked alone"):
+    with pytest.raises(ConfigError, match="modes, alpha: target and guider are sampled alone"):
         load_preferences(path)
 
 

@@ -1,3 +1,5 @@
+"""Progress of an evaluation, in a terminal and without one."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""The verdict on an expected gain."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,7 +18,7 @@ EXPECTED = Expectation(setting="a1", gain=(0.1, 0.6), source="the paper")
 
 
 def run(folder: Path, target: int, guided: int) -> Results:
-    """Of the problems the first so many are right."""
+    """A run in which the first `target` problems are right for the target, the first `guided` ones with guidance."""
     rows = [ProblemRow("t", f"{number:02}", "?", "!") for number in range(PROBLEMS)]
     arms: tuple[tuple[Mode, str, int], ...] = (("target", ALONE, target), ("guided", "a1", guided))
     config: dict[str, Any] = {"evaluation": {"seeds": [0]}, "tasks": {"t": {"samples": 1}}}
@@ -24,7 +26,7 @@ def run(folder: Path, target: int, guided: int) -> Results:
         for mode, setting, right in arms:
             for number, row in enumerate(rows):
                 key = Key("t", row.problem, mode, setting, 0, 0)
-                steered = int(mode == "guided")  # tokens: a variant that nothing guided is not held against the target
+                steered = int(mode == "guided")  # guided tokens: without any, a variant is not compared with the target
                 sample = Sample(key, "text", "!", number < right, "stop", 1, 1, 0, steered, 0)
                 results.append(sample, Timing(key, 1.0, 0, 0))
     return results
@@ -34,11 +36,11 @@ def run(folder: Path, target: int, guided: int) -> Results:
     ("target", "guided", "verdict", "why"),
     [
         (20, 28, True, "reproduced: a1 gains +40.0%"),
-        (20, 21, False, "which chance alone may do"),  # +5 %, below the range too
-        (20, 24, False, "which chance alone may do"),  # +20 %, within the range, but of four problems
-        (20, 40, False, "not: a1 gains +100.0%"),  # surely, but not what was published
-        (28, 20, False, "not: a1 gains -28.6%"),
-        (0, 20, False, "cannot be held against the target"),  # no relative gain over nothing
+        (20, 21, False, "which may be chance"),  # +5 %, below the range too
+        (20, 24, False, "which may be chance"),  # +20 %, within the range, but of four problems
+        (20, 40, False, "not reproduced: a1 gains +100.0%"),  # significant, but not the published gain
+        (28, 20, False, "not reproduced: a1 gains -28.6%"),
+        (0, 20, False, "cannot be compared with the target"),  # no relative gain over zero
     ],
 )
 def test_a_gain_is_reproduced_if_it_is_sure_and_as_large_as_expected(

@@ -1,4 +1,4 @@
-"""A run's folder holds whole samples, each once, whatever happens to its writer."""
+"""A run's folder holds complete samples, each once, even if its writer is killed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def written(folder: Path, config: Mapping[str, Any] = CONFIG, keys: tuple[Key, ...] = (FIRST,)) -> Results:
-    """A folder that holds some samples, open."""
+    """A folder with samples of `keys`, open for writing."""
     results = Results(folder).writing(config, PROBLEMS)
     for key in keys:
         results.append(sample(key), timing(key))
@@ -50,10 +50,10 @@ def test_a_run_that_was_killed_five_times_ends_with_the_bytes_of_one_that_was_no
         before = file.stat().st_size if file.exists() else 0
         deadline = time.monotonic() + 60
         while (not file.exists() or file.stat().st_size == before) and time.monotonic() < deadline:
-            time.sleep(0.002)  # until it writes
+            time.sleep(0.002)  # wait until it writes
         time.sleep(random_.uniform(0, 0.15))
         child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, "the writer was done before it was killed"
+        assert child.wait() == -signal.SIGKILL, "the writer finished before the kill"
         kills += 1
         with file.open("ab") as torn:  # half a line, as a kill in the middle of a write leaves it
             torn.write(b'{"task": "su')
@@ -89,7 +89,7 @@ def test_no_sample_is_counted_twice(tmp_path: Path) -> None:
         results.append(sample(FIRST), timing(FIRST))
     with Results(tmp_path).writing(CONFIG, PROBLEMS) as results, pytest.raises(ValueError, match="already"):
         results.append(sample(FIRST), timing(FIRST))
-    with written(tmp_path, keys=()) as results, pytest.raises(ValueError, match="timing is of"):
+    with written(tmp_path, keys=()) as results, pytest.raises(ValueError, match="the timing has the key"):
         results.append(sample(SECOND), timing(FIRST))
 
 
@@ -153,9 +153,9 @@ def test_a_folder_of_another_configuration_is_refused_with_what_differs(tmp_path
     other = {**CONFIG, "seeds": [1], "concurrency": 9, "alpha": [2.0]}
     with pytest.raises(OtherRun) as refused:
         Results(tmp_path).writing(other, PROBLEMS)
-    assert "seeds: there [1, 2], here [1]" in str(refused.value)
-    assert "concurrency: there 8, here 9" in str(refused.value)
-    assert "alpha: there null, here [2.0]" in str(refused.value)
+    assert "seeds: stored [1, 2], given [1]" in str(refused.value)
+    assert "concurrency: stored 8, given 9" in str(refused.value)
+    assert "alpha: stored null, given [2.0]" in str(refused.value)
     assert "tasks" not in str(refused.value)
 
 

@@ -1,4 +1,4 @@
-"""Estimators against brute force, intervals against the share of truths that they hold, tests against known cases."""
+"""Estimators compared with brute force, intervals with their coverage, significance tests with known cases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluster.jobs.statistics import (
 
 
 def majority(answers: list[tuple[str | None, bool]]) -> float:
-    """One vote, counted plainly."""
+    """The vote on one draw, by a plain count."""
     votes = Counter("right" if right else answer for answer, right in answers if right or answer is not None)
     leaders = [answer for answer, count in votes.items() if count == max(votes.values())]
     return ("right" in leaders) / len(leaders) if leaders else 0.0
@@ -84,7 +84,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
             [(pass_at_1(target, seed), 0.45), (difference(guided, target, seed), 0.15), (gain, 0.6 / 0.45 - 1)]
         ):
             hits[place] += found.low <= truth <= found.high
-    for count in hits:  # 0.95 less what a bootstrap of few problems lacks; deviation of the count 2.7
+    for count in hits:  # below 0.95, as for any bootstrap of few problems; standard deviation of the count 2.7
         assert 0.88 <= count / trials <= 0.995, hits
 
 
@@ -94,7 +94,7 @@ def test_an_average_weighs_tasks_alike_and_gains_are_of_averages() -> None:
     assert difference(guided, target).value == pytest.approx(0.2)
     gain = relative_gain(guided, target)
     assert gain is not None
-    assert gain.value == pytest.approx(0.5)  # the mean of the tasks' own gains would be 1.0
+    assert gain.value == pytest.approx(0.5)  # the mean of the tasks' gains would be 1.0
     assert gain.high > 0.5 > gain.low
 
 
@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_interval_and_pairs_narrow_it() -> None:
 
 
 def test_few_problems_that_differ_are_tested_exactly() -> None:
-    """Five problems, all better: of 2^5 signs two are as extreme. The sign test's p."""
+    """Five problems, all better: 2 of the 2^5 signs are as extreme, as in the sign test."""
     ones, zeros = [np.array([1.0] * 5 + [0.5] * 20)], [np.array([0.0] * 5 + [0.5] * 20)]
     assert significance(ones, zeros) == pytest.approx(2 / 32)
     assert significance(zeros, ones) == pytest.approx(2 / 32)
@@ -133,7 +133,7 @@ def test_many_problems_are_tested_by_draws_that_agree_with_all_signs() -> None:
 def test_where_neither_is_better_few_tests_say_so() -> None:
     random = np.random.default_rng(4)
     ps = [significance([problems(random, 40, 0.4)], [problems(random, 40, 0.4)], seed) for seed in range(100)]
-    assert sum(p < 0.05 for p in ps) <= 11  # 5 expected, deviation 2.2
+    assert sum(p < 0.05 for p in ps) <= 11  # 5 expected, standard deviation 2.2
 
 
 def test_what_is_best_of_many_must_be_surer() -> None:

@@ -1,4 +1,4 @@
-"""Tasks: the shipped ones, files of one's own, and what is wrong with them."""
+"""Task files: the shipped ones, a user's own, and the messages for wrong ones."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from cluster.jobs.task_loading import Task, TaskError, check_task, load_task, pr
 ROOT = Path(__file__).parents[2]
 FOLDER = os.environ.get("THINKLOGIT_BENCHMARKS")
 PUBLISHED = ("aime2024", "aime2025", "amc23", "gpqa_diamond", "math500", "math_level5")
-TRAINING = ("math_train_level4", "math_train_level5", "multihop_train")  # what preference pairs are made of
+TRAINING = ("math_train_level4", "math_train_level5", "multihop_train")  # tasks for preference pairs
 ROWS = ({"id": "a", "question": " 1 + 1 = ? ", "answer": "2"}, {"id": "b", "question": "2 + 2 = ?", "answer": 4})
 
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], **fields: Any) -> str:
-    """A task file over `rows`, with `fields` beside what it must have; its path."""
+    """Write a task file over `rows` with the required keys and `fields`. Returns its path."""
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {"name": "mine", "data": {"file": "mine.jsonl"}, "grader": "math", **fields}
     path = folder / "mine.yaml"
@@ -168,13 +168,13 @@ def test_data_of_the_hub_are_read_as_datasets_gives_them_and_what_is_missing_is_
     [
         ({"sample": 3}, "sample: unknown key; did you mean samples?"),
         ({"columns": {"answers": "x"}}, "columns.answers: unknown key; did you mean answer?"),
-        ({"prompt": "Solve it."}, "prompt must have {question} in it once, not 0 times"),
+        ({"prompt": "Solve it."}, "prompt must contain {question} once, not 0 times"),
         ({"data": {}}, "data: exactly one of hub, file and demo"),
         ({"data": {"file": "x", "demo": {}}}, "not 2 of them"),
         ({"data": {"demo": {"hops": 9}}, "grader": "multihop"}, "data.demo.hops.0: "),
         ({"data": {"hub": {"name": "a/b/c"}}}, "data.hub.name: "),
         ({"grader": "maths"}, "grader: "),
-        ({"grader": "multihop"}, "grader multihop grades the embedded task"),
+        ({"grader": "multihop"}, "grader multihop and data.demo"),
         ({"columns": {"wrong": ["x"]}}, "it needs grader letter"),
         ({"temperature": -1}, "temperature: "),
         ({"samples": 0}, "samples: "),
@@ -190,10 +190,10 @@ def test_a_wrong_task_is_refused_by_the_key(tmp_path: Path, fields: dict[str, An
 @pytest.mark.parametrize(
     ("rows", "fields", "sentence"),
     [
-        ([{"question": "a"}], {}, "mine, row 0: no answer; its columns are question"),
-        ([], {}, "no row of its data is a problem"),
-        (ROWS, {"where": {"id": "c"}}, "no row of its data is a problem"),
-        ([ROWS[0], ROWS[0]], {"columns": {"id": "id"}}, "ids must differ, but a stand more than once"),
+        ([{"question": "a"}], {}, "mine, row 0: no column answer; its columns are question"),
+        ([], {}, "its data hold no problem"),
+        (ROWS, {"where": {"id": "c"}}, "its data hold no problem"),
+        ([ROWS[0], ROWS[0]], {"columns": {"id": "id"}}, "ids must differ, but these are repeated: a"),
         (ROWS, {"boxed_answer": True}, "mine, row 0: answer has no \\boxed{}"),
         (ROWS, {"data": {"file": "other.jsonl"}}, "other.jsonl cannot be read: No such file"),
         (ROWS, {"data": {"file": "mine.yaml"}}, "mine.yaml is not JSONL"),

@@ -1,4 +1,4 @@
-"""Preference training of the embedded trio's guider: what is learnt, what is kept, and what a kill costs."""
+"""Preference training of the embedded trio's guider: its effect, its files, and recovery from kills."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BATCH = 8
 
 
 def row(question: Question, number: int) -> dict[str, Any]:
-    """A reasoned right answer against a bare wrong one."""
+    """A pair of a reasoned right answer and a bare wrong one."""
     wrong = next(name for name in PEOPLE[number % 7 :] if name != question.answer)
     prompts = {name: MARKUP.prompt(question) for name in ("prompt", "target_prompt", "guider_base_prompt")}
     return prompts | {
@@ -104,7 +104,7 @@ def accuracies(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(pairs: Path, service: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What comes of the short run if nothing happens to it."""
+    """The result of the short run without interruptions."""
     make = training.__wrapped__  # type: ignore[attr-defined]
     return trained(make(pairs, service, tmp_path_factory.mktemp("uninterrupted")))
 
@@ -154,7 +154,7 @@ def test_killed_worker_changes_no_result(training: Training, uninterrupted: dict
     killer.join(READY_S)
     assert killed, "a worker was killed in the middle"
     assert result["validation"]["loss"] == pytest.approx(uninterrupted["validation"]["loss"], rel=0.01)
-    assert losses(training.run).keys() == {4, 8, 12}, "steps that are done again are told once"
+    assert losses(training.run).keys() == {4, 8, 12}, "repeated steps have one line each"
 
 
 @pytest.mark.slow
@@ -173,11 +173,11 @@ def test_stopped_job_continues_from_its_checkpoint(
     try:
         wait_until(lambda: 5 in losses(training.run, "train") or job.poll() is not None, "the fifth step")
         job.send_signal(signal.SIGTERM)
-        said, _ = job.communicate(timeout=READY_S)
+        output, _ = job.communicate(timeout=READY_S)
     finally:
         job.kill()
-    assert job.returncode == 128 + signal.SIGTERM, said
-    assert "what is finished is kept" in said
+    assert job.returncode == 128 + signal.SIGTERM, output
+    assert "finished work is stored" in output
     result = trained(training)
     assert result["validation"] == pytest.approx(uninterrupted["validation"], rel=0.01)
     assert losses(training.run).keys() == {4, 8, 12}
@@ -237,5 +237,5 @@ def test_missing_resource_is_awaited_no_longer_than_configured(training: Trainin
     args["deadlines"] = {"model_load_s": 2}
     path = tmp_path / "unicorn.yaml"
     path.write_text(yaml.safe_dump(given), encoding="utf-8")
-    with pytest.raises(RunError, match=r"nothing was scored for 2 s: the target needs .*unicorn"):
+    with pytest.raises(RunError, match=r"no answers were scored for 2 s: the target needs .*unicorn"):
         trained(training, service=path, objective="guided")

@@ -1,4 +1,4 @@
-"""Evaluates the embedded trio until done or killed: `python -m tests.support.evaluating CONFIG`."""
+"""A process that evaluates the embedded trio: `python -m tests.support.evaluating CONFIG`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.local_service import load_engines, local_service, trio_config
 
 
 async def main(config: Path) -> None:
-    """The job without its bring-up: replicas, sockets and a coordinator in this process."""
+    """Run the job with replicas, sockets and a coordinator in this process, without Ray."""
     workload = load_workload(load_evaluation(config))
     service = trio_config()
     async with local_service(service, load_engines(service)) as local:

@@ -1,4 +1,4 @@
-"""A service of this process as a job's backend."""
+"""A service in this process as the backend of a job."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tests.support.local_service import LocalService
 
 
 class Interruption(Exception):
-    """Whatever ends a run at a random place."""
+    """Ends a run at a chosen place, in place of an unexpected error."""
 
 
 class LocalBackend:
-    """Asks the first coordinator. stop_after: the request after so many raises Interruption."""
+    """Sends requests to the first coordinator. stop_after: requests after that many raise Interruption."""
 
     def __init__(self, service: LocalService, stop_after: int | None = None) -> None:
         self._service, self._stop_after = service, stop_after
-        self.asked = 0
+        self.requests = 0
 
     async def generate(self, request: Generate) -> AsyncIterator[Event]:
         """See router.backend.Backend.generate."""
-        self.asked += 1
-        if self._stop_after is not None and self.asked > self._stop_after:
+        self.requests += 1
+        if self._stop_after is not None and self.requests > self._stop_after:
             raise Interruption
         async with aclosing(self._service.coordinators[0].generate(request)) as events:
             async for event in events:
@@ -32,5 +32,5 @@ class LocalBackend:
                 yield event
 
     async def status(self) -> Status:
-        """Every role is there: the service waited for them."""
+        """Every role is ready: the service waited for them."""
         return Status()

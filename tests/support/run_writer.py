@@ -1,6 +1,6 @@
-"""A process that writes a run until it is done or killed: `python -m tests.support.run_writer FOLDER SECONDS`.
+"""A process that writes a synthetic run: `python -m tests.support.run_writer FOLDER SECONDS`.
 
-Sleeps so long after each sample, asks only what is missing, in an order of its own, and finishes.
+It appends the missing samples in a random order, sleeps SECONDS after each of them, and finishes the run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEYS = frozenset(
 
 
 def sample(key: Key) -> Sample:
-    """A function of its key: text of some kilobytes, of more than ASCII, with line ends inside."""
+    """A sample that depends only on its key: some kilobytes of text with non-ASCII characters and line ends."""
     random_ = random.Random(repr(key))
     text = "".join(random_.choices("so ≈ √2\n\u2028", k=random_.randrange(1, 8_000)))
     return Sample(key, text, None, random_.random() < 0.5, "stop", 10, len(text), 0, 0, 0)

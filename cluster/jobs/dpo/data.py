@@ -1,4 +1,4 @@
-"""What a training run reads: its pairs as token ids in the run's folder, with slices where the objective wants them."""
+"""Writes the training data into the run's folder: pairs as token ids, with slices for the guided objective."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from cluster.jobs.results import RunError
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-DATA = "data"  # in the run's folder
+DATA = "data"  # subfolder of the run's folder
 POLL_S = 1.0
 
 
 def make_data(training: Training, service: ServiceConfig, console: Console) -> dict[str, int]:
-    """Have the pairs as token ids in the run's `data`; how many there are. Raises ConfigError, RunError."""
+    """Write the pairs as token ids into the run's `data` unless they exist. Returns their number by split.
+
+    Raises ConfigError, RunError.
+    """
     from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk  # seconds of import
 
     disable_progress_bars()
@@ -39,13 +42,13 @@ def make_data(training: Training, service: ServiceConfig, console: Console) -> d
             pairs = load_from_disk(str(training.pairs))
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError(
-                f"pairs: {training.pairs}: {error}; python -m cluster.jobs.preferences makes it"
+                f"pairs: {training.pairs}: {error}; create the pairs with python -m cluster.jobs.preferences"
             ) from None
         made = prepare(pairs, tokenizers, training)
         if made.too_long:
-            console.print(f"{made.too_long} pairs are longer than max_tokens ({training.max_tokens}) and left out")
+            console.print(f"left out {made.too_long} pairs that are longer than max_tokens ({training.max_tokens})")
         if empty := [split for split in SPLITS if not made.pairs[split]]:
-            raise RunError(f"no pair is left for {' and '.join(empty)}: raise max_tokens, or take other kinds")
+            raise RunError(f"no pairs are left for {' and '.join(empty)}: raise max_tokens, or use other kinds")
         data = DatasetDict({split: Dataset.from_list([pair.row() for pair in made.pairs[split]]) for split in SPLITS})
         if training.objective == "guided":
             data = _with_slices(training, service, tokenizers, data, console)
@@ -57,14 +60,14 @@ def make_data(training: Training, service: ServiceConfig, console: Console) -> d
 
 
 def tokenizers_of(training: Training, service: ServiceConfig) -> dict[Role, RoleTokenizer]:
-    """Of the roles whose prompts are needed."""
+    """The tokenizers of the roles whose prompts the objective needs. Raises ConfigError."""
     every = load_tokenizers(service)
     if training.objective == "guider":
         return {"guider": every["guider"]}
     if other := [role for role in ROLES if every[role].text_tokens != every["guider"].text_tokens]:
         raise ConfigError(
-            f"objective: guided needs one vocabulary, and that of {' and '.join(other)} is not the guider's; "
-            "take objective: guider"
+            f"objective: guided needs one vocabulary, and that of {' and '.join(other)} differs from the guider's; "
+            "use objective: guider"
         )
     return every
 
@@ -76,7 +79,7 @@ def _with_slices(
     data: DatasetDict,
     console: Console,
 ) -> DatasetDict:
-    """The rows with what target and guider base say of their answers. Each of them runs once, where it fits."""
+    """The rows with slices of target and guider base. Each model runs once, as a Ray task on a node that fits it."""
     from cluster.jobs.dpo.scoring import SHARD, Scores, packed, score_splits
 
     ids, scores = training.run / "ids", training.run / "scores"
@@ -103,7 +106,7 @@ def _with_slices(
 
 
 def _await(scoring: ray.ObjectRef, folder: Path, deadline_s: float, needs: str) -> None:
-    """Return once everything is scored. Raises what the task raised, RunError after so long without a new file."""
+    """Wait for the scoring task. Raises the task's error, or RunError after `deadline_s` seconds without a new file."""
     files, since = 0, time.monotonic()
     while not ray.wait([scoring], timeout=POLL_S)[0]:
         now = sum(1 for _ in folder.glob("*/*.npz"))
@@ -112,7 +115,7 @@ def _await(scoring: ray.ObjectRef, folder: Path, deadline_s: float, needs: str) 
         elif time.monotonic() - since > deadline_s:
             ray.cancel(scoring, force=True)
             raise RunError(
-                f"nothing was scored for {deadline_s:g} s: {needs}, and the cluster has {ray.cluster_resources()}; "
-                "the same command goes on"
+                f"no answers were scored for {deadline_s:g} s: {needs}, and the cluster has {ray.cluster_resources()}; "
+                "the same command resumes"
             )
     ray.get(scoring)

@@ -1,6 +1,6 @@
-"""One worker's part of a training run: the guider, its adapter, TRL's trainer, and what is said on the way.
+"""The training loop of one worker: loads the guider, adds the adapter, runs TRL's trainer and reports metrics.
 
-Ray Train starts it in every worker with torch's process group; a single process may call it too.
+Ray Train calls it in every worker, with torch's process group. A single process may call it without one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cluster.jobs.dpo.record import ADAPTER
 from cluster.jobs.dpo.trainer import GuidedCollator, PairTrainer
 from cluster.jobs.dpo.training import Training
 
-LINES = 10  # between two validations
+LINES = 10  # journal lines between two validations
 
 OnCheckpoint = Callable[[dict[str, float], Path | None], None]
 OnLine = Callable[[Line], None]
@@ -42,14 +42,14 @@ OnLine = Callable[[Line], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every worker is told. guider: as it is placed for training: one device, and nothing quantised."""
+    """The arguments of every worker. guider: its configuration for training, on one device, not quantised."""
 
     training: Training
     guider: ModelConfig
 
 
 def fit(job: Job, on_checkpoint: OnCheckpoint, on_line: OnLine = lambda line: None, resume: Path | None = None) -> None:
-    """Train, validate, and write the adapter into the run's folder.
+    """Train, validate and write the adapter into the run's folder.
 
     on_checkpoint: called in each worker with every checkpoint's step, and the folder of the worker's part of it or
     None. on_line: called in the first worker with every line of the journal. resume: a checkpoint's folder.
@@ -62,7 +62,7 @@ def fit(job: Job, on_checkpoint: OnCheckpoint, on_line: OnLine = lambda line: No
         trainer = build(job, data, scratch)
         reporter = _Reporter(Journal(training.run), on_checkpoint, on_line, first=trainer.is_world_process_zero())
         trainer.add_callback(reporter)
-        trainer.remove_callback(PrinterCallback)  # the journal says it
+        trainer.remove_callback(PrinterCallback)  # the journal replaces it
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         if trainer.is_world_process_zero():
             _save(trainer.model, job, training.run / ADAPTER)
@@ -71,14 +71,14 @@ def fit(job: Job, on_checkpoint: OnCheckpoint, on_line: OnLine = lambda line: No
 
 
 def build(job: Job, data: DatasetDict, scratch: Path) -> PairTrainer:
-    """The trainer of one worker; its reference log-probabilities are computed, or read from beside the data."""
+    """The trainer of one worker, with reference log-probabilities computed or read from beside the data."""
     training = job.training
     guided = training.objective == "guided"
     model = load_model(source_of(job.guider)).model
     model.config.use_cache = False
     on_gpu = next(model.parameters()).is_cuda
     tokenizer = AutoTokenizer.from_pretrained(job.guider.path, revision=job.guider.revision)
-    pad_id = tokenizer.pad_token_id or 0  # any: it is masked
+    pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked
     collator = GuidedCollator(pad_id, slice_width=training.slice_width) if guided else None
     lora = training.lora
     return PairTrainer(
@@ -104,7 +104,7 @@ def _arguments(training: Training, pairs: int, scratch: Path, *, on_gpu: bool) -
         output_dir=str(scratch),
         loss_type=["sigmoid" if training.loss == "dpo" else "sft"],
         beta=training.beta,
-        max_length=None,  # what is too long was left out
+        max_length=None,  # pairs that are too long were left out
         precompute_ref_log_probs=True,
         per_device_train_batch_size=training.micro_batch,
         per_device_eval_batch_size=training.micro_batch,
@@ -123,14 +123,14 @@ def _arguments(training: Training, pairs: int, scratch: Path, *, on_gpu: bool) -
         eval_steps=training.every,
         save_strategy="steps",
         save_steps=training.every,
-        save_total_limit=1,  # Ray Train keeps its own
+        save_total_limit=1,  # Ray Train keeps its own copies
         disable_tqdm=True,
         report_to="none",
     )
 
 
 class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Says what TRL's trainer does."""
+    """Reports metrics and checkpoints of TRL's trainer. first: True in the worker that writes the journal."""
 
     def __init__(self, journal: Journal, on_checkpoint: OnCheckpoint, on_line: OnLine, *, first: bool) -> None:
         self._journal, self._on_checkpoint, self._on_line, self._first = journal, on_checkpoint, on_line, first
@@ -153,11 +153,11 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers has no t
 
 
 def _save(model: PeftModel, job: Job, folder: Path) -> None:
-    """The adapter, in the place of an earlier one. It names the guider as the service does."""
+    """Write the adapter, in place of an earlier one. Its base model is the guider's path in the service."""
     fresh = folder.with_name(folder.name + ".part")
     shutil.rmtree(fresh, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = job.guider.path
     model.save_pretrained(fresh, save_embedding_layers=False)
-    (fresh / "README.md").unlink(missing_ok=True)  # PEFT's template, with nothing filled in
+    (fresh / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)

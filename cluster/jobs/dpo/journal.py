@@ -1,26 +1,27 @@
-"""What a training run says while it runs: a line for every so many steps in the run's folder, and a plot of them.
+"""The metrics of a training run: a file of JSON lines in the run's folder, and a plot of them.
 
-The file is on storage that every node sees, so the job follows it while a worker writes it.
+A worker writes the file to storage that every node sees, and the job reads it at the same time.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from cluster.jobs.jsonl import write_file
 
 FILE, PLOT = "metrics.jsonl", "training.png"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Means over the steps since the line before, or over the validation pairs.
+    """Means over the steps since the previous line, or over the validation pairs.
 
-    margin: reward of chosen minus rejected, beta times the log-ratios to the reference. accuracy: share of the pairs
-    in which it is positive.
+    margin: reward of chosen minus rejected, where a reward is beta times the log-ratio to the reference. accuracy:
+    share of pairs with a positive margin.
     """
 
     step: int
@@ -31,7 +32,7 @@ class Line:
 
     @classmethod
     def of(cls, step: int, logs: Mapping[str, Any]) -> Self | None:
-        """What TRL logs; None for what is no such line."""
+        """The line in TRL's logs; None if they hold no metrics of pairs."""
         prefix = "eval_" if "eval_loss" in logs else ""
         if f"{prefix}rewards/margins" not in logs:
             return None
@@ -40,32 +41,30 @@ class Line:
 
 
 class Journal:
-    """The lines of a run."""
+    """The file of a run's lines."""
 
     def __init__(self, run: Path) -> None:
         self._run, self._file = run, run / FILE
 
     def begin(self, step: int) -> None:
-        """Forget what came after `step`: it is done again."""
+        """Remove the lines after `step`, because training repeats these steps."""
         kept = [line for line in self.lines() if line.step <= step]
-        fresh = self._file.with_suffix(".part")
-        fresh.write_text("".join(json.dumps(asdict(line)) + "\n" for line in kept), encoding="utf-8")
-        os.replace(fresh, self._file)
+        write_file(self._file, "".join(json.dumps(asdict(line)) + "\n" for line in kept).encode())
 
     def add(self, line: Line) -> None:
-        """Keep a line."""
+        """Append a line."""
         with self._file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(asdict(line)) + "\n")
 
     def lines(self) -> list[Line]:
-        """Every line so far; one that is being written is left for later."""
+        """All complete lines; a line that is being written is left out."""
         if not self._file.is_file():
             return []
         text = self._file.read_text(encoding="utf-8")
         return [Line(**json.loads(row)) for row in text.splitlines(keepends=True) if row.endswith("\n")]
 
     def plot(self) -> Path:
-        """Loss, margin and accuracy over the steps, as a picture in the run's folder."""
+        """Plot loss, margin and accuracy over the steps into the run's folder. Returns the file."""
         from matplotlib.figure import Figure  # a second of import
 
         figure = Figure(figsize=(12, 3.5), layout="constrained")

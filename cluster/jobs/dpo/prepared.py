@@ -1,7 +1,7 @@
-"""Pairs as token ids: what a trainer reads.
+"""Preference pairs as token ids, for the trainer.
 
-A prompt's and an answer's ids come from their texts. An answer that ended by itself ends with the model's end token;
-one that was cut has no end to learn.
+Prompts and answers are tokenised from their texts. The end token follows an answer that ended by itself, and is left
+out after a truncated one, so that the guider does not learn to end there.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ SIDES: tuple[Side, ...] = get_args(Side)
 
 @dataclass(frozen=True, slots=True)
 class PairIds:
-    """One pair. prompts: in each role's own template. answers: with their end where they ended."""
+    """One pair. prompts: in each role's own template. answers: with the end token if they ended by themselves."""
 
     prompts: Mapping[Role, list[int]]
     answers: Mapping[Side, list[int]]
 
     @property
     def tokens(self) -> int:
-        """Of the guider's prompt and the longer answer."""
+        """Tokens of the guider's prompt and the longer answer together."""
         return len(self.prompts["guider"]) + max(map(len, self.answers.values()))
 
     def row(self) -> dict[str, list[int]]:
-        """As TRL's DPO trainer reads it, and the prompts of target and guider base where they are scored."""
+        """The columns of TRL's DPO trainer, and the prompts of target and guider base if these are scored."""
         prompts = {column("prompt_ids", role): ids for role, ids in self.prompts.items()}
         return prompts | {f"{side}_ids": ids for side, ids in self.answers.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The pairs of both splits, and how many were left out because they are too long."""
+    """The pairs of both splits, and the number that was left out because they are too long."""
 
     pairs: Mapping[Split, list[PairIds]]
     too_long: int
 
 
 def prepare(dataset: Mapping[str, Any], tokenizers: Mapping[Role, RoleTokenizer], training: Training) -> Prepared:
-    """The pairs of a saved dataset that this training takes. tokenizers: of the guider; with the guided objective of
-    all three, which must be the same but for the prompts."""
+    """The pairs of a saved dataset that this training uses.
+
+    tokenizers: of the guider, or of all roles for the guided objective. The roles' tokenizers must have one vocabulary.
+    """
     made: dict[Split, list[PairIds]] = {}
     too_long = 0
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Runs target and guider base over the answers of all pairs once, and keeps what the guided objective needs of them."""
+"""Runs target and guider base once over the answers of all pairs, and stores their slices for the guided objective."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ SHARD = 32  # pairs in one file
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What one model says of the answers of one split, a file for every SHARD pairs.
+    """The slices of one model on the answers of one split, one file for every SHARD pairs.
 
-    In a file, end to end, chosen before rejected: ids [n, k + 1] of each position's events, the answer's own token
-    first, and logs [n, k + 2], their log-probabilities and that of the rest.
+    A file holds the positions of its pairs end to end, chosen before rejected: `ids` [n, k + 1] of each position's
+    events, the answer's own token first, and `logs` [n, k + 2], their log-probabilities and that of all other tokens.
     """
 
     folder: Path
 
     def has(self, first: int) -> bool:
-        """Whether the pairs from number `first` on are scored."""
+        """True if the SHARD pairs from number `first` on are scored."""
         return self._file(first).is_file()
 
     def read(self, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +47,7 @@ class Scores:
             return kept["ids"], kept["logs"]
 
     def write(self, first: int, ids: np.ndarray, logs: np.ndarray) -> None:
-        """Keep them, in one step."""
+        """Store ids and logs in one step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh = self._file(first).with_suffix(".part")
         with fresh.open("wb") as out:
@@ -59,9 +59,9 @@ class Scores:
 
 
 def score_splits(model: ModelConfig, role: Role, ids: Path, scores: Path, width: int, vocabulary: int) -> None:
-    """In a process of its own: load a role's model, and score both splits of the dataset in `ids`.
+    """Load a role's model in this process, and score both splits of the dataset in `ids`.
 
-    The target chooses the events, and must have been scored first.
+    The target chooses the events, so it must be scored first.
     """
     loaded, data = load_model(source_of(model)).model, load_from_disk(str(ids))
     for split in SPLITS:
@@ -72,10 +72,10 @@ def score_splits(model: ModelConfig, role: Role, ids: Path, scores: Path, width:
 def score(
     model: PreTrainedModel, role: Role, rows: Any, scores: Scores, events: Scores | None, *, width: int, vocabulary: int
 ) -> None:
-    """Score all answers of `rows`, a dataset of `PairIds`; what is there already is not made again.
+    """Score all answers of `rows`, a dataset of `PairIds`. Existing files are kept.
 
-    events: another model's scores, whose events are taken; None: `width` of them are chosen here beside each token.
-    vocabulary: the ids below it are tokens to every model.
+    events: scores of another model, whose events are used; None: choose `width` events beside each answer token.
+    vocabulary: ids below it are tokens of every model.
     """
     for first in range(0, len(rows), SHARD):
         if scores.has(first):
@@ -85,15 +85,15 @@ def score(
         for pair in _each(rows[first : first + SHARD]):
             for side in SIDES:
                 for own, tokens in _rows(model, pair[f"{role}_prompt_ids"], pair[f"{side}_ids"], vocabulary):
-                    here = others(own, tokens, width) if given is None else given[place : place + len(tokens)]
+                    chosen = others(own, tokens, width) if given is None else given[place : place + len(tokens)]
                     place += len(tokens)
-                    ids.append(here.to(torch.int32).cpu().numpy())
-                    logs.append(log_events(own, here.to(own.device)).cpu().numpy())
+                    ids.append(chosen.to(torch.int32).cpu().numpy())
+                    logs.append(log_events(own, chosen.to(own.device)).cpu().numpy())
         scores.write(first, np.concatenate(ids), np.concatenate(logs))
 
 
 def packed(batch: Mapping[str, list[Any]], first: int, target: Scores, base: Scores, alpha: float) -> dict[str, Any]:
-    """The columns of slices of the pairs from number `first` on, whose files these scores hold."""
+    """The slice columns of the pairs from number `first` on."""
     ids, of_target = target.read(first)
     of_base = base.read(first)[1]
     fixed = of_target - alpha * of_base
@@ -116,7 +116,7 @@ def _each(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
 def _rows(
     model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int], vocabulary: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The rows [n, vocabulary] that predict the answer's tokens [n], in stretches of at most CHUNK."""
+    """The logits [n, vocabulary] that predict the answer's tokens [n], in chunks of at most CHUNK positions."""
     ids = torch.tensor([*prompt, *answer], device=model.get_input_embeddings().weight.device)
     cache = None
     for first in range(0, len(ids) - 1, CHUNK):

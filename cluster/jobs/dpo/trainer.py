@@ -1,7 +1,8 @@
-"""TRL's DPO trainer on pairs that are token ids already, and with the guided model as its policy.
+"""TRL's DPO trainer for pairs that are already token ids, optionally with the guided model as its policy.
 
-With the guided objective policy and reference are z_target + alpha * (z_guider - z_guider_base) with the trained and
-the untrained guider: what is decoded is what is optimised. The two other models come as slices (see `events`).
+With the guided objective, policy and reference are z_target + alpha * (z_guider - z_guider_base) with the trained and
+the untrained guider, so that training optimises the decoded distribution. Target and guider base enter as slices (see
+`events`).
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from trl.trainer.utils import FusedCausalLMOutput
 from cluster.jobs.dpo.events import Slices, guided_log_probs, log_events
 from cluster.jobs.dpo.prepared import SIDES
 
-CHUNK = 512  # positions whose whole rows are in memory together
+CHUNK = 512  # positions whose full logits are in memory at once
 
 
 class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no types
-    """TRL's trainer on rows of `PairIds`. guided_alpha: of the guided objective; None: the guider's own probability."""
+    """TRL's trainer on rows of `PairIds`. guided_alpha: alpha of the guided objective; None: the guider's objective."""
 
     _signature_columns: list[str] | None
 
     def __init__(self, *args: Any, guided_alpha: float | None = None, **keywords: Any) -> None:
-        self._guided_alpha = guided_alpha  # before TRL's own, which computes the reference
+        self._guided_alpha = guided_alpha  # before TRL's constructor, which computes the reference
         super().__init__(*args, **keywords)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset  # TRL would take texts, and end every answer, those that were cut too
+        return dataset  # TRL would expect texts, and append an end token to truncated answers too
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
@@ -46,22 +47,22 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL has no types
             self._signature_columns += [slices_column(side) for side in SIDES]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        if self._guided_alpha is not None and name == "train":  # the first after TRL has put its own head on
+        if self._guided_alpha is not None and name == "train":  # the first call after TRL has installed its own head
             add_guided_head(self.model.get_base_model(), self._guided_alpha)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None for a checkpoint."""
+        """Write no card into checkpoints."""
 
 
 @dataclass
 class GuidedCollator(DataCollatorForPreference):  # type: ignore[misc]
-    """TRL's batch with the slices of all its answers one after the other, in the order of its rows."""
+    """TRL's batch with the slices of its answers end to end, in the order of its rows."""
 
     slice_width: int = 0
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See TRL's. slice_ids: [answer tokens, k + 1]. slice_fixed: [answer tokens, k + 2]."""
+        """TRL's batch with slice_ids [answer tokens, k + 1] and slice_fixed [answer tokens, k + 2]."""
         batch: dict[str, Any] = super().torch_call(examples)
         slices = [Slices.unpack(row[slices_column(side)], self.slice_width) for side in SIDES for row in examples]
         batch["slice_ids"] = torch.from_numpy(np.concatenate([each.ids for each in slices]).astype(np.int64))
@@ -70,14 +71,14 @@ class GuidedCollator(DataCollatorForPreference):  # type: ignore[misc]
 
 
 def slices_column(side: str) -> str:
-    """Where a row keeps the packed slices of an answer."""
+    """The column with the packed slices of an answer."""
     return f"{side}_slices"
 
 
 def add_guided_head(model: PreTrainedModel, alpha: float) -> None:
-    """Let `model` answer TRL's calls for log-probabilities with those of the guided distribution.
+    """Replace `model.forward`: calls with slices return log-probabilities of the guided distribution to TRL.
 
-    Calls without slices go to the forward that was there.
+    Calls without slices use the previous forward.
     """
     plain = model.forward
 
@@ -97,7 +98,7 @@ def add_guided_head(model: PreTrainedModel, alpha: float) -> None:
             log_probs=_spread(own, learned),
             entropy=_spread(entropy, learned),
             is_top1=_spread(top, learned),
-            mean_logits=torch.zeros_like(learned, dtype=own.dtype),  # of the guided model nobody knows it
+            mean_logits=torch.zeros_like(learned, dtype=own.dtype),  # unknown for the guided model
         )
 
     model.forward = forward
@@ -108,7 +109,7 @@ def _chunks(*tensors: Tensor) -> list[tuple[int, Sequence[Tensor]]]:
 
 
 def _head(model: PreTrainedModel, states: Tensor, ids: Tensor, fixed: Tensor, alpha: float) -> tuple[Tensor, ...]:
-    """Log-probability [n] of each position's own token, the events' entropy, and whether the token is the likeliest."""
+    """For n positions: log-probability of the own token, entropy of the events, True if the own token is likeliest."""
     logits = model.get_output_embeddings()(states)
     logs = guided_log_probs(log_events(logits, ids), fixed, alpha)
     with torch.no_grad():
@@ -117,5 +118,5 @@ def _head(model: PreTrainedModel, states: Tensor, ids: Tensor, fixed: Tensor, al
 
 
 def _spread(values: Tensor, where: Tensor) -> Tensor:
-    """[rows, length] with `values` where `where` is true, and zeros."""
+    """[rows, length] with `values` where `where` is true, zeros elsewhere."""
     return torch.zeros_like(where, dtype=values.dtype).masked_scatter(where, values)
