@@ -42,7 +42,7 @@ def test_a_stop_text_is_shown_when_asked_for() -> None:
         assert run(pieces, stops=("STOP",), include_stop=True) == VisibleText(content="one STOP", stop="STOP")
 
 
-def test_the_first_stop_text_counts_and_the_longest_of_two_that_begin_together() -> None:
+def test_the_first_stop_text_counts_then_the_longest() -> None:
     assert run(["a\n\nb"], stops=("b", "\n")).stop == "\n"
     assert run(["a\n\nb"], stops=("\n", "\n\n")).stop == "\n\n"
 
@@ -61,7 +61,7 @@ def test_text_without_markers_is_shown_at_once() -> None:
     assert [answer.push(text).content for text in ("a", "", "b<")] == ["a", "", "b<"]
 
 
-def test_the_thinkings_end_parts_the_text_wherever_it_is_cut() -> None:
+def test_the_end_of_the_thinking_splits_any_pieces() -> None:
     for pieces in cuts("hm</think>42"):
         assert run(pieces, end="</think>") == VisibleText(reasoning="hm", content="42", closed=True)
 
@@ -85,7 +85,7 @@ def test_a_stop_text_right_after_the_thinking_stops() -> None:
         assert run(pieces, end="</think>", stops=("STOP",)) == VisibleText(reasoning="a", closed=True, stop="STOP")
 
 
-def test_a_stop_text_that_is_the_thinkings_end_stops() -> None:
+def test_a_stop_text_equal_to_the_end_of_the_thinking_stops() -> None:
     assert run(["a</think>b"], end="</think>", stops=("</think>",)) == VisibleText(reasoning="a", stop="</think>")
 
 

@@ -50,7 +50,7 @@ def test_padding_is_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("silent", ["guider", "guider_base", "both"])
-def test_an_unmapped_id_is_moved_by_nothing_on_log_probabilities(silent: str) -> None:
+def test_an_unmapped_id_gets_no_guidance_on_log_probabilities(silent: str) -> None:
     target, guider, base = (whole_rows(2, seed) for seed in (4, 5, 6))
     alpha, places = np.array([1.0, -0.7]), np.arange(WIDTH)
     small = [covered(guider, places), covered(base, places)]
@@ -83,7 +83,7 @@ def test_ids_that_a_model_lacks_cover_nothing() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.4])
-def test_padding_and_company_change_no_bit_of_the_estimates(temperature: float) -> None:
+def test_padding_and_other_rows_change_no_bit_of_the_estimates(temperature: float) -> None:
     rows = [whole_rows(4, seed) for seed in (1, 2, 3)]
     places, alpha = np.arange(33), np.full(4, 0.8)
     narrow = [covered(z, places) for z in rows]
@@ -128,7 +128,7 @@ def test_for_the_target_alone_the_estimate_is_the_truth() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.5, 4.0])
-def test_for_the_target_alone_it_is_never_below_the_truth_at_any_temperature(temperature: float) -> None:
+def test_without_guidance_the_estimate_bounds_the_truth(temperature: float) -> None:
     rows = np.sort(whole_rows(6, 13))[:, ::-1]
     places = np.arange(40)  # its slice: nothing outside is above its lowest
     known, ceiling = covered(rows, places), rows[:, 39]
@@ -136,7 +136,7 @@ def test_for_the_target_alone_it_is_never_below_the_truth_at_any_temperature(tem
     assert (estimate >= outside_truth(rows, places, temperature) - 1e-9).all()
 
 
-def test_colder_rows_leave_less_outside_and_greedy_ones_are_held_to_a_low_temperature() -> None:
+def test_colder_rows_have_less_outside_and_greedy_ones_use_a_floor() -> None:
     rows = np.sort(whole_rows(5, 14))[:, ::-1]
     known, ceiling = covered(rows, np.arange(30)), rows[:, 29]
     greedy, cold, warm = (
@@ -146,7 +146,7 @@ def test_colder_rows_leave_less_outside_and_greedy_ones_are_held_to_a_low_temper
     assert greedy.tolist() == cold.tolist()
 
 
-def test_rows_that_the_guider_lifts_outside_are_not_taken_for_seen() -> None:
+def test_the_estimate_bounds_rows_that_the_guider_lifts_outside() -> None:
     target, base = whole_rows(4, 15), whole_rows(4, 16)
     guider = base.copy()
     guider[:, :10] -= 3.0  # the candidates, pushed down
@@ -158,7 +158,7 @@ def test_rows_that_the_guider_lifts_outside_are_not_taken_for_seen() -> None:
 
 
 @pytest.mark.parametrize("shift", [-2.0, 0.0, 0.7])
-def test_the_estimate_is_never_below_the_truth_where_guidance_shifts_all_outside_alike(shift: float) -> None:
+def test_the_estimate_bounds_the_truth_if_guidance_shifts_all_outside(shift: float) -> None:
     target, base = whole_rows(3, 10), whole_rows(3, 11)
     places, alpha = np.arange(50), np.array([0.5, 1.0, 1.5])
     guider = base + shift  # outside, the delta is the same everywhere
@@ -179,7 +179,7 @@ def test_the_estimate_stays_a_probability_in_extreme_rows() -> None:
             assert 0 <= estimate[0] <= 1
 
 
-def test_a_row_of_which_a_role_has_nothing_is_all_outside_of_it() -> None:
+def test_without_logits_of_a_role_all_its_mass_is_outside() -> None:
     target, nothing = covered(whole_rows(1, 1), np.arange(4)), real(np.full((1, 4), np.nan), np.zeros(1))
     alpha = np.ones(1)
     estimate = outside_estimate(combine(target, nothing, nothing, alpha), alpha, target, nothing, nothing)

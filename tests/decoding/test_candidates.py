@@ -80,7 +80,7 @@ def each(rows: list[RowProposal]) -> Mapping[int, tuple[CandidateBlock, int]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_candidates_are_what_anyone_put_forward_in_id_order(seed: int) -> None:
+def test_candidates_are_all_proposed_ids_in_order(seed: int) -> None:
     rows = many(seed)
     found = each(rows)
     assert sorted(found) == list(range(len(rows)))
@@ -90,7 +90,7 @@ def test_candidates_are_what_anyone_put_forward_in_id_order(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_values_are_what_was_told_and_nothing_where_it_was_not(seed: int) -> None:
+def test_values_are_the_received_logits_and_nan_elsewhere(seed: int) -> None:
     rows = many(seed)
     for number, (block, at) in each(rows).items():
         for role in rows[number].required:
@@ -100,7 +100,7 @@ def test_values_are_what_was_told_and_nothing_where_it_was_not(seed: int) -> Non
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_company_changes_neither_candidates_nor_values(seed: int) -> None:
+def test_other_rows_change_neither_candidates_nor_values(seed: int) -> None:
     rows = many(seed, 23)
     for number, (block, at) in each(rows).items():
         alone = CandidateBlock([rows[number]])
@@ -111,7 +111,7 @@ def test_company_changes_neither_candidates_nor_values(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_is_missing_is_never_what_slice_events_or_early_lookups_bring(seed: int) -> None:
+def test_no_logit_of_a_slice_event_or_early_lookup_is_looked_up(seed: int) -> None:
     rows = many(seed)
     found = each(rows)
     for block, numbers in group_into_blocks(rows):
@@ -124,7 +124,7 @@ def test_what_is_missing_is_never_what_slice_events_or_early_lookups_bring(seed:
     assert found
 
 
-def test_ids_that_a_role_does_not_have_are_not_asked_of_it() -> None:
+def test_ids_that_a_role_lacks_are_not_looked_up() -> None:
     (row,) = many(1, 1)
     theirs = np.where(EVERY_ID % 2 == 0, EVERY_ID + 1_000, -1)
     block = CandidateBlock([row])
@@ -132,7 +132,7 @@ def test_ids_that_a_role_does_not_have_are_not_asked_of_it() -> None:
     assert ids.tolist() == [i + 1_000 for i in every.tolist() if i % 2 == 0]
 
 
-def test_a_base_that_answers_after_the_block_was_made_leaves_the_same_values() -> None:
+def test_a_late_answer_of_the_base_leaves_the_same_values() -> None:
     draw = np.random.default_rng(0)
     whole = guided(draw, with_base=True, early=False)
     base = whole.slices["guider_base"]
@@ -148,7 +148,7 @@ def test_a_base_that_answers_after_the_block_was_made_leaves_the_same_values() -
     assert block.logsumexp["guider_base"][0] == base.logsumexp
 
 
-def test_early_answers_that_come_after_the_block_was_made_find_their_places() -> None:
+def test_late_answers_to_early_lookups_leave_the_same_values() -> None:
     draw = np.random.default_rng(3)
     whole = guided(draw, with_base=True, early=True)
     assert whole.early is not None

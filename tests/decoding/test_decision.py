@@ -83,7 +83,7 @@ def test_whole_rows_are_decided_by_the_formula(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("k", [4, 20, None])
-def test_company_changes_no_decision_and_no_bit_of_its_estimates(k: int | None) -> None:
+def test_other_rows_change_no_decision_and_no_bit_of_its_estimates(k: int | None) -> None:
     many = rows(9, Sampling(temperature=0.9, top_p=0.95))
     together = decided(many, k)
     for i, row in enumerate(many):
@@ -116,7 +116,7 @@ def test_alpha_zero_decides_as_the_target_alone() -> None:
     assert decisions.tokens.tolist() == decisions.target_tokens.tolist()
 
 
-def test_both_choices_are_made_under_the_requests_history() -> None:
+def test_penalties_apply_to_both_choices() -> None:
     (row,) = rows(1, Sampling(temperature=0))
     first = decided([row], None)
     banned = [int(first.tokens[0]), int(first.target_tokens[0])]
@@ -129,7 +129,7 @@ def test_both_choices_are_made_under_the_requests_history() -> None:
     assert second.target_tokens[0] not in banned
 
 
-def test_a_row_in_which_nothing_may_be_chosen_is_stuck_and_its_neighbours_are_not() -> None:
+def test_a_row_without_a_legal_token_leaves_other_rows_alone() -> None:
     def ban_all(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
         logits[:] = -np.inf
 
@@ -142,7 +142,7 @@ def test_a_row_in_which_nothing_may_be_chosen_is_stuck_and_its_neighbours_are_no
     assert decisions.outside[1] == 1
 
 
-def test_slices_held_against_whole_rows_lose_what_they_did_not_see() -> None:
+def test_slices_differ_from_full_rows_by_the_mass_outside() -> None:
     many = rows(6, Sampling(), spread=0.5)
     sliced, complete = decided(many, 20), decided(many, None)
     for i in range(6):
@@ -154,7 +154,7 @@ def test_slices_held_against_whole_rows_lose_what_they_did_not_see() -> None:
         assert differs == (sliced.tokens[i] != complete.tokens[i])
 
 
-def test_slices_that_see_everything_differ_in_nothing() -> None:
+def test_slices_of_all_ids_equal_full_rows() -> None:
     many = rows(4, Sampling())
     once, again = decided(many, None), decided(many, None)
     assert [compare(once.row(i), again.row(i), Sampling()) for i in range(4)] == [(0.0, False)] * 4

@@ -31,7 +31,7 @@ def test_hashes_are_built_token_by_token() -> None:
     assert extend_hashes(7, []) == []
 
 
-def test_a_prefix_hash_tells_order_length_and_the_models_seed() -> None:
+def test_a_prefix_hash_depends_on_order_length_and_seed() -> None:
     variants = [(7, [1, 2]), (7, [2, 1]), (7, [1, 2, 0]), (7, [0, 1, 2]), (8, [1, 2]), (7, [1])]
     assert len({extend_hashes(seed, tokens)[-1] for seed, tokens in variants}) == len(variants)
 

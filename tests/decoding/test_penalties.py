@@ -56,7 +56,7 @@ def test_ids_that_are_no_candidates_are_passed_over() -> None:
         assert logits.tolist() == LOGITS[: len(ids)].tolist()
 
 
-def test_the_history_touches_rows_only_where_it_was_asked_to() -> None:
+def test_rows_are_adjusted_only_if_a_parameter_asks_for_it() -> None:
     assert not changes_rows(Sampling(temperature=0.3, top_k=4, min_tokens=9))
     for sampling in (
         Sampling(logit_bias=((1, 1.0),)),
@@ -67,7 +67,7 @@ def test_the_history_touches_rows_only_where_it_was_asked_to() -> None:
         assert changes_rows(sampling)
 
 
-def test_what_the_request_lifts_must_be_known() -> None:
+def test_ids_raised_by_the_request_are_required() -> None:
     assert lifted_ids(Sampling(logit_bias=((1, 5.0), (2, -5.0))), PROMPT, OUTPUT) == {1}
     assert lifted_ids(Sampling(presence_penalty=-1), PROMPT, OUTPUT) == set(OUTPUT)
     assert lifted_ids(Sampling(frequency_penalty=-1), PROMPT, OUTPUT) == set(OUTPUT)

@@ -168,7 +168,7 @@ def test_the_same_seed_at_another_position_draws_anew() -> None:
     assert len(set(tokens.tolist())) > 20
 
 
-def test_numpys_mixing_is_the_mixing_of_the_hashes() -> None:
+def test_numpy_and_python_mix_equally() -> None:
     # position and id enter through the running hash, so one step of it is one mixing.
     golden = 0x9E3779B97F4A7C15
     assert prefix_hash(11, 4) == mix64(11 + 5 * golden)

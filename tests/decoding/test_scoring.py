@@ -45,7 +45,7 @@ def test_whole_rows_give_the_log_softmax_of_the_formula() -> None:
         assert len(scores.guider) == 3
 
 
-def test_what_is_outside_the_candidates_counts_with_the_lift_of_the_small_models_there() -> None:
+def test_mass_outside_the_candidates_is_scaled_by_the_small_models() -> None:
     target = np.log(np.array([[0.6, 0.3, 0.05, 0.05]]))
     guider = np.log(np.array([[0.4, 0.4, 0.10, 0.10]]))
     base = np.log(np.array([[0.5, 0.3, 0.10, 0.10]]))
@@ -55,7 +55,7 @@ def test_what_is_outside_the_candidates_counts_with_the_lift_of_the_small_models
     np.testing.assert_allclose(total, logsumexp(whole), atol=1e-12)
 
 
-def test_where_candidates_have_more_than_all_of_a_small_model_it_lifts_the_outside_as_what_it_likes_least() -> None:
+def test_candidates_beyond_a_small_models_mass_use_the_lowest_quarter() -> None:
     """Events of another vocabulary may overlap: what they leave says nothing then."""
     target = np.log(np.array([[0.5, 0.2, 0.1, 0.2]]))
     guider = np.log(np.array([[0.8, 0.2, 0.1, 0.05]]))

@@ -129,14 +129,14 @@ def test_another_models_stream_starts_from_its_seed_and_holds_nothing() -> None:
 # -- every role reads the answer in its own ids
 
 
-def test_each_role_reads_the_answer_in_its_own_ids() -> None:
+def test_each_stream_has_the_answer_in_its_own_ids() -> None:
     session = Setting().session(thinking=THINK)
     feed(session, [LETTER["a"], 42, LETTER["b"]])
     assert generated(session) == [LETTER["a"], 42, LETTER["b"]]
     assert generated(session, "guider") == [LETTER["a"] + 20, 50, LETTER["b"] + 20]
 
 
-def test_a_token_that_a_role_lacks_is_read_as_text() -> None:
+def test_a_token_that_a_role_lacks_is_appended_as_text() -> None:
     setting = Setting(small=vocabulary({"<e>": 52}, ["<e>"], first=20))
     session = setting.session(thinking=THINK)
     feed(session, [42])
@@ -155,7 +155,7 @@ def test_any_end_token_ends_the_answer_and_is_counted() -> None:
         assert session.usage().completion_tokens == 2
 
 
-def test_an_ignored_end_token_goes_on_and_is_read_by_all() -> None:
+def test_an_ignored_end_token_is_appended_to_all_streams() -> None:
     session = Setting().session(sampling=Sampling(ignore_eos=True))
     feed(session, [40, LETTER["a"]])
     assert session.finish_reason is None
@@ -224,7 +224,7 @@ def test_a_stop_id_stands_in_the_text_where_stops_are_included(include: bool, sa
 
 
 @pytest.mark.parametrize(("skip", "include", "said"), [(False, True, "a<e>"), (False, False, "a"), (True, True, "a")])
-def test_the_end_is_shown_where_stops_and_special_tokens_are(skip: bool, include: bool, said: str) -> None:
+def test_the_end_token_is_shown_with_stops_and_special_tokens(skip: bool, include: bool, said: str) -> None:
     session = Setting().session(sampling=Sampling(skip_special_tokens=skip, include_stop_str_in_output=include))
     assert feed(session, [LETTER["a"], 40]).content == said
     assert (session.finish_reason, session.stop_reason) == ("stop", None)
@@ -312,7 +312,7 @@ def test_guiding_the_thinking_ends_with_it() -> None:
 
 
 @pytest.mark.parametrize("setting", [Setting(), Setting(special=("<e>", "<e2>", END)), TEXT_TARGET])
-def test_guiding_the_thinking_ends_with_it_also_where_the_prompt_opened_it(setting: Setting) -> None:
+def test_thinking_guidance_ends_also_if_the_prompt_opened_the_thinking(setting: Setting) -> None:
     session = setting.session(thinking=Thinking("", END), guidance=Guidance(0.5, guide="thinking"))
     tokens = [42] if END in setting.target.added else [LETTER[c] for c in END]
     feed(session, "ab")
@@ -393,7 +393,7 @@ def test_content_may_end_at_once() -> None:
 # -- an end that stands there as text
 
 
-def test_a_spelled_end_is_read_as_the_roles_own_token() -> None:
+def test_an_end_written_as_text_becomes_the_roles_own_token() -> None:
     session = TEXT_TARGET.session(thinking=THINK)
     session.streams["guider"].held = 2 + 1 + len(END) - 1  # all but the last letter
     feed(session, f"a{END}b")
@@ -402,7 +402,7 @@ def test_a_spelled_end_is_read_as_the_roles_own_token() -> None:
     assert session.streams["guider"].held == 3
 
 
-def test_an_end_spelled_over_other_borders_is_left_as_it_is() -> None:
+def test_an_end_across_other_token_boundaries_stays() -> None:
     session = TEXT_TARGET.session(thinking=THINK)
     forced_texts = {**session.vocabulary.forced_texts, "target": ForcedTextIds((LETTER["<"],), ())}
     session.vocabulary = replace(session.vocabulary, forced_texts=forced_texts)
@@ -410,7 +410,7 @@ def test_an_end_spelled_over_other_borders_is_left_as_it_is() -> None:
     assert generated(session, "guider") == [LETTER[c] + 20 for c in f"a{END}b"]
 
 
-def test_a_role_that_spells_the_end_too_keeps_it_spelled() -> None:
+def test_a_role_without_an_end_token_keeps_the_text() -> None:
     setting = Setting(TEXT_TARGET.target, vocabulary({"<e>": 52}, ["<e>"], first=20))
     session = setting.session(thinking=THINK)
     feed(session, f"a{END}b")
@@ -432,7 +432,7 @@ def test_usage_counts_what_guidance_did() -> None:
     assert usage.uncovered_mass == 0.25
 
 
-def test_notes_tell_each_token_and_the_alpha_in_force() -> None:
+def test_notes_hold_each_token_and_its_alpha() -> None:
     session = Setting().session(explain=True)
     (note,) = session.commit(LETTER["a"], 0.5, changed=True).notes
     assert (note.id, note.text, note.alpha, note.changed) == (LETTER["a"], "a", 0.5, True)
@@ -447,7 +447,7 @@ def test_notes_of_forced_tokens_are_not_marked_changed(chosen: str) -> None:
     assert [note.changed for note in notes] == [True, *[False] * len(END)]
 
 
-def test_what_was_said_of_a_token_stands_in_its_note_alone() -> None:
+def test_scores_are_in_the_note_of_their_token_only() -> None:
     said = Scores(-0.5, 0.25, ((LETTER["a"], -0.5),))
     session = TEXT_TARGET.session(thinking=Thinking("<think>", END, max_tokens=1), explain=True)
     first, *forced = session.commit(LETTER["a"], 0.5, changed=False, drafted=True, scores=said).notes
@@ -455,13 +455,13 @@ def test_what_was_said_of_a_token_stands_in_its_note_alone() -> None:
     assert {(note.drafted, note.scores) for note in forced} == {(False, None)}
 
 
-def test_nothing_is_said_of_a_wait_in_the_place_of_an_end() -> None:
+def test_a_wait_instead_of_an_end_has_no_scores() -> None:
     session = Setting().session(thinking=Thinking("<think>", END, min_tokens=9, wait="bad"), explain=True)
     notes = session.commit(42, 0.5, True, True, Scores(-0.5, 0.25, ())).notes
     assert [(note.drafted, note.scores) for note in notes] == [(False, None)] * 3
 
 
-def test_a_wait_in_the_place_of_an_end_is_not_marked_changed() -> None:
+def test_a_wait_instead_of_an_end_is_not_marked_changed() -> None:
     session = Setting().session(thinking=Thinking("<think>", END, min_tokens=9, wait="bad"), explain=True)
     notes = session.commit(42, 0.5, changed=True).notes
     assert [(note.text, note.changed) for note in notes] == [(c, False) for c in "bad"]

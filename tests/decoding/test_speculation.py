@@ -16,7 +16,7 @@ def test_the_expected_yield_is_that_of_drafts_judged_one_by_one(acceptance: floa
     assert expected_tokens(acceptance, drafts) == pytest.approx(by_hand)
 
 
-def test_free_drafts_are_made_to_the_limit_and_dear_ones_not_at_all() -> None:
+def test_cheap_drafts_reach_the_limit_and_expensive_ones_are_not_made() -> None:
     assert best_length(0.8, 7, lambda n: 1.0) == 7
     assert best_length(0.8, 7, lambda n: 1.0 + n) == 0
     assert best_length(0.0, 7, lambda n: 1.0) == 0
@@ -29,7 +29,7 @@ def test_the_better_the_drafts_the_more_are_made() -> None:
     assert lengths[-1] == 7
 
 
-def test_acceptance_converges_to_the_share_of_judged_drafts_that_are_kept() -> None:
+def test_acceptance_converges_to_the_share_of_accepted_drafts() -> None:
     draw = random.Random(0)
     acceptance = Acceptance(prior=0.2)
     assert acceptance.rate == pytest.approx(0.2)
@@ -41,14 +41,14 @@ def test_acceptance_converges_to_the_share_of_judged_drafts_that_are_kept() -> N
     assert sum(rates[100:]) / 400 == pytest.approx(0.8, abs=0.03)
 
 
-def test_drafts_after_the_first_rejected_one_say_nothing() -> None:
+def test_drafts_after_the_first_rejected_one_are_not_counted() -> None:
     one, many = Acceptance(0.5), Acceptance(0.5)
     one.judge(2, 1)
     many.judge(8, 1)
     assert one.rate == many.rate
 
 
-def test_drafting_that_does_not_pay_is_tried_ever_more_rarely() -> None:
+def test_drafting_that_does_not_pay_is_tried_more_and_more_rarely() -> None:
     acceptance = Acceptance(0.1)
     tries = [number for number in range(2_000) if not acceptance.rest()]
     gaps = [b - a for a, b in itertools.pairwise(tries)]
@@ -56,19 +56,19 @@ def test_drafting_that_does_not_pay_is_tried_ever_more_rarely() -> None:
     assert (tries[0], gaps[-1]) == (7, 128)
 
 
-def test_a_text_guesses_what_followed_the_same_words_before() -> None:
+def test_text_drafts_follow_an_earlier_occurrence() -> None:
     assert TextIndex().guesses([1, 2, 3, 4, 9, 1, 2, 3, 4], 3) == [9, 1, 2]
     assert TextIndex().guesses([1, 2, 3, 4], 3) == []
     assert TextIndex().guesses([5, 6, 7, 5, 6], 8) == [7, 5, 6]
 
 
-def test_a_longer_match_stands_above_a_later_one() -> None:
+def test_a_longer_match_precedes_a_later_one() -> None:
     tokens = [1, 2, 3, 4, 10, 7, 3, 4, 11, 1, 2, 3, 4]
     assert TextIndex().guesses(tokens, 1) == [10]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_an_index_that_grows_with_its_text_guesses_as_a_new_one(seed: int) -> None:
+def test_a_growing_text_index_drafts_like_a_new_one(seed: int) -> None:
     draw = random.Random(seed)
     growing, tokens = TextIndex(), list[int]()
     for _ in range(200):

@@ -82,7 +82,7 @@ def test_only_the_first_end_may_be_chosen() -> None:
     assert vocabulary({"<e1>": 40, "<e2>": 41}, ["<e2>", "<e1>"]).legal()[[40, 41]].tolist() == [False, True]
 
 
-def test_a_models_ordinary_token_is_not_taken_for_the_others_end() -> None:
+def test_an_ordinary_token_is_not_mapped_to_another_models_end() -> None:
     primary = vocabulary({"<e>": 40, "<pad>": 41}, ["<e>"])
     role = vocabulary({"<e>": 40, "<pad>": 41}, ["<pad>"])
     mapping = mapped(primary, role)
@@ -102,14 +102,14 @@ def test_text_tokens_that_differ_are_refused_with_their_ids() -> None:
         mapped(primary, theirs)
 
 
-def test_the_roles_own_token_for_a_marker_counts_towards_the_first_token_of_its_spelling() -> None:
+def test_a_roles_marker_token_counts_for_the_first_token_of_its_text() -> None:
     primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 40, END: 41}, ["<e>"])
     first = text()["<"]
     assert folded_marker(primary, role) == {first: (first, 41)}
     assert mapped(primary, role).folds == {40: (40,)}
 
 
-def test_a_marker_is_heard_in_the_roles_own_ids() -> None:
+def test_a_marker_is_folded_in_the_roles_own_ids() -> None:
     primary, role = vocabulary({"<e>": 40}, ["<e>"]), vocabulary({"<e>": 60, END: 61}, ["<e>"], first=20)
     first = text()["<"]
     assert folded_marker(primary, role) == {first: (first + 20, 61)}
@@ -138,7 +138,7 @@ def test_a_marker_that_the_primary_cannot_spell_is_not_folded() -> None:
     assert marker_fold(primary, role, mapped(primary, role), END, lambda _: []) == {}
 
 
-def test_a_marker_whose_spelling_begins_with_what_the_role_lacks_is_not_folded() -> None:
+def test_a_marker_whose_first_token_the_role_lacks_is_not_folded() -> None:
     primary = vocabulary({"<e>": 40, "</th": 41}, ["<e>"])
     role = vocabulary({"<e>": 40, END: 41}, ["<e>"])
     assert folded_marker(primary, role) == {}
@@ -156,14 +156,14 @@ def test_folding_adds_probabilities() -> None:
     np.testing.assert_allclose(folded[:, 0], summed, rtol=1e-5)
 
 
-def test_a_rows_folding_is_the_same_in_any_company() -> None:
+def test_a_rows_fold_is_the_same_in_any_batch() -> None:
     groups = required_logits({8: (8, 3, 4, 5), 1: (1, 2)}, VocabularyMap(np.arange(9), np.arange(9)), [6])
     logits = np.random.default_rng(1).normal(0, 5, (50, len(groups.ids))).astype(np.float32)
     together = groups.fold(logits)
     assert all(groups.fold(logits[i : i + 1]).tobytes() == together[i : i + 1].tobytes() for i in range(50))
 
 
-def test_forced_ids_are_known_once_and_only_where_the_role_has_them() -> None:
+def test_forced_ids_are_required_once_and_only_if_the_role_has_them() -> None:
     mapping = VocabularyMap(np.array([0, -1, 4, 3, 2]), np.arange(5), {}, {3: (3, 1)})
     groups = required_logits(mapping.folds, mapping, [4, 2, 1, 3, 2])
     assert groups.events.tolist() == [3, 2, 4]

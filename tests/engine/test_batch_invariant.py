@@ -7,7 +7,7 @@ from actors.engine.batch_invariant import TILE, BatchInvariantLinear
 
 @pytest.mark.parametrize(("wide", "out"), [(256, 128), (128, 384), (48, 2048)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_rows_bits_are_the_same_in_any_company(wide: int, out: int, bias: bool) -> None:
+def test_a_rows_bits_are_the_same_in_any_batch(wide: int, out: int, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(wide, out, bias=bias)
     tiled, x = BatchInvariantLinear(linear), torch.randn(1, 8 * TILE, wide)

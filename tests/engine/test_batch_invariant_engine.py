@@ -89,7 +89,7 @@ def test_eviction_and_forks_leave_no_bit_changed(alone: tuple[str, dict[int, tor
             assert torch.equal(run.logits(session)[0], reference[session][step])
 
 
-def test_rows_of_drafts_have_the_bits_of_decoding_and_a_rejection_leaves_no_trace(
+def test_rows_of_drafts_and_after_rejections_have_the_bits_of_decoding(
     alone: tuple[str, dict[int, torch.Tensor]],
 ) -> None:
     architecture, reference = alone
@@ -137,6 +137,6 @@ def test_the_thread_that_runs_the_forward_does_not_matter() -> None:
     assert torch.equal(run.logits(1), run.logits(2))
 
 
-def test_exact_mode_is_refused_where_it_is_not_claimed() -> None:
+def test_batch_invariant_mode_needs_float32_on_the_cpu() -> None:
     with pytest.raises(LoadError, match="batch_invariant mode"):
         StepEngine(qwen2().bfloat16(), 64, batch_invariant=True)

@@ -39,7 +39,7 @@ def test_layers_with_state_outside_the_cache_are_refused(config: dict[str, Any],
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     ],
 )
-def test_rope_that_depends_on_company_is_refused(rope: dict[str, Any]) -> None:
+def test_rope_that_depends_on_the_batch_is_refused(rope: dict[str, Any]) -> None:
     with pytest.raises(LoadError, match="longest sequence of the batch"):
         refuse_config({"num_attention_heads": 8, **rope}, "some/model")
 

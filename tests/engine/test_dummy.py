@@ -29,9 +29,7 @@ def test_a_config_alone_becomes_an_engine_in_the_dtype_asked_for(tmp_path: Path,
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_two_loads_give_the_same_weights_and_buffers_whatever_was_drawn_before(
-    tmp_path: Path, architecture: str
-) -> None:
+def test_dummy_weights_and_buffers_are_the_same_at_every_load(tmp_path: Path, architecture: str) -> None:
     source = dummy(tmp_path, architecture)
     first = load_model(source).model
     torch.rand(3)
@@ -76,6 +74,6 @@ def test_the_weights_are_as_many_as_the_config_says(tmp_path: Path, architecture
         ({"load_format": "dummy", "quantization": {"quant_method": "bitsandbytes"}}, "plain weights"),
     ],
 )
-def test_what_dummy_weights_cannot_be_is_refused(options: dict[str, object], why: str) -> None:
+def test_dummy_weights_refuse_unsupported_options(options: dict[str, object], why: str) -> None:
     with pytest.raises(LoadError, match=why):
         ModelSource("some/model", **options)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ def test_extents_are_whole_units() -> None:
     assert extents.allocate(1) is None
 
 
-def test_an_extent_grows_into_the_hole_behind_it_and_no_further() -> None:
+def test_an_extent_grows_into_the_hole_behind_it_only() -> None:
     extents = Extents(128, 32)
     first, second = extents.allocate(32), extents.allocate(32)
     assert first is not None
@@ -39,7 +39,7 @@ def test_a_pool_smaller_than_a_unit_is_refused() -> None:
         Extents(31, 32)
 
 
-def test_free_and_used_are_all_after_any_history() -> None:
+def test_free_and_used_rows_add_up_after_any_history() -> None:
     draw = random.Random(0)
     extents, used = Extents(1024, 16), list[Extent]()
     for _ in range(2000):

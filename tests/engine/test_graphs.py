@@ -185,7 +185,7 @@ def test_rows_of_a_bucket_lie_in_memory_of_their_own() -> None:
     assert rows.logits.untyped_storage().nbytes() == 3 * engine.width * 4
 
 
-def test_a_capture_that_fails_leaves_plain_steps_and_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_capture_leaves_plain_steps_and_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         def run(self, layout: Layout, numbers: list[int], spans: Sequence[Span]) -> Any:
             raise CaptureFailed("no memory")
@@ -200,7 +200,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_one_line(caplog: pytest.Log
     torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5, 6])[2:], rtol=1e-4, atol=1e-4)
 
 
-def test_on_a_cpu_there_are_no_buckets_unless_they_are_asked_for() -> None:
+def test_a_cpu_uses_buckets_only_if_requested() -> None:
     assert StepEngine(qwen2(), 64).graphs is None
     assert StepEngine(qwen2(), 64, batch_invariant=True).graphs is None
     assert StepEngine(qwen2(), 64, graphs=True).graphs is not None

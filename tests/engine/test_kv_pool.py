@@ -47,7 +47,7 @@ def test_fragmented_room_is_compacted_on_demand() -> None:
     pool.check()
 
 
-def test_a_session_grows_through_fragments_into_all_that_is_left() -> None:
+def test_a_session_grows_through_fragments_into_all_free_rows() -> None:
     pool = KVPool(64, unit=8)
     for session in range(8):
         fill(pool, session, 0, [float(session)] * 8)

@@ -27,7 +27,7 @@ def source(checkpoint: Path) -> ModelSource:
     return ModelSource(str(checkpoint), device="cpu")
 
 
-def test_a_local_folder_becomes_an_engine_that_says_what_it_awaits(source: ModelSource) -> None:
+def test_loading_a_local_folder_reports_its_stages(source: ModelSource) -> None:
     heard: list[LoadProgress] = []
     engine = load_engine(source, 128, report=heard.append)
     assert [progress.stage for progress in heard] == ["config", "weights", "loaded", "check", "ready"]
@@ -39,11 +39,11 @@ def test_a_local_folder_becomes_an_engine_that_says_what_it_awaits(source: Model
     torch.testing.assert_close(run.logits(1), engine.plain_logits(tokens(5)), rtol=1e-4, atol=1e-4)
 
 
-def test_the_digest_is_that_of_the_weights_not_of_the_loading(source: ModelSource) -> None:
+def test_the_digest_depends_on_the_weights_not_on_the_loading(source: ModelSource) -> None:
     assert load_engine(source, 128).hash_seed == load_engine(source, 256).hash_seed
 
 
-def test_the_dtype_is_the_checkpoints_unless_told(source: ModelSource) -> None:
+def test_the_dtype_is_the_checkpoints_by_default(source: ModelSource) -> None:
     assert load_model(source).model.dtype == torch.float32
     assert load_model(dataclasses.replace(source, dtype="bfloat16")).model.dtype == torch.bfloat16
 
@@ -100,7 +100,7 @@ def test_a_broken_weight_file_is_named(checkpoint: Path, tmp_path: Path) -> None
         load_model(ModelSource(str(tmp_path)))
 
 
-def test_missing_weights_are_refused_not_made_up(checkpoint: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     config = json.loads((checkpoint / "config.json").read_text())
     config["num_hidden_layers"] += 1
@@ -110,13 +110,13 @@ def test_missing_weights_are_refused_not_made_up(checkpoint: Path, tmp_path: Pat
         load_model(ModelSource(str(tmp_path)))
 
 
-def test_a_missing_hub_model_names_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_hub_model_names_the_download_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LoadError, match=r"hf download nobody/nothing --revision abc"):
         load_model(ModelSource("nobody/nothing", revision="abc"))
 
 
-def test_a_gated_hub_model_names_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_hub_model_names_the_login_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def gated(*_: object, **__: object) -> None:
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
@@ -125,7 +125,7 @@ def test_a_gated_hub_model_names_the_command_that_mends_it(monkeypatch: pytest.M
         load_model(ModelSource("somebody/gated"))
 
 
-def test_a_model_that_would_be_wrong_is_refused_before_its_weights_are_read(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_unsupported_model_is_refused_before_its_weights_load(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     (tmp_path / "config.json").write_text(json.dumps(config))

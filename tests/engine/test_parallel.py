@@ -135,7 +135,7 @@ def lost(engine: ParallelEngine) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_noticed_and_nobody_waits_for_it(tmp_path: Path) -> None:
+def test_a_killed_rank_is_noticed_and_no_call_waits_for_it(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)  # a head of its own, in 16 bits
     started = Started()
     engine = load_parallel(recipe(tmp_path, "bfloat16"), started, load_s=90, step_s=20)
@@ -167,14 +167,14 @@ def test_a_follower_that_does_not_start_is_an_error_and_leaves_nothing(tmp_path:
     assert not any(follower.alive() for follower in started.followers)
 
 
-def test_heads_that_cannot_be_shared_are_refused_with_what_can_be_set() -> None:
+def test_indivisible_heads_are_refused_with_possible_rank_counts() -> None:
     config = {"num_attention_heads": 12, "num_key_value_heads": 2}
     refuse_ranks(config, 2, "some/model")
     with pytest.raises(LoadError, match=r"2 key and value heads .* 4 ranks. Set tensor_parallel: to 1 or 2\."):
         refuse_ranks(config, 4, "some/model")
 
 
-def test_every_verb_of_an_engine_is_followed_by_all_ranks_or_known_to_be_rank_0s_alone() -> None:
+def test_every_operation_is_followed_by_all_ranks_or_is_rank_0s_alone() -> None:
     operations = {name for name, _ in inspect.getmembers(StepEngine, inspect.isfunction) if not name.startswith("_")}
     assert operations == FOLLOWED | ALONE
     assert FOLLOWED <= ParallelEngine.__dict__.keys()

@@ -27,7 +27,7 @@ def held(logits: torch.Tensor, position: int = 0) -> DeviceRows:
     return DeviceRows(position, tuple(range(100, 100 + len(logits))), places, batch_invariant=True, fresh=len(logits))
 
 
-def test_as_many_rows_are_held_as_fit_a_share_of_the_memory_within_bounds() -> None:
+def test_the_row_budget_is_a_share_of_the_memory_within_bounds() -> None:
     budgets = [row_budget(width, torch.device("cpu")) for width in (2_000, 150_000, 10**9)]
     assert budgets == sorted(budgets, reverse=True)
     assert (budgets[0], budgets[-1]) == (MAX_ROWS, MIN_ROWS)
@@ -63,7 +63,7 @@ def test_slices_are_in_id_order_and_carry_the_logsumexp_of_the_whole_row() -> No
 
 
 @pytest.mark.parametrize(("rows", "k"), [(3, 7), (0, 7), (2, 0)])
-def test_slices_travel_to_the_host_in_one_piece(rows: int, k: int) -> None:
+def test_slices_are_copied_to_the_host_at_once(rows: int, k: int) -> None:
     logits = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1))
     values, ids = top_k_on_device(logits, k)
     packed = pack_slices(ids, values, logits.logsumexp(-1))
@@ -81,7 +81,7 @@ def test_k_zero_gives_only_the_logsumexp_and_a_large_k_the_whole_row() -> None:
     assert rows.slices(99).ids.shape == (2, 10)
 
 
-def test_a_row_reduced_alone_has_the_same_bits_in_any_company() -> None:
+def test_an_invariant_reduction_has_the_same_bits_in_any_batch() -> None:
     logits = torch.randn(9, 509, generator=torch.Generator().manual_seed(2))
     together = reduce_rows(logits, 16, batch_invariant=True)
     for row in range(9):
@@ -131,7 +131,7 @@ def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
     store.check()
 
 
-def test_a_forwards_memory_counts_until_its_last_session_lets_go() -> None:
+def test_a_forwards_memory_counts_until_its_last_session_drops_it() -> None:
     store = LogitsRowStore(budget=8)
     store.hold({1: held(torch.zeros(1, 4)), 2: held(torch.zeros(1, 4))}, size=8)
     store.drop(1)
@@ -141,7 +141,7 @@ def test_a_forwards_memory_counts_until_its_last_session_lets_go() -> None:
     store.check()
 
 
-def test_rows_that_are_kept_stay_with_the_newer_ones_and_no_others_do() -> None:
+def test_only_kept_rows_stay_with_newer_ones() -> None:
     store = LogitsRowStore(budget=16)
     store.hold({1: held(torch.zeros(3, 4), position=10)}, size=3)
     store.hold({1: held(torch.ones(1, 4), position=13)}, size=1, kept={1: (13, 2)})

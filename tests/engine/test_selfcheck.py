@@ -45,7 +45,7 @@ def test_a_layer_without_attention_is_refused() -> None:
         verify_engine(engine, "tiny")
 
 
-def test_bits_that_depend_on_company_are_refused_in_exact_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_that_depend_on_the_batch_are_refused_if_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = StepEngine(qwen2(), 128, batch_invariant=True)
     attend = engine._attention.backend.attend
 

@@ -20,7 +20,7 @@ def test_a_32b_target_costs_256_kib_a_token() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_is_what_the_pools_of_an_engine_take(architecture: str) -> None:
+def test_cache_bytes_are_those_of_an_engines_pools(architecture: str) -> None:
     model = ARCHITECTURES[architecture]()
     engine = StepEngine(model, 64)
     taken = sum(pool.nbytes for pools in engine._pool.layers.values() for pool in pools)

@@ -85,7 +85,7 @@ def test_logits_after_every_rollback_are_those_of_a_fresh_prefill(target: str) -
     engine.check()
 
 
-def test_a_position_behind_what_is_held_is_a_miss_that_names_it() -> None:
+def test_a_position_behind_the_cache_is_a_miss_with_its_length() -> None:
     run = driver()
     run.extend(1, tokens(5))
     prefix = extend_hashes(run.engine.hash_seed, tokens(9))[-1]
@@ -127,7 +127,7 @@ def test_a_fork_continues_as_its_source() -> None:
     run.engine.check()
 
 
-def test_what_a_session_no_longer_holds_is_not_shared() -> None:
+def test_dropped_blocks_are_not_shared() -> None:
     run, text = driver(), tokens(40)
     run.extend(1, text)
     blocks = run.blocks(1)
@@ -149,7 +149,7 @@ def test_a_hash_alone_shares_nothing() -> None:
     run.engine.check()
 
 
-def test_a_fork_evicts_nobody_else_and_a_session_keeps_what_it_holds() -> None:
+def test_a_fork_evicts_no_other_session() -> None:
     run, text = driver(cache_tokens=64), tokens(40)  # two units
     run.extend(1, text)
     blocks = run.blocks(1)
@@ -184,7 +184,7 @@ def test_a_younger_session_waits_when_there_is_no_room() -> None:
     assert run.extend(2, tokens(3)) == Held(2, 3, 3)
 
 
-def test_nobody_is_evicted_when_that_would_not_be_enough() -> None:
+def test_no_session_is_evicted_if_that_is_not_enough() -> None:
     run = driver(cache_tokens=128)
     run.extend(1, tokens(60))
     run.extend(3, tokens(30))
@@ -192,7 +192,7 @@ def test_nobody_is_evicted_when_that_would_not_be_enough() -> None:
     assert run.extend(3, [1]) == Held(3, 31, 1)
 
 
-def test_the_oldest_progresses_in_a_step_in_which_all_want_room() -> None:
+def test_the_oldest_progresses_if_all_sessions_need_room() -> None:
     run = driver(cache_tokens=128)
     run.engine.extend([run.make(session, tokens(32)) for session in (1, 2, 3, 4)])
     outcomes = run.engine.extend([run.make(session, [1]) for session in (4, 3, 2, 1)])
@@ -241,7 +241,7 @@ def test_a_failed_forward_drops_the_sessions_of_its_step_and_no_other(monkeypatc
         (Extend(1, 0, 0, [1] * 20, 20, 0), "at most 16 are held"),
     ],
 )
-def test_what_can_never_succeed_is_refused_and_changes_nothing(extend: Extend, why: str) -> None:
+def test_an_impossible_extend_is_refused_and_changes_nothing(extend: Extend, why: str) -> None:
     run = driver(cache_tokens=128, max_held_rows=16)
     run.extend(7, tokens(3))
     before = run.logits(7)
@@ -331,7 +331,7 @@ def test_stats_count_whole_units() -> None:
     assert (stats.tokens_total, stats.tokens_used, stats.sessions) == (96, 64, 1)
 
 
-def test_an_engine_that_is_gone_leaves_nothing_with_transformers() -> None:
+def test_a_deleted_engine_leaves_transformers_registry() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     engine = StepEngine(qwen2(), 64)

@@ -45,7 +45,7 @@ def test_pieces_of_a_stream_join_to_the_whole_text(tokenizer: RoleTokenizer, tex
 
 
 @pytest.mark.parametrize("text", TEXTS[:4])
-def test_a_stream_never_says_a_broken_character(tokenizer: RoleTokenizer, text: str) -> None:
+def test_a_stream_never_yields_a_broken_character(tokenizer: RoleTokenizer, text: str) -> None:
     stream = tokenizer.stream()
     assert all("�" not in stream.push(id_) for id_ in tokenizer.encode(text))
     assert stream.flush() == ""
@@ -72,7 +72,7 @@ def test_bytes_that_are_no_character_hold_nothing_back_for_long(tokenizer: RoleT
         assert set(whole) - {"�"} <= set(kept)
 
 
-def test_special_tokens_are_silent_and_marks_of_thinking_are_text() -> None:
+def test_special_tokens_are_skipped_and_thinking_markers_are_text() -> None:
     tokenizer = role_tokenizer()
     ids = tokenizer.encode("<think>Ada</think>Bob<|end|>")
     assert streamed(tokenizer, ids) == "<think>Ada</think>Bob"
@@ -85,7 +85,7 @@ def test_ids_beyond_the_vocabulary_have_no_text(tokenizer: RoleTokenizer) -> Non
     assert streamed(tokenizer, [*word, tokenizer.width - 1, *word]) == tokenizer.decode(word + word)
 
 
-def test_added_tokens_are_told_from_text_tokens() -> None:
+def test_added_tokens_are_distinguished_from_text_tokens() -> None:
     tokenizer = role_tokenizer()
     assert set(tokenizer.added_tokens) == set(MARKS)
     assert not set(MARKS) & set(tokenizer.text_tokens)
@@ -155,7 +155,7 @@ def test_a_template_is_found_in_each_of_its_places(tmp_path: Path, form: str) ->
     assert tokenizer.render([{"role": "user", "content": "Hi"}]) == "<|turn|>user\nHi<|end|>\n<|turn|>assistant\n"
 
 
-def test_each_refusal_of_a_model_names_what_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_refusal_of_a_tokenizer_names_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TokenizerError, match="no folder"):
         RoleTokenizer.load(str(tmp_path / "nowhere"))
     with pytest.raises(TokenizerError, match="save_pretrained"):

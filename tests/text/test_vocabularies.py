@@ -49,13 +49,13 @@ def test_legal_ids_are_those_of_the_vocabulary() -> None:
     assert vocabularies().legal("target") == tokens - {ENDS[1]}
 
 
-def test_each_role_is_its_own_primary_and_the_target_is_read_by_all() -> None:
+def test_each_role_maps_from_itself_and_small_ones_from_the_target() -> None:
     built = vocabularies()
     assert built.plain_map("target", "guider").tokens(ENDS[0]) == (thinks().added_tokens["<|end|>"],)
     assert built.plain_map("guider", "guider").tokens(7) == (7,)
 
 
-def test_what_the_guider_has_one_token_for_counts_towards_the_targets_spelling() -> None:
+def test_the_guiders_marker_token_counts_for_the_targets_first_token() -> None:
     groups = vocabularies().required("target", "guider", END)
     first = plain().encode(END)[0]
     assert groups.events.tolist() == [ENDS[0], first]
@@ -63,14 +63,14 @@ def test_what_the_guider_has_one_token_for_counts_towards_the_targets_spelling()
     assert groups.ids.tolist() == [thinks().added_tokens["<|end|>"], their_first, thinks().added_tokens[END]]
 
 
-def test_the_targets_own_rows_and_requests_without_an_end_fold_the_ends_alone() -> None:
+def test_only_end_ids_are_folded_in_the_target_and_without_an_end_text() -> None:
     built = vocabularies()
     assert built.required("target", "target", END).ids.tolist() == ENDS
     assert built.required("target", "guider", "").events.tolist() == [ENDS[0]]
     assert built.required("target", "guider", "no token of anyone").events.tolist() == [ENDS[0]]
 
 
-def test_forced_ids_are_known_beside_the_folded_events() -> None:
+def test_forced_ids_are_required_besides_the_folded_events() -> None:
     built = vocabularies()
     letter = plain().text_tokens["A"]
     assert built.required("target", "guider", "", (letter,)).ids.tolist() == [
@@ -79,7 +79,7 @@ def test_forced_ids_are_known_beside_the_folded_events() -> None:
     ]
 
 
-def test_clients_that_send_ever_new_texts_leave_nothing_behind() -> None:
+def test_the_cache_of_client_texts_is_bounded() -> None:
     built = vocabularies()
     before = built.plain_map("target", "guider").folds.copy()
     for i in range(600):
@@ -99,7 +99,7 @@ def test_the_same_texts_are_worked_out_once() -> None:
     assert built.vocabulary("target", ROLES, Thinking()) is built.vocabulary("target", ROLES, Thinking())
 
 
-def test_a_language_spells_the_forced_texts_in_each_roles_own_ids() -> None:
+def test_forced_texts_are_encoded_in_each_roles_own_ids() -> None:
     vocabulary = vocabularies().vocabulary("target", ROLES, Thinking(end=END, wait="Wait"))
     assert set(vocabulary.maps) == set(SMALL)
     assert vocabulary.forced_texts["guider"].end == (thinks().added_tokens[END],)
@@ -109,12 +109,12 @@ def test_a_language_spells_the_forced_texts_in_each_roles_own_ids() -> None:
     assert vocabulary.added == frozenset(plain().added_tokens.values())
 
 
-def test_a_small_role_alone_reads_no_other_vocabulary() -> None:
+def test_a_small_role_alone_needs_no_other_vocabulary() -> None:
     vocabulary = vocabularies().vocabulary("guider", ("guider",), Thinking())
     assert (vocabulary.maps, set(vocabulary.forced_texts)) == ({}, {"guider"})
 
 
-def test_small_models_whose_text_tokens_differ_are_aligned_by_their_texts() -> None:
+def test_small_models_with_other_text_tokens_are_aligned() -> None:
     built = vocabularies(small=role_tokenizer(sentence_piece(), bos_token="<s>", eos_token="</s>"))
     assert built.aligned
     assert not vocabularies().aligned
@@ -129,7 +129,7 @@ def test_a_vocabulary_that_is_neither_bytes_nor_words_is_refused_by_name() -> No
         vocabularies(small=role_tokenizer(words, eos_token="Bob"))
 
 
-def test_a_small_model_reads_a_prompt_token_by_token_after_its_own_beginning() -> None:
+def test_a_prompt_is_translated_token_by_token_after_the_roles_own_bos() -> None:
     target, small = plain(), role_tokenizer(byte_level(MARKS, bos="<s>"))
     ours, theirs = target.encode("The mentor of Ada"), small.encode("The mentor of Ada", special=True)
     assert len(theirs) == len(ours) + 1
@@ -139,14 +139,14 @@ def test_a_small_model_reads_a_prompt_token_by_token_after_its_own_beginning() -
     assert own.token_by_token("target", "guider", theirs, ours) == (ours, list(range(len(ours) + 1)))
 
 
-def test_a_mark_that_a_small_model_lacks_is_read_as_its_letters() -> None:
+def test_an_added_token_that_a_role_lacks_is_translated_as_text() -> None:
     target, small = role_tokenizer(), plain()
     ours, theirs = target.encode("a<think>a"), small.encode("a<think>a")
     read = vocabularies(target, small).token_by_token("target", "guider", ours, theirs)
     assert read == (theirs, [1, len(theirs) - 1, len(theirs)])
 
 
-def test_other_tokens_of_the_same_text_are_read_as_the_target_has_them() -> None:
+def test_other_tokens_of_the_same_text_follow_the_targets_tokens() -> None:
     text = "The mentor"
     letters = [token for letter in text for token in plain().encode(letter)]
     read = vocabularies().token_by_token("target", "guider", letters, thinks().encode(text))
@@ -154,7 +154,7 @@ def test_other_tokens_of_the_same_text_are_read_as_the_target_has_them() -> None
     assert len(read[0]) == len(letters) > len(thinks().encode(text))
 
 
-def test_prompts_of_other_texts_are_not_read_side_by_side() -> None:
+def test_prompts_of_different_texts_have_no_translation() -> None:
     built, ours = vocabularies(), plain().encode("Ada")
     assert built.token_by_token("target", "guider", ours, thinks().encode("Bob")) is None
     assert built.token_by_token("target", "guider", [399], thinks().encode("Bob")) is None  # no token at all

@@ -13,7 +13,7 @@ PAIRS = (("pieces", "single"), ("single", "pieces"), ("grouped", "single"))
 
 
 @pytest.mark.parametrize(("target", "role"), PAIRS)
-def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, role: str) -> None:
+def test_crossing_tokens_within_a_token_follow_the_targets_encoding(target: str, role: str) -> None:
     pair, found = alignment(target, role), 0
     said = pair.target.encode(texts()["english"].train[:600])[0]
     for at in range(len(said) - 1):
@@ -33,7 +33,7 @@ def test_within_a_token_they_go_on_as_the_target_spells_the_whole(target: str, r
     assert found > 20
 
 
-def test_a_place_where_too_many_begin_alike_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_boundary_with_too_many_crossing_tokens_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = alignment("pieces", "single")
     places = [(t, n) for t, text in enumerate(pair.target.texts) if text for n in range(1, len(text))]
     here = next(place for place in places if _count(pair.crossing_finder.within((place[0],), place[1])) > 1)
@@ -46,7 +46,7 @@ def _count(crossing_tokens: object) -> int:
     return len(getattr(crossing_tokens, "tokens", ()))
 
 
-def test_a_target_token_that_is_heard_by_its_first_small_token_is_heard_of_a_straddler_that_ends_there() -> None:
+def test_a_crossing_token_counts_for_tokens_that_its_next_token_represents() -> None:
     """The small model is certain of "$\\", the target has "\\" and "\\frac", and said "$": both may come."""
     pair, tried = alignment("pieces", "single"), 0
     represented_by = pair.tables.represented_by

@@ -100,7 +100,7 @@ def _first_bytes(model: Model, pair: Alignment, tokens: Sequence[int], pending: 
     return out
 
 
-def test_a_target_of_bytes_comes_near_the_enumeration_of_all_spellings() -> None:
+def test_a_target_of_bytes_approaches_the_sum_over_all_tokenizations() -> None:
     pair, corpus = alignment("bytes", "single"), texts()["reasoning"].train
     spellable = [id_ for id_, data in enumerate(pair.role.texts) if data]
     trigrams = Trigrams(pair.role.encode(corpus[2_000:])[0], tokenizer("single").width, spellable)
@@ -150,7 +150,7 @@ def test_rows_of_one_block_do_not_change_each_other() -> None:
         assert np.array_equal(together[row], alone[0], equal_nan=True)
 
 
-def test_a_slice_and_lookups_say_what_the_whole_row_says() -> None:
+def test_a_slice_and_lookups_give_the_values_of_the_full_row() -> None:
     pair, row = alignment("grouped", "single"), np.random.default_rng(9).normal(size=tokenizer("single").width)
     total, ids = float(np.logaddexp.reduce(row)), np.arange(200, 260)[None]
     inside: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = np.ones(ids.shape, np.bool_)
@@ -167,7 +167,7 @@ def test_a_slice_and_lookups_say_what_the_whole_row_says() -> None:
     assert np.array_equal(sliced.masses(), whole.masses(), equal_nan=True)
 
 
-def test_straddlers_lead_to_what_the_small_model_meant() -> None:
+def test_crossing_tokens_propose_their_next_tokens() -> None:
     pair = alignment("pieces", "single")
     tables = pair.tables
     crossing = 0

@@ -41,7 +41,7 @@ def _pieces(draw: random.Random, data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_in_pieces_is_spelled_as_a_whole(kind: str) -> None:
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(kind: str) -> None:
     adapter, draw = tokenizer(kind).adapter, random.Random(11)
     checks = longest = 0
     for _ in range(25):
@@ -62,7 +62,7 @@ def test_a_text_in_pieces_is_spelled_as_a_whole(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_that_is_one_token_is_read_so_whatever_stands_around_it(kind: str) -> None:
+def test_an_added_token_in_the_text_is_one_token_in_any_context(kind: str) -> None:
     """As a tokenizer does that finds its added tokens before it splits anything."""
     adapter, draw = tokenizer(kind).adapter, random.Random(13)
     whole_texts = {"<think>": 100_001, "</think>": 100_002, "</thinking aloud>": 100_003}
@@ -83,7 +83,7 @@ def test_a_text_that_is_one_token_is_read_so_whatever_stands_around_it(kind: str
     assert found > 50
 
 
-def test_nothing_straddles_the_end_of_a_text_that_is_one_token() -> None:
+def test_no_token_crosses_the_end_of_an_added_token() -> None:
     pair = alignment("grouped", "single")
     reading = IncrementalRetokenizer(pair.role, AddedTokenMatcher({"</think>": 100_002}))
     reading.push(0, b"so</think")
@@ -93,7 +93,7 @@ def test_nothing_straddles_the_end_of_a_text_that_is_one_token() -> None:
 
 
 @pytest.mark.parametrize("role", [kind for kind in KINDS if kind != "bytes"])
-def test_bytes_that_are_no_text_are_read_as_bytes_and_what_follows_stands_alone(role: str) -> None:
+def test_invalid_bytes_become_byte_tokens_and_a_hard_boundary(role: str) -> None:
     adapter = tokenizer(role).adapter
     reading, ids = IncrementalRetokenizer(adapter), list[int]()
     for piece in (b"a good \xe4", b"\xff day", b" and \xf0\x9f", b" night"):
@@ -103,7 +103,7 @@ def test_bytes_that_are_no_text_are_read_as_bytes_and_what_follows_stands_alone(
     assert ids[-len(adapter.encode(" night")[0]) :] == adapter.encode(" night")[0]
 
 
-def test_words_in_pieces_are_spelled_as_a_whole() -> None:
+def test_words_in_pieces_have_the_tokens_of_the_whole() -> None:
     """WordPiece, which has no spaces and no case: its tokens stand for other bytes than their own."""
     words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()
@@ -121,7 +121,7 @@ def test_words_in_pieces_are_spelled_as_a_whole() -> None:
     assert len(ids) > 12
 
 
-def test_a_fork_reads_ahead_and_leaves_the_reading_as_it_was() -> None:
+def test_a_fork_does_not_change_the_retokenizer() -> None:
     adapter = tokenizer("single").adapter
     reading = IncrementalRetokenizer(adapter)
     reading.push(0, b"the num")
@@ -137,7 +137,7 @@ def _after(adapter: TokenizerAdapter, data: bytes) -> IncrementalRetokenizer:
 
 
 @pytest.mark.parametrize(("target", "role"), [("grouped", "single"), ("pieces", "single"), ("single", "grouped")])
-def test_a_stream_holds_the_true_tokens_and_hashes_after_every_rollback(target: str, role: str) -> None:
+def test_a_stream_has_the_true_tokens_and_hashes_after_rollbacks(target: str, role: str) -> None:
     pair, draw = alignment(target, role), random.Random(5)
     stream = Stream(9, [1, 2, 3])
     reader, text = RetokenizingTranslator(pair, stream), _draw(draw)

@@ -50,7 +50,7 @@ def test_all_ids_that_end_a_text_are_one_event(pair: Alignment) -> None:
     assert model.stream.tokens == [GUIDER.eos_ids[0]]
 
 
-def test_an_end_that_is_text_to_the_target_is_lifted_piece_by_piece(pair: Alignment) -> None:
+def test_an_end_that_is_text_to_the_target_is_guided_token_by_token(pair: Alignment) -> None:
     wish = GUIDER.added_tokens[END]
     row, base_row = saying({wish: 0.9}, GUIDER.width), saying({}, BASE.width)
     guider, base = AlignedModel(pair, lambda tokens: row), AlignedModel(align(TARGET, BASE), lambda tokens: base_row)
@@ -64,7 +64,7 @@ def test_an_end_that_is_text_to_the_target_is_lifted_piece_by_piece(pair: Alignm
         base.push(piece)
 
 
-def test_the_guider_reads_its_own_mark_once_the_text_is_there(pair: Alignment) -> None:
+def test_the_guiders_marker_replaces_its_text(pair: Alignment) -> None:
     streams = Stream(3, [1, 2]), Stream(3, [1, 2])
     translators = RetokenizingTranslator(pair, streams[0]), RetokenizingTranslator(align(TARGET, BASE), streams[1])
     spelled = TARGET.adapter.encode("Ada." + END)[0]
@@ -77,7 +77,7 @@ def test_the_guider_reads_its_own_mark_once_the_text_is_there(pair: Alignment) -
     assert streams[1].tokens[2:] == BASE.adapter.encode("Ada." + END)[0]
 
 
-def test_a_draft_is_spelled_as_it_follows_what_was_said(pair: Alignment) -> None:
+def test_drafts_are_encoded_together_with_the_text_before(pair: Alignment) -> None:
     translator = RetokenizingTranslator(pair, Stream(3, [1]))
     whole = TARGET.adapter.encode("The mentor of Ada is")[0]
     said, rest = whole[:2], b"".join(TARGET.adapter.texts[token] or b"" for token in whole[2:]).decode()
