@@ -1,4 +1,4 @@
-"""Alpha as a function of the generated tokens."""
+"""The schedule of alpha over the generated tokens."""
 
 from __future__ import annotations
 

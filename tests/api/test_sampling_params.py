@@ -1,4 +1,4 @@
-"""What a client may ask of decoding."""
+"""Validation of a request's sampling and thinking parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text told apart as it comes, whatever the borders of its pieces."""
+"""Splitting an answer's text does not depend on how it is cut into pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.decoding.answer import AnswerText, VisibleText
 def run(
     pieces: list[str], end: str | None = None, stops: tuple[str, ...] = (), include_stop: bool = False
 ) -> VisibleText:
-    """All that is shown of an answer in pieces, flushed unless it was stopped."""
+    """All text shown of an answer in pieces, flushed unless it was stopped."""
     answer, shown = AnswerText(end, stops, include_stop), VisibleText()
     for piece in pieces:
         shown = shown + answer.push(piece)
@@ -22,7 +22,7 @@ def run(
 
 
 def cuts(text: str) -> list[list[str]]:
-    """The text whole, letter by letter, and cut at every one and every two places."""
+    """The text as a whole, letter by letter, and cut at each place and each two places."""
     ways = [[text], list(text)]
     for places in itertools.chain(
         itertools.combinations(range(1, len(text)), 1), itertools.combinations(range(1, len(text)), 2)

@@ -1,4 +1,4 @@
-"""The formula over candidates, and what is known and estimated of the ids that are not among them."""
+"""The guidance formula over candidates, and the estimates of the mass outside of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def whole_rows(count: int, seed: int, spread: float = 3.0) -> Floats:
 
 
 def covered(rows: Floats, places: np.ndarray) -> RoleLogits:
-    """What is known of whole rows [B, V] when only `places` were asked for."""
+    """Full rows [B, V] with candidates at `places` only."""
     return real(rows[:, places], logsumexp(rows))
 
 
@@ -59,7 +59,7 @@ def test_an_unmapped_id_gets_no_guidance_on_log_probabilities(silent: str) -> No
     if silent != "guider":
         small[1].logits[:, 7] = np.nan
     combined = combine(covered(target, places), small[0], small[1], alpha)
-    # The same in log-probabilities differs by a constant of the row; there, id 7 moves by 0.
+    # In log-probabilities, which differ by a constant of the row, id 7 moves by 0.
     log_probabilities = (z - logsumexp(z)[:, None] for z in (target, guider, base))
     t, g, b = log_probabilities
     delta = g - b
@@ -101,7 +101,7 @@ def test_padding_and_other_rows_change_no_bit_of_the_estimates(temperature: floa
 
 
 def padded(rows: RoleLogits, by: int) -> RoleLogits:
-    """The same rows, wider: NaN in the padding."""
+    """The same rows with padding, NaN there."""
     around = ((0, 0), (0, by))
     logits = np.pad(rows.logits, around, constant_values=np.nan)
     return RoleLogits(logits, np.pad(rows.inside, around), rows.logsumexp)
@@ -115,7 +115,7 @@ def test_nothing_is_outside_when_everything_is_covered() -> None:
 
 
 def outside_truth(z: Floats, places: np.ndarray, temperature: float = 1.0) -> Floats:
-    """[B]: mass of softmax(z / temperature) outside the places, from whole rows [B, V]."""
+    """[B]: mass of softmax(z / temperature) outside the places, from full rows [B, V]."""
     z = z / temperature
     return np.asarray(1 - np.exp(z[:, places] - logsumexp(z)[:, None]).sum(1))
 

@@ -1,4 +1,4 @@
-"""Candidates, and what each role knows of them, against brute force over sets."""
+"""Candidates and each role's logits at them, compared with sets by brute force."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERY_ID = np.arange(IDS)
 
 
 def needed(events: list[int]) -> RequiredLogits:
-    """Single ids that a row must know."""
+    """Required logits of single ids."""
     return RequiredLogits(np.array(events, np.int32), np.arange(len(events)), np.array(events, np.int64))
 
 
@@ -28,7 +28,7 @@ def part(draw: np.random.Generator, k: int, events: int) -> RowSlice:
 
 
 def guided(draw: np.random.Generator, with_base: bool, early: bool) -> RowProposal:
-    """A row of which target and guider have answered, and perhaps the base; perhaps with early lookups."""
+    """A row with the answers of target and guider, and optionally of the base and of early lookups."""
     k, events = int(draw.integers(1, 12)), int(draw.integers(1, 3))
     chosen = draw.choice(IDS, events, replace=False).tolist()
     slices: dict[Role, RowSlice] = {"target": part(draw, k, events), "guider": part(draw, k, events)}
@@ -55,8 +55,8 @@ def proposed(row: RowProposal) -> list[int]:
     return sorted(events | {int(i) for part in row.slices.values() for i in part.ids if i >= 0})
 
 
-def told(row: RowProposal, role: Role) -> dict[int, float]:
-    """By brute force: what a role said of its own accord or when asked early, the events last."""
+def received(row: RowProposal, role: Role) -> dict[int, float]:
+    """By brute force: a role's logits by id, from early lookups, then its slice, then events."""
     found: dict[int, float] = {}
     if role == "target" and row.early is not None and row.asked is not None:
         asked = zip(row.slices["guider"].ids, row.early, row.asked, strict=True)
@@ -69,13 +69,13 @@ def told(row: RowProposal, role: Role) -> dict[int, float]:
 
 
 def table(block: CandidateBlock, at: int, role: Role) -> dict[int, float]:
-    """What a block says that a role knows of a row's candidates."""
+    """A role's known logits of a row's candidates in a block, by id."""
     pairs = zip(block.ids[at].tolist(), block.values(role)[at].tolist(), strict=True)
     return {i: z for i, z in pairs if not np.isnan(z)}
 
 
 def each(rows: list[RowProposal]) -> Mapping[int, tuple[CandidateBlock, int]]:
-    """Row number -> its block and its place there."""
+    """By row number its block and its index there."""
     return {number: (block, at) for block, numbers in group_into_blocks(rows) for at, number in enumerate(numbers)}
 
 
@@ -94,7 +94,7 @@ def test_values_are_the_received_logits_and_nan_elsewhere(seed: int) -> None:
     rows = many(seed)
     for number, (block, at) in each(rows).items():
         for role in rows[number].required:
-            assert table(block, at, role) == told(rows[number], role)
+            assert table(block, at, role) == received(rows[number], role)
             if role in rows[number].slices:
                 assert block.logsumexp[role][at] == rows[number].slices[role].logsumexp
 
@@ -119,7 +119,7 @@ def test_no_logit_of_a_slice_event_or_early_lookup_is_looked_up(seed: int) -> No
             at_rows, places, ids = block.missing_logits(role, EVERY_ID)
             assert (block.ids[at_rows, places] == ids).all()
             for at, number in enumerate(numbers):
-                brings = set(told(rows[number], role)) | {int(i) for i in rows[number].required[role].events}
+                brings = set(received(rows[number], role)) | {int(i) for i in rows[number].required[role].events}
                 assert ids[at_rows == at].tolist() == [i for i in proposed(rows[number]) if i not in brings]
     assert found
 

@@ -1,4 +1,4 @@
-"""Rows taken to tokens, against one row at a time worked out by hand."""
+"""Decisions of many rows, compared with one row at a time computed directly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Rows = list[tuple[NDArray[np.float32], RowSamplingSpec]]
 
 
 def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> CandidateBlock:
-    """Candidates of whole rows [3, V] and what the roles know of them; k None: all ids."""
+    """A block of full rows [3, V] with top-k slices; k None: all ids."""
     proposals = []
     for whole, _ in rows:
         slices: dict[Role, RowSlice] = {}
@@ -150,7 +150,7 @@ def test_slices_differ_from_full_rows_by_the_mass_outside() -> None:
         p = np.exp(complete.logits[i] - complete.logits[i].max())
         p /= p.sum()
         inside = sliced.ids[i][sliced.inside[i]]
-        assert distance == pytest.approx(1 - p[inside].sum())  # the candidates' own proportions are right
+        assert distance == pytest.approx(1 - p[inside].sum())  # the proportions among the candidates are equal
         assert differs == (sliced.tokens[i] != complete.tokens[i])
 
 

@@ -1,4 +1,4 @@
-"""The integer hashes: the same on every machine, different for different inputs."""
+"""The integer hashes are the same on every machine and differ for different inputs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def test_mixing_is_a_bijection_on_what_was_tried() -> None:
 def test_one_input_bit_moves_about_half_of_the_output_bits() -> None:
     flips = [(mix64(x) ^ mix64(x ^ (1 << bit))).bit_count() for x in range(50) for bit in range(64)]
     assert 30 < sum(flips) / len(flips) < 34
+
+
+def test_one_step_of_a_prefix_hash_is_one_mixing() -> None:
+    assert prefix_hash(11, 4) == mix64(11 + 5 * 0x9E3779B97F4A7C15)
 
 
 def test_hashes_are_built_token_by_token() -> None:

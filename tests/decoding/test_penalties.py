@@ -1,4 +1,4 @@
-"""Bias, penalties and bans against a plain reference."""
+"""Bias, penalties and bans compared with a plain reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUTPUT = Counter({5: 3, 9: 1, 77: 2, 4_000: 5})
 
 
 def reference(sampling: Sampling, banned: tuple[int, ...] = ()) -> list[float]:
-    """One id at a time, in the order that vLLM applies."""
+    """One id at a time, in the order of vLLM."""
     out = []
     for token, logit in zip(IDS.tolist(), LOGITS.tolist(), strict=True):
         logit += dict(sampling.logit_bias).get(token, 0.0)

@@ -1,4 +1,4 @@
-"""The choice of a token: noise, filters, ties, and that nothing else matters."""
+"""The choice of a token depends on noise, filters and ties only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.api.sampling_params import Sampling
-from actors.decoding.hashing import derive_seed, mix64, prefix_hash
+from actors.decoding.hashing import derive_seed, prefix_hash
 from actors.decoding.sampling import Floats, Ints, choose, filter_logits, gumbel, uniform
 
 SPAN = 1 << 32
@@ -24,7 +24,7 @@ FILTERS = [
 
 
 def rows(count: int, width: int, seed: int = 0) -> tuple[Ints, Floats]:
-    """Candidate ids, ascending, and logits of `count` rows."""
+    """Ascending candidate ids and logits of `count` rows."""
     draw = np.random.default_rng(seed)
     ids = np.sort(np.stack([draw.choice(150_000, width, replace=False) for _ in range(count)]), axis=1)
     return ids, draw.normal(0, 3, (count, width))
@@ -118,7 +118,7 @@ def test_padding_and_company_change_no_bit(seed: int) -> None:
 
 
 def reference_filter(logits: list[float], sampling: Sampling) -> set[int]:
-    """Places that survive, by the definition: temperature, min_p, top_k, then the nucleus of what is left."""
+    """Places that stay by definition: temperature, min_p, top_k, then the nucleus of the rest."""
     scaled = [z / sampling.temperature for z in logits]
     top = max(scaled)
     ranked = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
@@ -166,9 +166,3 @@ def test_the_same_seed_at_another_position_draws_anew() -> None:
     sampling = [Sampling(temperature=1.0)] * 50
     tokens = choose(ids, logits, sampling, np.full(50, 3, np.uint64), np.arange(50, dtype=np.uint64))
     assert len(set(tokens.tolist())) > 20
-
-
-def test_numpy_and_python_mix_equally() -> None:
-    # position and id enter through the running hash, so one step of it is one mixing.
-    golden = 0x9E3779B97F4A7C15
-    assert prefix_hash(11, 4) == mix64(11 + 5 * golden)

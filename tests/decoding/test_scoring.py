@@ -1,4 +1,4 @@
-"""Log-probabilities of rows, against whole rows worked out by hand."""
+"""Log-probabilities of candidates, compared with those computed from full rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_mass_outside_the_candidates_is_scaled_by_the_small_models() -> None:
 
 
 def test_candidates_beyond_a_small_models_mass_use_the_lowest_quarter() -> None:
-    """Events of another vocabulary may overlap: what they leave says nothing then."""
+    """Events of another vocabulary may overlap. Then the mass that they leave over means nothing."""
     target = np.log(np.array([[0.5, 0.2, 0.1, 0.2]]))
     guider = np.log(np.array([[0.8, 0.2, 0.1, 0.05]]))
     base = np.log(np.array([[0.7, 0.3, 0.2, 0.1]]))

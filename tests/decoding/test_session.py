@@ -1,4 +1,4 @@
-"""The state machine of a sequence: what it emits, when it ends, and what each role reads."""
+"""The state of a sequence: its text, its end, and each role's token stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL: tuple[Role, ...] = ("guider", "guider_base")
 
 @dataclass
 class Letters:
-    """A text stream: each id is its token, but for special tokens, and for `late` ids, whose text comes one later."""
+    """A text stream: each id is its token, except special tokens, and `late` ids, whose text comes one token later."""
 
     texts: dict[int, str]
     late: frozenset[int] = frozenset()
@@ -43,7 +43,7 @@ class Letters:
 
 @dataclass
 class Setting:
-    """Three vocabularies and what a session is asked for. `special`: added tokens without text."""
+    """Three vocabularies and the sessions over them. special: added tokens without text."""
 
     target: Vocabulary = field(default_factory=lambda: vocabulary({"<e>": 40, "<e2>": 41, END: 42}, ["<e>", "<e2>"]))
     small: Vocabulary = field(default_factory=lambda: vocabulary({"<e>": 52, END: 50}, ["<e>"], first=20))
@@ -81,7 +81,7 @@ class Setting:
 
 
 def feed(session: Session, tokens: Sequence[int] | str, alpha: float = 1.0) -> Delta:
-    """Commit tokens (or the text tokens of a string) until the session is over; all that it showed."""
+    """Commit tokens (or the text tokens of a string) until the session is over; return all text shown."""
     total = Delta()
     for token in [LETTER[c] for c in tokens] if isinstance(tokens, str) else tokens:
         assert session.finish_reason is None
@@ -95,7 +95,7 @@ def generated(session: Session, role: Role = "target") -> list[int]:
 
 
 THINK = Thinking(start="<think>", end=END, wait="bad")
-TEXT_TARGET = Setting(vocabulary({"<e>": 40, "<e2>": 41}, ["<e>", "<e2>"]))  # spells the thinking's end
+TEXT_TARGET = Setting(vocabulary({"<e>": 40, "<e2>": 41}, ["<e>", "<e2>"]))  # writes the thinking's end as text
 
 
 # -- streams
@@ -126,7 +126,7 @@ def test_another_models_stream_starts_from_its_seed_and_holds_nothing() -> None:
     assert stream.hash_before(2) == extend_hashes(8, [3, 1])[-1]
 
 
-# -- every role reads the answer in its own ids
+# -- streams of the roles
 
 
 def test_each_stream_has_the_answer_in_its_own_ids() -> None:
@@ -390,7 +390,7 @@ def test_content_may_end_at_once() -> None:
     assert session.finish_reason == "stop"
 
 
-# -- an end that stands there as text
+# -- an end that is written as text
 
 
 def test_an_end_written_as_text_becomes_the_roles_own_token() -> None:

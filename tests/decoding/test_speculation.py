@@ -1,4 +1,4 @@
-"""How far to guess ahead: the expected yield, the best length, and what a text says by itself."""
+"""The number of drafts: expected yield and best length; and drafts from the text itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps between vocabularies that share their text tokens and nothing else."""
+"""Maps between vocabularies that have only their text tokens in common."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_ordinary_token_is_not_mapped_to_another_models_end() -> None:
     assert mapping.to_role[40] == 41  # the end is the end
     assert mapping.to_role[41] == -1
     assert mapping.to_primary[40] == -1
-    assert mapping.tokens(41) == (41,)  # but is read as it is spelled
+    assert mapping.tokens(41) == (41,)  # but its text is that token
 
 
 def test_text_tokens_that_differ_are_refused_with_their_ids() -> None:

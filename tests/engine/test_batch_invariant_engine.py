@@ -21,7 +21,7 @@ TEXTS = {session: tokens(24, 200 + session) for session in range(SESSIONS)}
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def alone(request: pytest.FixtureRequest) -> tuple[str, dict[int, torch.Tensor]]:
-    """The rows [24, V] of every text's tokens, each session in an engine of its own company: none."""
+    """The rows [24, V] of every text's tokens, each session in an engine of its own."""
     run = Driver(StepEngine(ARCHITECTURES[request.param](), 2048, batch_invariant=True))
     reference = {}
     for session in range(SESSIONS):

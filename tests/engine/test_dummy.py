@@ -12,7 +12,7 @@ from tests.support.tiny_models import ARCHITECTURES, Driver, tokens
 
 
 def dummy(folder: Path, architecture: str, dtype: str = "auto") -> ModelSource:
-    """A source of a tiny architecture's config, and of nothing else."""
+    """A source with the config of a tiny architecture and no weights."""
     ARCHITECTURES[architecture]().config.save_pretrained(folder)
     return ModelSource(str(folder), device="cpu", dtype=dtype, load_format="dummy")
 
@@ -20,7 +20,7 @@ def dummy(folder: Path, architecture: str, dtype: str = "auto") -> ModelSource:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_config_alone_becomes_an_engine_in_the_dtype_asked_for(tmp_path: Path, architecture: str, dtype: str) -> None:
-    engine = load_engine(dummy(tmp_path, architecture, dtype), 128)  # which holds it against a plain forward
+    engine = load_engine(dummy(tmp_path, architecture, dtype), 128)  # which compares it with a plain forward
     assert engine.dtype == getattr(torch, dtype)
     run = Driver(engine)
     run.extend(1, tokens(9))

@@ -1,4 +1,4 @@
-"""The metadata of the flash back end, driven through an emulation of its operator: the operator itself needs a GPU."""
+"""The metadata of the flash back end, tested with an emulation of its operator, which itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POOL = 400
 
 
 def ragged(draw: random.Random, sequences: int) -> list[Span]:
-    """Spans at odd starts: decoding, checks and chunks of prompts."""
+    """Spans at odd starts: decoding, verifications and chunks of prompts."""
     spans, first, start = [], 0, draw.randrange(5)
     for _ in range(sequences):
         count = draw.choice([1, 1, 2, 5, 8, 17])
@@ -59,7 +59,7 @@ def test_ragged_batches_are_attended_as_the_gathered_back_end_does(
 
 
 def test_a_padded_decode_bucket_has_one_token_a_sequence() -> None:
-    """A kernel for one query a sequence takes token b for sequence b's."""
+    """A kernel with one query for each sequence takes token b as that of sequence b."""
     ours = step([Span(0, 1, 7, 9), Span(1, 1, 32, 1)], Layout(8, 0, 8, 1, 1024))
     varlen = ours.varlen_on(torch.device("cpu"))
     assert varlen.cu_q.tolist() == list(range(9))
@@ -93,7 +93,7 @@ def test_layers_that_the_operator_cannot_do_attend_gathered(width: int, call: La
 
 
 def test_the_operator_of_this_torch_has_the_arguments_that_are_passed() -> None:
-    """With a recent torch the operator takes the call as far as choosing a kernel, which a CPU has none of."""
+    """A recent torch accepts the call, and fails when it chooses a kernel, because a CPU has none."""
     ours = step([Span(0, 2, 3, 5)], Layout(2, 0, 1, 2, 5))
     query, pools = torch.randn(2, 2, 16), torch.randn(2, POOL + 1, 2, 16)
     with pytest.raises(NotImplementedError, match="_flash_attention_forward"):

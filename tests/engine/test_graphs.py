@@ -1,4 +1,4 @@
-"""Buckets as plain calls, through the emulated operator, and a stand-in for CUDA's capture, which needs a GPU."""
+"""Buckets as plain calls, with the emulated operator, and with a fake of CUDA's capture, which needs a GPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_it(batch: Batch, layout: L
 
 
 def steps() -> Iterator[list[tuple[int, int]]]:
-    """Sessions and their new tokens: prompts, decoding and checks in changing company."""
+    """Sessions and their new tokens: prompts, decoding and verifications in changing batches."""
     yield [(1, 30), (2, 3), (3, 1)]
     yield [(1, 1), (2, 1), (3, 1)]
     yield [(1, 5), (2, 1), (3, 3)]
@@ -65,7 +65,7 @@ def steps() -> Iterator[list[tuple[int, int]]]:
 
 
 class Counting(PlainRunner):
-    """A plain runner that spoils its last output before it runs again, as a replayed graph does."""
+    """A plain runner that overwrites its last output when it runs again, like a replayed graph."""
 
     layouts: list[Layout]
     last: torch.Tensor
@@ -99,7 +99,7 @@ def test_padded_buckets_give_the_rows_of_unpadded_steps(backend: str, window: in
 
 
 class Recorder:
-    """Stands in for CUDA's graphs: a replay runs what was captured again, on the inputs and spans of the capture."""
+    """A fake of CUDA's graphs: a replay repeats the captured call with its inputs and spans."""
 
     def __init__(self, compute: Any) -> None:
         self.compute = compute

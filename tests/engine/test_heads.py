@@ -23,8 +23,8 @@ def test_the_wide_head_is_the_float32_product_of_the_rounded_factors() -> None:
     assert isinstance(model.lm_head, Float32Head)
     assert model.lm_head.weight is weight  # still tied to the embeddings
     hidden = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
-    batch_invariant = hidden.double() @ weight.double().t()
-    torch.testing.assert_close(model.lm_head(hidden).double(), batch_invariant, rtol=1e-5, atol=1e-6)  # far within bf16
+    expected = hidden.double() @ weight.double().t()
+    torch.testing.assert_close(model.lm_head(hidden).double(), expected, rtol=1e-5, atol=1e-6)  # far within bf16
 
 
 def test_a_bias_is_added_in_float32() -> None:
@@ -42,5 +42,5 @@ def test_a_float32_head_stays() -> None:
 
 
 def test_torch_has_a_product_of_16_bit_factors_in_float32() -> None:
-    """What a head on a GPU calls; a CPU has no kernel for it."""
+    """A head on a GPU calls it. A CPU has no kernel for it."""
     assert "out_dtype" in str(torch.ops.aten.mm.dtype._schema)

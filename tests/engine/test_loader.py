@@ -55,7 +55,7 @@ def test_accelerate_places_the_weights(source: ModelSource) -> None:
     assert run.logits(1).dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft triggers it in transformers
 def test_an_adapter_changes_the_rows_as_peft_does(source: ModelSource, tmp_path: Path) -> None:
     torch.manual_seed(1)
     adapted = get_peft_model(qwen2(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))

@@ -1,4 +1,4 @@
-"""Two ranks on this machine's CPU (gloo) against one: the same tokens, and a loss that is noticed."""
+"""Two ranks on this machine's CPU (gloo) compared with one: the same tokens, and a lost rank is noticed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ALONE = {
 
 
 class Started:
-    """Starts followers and remembers them."""
+    """Starts followers and keeps their handles."""
 
     def __init__(self) -> None:
         self.followers: list[FollowerProcess] = []
@@ -60,7 +60,7 @@ class Started:
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ranks that share cores only wait for one another's threads."""
+    """One thread: ranks that share cores would wait for each other's threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

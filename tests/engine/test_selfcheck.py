@@ -77,7 +77,7 @@ def test_a_fused_back_end_that_keeps_the_semantics_passes(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("change", ["starts", "window", "lengths", "scale"])
 def test_a_fused_back_end_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    """As one would that takes differences of starts for lengths, or ignores what it was told."""
+    """Like a back end that uses differences of starts as lengths, or ignores lengths."""
 
     def other(*arguments: Any, **named: Any) -> Any:
         query, keys, values, cu_q, starts, *rest = arguments

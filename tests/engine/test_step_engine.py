@@ -64,7 +64,7 @@ def test_a_rewind_within_and_past_a_sliding_window_leaves_no_trace(architecture:
 
 @pytest.mark.parametrize("target", ["pieces", "grouped", "bytes"])
 def test_logits_after_every_rollback_are_those_of_a_fresh_prefill(target: str) -> None:
-    """A small model reads, token by token, what a target of another family says."""
+    """A small model gets its own tokens of a text that a target with another vocabulary writes."""
     pair = alignment(target, "small")
     engine = StepEngine(qwen2(), 1024)
     run, stream = Driver(engine), Stream(0, tokens(3))
@@ -154,7 +154,7 @@ def test_a_fork_evicts_no_other_session() -> None:
     run.extend(1, text)
     blocks = run.blocks(1)
     assert not run.engine.fork(2, text[:32], blocks, 0)
-    assert run.engine.fork(1, text[:32], blocks, 1)  # its own prompt, sent anew
+    assert run.engine.fork(1, text[:32], blocks, 1)  # its own prompt, sent again
     assert run.extend(1, text[32:], at=32) == Held(1, 40, 8)
     assert run.engine.cache_stats().sessions == 1
     run.engine.check()

@@ -1,4 +1,4 @@
-"""Small vocabularies by hand: letters as text tokens, and added tokens anywhere."""
+"""Small vocabularies for tests: letters as text tokens, and added tokens at any ids."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def text(first: int = 0) -> dict[str, int]:
 def vocabulary(
     added: Mapping[str, int], eos: Sequence[str] = (), *, first: int = 0, width: int | None = None
 ) -> Vocabulary:
-    """A vocabulary whose rows are `width` wide; without one, as wide as its ids."""
+    """A vocabulary. width: of its rows, by default that of its ids."""
     ids = {**text(first), **added}
     return Vocabulary(text(first), dict(added), tuple(added[e] for e in eos), width or max(ids.values()) + 1)
 
 
 def adapter(of: Vocabulary) -> Callable[[str], list[int]]:
-    """Encodes as a tokenizer does: added tokens as they stand, the rest letter by letter."""
+    """Encodes like a tokenizer: added tokens first, the rest letter by letter."""
 
     def encode(string: str) -> list[int]:
         ids = []

@@ -54,12 +54,12 @@ def gemma2() -> Any:
 
 
 def mistral() -> Any:
-    """Every layer slides."""
+    """Every layer has a sliding window."""
     return _build(MistralForCausalLM, MistralConfig(**_SHAPE, sliding_window=WINDOW))
 
 
 def wide_heads(window: int | None = None) -> Any:
-    """Heads of 16, a width that fused kernels take; every layer slides if a window is given."""
+    """Heads of width 16, which fused kernels accept; with `window`, every layer has a sliding window."""
     if window is None:
         return _build(LlamaForCausalLM, LlamaConfig(**_SHAPE, head_dim=16))
     return _build(MistralForCausalLM, MistralConfig(**_SHAPE, head_dim=16, sliding_window=window))
@@ -83,7 +83,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 
 class Driver:
-    """Keeps the tokens of sessions as their owner does, and makes extends of them."""
+    """Keeps the tokens of sessions, like a coordinator, and makes extends of them."""
 
     def __init__(self, engine: StepEngine) -> None:
         self.engine = engine
@@ -92,7 +92,7 @@ class Driver:
     def make(
         self, session: int, new: Sequence[int], rows: int | None = None, at: int | None = None, age: int | None = None
     ) -> Extend:
-        """An extend at the end of the session, or at position `at` after a rewind; all rows unless told."""
+        """An extend at the end of the session, or at position `at` after a rewind. rows None: all rows."""
         held = self.tokens.setdefault(session, [])
         del held[len(held) if at is None else at :]
         hashes = [self.engine.hash_seed, *extend_hashes(self.engine.hash_seed, held)]

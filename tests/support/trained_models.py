@@ -1,4 +1,4 @@
-"""Tokenizers trained from text at hand, and small language models over them."""
+"""Tokenizers trained on local text, and small language models over them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ KINDS = ("grouped", "single", "large", "pieces", "bytes")
 
 @cache
 def texts() -> dict[str, Corpus]:
-    """What is at hand, by kind."""
+    """The local texts by kind."""
     return corpora(60_000)
 
 
 @cache
 def tokenizer(kind: str) -> RoleTokenizer:
-    """grouped: byte pairs, up to three digits together; single: single digits; small: the same, few of them; large: the
-    same, other text, more of it; pieces: SentencePiece's unigram; bytes: nothing but bytes."""
+    """A tokenizer of a kind.
+
+    grouped: byte-level BPE, up to three digits in a token. single: single digits. small: the same with few tokens.
+    large: the same with more tokens, of another text. pieces: SentencePiece's unigram. bytes: one token for each byte.
+    """
     english, math, code = (texts()[name].train for name in ("english", "reasoning", "code"))
     if kind == "small":
         return byte_pairs([english, math], 500, ONE_DIGIT)
@@ -46,7 +49,7 @@ def alignment(target: str, role: str) -> Alignment:
 
 
 def hashed(of: RoleTokenizer, seed: int, order: int = 3) -> Callable[[Sequence[int]], Floats]:
-    """Logits that follow from the texts of the newest tokens, whatever the ids."""
+    """Logits that depend on the texts of the newest tokens, not on their ids."""
     texts = [text if text is not None else b"" for text in of.adapter.texts]
     texts += [b"<end>"] * (of.width - len(texts))
     vectors = np.stack([_vector(bytes([seed]) + text) for text in texts])

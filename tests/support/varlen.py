@@ -1,4 +1,4 @@
-"""What `aten::_flash_attention_forward` computes with `seqused_k`, in plain torch on any device and dtype."""
+"""The computation of `aten::_flash_attention_forward` with `seqused_k`, in plain torch on any device and dtype."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def emulated_flash(
     assert window_size_right in (None, 0)
     group = query.shape[1] // keys.shape[1]
     out = torch.full_like(query, math.nan)
-    if max_q == 1:  # the kernel then takes token b for sequence b's, whatever cu_q says
+    if max_q == 1:  # the kernel then takes token b as that of sequence b and ignores cu_q
         assert len(query) == batch
         assert cu_q.tolist() == list(range(batch + 1))
     for b in range(batch):

@@ -1,4 +1,4 @@
-"""Tables of two vocabularies on disk."""
+"""The cache of two vocabularies' tables on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sessions know of the vocabularies, built from tokenizers."""
+"""Maps between vocabularies, built from tokenizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokens that straddle the end of what a target of another family said."""
+"""Tokens of a small model that cross the end of a text by a target with another vocabulary."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _count(crossing_tokens: object) -> int:
 
 
 def test_a_crossing_token_counts_for_tokens_that_its_next_token_represents() -> None:
-    """The small model is certain of "$\\", the target has "\\" and "\\frac", and said "$": both may come."""
+    """The small model is certain of "$\\", the target has "\\" and "\\frac" and wrote "$": both are possible."""
     pair, tried = alignment("pieces", "single"), 0
     represented_by = pair.tables.represented_by
     longer = {

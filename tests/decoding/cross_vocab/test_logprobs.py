@@ -1,4 +1,4 @@
-"""What small models of another vocabulary say of the target's tokens."""
+"""Log-probabilities of the target's tokens under small models with another vocabulary."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_events_of_a_row_share_one_probability(target: str, role: str) -> No
     totals = []
     for token in pair.target.encode(texts()["english"].train[:400])[0]:
         masses = model.masses()
-        # Tokens that are nobody's image borrow the mass of one that is: they do not count twice.
+        # Tokens that are no image use the mass of one that is. They do not count twice.
         images = np.unique(pair.tables.image[pair.tables.image >= 0])
         totals.append(float(np.exp(masses[images]).sum()))
         model.push(token)
@@ -111,7 +111,7 @@ def test_a_target_of_bytes_approaches_the_sum_over_all_tokenizations() -> None:
     for at, byte in enumerate(text):
         before.append((tuple(aligned.stream.tokens), at))
         masses = np.exp(aligned.masses())
-        # All spellings that begin at the true tokens of up to five bytes ago.
+        # All token sequences that begin at the true tokens of up to five bytes ago.
         start, begun = next((tokens, n) for tokens, n in before[-6:] if _settled(pair, tokens, text[:at], n))
         exact = _first_bytes(model, pair, start, text[begun:at], depth=6)
         exact = np.exp(exact - np.logaddexp.reduce(exact))
@@ -123,7 +123,7 @@ def test_a_target_of_bytes_approaches_the_sum_over_all_tokenizations() -> None:
 
 
 def _settled(pair: Alignment, tokens: Sequence[int], text: bytes, begun: int) -> bool:
-    """Whether a text's true tokens begin with those of its first `begun` bytes."""
+    """True if a text's true tokens begin with those of its first `begun` bytes."""
     return pair.role.encode(text.decode())[0][: len(tokens)] == list(tokens)
 
 

@@ -1,4 +1,4 @@
-"""A small model's tokens of a text that comes in pieces are those of the whole text."""
+"""A small model's tokens of a text in pieces equal those of the whole text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STRANGE = (
 
 
 def _draw(draw: random.Random) -> str:
-    """A text of strange pieces and of running text."""
+    """A text of unusual pieces and of prose."""
     corpus = draw.choice(list(texts().values()))
     running = corpus.held_out + corpus.train
     start = draw.randrange(len(running) - 200)
@@ -63,7 +63,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_added_token_in_the_text_is_one_token_in_any_context(kind: str) -> None:
-    """As a tokenizer does that finds its added tokens before it splits anything."""
+    """Like a tokenizer, which finds its added tokens before it splits anything."""
     adapter, draw = tokenizer(kind).adapter, random.Random(13)
     whole_texts = {"<think>": 100_001, "</think>": 100_002, "</thinking aloud>": 100_003}
     found = 0
@@ -87,7 +87,7 @@ def test_no_token_crosses_the_end_of_an_added_token() -> None:
     pair = alignment("grouped", "single")
     reading = IncrementalRetokenizer(pair.role, AddedTokenMatcher({"</think>": 100_002}))
     reading.push(0, b"so</think")
-    reading.push(pair.target.encode(">")[0][0], b">The")  # one token of the target reaches over it
+    reading.push(pair.target.encode(">")[0][0], b">The")  # one token of the target spans it
     boundaries = reading.boundaries(pair.crossing_finder)
     assert boundaries is None or boundaries.first >= len(reading)
 
@@ -104,7 +104,7 @@ def test_invalid_bytes_become_byte_tokens_and_a_hard_boundary(role: str) -> None
 
 
 def test_words_in_pieces_have_the_tokens_of_the_whole() -> None:
-    """WordPiece, which has no spaces and no case: its tokens stand for other bytes than their own."""
+    """WordPiece has no spaces and no case: the bytes of its tokens differ from the text."""
     words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

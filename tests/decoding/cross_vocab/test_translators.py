@@ -1,4 +1,4 @@
-"""Ends of texts and marks of thinking between families, with models that say what a test wants."""
+"""Ends of texts and thinking markers across vocabularies, with models of given probabilities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASE = role_tokenizer(byte_level(("<|end|>", "<|turn|>")))
 
 
 def saying(shares: Mapping[int, float], width: int) -> Floats:
-    """Logits of a model that says these tokens with these probabilities, all others alike with the rest."""
+    """Logits of a model with these probabilities of tokens; all others share the rest equally."""
     row = np.full(width, np.log((1 - sum(shares.values())) / (width - len(shares))))
     for token, share in shares.items():
         row[token] = np.log(share)
