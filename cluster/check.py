@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fetch(config, console)
         return check(config, listening_host(options.file), console, old_keys)
     except ConfigError as error:
-        for line in str(error).splitlines():
-            console.print(f"[bold red]error[/] {options.file}: ", end="")
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        show_config_error(console, options.file, error)
         return 1
 
 
@@ -57,10 +55,29 @@ def read_with_old_keys(file: Path) -> tuple[ServiceConfig, list[Finding]]:
     return config, [Finding("warning", "config", str(each.message)) for each in caught]
 
 
-def check(config: ServiceConfig, host: str, console: Console, old_keys: Sequence[Finding] = ()) -> int:
-    """Print the costs and all findings. Returns 1 if the service cannot start. host: the address that it listens on.
+def show_config_error(console: Console, file: Path, error: ConfigError) -> None:
+    """Print a line for each key that is wrong."""
+    for line in str(error).splitlines():
+        console.print(f"[bold red]error[/] {file}: ", end="")
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    old_keys: findings of `read_with_old_keys`.
+
+def check(config: ServiceConfig, host: str, console: Console, old_keys: Sequence[Finding] = ()) -> int:
+    """Print the costs and all findings. Returns 1 if the service cannot start. Arguments: see `examine`."""
+    costs, gpus, found = examine(config, host, old_keys)
+    show(console, costs, gpus, found)
+    errors = sum(finding.severity == "error" for finding in found)
+    console.print(f"[bold red]{errors} errors: the service would not start.[/]" if errors else "[green]Ready.[/]")
+    return 1 if errors else 0
+
+
+def examine(
+    config: ServiceConfig, host: str, old_keys: Sequence[Finding] = ()
+) -> tuple[list[Estimate], list[int], list[Finding]]:
+    """Each role's costs, the bytes of memory of each GPU that is needed, and the findings, errors first.
+
+    host: the address that the service listens on. old_keys: findings of `read_with_old_keys`. Raises ConfigError where
+    API keys or tokenizers cannot be read.
     """
     tokenizers = load_tokenizers(config)
     found = [*old_keys, *findings(config, tokenizers)]
@@ -74,10 +91,7 @@ def check(config: ServiceConfig, host: str, console: Console, old_keys: Sequence
     found += disk_findings(estimates, free_disk())
     found += authentication_findings(config.router, host)
     found.sort(key=Finding.rank)
-    show(console, estimates, gpus, found)
-    errors = sum(finding.severity == "error" for finding in found)
-    console.print(f"[bold red]{errors} errors: the service would not start.[/]" if errors else "[green]Ready.[/]")
-    return 1 if errors else 0
+    return estimates, gpus, found
 
 
 def authentication_findings(router: RouterConfig, host: str) -> list[Finding]:

@@ -23,6 +23,11 @@ def show(console: Console, estimates: Sequence[Estimate], gpus: Sequence[int], f
         console.print(f"GPUs of this machine: {', '.join(size(gpu) for gpu in gpus)}")
         console.print(fit_table(estimates, min(gpus)))
     console.print(f"Hub cache: {HF_HUB_CACHE}, {size(free_disk())} free", highlight=False, soft_wrap=True)
+    show_findings(console, found)
+
+
+def show_findings(console: Console, found: Sequence[Finding]) -> None:
+    """Print one line for each finding."""
     for finding in found:
         text = f"[{_STYLES[finding.severity]}]{finding.severity}[/] {finding.role}: {escape(finding.message)}"
         console.print(text, highlight=False, soft_wrap=True)
