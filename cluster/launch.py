@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray import serve
@@ -55,28 +56,51 @@ def running_service(
 
 
 @contextmanager
-def local_ray(num_cpus: int, num_gpus: int | None = None, *, dashboard: bool = False) -> Iterator[None]:
-    """A Ray cluster of this machine alone, and this process as its driver. Raises LaunchError."""
+def local_ray(
+    num_cpus: int | None = None, num_gpus: int | None = None, *, dashboard: bool = False, **options: Any
+) -> Iterator[None]:
+    """A Ray cluster of this machine alone, and this process as its driver. Raises LaunchError.
+
+    num_cpus, num_gpus: None: as Ray counts them. options: further arguments of `ray.init`.
+    """
     os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
+    defaults = {"dashboard_port": free_port(), "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=dashboard,
-            dashboard_port=free_port(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except Exception as error:
-        ray.shutdown()
-        raise LaunchError(f"Ray did not start on this machine: {error}\n{_LOGS}") from error
-    try:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=dashboard,
+                **defaults | options,
+            )
+        except Exception as error:
+            raise LaunchError(f"Ray did not start on this machine: {error}\n{_LOGS}") from error
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         yield
     finally:
         ray.shutdown()
+
+
+def join_ray(**options: Any) -> bool:
+    """Connect this process to the Ray cluster at RAY_ADDRESS, by default to one that runs on this machine.
+
+    False if RAY_ADDRESS is "local", or if it is not set and no cluster runs here: the caller needs one of its own.
+    options: further arguments of `ray.init`. Raises LaunchError if no cluster answers at RAY_ADDRESS.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        return False
+    defaults = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address=address or "auto", **defaults | options)
+    except ConnectionError as error:
+        if address:
+            raise LaunchError(f"no Ray answers at RAY_ADDRESS={address}: {error}") from error
+        return False
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return True
 
 
 def free_port() -> int:

@@ -7,8 +7,6 @@ starts its own.
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ import ray
 from ray import serve
 
 from actors.config import ServiceConfig
-from cluster.launch import LaunchError, running_service
+from cluster.launch import LaunchError, join_ray, running_service
 from cluster.serve_file import read_service_config
 from router.app import ServedCoordinators, bind
 from router.backend import Backend
@@ -50,7 +48,7 @@ def connected(file: Path, log: Log, adapted: Adapted | None = None) -> Iterator[
     wanted = read_service_config(file)
     if adapted is not None:
         wanted = adapted(wanted)
-    if not joined():
+    if not join_ray():
         log("no Ray runs here: starting Ray and the service ...")
         with running_service(wanted):
             yield _connection(wanted.name)
@@ -73,21 +71,6 @@ async def ready(backend: Backend, deadline_s: float, log: Log) -> None:
             log(f"waiting for {awaited}")
             logged = awaited
         await asyncio.sleep(POLL_S)
-
-
-def joined() -> bool:
-    """Join a running Ray. Returns False if the job must start its own. Raises LaunchError."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address == "local":
-        return False
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        if address:
-            raise LaunchError(f"no Ray answers at RAY_ADDRESS={address}: {error}") from error
-        return False
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    return True
 
 
 @contextmanager

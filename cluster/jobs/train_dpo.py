@@ -34,14 +34,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from actors.config import ConfigError, ModelConfig, ServiceConfig
-from cluster.jobs.connecting import joined
 from cluster.jobs.dpo.data import make_data
 from cluster.jobs.dpo.journal import Journal, Line
 from cluster.jobs.dpo.record import Record
 from cluster.jobs.dpo.training import Training, load_training
 from cluster.jobs.evaluate import require_lasting, run_job, stoppable
 from cluster.jobs.results import RunError
-from cluster.launch import local_ray
+from cluster.launch import join_ray, local_ray
 from cluster.serve_file import read_service_config
 
 POLL_S = 0.5
@@ -192,7 +191,7 @@ def _ray() -> Iterator[None]:
     """The Ray that this process has joined, the cluster of the job, or a new local one."""
     if ray.is_initialized():
         yield
-    elif joined():
+    elif join_ray():
         try:
             yield
         finally:
