@@ -16,8 +16,7 @@ dpo: .venv/ready ## pairs from the embedded trio, a guider trained on them, and 
 	$(BIN)/python -m cluster.demo.dpo $(ARGS)
 
 serve: .venv/ready ## the service of $(CONFIG) in the foreground, on this machine
-	$(BIN)/python -m cluster.check $(CONFIG)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/serve run --working-dir . $(CONFIG)
+	@$(BIN)/python -m cluster.serve $(CONFIG)
 
 # One thread a process: the trio is so small that more would only wait for each other.
 test test-all: export OMP_NUM_THREADS = 1

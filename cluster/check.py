@@ -58,7 +58,7 @@ def read_with_old_keys(file: Path) -> tuple[ServiceConfig, list[Finding]]:
 def show_config_error(console: Console, file: Path, error: ConfigError) -> None:
     """Print a line for each key that is wrong."""
     for line in str(error).splitlines():
-        console.print(f"[bold red]error[/] {file}: ", end="")
+        console.print(f"[bold red]error[/] {file}: ", end="", soft_wrap=True)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

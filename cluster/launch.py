@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -103,8 +104,32 @@ def join_ray(**options: Any) -> bool:
     return True
 
 
+@contextmanager
+def claimed_port(host: str, port: int) -> Iterator[None]:
+    """Holds an HTTP port for Ray Serve's proxy while the context lasts. Raises LaunchError if it is taken.
+
+    The proxy binds with SO_REUSEPORT, so that the kernel would let two services of one user share a port. A socket
+    without this option is refused beside any other listener, with or without it. Once bound it takes the option, so
+    that the proxy may listen beside it; it gives up SO_REUSEADDR, so that no other claim is granted meanwhile.
+    """
+    with ExitStack() as stack:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            claim = stack.enter_context(socket.socket(family, kind, protocol))
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier run may linger
+            claim.bind(address)
+        except OSError as error:
+            way_out = "set another http_options.host or http_options.port in the Serve config file"
+            if error.errno == errno.EADDRINUSE:
+                raise LaunchError(f"port {port} of {host} is taken: stop what listens on it, or {way_out}") from error
+            raise LaunchError(f"port {port} of {host} cannot be used ({error.strerror}): {way_out}") from error
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        yield
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
+    """A TCP port of the loopback interface that no process listens on now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
