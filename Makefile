@@ -7,7 +7,11 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reor
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo dpo serve test test-all lint bench format train docs clean
+# Without a target: the list of targets.
+help: ## every target with its description
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: help demo dpo serve test test-all lint bench format train docs clean
 
 demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo $(ARGS)
@@ -15,27 +19,27 @@ demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
 dpo: .venv/ready ## pairs from the embedded trio, a guider trained on them, and what that is worth
 	$(BIN)/python -m cluster.demo.dpo $(ARGS)
 
-serve: .venv/ready ## the service of $(CONFIG) in the foreground, on this machine
+serve: .venv/ready ## the service of CONFIG=ray_config.yaml, until Ctrl-C; VERBOSE=1 shows Ray's log lines
 	@$(BIN)/python -m cluster.serve $(CONFIG)
 
 # One thread a process: the trio is so small that more would only wait for each other.
 test test-all: export OMP_NUM_THREADS = 1
-test: .venv/ready ## what a change must pass, in $(JOBS) processes
+test: .venv/ready ## what a change must pass, in JOBS=2 processes
 	$(PYTEST) -m "not slow"
 
 test-all: .venv/ready ## every test, those that are marked slow too; before a release
 	$(PYTEST)
 
-lint: .venv/ready
+lint: .venv/ready ## format, lint rules and types, checked
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: .venv/ready
+format: .venv/ready ## format, and fix what the lint rules can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/ready ## each prints a table and, last, one line of JSON
+bench: .venv/ready ## the benchmarks; each prints a table and, last, one line of JSON
 	$(BIN)/python -m benchmarks.effect
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.exchange
@@ -48,7 +52,7 @@ train: .venv/ready ## rebuild the embedded trio from its seed
 docs: .venv/ready ## build the documentation's site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-clean:
+clean: ## remove .venv
 	rm -rf .venv
 
 .venv/ready: pyproject.toml constraints.txt
