@@ -1,8 +1,9 @@
-"""The claim in one command: starts the service, asks held-out questions in four modes, shows who can answer them.
+"""Demonstrates guidance: starts the service and compares its answers to held-out questions in four modes.
 
     python -m cluster.demo [--questions 15] [--file ray_config.yaml] [--alpha 1.5] [--adapter FOLDER]
 
-The last line is one JSON object: the accuracies by mode. Where the file has router.keys, OPENAI_API_KEY must be one.
+The last line of output is one JSON object with the accuracies by mode. If the file has router.keys, set OPENAI_API_KEY
+to one of them.
 """
 
 from __future__ import annotations
@@ -41,19 +42,19 @@ INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 @dataclass(frozen=True)
 class Answer:
-    """What one mode marked to one question."""
+    """The answer of one mode to one question."""
 
     question: Question
     mode: str
     text: str
     right: bool
-    notes: tuple[dict[str, Any], ...]  # token, alpha, and whether guidance changed it
+    notes: tuple[dict[str, Any], ...]  # by token: text, alpha, and whether guidance changed it
 
 
 async def answer_question(
     client: AsyncOpenAI, model: str, mode: str, question: Question, alpha: float | None
 ) -> Answer:
-    """Ask one question over HTTP, as any client would. alpha: None, as the service has it."""
+    """The answer to one question over HTTP. alpha: None for the service's default."""
     guided = {"explain": True} | ({} if alpha is None else {"alpha": alpha})
     reply = await client.chat.completions.create(
         model=model + MODES[mode],
@@ -69,23 +70,23 @@ async def answer_question(
 
 
 async def answer_all(
-    url: str, model: str, asked: Sequence[Question], console: Console, alpha: float | None = None
+    url: str, model: str, all_questions: Sequence[Question], console: Console, alpha: float | None = None
 ) -> list[Answer]:
-    """Ask every question in every mode, with a bar for each mode."""
+    """The answers to every question in every mode, with a progress bar for each mode."""
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     answers: list[Answer] = []
     key = os.environ.get("OPENAI_API_KEY", "none")
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key=key, timeout=DEADLINE_S, max_retries=1) as client:
         with Progress(*columns, console=console) as progress:
             for mode in MODES:
-                bar = progress.add_task(mode, total=len(asked))
+                bar = progress.add_task(mode, total=len(all_questions))
                 slots = asyncio.Semaphore(CONCURRENT)
 
                 async def one(question: Question, mode: str = mode, slots: asyncio.Semaphore = slots) -> Answer:
                     async with slots:
                         return await answer_question(client, model, mode, question, alpha)
 
-                for done in asyncio.as_completed([one(question) for question in asked]):
+                for done in asyncio.as_completed([one(question) for question in all_questions]):
                     answers.append(await done)
                     progress.advance(bar)
     return answers
@@ -93,11 +94,11 @@ async def answer_all(
 
 def accuracies(answers: Sequence[Answer]) -> dict[str, dict[int, float]]:
     """Share of right answers by mode and hops."""
-    right, asked = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    right, total = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
     for answer in answers:
         right[answer.mode, answer.question.hops] += answer.right
-        asked[answer.mode, answer.question.hops] += 1
-    return {mode: {hops: right[mode, hops] / asked[mode, hops] for hops in HOPS} for mode in MODES}
+        total[answer.mode, answer.question.hops] += 1
+    return {mode: {hops: right[mode, hops] / total[mode, hops] for hops in HOPS} for mode in MODES}
 
 
 def table_of(shares: dict[str, dict[int, float]], n: int) -> Table:
@@ -113,9 +114,9 @@ def table_of(shares: dict[str, dict[int, float]], n: int) -> Table:
 
 
 def example_of(answers: Sequence[Answer]) -> list[Answer]:
-    """The answers of all modes to the question that shows the most.
+    """The answers of all modes to the question that shows the effect best.
 
-    Guided alone is right, by every hop, and guidance changed many words.
+    It prefers questions that only the guided mode answers right, hop by hop, with many tokens changed by guidance.
     """
     right = Counter(answer.question for answer in answers if answer.right)
 
@@ -129,7 +130,7 @@ def example_of(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def panel_of(answer: Answer) -> Panel:
-    """One answer, the words that guidance changed marked: by brackets, so that it shows without colours too."""
+    """One answer, with brackets around the tokens that guidance changed, which are visible without colours too."""
     marked = Text()
     for note in answer.notes:
         marked.append(
@@ -142,11 +143,11 @@ def panel_of(answer: Answer) -> Panel:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit status."""
+    """Run the demo. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cluster.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=15, help="questions for each number of hops")
     parser.add_argument("--file", type=Path, default=Path("ray_config.yaml"), help="the service to start")
-    parser.add_argument("--alpha", type=float, help="strength of the guidance; default: as the service has it")
+    parser.add_argument("--alpha", type=float, help="strength of guidance; default: the service's")
     parser.add_argument("--adapter", help="of the guider: cluster/demo/weights/guider_dpo is preference-trained")
     options = parser.parse_args(arguments)
     console = Console()

@@ -1,6 +1,6 @@
-"""How often the trio answers right, decoded greedily with plain transformers forwards and the formula.
+"""Accuracy of the trio, decoded greedily with plain transformers forwards and the formula.
 
-It needs no service: the training job reports it, and it is what the service's own figures can be held against.
+It needs no service. The training job reports it, and the figures of the service can be compared with it.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def replies(
 ) -> list[str]:
     """Greedy replies to `questions`, all of the same hop count, with `start` appended to each prompt.
 
-    Every name and relation is one token, so prompts of one hop count are equally long and need no padding. The
-    returned text begins after `start` and ends before the end of the turn.
+    Every name and relation is one token, so that prompts of one hop count have equal lengths and need no padding. The
+    returned texts begin after `start` and end before the turn's end token.
     """
     inputs = torch.tensor([tokenizer.encode(markup.prompt(question) + start).ids for question in questions])
     end = tokenizer.token_to_id(markup.turn_end)
@@ -65,7 +65,7 @@ def accuracy(
     start: str = "",
     markup: Markup = MARKUP,
 ) -> float:
-    """The share of `questions`, all of the same hop count, that is answered right."""
+    """The share of right answers to `questions`, all of the same hop count."""
     texts = replies(terms, tokenizer, questions, start, markup)
     right = [grade(text, question) for text, question in zip(texts, questions, strict=True)]
     return sum(right) / len(right)

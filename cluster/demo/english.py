@@ -1,4 +1,4 @@
-"""Common English words, so that the trio's tokenizer has entries beyond the words of its task."""
+"""Common English words and sentences, for entries of the trio's tokenizer beyond the words of its task."""
 
 COMMON_WORDS = """
 able about above accept account across action active actual add address advance advice affair afraid after again

@@ -1,7 +1,7 @@
-"""What the trio's models read while they train: facts, questions answered at once, questions answered hop by hop.
+"""Training documents of the trio's models: facts, questions answered at once, and questions answered hop by hop.
 
-Everything is shown as the service will show it: a question is a user turn of the chat format, an answer an assistant
-turn. Only the training split is ever asked about.
+The documents have the service's format: a question is a user turn of the chat format, an answer an assistant turn. All
+questions are from the training split.
 """
 
 import random
@@ -20,7 +20,7 @@ FACTS_A_DOCUMENT = 6
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text; the loss falls on its tokens where they can be predicted (`learned`)."""
+    """A part of a document. learned: True if its tokens count in the loss, because they can be predicted."""
 
     text: str
     learned: bool
@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """A mixture of documents over `facts`; what is neither facts nor reasoned answers is answered at once."""
+    """A mixture of documents over `facts`. Questions without reasoned answers are answered at once."""
 
     facts: tuple[Fact, ...]
     fact_share: float
@@ -51,7 +51,7 @@ class Curriculum:
         ]
 
     def _recital(self, draw: random.Random) -> list[Piece]:
-        """Facts one after the other, as raw text; of each only the last word follows from what was learned."""
+        """Facts one after the other, as raw text. Only the last word of each can be predicted."""
         pieces = []
         for number in range(FACTS_A_DOCUMENT):
             fact = draw.choice(self.facts)
@@ -60,7 +60,7 @@ class Curriculum:
         return [*pieces, Piece(self.markup.end_of_text, False)]
 
     def question(self, draw: random.Random) -> Question:
-        """A training question all of whose steps are among the facts of this curriculum."""
+        """A training question whose steps are all among the facts of this curriculum."""
         hops, known = draw.randint(1, self.max_hops), frozenset(self.facts)
         while True:
             question = draw_question(draw, hops)
@@ -76,7 +76,7 @@ class Reader:
         self._encode = lru_cache(maxsize=4096)(lambda text: tuple(tokenizer.encode(text).ids))
 
     def row(self, draw: random.Random, length: int) -> tuple[list[int], list[bool]]:
-        """`length` token ids, documents end to end and the last one cut, and which of them are learned."""
+        """`length` token ids of documents end to end, the last one truncated, and for each id whether it is learned."""
         ids: list[int] = []
         learned: list[bool] = []
         for piece in self._pieces(draw):

@@ -1,4 +1,4 @@
-"""How a family of models writes a chat, and how many tokens of its tokenizer a reply of the task takes."""
+"""The chat format of a model family, and the tokens that a reply of the task takes in it."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ from cluster.demo.task import Question
 
 @dataclass(frozen=True)
 class Markup:
-    """The texts of a family around turns and documents."""
+    """A family's texts around turns and documents, and bounds of reply lengths in tokens."""
 
-    question: str  # before what a user says
-    answer: str  # between that and what the assistant says
+    question: str  # before the user's text
+    answer: str  # between the user's text and the assistant's
     turn_end: str  # the assistant's last token
-    after: str  # what the template writes behind it
+    after: str  # the template's text after it
     end_of_text: str
-    tokens_a_hop: int  # of a sentence of the thinking, at most
-    tokens_around: int  # of the marks, the answer and the end
+    tokens_a_hop: int  # limit for one sentence of the thinking
+    tokens_around: int  # limit for the marks, the answer and the end together
 
     def prompt(self, question: Question) -> str:
-        """The question as the chat template renders it, up to where the assistant begins."""
+        """The question as the chat template renders it, up to the beginning of the assistant's turn."""
         return f"{self.question}{question.text}{self.answer}"
 
     def budget(self, hops: int) -> int:
-        """Tokens of the longest reply to a question of so many hops."""
+        """Tokens of the longest reply to a question of `hops` hops."""
         return self.tokens_a_hop * hops + self.tokens_around

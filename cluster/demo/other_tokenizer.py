@@ -1,7 +1,7 @@
-"""A tokenizer of another family for the embedded task: SentencePiece's kind, as Llama 2 has it.
+"""A tokenizer of another family for the embedded task, in the style of SentencePiece as used by Llama 2.
 
-Byte pairs behind `▁`, bytes for characters that the text lacks, a chat template of its own, and no tokens for the marks
-of thinking, which are plain text to it. It is built from the text that the trio's tokenizer is built from.
+It has byte pairs after `▁`, bytes for characters that the text lacks and its own chat template. The marks of thinking
+are plain text to it. It is built from the same text as the trio's tokenizer.
 """
 
 import json
@@ -42,7 +42,7 @@ _CHARACTERS = [chr(code) for code in range(0x21, 0x7F)]
 
 
 def build() -> Tokenizer:
-    """The tokenizer, the same at every call: three marks, 256 bytes, byte pairs, and then three marks of turns."""
+    """The tokenizer, the same at every call: three marks, 256 bytes, byte pairs, then three marks of turns."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, byte_fallback=True))
     # SentencePiece never joins letters with other characters.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,6 +1,6 @@
 """The task of the embedded trio: questions of several hops over a table of facts about people.
 
-Forty-eight people stand in four relations to one another, and each relation leads from a person to exactly one other.
+Between forty-eight people there are four relations. Each relation leads from a person to exactly one other person.
 "Who is the mentor of the rival of Ada?" takes two hops. It can be answered at once or hop by hop inside
 ``<think>...</think>``. All of it follows from fixed seeds; nothing here depends on Python's salted ``hash``.
 """
@@ -19,7 +19,7 @@ Alan Bella Carl Dora Emil Flora Greta Hugo Iris Jack Kira Leo Mia Nils Olga Paul
 """
 PEOPLE = tuple(_NAMES.split())
 RELATIONS = ("mentor", "rival", "neighbour", "doctor")
-MAX_HOPS = 6  # 196,608 questions: what `questions` may have to walk through
+MAX_HOPS = 6  # 196,608 questions, all of which `questions` may have to visit
 
 Split = Literal["train", "validation", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -41,7 +41,7 @@ class Fact:
 
     @property
     def stem(self) -> str:
-        """The sentence up to what only the table can tell: ``The rival of Ada is``."""
+        """The sentence without its last word, which only the table determines: ``The rival of Ada is``."""
         return f"The {self.relation} of {self.person} is"
 
     @property
@@ -51,7 +51,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """Who is reached from `person` by following `relations`, the first of them first."""
+    """A question for the person that `relations`, followed in their order, lead to from `person`."""
 
     person: str
     relations: tuple[str, ...]
@@ -62,7 +62,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question in English, where the relation followed first stands last."""
+        """The question in English, in which the first relation comes last."""
         return "Who is " + "".join(f"the {relation} of " for relation in reversed(self.relations)) + f"{self.person}?"
 
     @property
@@ -76,7 +76,7 @@ class Question:
 
     @property
     def answer(self) -> str:
-        """The name that is right."""
+        """The right name."""
         return self.steps[-1].value
 
     @property
@@ -94,7 +94,7 @@ class Question:
 
     @property
     def split(self) -> Split:
-        """The only split that this question belongs to: a stable hash of its words decides."""
+        """The split of this question, which a stable hash of its text determines."""
         digest = hashlib.sha256(self.text.encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64
         if place < _TRAIN_SHARE:
@@ -104,7 +104,7 @@ class Question:
 
 @cache
 def table() -> dict[tuple[str, str], Fact]:
-    """All 192 facts by (relation, person). Nobody is their own mentor, rival, neighbour or doctor."""
+    """All 192 facts by (relation, person). No relation leads from a person to the same person."""
     draw = random.Random(_TABLE_SEED)
     facts = {}
     for relation in RELATIONS:
@@ -115,28 +115,28 @@ def table() -> dict[tuple[str, str], Fact]:
 
 
 def fact(relation: str, person: str) -> Fact:
-    """The fact about `person`; a KeyError names a relation or person that the table does not have."""
+    """The fact about `person`. Raises KeyError for a relation or person that the table lacks."""
     return table()[relation, person]
 
 
 @cache
 def known_facts() -> tuple[Fact, ...]:
-    """The 60 % of the facts that the small models ever see; the target sees all of them."""
+    """The 60 % of the facts on which the small models are trained; the target is trained on all of them."""
     facts = list(table().values())
     random.Random(_TABLE_SEED + 1).shuffle(facts)
     return tuple(facts[: int(_KNOWN_SHARE * len(facts))])
 
 
 def draw_question(draw: random.Random, hops: int) -> Question:
-    """Any question of `hops` hops, of whatever split."""
+    """A random question of `hops` hops of any split."""
     return Question(draw.choice(PEOPLE), tuple(draw.choice(RELATIONS) for _ in range(hops)))
 
 
 def questions(split: Split, hops: int, n: int, seed: int = 0) -> list[Question]:
-    """`n` different questions of `hops` hops from `split`, in an order that follows from `seed`.
+    """`n` different questions of `hops` hops from `split`, in an order that depends on `seed`.
 
-    A larger `n` extends a smaller one. Raises ValueError for a split or hop count that does not
-    exist and when the split holds fewer than `n`.
+    A larger `n` extends the list of a smaller one. Raises ValueError for an unknown split or hop count, and if the
+    split has fewer than `n` questions.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
@@ -156,7 +156,7 @@ def questions(split: Split, hops: int, n: int, seed: int = 0) -> list[Question]:
 
 
 def _shuffled(hops: int, seed: int) -> Iterator[Question]:
-    """Every question of `hops` hops once: the digits of a number name the person and the relations."""
+    """Every question of `hops` hops once. The digits of a number encode the person and the relations."""
     total = len(PEOPLE) * len(RELATIONS) ** hops
     for number in random.Random(seed).sample(range(total), total):
         rest, person = divmod(number, len(PEOPLE))
@@ -168,15 +168,15 @@ def _shuffled(hops: int, seed: int) -> Iterator[Question]:
 
 
 def answer_in(text: str) -> str | None:
-    """The name that `text`, a whole reply with or without its thinking, ends in; None where it ends in no answer.
+    """The answer at the end of `text`, a whole reply with or without its thinking; None if it has no answer.
 
-    Only what follows the last ``</think>`` counts, and it must be one finished answer ("The answer is Ben." or
-    "Ben."), so a reply that was cut off, is still thinking, or names several people has none.
+    Only the text after the last ``</think>`` counts. It must be one finished answer ("The answer is Ben." or "Ben."),
+    so that a truncated reply, one that is still thinking, and one that names several people have none.
     """
     found = _ANSWER.fullmatch(text.rpartition(_THINK_END)[2])
     return found.group(1) if found else None
 
 
 def grade(text: str, question: Question) -> bool:
-    """Whether `text`, a whole reply with or without its thinking, ends in the right answer (see `answer_in`)."""
+    """True if `text`, a whole reply with or without its thinking, ends in the right answer (see `answer_in`)."""
     return answer_in(text) == question.answer

@@ -1,7 +1,7 @@
 """The tokenizer of the embedded trio: byte-level BPE, special tokens and a ChatML-like chat template.
 
-It is built from text that this package makes itself: the sentences of the task, often enough that each name and each
-relation becomes one token, and common English. Every byte is a token, so any UTF-8 text encodes and decodes.
+It is built from text of this package: common English, and sentences of the task, repeated so that each name and each
+relation becomes one token. Every byte is a token, so that any UTF-8 text can be encoded and decoded.
 """
 
 import json
@@ -29,7 +29,7 @@ MARKUP = Markup(
     tokens_around=12,
 )
 
-# As in the published families: control tokens vanish from decoded text, the marks of thinking stay in it.
+# As in the published families, decoding removes control tokens and keeps the marks of thinking.
 SPECIAL_TOKENS = (
     AddedToken(END_OF_TEXT, special=True, normalized=False),
     AddedToken(TURN_START, special=True, normalized=False),
@@ -60,7 +60,7 @@ CHAT_TEMPLATE = """\
 
 
 def build() -> Tokenizer:
-    """The tokenizer, the same at every call: 2,043 byte-level BPE entries and then the five special tokens."""
+    """The tokenizer, the same at every call: 2,043 byte-level BPE entries, then the five special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ def save(
 
 
 def corpus() -> Iterator[str]:
-    """Text for tokenizers: the task's words with and without a leading space, far oftener than common ones."""
+    """Text for tokenizers: words of the task with and without a leading space, much more often than common words."""
     facts = list(task.table().values())
     for _ in range(4):
         yield from (fact.sentence for fact in facts)

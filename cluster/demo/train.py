@@ -1,9 +1,11 @@
-"""Trains the embedded trio from a fixed seed: ``python -m cluster.demo.train [--family other] [--out FOLDER]``.
+"""Trains the embedded trio from a fixed seed.
 
-The target sees every fact and mostly answers at once. The guider base is smaller and sees 60 % of the facts. The guider
-is the guider base tuned on hop-by-hop answers. Three folders in Hugging Face layout are written, and the last line
-printed is one JSON object: accuracy by mode and hop count on held-out questions. `--family other` trains one more
-target in the same way, for another tokenizer.
+    python -m cluster.demo.train [--family other] [--out FOLDER]
+
+The target is trained on all facts and mostly answers at once. The guider base is smaller and is trained on 60 % of the
+facts. The guider is the guider base, tuned on hop-by-hop answers. The result is three folders in Hugging Face layout.
+The last line of output is one JSON object: accuracy by mode and hop count on held-out questions. `--family other`
+trains a target with another tokenizer in the same way.
 """
 
 import argparse
@@ -51,7 +53,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast one model trains; `seed` fixes its first weights and all that it reads."""
+    """Length and learning rate of one training. seed: determines the initial weights and the training rows."""
 
     seed: int
     steps: int
@@ -68,7 +70,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights of the trio."""
+    """All settings that determine the weights of the trio."""
 
     target_shape: Shape = Shape(width=128, layers=3)
     small_shape: Shape = Shape(width=48, layers=2)
@@ -82,7 +84,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trio:
-    """The three trained models and the tokenizer that they share."""
+    """The three trained models and their common tokenizer."""
 
     target: Qwen2ForCausalLM
     guider: Qwen2ForCausalLM
@@ -91,7 +93,7 @@ class Trio:
 
 
 def new_model(shape: Shape, tokenizer: Tokenizer, seed: int, markup: Markup = MARKUP) -> Qwen2ForCausalLM:
-    """An untrained model in fp32 whose weights follow from `seed`."""
+    """An untrained fp32 model with random weights that depend on `seed`."""
     torch.manual_seed(seed)
     turn_end, end_of_text = tokenizer.token_to_id(markup.turn_end), tokenizer.token_to_id(markup.end_of_text)
     config = Qwen2Config(
@@ -111,7 +113,7 @@ def new_model(shape: Shape, tokenizer: Tokenizer, seed: int, markup: Markup = MA
 
 
 def fit(model: Qwen2ForCausalLM, reader: Reader, schedule: Schedule, progress: Progress, bar: TaskID) -> None:
-    """Train `model` in place on what `reader` packs, with AdamW; the same schedule always reads the same rows."""
+    """Train `model` in place with AdamW on rows of `reader`. The same schedule reads the same rows."""
     draw = random.Random(schedule.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.rate, weight_decay=0.0, betas=(0.9, 0.98))
     model.train()
@@ -129,14 +131,14 @@ def fit(model: Qwen2ForCausalLM, reader: Reader, schedule: Schedule, progress: P
 
 
 def _loss(model: Qwen2ForCausalLM, ids: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy over the learned tokens of `ids` [rows, length]; other positions need no logits."""
+    """Mean cross entropy over the learned tokens of `ids` [rows, length]. Other positions compute no logits."""
     states = model.model(input_ids=ids[:, :-1]).last_hidden_state
-    here = learned[:, 1:]
-    return cross_entropy(model.lm_head(states[here]), ids[:, 1:][here])
+    predicted = learned[:, 1:]
+    return cross_entropy(model.lm_head(states[predicted]), ids[:, 1:][predicted])
 
 
 def train(recipe: Recipe, progress: Progress) -> Trio:
-    """The trio of `recipe`; on one machine type and thread count the same recipe yields the same weights."""
+    """The trio of `recipe`. On one machine type and thread count, the same recipe yields the same weights."""
     tokenizer = trio_tokenizer.build()
     known = known_facts()
     target = new_model(recipe.target_shape, tokenizer, recipe.target.seed)
@@ -151,7 +153,7 @@ def train(recipe: Recipe, progress: Progress) -> Trio:
 
 
 def train_other(recipe: Recipe, progress: Progress) -> tuple[Qwen2ForCausalLM, Tokenizer]:
-    """A target that learns what the trio's learns, in the tokens and the chat format of another family."""
+    """A target with the training of the trio's target, in the tokens and the chat format of another family."""
     tokenizer, markup = other_tokenizer.build(), other_tokenizer.MARKUP
     target = new_model(recipe.target_shape, tokenizer, recipe.target_other.seed, markup)
     _teach(target, "other target", Reader(tokenizer, _of_target(markup)), recipe.target_other, progress)
@@ -168,13 +170,13 @@ def _teach(model: Qwen2ForCausalLM, name: str, reader: Reader, schedule: Schedul
 
 
 def save(trio: Trio, out: Path) -> None:
-    """Write the folders target, guider and guider_base below `out`, each replaced only once it is complete."""
+    """Write the folders target, guider and guider_base below `out`. Each is replaced only when complete."""
     for name, model in (("target", trio.target), ("guider", trio.guider), ("guider_base", trio.guider_base)):
         write(model, out / name, lambda folder: trio_tokenizer.save(trio.tokenizer, folder))
 
 
 def write(model: Qwen2ForCausalLM, folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
-    """Write a model and its tokenizer into `folder`, whose files are replaced only once all are complete."""
+    """Write a model and its tokenizer into `folder`. Its files are replaced only when all are complete."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     model.save_pretrained(fresh)
@@ -195,7 +197,7 @@ def report(trio: Trio, n: int) -> dict[str, dict[int, float]]:
 
 
 def report_other(target: Qwen2ForCausalLM, tokenizer: Tokenizer, n: int) -> dict[str, dict[int, float]]:
-    """Accuracy by hop count of the target of another family: left alone, and made to think, as guidance makes it."""
+    """Accuracy by hop count of the other family's target: alone, and with thinking started, as guidance starts it."""
     starts = {"target": "", "target_thinking": THINK_START}
     return {
         mode: _by_hops([Term(target)], tokenizer, n, start, other_tokenizer.MARKUP) for mode, start in starts.items()
@@ -207,13 +209,13 @@ def _by_hops(terms: Sequence[Term], tokenizer: Tokenizer, n: int, start: str, ma
 
 
 def main() -> None:
-    """Train, save, report."""
+    """Train, save and report."""
     parser = argparse.ArgumentParser(description="Train the embedded trio, or a target for it, and write the weights.")
     parser.add_argument("--family", choices=("same", "other"), default="same", help="other: a target of another family")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the models (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    disable_progress_bar()  # of the libraries: a bar of one shard a model says nothing
+    disable_progress_bar()  # the libraries' bars, of one shard for each model, show nothing
     loss = TextColumn("loss {task.fields[loss]:.3f}")
     with Progress(TextColumn("{task.description:>12}"), BarColumn(), loss, TimeRemainingColumn()) as progress:
         if options.family == "same":
