@@ -90,7 +90,7 @@ class CandidateBlock:
 
     @property
     def width(self) -> int:
-        """W."""
+        """W, the number of columns."""
         return int(self.ids.shape[1])
 
     def values(self, role: Role) -> Floats:
@@ -123,9 +123,8 @@ class CandidateBlock:
         self._values[role][rows, places] = values
 
     def _unproposed(self) -> NDArray[np.bool_]:
-        lacking: NDArray[np.bool_] = np.ones((len(self.ids), self.width + 1), np.bool_)
+        lacking: NDArray[np.bool_] = np.zeros((len(self.ids), self.width + 1), np.bool_)
         lacking[:, :-1] = self.inside
-        lacking[:, -1] = False
         return lacking
 
     def _expect(self, role: Role) -> None:

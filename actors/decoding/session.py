@@ -263,7 +263,7 @@ class Session:
         return VisibleText(rest.reasoning, rest.content)
 
     def _retokenize_end(self) -> None:
-        """The answer spells the end of the thinking as text: roles with one token for it get that token instead."""
+        """The answer ends with the end of the thinking as text: roles with one token for it get that token instead."""
         ours = self.vocabulary.forced_texts[self.request.primary].end
         if tuple(self.primary.tokens[-len(ours) :]) != ours:
             return

@@ -43,21 +43,21 @@ class Vocabulary:
 class VocabularyMap:
     """Ids of the primary as ids of a role.
 
-    to_role [primary width] and to_primary [role width] hold -1 where there is no counterpart. spelled: by primary id
-    the several ids that a role reads for it. folds: by primary id all role ids that mean the same event; their
+    to_role [primary width] and to_primary [role width] hold -1 where there is no counterpart. expansions: by primary id
+    the several ids of a role that encode it. folds: by primary id all role ids that mean the same event; their
     probabilities add up. ascending: True if the map keeps the order of ids.
     """
 
     to_role: Ids
     to_primary: Ids
-    spelled: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    expansions: dict[int, tuple[int, ...]] = field(default_factory=dict)
     folds: dict[int, tuple[int, ...]] = field(default_factory=dict)
     ascending: bool = True
 
     def tokens(self, token: int) -> tuple[int, ...]:
         """The role's ids of the primary's `token`."""
         mapped = int(self.to_role[token])
-        return (mapped,) if mapped >= 0 else self.spelled[token]
+        return (mapped,) if mapped >= 0 else self.expansions[token]
 
 
 def self_map(vocabulary: Vocabulary) -> VocabularyMap:
@@ -84,11 +84,11 @@ def map_vocabulary(primary: Vocabulary, role: Vocabulary, encode: Callable[[str]
         pairs.append((primary.eos_ids[0], role.eos_ids[0]))
     for ours, theirs in pairs:
         to_role[ours], to_primary[theirs] = theirs, ours
-    spelled = {i: tuple(encode(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
-    spelled |= {i: (role.eos_ids[0],) for i in primary.eos_ids[1:] if role.eos_ids}
+    expansions = {i: tuple(encode(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
+    expansions |= {i: (role.eos_ids[0],) for i in primary.eos_ids[1:] if role.eos_ids}
     folds = {primary.eos_ids[0]: role.eos_ids} if primary.eos_ids and role.eos_ids else {}
     ascending = bool(np.all(np.diff(to_role[to_role >= 0]) > 0))
-    return VocabularyMap(to_role, to_primary, spelled, folds, ascending)
+    return VocabularyMap(to_role, to_primary, expansions, folds, ascending)
 
 
 def marker_fold(

@@ -15,7 +15,7 @@ _WIDEST_HEAD = 256  # and a multiple of 8
 
 
 def flash_supported(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the operator runs there: CUDA of compute capability 8.0 or later, 16 bits."""
+    """True if the operator runs there: CUDA of compute capability 8.0 or later, 16 bits."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available():
         return False
     built = torch.backends.cuda.is_flash_attention_available()

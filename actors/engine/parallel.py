@@ -158,7 +158,7 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         kind = device_kind(recipe.source.device, recipe.source.path)
         join_group(store, rank, recipe.ranks, kind, rendezvous.step_s)
         model = load_model(recipe.source).model
-        pipe.send_bytes(msgpack.packb(""))  # loaded; what comes now is done together
+        pipe.send_bytes(msgpack.packb(""))  # loaded; the following steps are collective
         if operations.get() is None:
             return
         engine = FollowingEngine(model, recipe.cache_tokens, **_options(recipe, model))

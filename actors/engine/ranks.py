@@ -30,7 +30,7 @@ _TURN_S = 0.1  # how often a wait looks whether those that it waits for still li
 
 
 class RanksLost(EngineError):
-    """A rank died or fell out of step: the engine cannot go on, and its process must be replaced."""
+    """A rank died or fell out of step: the engine cannot continue, and its process must be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where a follower finds its leader: loopback ports of the node that they share."""
+    """The address of the leader for a follower: loopback ports of the node that they share."""
 
     operations_port: int
     store_port: int
@@ -98,7 +98,7 @@ class Followers:
             raise
 
     def wait_for_all(self, what: str) -> None:
-        """Wait until every follower has said that it is so far; LoadError if one is lost or takes too long."""
+        """Wait until every follower has reported that it is ready; LoadError if one is lost or takes too long."""
         until, missing = time.monotonic() + self._load_s, set(self._handles)
         while missing:
             try:

@@ -44,7 +44,7 @@ class RoleTokenizer:
     text_tokens, added_tokens: content -> id. Added tokens are found in a text before it is split.
     special_ids: added tokens that decoding skips. eos_ids: each of them ends an answer. bos_ids: tokens that precede
     raw text. width: columns of the model's logits rows. tied: True if embeddings and head share their weights; None if
-    the config does not say. max_position: the model's context length in tokens, or None.
+    the config has no such key. max_position: the model's context length in tokens, or None.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class VocabularyRegistry:
         skip, lead = own.lead(ours), other.lead(theirs)
         if any(token >= len(mapping.to_role) for token in ours):
             return None
-        if any(mapping.to_role[token] < 0 and token not in mapping.spelled for token in ours[skip:]):
+        if any(mapping.to_role[token] < 0 and token not in mapping.expansions for token in ours[skip:]):
             return None
         pieces = [(), *(mapping.tokens(token) for token in ours[skip:])]
         ends = list(accumulate(map(len, pieces), initial=lead))[1:]

@@ -63,7 +63,7 @@ def test_ids_beyond_the_width_of_a_row_are_left_out() -> None:
     primary, role = vocabulary({"<e>": 30, "<x>": 90}, ["<e>"], width=32), vocabulary({"<e>": 30, "<x>": 31}, ["<e>"])
     mapping = mapped(primary, role)
     assert mapping.to_primary[31] == -1
-    assert 90 not in mapping.spelled
+    assert 90 not in mapping.expansions
 
 
 def test_the_end_is_one_event_however_many_ids_it_has() -> None:

@@ -1,8 +1,8 @@
 """Finds boundary-crossing tokens: tokens of a small model that cross the end of the target's newest token.
 
 Such a token starts at an earlier boundary of the small model's tokens, begins with all text that the target has
-written since, and goes on. Example: the target wrote "foot|b" and may go on with "all". The small model has the token
-"ball". Its true tokens so far are "foot|b", but its row after "foot" already gives a probability to "ball". That
+written since, and continues. Example: the target wrote "foot|b" and may continue with "all". The small model has the
+token "ball". Its true tokens so far are "foot|b", but its row after "foot" already gives a probability to "ball". That
 probability counts towards the target's token "all". Here "ball" is the crossing token, and "all" its next token.
 
 If the boundary is one of the target's tokens, too (`between`), the tables hold the crossing tokens. Within a token of
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from actors.decoding.cross_vocab.tables import NOWHERE, Ids, Tables, TokenizerAdapter
 
 _CACHED = 4_096  # boundaries with their crossing tokens
-_MOST = 512  # tokens encoded for one boundary, about 2 ms; with more, a boundary tells too little
+_MOST = 512  # tokens encoded for one boundary, about 2 ms; with more, the sum over them means too little
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +31,7 @@ class CrossingTokens:
     """The crossing tokens of one boundary."""
 
     tokens: Ids  # [n], ids of the small model, ascending
-    nexts: Ids  # [n], the target's token with which each of them goes on
+    nexts: Ids  # [n], the target's token with which each of them continues
     whole: NDArray[np.bool_]  # [n], True if it ends with that token, so that a longer one may come there, too
 
 

@@ -1,8 +1,8 @@
 """Log-probabilities of the target's tokens under a small model with another vocabulary, for many rows at once.
 
-The probability of an event (the text goes on with a token t of the target) has two parts:
+The probability of an event (the text continues with a token t of the target) has two parts:
 1. the sum over the small tokens that count towards t, in the small model's row of the text so far;
-2. the sum over boundary-crossing tokens that go on with t, in rows of earlier boundaries, each times the probability
+2. the sum over boundary-crossing tokens that continue with t, in rows of earlier boundaries, each times the probability
    of the small model's true tokens from that boundary on.
 Both are divided by the probability of all continuations that the text so far allows. Example: the text is "foot|b",
 the true small tokens are "foot" and "b", and the small row after "foot" gives 0.1 to "b" and 0.3 to "ball". Then the
@@ -30,7 +30,7 @@ class CrossingRows:
     """The earlier rows of one row's crossed boundaries, and the m logits required from them.
 
     at [m]: index of the row, 0 for the earliest. ids [m]: the small model's id, ascending within a row. nexts [m]: the
-    target's token with which a crossing token goes on, -1 for the true next token of the row. whole [m]: True if the
+    target's token with which a crossing token continues, -1 for the true next token of the row. whole [m]: True if the
     crossing token ends there. values [m]: logits, NaN until they are known. sums: by row its logsumexp.
     """
 

@@ -1,6 +1,6 @@
 """Tables that relate a small model's tokens to the tokens of a target with another vocabulary.
 
-The event of a target's token t is "the text, *tokenised by the target*, goes on with t". A small model's token counts
+The event of a target's token t is "the text, *tokenised by the target*, continues with t". A small model's token counts
 towards the first of the target's tokens that encode its text. Once the target has emitted that one, it counts towards
 the following ones: then it crosses a boundary of the target's tokens. Example: if the target encodes the small token
 "football" as "foot|ball", it counts towards "foot" first and, after "foot", towards "ball". All tables follow from how
@@ -87,7 +87,7 @@ class Trie:
     """A trie of the small model's tokens that the target encodes as several tokens.
 
     A node stands for a proper prefix of such encodings. tokens, nexts: by node the small model's tokens with this
-    prefix, and the target's token with which each goes on.
+    prefix, and the target's token with which each continues.
     """
 
     edge_nodes: Ids
@@ -97,16 +97,16 @@ class Trie:
     nexts: RaggedArray
 
     @classmethod
-    def of(cls, ids: Ids, spellings: RaggedArray) -> Trie:
-        """ids [n]: small tokens, ascending. spellings: the target's encoding of each, two tokens or more."""
-        lengths = np.diff(spellings.starts)
+    def of(cls, ids: Ids, encodings: RaggedArray) -> Trie:
+        """ids [n]: small tokens, ascending. encodings: the target's encoding of each, two tokens or more."""
+        lengths = np.diff(encodings.starts)
         at, nodes, count = np.zeros(len(ids), np.int64), np.arange(len(ids)), 1
         edges: list[tuple[Ids, Ids, Ids]] = []
         owners, tokens, nexts = [_NONE], [_NONE], [_NONE]
         for depth in range(int(lengths.max(initial=1)) - 1):
             nodes = nodes[lengths[nodes] > depth + 1]
-            begin = spellings.starts[nodes]
-            pairs = at[nodes] << 32 | spellings.flat[begin + depth]
+            begin = encodings.starts[nodes]
+            pairs = at[nodes] << 32 | encodings.flat[begin + depth]
             found, child = np.unique(pairs, return_inverse=True)
             children = count + np.arange(len(found))
             edges.append((found >> 32, found & 0xFFFFFFFF, children))
@@ -114,7 +114,7 @@ class Trie:
             count += len(found)
             owners.append(at[nodes])
             tokens.append(ids[nodes])
-            nexts.append(spellings.flat[begin + depth + 1])
+            nexts.append(encodings.flat[begin + depth + 1])
         owner = np.concatenate(owners)
         joined = [np.concatenate(parts) for parts in zip(*edges, strict=True)] if edges else [_NONE] * 3
         return cls(

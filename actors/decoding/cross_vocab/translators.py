@@ -29,7 +29,7 @@ _CONTEXT = 3  # of the target's newest tokens that are encoded together with a d
 class DraftTranslation:
     """A role's tokens of the target's drafts, up to the first draft that would change an earlier token.
 
-    Example: two drafts that a role reads as 1 and 2 tokens: tokens (a, b, c), ends (0, 1, 3), three rows.
+    Example: two drafts that are 1 and 2 tokens of the role: tokens (a, b, c), ends (0, 1, 3), three rows.
     """
 
     tokens: tuple[int, ...]  # to append to the role's stream
@@ -221,8 +221,6 @@ class RetokenizingTranslator:
 
 def translator_for(mapping: VocabularyMap | Alignment, stream: Stream) -> TokenTranslator:
     """The translator for a role's stream, which holds its prompt."""
-    return (
-        RetokenizingTranslator(mapping, stream)
-        if isinstance(mapping, Alignment)
-        else OneToOneTranslator(mapping, stream)
-    )
+    if isinstance(mapping, Alignment):
+        return RetokenizingTranslator(mapping, stream)
+    return OneToOneTranslator(mapping, stream)

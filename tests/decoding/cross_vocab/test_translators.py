@@ -54,9 +54,9 @@ def test_an_end_that_is_text_to_the_target_is_guided_token_by_token(pair: Alignm
     wish = GUIDER.added_tokens[END]
     row, base_row = saying({wish: 0.9}, GUIDER.width), saying({}, BASE.width)
     guider, base = AlignedModel(pair, lambda tokens: row), AlignedModel(align(TARGET, BASE), lambda tokens: base_row)
-    spelled = TARGET.adapter.encode(END)[0]
-    assert len(spelled) > 3, "several pieces, so that its later ones are straddled"
-    for piece in spelled[:3]:
+    encoded = TARGET.adapter.encode(END)[0]
+    assert len(encoded) > 3, "several pieces, so that its later ones are straddled"
+    for piece in encoded[:3]:
         delta = difference(guider.masses(), base.masses())
         assert int(delta.argmax()) == piece
         assert delta[piece] > 1
@@ -67,9 +67,9 @@ def test_an_end_that_is_text_to_the_target_is_guided_token_by_token(pair: Alignm
 def test_the_guiders_marker_replaces_its_text(pair: Alignment) -> None:
     streams = Stream(3, [1, 2]), Stream(3, [1, 2])
     translators = RetokenizingTranslator(pair, streams[0]), RetokenizingTranslator(align(TARGET, BASE), streams[1])
-    spelled = TARGET.adapter.encode("Ada." + END)[0]
+    encoded = TARGET.adapter.encode("Ada." + END)[0]
     for translator in translators:
-        for token in spelled:
+        for token in encoded:
             translator.append(token)
     translators[0].retokenize(TARGET.encode(END), [GUIDER.added_tokens[END]], END)
     translators[1].retokenize(TARGET.encode(END), BASE.encode(END), END)
