@@ -19,16 +19,16 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 SECRET_BYTES = 32
-DRAIN_S = 20.0  # a replica that is told to go may take so long to let its sessions move or end
-DIRECTORY_TIMEOUT_S = 2.0  # one message to the directory; a lost one is repeated by the next heartbeat
+DRAIN_S = 20.0  # a stopping replica waits so long for its sessions to move or end
+DIRECTORY_TIMEOUT_S = 2.0  # one call to the directory; a lost one is repeated by the next heartbeat
 _NAMESPACE = "thinklogit"
 
 
 def application_secret(application: str) -> bytes:
-    """The secret by which coordinators and models of one application know each other, drawn by whoever asks first.
+    """The secret with which the coordinators and models of one application authenticate; the first call draws it.
 
-    It lives in Ray's own key-value store, so that redeploys and a lost directory keep it. Blocks for two calls to the
-    cluster's head; needs a connected Ray process.
+    It is kept in Ray's key-value store, so it survives a redeploy and the loss of the directory. Blocks for two calls
+    to the cluster's head. The process must be connected to Ray.
     """
     key = f"wire-secret:{application}"
     _internal_kv_put(key, secrets.token_bytes(SECRET_BYTES), overwrite=False, namespace=_NAMESPACE)
@@ -41,7 +41,7 @@ async def own_secret() -> bytes:
 
 
 def show_logs() -> None:
-    """Send the log lines of this project's packages where Serve sends its own: the replica's file and the console."""
+    """Send the log lines of this project's packages to Serve's handlers: the replica's log file and the console."""
     serve_log = logging.getLogger("ray.serve")
     for package in ("actors", "router"):
         log_of_package = logging.getLogger(package)
@@ -51,7 +51,7 @@ def show_logs() -> None:
 
 
 async def application_details(application: str) -> dict[str, Any] | None:
-    """What Serve's controller knows of an application, in Serve's public schema ApplicationDetails; None if nothing."""
+    """The controller's view of an application, in Serve's public schema ApplicationDetails; None if it has none."""
     controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     details = await controller.get_serve_instance_details.remote()
     found: dict[str, Any] | None = details["applications"].get(application)
@@ -61,7 +61,7 @@ async def application_details(application: str) -> dict[str, Any] | None:
 async def stopping_replicas(application: str) -> frozenset[str]:
     """Ids of the application's replicas that Serve is stopping.
 
-    Serve tells a replica nothing of it while a stream is open there, and kills it in the end; its controller knows.
+    Serve does not notify a replica while it has an open stream, and kills it in the end. The controller has the list.
     """
     details = await application_details(application) or {"deployments": {}}
     replicas = [replica for deployment in details["deployments"].values() for replica in deployment["replicas"]]

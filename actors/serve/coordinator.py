@@ -22,12 +22,12 @@ from actors.wire.tls import client_context
 
 
 class CoordinatorShell:
-    """One coordinator as a deployment. A consumer that goes away cancels its generation."""
+    """One coordinator as a deployment. A client that disconnects cancels its generation."""
 
     async def __init__(  # type: ignore[misc]  # awaited by Serve
         self, config: ServiceConfig, directory: DeploymentHandle, models: Sequence[DeploymentHandle]
     ) -> None:
-        """models: bound here so that they belong to the application; their sockets are found through the directory."""
+        """models: bound so that they belong to the application. Their addresses come from the directory."""
         show_logs()
         this = serve.get_replica_context().replica_tag
 
@@ -52,7 +52,7 @@ class CoordinatorShell:
                 yield event
 
     async def config(self) -> ServiceConfig:
-        """What the service was built from."""
+        """The configuration of the service."""
         return self._config
 
     async def missing_roles(self) -> tuple[Role, ...]:

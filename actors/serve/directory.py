@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class DirectoryShell:
-    """The directory as a deployment: one replica, whose loss costs a few seconds of freshness."""
+    """The directory as a deployment of one replica. If it is lost, its data is a few seconds out of date."""
 
     async def __init__(self) -> None:  # type: ignore[misc]  # awaited by Serve
         self._directory = Directory()
@@ -27,7 +27,7 @@ class DirectoryShell:
             try:
                 async with asyncio.timeout(DIRECTORY_TIMEOUT_S):
                     self._leaving = await stopping_replicas(application)
-            except Exception as error:  # the controller may be away for any reason
+            except Exception as error:  # the controller may be unreachable for any reason
                 log.info("the Serve controller does not answer: %s", type(error).__name__)
             await asyncio.sleep(HEARTBEAT_S)
 
@@ -44,7 +44,7 @@ class DirectoryShell:
         self._directory.leave(incarnation)
 
     async def snapshot(self) -> Snapshot:
-        """See Directory.snapshot; with the replicas that Serve is stopping."""
+        """See Directory.snapshot. Includes the replicas that Serve is stopping."""
         return Snapshot(self._directory.snapshot(), self._leaving)
 
     async def awaited(self) -> dict[Role, str]:

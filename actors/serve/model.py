@@ -1,6 +1,6 @@
 """A model role as a deployment of Ray Serve, and the actors of its further ranks.
 
-Torch is imported while a model loads, and by these processes only.
+Only these processes import torch, while they load their model.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 
 class ModelShell:
-    """One replica of a model role: loads its weights, listens on its node's address, tells the directory."""
+    """One replica of a model role: loads its weights, listens on its node's address and sends heartbeats."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it, so that sockets open on the loop that serves them
+    async def __init__(  # type: ignore[misc]  # Serve awaits it, so that sockets open on the event loop that serves them
         self, config: ServiceConfig, role: Role, directory: DeploymentHandle, load: Load = load_role
     ) -> None:
-        """load: makes the role's engine, in a thread; it reports how far it is, and may start other ranks."""
+        """load: builds the role's engine, in a thread. It reports its progress and may start further ranks."""
         show_logs()
         self._role, self._directory = role, directory
         self._incarnation = secrets.token_hex(8)
@@ -59,7 +59,7 @@ class ModelShell:
             tokenizer,
             incarnation=self._incarnation,
             secret=secret,
-            host=get_node_ip_address(),  # the node's address in the cluster and nowhere else
+            host=get_node_ip_address(),  # listen on the node's address in the cluster only
         )
         self._host, self._port = await self._replica.start()
         collect_rarely()
@@ -67,7 +67,7 @@ class ModelShell:
         self._exporting = asyncio.create_task(keep_exporting(self._replica.measured))
 
     async def _load(self, config: ServiceConfig, load: Load) -> Engine:
-        """The engine, built in a thread so that the directory hears of the progress meanwhile."""
+        """Build the engine in a thread, and report the progress to the directory meanwhile."""
         progress = _LoadingProgress(self._role, self._incarnation)
         reporting = asyncio.create_task(self._keep_reporting(progress))
         try:
@@ -106,30 +106,30 @@ class ModelShell:
         await _send(self._directory.heartbeat.remote(endpoint))
 
     async def check_health(self) -> None:
-        """Serve's health check: raises when the replica cannot go on, or no longer says that it is there."""
+        """Serve's health check. Raises if the replica cannot continue or its heartbeats have ended."""
         self._replica.check_health()
         self._engine.check_health()
         if self._heartbeats.done():
             raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._heartbeats.exception()
 
     async def check_cache(self) -> tuple[str, int]:
-        """This replica's incarnation, and what ModelReplica.check_cache says of it."""
+        """This replica's incarnation, and the result of ModelReplica.check_cache."""
         return self._incarnation, await self._replica.check_cache()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `actors.serve.autoscaling.LoadPolicy` decides by; Serve asks only where replicas may vary."""
+        """The load that `actors.serve.autoscaling.LoadPolicy` reads. Serve calls this if the role is autoscaled."""
         load = self._replica.load()
         return {CACHE_USED: load.cache_used / load.cache_total, WAITING: float(load.waiting)}
 
     async def __del__(self) -> None:
-        """Serve's shutdown hook: no new sessions, wait for the old ones to move or end, leave."""
+        """Serve's shutdown hook: take no new sessions, wait for the others to move or end, leave the directory."""
         if not hasattr(self, "_beat"):
-            return  # it never started
+            return  # it did not start
         self._stopping = True
         await self._send_heartbeat()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S / 2):
-                while self._replica.load().sessions:  # noqa: ASYNC110 - the replica announces no last session
+                while self._replica.load().sessions:  # noqa: ASYNC110 - there is no event for the last session
                     await asyncio.sleep(HEARTBEAT_S / 10)
         self._heartbeats.cancel()
         self._exporting.cancel()
@@ -138,7 +138,7 @@ class ModelShell:
 
 
 class _Rank:
-    """Any rank but the first of a tensor-parallel model, as an actor."""
+    """A further rank of a tensor-parallel model, as an actor. The first rank is the replica itself."""
 
     def follow(self, recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         """See actors.engine.parallel.follow."""
@@ -149,7 +149,7 @@ class _Rank:
 
 
 class _FollowerActor:
-    """The handle of a rank that runs in its own bundle of the replica's placement group, and ends with the replica."""
+    """A further rank, in its own bundle of the replica's placement group. It ends with the replica."""
 
     def __init__(self, model: ModelConfig, recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         bundle = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_bundle_index=rank)
@@ -166,7 +166,7 @@ class _FollowerActor:
 
 
 class _LoadingProgress:
-    """What a loading model does now; `report` is called in the loading thread."""
+    """The progress of a loading model. `report` is called on the loading thread."""
 
     def __init__(self, role: Role, incarnation: str) -> None:
         self._role, self._incarnation, self._began = role, incarnation, time.monotonic()
@@ -191,14 +191,12 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-async def _send(call: Awaitable[Any]) -> bool:
-    """Whether the directory heard it in time. Never raises: a directory that is away costs nothing but freshness."""
+async def _send(call: Awaitable[Any]) -> None:
+    """Await a call to the directory. Never raises: without the directory only its data grows old."""
     try:
         await asyncio.wait_for(_awaited(call), DIRECTORY_TIMEOUT_S)
     except Exception as error:
         log.info("the directory does not answer: %s", type(error).__name__)
-        return False
-    return True
 
 
 async def _awaited(call: Awaitable[Any]) -> Any:

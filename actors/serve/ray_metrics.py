@@ -1,4 +1,4 @@
-"""Publishes what a process measures through Ray, whose agent on each node shows it to Prometheus."""
+"""Publishes the metrics of a process through Ray, whose agent on each node serves them to Prometheus."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from actors.metrics import COMMON, Gauge, Histogram, Metric, Recorder
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
-BATCH = 64  # values of a histogram that are told at once
+BATCH = 64  # values of a histogram that are published without a pause
 
 Labels = tuple[str, ...]
 
 
 class Exporter:
-    """Tells Ray what has changed in a recorder. application, replica: the values of the labels in `COMMON`."""
+    """Publishes the changes of a recorder to Ray. application, replica: the values of the labels in `COMMON`."""
 
     def __init__(self, application: str, replica: str) -> None:
         self._common = dict(zip(COMMON, (application, replica), strict=True))
         self._ray_metrics: dict[str, Any] = {}  # Ray's objects by name
-        self._totals: dict[tuple[str, Labels], float] = {}  # what Ray was told of each counter
+        self._totals: dict[tuple[str, Labels], float] = {}  # what was published of each counter
         self._buckets: dict[tuple[str, Labels], list[int]] = {}  # and of each histogram
 
     async def publish(self, recorder: Recorder) -> None:
-        """Publish all that is new. Others run in between: telling Ray of one value takes 3 microseconds."""
+        """Publish all changes. Yields to other tasks often, since publishing one value takes 3 microseconds."""
         for metric, labels, series in list(recorder):
             tags = dict(zip(metric.labels, labels, strict=True))
             if isinstance(series, Histogram):
@@ -45,7 +45,7 @@ class Exporter:
             await asyncio.sleep(0)
 
     async def _observe(self, metric: Metric, labels: Labels, series: Histogram, tags: dict[str, str]) -> None:
-        """Ray's agent keeps no more of a value than its bucket, so the bucket's bound stands for it."""
+        """Publish new values of a histogram as their buckets' bounds. Ray's agent keeps only the bucket of a value."""
         before = self._buckets.get((metric.name, labels), [0] * len(series.counts))
         counts = self._buckets[metric.name, labels] = list(series.counts)
         ray_metric = self._ray_metric(metric)
@@ -56,7 +56,7 @@ class Exporter:
                     await asyncio.sleep(0)
 
     def _ray_metric(self, metric: Metric) -> Any:
-        """Ray's own object for a metric."""
+        """Ray's object for a metric."""
         if metric.name not in self._ray_metrics:
             labels = (*COMMON, *metric.labels)
             if metric.kind == "histogram":
@@ -70,7 +70,7 @@ class Exporter:
 
 
 async def keep_exporting(measure: Callable[[], Recorder]) -> None:
-    """Publish what `measure` gives once a second, in a replica of Serve. Never raises: nobody decodes worse for it."""
+    """Publish the recorder that `measure` returns, once a second, from a replica of Serve. Errors are only logged."""
     this = serve.get_replica_context()
     exporter = Exporter(this.app_name, this.replica_tag)
     while True:

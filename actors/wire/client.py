@@ -1,4 +1,4 @@
-"""The opening end: a coordinator's connection to one replica of a model role."""
+"""The connecting end: a coordinator's connection to one model replica."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from actors.wire.messages import Challenge, Message, ProtocolError, Welcome
 
 
 class Connection(Link):
-    """An open connection to a model. Make one with `open`.
+    """An open connection to a model replica, created by `open`.
 
-    `send` writes at once and never waits; it raises ConnectionLost, FrameTooLarge or PeerStalled. `bytes_sent` and
-    `bytes_received` count everything, framing and handshake included.
+    `send` writes at once and never waits. It raises ConnectionLost, FrameTooLarge or PeerStalled. `bytes_sent` and
+    `bytes_received` include framing and handshake.
     """
 
     welcome: Welcome
@@ -50,11 +50,10 @@ class Connection(Link):
         tls: ssl.SSLContext | None = None,
         limits: Limits | None = None,
     ) -> Connection:
-        """Connect and shake hands. Raises HandshakeRefused, or ConnectionLost if nobody answers in `deadline_s`.
+        """Connect and authenticate. Raises HandshakeRefused, or ConnectionLost if there is no answer in `deadline_s`.
 
-        `incarnation` is the process that the caller means ("" for whoever listens). `on_message` and `on_closed` run
-        on the event loop's thread; `on_closed` is called once, with None if it was `close` that ended the connection,
-        and never for a connection that did not open.
+        `incarnation` identifies the expected process ("" accepts any). `on_message` and `on_closed` run on the event
+        loop's thread. `on_closed` is called once if the connection opened, with None if `close` ended it.
         """
         handshake = CoordinatorHandshake(secret, incarnation, peer)
         link: Connection | None = None
@@ -79,11 +78,11 @@ class Connection(Link):
 
     @property
     def authenticated(self) -> bool:
-        """Whether the handshake is done."""
+        """True once the handshake is complete."""
         return self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
 
     async def close(self) -> None:
-        """Deliver what is written and close; `on_closed(None)` has run when this returns."""
+        """Deliver the written data and close. `on_closed(None)` has run when this returns."""
         self.hang_up()
         await asyncio.wait([self.closed], timeout=2 * self.limits.farewell_s)
 

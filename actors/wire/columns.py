@@ -1,4 +1,4 @@
-"""Between the columns of messages and single items: reading what the other end says."""
+"""Converts between the columns of messages and single items."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NO_IDS: NDArray[np.int32] = np.zeros(0, I32)
 
 
 class Draft(NamedTuple):
-    """How an extend goes on by drafting (`DRAFT_ITEM`)."""
+    """How an extend continues with drafts (`DRAFT_ITEM`)."""
 
     drafts: int
     seed: int
@@ -51,7 +51,7 @@ class ExtendItem(NamedTuple):
 
 
 class RowItem(NamedTuple):
-    """One item of a `Lookup` or a `Widen`: a row, and how many ids of it are asked for or how wide a slice (`k`)."""
+    """One item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`."""
 
     call_id: int
     session: int
@@ -85,7 +85,7 @@ def extend_items(message: Extend) -> list[ExtendItem]:
 
 
 def _drafts(message: Extend) -> dict[int, Draft]:
-    """By place of the item. Raises ProtocolError for an item that is not there or is named twice."""
+    """Drafts by the index of their item. Raises ProtocolError for an index that is out of range or given twice."""
     drafts = {place: Draft(*how) for place, *how in message.drafting.tolist()}
     if len(drafts) < len(message.drafting) or (drafts and max(drafts) >= len(message.items)):
         raise ProtocolError("Extend.drafting names an item twice, or one that is not there")
@@ -110,7 +110,7 @@ def widen_items(message: Widen) -> list[RowItem]:
 
 
 def rows_ids(message: Rows, width: int) -> NDArray[np.int32]:
-    """The flat ids of all slices. Every row has its part of `pages`, also one of no ids. Raises ProtocolError."""
+    """The flat ids of all slices. Each row has an entry in `pages`, even without ids. Raises ProtocolError."""
     rows = message.items["rows"]
     if len(rows) and rows.min() < 0:
         raise ProtocolError("Rows.items has a negative count")
@@ -118,7 +118,7 @@ def rows_ids(message: Rows, width: int) -> NDArray[np.int32]:
 
 
 def drafted_items(message: Drafted) -> list[tuple[int, list[int]]]:
-    """(ticket, drafted tokens) of each item. Raises ProtocolError if counts and columns do not fit."""
+    """(call_id, drafted tokens) of each item. Raises ProtocolError if counts and columns do not fit."""
     items, flat, begin = [], message.tokens.tolist(), 0
     for call_id, count in message.items.tolist():
         if count < 0:

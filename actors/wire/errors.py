@@ -1,19 +1,19 @@
-"""What can go wrong on a connection, each with the stable code that a `Failure` frame carries."""
+"""Errors of connections. Each has a stable code, which the `Failure` frame carries."""
 
 from __future__ import annotations
 
 
 class WireError(Exception):
-    """A connection that failed. `code` is stable; the text is for a person."""
+    """A connection failed. `code` is stable; the message is for people."""
 
     code = "wire"
 
 
 class HandshakeRefused(WireError):
-    """The other end did not accept this one, or could not prove itself.
+    """One end refused the other during the handshake.
 
-    `code` says which: `unauthenticated` (the secrets differ), `wrong_incarnation` (another process answers at that
-    address: ask the directory again), `wrong_protocol` (mixed versions), `handshake_timeout`.
+    Codes: `unauthenticated` (the secrets differ), `wrong_incarnation` (another process listens at that address: read
+    the directory again), `wrong_protocol` (versions differ), `handshake_timeout`.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -22,19 +22,19 @@ class HandshakeRefused(WireError):
 
 
 class TooManyStrangers(WireError):
-    """So many connections have not proved themselves yet that another is not taken."""
+    """Too many unauthenticated connections are open, so another one is refused."""
 
     code = "strangers"
 
 
 class ConnectionLost(WireError):
-    """The connection is gone. Open another and extend again: sessions are re-sent, nothing is lost."""
+    """The connection was lost. Connect again and send the sessions' tokens again: nothing else is lost."""
 
     code = "lost"
 
 
 class RemoteFailure(WireError):
-    """The other end closed the connection and said why."""
+    """The other end closed the connection and sent its reason."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -42,24 +42,24 @@ class RemoteFailure(WireError):
 
 
 class FrameTooLarge(WireError):
-    """A frame is longer than the limit of this connection. Send fewer rows or a smaller k in one frame."""
+    """A frame exceeds the limit of this connection. Send fewer rows, or a smaller k, in one frame."""
 
     code = "frame_too_large"
 
 
 class FrameTampered(WireError):
-    """A frame's MAC does not fit: altered, replayed, dropped or out of order on the way."""
+    """A frame's MAC is wrong: a frame was altered, replayed, dropped or reordered on the way."""
 
     code = "tampered"
 
 
 class PeerStalled(WireError):
-    """The other end does not read what it is sent."""
+    """The other end does not read its data."""
 
     code = "stalled"
 
 
 class PeerSilent(WireError):
-    """The other end says nothing at all: it hangs, or the way to it is cut."""
+    """The other end sends nothing at all: it hangs, or the network is cut."""
 
     code = "silent"

@@ -1,4 +1,4 @@
-"""Frames: a 4-byte little-endian length, the body and, without TLS, a MAC. No input or output happens here."""
+"""Frames: a 4-byte little-endian length, the body and, without TLS, a MAC. This module does no I/O."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAC_BYTES = 16
 
 
 class Seal:
-    """The MACs of one direction of a connection: keyed BLAKE2b over the number of the frame and its body.
+    """The MACs of one direction of a connection: keyed BLAKE2b of the frame's number and body.
 
-    The number is counted at both ends and never sent, so a frame that is altered, replayed, dropped or moved does not
-    fit, nor does any after it.
+    Both ends count the frames, and the number is never sent. So the MAC is wrong for a frame that was altered, replayed
+    or reordered, and for every frame after a dropped one.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -41,7 +41,7 @@ class Seal:
 
 
 def frame(body: bytes, seal: Seal | None, limit: int) -> bytes:
-    """The bytes on the wire of a message's body. Raises FrameTooLarge before any of them is made."""
+    """The frame of a message's body. Raises FrameTooLarge before it copies anything."""
     length = len(body) + (MAC_BYTES if seal else 0)
     if length > limit:
         raise FrameTooLarge(f"a frame of {length} bytes is longer than the {limit} bytes allowed")
@@ -49,14 +49,14 @@ def frame(body: bytes, seal: Seal | None, limit: int) -> bytes:
 
 
 class FrameBuffer:
-    """Cuts a stream of bytes into frames. `limit` (bytes a frame) may be raised between two frames."""
+    """Splits a stream of bytes into frames. `limit`, in bytes per frame, may be raised between two frames."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Every frame that `data` completes, without its length. Raises FrameTooLarge on reading the length alone."""
+        """The frames that `data` completes, without their lengths. Raises FrameTooLarge as soon as a length is read."""
         self._bytes += data
         while len(self._bytes) >= HEADER.size:
             (length,) = HEADER.unpack_from(self._bytes)

@@ -1,7 +1,10 @@
-"""Token ids as two bytes each, whatever the size of the vocabulary.
+"""Encodes token ids in two bytes each, for vocabularies of any size.
 
-A vocabulary is cut into pages of 65,536 ids. The ids of one row are sent in the order of their pages: the low halves
-as they are, and per row how many lie on each page but the last. A published vocabulary of 152,064 has three pages.
+A vocabulary is divided into pages of 65,536 ids. The ids of a row are sent in the order of their pages, as their low 16
+bits, together with the number of the row's ids on each page but the last.
+
+Example, a vocabulary of 152,064 ids (three pages) and a row with the ids 7, 65,536 + 3 and 131,072 + 9:
+    low = [7, 3, 9], pages = [1, 1]; the third page has the remaining 3 - 1 - 1 = 1 id.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ Array = NDArray[Any]
 
 
 def page_counts(width: int) -> int:
-    """How many numbers per row say on which page its ids lie: one less than pages in a vocabulary of `width`."""
+    """Page counts per row: one less than the pages of a vocabulary of `width` ids."""
     return max(0, -(-width // PAGE) - 1)
 
 
 def split_ids(ids: Array, counts: Array | Sequence[int], width: int) -> tuple[Array, Array]:
-    """Low halves [n] and pages [R * page_counts] of ids [n], of which `counts` [R] belong to each row.
+    """Low 16 bits [n] and page counts [R * page_counts] of ids [n]; row r has `counts[r]` of them.
 
     Within a row the ids must be in the order of their pages; ascending ids are.
     """
@@ -36,7 +39,7 @@ def split_ids(ids: Array, counts: Array | Sequence[int], width: int) -> tuple[Ar
 
 
 def join_ids(low: Array, pages: Array, counts: Array | Sequence[int], width: int) -> Array:
-    """The ids [n] that `split_ids` took apart. Raises ValueError if the columns do not fit one another."""
+    """The ids [n] from the columns of `split_ids`. Raises ValueError if the columns contradict each other."""
     columns = page_counts(width)
     counts = np.asarray(counts, np.int64)
     if len(pages) != len(counts) * columns or counts.sum() != len(low) or (len(counts) and counts.min() < 0):

@@ -1,4 +1,4 @@
-"""What both ends of a connection share: frames in and out, their limits, and how a connection ends."""
+"""The common base of both ends of a connection: frames in and out, limits, keep-alive and closing."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from actors.wire.messages import Failure, Message, Ping, ProtocolError, decode, 
 
 log = logging.getLogger(__name__)
 
-_PINGS = 5  # in `Limits.silent_s`
+_PINGS = 5  # per `Limits.peer_timeout_s`
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a connection. Bytes and seconds."""
+    """Limits of a connection, in bytes and seconds."""
 
-    frame: int = 64 << 20  # longest frame accepted or sent
-    stranger_frame: int = 4 << 10  # the same, before the handshake is done
-    unsent: int = 256 << 20  # a peer that leaves more than this unread is closed
-    strangers: int = 128  # connections at a time that have not proved themselves; more are closed at once
+    frame: int = 64 << 20  # the longest frame accepted or sent
+    stranger_frame: int = 4 << 10  # the same during the handshake
+    unsent: int = 256 << 20  # a connection with more unsent bytes is closed
+    strangers: int = 128  # unauthenticated connections; more are closed at once
     handshake_s: float = 5.0
-    stall_s: float = 30.0  # a peer that leaves much unread for so long is closed
-    peer_timeout_s: float = 15.0  # a peer that has proved itself and then sends nothing for so long is closed
-    farewell_s: float = 1.0  # how long a closing connection tries to deliver its last frames
+    stall_s: float = 30.0  # a connection whose write buffer stays full for so long is closed
+    peer_timeout_s: float = 15.0  # an authenticated connection that receives nothing for so long is closed
+    farewell_s: float = 1.0  # longest time for the last frames of a closing connection
 
 
 class Link(asyncio.Protocol, ABC):
-    """One end of a connection. Everything happens on the event loop's thread, and nothing here ever waits."""
+    """One end of a connection. It runs on the event loop's thread and never blocks."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -48,28 +48,27 @@ class Link(asyncio.Protocol, ABC):
         self._outgoing: Seal | None = None
         self._incoming: Seal | None = None
         self._transport: asyncio.Transport | None = None
-        self._deadline: asyncio.TimerHandle | None = None  # of the handshake, then of the farewell
+        self._deadline: asyncio.TimerHandle | None = None  # of the handshake, later of closing
         self._stall: asyncio.TimerHandle | None = None
         self._pulse: asyncio.TimerHandle | None = None
         self._silent_pulses = 0
 
     @abstractmethod
     def _message(self, message: Message) -> None:
-        """Take a message. May raise WireError or ProtocolError, which close the connection."""
+        """Handle a message. A WireError or ProtocolError that it raises closes the connection."""
 
     @abstractmethod
     def _opened(self) -> None:
-        """The transport is there."""
+        """Called when the transport is connected."""
 
     @abstractmethod
     def _ended(self, reason: Exception | None) -> None:
-        """The connection is over: None if this end closed it in peace."""
+        """Called when the connection has ended. reason: None if this end closed it without an error."""
 
     def send(self, *messages: Message) -> None:
-        """Hand messages to the transport, now and in one piece: the peer wakes once for all of them.
+        """Write messages to the transport at once, in one piece, so that the peer wakes up once.
 
-        Raises ConnectionLost, PeerStalled or, when those before the one that is too long are on their way,
-        FrameTooLarge.
+        Raises ConnectionLost, PeerStalled or FrameTooLarge. Messages before the one that is too large are sent.
         """
         if self.closing or self._transport is None:
             raise ConnectionLost("the connection is closed")
@@ -89,7 +88,7 @@ class Link(asyncio.Protocol, ABC):
             raise stalled
 
     def fail(self, error: Exception) -> None:
-        """Tell the peer why, and close. Also for errors found by whoever handles the messages."""
+        """Send the error to the peer and close. Handlers of messages may call it too."""
         if self.closing:
             return
         if isinstance(error, WireError):
@@ -105,7 +104,7 @@ class Link(asyncio.Protocol, ABC):
         self.hang_up(error)
 
     def hang_up(self, reason: Exception | None = None) -> None:
-        """Close once what is written is delivered, or after `farewell_s` without that."""
+        """Close after the written data is delivered, or after `farewell_s` at the latest."""
         if self.closing:
             return
         self.closing, self._reason = True, reason
@@ -118,7 +117,7 @@ class Link(asyncio.Protocol, ABC):
             self._transport.close()
 
     def upgrade(self, outgoing: Seal, incoming: Seal) -> None:
-        """The peer is known: seal frames unless TLS does it, allow them their full length, end the deadline."""
+        """The peer is authenticated: seal frames unless TLS is used, raise the frame limit, cancel the deadline."""
         assert self._transport is not None
         if self._transport.get_extra_info("ssl_object") is None:
             self._outgoing, self._incoming = outgoing, incoming
@@ -162,7 +161,7 @@ class Link(asyncio.Protocol, ABC):
 
     def _receive(self, data: bytes) -> None:
         for body in self._frames.feed(data):
-            if self.closing:  # because of a frame in this very piece: the rest is not heard
+            if self.closing:  # an earlier frame of this data ended the connection
                 return
             message = decode(self._incoming.open(body) if self._incoming else body)
             if isinstance(message, Failure):
@@ -175,18 +174,18 @@ class Link(asyncio.Protocol, ABC):
         self._pulse = loop.call_later(pause, self._pulse_due, self.bytes_sent, self.bytes_received)
 
     def _pulse_due(self, sent: int, received: int) -> None:
-        """Say that this end lives if it has said nothing since the last beat; give up a peer that is silent.
+        """Send a Ping if nothing else was sent since the last call, and close the connection if the peer is silent.
 
-        Beats are counted rather than seconds, so that a pause of this very process is not the peer's silence.
+        Silence is measured in calls rather than seconds, so that a pause of this process does not count.
         """
         if self.closing:
             return
         self._silent_pulses = self._silent_pulses + 1 if received == self.bytes_received else 0
         if self._silent_pulses >= _PINGS:
-            self._abort(PeerSilent(f"the peer said nothing for {self.limits.peer_timeout_s:g} s"))
+            self._abort(PeerSilent(f"the peer sent nothing for {self.limits.peer_timeout_s:g} s"))
             return
         if sent == self.bytes_sent:
-            with contextlib.suppress(WireError):  # it is closed then, and `_ended` tells
+            with contextlib.suppress(WireError):  # the connection is closed then, and `_ended` is called
                 self.send(Ping())
         self._schedule_pulse()
 
@@ -204,13 +203,13 @@ class Link(asyncio.Protocol, ABC):
 
 
 def cancel(handle: asyncio.Handle | None) -> None:
-    """Stop what is due, if anything is."""
+    """Cancel a timer, if there is one."""
     if handle is not None:
         handle.cancel()
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Send small frames at once, and notice within about 25 s that the peer's machine is gone."""
+    """Send small frames at once, and detect within about 25 s that the peer's machine is down."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):

@@ -1,9 +1,9 @@
-"""What coordinators and models say to each other: one typed message per tag, one byte layout per column.
+"""The messages between coordinators and models: one dataclass per tag, one byte layout per column.
 
-A frame's body is a msgpack array `[tag, field, ...]`, its fields in the order of the dataclass. Columns of numbers
-travel as raw little-endian bytes whose dtype is fixed here, so a peer cannot choose it and nothing is ever pickled.
-Ragged columns are flat; the counts stand in the item tables. A `call_id` is drawn by the coordinator, rises with every
-item that it sends, and names the item in the reply.
+A frame's body is a msgpack array `[tag, field, ...]`, with the fields in the order of the dataclass. Columns of numbers
+are raw little-endian bytes. Their dtypes are fixed here, so a peer cannot choose them, and nothing is ever pickled.
+Ragged columns are flat, and the item tables have the counts. The coordinator gives each item a `call_id`, which rises
+with every item that it sends and identifies the item in the reply.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ WHOLE = -1  # as `k`: send whole rows instead of slices
 
 
 class ProtocolError(Exception):
-    """A frame that is not a message of this protocol: unknown tag, wrong field, wrong length."""
+    """A frame is not a message of this protocol: unknown tag, wrong field or wrong length."""
 
 
 class Refusal(IntEnum):
-    """Why an item was not done. `detail` in the reply is explained beside each."""
+    """Why an item was refused. The comments explain `detail` in the reply."""
 
-    KV_MISS = 1  # detail: how many tokens are held; send again from there
+    KV_MISS = 1  # detail: the number of tokens held; send the others again
     FULL = 2  # detail: milliseconds after which to try again
-    SUPERSEDED = 3  # detail: the epoch that owns the session now
-    ROW_GONE = 4  # the row was rewound, evicted or never computed: extend again
-    FAILED = 5  # the forward failed; the session's cache was dropped: extend from 0
-    BAD_ITEM = 6  # the item contradicts itself (token id out of range, rows > tokens, position past the limit)
+    SUPERSEDED = 3  # detail: the epoch of the session's owner
+    ROW_GONE = 4  # the row was rewound, evicted or never computed; extend again
+    FAILED = 5  # the forward failed and the session's cache was dropped; extend from 0
+    BAD_ITEM = 6  # the item is invalid (token id out of range, rows > tokens, position past the limit)
 
 
 EXTEND_ITEM = np.dtype(
     [
         ("call_id", "<u8"),
         ("session", "<u8"),
-        ("age", "<u8"),  # global admission age: smaller is older, and older is served first
+        ("age", "<u8"),  # admission order over all coordinators: smaller is older and has priority
         ("prefix", "<u8"),  # running hash of the tokens before `position`
-        ("epoch", "<u4"),  # who owns the session now; lower ones are refused
+        ("epoch", "<u4"),  # of the session's owner; lower ones are refused
         ("position", "<i4"),
-        ("tokens", "<i4"),  # how many of the flat `tokens` are this item's (at least 1)
-        ("rows", "<i4"),  # logits rows wanted, for the last so many tokens
-        ("k", "<i4"),  # width of the slices; 0: only logsumexp; WHOLE: whole rows
-        ("required_ids", "<i4"),  # how many of the flat `required_ids` are this item's: ids wanted for each of its rows
-        ("keep", "<i4"),  # rows of earlier extends, directly before `position`, that stay held
+        ("tokens", "<i4"),  # number of this item's tokens in the flat `tokens` (at least 1)
+        ("rows", "<i4"),  # number of requested logits rows: those of the last tokens
+        ("k", "<i4"),  # logits per slice; 0: only the logsumexp; WHOLE: whole rows
+        ("required_ids", "<i4"),  # number of this item's ids in the flat `required_ids`: requested for each row
+        ("keep", "<i4"),  # rows directly before `position` that the model keeps
     ]
 )
 DRAFT_ITEM = np.dtype(
     [
-        ("item", "<u4"),  # which of the frame's extends goes on by drafting
-        ("drafts", "<i4"),  # tokens to draft (at least 1) after the extend's own
-        ("seed", "<u8"),  # of the session's choices: drafts are drawn with the same noise
-        ("position", "<i4"),  # of the first drafted token in the noise; each further draft is one later
+        ("item", "<u4"),  # index of the frame's extend that continues with drafts
+        ("drafts", "<i4"),  # number of tokens to draft after the extend's own (at least 1)
+        ("seed", "<u8"),  # the session's seed: drafts are sampled with the same noise as its tokens
+        ("position", "<i4"),  # of the first draft in the noise; each further draft is one later
         ("temperature", "<f4"),
         ("top_p", "<f4"),
     ]
@@ -66,10 +66,10 @@ LOOKUP_ITEM = np.dtype(
     [
         ("call_id", "<u8"),
         ("session", "<u8"),
-        ("row", "<u8"),  # running hash of the row's tokens, its own included
+        ("row", "<u8"),  # running hash of the tokens up to the row's own
         ("epoch", "<u4"),
         ("position", "<i4"),  # of the row's own token
-        ("ids", "<i4"),  # how many of the flat `ids` are this item's
+        ("ids", "<i4"),  # number of this item's ids in the flat `ids`
     ]
 )
 WIDEN_ITEM = np.dtype(
@@ -86,8 +86,8 @@ ROWS_ITEM = np.dtype(
     [
         ("call_id", "<u8"),
         ("rows", "<i4"),
-        ("k", "<i4"),  # as asked, or the model's width if that is smaller; WHOLE: no ids, width values a row
-        ("required_ids", "<i4"),  # values per row beside the slice
+        ("k", "<i4"),  # as requested, at most the model's width; WHOLE: no ids, and width values per row
+        ("required_ids", "<i4"),  # required values per row, beside the slice
     ]
 )
 VALUES_ITEM = np.dtype([("call_id", "<u8"), ("values", "<i4")])
@@ -98,13 +98,13 @@ Array = NDArray[Any]
 
 
 def column(dtype: np.dtype[Any]) -> Any:
-    """A field that holds a one-dimensional array of this dtype (default: empty)."""
+    """A field for a one-dimensional array of this dtype (default: empty)."""
     return dataclasses.field(default_factory=lambda: np.zeros(0, dtype), metadata={"dtype": dtype})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hello:
-    """Coordinator to model, first frame. `incarnation` is the one it believes it speaks to ("" if it knows none)."""
+    """Coordinator to model, the first frame. `incarnation` is the expected one ("" for any)."""
 
     tag: ClassVar[int] = 1
     protocol: int
@@ -115,7 +115,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Challenge:
-    """Model to coordinator: its nonce, and proof that it knows the secret."""
+    """Model to coordinator: its nonce, and the proof that it knows the secret."""
 
     tag: ClassVar[int] = 2
     nonce: bytes = dataclasses.field(repr=False)
@@ -124,7 +124,7 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Proof:
-    """Coordinator to model: proof that it knows the secret too."""
+    """Coordinator to model: the proof that it knows the secret too."""
 
     tag: ClassVar[int] = 3
     proof: bytes = dataclasses.field(repr=False)
@@ -132,40 +132,40 @@ class Proof:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Welcome:
-    """Model to coordinator: who it is. The connection is open."""
+    """Model to coordinator: the model's properties. The connection is open."""
 
     tag: ClassVar[int] = 4
     role: str
     incarnation: str
     width: int  # logits per row
-    hash_seed: int  # running hashes of this model start here
+    hash_seed: int  # start of this model's running hashes
     cache_tokens: int
-    max_position: int  # tokens per session the model was built for
+    max_position: int  # most tokens per session
     batch_invariant: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extend:
-    """Append tokens to sessions and return logits rows for the last of them. May carry no item, only `released`.
+    """Append tokens to sessions, and request the logits rows of the last of them. May have no item, only `released`.
 
-    An item that drafts asks for one row, that of its last token, and goes on: the model chooses a token from the newest
-    row, appends it, and so on. It is answered twice: by `Drafted` as soon as its last draft is chosen, and by `Rows`
-    when the rows of all drafts are there, 1 + drafts of them.
+    An item that drafts requests one row, that of its last token. The model samples a token from the newest row, appends
+    it, and repeats this. It answers twice: with `Drafted` once the last draft is sampled, and with `Rows` once all rows
+    are computed, 1 + drafts of them.
     """
 
     tag: ClassVar[int] = 5
     items: Array = column(EXTEND_ITEM)
     tokens: Array = column(I32)
     required_ids: Array = column(I32)
-    released: Array = column(U64)  # sessions that are over: their cache may go
+    released: Array = column(U64)  # ended sessions, whose cache may be freed
     drafting: Array = column(DRAFT_ITEM)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lookup:
-    """Exact logits of held rows at given ids. A lookup for a row still being computed waits for it.
+    """Request the logits of held rows at given ids. A lookup of a row that is still being computed waits for it.
 
-    `ids` and `pages` are the ids of all items as `actors.wire.ids` writes them.
+    `ids` and `pages` are the ids of all items, encoded by `actors.wire.ids`.
     """
 
     tag: ClassVar[int] = 6
@@ -176,7 +176,7 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Widen:
-    """Wider slices, or the whole, of held rows."""
+    """Request wider slices of held rows, or whole rows."""
 
     tag: ClassVar[int] = 7
     items: Array = column(WIDEN_ITEM)
@@ -184,12 +184,12 @@ class Widen:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The rows of some items of `Extend` or `Widen`: those that went through one forward together.
+    """The rows of items of `Extend` or `Widen`. Rows in one message come from one forward.
 
-    `logsumexp` has one value a row; `ids` and `logits` k a row, ids ascending (a whole row has no ids and `width`
-    logits); `required` has the logits at `Extend.required_ids`, row after row. `ids` and `pages` are the ids of all
-    slices, each a row, as `actors.wire.ids` writes them. `packed`: tokens in the forward that they come from,
-    `micros`: how long it took; 0 where rows did not need one.
+    `logsumexp` has one value per row. `ids` and `logits` have k per row, ids ascending; a whole row has no ids and
+    `width` logits. `required` has the logits at `Extend.required_ids`, row after row. `ids` and `pages` are the ids of
+    all slices, encoded by `actors.wire.ids`. `packed` is the number of tokens in the forward, `micros` its duration in
+    microseconds; both are 0 if no forward was needed.
     """
 
     tag: ClassVar[int] = 8
@@ -205,7 +205,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Values:
-    """Answers to items of `Lookup`, in the order of the ids asked for."""
+    """Answers to items of `Lookup`, in the order of the requested ids."""
 
     tag: ClassVar[int] = 9
     items: Array = column(VALUES_ITEM)
@@ -214,7 +214,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Refused:
-    """Items that were not done, and why (`Refusal`)."""
+    """Refused items, with the reasons (`Refusal`)."""
 
     tag: ClassVar[int] = 10
     items: Array = column(REFUSED_ITEM)
@@ -222,7 +222,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drafted:
-    """The drafted tokens of some items of `Extend`; their rows follow."""
+    """The drafted tokens of items of `Extend`. Their rows follow in `Rows`."""
 
     tag: ClassVar[int] = 12
     items: Array = column(DRAFTED_ITEM)
@@ -231,7 +231,7 @@ class Drafted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Failure:
-    """The last frame before a connection is closed for a reason: a stable code and a sentence for a person."""
+    """The last frame before a connection is closed because of an error: a stable code, and a message for people."""
 
     tag: ClassVar[int] = 11
     code: str
@@ -240,7 +240,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ping:
-    """Either way: the sender lives, and has nothing else to say. Nobody answers."""
+    """In both directions: keep-alive of a sender that has nothing else to send. It has no answer."""
 
     tag: ClassVar[int] = 13
 
@@ -259,7 +259,7 @@ class _Field(NamedTuple):
     type: type | None
     dtype: np.dtype[Any]
     itemsize: int
-    empty: Array  # what most columns of most messages are
+    empty: Array  # most columns of most messages are empty
 
 
 def _layout(kind: type[Message]) -> tuple[_Field, ...]:
@@ -276,7 +276,7 @@ _LONGEST = 1 + max(len(fields) for fields in _FIELDS.values())
 
 
 def encode(message: Message) -> bytes:
-    """The body of the frame that carries `message`."""
+    """The body of the frame for `message`."""
     parts: list[Any] = [message.tag]
     for field in _FIELDS[message.tag]:
         value = getattr(message, field.name)
@@ -286,7 +286,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes | memoryview) -> Message:
-    """The message in a frame's body. Raises ProtocolError for anything that is not one. Arrays are read-only views."""
+    """The message in a frame's body. Its arrays are read-only views. Raises ProtocolError for anything else."""
     try:
         parts = msgpack.unpackb(body, use_list=True, max_array_len=_LONGEST, max_ext_len=0, max_map_len=0)
     except Exception as error:

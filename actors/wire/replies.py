@@ -1,4 +1,4 @@
-"""What a model answers, packed by columns: rows that were reduced together go out together, uncut."""
+"""Packs a model's answers by columns. Rows that were reduced together are sent together, without copying them apart."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Reduced(NamedTuple):
     logsumexp: NDArray[np.float32]  # [R]
     ids: NDArray[np.int32]  # [R, k], ascending
     logits: NDArray[np.float32]  # [R, k]
-    required: NDArray[np.float32]  # flat: what was asked beside, item after item and row after row
+    required: NDArray[np.float32]  # flat: logits at the required ids, item after item, row after row
 
 
 class Answer(NamedTuple):
-    """The rows of one item: `rows` of `reduced` from `first` on, and `required_ids` values a row from `required` on."""
+    """One item's part of `reduced`: `rows` rows from `first`, and `required_ids` values per row from `required`."""
 
     reduced: Reduced
     first: int
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
 
 class Recipient(Protocol):
-    """Who gets answers: a peer of the server."""
+    """A receiver of answers: a peer of the server."""
 
     def send(self, *messages: Message) -> None: ...
 
@@ -64,9 +64,9 @@ class _Mail:
 
 
 class Replies:
-    """Answers to any number of peers, sent to each in one piece, as at most one frame of each kind.
+    """Collects answers to all peers. `flush` sends each peer its own in one piece, with at most one frame of a kind.
 
-    Only rows that would be longer than `frame_limit` bytes together go out in several frames, each on its own.
+    Only rows that exceed `frame_limit` bytes together are split into several frames, each written separately.
     width: logits in a row of this model.
     """
 
@@ -78,20 +78,20 @@ class Replies:
         self._mail_of(peer).drafted.append((call_id, tokens))
 
     def rows(self, peer: Recipient, call_id: int, answers: Sequence[Answer]) -> None:
-        """The rows of one item, in the order of `answers`; all of one k."""
+        """Add the rows of one item, in the order of `answers`. They all have the same k."""
         self._mail_of(peer).rows.append((call_id, answers))
 
     def values(self, peer: Recipient, items: Sequence[tuple[int, int]], values: NDArray[np.float32]) -> None:
-        """The values of lookups (ticket, count), flat."""
+        """Add the flat values of lookups. items: (call_id, number of values)."""
         self._mail_of(peer).values.append((items, values))
 
     def refuse(self, peer: Recipient, call_id: int, code: Refusal, detail: int = 0) -> None:
         self._mail_of(peer).refused.append((call_id, code, detail))
 
     def flush(self, packed: int = 0, micros: int = 0) -> list[Recipient]:
-        """Send everything; who got rows or a refusal, and may ask for the next.
+        """Send everything. Returns the peers that got rows or a refusal, and so may send their next extend.
 
-        packed, micros: tokens in the forward that rows come from, and how long it took.
+        packed, micros: the tokens in the forward of the rows, and its duration in microseconds.
         """
         mail, self._mail = self._mail, {}
         for peer, box in mail.items():
@@ -130,7 +130,7 @@ class Replies:
 
 
 def answer_bytes(rows: int, k: int, required_ids: int, width: int) -> int:
-    """The bytes that an answer takes in a frame."""
+    """The bytes of an answer in a frame."""
     return ROWS_ITEM.itemsize + rows * _row_bytes(k, required_ids, width)
 
 
@@ -141,7 +141,7 @@ def _row_bytes(k: int, required_ids: int, width: int) -> int:
 
 
 class _AnswerRun:
-    """Answers that stand side by side in what was reduced together."""
+    """Answers whose rows are adjacent in one `Reduced`, so that they can be sent as one slice of it."""
 
     __slots__ = ("first", "last", "reduced", "required", "required_end")
 
@@ -150,7 +150,7 @@ class _AnswerRun:
         self.last, self.required_end = self.first, self.required
 
     def extend_by(self, answer: Answer) -> bool:
-        """Add an answer that begins where the last one ended; False if it does not."""
+        """Add an answer if its rows and values begin where the last one's end. False if they do not."""
         if answer.reduced is not self.reduced or answer.first != self.last or answer.required != self.required_end:
             return False
         self.last += answer.rows
@@ -159,7 +159,12 @@ class _AnswerRun:
 
 
 def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed: int = 0, micros: int = 0) -> Rows:
-    """One message from (ticket, answers) pairs."""
+    """Pack (call_id, answers) pairs into one message.
+
+    Example, a forward reduced rows 0 to 4 to one k: item A has row 0, item B rows 1 and 2, and item C, of another peer,
+    rows 3 and 4. For the peer of A and B, both are one run: rows 0 to 2 are sent as one slice, without a copy. If A and
+    C belonged to one peer, rows 0 and 3 to 4 would be two runs, which are concatenated.
+    """
     table = []
     runs: list[_AnswerRun] = []
     for call_id, answers in items:

@@ -1,4 +1,4 @@
-"""The listening end: a model role that takes connections of coordinators."""
+"""The listening end: a model replica that accepts connections of coordinators."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from actors.wire.messages import Hello, Message, Proof, ProtocolError, Welcome
 
 log = logging.getLogger(__name__)
 
-FORBIDDEN = (ProtocolError, FrameTampered, FrameTooLarge)  # what ends a connection for what it was sent
-REPORT_S = 10.0  # refused connections are logged this often at most, and counted in between
+FORBIDDEN = (ProtocolError, FrameTampered, FrameTooLarge)  # errors by which a peer's data ends its connection
+REPORT_S = 10.0  # refused connections are counted, and logged at most this often
 
 
 class Server:
-    """Accepts peers that know the secret, and hands over what they say.
+    """Accepts peers that know the secret, and passes on their messages.
 
-    `on_message(peer, message)` and `on_closed(peer)` run on the event loop's thread and must not block. A
-    ProtocolError raised by `on_message` closes that peer with a Failure; peers never hear of one another.
+    `on_message(peer, message)` and `on_closed(peer)` run on the event loop's thread and must not block. If `on_message`
+    raises ProtocolError, only that peer is closed, with a Failure.
     """
 
     def __init__(
@@ -51,23 +51,23 @@ class Server:
         self.on_closed = on_closed
         self.limits = limits or Limits()
         self.links: set[Peer] = set()
-        self.refused: Counter[str] = Counter()  # connections by the code of what ended them
+        self.refused: Counter[str] = Counter()  # number of connections by the code of the error that ended them
         self._reported, self._report_at = 0, float("-inf")
         self._tls = tls
         self._listener: asyncio.Server | None = None
 
     @property
     def peers(self) -> list[Peer]:
-        """Those that have proved themselves."""
+        """The authenticated connections."""
         return [link for link in self.links if link.authenticated]
 
     @property
     def strangers(self) -> int:
-        """Connections that have not proved themselves."""
+        """Number of unauthenticated connections."""
         return sum(not link.authenticated for link in self.links)
 
     def refuse(self, peer: str, reason: Exception) -> None:
-        """Count a connection that was not taken, or ended for what it said; one that attacks fills no log."""
+        """Count a refused connection, or one that ended by its own data. Logs rarely, so that attacks fill no log."""
         self.refused[code_of(reason)] += 1
         now, all_ = time.monotonic(), self.refused.total()
         if now >= self._report_at:
@@ -75,7 +75,7 @@ class Server:
             self._reported, self._report_at = all_, now + REPORT_S
 
     async def start(self, host: str, port: int = 0) -> int:
-        """Listen on one address; the port (a free one for 0)."""
+        """Listen on one address. Returns the port (a free one for 0)."""
         timeout = self.limits.handshake_s if self._tls else None
         self._listener = await asyncio.get_running_loop().create_server(
             lambda: Peer(self), host, port, ssl=self._tls, ssl_handshake_timeout=timeout
@@ -84,7 +84,7 @@ class Server:
         return bound
 
     async def close(self) -> None:
-        """Stop listening and close every connection; within twice `limits.farewell_s`."""
+        """Stop listening and close every connection, within twice `limits.farewell_s`."""
         if self._listener is not None:
             self._listener.close()
         links = list(self.links)
@@ -95,17 +95,17 @@ class Server:
 
 
 class Peer(Link):
-    """One connection of a coordinator, as the model sees it."""
+    """A coordinator's connection, at the model."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(server.limits)
         self._server = server
         self._handshake: ModelHandshake | None = None
         self.authenticated = False
-        self.name = ""  # as the coordinator calls itself
+        self.name = ""  # the name in the coordinator's Hello
 
     def send(self, *messages: Message) -> None:
-        """Send in one piece; a peer that is gone, or does not read, costs the caller nothing: `on_closed` tells."""
+        """Send in one piece. Raises nothing if the peer is lost or does not read: then `on_closed` is called."""
         if self.closing:
             return
         try:
@@ -152,7 +152,7 @@ class Peer(Link):
 
 
 def code_of(reason: Exception) -> str:
-    """One of a few stable codes, never a peer's own words."""
+    """The stable code of an error. It never has a peer's own text."""
     if isinstance(reason, RemoteFailure):
         return "remote"
     if isinstance(reason, WireError):

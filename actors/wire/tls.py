@@ -1,4 +1,4 @@
-"""TLS for the wire from the certificates that Ray itself is given: both ends must show one of the same authority."""
+"""TLS for the wire, with Ray's own certificates. Both ends must present one of the same authority."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ CERTIFICATE, KEY, AUTHORITY = "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_
 
 
 class TlsSettingsError(ValueError):
-    """RAY_USE_TLS is on and a certificate is missing or does not load."""
+    """RAY_USE_TLS is on, and a certificate is missing or does not load."""
 
 
 def server_context(environ: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
-    """The listening end's context, or None when Ray runs without TLS. Raises TlsSettingsError."""
+    """The listening end's context, or None if Ray runs without TLS. Raises TlsSettingsError."""
     return _context(ssl.PROTOCOL_TLS_SERVER, environ)
 
 
 def client_context(environ: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
-    """The opening end's context, or None when Ray runs without TLS. Raises TlsSettingsError."""
+    """The connecting end's context, or None if Ray runs without TLS. Raises TlsSettingsError."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, environ)
 
 
@@ -32,7 +32,7 @@ def _context(protocol: int, environ: Mapping[str, str]) -> ssl.SSLContext | None
         raise TlsSettingsError(f"{SWITCH} is on, so {', '.join(missing)} must name a PEM file")
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False  # nodes are addressed by IP; Ray's certificates need not name it
+    context.check_hostname = False  # nodes are addressed by IP, which Ray's certificates need not name
     context.verify_mode = ssl.CERT_REQUIRED
     try:
         context.load_cert_chain(environ[CERTIFICATE], environ[KEY])
