@@ -41,10 +41,10 @@ from benchmarks.aligned import AlignedModel
 from benchmarks.alignment_costs import Costs, measure_costs
 from benchmarks.alignment_oracle import Oracle, Place
 from benchmarks.attribution import Attribution, attribute
+from benchmarks.byte_tokenizer import ByteTokenizer
 from benchmarks.corpora import Corpus, corpora, mixture
 from benchmarks.real_tokenizers import real_tokenizers
 from benchmarks.results_file import arguments, console, progress, publish
-from benchmarks.spelling import Spelling
 from benchmarks.trained_tokenizers import ONE_DIGIT, THREE_DIGITS, byte_pairs, unigram
 from benchmarks.trigrams import UNKNOWN, Trigrams
 
@@ -81,14 +81,14 @@ class Pair:
     texts: Mapping[str, Corpus]
 
     @cached_property
-    def ours(self) -> Spelling:
+    def ours(self) -> ByteTokenizer:
         """The target's vocabulary."""
-        return Spelling(self.target)
+        return ByteTokenizer(self.target)
 
     @cached_property
-    def theirs(self) -> Spelling:
+    def theirs(self) -> ByteTokenizer:
         """The small models'."""
-        return Spelling(self.small)
+        return ByteTokenizer(self.small)
 
     @cached_property
     def counterparts(self) -> Ids:
@@ -102,9 +102,9 @@ class Pair:
 
     def train(self, role: str) -> Trigrams:
         """The model of a role."""
-        spelling = self.ours if role == "target" else self.theirs
+        tokenizer = self.ours if role == "target" else self.theirs
         text = mixture(self.texts, READ[role], SKIPPED.get(role))
-        return Trigrams(spelling.encode(text), spelling.width, spelling.text_ids)
+        return Trigrams(tokenizer.encode(text), tokenizer.width, tokenizer.text_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class Comparison:
         found = []
         for index, token in enumerate(ids):
             if index >= _FIRST and (index - _FIRST) % _APART == 0:
-                said = self.pair.ours.spell(ids[:index])
+                said = self.pair.ours.decode(ids[:index])
                 read = self.pair.theirs.encode(said.decode(errors="ignore"))
                 found.append(self._compare(Place(ids, index, said, read), [model.masses() for model in small]))
                 done()

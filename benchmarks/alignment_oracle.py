@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.spelling import Spelling
+from benchmarks.byte_tokenizer import ByteTokenizer
 from benchmarks.trigrams import UNKNOWN, Trigrams
 
 Ids = NDArray[np.int64]
@@ -78,7 +78,7 @@ Drawn = Counter[tuple[tuple[int, ...], bytes]]  # a path with the token that pas
 class Oracle:
     """Of one pair of vocabularies. draws: continuations for each place and model."""
 
-    def __init__(self, target: Spelling, small: Spelling, draws: int) -> None:
+    def __init__(self, target: ByteTokenizer, small: ByteTokenizer, draws: int) -> None:
         self._target, self._small, self.draws = target, small, draws
         self._progress = np.array(
             [[_progress(state, text or b"") for text in small.texts] for state in range(_DONE + 1)], np.int8
@@ -101,7 +101,7 @@ class Oracle:
     def _tail(self, place: Place) -> Tail:
         start = _settled(self._small, place.small, len(place.small), _BACK)
         before, spelled = place.small[:start], tuple(place.small[start:])
-        return Tail(place, before, spelled, place.said[len(self._small.spell(before)) :])
+        return Tail(place, before, spelled, place.said[len(self._small.decode(before)) :])
 
     def _cross(self, model: Trigrams, tail: Tail) -> list[Crossing]:
         """Every way past the end of the text."""
@@ -161,7 +161,7 @@ class Oracle:
         """The target's next token in each text, if the text before stays tokenised as it is."""
         start = _settled(self._target, place.ids, place.index, _HEAD)
         known, at = list(place.ids[start : place.index]), place.index - start
-        head = self._target.spell(known)
+        head = self._target.decode(known)
         encoded = self._target.encode_all([_text(head + text) for text in texts])
         found = zip(texts, encoded, strict=True)
         return {text: ids[at] for text, ids in found if len(ids) > at and ids[:at] == known}
@@ -175,12 +175,12 @@ class Oracle:
         return counts
 
 
-def _settled(spelling: Spelling, ids: Sequence[int], index: int, least: int) -> int:
+def _settled(tokenizer: ByteTokenizer, ids: Sequence[int], index: int, least: int) -> int:
     """At least so many tokens before `index`, where a word begins: from there a text is tokenised as in the whole."""
     for start in range(index - least, 0, -1):
-        if not (spelling.texts[ids[start]] or b"x")[:1].isspace():
+        if not (tokenizer.texts[ids[start]] or b"x")[:1].isspace():
             continue
-        again = spelling.encode(_text(spelling.spell(ids[start : index + _AHEAD])))
+        again = tokenizer.encode(_text(tokenizer.decode(ids[start : index + _AHEAD])))
         if again[: index + 1 - start] == list(ids[start : index + 1]):
             return start
     return 0

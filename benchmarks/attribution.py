@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from actors.decoding.cross_vocab.translators import Alignment
 from benchmarks.aligned import AlignedModel
-from benchmarks.spelling import Spelling
+from benchmarks.byte_tokenizer import ByteTokenizer
 
 Floats = NDArray[np.float64]
 
@@ -49,7 +49,7 @@ class Attribution:
 
 
 def attribute(
-    kind: str, text: str, target: Spelling, small: Spelling, alignment: Alignment, followed: int = FOLLOWED
+    kind: str, text: str, target: ByteTokenizer, small: ByteTokenizer, alignment: Alignment, followed: int = FOLLOWED
 ) -> Attribution:
     """All shares of one text, that of attribution over so many of its tokens."""
     ids = target.encode(text)
@@ -67,19 +67,19 @@ def attribute(
     )
 
 
-def _rollbacks(ids: Sequence[int], target: Spelling, small: Spelling) -> list[bool]:
+def _rollbacks(ids: Sequence[int], target: ByteTokenizer, small: ByteTokenizer) -> list[bool]:
     """Of each of the target's tokens, whether the small model's tokens of the text before it do not stay."""
     ends = np.cumsum([len(target.texts[id_] or b"") for id_ in ids]).tolist()
-    text = target.spell(ids)
+    text = target.decode(ids)
     read = small.encode_all([text[:end].decode(errors="ignore") for end in ends])
     return [after[: len(before)] != before for before, after in pairwise(read)]
 
 
 def _attributed(
-    ids: Sequence[int], target: Spelling, small: Spelling, alignment: Alignment, followed: int
+    ids: Sequence[int], target: ByteTokenizer, small: ByteTokenizer, alignment: Alignment, followed: int
 ) -> list[bool]:
     """Of each of the first tokens, whether the mass of the small model's true next token is counted towards it."""
-    text = target.spell(ids[: followed + _BEHIND])
+    text = target.decode(ids[: followed + _BEHIND])
     follower = AlignedModel(alignment, Follower(small, text.decode(errors="ignore")))
     right = []
     for id_ in ids[:followed]:
@@ -93,9 +93,9 @@ class Follower:
     """A small model that knows the text to come and is certain of its next token; where it reads tokens that are no
     beginning of the text's own, it knows nothing."""
 
-    def __init__(self, spelling: Spelling, text: str) -> None:
-        ids = spelling.encode(text)
-        self._lengths = np.array([len(one or b"") for one in spelling.texts])
+    def __init__(self, tokenizer: ByteTokenizer, text: str) -> None:
+        ids = tokenizer.encode(text)
+        self._lengths = np.array([len(one or b"") for one in tokenizer.texts])
         starts = np.cumsum([0, *(self._lengths[ids])])
         self._nexts = dict(zip(starts.tolist(), ids, strict=False))
 

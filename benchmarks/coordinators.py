@@ -181,15 +181,15 @@ def result(plan: Plan, points: Sequence[Point]) -> dict[str, Any]:
     """The benchmark's JSON object."""
     by = {(point.sessions, point.coordinators): point for point in points}
 
-    def told(sessions: int, count: int) -> dict[str, Any]:
+    def figures_of(sessions: int, count: int) -> dict[str, Any]:
         point, one = by[sessions, count], by.get((sessions, 1))
         return point.result() | ({} if one is None else {"over_one": point.over(one)})
 
     gains = {load: by[load, 2].over(by[load, 1]) for load in sorted(plan.sweep)}
     paying = [load for load in gains if all(gains[later] >= PAYS for later in gains if later >= load)]
     return {
-        "spread": [told(plan.sessions, count) for count in plan.coordinators],
-        "sweep": [told(load, count) for load in plan.sweep for count in (1, 2)],
+        "spread": [figures_of(plan.sessions, count) for count in plan.coordinators],
+        "sweep": [figures_of(load, count) for load in plan.sweep for count in (1, 2)],
         "pays_from": min(paying, default=None),
     }
 

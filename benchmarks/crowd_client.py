@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from benchmarks.sse_client import Reader, Stream, StreamFailed, http_request, same
+from benchmarks.sse_client import Stream, StreamFailed, StreamProtocol, existing_protocol, http_request
 
 Fate: TypeAlias = Literal["admitted", "refused", "hung", "failed"]
 RAMP_S = 2.0  # of load before anything is measured
@@ -21,7 +21,7 @@ AGAIN_S = 1.0  # where a refusal names no time
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestOutcome:
     """One request. admitted: its whole answer came, `stream`. refused: with a 429. failed: anything else that ended."""
 
     user: str
@@ -36,17 +36,17 @@ class Phase:
 
     began: float
     ended: float
-    asked: Sequence[Asked]
+    outcomes: Sequence[RequestOutcome]
 
     @property
     def tokens_per_s(self) -> float:
         """Of what was admitted; an answer's tokens are spread evenly over the time in which they came."""
-        tokens = sum(self._share(each.stream) * each.stream.tokens for each in self.asked if each.stream is not None)
+        tokens = sum(self._share(each.stream) * each.stream.tokens for each in self.outcomes if each.stream is not None)
         return tokens / (self.ended - self.began)
 
     def fates(self, user: str | None = None) -> Counter[Fate]:
         """How many requests, of one user or of all, ended in which way."""
-        return Counter(each.fate for each in self.asked if user in (None, each.user))
+        return Counter(each.fate for each in self.outcomes if user in (None, each.user))
 
     def _share(self, stream: Stream) -> float:
         inside = min(self.ended, stream.last) - max(self.began, stream.first)
@@ -63,7 +63,7 @@ class CrowdClient:
         self._host, self._port = self._where.hostname, self._where.port
         self._model, self._questions, self._tokens = model, questions, tokens
         self._number = 0
-        self._asked: list[Asked] = []
+        self._outcomes: list[RequestOutcome] = []
 
     async def closed(self, clients: int) -> Phase:
         """So many clients, each of which asks again when it has its answer, or waits as long as a 429 tells it."""
@@ -74,17 +74,17 @@ class CrowdClient:
         return await self._phase(*(self._pouring(user, rate) for user, rate in rates.items()))
 
     async def _phase(self, *loads: Any) -> Phase:
-        self._asked = []
+        self._outcomes = []
         self._began = time.perf_counter() + RAMP_S
         self._ends = self._began + self._seconds
         await asyncio.gather(*loads)
-        return Phase(self._began, self._ends, self._asked)
+        return Phase(self._began, self._ends, self._outcomes)
 
     async def _repeating(self, user: str) -> None:
         while time.perf_counter() < self._ends:
-            reader = await self._ask(user)
-            if self._asked[-1].fate != "admitted" or reader.status != 200:
-                again = AGAIN_S if reader.retry_after_s is None else reader.retry_after_s
+            protocol = await self._ask(user)
+            if self._outcomes[-1].fate != "admitted" or protocol.status != 200:
+                again = AGAIN_S if protocol.retry_after_s is None else protocol.retry_after_s
                 await asyncio.sleep(min(again, max(0.0, self._ends - time.perf_counter())))
 
     async def _pouring(self, user: str, rate: float) -> None:
@@ -95,21 +95,23 @@ class CrowdClient:
                 asking.create_task(self._ask(user))
                 due += drawn.expovariate(rate)
 
-    async def _ask(self, user: str) -> Reader:
+    async def _ask(self, user: str) -> StreamProtocol:
         self._number += 1
         loop = asyncio.get_running_loop()
-        reader = Reader(http_request(self._where.netloc, self._body(user, self._number)), loop.create_future())
+        protocol = StreamProtocol(
+            http_request(self._where.netloc, self._body(user, self._number)), loop.create_future()
+        )
         try:
             async with asyncio.timeout(HUNG_S):
-                await loop.create_connection(partial(same, reader), self._host, self._port)
-                await reader.done
+                await loop.create_connection(partial(existing_protocol, protocol), self._host, self._port)
+                await protocol.done
         except TimeoutError:
-            self._asked.append(Asked(user, "hung"))
+            self._outcomes.append(RequestOutcome(user, "hung"))
         except (StreamFailed, OSError) as error:
-            self._asked.append(Asked(user, "failed", why=str(error)))
+            self._outcomes.append(RequestOutcome(user, "failed", why=str(error)))
         else:
-            self._asked.append(_became(user, reader))
-        return reader
+            self._outcomes.append(_outcome_of(user, protocol))
+        return protocol
 
     def _body(self, user: str, number: int) -> dict[str, Any]:
         return {
@@ -124,10 +126,10 @@ class CrowdClient:
         }
 
 
-def _became(user: str, reader: Reader) -> Asked:
-    if reader.status == 429:
-        return Asked(user, "refused", why="" if reader.retry_after_s else "without Retry-After")
+def _outcome_of(user: str, protocol: StreamProtocol) -> RequestOutcome:
+    if protocol.status == 429:
+        return RequestOutcome(user, "refused", why="" if protocol.retry_after_s else "without Retry-After")
     try:
-        return Asked(user, "admitted", reader.stream())
+        return RequestOutcome(user, "admitted", protocol.stream())
     except StreamFailed as error:
-        return Asked(user, "failed", why=str(error))
+        return RequestOutcome(user, "failed", why=str(error))

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks.kill_harness import KINDS, READY_S, Killed, Kind, ServedCluster, served_cluster, service_config
 from benchmarks.results_file import arguments, console, progress, publish
-from benchmarks.steady_streams import Case, Reading, Streams, cases, requests
+from benchmarks.steady_streams import Case, StreamRecord, Streams, cases, requests
 
 PAUSE_S = (0.5, 2.5)  # between two kills at least
 SETTLED_S = 2.5  # a kind is whole for so long before it is killed again: coordinators have found its new process
@@ -45,26 +45,26 @@ class Disturbed:
     """What a number of streams went through."""
 
     killed: list[Killed] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
+    records: list[StreamRecord] = field(default_factory=list)
     refused: int = 0
 
     def recoveries(self, kind: Kind | None = None) -> list[float]:
         """Seconds after each kill, of one kind or of all, until all streams flowed again."""
         return [self._recovery(kill.at) for kill in self.killed if kind in (None, kill.kind)]
 
-    def lost(self) -> list[Reading]:
+    def lost(self) -> list[StreamRecord]:
         """Streams without their whole answer."""
-        return [reading for reading in self.readings if reading.outcome == "lost"]
+        return [record for record in self.records if record.outcome == "lost"]
 
-    def different(self) -> list[Reading]:
+    def different(self) -> list[StreamRecord]:
         """Streams that said something else."""
-        return [reading for reading in self.readings if reading.differs()]
+        return [record for record in self.records if record.differs()]
 
     def result(self) -> dict[str, Any]:
         """Counts and percentiles, of all kills and of each kind."""
         kinds = [kind for kind in KINDS if any(kill.kind == kind for kill in self.killed)]
         return {
-            "answers": sum(reading.outcome == "ended" for reading in self.readings),
+            "answers": sum(record.outcome == "ended" for record in self.records),
             "kills": {kind: sum(kill.kind == kind for kill in self.killed) for kind in kinds},
             "lost": len(self.lost()),
             "identical": not self.different(),
@@ -76,18 +76,18 @@ class Disturbed:
     def failures(self) -> list[str]:
         """A sentence for each stream that was lost or differs, with what had been killed before its last message."""
         return [
-            f"{self._before(reading)}: {reading.why or reading.differs()}"
-            for reading in self.readings
-            if reading.outcome == "lost" or reading.differs()
+            f"{self._before(record)}: {record.why or record.differs()}"
+            for record in self.records
+            if record.outcome == "lost" or record.differs()
         ]
 
     def _recovery(self, at: float) -> float:
-        return max((s for reading in self.readings if (s := reading.silence(at, WINDOW_S)) is not None), default=0.0)
+        return max((s for record in self.records if (s := record.silence(at, WINDOW_S)) is not None), default=0.0)
 
-    def _before(self, reading: Reading) -> str:
-        during = [kill for kill in self.killed if kill.at > reading.marks[0]]
-        kills = ", ".join(f"{kill.kind} {kill.at - reading.marks[-1]:+.1f} s" for kill in during) or "no kill"
-        return f"{len(reading.marks) - 1} messages, last message and {kills}"
+    def _before(self, record: StreamRecord) -> str:
+        during = [kill for kill in self.killed if kill.at > record.marks[0]]
+        kills = ", ".join(f"{kill.kind} {kill.at - record.marks[-1]:+.1f} s" for kill in during) or "no kill"
+        return f"{len(record.marks) - 1} messages, last message and {kills}"
 
 
 def percentiles(recoveries: Sequence[float]) -> dict[str, float]:
@@ -128,7 +128,7 @@ class Killer:
             if choice and self._streams.flowing(FLOW_S):
                 return self._draw.choice(choice)
             if time.monotonic() > until:
-                silent = sum(time.monotonic() - reading.marks[-1] > FLOW_S for reading in self._streams.open())
+                silent = sum(time.monotonic() - record.marks[-1] > FLOW_S for record in self._streams.open())
                 raise TimeoutError(
                     f"whole for {READY_S:g} s: {sorted(whole)}; of {kinds} none; {silent} silent streams"
                 )
@@ -159,7 +159,7 @@ async def disturb(
     finally:
         streams.stop()
         await running
-    return Disturbed(killer.killed, streams.readings, streams.refused)
+    return Disturbed(killer.killed, streams.records, streams.refused)
 
 
 def run(options: argparse.Namespace) -> dict[int, Disturbed]:
@@ -191,7 +191,7 @@ def summary(results: dict[int, Disturbed], streams: int) -> dict[str, Any]:
     """The benchmark's JSON object: all together, and by the number of replicas."""
     both = Disturbed(
         [kill for one in results.values() for kill in one.killed],
-        [reading for one in results.values() for reading in one.readings],
+        [record for one in results.values() for record in one.records],
         sum(one.refused for one in results.values()),
     )
     parts = {f"replicas_{replicas}": one.result() for replicas, one in results.items()}

@@ -177,7 +177,7 @@ def _question(tokenizers: Mapping[Role, RoleTokenizer], question: Question, temp
 # -- tails of published width
 
 
-def tails() -> list[Tail]:
+def synthetic_tails() -> list[Tail]:
     """Every tail that is measured."""
     return [Tail(exponent, far=far) for far in FAR for exponent in EXPONENTS]
 
@@ -222,7 +222,7 @@ def _bytes(replicas: Iterable[Any]) -> int:
 
 def counted(cases: Sequence[Fidelity]) -> list[Fidelity]:
     """The cases that the bar holds for: what is steep and near unwidened, everything else with widening; k = 128."""
-    steep = {"trio", *(str(tail) for tail in tails() if tail.exponent >= STEEP and not tail.far)}
+    steep = {"trio", *(str(tail) for tail in synthetic_tails() if tail.exponent >= STEEP and not tail.far)}
     return [case for case in cases if case.k == K and case.widening != (case.case in steep)]
 
 
@@ -264,11 +264,11 @@ def measure(rows: int, asked: Sequence[Question]) -> tuple[list[Fidelity], dict[
     cases: list[Fidelity] = []
     with tempfile.TemporaryDirectory() as name, progress(console()) as bar:
         folder = Path(name)
-        task = bar.add_task("trio", total=len(TEMPERATURES) * (len(TRIO_KS) * len(asked) + len(tails())))
+        task = bar.add_task("trio", total=len(TEMPERATURES) * (len(TRIO_KS) * len(asked) + len(synthetic_tails())))
         cases += trio(TRIO_KS, asked, lambda: bar.advance(task))
         config = wide_config(folder, exchange={"k": K, "audit_every": 0})
         tokenizers = load_tokenizers(config)
-        for tail in tails():
+        for tail in synthetic_tails():
             bar.update(task, description=str(tail))
             cases += tail_case(tail, config, tokenizers, rows, lambda: bar.advance(task))
         sizes = {"bytes_per_token": asyncio.run(bytes_per_token(folder, "topk", SESSIONS[0], 200))}

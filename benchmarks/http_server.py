@@ -48,7 +48,7 @@ class CoordinatorWorker:
         return self._endpoints
 
 
-class Front(CoordinatorWorker):
+class HttpServer(CoordinatorWorker):
     """A coordinator and the HTTP side before it, to which it is all the coordinators that there are."""
 
     async def serve(self) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from actors.api.generation import ROLES, Role
 from actors.config import ServiceConfig
 from actors.preflight import load_tokenizers
-from benchmarks.spelling import Spelling
+from benchmarks.byte_tokenizer import ByteTokenizer
 
 
 class OneToOne:
@@ -27,7 +27,7 @@ class OneToOne:
             role: AutoModelForCausalLM.from_pretrained(config.models.role(role).path).eval() for role in ROLES
         }
         target, guider = self.tokenizers["target"], self.tokenizers["guider"]
-        mapped = Spelling(guider).counterparts(Spelling(target))
+        mapped = ByteTokenizer(guider).counterparts(ByteTokenizer(target))
         mapped[list(target.eos_ids)] = guider.eos_ids[0]
         self._there, self._ids = torch.tensor(mapped >= 0), torch.tensor(mapped[mapped >= 0])
         unknown = guider.eos_ids[-1]  # the trio's padding, as in the published pair

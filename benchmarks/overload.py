@@ -30,7 +30,7 @@ from rich.table import Table
 
 from actors.api.generation import ROLES
 from benchmarks.crowd_client import CrowdClient, Phase
-from benchmarks.http_server import Front
+from benchmarks.http_server import HttpServer
 from benchmarks.processes import ModelWorker, Worker, launcher
 from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES
@@ -86,7 +86,9 @@ class Measured:
 
     def failures(self) -> list[str]:
         """Why requests failed, or which refusals lacked something."""
-        return sorted({each.why for phases in self.phases.values() for phase in phases for each in phase.asked} - {""})
+        return sorted(
+            {each.why for phases in self.phases.values() for phase in phases for each in phase.outcomes} - {""}
+        )
 
     def _ratio(self, load: Load) -> float:
         pairs = zip(self.rates(load), self.rates("capacity"), strict=True)
@@ -98,7 +100,7 @@ class Measured:
     def _fairness(self) -> dict[str, Any]:
         by_user = {user: self._fates("unequal", user) for user in (BUSY, CALM)}
         admitted = sum(fates["admitted"] for fates in by_user.values())
-        told: dict[str, Any] = {
+        fairness: dict[str, Any] = {
             user: {
                 "offered": sum(fates.values()),
                 "admitted": fates["admitted"],
@@ -107,7 +109,7 @@ class Measured:
             }
             for user, fates in by_user.items()
         }
-        return told
+        return fairness
 
 
 @asynccontextmanager
@@ -120,11 +122,11 @@ async def crowd(plan: Plan) -> AsyncIterator[Worker]:
     async with launcher("processes", plan.threads) as launch:
         workers = [await launch(ModelWorker, SHAPES["trio"], role, 0.0, config, secret, plan.threads) for role in ROLES]
         endpoints = [await worker.call("start") for worker in workers]
-        front = await launch(Front, config, secret, endpoints)
-        await front.call("start")
-        url = await front.call("serve")
+        server = await launch(HttpServer, config, secret, endpoints)
+        await server.call("start")
+        url = await server.call("serve")
         yield await launch(CrowdClient, url, config.name, asked, plan.tokens, plan.seconds / plan.rounds)
-        for worker in (front, *workers):
+        for worker in (server, *workers):
             await worker.call("stop")
 
 

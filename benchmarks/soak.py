@@ -126,7 +126,7 @@ async def soak(
         streams.stop()
         await running
         watching.cancel()
-    return Disturbed(killer.killed, streams.readings, streams.refused), memory, (began + until) / 2
+    return Disturbed(killer.killed, streams.records, streams.refused), memory, (began + until) / 2
 
 
 def accounts(served: ServedCluster) -> bool:
@@ -160,8 +160,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     own = {kind: slope for kind, slope in slopes.items() if kind in OWN}
     return {
         "minutes": options.minutes,
-        "requests": len(disturbed.readings),
-        "cancelled": sum(reading.outcome == "cancelled" for reading in disturbed.readings),
+        "requests": len(disturbed.records),
+        "cancelled": sum(record.outcome == "cancelled" for record in disturbed.records),
         **{name: result[name] for name in ("kills", "lost", "identical", "refused")},
         "accounting_exact": batch_invariant,
         "memory_flat": set(own) == set(OWN) and max(own.values()) <= FLAT_MB_PER_MIN,

@@ -26,7 +26,7 @@ class StreamFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One answer as its reader saw it. Times are seconds of one clock."""
+    """One answer as its protocol saw it. Times are seconds of one clock."""
 
     asked: float
     first: float  # when its first text came
@@ -41,7 +41,7 @@ class Stream:
 
 
 @dataclass(slots=True)
-class Reader(asyncio.Protocol):
+class StreamProtocol(asyncio.Protocol):
     """One request. httptools calls `on_header`, `on_body` and `on_message_complete`.
 
     done: ends with the response, or with StreamFailed when the connection is lost before.
@@ -114,11 +114,11 @@ async def read_streams(url: str, bodies: Sequence[dict[str, Any]]) -> list[Strea
     if where.hostname is None or where.port is None:
         raise ValueError(f"{url} names no host and port")
     host, port = where.hostname, where.port
-    readers = [Reader(http_request(where.netloc, body), loop.create_future()) for body in bodies]
+    protocols = [StreamProtocol(http_request(where.netloc, body), loop.create_future()) for body in bodies]
     async with asyncio.timeout(DEADLINE_S):
-        await asyncio.gather(*(loop.create_connection(partial(same, r), host, port) for r in readers))
-        await asyncio.gather(*(reader.done for reader in readers))
-    return [reader.stream() for reader in readers]
+        await asyncio.gather(*(loop.create_connection(partial(existing_protocol, r), host, port) for r in protocols))
+        await asyncio.gather(*(protocol.done for protocol in protocols))
+    return [protocol.stream() for protocol in protocols]
 
 
 def read_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
@@ -127,9 +127,9 @@ def read_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
         return runner.run(read_streams(url, bodies))
 
 
-def same(reader: Reader) -> Reader:
+def existing_protocol(protocol: StreamProtocol) -> StreamProtocol:
     """A protocol that is there already, for a loop that asks who makes one."""
-    return reader
+    return protocol
 
 
 def http_request(host: str, body: dict[str, Any]) -> bytes:

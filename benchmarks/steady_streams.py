@@ -45,7 +45,7 @@ class Case:
 
 
 @dataclass(slots=True)
-class Reading:
+class StreamRecord:
     """One stream as its reader saw it. marks: when it was asked for and when each message came, on `time.monotonic`."""
 
     case: Case
@@ -57,7 +57,7 @@ class Reading:
     outcome: Outcome = "open"
     why: str = ""  # it was lost
 
-    def hear(self, chunk: dict[str, Any]) -> None:
+    def add(self, chunk: dict[str, Any]) -> None:
         """Take in one event. Raises StreamLost when it says that the generation failed."""
         if "error" in chunk:
             raise StreamLost(chunk["error"]["message"])
@@ -150,7 +150,7 @@ class Streams:
         cancelled: float = 0,
         patience_s: float = 30,
     ) -> None:
-        self.readings: list[Reading] = []
+        self.records: list[StreamRecord] = []
         self.refused = 0  # requests that were not taken on and sent again
         self._url, self._asked, self._count, self._draw = url, asked, count, draw
         self._cancelled, self._patience_s = cancelled, patience_s
@@ -167,45 +167,45 @@ class Streams:
         async with httpx.AsyncClient(base_url=self._url, timeout=timeout, limits=limits) as client:
             await asyncio.gather(*(self._one_after_another(client) for _ in range(self._count)))
 
-    def open(self) -> list[Reading]:
+    def open(self) -> list[StreamRecord]:
         """Streams that are read now."""
-        return [reading for reading in self.readings if reading.outcome == "open"]
+        return [record for record in self.records if record.outcome == "open"]
 
     def flowing(self, within_s: float) -> bool:
         """Whether each open stream has said something within the last so many seconds."""
         since = time.monotonic() - within_s
-        return all(len(reading.marks) > 1 and reading.marks[-1] >= since for reading in self.open())
+        return all(len(record.marks) > 1 and record.marks[-1] >= since for record in self.open())
 
     async def _one_after_another(self, client: httpx.AsyncClient) -> None:
         while not self._stopped:
-            reading = Reading(self._draw.choice(self._asked), [time.monotonic()])
-            self.readings.append(reading)
+            record = StreamRecord(self._draw.choice(self._asked), [time.monotonic()])
+            self.records.append(record)
             leaves = self._draw.random() < self._cancelled
             try:
                 async with asyncio.timeout(self._draw.uniform(0, self._patience_s) if leaves else None):
-                    await self._read(client, reading)
-                reading.outcome = "ended"
+                    await self._read(client, record)
+                record.outcome = "ended"
             except TimeoutError:
-                reading.outcome = "cancelled"
+                record.outcome = "cancelled"
             except (httpx.HTTPError, StreamLost, json.JSONDecodeError) as error:
-                reading.outcome, reading.why = "lost", f"{type(error).__name__}: {error}"
+                record.outcome, record.why = "lost", f"{type(error).__name__}: {error}"
 
-    async def _read(self, client: httpx.AsyncClient, reading: Reading) -> None:
+    async def _read(self, client: httpx.AsyncClient, record: StreamRecord) -> None:
         while True:
-            async with client.stream("POST", "/v1/chat/completions", json=reading.case.body) as response:
+            async with client.stream("POST", "/v1/chat/completions", json=record.case.body) as response:
                 if response.status_code == 200:
-                    return await self._follow(response, reading)
+                    return await self._follow(response, record)
                 if response.status_code not in (429, 503):
                     raise StreamLost(f"status {response.status_code}: {(await response.aread()).decode()}")
                 self.refused += 1
                 after = float(response.headers.get("Retry-After", REFUSED_S))
             await asyncio.sleep(after)
 
-    async def _follow(self, response: httpx.Response, reading: Reading) -> None:
+    async def _follow(self, response: httpx.Response, record: StreamRecord) -> None:
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                reading.marks.append(time.monotonic())
-                reading.hear(json.loads(line.removeprefix("data: ")))
-            elif line == "data: [DONE]" and reading.finish == "length":
+                record.marks.append(time.monotonic())
+                record.add(json.loads(line.removeprefix("data: ")))
+            elif line == "data: [DONE]" and record.finish == "length":
                 return
         raise StreamLost("the stream ended before its answer did")

@@ -14,6 +14,7 @@ from actors.text.tokenizer import RoleTokenizer
 from benchmarks.alignment import COLUMNS, Comparison, Pair, divergence, log_softmax
 from benchmarks.alignment_oracle import Floats, Oracle, Place
 from benchmarks.attribution import FOLLOWED, attribute
+from benchmarks.byte_tokenizer import ByteTokenizer
 from benchmarks.corpora import Corpus, corpora, mathematics, mixture, reasoning
 from benchmarks.real_tokenizers import (
     LLAMA_SPLIT,
@@ -24,7 +25,6 @@ from benchmarks.real_tokenizers import (
     real_tokenizers,
     sentence_pieces,
 )
-from benchmarks.spelling import Spelling
 from benchmarks.trained_tokenizers import ONE_DIGIT, THREE_DIGITS, byte_pairs, unigram
 from benchmarks.trigrams import UNKNOWN, Trigrams
 from cluster.demo.english import COMMON_WORDS
@@ -82,15 +82,15 @@ def test_draws_have_the_shares_that_the_row_says(context: list[int]) -> None:
 @pytest.mark.parametrize("kind", ["grouped", "single", "pieces", "bytes"])
 @pytest.mark.parametrize("text", [" two  spaces", "x = 12345\n\n    y", "naïve 你好", "word"])
 def test_spelled_tokens_are_the_bytes_of_the_text(kind: str, text: str) -> None:
-    spelling = Spelling(tokenizer(kind))
-    assert spelling.spell(spelling.encode(text)) == text.encode()
+    splitter = ByteTokenizer(tokenizer(kind))
+    assert splitter.decode(splitter.encode(text)) == text.encode()
 
 
 def test_tokens_that_go_on_from_some_bytes_are_found() -> None:
-    spelling = Spelling(tokenizer("single"))
+    splitter = ByteTokenizer(tokenizer("single"))
     for data in (b"", b" th", b"e", b"\xff"):
-        found = {id_ for id_, text in enumerate(spelling.texts) if text and text.startswith(data) and text != data}
-        assert {*spelling.longer(data).tolist()} == found
+        found = {id_ for id_, text in enumerate(splitter.texts) if text and text.startswith(data) and text != data}
+        assert {*splitter.longer(data).tolist()} == found
 
 
 def test_tokenizers_are_the_same_each_time() -> None:
@@ -101,11 +101,11 @@ def test_tokenizers_are_the_same_each_time() -> None:
 
 
 def test_ranks_alone_make_the_tokenizer_again() -> None:
-    spelling = Spelling(tokenizer("grouped"))
-    ranks = {text: id_ for id_, text in enumerate(spelling.texts) if text is not None}
+    splitter = ByteTokenizer(tokenizer("grouped"))
+    ranks = {text: id_ for id_, text in enumerate(splitter.texts) if text is not None}
     again = byte_level(*byte_level_model(ranks), LLAMA_SPLIT)
     text = texts()["math"].held_out
-    assert again.encode(text).ids == spelling.encode(text)
+    assert again.encode(text).ids == splitter.encode(text)
 
 
 def test_the_published_splits_differ_in_digits_alone() -> None:
@@ -143,8 +143,8 @@ def test_a_published_tokenizer_has_the_ids_of_its_model(name: str) -> None:
         pytest.skip("the package that carries it is not installed")
     assert found.encode(PUBLISHED_TEXT) == PUBLISHED[name]
     assert found.decode(PUBLISHED[name]) == PUBLISHED_TEXT
-    spelling = Spelling(found)
-    assert spelling.spell(spelling.encode(PUBLISHED_TEXT)) == PUBLISHED_TEXT.encode()
+    splitter = ByteTokenizer(found)
+    assert splitter.decode(splitter.encode(PUBLISHED_TEXT)) == PUBLISHED_TEXT.encode()
 
 
 def test_a_package_that_is_not_there_is_a_tokenizer_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_worked_arithmetic_is_right() -> None:
 # -- the oracle
 
 
-def _next_bytes(model: Trigrams, small: Spelling, text: bytes) -> Floats:
+def _next_bytes(model: Trigrams, small: ByteTokenizer, text: bytes) -> Floats:
     """[256] of all ways to spell a text from its beginning that its tokenizer would make, how likely each byte is
     next."""
     out = np.zeros(256)
@@ -205,7 +205,7 @@ def _next_bytes(model: Trigrams, small: Spelling, text: bytes) -> Floats:
 
 @pytest.mark.parametrize("kind", ["single", "grouped"])
 def test_the_oracle_agrees_with_the_enumeration_of_all_spellings(kind: str) -> None:
-    target, small = Spelling(tokenizer("bytes")), Spelling(tokenizer(kind))
+    target, small = ByteTokenizer(tokenizer("bytes")), ByteTokenizer(tokenizer(kind))
     model = Trigrams(small.encode(texts()["reasoning"].train), small.width, small.text_ids)
     oracle = Oracle(target, small, 4096)
     for text in ("1", "12", "so the", " = 2"):
@@ -219,13 +219,13 @@ def test_the_oracle_agrees_with_the_enumeration_of_all_spellings(kind: str) -> N
 
 
 def test_an_oracle_over_the_same_tokens_says_what_the_model_says() -> None:
-    spelling = Spelling(tokenizer("single"))
-    model = Trigrams(spelling.encode(texts()["english"].train), spelling.width, spelling.text_ids)
-    ids = spelling.encode(texts()["english"].held_out)
-    oracle, apart = Oracle(spelling, spelling, 2048), []
+    splitter = ByteTokenizer(tokenizer("single"))
+    model = Trigrams(splitter.encode(texts()["english"].train), splitter.width, splitter.text_ids)
+    ids = splitter.encode(texts()["english"].held_out)
+    oracle, apart = Oracle(splitter, splitter, 2048), []
     for at in range(20, 80, 5):
-        said = spelling.spell(ids[:at])
-        place = Place(ids, at, said, spelling.encode(said.decode()))
+        said = splitter.decode(ids[:at])
+        place = Place(ids, at, said, splitter.encode(said.decode()))
         (counts,), (again,) = oracle.counts([model], place, [np.random.default_rng(seed) for seed in (0, 0)])
         assert (counts == again).all()
         apart.append(float(np.abs(counts / counts.sum() - np.exp(model(ids[:at]))).max()))

@@ -14,7 +14,7 @@ from benchmarks.cpu_time import descendants
 from benchmarks.faults import Disturbed, shares, summary
 from benchmarks.kill_harness import Killed, service_config
 from benchmarks.soak import WARM_S, Memory, resident_mb
-from benchmarks.steady_streams import Case, Reading, StreamLost, cases, requests
+from benchmarks.steady_streams import Case, StreamLost, StreamRecord, cases, requests
 
 COUNTS = {"completion": 3, "guided": 2, "changed": 1}
 CASE = Case({"guidance": {"explain": True}}, [5, 6, 7], "a b c", COUNTS)
@@ -30,12 +30,12 @@ def usage(**counts: int) -> dict[str, Any]:
     return {"choices": [], "usage": {"completion_tokens": counts["completion"], "guidance": guidance}}
 
 
-def read(*chunks: dict[str, Any], marks: tuple[float, ...] = (0.0, 1.0)) -> Reading:
-    reading = Reading(CASE, list(marks))
+def read(*chunks: dict[str, Any], marks: tuple[float, ...] = (0.0, 1.0)) -> StreamRecord:
+    record = StreamRecord(CASE, list(marks))
     for one in chunks:
-        reading.hear(one)
-    reading.outcome = "ended"
-    return reading
+        record.add(one)
+    record.outcome = "ended"
+    return record
 
 
 WHOLE = (chunk([5, 6], "a b"), chunk([7], " c", "length"), usage(**COUNTS))
@@ -72,11 +72,11 @@ def test_an_error_in_the_stream_is_its_loss() -> None:
 
 
 def test_a_silence_counts_from_the_kill_or_from_its_own_beginning_within_the_window() -> None:
-    reading = Reading(CASE, [0.0, 10.0, 10.1, 10.2, 13.2, 13.3, 30.0])
-    assert reading.silence(10.15, 1.0) == pytest.approx(3.0)  # it began after the kill
-    assert reading.silence(11.0, 1.0) == pytest.approx(2.2)  # it had begun before
-    assert reading.silence(13.25, 0.01) == pytest.approx(0.05)  # the next one begins after the window
-    assert reading.silence(31.0, 1.0) is None
+    record = StreamRecord(CASE, [0.0, 10.0, 10.1, 10.2, 13.2, 13.3, 30.0])
+    assert record.silence(10.15, 1.0) == pytest.approx(3.0)  # it began after the kill
+    assert record.silence(11.0, 1.0) == pytest.approx(2.2)  # it had begun before
+    assert record.silence(13.25, 0.01) == pytest.approx(0.05)  # the next one begins after the window
+    assert record.silence(31.0, 1.0) is None
 
 
 def test_recovery_is_the_longest_silence_of_any_stream() -> None:

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.crowd_client import Asked, Phase
+from benchmarks.crowd_client import Phase, RequestOutcome
 from benchmarks.overload import BUSY, CALM, Measured
 from benchmarks.sse_client import Stream
 
 
-def answered(first: float, last: float, tokens: int = 10, user: str = "") -> Asked:
-    return Asked(user, "admitted", Stream(0.0, first, last, tokens, 2))
+def answered(first: float, last: float, tokens: int = 10, user: str = "") -> RequestOutcome:
+    return RequestOutcome(user, "admitted", Stream(0.0, first, last, tokens, 2))
 
 
-def phase(*asked: Asked) -> Phase:
-    return Phase(10.0, 20.0, asked)
+def phase(*outcomes: RequestOutcome) -> Phase:
+    return Phase(10.0, 20.0, outcomes)
 
 
 def test_only_what_comes_while_it_is_measured_counts() -> None:
     assert phase(answered(12, 14)).tokens_per_s == 1.0
     assert phase(answered(8, 12)).tokens_per_s == 0.5
     assert phase(answered(5, 25, 40)).tokens_per_s == 2.0
-    assert phase(answered(2, 9), answered(21, 22), Asked("", "refused")).tokens_per_s == 0.0
+    assert phase(answered(2, 9), answered(21, 22), RequestOutcome("", "refused")).tokens_per_s == 0.0
 
 
 def test_ratios_are_of_rounds_and_counts_of_all() -> None:
     measured = Measured()
     measured.phases["capacity"] = [phase(answered(12, 14, tokens)) for tokens in (100, 50, 200)]
-    others = (Asked("", "hung"), Asked("", "failed"), Asked("", "refused"))
+    others = (RequestOutcome("", "hung"), RequestOutcome("", "failed"), RequestOutcome("", "refused"))
     measured.phases["overloaded"] = [
-        phase(answered(12, 14, tokens), Asked("", "refused"), other)
+        phase(answered(12, 14, tokens), RequestOutcome("", "refused"), other)
         for tokens, other in zip((90, 50, 100), others, strict=True)
     ]
     measured.phases["obeying"] = measured.phases["capacity"]
@@ -46,8 +46,8 @@ def test_fairness_is_told_by_user() -> None:
     for phases in measured.phases.values():
         phases.append(phase(answered(12, 14)))
     calm = [answered(12, 14, user=CALM), answered(12, 14, user=CALM)]
-    busy = [answered(12, 14, user=BUSY)] * 6 + [Asked(BUSY, "refused")] * 14
+    busy = [answered(12, 14, user=BUSY)] * 6 + [RequestOutcome(BUSY, "refused")] * 14
     measured.phases["unequal"] = [phase(*calm, *busy)]
-    told = measured.result()["fairness"]
-    assert told[CALM] == {"offered": 2, "admitted": 2, "share_of_admitted": 0.25, "share_of_its_own": 1.0}
-    assert told[BUSY]["share_of_its_own"] == pytest.approx(0.3)
+    fairness = measured.result()["fairness"]
+    assert fairness[CALM] == {"offered": 2, "admitted": 2, "share_of_admitted": 0.25, "share_of_its_own": 1.0}
+    assert fairness[BUSY]["share_of_its_own"] == pytest.approx(0.3)

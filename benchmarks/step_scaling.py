@@ -1,6 +1,6 @@
 """How a guided step's time grows with sessions and with context.
 
-    python -m benchmarks.scaling [--shape laptop] [--sessions 1 2 4 8 16 32 64] [--contexts 128 512 1024 2048 4096]
+    python -m benchmarks.step_scaling [--shape laptop] [--sessions 1 2 4 8 16 32 64] [--contexts 128 512 1024 2048 4096]
         [--launcher processes] [--steps 12] [--threads N] [--rounds 3] [--save]
 
 Without drafts. The time of a step is the difference of two runs of different length over the same prompts, divided by

@@ -24,7 +24,7 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _HIGHEST = b"\xff" * 64  # no token's bytes go on like this
 
 
-class Spelling:
+class ByteTokenizer:
     """One vocabulary. texts: by id the bytes that a token stands for, None for those that are no text."""
 
     def __init__(self, tokenizer: RoleTokenizer) -> None:
@@ -32,10 +32,10 @@ class Spelling:
         self._tokenizer = Tokenizer.from_str(json.dumps(_without_first_space(spec)))
         self._tokenizer.encode_special_tokens = True
         self.width = tokenizer.width
-        spell = _characters if "ByteLevel" in json.dumps(spec["decoder"]) else _pieces
+        to_bytes = _characters if "ByteLevel" in json.dumps(spec["decoder"]) else _pieces
         self.texts: list[bytes | None] = [None] * self.width
         for token, id_ in tokenizer.text_tokens.items():
-            self.texts[id_] = spell(token)
+            self.texts[id_] = to_bytes(token)
         ordered = sorted((text, id_) for id_, text in enumerate(self.texts) if text)
         self._ascending = [text for text, _ in ordered]
         self._ascending_ids: Ids = np.array([id_ for _, id_ in ordered])
@@ -53,11 +53,11 @@ class Spelling:
         """Ids of many texts."""
         return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def counterparts(self, of: Spelling) -> Ids:
+    def counterparts(self, of: ByteTokenizer) -> Ids:
         """By id of another vocabulary the token here that has the same bytes, -1 for none."""
         return np.array([self.ids.get(text, -1) if text else -1 for text in of.texts])
 
-    def spell(self, ids: Sequence[int]) -> bytes:
+    def decode(self, ids: Sequence[int]) -> bytes:
         """The bytes of tokens, all of them text."""
         return b"".join(self.texts[id_] or b"" for id_ in ids)
 

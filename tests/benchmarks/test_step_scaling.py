@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.plots import draw
-from benchmarks.scaling import LEAST_CONTEXT, fit, result
+from benchmarks.step_scaling import LEAST_CONTEXT, fit, result
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 
