@@ -1,4 +1,4 @@
-"""Which module may know which: read from the source, so that a lazy import counts too.
+"""The allowed imports between modules, read from the source, so that lazy imports count, too.
 
 actors.config, actors.api.generation, actors.decoding  <-  actors.engine, actors.wire  <-  the rest of actors
 <-  router  <-  cluster
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parent.parent
 EVERYTHING = ("actors", "router", "cluster", "benchmarks")
 BOTTOM = ("actors.config", "actors.api", "actors.decoding")
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "peft")
-# Processes other than a model's must start without torch, so the engine is imported where it is loaded.
+# Only model processes may load torch, so other modules import the engine inside functions.
 LAZY = {
     "actors.replica.build": {"actors.engine.loader", "actors.engine.parallel", "actors.engine.step_engine"},
     "actors.serve.model": {"actors.engine.parallel"},
 }
-# What a model says and is told, as plain data: no torch behind it.
-VERBS = ("actors.engine.interface", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
+# Modules of the engine that import no torch: its messages, errors and arithmetic on configs.
+WITHOUT_TORCH = ("actors.engine.interface", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
 MAY_USE_TORCH = (
     "actors.engine",
     "cluster.demo.train",
@@ -64,7 +64,7 @@ def modules() -> dict[str, Path]:
 
 
 def inside(name: str, *packages: str) -> bool:
-    """Whether a dotted name is one of the packages or lies in one."""
+    """True if a dotted name is one of the packages or is in one."""
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
@@ -73,7 +73,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """All imports under a node, also in functions; not those for the type checker."""
+    """All imports under a node, also in functions, except those for the type checker."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
@@ -95,14 +95,14 @@ def names(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """What a module imports, at whatever level."""
+    """The names that a module imports, in functions, too."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     return frozenset(name for statement in import_statements(tree) for name in names(statement))
 
 
 @cache
 def calls(module: str) -> frozenset[str]:
-    """What a module calls, as it is written: `torch.load`, `dist.broadcast`."""
+    """The calls in a module as written: `torch.load`, `dist.broadcast`."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     return frozenset(ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
 
@@ -114,7 +114,7 @@ def strays(
     *,
     spared: tuple[str, ...] = (),
 ) -> list[str]:
-    """`module -> name` for modules of `importers`, but `spared` ones, that import from `banned` but not `allowed`."""
+    """`module -> name` for imports by `importers`, except `spared` ones, from `banned` and not from `allowed`."""
     return [
         f"{module} -> {name}"
         for module in modules()
@@ -124,11 +124,11 @@ def strays(
     ]
 
 
-def test_the_bottom_layer_knows_only_itself() -> None:
+def test_the_bottom_layer_imports_only_itself() -> None:
     assert strays(BOTTOM, EVERYTHING, BOTTOM) == []
 
 
-def test_the_method_needs_numpy_alone() -> None:
+def test_the_method_needs_numpy_only() -> None:
     allowed = (*sys.stdlib_module_names, "numpy", *BOTTOM)
     others = [
         f"{module} -> {name}"
@@ -140,7 +140,7 @@ def test_the_method_needs_numpy_alone() -> None:
     assert others == []
 
 
-def test_the_engine_and_the_wire_know_the_bottom_layer_and_not_each_other() -> None:
+def test_engine_and_wire_import_the_bottom_layer_only() -> None:
     assert strays(("actors.engine",), EVERYTHING, (*BOTTOM, "actors.engine")) == []
     assert strays(("actors.wire",), EVERYTHING, (*BOTTOM, "actors.wire")) == []
 
@@ -151,31 +151,31 @@ def test_imports_go_downwards() -> None:
     assert strays(("cluster",), ("benchmarks",)) == []
 
 
-def test_torch_is_the_engines_and_the_trainings_alone() -> None:
+def test_only_engine_and_training_import_torch() -> None:
     assert strays(EVERYTHING, HEAVY, spared=MAY_USE_TORCH) == []
 
 
 def test_only_model_processes_load_the_engine() -> None:
-    assert strays(EVERYTHING, ("actors.engine",), VERBS, spared=MAY_USE_TORCH) == []
+    assert strays(EVERYTHING, ("actors.engine",), WITHOUT_TORCH, spared=MAY_USE_TORCH) == []
 
 
-def test_what_others_read_of_the_engine_is_free_of_torch() -> None:
-    assert strays(VERBS, (*HEAVY, "actors.engine"), VERBS) == []
+def test_the_engines_interface_imports_no_torch() -> None:
+    assert strays(WITHOUT_TORCH, (*HEAVY, "actors.engine"), WITHOUT_TORCH) == []
 
 
-def test_ray_stays_in_the_shells() -> None:
+def test_only_shells_import_ray() -> None:
     assert strays(EVERYTHING, ("ray",), spared=MAY_USE_RAY) == []
 
 
-def test_nothing_that_comes_over_a_network_is_unpickled() -> None:
-    """Ray's own calls aside, and the pipes of a benchmark to its own children; ranks speak bytes over theirs."""
+def test_no_bytes_from_a_network_are_unpickled() -> None:
+    """Exempt are Ray's own calls and a benchmark's pipes to its children. Ranks exchange bytes."""
     assert strays(EVERYTHING, UNPICKLERS) == []
     written = {module: calls(module) for module in modules()}
     assert [f"{m}: {c}" for m, said in written.items() for c in said if c.endswith(UNPICKLING_CALLS)] == []
     assert [m for m, said in written.items() if inside(m, "actors", "router") and "pipe.recv" in said] == []
 
 
-def test_every_lazy_import_that_is_allowed_is_used() -> None:
+def test_every_allowed_lazy_import_is_used() -> None:
     for module, lazy in LAZY.items():
         assert imports(module) & lazy, f"{module} imports none of {sorted(lazy)}"
 
@@ -183,7 +183,7 @@ def test_every_lazy_import_that_is_allowed_is_used() -> None:
 @pytest.mark.parametrize(
     "module", ["router.api", "actors.coordinator.coordinator", "actors.replica.replica", "actors.preflight"]
 )
-def test_a_process_that_computes_no_logits_starts_without_torch_and_ray(module: str) -> None:
+def test_a_process_without_a_model_starts_without_torch_and_ray(module: str) -> None:
     heavy = (*HEAVY, "ray")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run(
@@ -193,23 +193,23 @@ def test_a_process_that_computes_no_logits_starts_without_torch_and_ray(module: 
 
 
 def all_imports(module: str) -> set[str]:
-    """The project's modules that a module imports, those for the type checker included."""
+    """The project's modules that a module imports, for the type checker, too."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     found = (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
     return {name for statement in found for name in names(statement) if name in modules()}
 
 
 def folder(module: str) -> str:
-    """The folder of `actors` that holds a module; the module itself at the top, and elsewhere."""
+    """The folder of `actors` that holds a module; the module itself at the top of `actors` and elsewhere."""
     return ".".join(module.split(".")[:2])
 
 
-def test_no_import_leads_back_to_its_own_module() -> None:
-    """Type-only imports included: a module that must be read with another one belongs into it."""
+def test_modules_have_no_import_cycle() -> None:
+    """Type-only imports count: modules that need each other belong together."""
     TopologicalSorter({module: all_imports(module) for module in modules()}).prepare()
 
 
-def test_no_import_leads_back_to_its_own_folder_of_actors() -> None:
+def test_folders_of_actors_have_no_import_cycle() -> None:
     graph: dict[str, set[str]] = {}
     for module in modules():
         if inside(module, "actors"):
@@ -217,6 +217,6 @@ def test_no_import_leads_back_to_its_own_folder_of_actors() -> None:
     TopologicalSorter({name: others - {name} for name, others in graph.items()}).prepare()
 
 
-def test_the_top_of_actors_holds_six_modules_at_most() -> None:
+def test_the_top_of_actors_has_at_most_six_modules() -> None:
     top = [module for module in modules() if module.count(".") == 1 and inside(module, "actors")]
     assert len([module for module in top if modules()[module].name != "__init__.py"]) <= 6
