@@ -4,7 +4,7 @@
 #   docker build -t thinklogit:cpu --build-arg TORCH_INDEX=URL .    # URL: an index of CPU builds of torch, far smaller
 #   docker build -t thinklogit --build-arg CLOUD_SDK=boto3 .        # the head of `ray up` starts nodes by it; on Google
 #                                                       # Cloud google-api-python-client
-#   docker run --network host --shm-size 2g thinklogit  # add --gpus all where there are some
+#   docker run --network host --shm-size 2g --stop-timeout 45 thinklogit    # add --gpus all where there are some
 #
 # Other models: mount another file over /app/ray_config.yaml and a volume at /home/ray/.cache/huggingface.
 FROM python:3.12-slim
@@ -32,4 +32,4 @@ COPY --chown=ray ray_config.yaml ./
 USER ray
 ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000
-CMD ["sh", "-c", "python -m cluster.check ray_config.yaml && exec serve run --working-dir . ray_config.yaml"]
+CMD ["python", "-m", "cluster.serve", "ray_config.yaml"]
