@@ -1,4 +1,4 @@
-"""Models of any shape that agree as often as they are told, at their full cost.
+"""Models of any shape that agree with a given probability, at their full cost.
 
 The output projections of every layer are zero: attention and the feed-forward part are computed, and add nothing. What
 remains is a map from a token to the row of the next one, through embedding, norm and head, and these are shared: one

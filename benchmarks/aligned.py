@@ -1,4 +1,4 @@
-"""One small model read through an alignment, from whole rows and without a service: what measurements compare."""
+"""Reads one small model's rows as probabilities of a target's tokens, without a service, for measurements."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class AlignedModel:
         self._every = np.arange(len(alignment.tables.events.starts) - 1)[None]
 
     def push(self, token: int) -> None:
-        """The target said `token`."""
+        """Append one of the target's tokens."""
         self._reader.append(token)
 
     def masses(self) -> Floats:
-        """[target width] log-probabilities of the target's tokens as next ones; NaN where there is no such event."""
+        """[target width] log-probability of each target token as the next one; NaN where there is no such event."""
         boundaries = self._reader.translate_drafts(()).boundaries_by_row[0]
         crossing = None
         if boundaries is not None:
@@ -53,6 +53,6 @@ class AlignedModel:
 
 
 def difference(guider: Floats, guider_base: Floats) -> Floats:
-    """Delta: the guider's masses less those of its base; 0 where either knows nothing of an event."""
+    """The guider's masses less those of its base; 0 where either has no probability for an event."""
     delta: Floats = np.nan_to_num(guider - guider_base, nan=0.0)
     return delta

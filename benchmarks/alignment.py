@@ -2,10 +2,10 @@
 
     python -m benchmarks.alignment [--places 100] [--draws 4096] [--pairs PATTERN] [--save]
 
-The models are trigrams: a target that has read mostly English and code, a guider that has read worked arithmetic and
-mathematics too, and a base that has not. At places of texts that none of them has read, the target's distribution is
-guided at alpha 1 by what an oracle says of the target's next token (drawn continuations, tokenised by the target), and
-by what each method says. The table shows the KL divergence from the first to the second, in nats, of
+The models are trigrams: a target trained mostly on English and code, a guider trained on worked arithmetic and
+mathematics too, and a base that was not. At places of held-out texts, the target's distribution is guided at alpha 1
+by an oracle's estimate of the target's next token (drawn continuations, tokenised by the target), and by the estimate
+of each method. The table shows the KL divergence from the first to the second, in nats, of
 
     none        no guidance
     published   ids mapped one to one through equal bytes, on logits; a target's token without a counterpart gets no
@@ -19,7 +19,7 @@ All see probabilities through the oracle's grain: half of one draw that counts i
 as a method's total on what was drawn (a factor that all events share changes nothing). Tokenizers are trained on the
 spot (BPE3: 5,000 byte pairs, all numbers of up to three digits; BPE1: 6,000, single digits; a unigram model of 3,000
 pieces), and published ones are read where their packages are installed (benchmarks/real_tokenizers.py). Two more tables
-show what running text says of a pair, and what it costs a coordinator. The last line is one JSON object of all three.
+show figures of running text for each pair, and its cost to a coordinator. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class Pair:
 
     @cached_property
     def counterparts(self) -> Ids:
-        """[target width] the small models' token of the same bytes, -1 for none."""
+        """[target width] id of the small models' token with the same bytes, -1 for none."""
         return self.theirs.counterparts(self.ours)
 
     @cached_property
     def alignment(self) -> Alignment:
-        """What the service makes of the two."""
+        """The service's alignment of the two vocabularies."""
         return align(self.target, self.small)
 
     def train(self, role: str) -> Trigrams:
@@ -127,11 +127,11 @@ class Grain:
 
     @classmethod
     def of(cls, guider: Floats, base: Floats) -> Grain:
-        """From how often each event was drawn."""
+        """Built from the number of times that each event was drawn."""
         return cls(guider > 0.0, base > 0.0, 0.5 / max(1.0, min(float(guider.sum()), float(base.sum()))))
 
     def delta(self, guider: Floats, base: Floats) -> Floats:
-        """What is added to the target's logits, of probabilities of the events; NaN where there is no such event."""
+        """The guidance delta from probabilities of the events; NaN where there is no such event."""
         added: Floats = self._logs(guider, self.guider) - self._logs(base, self.base)
         return np.nan_to_num(added, nan=0.0)
 
@@ -192,7 +192,7 @@ class Comparison:
         return [UNKNOWN if id_ < 0 else id_ for id_ in mapped.tolist()]
 
     def _one_to_one(self, read: Sequence[int], grain: Grain, shift: float = 0.0) -> Floats:
-        """What tokens with a counterpart get when the small models have read these ids."""
+        """The delta of tokens with a counterpart, after the small models have read these ids."""
         counterparts = self.pair.counterparts
         rows = [np.exp(model(read)) for model in (self._guider, self._base)]
         added = grain.delta(*(np.where(counterparts >= 0, row[counterparts], np.nan) for row in rows))
@@ -257,7 +257,7 @@ def table(found: Sequence[Divergence]) -> Table:
 
 
 def texts_table(found: Mapping[str, Sequence[Attribution]]) -> Table:
-    """What running text says of each pair."""
+    """Figures of running text for each pair."""
     shown = Table("target -> pair", "text", *Attribution.COLUMNS, title="running text")
     for pair, rows in found.items():
         for one in rows:
@@ -266,7 +266,7 @@ def texts_table(found: Mapping[str, Sequence[Attribution]]) -> Table:
 
 
 def costs_table(found: Mapping[str, Costs]) -> Table:
-    """What each pair costs a coordinator."""
+    """The cost of each pair to a coordinator."""
     shown = Table("target -> pair", *Costs.COLUMNS, title="costs")
     for pair, costs in found.items():
         shown.add_row(pair, *costs.cells())

@@ -1,4 +1,4 @@
-"""What a coordinator pays for guidance across two vocabularies, on one thread."""
+"""Measures a coordinator's cost of guidance across two vocabularies, on one thread."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Costs:
 
 
 def measure_costs(alignment: Alignment, text: str, width: int) -> Costs:
-    """The costs of one pair; what is read is `text`. width: of the small model's rows."""
+    """The costs of one pair, over `text`. width: of the small model's rows."""
     ids = alignment.target.encode(text)[0][:_READ]
     target_width = len(alignment.tables.events.starts) - 1
     rng = np.random.default_rng(0)

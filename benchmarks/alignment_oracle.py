@@ -1,4 +1,4 @@
-"""What a small model says of a target's next token, when the two split text differently: by drawing.
+"""Estimates a small model's probability of a target's next token by sampling, when the two tokenise text differently.
 
 The event of the target's token t is: the text goes on and, tokenised by the target, has t next. Its probability under
 the small model is estimated from continuations. These start some of the small model's tokens before the text's end, so
@@ -38,7 +38,7 @@ _DONE = 3
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Somewhere in a text. Before it lie the target's tokens `ids[:index]`, which spell `said`; the small model reads
+    """A position in a text. Before it lie the target's tokens `ids[:index]`, which spell `said`; the small model reads
     `small` for the whole characters of that."""
 
     ids: Sequence[int]
@@ -76,7 +76,7 @@ Drawn = Counter[tuple[tuple[int, ...], bytes]]  # a path with the token that pas
 
 
 class Oracle:
-    """Of one pair of vocabularies. draws: continuations for each place and model."""
+    """Oracle of one pair of vocabularies. draws: continuations for each place and model."""
 
     def __init__(self, target: ByteTokenizer, small: ByteTokenizer, draws: int) -> None:
         self._target, self._small, self.draws = target, small, draws
@@ -104,7 +104,7 @@ class Oracle:
         return Tail(place, before, spelled, place.said[len(self._small.decode(before)) :])
 
     def _cross(self, model: Trigrams, tail: Tail) -> list[Crossing]:
-        """Every way past the end of the text."""
+        """All token paths that pass the end of the text."""
         ways: list[dict[tuple[int, ...], float]] = [{} for _ in range(len(tail.text) + 1)]
         ways[0][()] = 1.0
         crossings = []
@@ -135,7 +135,7 @@ class Oracle:
         return np.array([id_ for ids, text, id_ in found if text in nexts and (*ids,) == (*path, id_)], np.int64)
 
     def _continue(self, model: Trigrams, crossings: Sequence[Crossing], rng: np.random.Generator) -> Drawn:
-        """What goes on from here, each text cut where it cannot change the target's next token any more."""
+        """Drawn continuations, each cut where it cannot change the target's next token any more."""
         sizes = [len(crossing.tokens) for crossing in crossings]
         rising = np.cumsum(np.concatenate([crossing.weights for crossing in crossings]))
         places = np.searchsorted(rising, (np.arange(self.draws) + rng.random()) * (rising[-1] / self.draws))
@@ -196,7 +196,7 @@ def _text(data: bytes) -> str:
 
 
 def _progress(state: int, text: bytes) -> int:
-    """How far a continuation is: 0 before its first word, 1 in it, 2 in the space after it, 3 done."""
+    """Stage of a continuation: 0 before its first word, 1 in it, 2 in the space after it, 3 done."""
     for byte in text:
         if (state == 1) == (byte in _SPACE):
             state += 1

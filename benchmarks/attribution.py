@@ -1,4 +1,4 @@
-"""What running text says of a pair of vocabularies: which ids map, which tokens are taken back, who gets the mass."""
+"""Measures a pair of vocabularies over running text: shares of mapped ids, of tokens taken back, of mass attributed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def attribute(
 
 
 def _rollbacks(ids: Sequence[int], target: ByteTokenizer, small: ByteTokenizer) -> list[bool]:
-    """Of each of the target's tokens, whether the small model's tokens of the text before it do not stay."""
+    """For each of the target's tokens, True if the small model's tokens of the text before it change."""
     ends = np.cumsum([len(target.texts[id_] or b"") for id_ in ids]).tolist()
     text = target.decode(ids)
     read = small.encode_all([text[:end].decode(errors="ignore") for end in ends])
@@ -78,7 +78,7 @@ def _rollbacks(ids: Sequence[int], target: ByteTokenizer, small: ByteTokenizer) 
 def _attributed(
     ids: Sequence[int], target: ByteTokenizer, small: ByteTokenizer, alignment: Alignment, followed: int
 ) -> list[bool]:
-    """Of each of the first tokens, whether the mass of the small model's true next token is counted towards it."""
+    """For each of the first tokens, True if the mass of the small model's true next token is counted towards it."""
     text = target.decode(ids[: followed + _BEHIND])
     follower = AlignedModel(alignment, Follower(small, text.decode(errors="ignore")))
     right = []

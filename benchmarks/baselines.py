@@ -1,4 +1,4 @@
-"""What guided decoding is without a service: transformers models, threads and DynamicCache in one process.
+"""Guided decoding without a service: transformers models, threads and DynamicCache in one process.
 
 `loop` is what the published code does: one sequence at a time, the three models in three threads, whole rows to the
 CPU at every token, combined and sampled there. `static` is the same with a left-padded batch: a finished row keeps its

@@ -1,6 +1,6 @@
 """Tokens as bytes, and text as tokens without the marks and spaces that a tokenizer puts around it.
 
-Made for measuring alone and written apart from the service's own reading of vocabularies, so that it can contradict it.
+For measurements only, and written independently of the service's own vocabulary code, so that it can contradict it.
 """
 
 from __future__ import annotations

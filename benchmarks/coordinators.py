@@ -53,7 +53,7 @@ class Share(CoordinatorWorker):
     """A coordinator that decodes its part of the sessions."""
 
     async def decode(self, tasks: Sequence[Task], first_seed: int) -> int:
-        """Decode all of them at once, guided; how many tokens they came to. Raises Unfinished."""
+        """Decode all of them at once, guided; returns the number of tokens. Raises Unfinished."""
         requests = [request("guided", task, first_seed + number, 0.0) for number, task in enumerate(tasks)]
         answers = await asyncio.gather(*(decode(self._coordinator, each) for each in requests))
         for answer in answers:
@@ -64,7 +64,7 @@ class Share(CoordinatorWorker):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured."""
+    """Parameters of a measurement."""
 
     shape: Shape
     sessions: int = SESSIONS
@@ -82,7 +82,7 @@ class Plan:
         return [Point(sessions, count) for sessions, count in dict.fromkeys(wanted)]
 
     def config(self, folder: Path) -> ServiceConfig:
-        """One coordinator could take all sessions: what is measured is not how many may be decoded together."""
+        """Each coordinator may take all sessions, so that its limit of sessions is not what is measured."""
         most = max((self.sessions, *self.sweep))
         cache = cache_tokens(most, 2 * CONTEXT, 2 * self.tokens)
         return service_config(self.shape, folder, cache_tokens=cache, sessions=most, speculate=True)
@@ -90,7 +90,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Point:
-    """So many sessions over so many coordinators, and what the rounds measured."""
+    """A number of sessions and of coordinators, and the rounds' figures."""
 
     sessions: int
     coordinators: int
@@ -115,7 +115,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Running models, and as many coordinators as are ever used; those that are not asked cost nothing."""
+    """Running models, and the largest number of coordinators that is measured; idle ones cost nothing."""
 
     models: list[Worker]
     shares: list[Worker]
@@ -146,7 +146,7 @@ class Bench:
 
 @asynccontextmanager
 async def bench(plan: Plan, config: ServiceConfig, launch: Launch) -> AsyncIterator[Bench]:
-    """Everything that runs, in processes."""
+    """Models and coordinators, each in a process."""
     secret = secrets.token_bytes(32)
     models = [await launch(ModelWorker, plan.shape, role, 0.8, config, secret, plan.threads) for role in ROLES]
     endpoints = [await worker.call("start") for worker in models]
@@ -160,7 +160,7 @@ async def bench(plan: Plan, config: ServiceConfig, launch: Launch) -> AsyncItera
 
 
 async def measure(plan: Plan, done: Callable[[], None]) -> list[Point]:
-    """Every point in every round; `done` is called after each."""
+    """Measure every point in every round; `done` is called after each."""
     points = plan.points
     with tempfile.TemporaryDirectory() as folder:
         config = plan.config(Path(folder))
@@ -195,7 +195,7 @@ def result(plan: Plan, points: Sequence[Point]) -> dict[str, Any]:
 
 
 def run(plan: Plan) -> list[Point]:
-    """Everything, in processes that are gone afterwards."""
+    """Measure, in processes that end afterwards."""
     with progress(console()) as bar, asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
         task = bar.add_task("runs", total=plan.rounds * len(plan.points))
         return loop.run(measure(plan, lambda: bar.advance(task)))

@@ -31,7 +31,7 @@ _PROSE = 200  # characters of a docstring that is more than a line
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents of one kind: those that models are trained on, and those that nothing has seen."""
+    """Documents of one kind: those that models are trained on, and those held out."""
 
     train: str
     held_out: str

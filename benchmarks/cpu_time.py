@@ -1,4 +1,4 @@
-"""CPU time of this process and its descendants, by what they are: Serve's replicas, its proxy, the client. Linux."""
+"""CPU time of this process and its descendants by kind: Serve's replicas, its proxy, the client. Linux only."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def busy_seconds() -> dict[str, float]:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """The processes that a process started, and all that these did."""
+    """All processes below a process."""
     parents = {pid: int(of[1]) for pid, of in _fields().items()}
     return [pid for pid in parents if pid != ancestor and _descends(pid, ancestor, parents)]
 
 
 def _fields() -> dict[int, list[str]]:
-    """What /proc says of each process, from its state on."""
+    """Fields of /proc/PID/stat of each process, from its state on."""
     fields = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended

@@ -1,4 +1,4 @@
-"""Clients that ask for more than a service can do, in a process of their own, and what becomes of each request."""
+"""Clients that request more than a service can decode, in a process of their own, and the outcome of each request."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from benchmarks.sse_client import Stream, StreamFailed, StreamProtocol, existing
 
 Fate: TypeAlias = Literal["admitted", "refused", "hung", "failed"]
 RAMP_S = 2.0  # of load before anything is measured
-HUNG_S = 120.0  # without an end: nobody would have waited so long
+HUNG_S = 120.0  # without an end: longer than any client would wait
 AGAIN_S = 1.0  # where a refusal names no time
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutcome:
-    """One request. admitted: its whole answer came, `stream`. refused: with a 429. failed: anything else that ended."""
+    """One request. admitted: answered in full, `stream`. refused: by a 429. hung: no end. failed: any other end."""
 
     user: str
     fate: Fate
@@ -32,7 +32,7 @@ class RequestOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """All requests of one load, and the time in between which throughput is measured: seconds of one clock."""
+    """All requests of one load, and the interval in which throughput is measured: seconds of one clock."""
 
     began: float
     ended: float
@@ -40,12 +40,12 @@ class Phase:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of what was admitted; an answer's tokens are spread evenly over the time in which they came."""
+        """Tokens of admitted requests; those of an answer are spread evenly over the time in which they came."""
         tokens = sum(self._share(each.stream) * each.stream.tokens for each in self.outcomes if each.stream is not None)
         return tokens / (self.ended - self.began)
 
     def fates(self, user: str | None = None) -> Counter[Fate]:
-        """How many requests, of one user or of all, ended in which way."""
+        """Number of requests by outcome, of one user or of all."""
         return Counter(each.fate for each in self.outcomes if user in (None, each.user))
 
     def _share(self, stream: Stream) -> float:
@@ -54,7 +54,7 @@ class Phase:
 
 
 class CrowdClient:
-    """Asks for answers of `tokens` tokens to one question after another. Loads run one at a time."""
+    """Requests answers of `tokens` tokens to the questions in turn. Loads run one at a time."""
 
     def __init__(self, url: str, model: str, questions: Sequence[str], tokens: int, seconds: float) -> None:
         self._where, self._seconds = urlsplit(url), seconds
@@ -66,11 +66,11 @@ class CrowdClient:
         self._outcomes: list[RequestOutcome] = []
 
     async def closed(self, clients: int) -> Phase:
-        """So many clients, each of which asks again when it has its answer, or waits as long as a 429 tells it."""
+        """Closed loop: each client sends its next request after its answer, or after the Retry-After of a 429."""
         return await self._phase(*(self._repeating(f"client-{number}") for number in range(clients)))
 
     async def opened(self, rates: dict[str, float]) -> Phase:
-        """Users who ask so often a second, at random times, whatever becomes of what they asked before."""
+        """Open loop: each user sends requests at a rate (1/s), at random times, whatever the earlier outcomes."""
         return await self._phase(*(self._pouring(user, rate) for user, rate in rates.items()))
 
     async def _phase(self, *loads: Any) -> Phase:

@@ -1,4 +1,4 @@
-"""Guided decoding through the service against the target alone, and against what is done without a service.
+"""Compares guided decoding through the service with the target alone, and with decoding without a service.
 
     python -m benchmarks.decode [--shape laptop] [--sessions 1 32] [--agreement 0.8] [--no-speculation]
         [--launcher processes] [--context 32] [--tokens 48] [--threads N] [--rounds 5] [--sweep agreement] [--save]
@@ -54,7 +54,7 @@ RATIOS = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured, and how."""
+    """Parameters of a measurement."""
 
     shape: Shape
     sessions: tuple[int, ...]
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """What is run through the service; guided comes first."""
+        """Variants that run through the service; guided comes first."""
         return ("guided", "guided_plain", "target", "target_drafted") if self.speculate else ("guided_plain", "target")
 
     @property
@@ -85,7 +85,7 @@ class Plan:
         return service_config(self.shape, folder, cache_tokens=cache, sessions=most, speculate=self.speculate)
 
     def tasks(self, config: ServiceConfig, sessions: int, number: int) -> list[Task]:
-        """What is decoded in a round."""
+        """The tasks of a round."""
         return tasks(self.shape, config, sessions, self.context, self.tokens, number)
 
 
@@ -94,7 +94,7 @@ Variant = Callable[[Sequence[Task]], Awaitable[Decoded]]
 
 @dataclass(slots=True)
 class Rounds:
-    """What the rounds with one number of sessions measured: tokens per second of every variant, by round."""
+    """Results with one number of sessions: tokens per second of every variant, by round."""
 
     sessions: int
     tasks: list[list[Task]]  # by round
@@ -132,7 +132,7 @@ class Rounds:
         }
 
     def details(self) -> dict[str, Any]:
-        """Every round's rates, and where the service's time went."""
+        """Every round's rates, and the shares of the service's time."""
         spent = {mode: _middle(all_).result() for mode, all_ in self.phases.items()}
         rates = {name: [round(rate, 2) for rate in all_] for name, all_ in self.rates.items()}
         return {"sessions": self.sessions, "agreement": self.agreement, "phases": spent, "rates": rates}
@@ -144,7 +144,7 @@ def _middle(phases: Sequence[Phases]) -> Phases:
 
 
 class Bench:
-    """Variants by name, each of which decodes tasks when it is called."""
+    """Variants by name; each decodes tasks when it is called."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -169,7 +169,7 @@ class Bench:
         self.variants |= {"loop": called("loop"), "static": called("static"), "target_plain": called("target")}
 
     async def warm(self, rounds: Rounds) -> None:
-        """Run every variant once, briefly: what is slow once is not measured."""
+        """Run every variant once, briefly, so that first-time costs are not measured."""
         for variant in self.variants.values():
             await variant(first(rounds.tasks[0], WARM_TOKENS))
 
@@ -194,7 +194,7 @@ class Bench:
 
 
 async def measure(plan: Plan, done: Callable[[], None]) -> list[Rounds]:
-    """Everything of a plan; `done` is called after each round."""
+    """Measure everything of a plan; `done` is called after each round."""
     with tempfile.TemporaryDirectory() as folder:
         config = plan.config(Path(folder))
         results = [

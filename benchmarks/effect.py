@@ -1,4 +1,4 @@
-"""What guidance is worth: accuracy of the embedded trio on held-out questions, alone and together.
+"""Measures the effect of guidance: accuracy of the embedded trio on held-out questions, alone and together.
 
     python -m benchmarks.effect [--family other] [--n 100] [--alpha 1.0] [--hops 2 3 4 5] [--save]
 
@@ -38,7 +38,7 @@ MARKUPS: dict[Family, Markup] = {"same": MARKUP, "other": OTHER_MARKUP}
 
 
 class Unfinished(RuntimeError):
-    """A question got no answer; the message says what the coordinator said."""
+    """A question got no answer; the message is the coordinator's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a decoding step costs when the models cost nothing.
+"""Measures a decoding step's time when the models compute nothing.
 
     python -m benchmarks.exchange [--rounds 5] [--width 152064] [--save]
 
@@ -51,11 +51,11 @@ TEMPERATURE = 0.6
 
 
 class Unfinished(RuntimeError):
-    """A session did not come to its end; the message says what the coordinator said."""
+    """A session did not finish; the message is the coordinator's."""
 
 
 class NullModel:
-    """A Ray actor: one replica of a model that computes nothing, and a plain method to call."""
+    """A Ray actor: one replica of a model that computes nothing, and a plain method for comparison."""
 
     def __init__(self, role: Role, width: int, secret: bytes) -> None:
         self._role, self._incarnation = role, secrets.token_hex(8)
@@ -83,7 +83,7 @@ class NullModel:
 
 
 class StampedText(TextStream):
-    """Notes when each token came."""
+    """Records the time of each token."""
 
     def __init__(self, tokenizer: StampedTokenizer, after: Sequence[int]) -> None:
         super().__init__(tokenizer, after)
@@ -96,7 +96,7 @@ class StampedText(TextStream):
 
 
 class StampedTokenizer(RoleTokenizer):
-    """A tokenizer whose streams note when each token came."""
+    """A tokenizer whose streams record the time of each token."""
 
     texts: list[StampedText]
 
@@ -212,7 +212,7 @@ def table(results: Sequence[Timings]) -> Table:
 
 
 def run(width: int, rounds: int) -> list[Timings]:
-    """Everything, in a Ray of its own that is gone afterwards."""
+    """Measure, in a Ray cluster that ends afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         "local",

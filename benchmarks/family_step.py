@@ -1,4 +1,4 @@
-"""What a decoding step costs more when the target is of another family than the small pair.
+"""Measures the extra time of a decoding step when the target is of another family than the small pair.
 
     python -m benchmarks.family_step [--rounds 5] [--save]
 

@@ -1,16 +1,16 @@
-"""Kill every kind of process in mid-stream: which streams are lost, which say something else, how long they are silent.
+"""Kills every kind of process in mid-stream; counts lost and differing streams and measures how long they are silent.
 
     python -m benchmarks.faults [--rounds 20] [--replicas 1|2] [--streams 16] [--tokens 400 1000] [--seed 0] [--save]
 
 Three nodes on this machine, `batch_invariant` (benchmarks.kill_harness), `streams` streams over HTTP at any time, each
-held against the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random
+compared with the answer of an undisturbed service. Every kind of process is killed `rounds` times by SIGKILL at random
 times: three quarters of them where two replicas of each model and of the coordinator live, the others where there is
-one (or all as --replicas says). A kind is killed only when all its processes serve, and nobody while a stream is
+one (or all as --replicas says). A kind is killed only when all its processes serve, and none while a stream is
 silent; kills of different kinds fall into one another's recovery.
 
 Recovery is the time from a kill until all streams flow again: the longest silence of any stream that holds a moment of
 the second after the kill, counted from the kill; the usual 0.1 s between two messages is part of it. A stream is lost
-if it ends without its whole answer, with an error, or says nothing for longer than the service's own deadlines. It is
+if it ends without its whole answer, with an error, or is silent for longer than the service's own deadlines. It is
 identical if its tokens (or its text, where it does not ask for them), the end of its answer and the counts of its usage
 are those of the undisturbed one. Requests that are refused with 429 or 503 and Retry-After before they begin are sent
 again and counted apart. The last line is JSON.
@@ -42,7 +42,7 @@ CASES = 24
 
 @dataclass(slots=True)
 class Disturbed:
-    """What a number of streams went through."""
+    """The kills of a run and the records of its streams."""
 
     killed: list[Killed] = field(default_factory=list)
     records: list[StreamRecord] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Disturbed:
         return [record for record in self.records if record.outcome == "lost"]
 
     def different(self) -> list[StreamRecord]:
-        """Streams that said something else."""
+        """Streams that differ from the undisturbed answer."""
         return [record for record in self.records if record.differs()]
 
     def result(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Disturbed:
         }
 
     def failures(self) -> list[str]:
-        """A sentence for each stream that was lost or differs, with what had been killed before its last message."""
+        """A sentence for each stream that was lost or differs, with the kills around its last message."""
         return [
             f"{self._before(record)}: {record.why or record.differs()}"
             for record in self.records
@@ -102,7 +102,7 @@ def _p50_p99(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Killer:
-    """Kills processes of a cluster while streams run, and notes when."""
+    """Kills processes of a cluster while streams run, and records the times."""
 
     def __init__(self, served: ServedCluster, streams: Streams, draw: random.Random) -> None:
         self.killed: list[Killed] = []

@@ -1,8 +1,8 @@
-"""What slices lose against whole rows, and what they cost.
+"""Compares decisions from top-k slices with those from whole rows, and counts the bytes of both.
 
     python -m benchmarks.fidelity [--rows 40] [--questions 5] [--save]
 
-Rows are decided by the service's own exchange and decisions and held against plain arithmetic on whole rows: the
+Rows are decided by the service's own exchange and decisions and compared with plain arithmetic on whole rows: the
 embedded trio's (k = 8, 16 and 128) while it answers questions, and rows of 152,064 tokens with tails of several
 weights, some with a base far below the guider outside the head. Each is measured as slices of k leave it ("narrow")
 and as the widening rule leaves it. Bytes per token are those of real sockets at k = 128, unwidened, with half of the
@@ -51,7 +51,7 @@ SESSIONS = (1, 64)  # of the bytes
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Rows of one case at one temperature, decided from slices, held against whole rows.
+    """Rows of one case at one temperature, decided from slices, compared with whole rows.
 
     first_flip: rows before the first whose likeliest token differs (all rows if none does). tv: total variation
     between the distributions that tokens are drawn from; of greedy rows none. widened: share of the rows.
@@ -119,7 +119,7 @@ def distance(ids: np.ndarray[Any, Any], logits: Floats, whole: Floats, temperatu
 def decode_case(
     case: str, k: int, lockstep: Lockstep, requests: Sequence[Generate], done: Callable[[], None]
 ) -> Iterator[Fidelity]:
-    """Decode every request to its end; what all rows of it came to, unwidened and with widening."""
+    """Decode every request to its end; returns the fidelity of all its rows, unwidened and with widening."""
     temperature = requests[0].sampling.temperature
     narrow, final = Tally.empty(), Tally.empty()
     for request in requests:

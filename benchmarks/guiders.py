@@ -1,4 +1,4 @@
-"""Whether better guiders make better guided targets: three guiders of the embedded trio, each beside the same target.
+"""Measures if better guiders make better guided targets: three guiders of the embedded trio, each with the same target.
 
     python -m benchmarks.guiders [--n 200] [--save]
 
@@ -53,7 +53,7 @@ def half_trained(bar: Progress) -> PreTrainedModel:
 
 
 def reinforced(guider: PreTrainedModel, folder: str, heard: Callable[[float], None]) -> PreTrainedModel:
-    """A copy of the guider that was rewarded for right answers. heard: of each step's share of right answers."""
+    """A copy of the guider that was rewarded for right answers. heard: called with each step's share of them."""
     draw, lessons = random.Random(SEED), Curriculum(known_facts(), 0.0, 1.0, max_hops=max(HOPS))
     asked = [lessons.question(draw) for _ in range(STEPS * PROMPTS)]
     rows = [{"prompt": MARKUP.prompt(question), "answer": question.answer} for question in asked]
@@ -91,7 +91,7 @@ def reinforced(guider: PreTrainedModel, folder: str, heard: Callable[[float], No
 
 
 def measure(trio: Trio, guider: PreTrainedModel, n: int) -> dict[str, Any]:
-    """What the guider is worth alone and beside the target."""
+    """Accuracy of the guider alone and of the target guided by it."""
     found = Measured()
     trio.measure(guider, n, found)
     return {

@@ -3,7 +3,7 @@
     with hosts(3, delay_s=0.001) as network:
         with network.hosts[1].inside():        # this thread now lives on the second host
             socket.create_server((network.hosts[1].address, 80))
-        network.cut(network.hosts[1])          # nothing reaches it, nothing leaves it, nobody is told
+        network.cut(network.hosts[1])          # no packet reaches it or leaves it; no socket is closed
         network.heal(network.hosts[1])
 
 The link is a process that reads each host's packets from a TUN device, holds them for the delay and hands them to the
@@ -57,7 +57,7 @@ class Host:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """This thread, the sockets that it opens and the processes that it starts, on this host until the end."""
+        """Put this thread, and the sockets and processes that it starts, on this host within the context."""
         with Path("/proc/thread-self/ns/net").open("rb") as before:
             self.enter()
             try:
@@ -101,7 +101,7 @@ class Network:
 
 @contextlib.contextmanager
 def hosts(count: int, delay_s: float = 0.0) -> Iterator[Network]:
-    """So many hosts, each of which reaches the others over the link. Raises NoHosts where that is not allowed."""
+    """A number of hosts, each of which reaches the others over the link. Raises NoHosts where that is not allowed."""
     require_rights()
     _sweep()
     made = [Host(f"hosts-{os.getpid()}-{_free(i)}", str(SUBNET[i + 1])) for i in range(count)]
@@ -126,7 +126,7 @@ def hosts(count: int, delay_s: float = 0.0) -> Iterator[Network]:
 
 
 def require_rights() -> None:
-    """Raise NoHosts, saying what is missing."""
+    """Raise NoHosts, naming what is missing."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         raise NoHosts("network namespaces need root")
     if shutil.which("ip") is None:
@@ -216,7 +216,7 @@ class _Link:
         self._dropped = 0
 
     def run(self) -> None:
-        """Until the pipe is closed."""
+        """Forward packets until the pipe is closed."""
         sources = [self._pipe.fileno(), *self._sources]
         while True:
             wait = max(0.0, self._held[0][0] - time.monotonic()) if self._held else None

@@ -1,4 +1,4 @@
-"""What clients see of a service of plain processes: the router's application and a coordinator, behind uvicorn."""
+"""The HTTP side of a service of plain processes: the router's application and a coordinator, behind uvicorn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from router.failover import FailoverBackend
 
 
 class CoordinatorWorker:
-    """A coordinator in a process of its own. endpoints: the models that it is to find."""
+    """A coordinator in a process of its own. endpoints: the models that it connects to."""
 
     def __init__(self, config: ServiceConfig, secret: bytes, endpoints: Sequence[Endpoint]) -> None:
         self._endpoints = endpoints
@@ -37,7 +37,7 @@ class CoordinatorWorker:
         await connected(self._coordinator)
 
     async def load(self) -> CoordinatorLoad:
-        """What it has done so far."""
+        """The coordinator's load."""
         return self._coordinator.load()
 
     async def stop(self) -> None:
@@ -49,7 +49,7 @@ class CoordinatorWorker:
 
 
 class HttpServer(CoordinatorWorker):
-    """A coordinator and the HTTP side before it, to which it is all the coordinators that there are."""
+    """A coordinator, and the router's application that has it as its only coordinator."""
 
     async def serve(self) -> str:
         """Answer HTTP on the loopback interface; the base URL."""
@@ -76,7 +76,7 @@ class HttpServer(CoordinatorWorker):
         return self._server.should_exit
 
     async def stop(self) -> None:
-        """Answer nobody any more, and close every connection."""
+        """Stop answering, and close every connection."""
         self._server.should_exit = self._server.force_exit = True
         await self._serving
         await super().stop()

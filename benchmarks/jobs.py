@@ -1,4 +1,4 @@
-"""What a job costs beside the decoding that it asks for: the same prompts through a job, and straight to a coordinator.
+"""Measures a job's overhead: the same prompts through a job, and straight to a coordinator.
 
     python -m benchmarks.jobs [--task math500 --data FOLDER] [--limit 100] [--tokens 64] [--sessions 32] [--rounds 3]
         [--save]
@@ -76,7 +76,7 @@ def evaluation(folder: Path, task: str, data: Path | None, limit: int, tokens: i
 
 
 async def job(workload: Workload, connection: Connection) -> float:
-    """Tokens a second of a whole job on a service that is there."""
+    """Tokens a second of a whole job on a running service."""
     folder = workload.evaluation.run
     shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()

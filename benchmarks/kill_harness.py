@@ -77,7 +77,7 @@ class Killed:
 
 
 class ServedCluster:
-    """The service on its nodes. Blocking; any thread may call it."""
+    """The service on its nodes. Methods block; any thread may call them."""
 
     def __init__(self, config: ServiceConfig, nodes: Cluster, url: str) -> None:
         self.config, self.url = config, url
@@ -87,7 +87,7 @@ class ServedCluster:
         self._wanted |= {role: config.models.role(role).replicas.min for role in ROLES}
 
     def whole(self) -> set[Kind]:
-        """Kinds of which every process that should be there is there and serves, so that one may be killed.
+        """Kinds of which every expected process serves, so that one may be killed.
 
         A node may be when all else is whole too: then another has what it had.
         """
@@ -170,7 +170,7 @@ class ServedCluster:
 
 @contextlib.contextmanager
 def served_cluster(config: ServiceConfig) -> Iterator[ServedCluster]:
-    """The service of `service_config`, answering and whole; all nodes and processes of it are gone afterwards."""
+    """The service of `service_config`, complete; all its nodes and processes end afterwards."""
     settings = {**SETTINGS, **DEATH_OF_A_NODE, "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port())}
     # Ray prints what it hears of processes that die, and standard output is the result's.
     with environment(settings), contextlib.redirect_stdout(sys.stderr):
@@ -199,7 +199,7 @@ def served_cluster(config: ServiceConfig) -> Iterator[ServedCluster]:
 
 
 def await_whole(served: ServedCluster, deadline_s: float = READY_S) -> None:
-    """Return once every process is there and serves. Raises TimeoutError that names what is not."""
+    """Return once every process serves. Raises TimeoutError that names those that do not."""
     until = time.monotonic() + deadline_s
     while len(whole := served.whole()) < len(KINDS):
         if time.monotonic() > until:
@@ -224,7 +224,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _is_ray(pid: int) -> bool:
-    """Whether a process is still the actor that Ray's records name: it may have ended, and its number be another's."""
+    """True if a process is still the actor that Ray's records name: its id may belong to another process by now."""
     with contextlib.suppress(OSError):
         return b"ray::" in (Path("/proc") / str(pid) / "cmdline").read_bytes()
     return False

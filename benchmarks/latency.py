@@ -48,7 +48,7 @@ CLOSED_PORT = 9
 
 @dataclass(slots=True)
 class Point:
-    """What the rounds at one delay with one number of sessions measured."""
+    """Results at one delay with one number of sessions."""
 
     delay_ms: float
     sessions: int
@@ -81,7 +81,7 @@ class Point:
 
 
 def on_host(host: Host, factory: Callable[..., Any], *values: Any) -> Any:
-    """An object on a host, in a process that lives there from now on."""
+    """An object in a process on a host."""
     host.enter()
     return factory(*values, host=host.address)
 
@@ -97,7 +97,7 @@ def spread(launch: Launch, network: Network) -> Launch:
 
 
 def round_trip_ms(host: Host) -> float:
-    """How long a host takes to refuse a connection: one round trip."""
+    """Milliseconds until a host refuses a connection: one round trip."""
     times = []
     for _ in range(PROBES):
         began = time.perf_counter()
@@ -135,7 +135,7 @@ async def _take(point: Point, running: Service, tasks: Sequence[Task], network: 
 
 
 def run(plan: Plan, delays: Sequence[float]) -> list[Point]:
-    """Everything, on hosts that are gone afterwards. Raises NoHosts."""
+    """Measure, on hosts that are removed afterwards. Raises NoHosts."""
     with hosts(1 + len(ROLES)) as network, progress(console()) as bar:
         task = bar.add_task("rounds", total=plan.rounds * len(plan.sessions) * len(delays))
         with network.hosts[0].inside(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:

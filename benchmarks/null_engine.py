@@ -83,11 +83,11 @@ class NullRows:
         return self.hashes[max(0, end - count) : end] if 0 < end <= self.size else ()
 
     def number(self, row: int) -> int:
-        """Which row of the bank it is."""
+        """The number of its row in the bank."""
         return self.hashes[row] % len(self.bank.logits)
 
     def fresh_numbers(self) -> list[int]:
-        """Which rows of the bank the last extend's own are."""
+        """Numbers of the last extend's rows in the bank."""
         return self._numbers(range(len(self.hashes) - self.fresh, len(self.hashes)))
 
     def _numbers(self, rows: Sequence[int] | None) -> list[int]:
@@ -122,7 +122,7 @@ class NullEngine:
         return [self._extend_one(extend) for extend in batch]
 
     def shared(self, blocks: Sequence[int]) -> int:
-        """How many of a sequence's first blocks some session holds."""
+        """Number of a sequence's first blocks that some session holds."""
         held = {block for hashes in self._hashes.values() for block in hashes[BLOCK::BLOCK]}
         return next((count for count, block in enumerate(blocks) if block not in held), len(blocks))
 
@@ -164,7 +164,7 @@ class NullEngine:
         self._rows.pop(session, None)
 
     def check_health(self) -> None:
-        """It is always well."""
+        """Never raises."""
 
     def check(self) -> None:
         """Prove that the tokens in use are those of the sessions."""

@@ -35,7 +35,7 @@ class OneToOne:
 
     @torch.no_grad()
     def replies(self, prompts: Mapping[Role, Sequence[Sequence[int]]], alpha: float, limit: int) -> list[str]:
-        """What is said to prompts that are equally long, by role in its own ids, within `limit` tokens."""
+        """Answers to prompts of equal length, given by role in its own ids; at most `limit` tokens."""
         reads = {role: torch.tensor([list(ids) for ids in prompts[role]]) for role in ROLES}
         caches: dict[Role, object] = dict.fromkeys(ROLES)
         ends = torch.tensor(self.tokenizers["target"].eos_ids)

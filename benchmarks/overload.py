@@ -1,14 +1,14 @@
-"""What a service does when four times as much is asked of it as it can do.
+"""Measures a service under four times the load that it can decode.
 
     python -m benchmarks.overload [--seconds 60] [--rounds 3] [--times 4] [--sessions 32] [--waiting 64]
         [--cache 2560] [--tokens 64] [--threads 1] [--save]
 
 The embedded trio in three processes, the router and a coordinator in one, clients in one, over HTTP. A round runs four
-loads in turn, each for its part of `--seconds`: as many clients as there are places, which is the capacity; requests at
-`--times` that rate, at random times, whose senders obey nothing; `--times` as many clients as places and queue hold,
-who obey Retry-After; and two users who together ask as often as in the second load, one ten times as often as the
-other. The cache, not the places, bounds how many are decoded together, unless `--cache` is large. Each load ends before
-the next begins.
+loads in turn, each for its part of `--seconds`: as many clients as sessions, which is the capacity; requests at
+`--times` that rate, at random times, by clients that ignore refusals; `--times` as many clients as there are places in
+sessions and queue, which obey Retry-After; and two users that together send as many requests as in the second load, one
+ten times as often as the other. The cache, not `--sessions`, bounds the number of sessions decoded together, unless
+`--cache` is large. Each load ends before the next begins.
 
 The last line is a JSON object. offered .. hung are of the second load (failed: ended in another way); a ratio is the
 median of the rounds' ratios of tokens a second, of what was admitted, to those at capacity.
@@ -44,7 +44,7 @@ BUSY, CALM, TIMES_AS_BUSY = "busy", "calm", 10
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured. times: of the capacity that is offered. cache: tokens of each role."""
+    """Parameters of a measurement. times: offered load over capacity. cache: tokens of each role."""
 
     seconds: float = 60.0
     rounds: int = 3
@@ -85,7 +85,7 @@ class Measured:
         return [phase.tokens_per_s for phase in self.phases[load]]
 
     def failures(self) -> list[str]:
-        """Why requests failed, or which refusals lacked something."""
+        """Reasons of failed requests, and of refusals that lack a header."""
         return sorted(
             {each.why for phases in self.phases.values() for phase in phases for each in phase.outcomes} - {""}
         )
@@ -114,7 +114,7 @@ class Measured:
 
 @asynccontextmanager
 async def crowd(plan: Plan) -> AsyncIterator[Worker]:
-    """A client before a running service."""
+    """A client of a running service."""
     models = {role: {"path": str(WEIGHTS / role), "cache_tokens": plan.cache} for role in ROLES}
     places = {"max_sessions": plan.sessions, "max_waiting": plan.waiting}
     config = trio_config(batch_invariant=False, models=models, coordinator=places, exchange={"audit_every": 0})
@@ -131,7 +131,7 @@ async def crowd(plan: Plan) -> AsyncIterator[Worker]:
 
 
 async def measure(plan: Plan, done: Callable[[], None]) -> Measured:
-    """All rounds; `done` is called after each load."""
+    """Measure all rounds; `done` is called after each load."""
     measured = Measured()
     async with crowd(plan) as client:
         for _ in range(plan.rounds):
@@ -155,14 +155,14 @@ async def _one(client: Worker, measured: Measured, load: Load, way: str, how_muc
 
 
 def run(plan: Plan) -> Measured:
-    """Everything, in processes that are gone afterwards."""
+    """Measure, in processes that end afterwards."""
     with progress(console()) as bar, asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
         task = bar.add_task("loads", total=plan.rounds * len(LOADS))
         return loop.run(measure(plan, lambda: bar.advance(task)))
 
 
 def table(measured: Measured) -> Table:
-    """What became of the requests of each load, and its rates by round."""
+    """Outcomes of the requests of each load, and its rates by round."""
     fates = ("admitted", "refused", "hung", "failed")
     shown = Table("load", "tokens/s by round", *fates, title="requests")
     for load, phases in measured.phases.items():

@@ -1,4 +1,4 @@
-"""What preference training is worth: the embedded trio's guider trained with several seeds, objectives and pairs.
+"""Measures the effect of preference training: the embedded trio's guider, with several seeds, objectives and pairs.
 
     python -m benchmarks.preference [--pairs FOLDER] [--seeds 5] [--others 2] [--n 200] [--save]
 
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(slots=True)
 class Measured:
-    """What one variant's seeds came to. rates: by where they were asked, [questions] of each hop count, one row a
+    """Results of one variant's seeds. rates: by where they were asked, [questions] of each hop count, one row a
     seed."""
 
     alphas: list[float] = field(default_factory=list)
@@ -180,7 +180,7 @@ def _training(pairs: Path, folder: Path, seed: int, changed: Mapping[str, Any]) 
 
 
 def _over_seeds(rates: Sequence[Sequence[Floats]]) -> list[Floats]:
-    """Of each question, its mean over the seeds."""
+    """Mean over the seeds, for each question."""
     means: list[Floats] = [np.mean(same, axis=0) for same in zip(*rates, strict=True)]
     return means
 

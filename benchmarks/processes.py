@@ -1,7 +1,7 @@
-"""Objects in processes of their own, plain ones or Ray actors, and what serves a model in one.
+"""Objects in processes of their own, plain ones or Ray actors, and a model replica as such an object.
 
-Small models get half of the target's threads: three models and a coordinator that share few cores would otherwise keep
-each other from computing.
+Small models get half of the target's threads: three models and a coordinator that share few cores would otherwise
+compete for them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Worker(Protocol):
     """An object in another process; one call at a time."""
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """What the method returns; what it raises is raised here."""
+        """Call a method; returns its result, and raises its exception here."""
 
 
 Launch: TypeAlias = Callable[..., Awaitable[Worker]]  # of a class and its arguments
@@ -89,14 +89,14 @@ class ModelWorker:
 
 @asynccontextmanager
 async def launcher(name: LauncherName, threads: int) -> AsyncIterator[Launch]:
-    """A function that makes a worker of a class and its arguments; all of them are gone at the end."""
+    """A function that starts a worker from a class and its arguments; all of them end with the context."""
     environment = thread_environment(threads)
     async with _plain(environment) if name == "processes" else _ray(environment) as launch:
         yield launch
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """What makes the libraries below torch use so many threads."""
+    """Environment variables by which the libraries below torch use a number of threads."""
     spin, rounds = SPIN
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -169,7 +169,7 @@ class ProcessWorker:
         return await self.answer()
 
     async def answer(self) -> Any:
-        """What the process says next. Raises EOFError when it is gone."""
+        """The process's next message. Raises EOFError when it has ended."""
         value, error = await asyncio.to_thread(self._pipe.recv)
         if error is not None:
             raise error
@@ -200,7 +200,7 @@ def _serve(pipe: Connection, factory: Callable[..., Any], arguments: tuple[Any, 
 
 
 async def _answer(pipe: Connection, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Make the object, then do what is asked until the pipe is closed."""
+    """Make the object, then run the calls that arrive until the pipe is closed."""
     try:
         thing = factory(*arguments)
         pipe.send((None, None))

@@ -1,4 +1,4 @@
-"""What every benchmark does at its end: one JSON value as the last line, and a file of it when asked."""
+"""The end of every benchmark: one JSON value as the last line, and with --save a file of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def console() -> Console:
-    """Where progress and tables go: standard error, so that standard output holds the result alone."""
+    """Console for progress and tables: standard error, so that standard output holds the result alone."""
     return Console(stderr=True)
 
 

@@ -1,9 +1,9 @@
-"""What clients see over HTTP: tokens a second, time to the first token and between tokens.
+"""Measures the service over HTTP: tokens a second, time to the first token and between tokens.
 
     python -m benchmarks.serving [--models null|trio] [--streams 1 8 32 256] [--tokens 128] [--rounds 3]
                                  [--alpha 1.0] [--save]
 
-The whole service on Ray Serve, and a client in a process of its own that asks for `streams` answers at once. `null`:
+The whole service on Ray Serve, and a client in a process of its own that requests `streams` answers at once. `null`:
 models that compute nothing behind the trio's tokenizers, so that what remains is the service itself. The time between
 tokens is a stream's time from its first message to its last, shared equally by the tokens after the first: messages
 hold several tokens under load. The last line is a JSON list with one object for each number of streams.
@@ -112,7 +112,7 @@ def measure(
 
 
 def run(models: str, streams: Sequence[int], tokens: int, rounds: int, alpha: float) -> list[Measured]:
-    """Everything, in a Ray of its own that is gone afterwards."""
+    """Measure, in a Ray cluster that ends afterwards."""
     config = serving_config(models, max(streams))
     load = load_null if models == "null" else load_role
     with running_service(config, load=load) as url, progress(console()) as bar:
@@ -128,7 +128,7 @@ def serving_config(models: str, streams: int) -> ServiceConfig:
 
 
 def tables(results: Sequence[Measured]) -> list[Table]:
-    """Every figure by number of streams, and where the time went."""
+    """Every figure by number of streams, and the shares of the time."""
     shown = []
     rows = [measured.result() for measured in results]
     spent = [

@@ -22,7 +22,7 @@ Sizes = Mapping[str, int]
 class Shape:
     """Qwen2 models of a target's and a small model's sizes; without sizes, the embedded trio.
 
-    together: whether service and baselines fit side by side. Else the baselines are measured before the service.
+    together: True if service and baselines fit side by side. Else the baselines are measured before the service.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Random lengths, clients that go away and kills of every kind for a long time: what is left over at the end.
+"""Long run with random lengths, clients that leave and kills of every kind; looks for leaks at the end.
 
     python -m benchmarks.soak [--minutes 20] [--streams 16] [--kills 1] [--cancelled 0.3] [--seed 0] [--save]
 
@@ -48,7 +48,7 @@ class Memory:
     samples: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
 
     def take(self, pids: dict[str, list[int]], now: float) -> None:
-        """Look at processes once; those that have just ended are passed over."""
+        """Sample processes once; those that have just ended are skipped."""
         for kind, of_kind in pids.items():
             for pid in of_kind:
                 if (size := resident_mb(pid)) is not None:
@@ -101,7 +101,7 @@ async def watch(served: ServedCluster, memory: Memory) -> None:
 
 
 async def kill_now_and_then(killer: Killer, until: float, per_minute: float, draw: random.Random) -> None:
-    """Kills at the times of a Poisson process, but none while the service has not recovered from the last."""
+    """Kill at the times of a Poisson process, but not before the service has recovered from the last kill."""
     while (gap := draw.expovariate(per_minute / 60)) < until - time.monotonic():
         await asyncio.sleep(gap)
         await killer.kill(await killer.ready(KINDS))
@@ -110,7 +110,7 @@ async def kill_now_and_then(killer: Killer, until: float, per_minute: float, dra
 async def soak(
     served: ServedCluster, asked: list[Case], options: argparse.Namespace, draw: random.Random
 ) -> tuple[Disturbed, Memory, float]:
-    """Everything that happened, what memory did, and since when its second half counts."""
+    """The disturbed streams, the memory samples, and the time from which the second half counts."""
     began, memory = time.monotonic(), Memory()
     until = began + 60 * options.minutes
     streams = Streams(served.url, asked, options.streams, draw, options.cancelled)
@@ -130,7 +130,7 @@ async def soak(
 
 
 def accounts(served: ServedCluster) -> bool:
-    """Whether every replica proves its cache's accounts and comes to hold no session."""
+    """True if every replica proves its cache's accounts and ends with no session."""
     await_whole(served)
     until = time.monotonic() + IDLE_S
     while True:

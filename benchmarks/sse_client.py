@@ -1,6 +1,6 @@
-"""A client that keeps up with the service: many streams of server-sent events, in a process of its own.
+"""A client fast enough for the service: many streams of server-sent events, in a process of its own.
 
-It notes when bytes come and parses them after the last stream has ended, so that it is not what is measured.
+It records the arrival of bytes and parses them after the last stream has ended, so that parsing is not measured.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DEADLINE_S = 300.0  # of all streams of a round
 
 
 class StreamFailed(RuntimeError):
-    """A stream did not bring a whole answer; the message says what came instead."""
+    """A stream did not bring a whole answer; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One answer as its protocol saw it. Times are seconds of one clock."""
+    """Times of one answer at the client, in seconds of one clock, and its tokens."""
 
     asked: float
     first: float  # when its first text came
@@ -82,11 +82,11 @@ class StreamProtocol(asyncio.Protocol):
 
     @property
     def status(self) -> int:
-        """Of the response."""
+        """HTTP status of the response."""
         return int(self.parser.get_status_code())
 
     def stream(self) -> Stream:
-        """What was read. Raises StreamFailed unless it is a whole answer."""
+        """The answer. Raises StreamFailed unless it is complete."""
         if self.status != 200:
             raise StreamFailed(b"".join(body for _, body in self.bodies).decode())
         times: list[float] = []
@@ -108,7 +108,7 @@ class StreamProtocol(asyncio.Protocol):
 
 
 async def read_streams(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
-    """Ask for all of `bodies` at once. Raises StreamFailed when one is not answered in full, TimeoutError."""
+    """Send all requests at once; returns their answers. Raises StreamFailed if one is incomplete, TimeoutError."""
     loop = asyncio.get_running_loop()
     where = urlsplit(url)
     if where.hostname is None or where.port is None:
@@ -128,12 +128,12 @@ def read_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
 
 
 def existing_protocol(protocol: StreamProtocol) -> StreamProtocol:
-    """A protocol that is there already, for a loop that asks who makes one."""
+    """Protocol factory that returns an existing protocol."""
     return protocol
 
 
 def http_request(host: str, body: dict[str, Any]) -> bytes:
-    """A chat request as it goes over the wire."""
+    """The bytes of a chat request over HTTP."""
     content = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content

@@ -1,4 +1,4 @@
-"""Streams over HTTP that are always there, each held against the answer that an undisturbed service gives."""
+"""Keeps a number of streams over HTTP open, and compares each with the answer of an undisturbed service."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Outcome = Literal["open", "ended", "cancelled", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request's body, and what it comes to undisturbed."""
+    """A request's body, and its answer by an undisturbed service."""
 
     body: dict[str, Any]
     ids: list[int]
@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(slots=True)
 class StreamRecord:
-    """One stream as its reader saw it. marks: when it was asked for and when each message came, on `time.monotonic`."""
+    """One stream at the client. marks: the times of its request and of each message, on `time.monotonic`."""
 
     case: Case
     marks: list[float] = field(default_factory=list)
@@ -58,7 +58,7 @@ class StreamRecord:
     why: str = ""  # it was lost
 
     def add(self, chunk: dict[str, Any]) -> None:
-        """Take in one event. Raises StreamLost when it says that the generation failed."""
+        """Add one event. Raises StreamLost if it reports that the generation failed."""
         if "error" in chunk:
             raise StreamLost(chunk["error"]["message"])
         for choice in chunk["choices"]:
@@ -118,7 +118,7 @@ def requests(model: str, count: int, lengths: tuple[int, int], seed: int) -> lis
 
 
 async def cases(config: ServiceConfig, bodies: Sequence[dict[str, Any]]) -> list[Case]:
-    """Each request with its answer by a service in this process that nobody disturbs. config: in exact mode."""
+    """Each request with its answer by an undisturbed service in this process. config: batch-invariant."""
     async with local_service(config, load_engines(config)) as service:
         return await asyncio.gather(*(_case(service.coordinators[0], config, service.tokenizers, b) for b in bodies))
 
@@ -136,7 +136,7 @@ async def _case(
 
 
 class Streams:
-    """So many streams at any time: where one ends, the next begins. `run` in a task, then `stop` and await it.
+    """A constant number of streams: where one ends, the next begins. `run` in a task, then `stop` and await it.
 
     cancelled: the share of streams whose client goes away after some seconds, evenly up to `patience_s`.
     """
@@ -157,7 +157,7 @@ class Streams:
         self._stopped = False
 
     def stop(self) -> None:
-        """Begin no other stream."""
+        """Begin no further stream."""
         self._stopped = True
 
     async def run(self) -> None:
@@ -168,11 +168,11 @@ class Streams:
             await asyncio.gather(*(self._one_after_another(client) for _ in range(self._count)))
 
     def open(self) -> list[StreamRecord]:
-        """Streams that are read now."""
+        """Streams that are open now."""
         return [record for record in self.records if record.outcome == "open"]
 
     def flowing(self, within_s: float) -> bool:
-        """Whether each open stream has said something within the last so many seconds."""
+        """True if each open stream has had a message within the last so many seconds."""
         since = time.monotonic() - within_s
         return all(len(record.marks) > 1 and record.marks[-1] >= since for record in self.open())
 

@@ -1,4 +1,4 @@
-"""How a guided step's time grows with sessions and with context.
+"""Measures the growth of a guided step's time with sessions and with context.
 
     python -m benchmarks.step_scaling [--shape laptop] [--sessions 1 2 4 8 16 32 64] [--contexts 128 512 1024 2048 4096]
         [--launcher processes] [--steps 12] [--threads N] [--rounds 3] [--save]

@@ -1,4 +1,4 @@
-"""A service as wide as the published models, without their weights: made-up words and a configuration."""
+"""A service with vocabularies as wide as published models', without weights: made-up words and a configuration."""
 
 from __future__ import annotations
 

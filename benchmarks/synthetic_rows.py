@@ -67,7 +67,7 @@ class WholeRow:
 
 
 class TailStream:
-    """The rows of a tail by position, the same whenever and by whomever they are asked for.
+    """The rows of a tail by position, the same at every call.
 
     cycle: after so many positions they come again, and are kept; None: never.
     """
@@ -214,7 +214,7 @@ class TailEngine:
         self._held.pop(session, None)
 
     def check_health(self) -> None:
-        """It is always well."""
+        """Never raises."""
 
     def check(self) -> None:
         """No room is shared out, so no account can be wrong."""

@@ -1,4 +1,4 @@
-"""What is decoded: made-up prompts and answers of mixed length, or the trio's questions."""
+"""Tasks to decode: made-up prompts and answers of mixed length, or the trio's questions."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ UNIFORM = 1e-3  # what the uniform distribution takes from single tokens
 
 
 class Followers:
-    """What came after each history of one length, in a text.
+    """Tokens that followed each history of one length, in a text.
 
     keys [n]: the histories, ascending. starts [n + 1]: where the followers of each begin in `tokens`, which are
     ascending within a history. kinds [n]: how many of them are different.

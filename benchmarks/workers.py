@@ -1,4 +1,4 @@
-"""A service of three models in processes of their own, its coordinator in this one, and what it spends its time on."""
+"""A service of three models in processes of their own and a coordinator in this one, and the shares of its time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN: tuple[Mode, ...] = ("guided_plain", "target")
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """Where the time of a run went. Shares of the time on the wall; the roles overlap, so they do not add up to 1.
+    """Shares of a run's wall time; the roles overlap, so they do not add up to 1.
 
     target, guider, guider_base: forwards of each model. combine: turns of the coordinator. exchange: the rest of the
     target's idle time, in which frames travel and small models are waited for. step_ms: between forwards of the target.
@@ -55,7 +55,7 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a service decoded, and what it took."""
+    """The answers of a service, the seconds and the shares of time."""
 
     decoded: Decoded
     drafted: int
@@ -115,7 +115,7 @@ async def service(
 
 
 def request(mode: Mode, task: Task, number: int, temperature: float) -> Generate:
-    """A task as the service is asked for it: exactly so many tokens."""
+    """A task as a request for exactly so many tokens."""
     alone = mode == "target"
     return Generate(
         request_id=f"{mode}-{number}",
