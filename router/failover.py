@@ -68,9 +68,8 @@ class FailoverBackend:
         peer_timeout_s = self._deadlines.peer_timeout_s
         if request.resumed:
             self._resumes.add()
-        async with aclosing(
-            cast("AsyncGenerator[CoordinatorEvent, None]", self._coordinators.generate(request))
-        ) as events:
+        generated = cast("AsyncGenerator[CoordinatorEvent, None]", self._coordinators.generate(request))
+        async with aclosing(generated) as events:
             while True:
                 try:
                     async with asyncio.timeout(peer_timeout_s):
