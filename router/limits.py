@@ -14,10 +14,10 @@ _OPEN_RETRY_S = 1.0  # the end of an open request cannot be predicted
 
 
 class Bucket:
-    """A token bucket of requests: refills `per_minute` a minute and holds at most that many."""
+    """A token bucket of requests: refills `per_minute` a minute and holds at most that many, but at least one."""
 
     def __init__(self, per_minute: float, clock: Clock) -> None:
-        self._per_second = per_minute / 60  # per second
+        self._per_second = per_minute / 60
         self._capacity = self._available = max(1.0, per_minute)
         self._clock, self._updated_at = clock, clock()
 

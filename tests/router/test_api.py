@@ -50,10 +50,10 @@ async def test_a_stream_equals_the_whole_answer() -> None:
         whole = (await post(ScriptedBackend(), path, body | {"n": 2})).json()
         assert chunks[-1]["choices"] == []
         assert chunks[-1]["usage"] == whole["usage"]
-        said = ["", ""]
+        texts = ["", ""]
         for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-            said[choice["index"]] += choice["text"] if "text" in choice else choice["delta"].get("content", "")
-        assert said == ["It is Eve ."] * 2
+            texts[choice["index"]] += choice["text"] if "text" in choice else choice["delta"].get("content", "")
+        assert texts == ["It is Eve ."] * 2
         assert len({chunk["id"] for chunk in chunks}) == 1
 
 

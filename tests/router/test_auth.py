@@ -88,10 +88,10 @@ async def test_a_key_changes_no_answer(file: Path) -> None:
     async with client(ScriptedBackend(), guarded(file)) as http, client(ScriptedBackend()) as open_http:
         for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
             for stream in (False, True):
-                asked = {**body, "stream": stream, "seed": 1}
+                request = {**body, "stream": stream, "seed": 1}
                 headers = {"X-Request-Id": "mine"}
-                answer = await http.post(path, json=asked, headers=headers | bearer(ADA))
-                usual = await open_http.post(path, json=asked, headers=headers)
+                answer = await http.post(path, json=request, headers=headers | bearer(ADA))
+                usual = await open_http.post(path, json=request, headers=headers)
                 assert (answer.status_code, usual.status_code) == (200, 200)
                 assert answer.headers["X-Request-Id"] == "mine"
                 assert len(answer.text) == len(usual.text)
@@ -188,11 +188,11 @@ async def test_a_request_of_too_many_tokens_is_refused_with_its_size(
 
 
 def preflight(origin: str) -> dict[str, str]:
-    asked = "authorization,content-type,x-stainless-lang"
+    headers = "authorization,content-type,x-stainless-lang"
     return {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": asked,
+        "Access-Control-Request-Headers": headers,
     }
 
 

@@ -63,8 +63,8 @@ async def test_the_official_sync_client_reads_every_answer(url: str, backend: Sc
             chunks = list(
                 api.chat.completions.create(model="duo", messages=ASK, stream=True, stream_options=options, n=2)
             )
-            said = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1] if chunk.choices[0].index == 1]
-            assert "".join(said) == SAID
+            texts = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1] if chunk.choices[0].index == 1]
+            assert "".join(texts) == SAID
             assert chunks[-1].usage is not None
             assert chunks[-1].usage.completion_tokens == 12
             text = api.completions.create(model="duo", prompt=[[1, 2], [3]], stop=list("abcdef"), max_tokens=8)
@@ -121,8 +121,8 @@ async def test_the_official_client_ignores_keep_alives(backend: ScriptedBackend)
             assert first.choices[0].delta.role == "assistant"
             await asyncio.sleep(0.1)
             backend.proceed.set()
-            said = [chunk.choices[0].delta.content or "" async for chunk in stream]
-    assert "".join(said) == SAID
+            texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+    assert "".join(texts) == SAID
 
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
@@ -144,8 +144,8 @@ async def test_langchain_reads_answers_streams_and_batches(url: str) -> None:
     usual: Any = {"base_url": url, "api_key": "none", "model": "duo", "max_retries": 0}
     model = ChatOpenAI(**usual, temperature=0.5, extra_body={"guidance": {"alpha": 0.5}})
     assert (await model.ainvoke("Who is it?")).content == SAID
-    said = [str(chunk.content) async for chunk in model.astream("Who is it?")]
-    assert "".join(said) == SAID
+    texts = [str(chunk.content) async for chunk in model.astream("Who is it?")]
+    assert "".join(texts) == SAID
     answers = await asyncio.to_thread(model.batch, ["Who?", "What?"])
     assert [answer.content for answer in answers] == [SAID] * 2
     assert await OpenAI(**usual).ainvoke("Who is it?") == SAID

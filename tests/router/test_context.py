@@ -28,10 +28,10 @@ def test_only_the_primarys_positions_count_otherwise(beyond: str) -> None:
     assert (("guider", "tokens") in found) == (beyond == "continue")
 
 
-def refusal(asked: int | None, **lengths: int) -> BadRequest:
+def refusal(requested: int | None, **lengths: int) -> BadRequest:
     prompts = {role: [1] * lengths.get(role, 10) for role in ROLES}
     with pytest.raises(BadRequest) as caught:
-        resolve_max_tokens(prompts, context_limits(config(), TOKENIZERS, "target", ROLES), Budget(asked, None))
+        resolve_max_tokens(prompts, context_limits(config(), TOKENIZERS, "target", ROLES), Budget(requested, None))
     return caught.value
 
 

@@ -100,7 +100,7 @@ def test_keys_from_the_environment_and_the_file_both_count(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "holds no key"),
         ("# nothing\n", "holds no key"),
@@ -113,8 +113,8 @@ def test_keys_from_the_environment_and_the_file_both_count(tmp_path: Path, monke
         (f"ada:{ADA}\neve:{digest(ADA)}", "ada and eve have the same key"),
     ],
 )
-def test_an_invalid_file_is_refused_by_line_and_not_quoted(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as raised:
+def test_an_invalid_file_is_refused_by_line_and_not_quoted(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
         keys(written(tmp_path, text))
     assert "secret" not in str(raised.value)
 

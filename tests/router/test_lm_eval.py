@@ -101,17 +101,17 @@ async def test_lm_eval_scores_and_generates_with_the_guided_model(
         {"prompt": question.text, "choices": [" The rival of Ada is Bo.", " Ada.", "\n1, 2, 3"]}
         for question in questions("held_out", 2, 4)
     ]
-    asked = questions("held_out", 3, 6)
+    chains = questions("held_out", 3, 6)
     texts, chats = tmp_path / "texts", tmp_path / "chats"
     async with (
         local_service(trio_config(), trio_engines) as service,
         serving(create_app(service.config, service.tokenizers, LocalBackend(service))) as url,
     ):
         render = service.tokenizers["target"].render
-        prompts = [render([{"role": "user", "content": question.text}]) for question in asked]
+        prompts = [render([{"role": "user", "content": question.text}]) for question in chains]
         write_task(texts, SCORED, scored)
-        write_task(texts, GENERATED, [{"prompt": p, "answer": q.answer} for p, q in zip(prompts, asked, strict=True)])
-        write_task(chats, GENERATED, [{"prompt": q.text, "answer": q.answer} for q in asked])
+        write_task(texts, GENERATED, [{"prompt": p, "answer": q.answer} for p, q in zip(prompts, chains, strict=True)])
+        write_task(chats, GENERATED, [{"prompt": q.text, "answer": q.answer} for q in chains])
         both = {"base_url": f"{url}/v1/completions", "tokenizer": WEIGHTS / "target", "max_length": 512}
         both |= {"batch_size": 3, "add_bos_token": False}
         chat = {"model": "demo", "base_url": f"{url}/v1/chat/completions"}

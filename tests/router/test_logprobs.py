@@ -75,8 +75,8 @@ def test_token_bytes_join_to_the_text_in_every_kind_of_vocabulary() -> None:
 
 
 async def test_log_probabilities_are_returned_on_request() -> None:
-    asked = {"logprobs": True, "top_logprobs": 2, "n": 2}
-    choices = (await post(ScriptedBackend(), CHAT_URL, CHAT | asked)).json()["choices"]
+    fields = {"logprobs": True, "top_logprobs": 2, "n": 2}
+    choices = (await post(ScriptedBackend(), CHAT_URL, CHAT | fields)).json()["choices"]
     for choice in choices:
         assert [len(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]] == [2, 2, 0, 2]
     plain = (await post(ScriptedBackend(), CHAT_URL, CHAT)).json()["choices"][0]
@@ -165,8 +165,8 @@ async def test_an_echo_includes_the_prompts_log_probabilities() -> None:
 
 
 async def test_a_prompt_alone_can_be_scored() -> None:
-    for asked in ({"logprobs": 1}, {}):
-        response = await post(ScriptedBackend(), TEXT_URL, TEXT | {"echo": True, "max_tokens": 0} | asked)
+    for fields in ({"logprobs": 1}, {}):
+        response = await post(ScriptedBackend(), TEXT_URL, TEXT | {"echo": True, "max_tokens": 0} | fields)
         choice = response.json()["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
         assert response.json()["usage"]["completion_tokens"] == 0

@@ -56,11 +56,11 @@ BODIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
 @pytest.mark.parametrize("address", BODIES)
 async def test_responses_and_chunks_match_the_document(address: str) -> None:
     path, body, whole, part = BODIES[address]
-    asked = body | {"model": "duo", "n": 2, "return_token_ids": True, "guidance": {"explain": True}}
+    request = body | {"model": "duo", "n": 2, "return_token_ids": True, "guidance": {"explain": True}}
     usage = {"include_usage": True, "continuous_usage_stats": True}
     async with client(ScriptedBackend(thought="So Eve")) as http:
-        answer = await http.post(path, json=asked)
-        stream = await http.post(path, json=asked | {"stream": True, "stream_options": usage})
+        answer = await http.post(path, json=request)
+        stream = await http.post(path, json=request | {"stream": True, "stream_options": usage})
     jsonschema.validate(answer.json(), await described(whole))
     *events, last = stream.text.strip().split("\n\n")
     assert last == "data: [DONE]"

@@ -104,8 +104,14 @@ async def test_the_settings_start_with_the_services_defaults() -> None:
         guidance={"alpha": 0.7, "warmup_tokens": 100}, sampling={"temperature": 0.6}, router={"examples": ["Why?"]}
     )
     async with client(ScriptedBackend(), service) as http:
-        told = (await http.get("/playground/defaults.json")).json()
-    assert told == {"alpha": 0.7, "warmup_tokens": 100, "temperature": 0.6, "max_tokens": None, "examples": ["Why?"]}
+        defaults = (await http.get("/playground/defaults.json")).json()
+    assert defaults == {
+        "alpha": 0.7,
+        "warmup_tokens": 100,
+        "temperature": 0.6,
+        "max_tokens": None,
+        "examples": ["Why?"],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -136,26 +142,26 @@ def scripted(browser: Any, script: ScriptedService) -> Iterator[str]:
 def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     """Opens pages, each in a context of its own. Fails on script errors and on requests to other hosts."""
     contexts: list[Any] = []
-    said: list[str] = []
-    asked: set[str] = set()
+    messages: list[str] = []
+    origins: set[str] = set()
 
     def opened(url: str, **options: Any) -> Any:
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options))
         page = contexts[-1].new_page()
         page.set_default_timeout(15_000)
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("console", lambda told: said.append(told.text))
-        page.on("request", lambda request: asked.add(re.sub(r"(//[^/]*).*", r"\1", request.url)))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("request", lambda request: origins.add(re.sub(r"(//[^/]*).*", r"\1", request.url)))
         page.goto(url)
         page.locator(".examples button").first.wait_for()
-        assert asked == {url}
+        assert origins == {url}
         return page
 
     yield opened
     for context in contexts:
         context.close()
     refusals = "Failed to load resource"  # the browser's own message for a 401 or 429
-    assert [text for text in said if refusals not in text] == []
+    assert [text for text in messages if refusals not in text] == []
 
 
 def ask(page: Any, text: str = QUESTION.text) -> None:
@@ -264,14 +270,14 @@ def test_the_settings_reach_the_service(scripted: str, script: ScriptedService, 
     page.get_by_label("Seed").fill("7")
     ask(page, " Why?\n")
     states(page, "done")
-    asked = {body["model"]: body for body in script.requests}
-    assert asked.keys() == {*MODES.values()}
-    assert [asked[model]["guidance"] for model in MODES.values()] == [
+    bodies = {body["model"]: body for body in script.requests}
+    assert bodies.keys() == {*MODES.values()}
+    assert [bodies[model]["guidance"] for model in MODES.values()] == [
         {"explain": True},
         {"explain": True},
         {"alpha": 0.5, "warmup_tokens": 40, "explain": True},
     ]
-    for body in asked.values():
+    for body in bodies.values():
         assert body["messages"] == [{"role": "user", "content": "Why?"}]
         assert (body["temperature"], body["max_tokens"], body["seed"]) == (0, 77, 7)
         assert body["stream_options"] == {"include_usage": True}
@@ -290,10 +296,10 @@ def test_a_token_shows_the_candidates_of_each_model(scripted: str, visit: Callab
     part(page, "guided", ".token.changed").first.hover()
     tip = page.get_by_role("tooltip")
     tip.wait_for()
-    told = tip.inner_text()
-    assert "The target alone prefers “Nora” (40 %)." in told
-    assert "Guidance made it 4.0 times likelier (+1.39 nats)." in told
-    assert "drafted ahead" in told
+    details = tip.inner_text()
+    assert "The target alone prefers “Nora” (40 %)." in details
+    assert "Guidance made it 4.0 times likelier (+1.39 nats)." in details
+    assert "drafted ahead" in details
     lists = tip.locator("section").all()
     rows = {each.locator("h3").inner_text(): each.locator("li").all_inner_texts() for each in lists}
     assert [re.sub(r"\s+", " ", row) for row in rows["Target alone"]] == ["␣Nora 40 %", "␣Vera 20 % (chosen)"]
@@ -495,8 +501,8 @@ def test_text_and_tokens_match_in_any_order_of_arrival(scripted: str, visit: Cal
             placed = page.evaluate(place, [texts, tokens, size])
             assert "".join(text for _, text, _ in placed) == "".join(text for _, text in texts)
             assert [token for *_, token in placed if token is not None] == tokens
-            told = {token: text for _, text, token in placed if token in {"Eva", "b", " cat", "2"}}
-            assert all(text == token for token, text in told.items())
+            texts_of = {token: text for _, text, token in placed if token in {"Eva", "b", " cat", "2"}}
+            assert all(text == token for token, text in texts_of.items())
 
 
 @pytest.mark.skipif(SCREENSHOTS not in os.environ, reason=f"{SCREENSHOTS} is not set")

@@ -87,8 +87,8 @@ async def test_error_lines_contain_the_reason(keys: dict[str, Any], log: pytest.
         await http.post("/v1/completions", json=TEXT | {SECRET: 1}, headers=headers)
         await http.get("/v1/models", headers=headers)
         await http.post("/v1/completions", json=TEXT, headers=headers)
-    said = [(line["key"], line["status"], line["error"], line["model"]) for line in lines(log)]
-    assert said == [
+    logged = [(line["key"], line["status"], line["error"], line["model"]) for line in lines(log)]
+    assert logged == [
         (None, 401, "invalid_request_error", None),
         ("ada", 404, "model_not_found", None),
         ("ada", 400, "unknown_field", None),
@@ -154,7 +154,7 @@ async def every_way(backend: ScriptedBackend, service: Any) -> None:
                 await ask(path, json=one)
             await ask(path, content=f'{{"prompt": "{SECRET}"')
             await ask(path, content=b'"' + SECRET.encode() + b"\xff")
-            assert (await ask(path, json=body, headers={"Authorization": f"Bearer {SECRET}-of-somebody"})).status_code
+            assert (await ask(path, json=body, headers={"Authorization": f"Bearer {SECRET}-of-another"})).status_code
 
 
 async def test_no_log_record_contains_a_prompt_an_answer_or_a_key(

@@ -43,11 +43,19 @@ def test_a_request_overrides_the_defaults_field_by_field() -> None:
         "guidance": {"warmup_tokens": 3},
         "thinking": {"max_tokens": None, "wait": "Hold on"},
     }
-    asked = first(chat(config(**DEFAULTS), **body))
-    assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.stop_on_repeat) == (0, 0.95, 10)
-    assert (asked.guidance.alpha, asked.guidance.warmup_tokens, asked.guidance.schedule) == (1.0, 3, ((50, 0.5),))
-    assert (asked.thinking.start, asked.thinking.max_tokens, asked.thinking.min_tokens) == ("<think>\n", None, 5)
-    assert asked.thinking.wait == "Hold on"
+    sequence = first(chat(config(**DEFAULTS), **body))
+    assert (sequence.sampling.temperature, sequence.sampling.top_p, sequence.sampling.stop_on_repeat) == (0, 0.95, 10)
+    assert (sequence.guidance.alpha, sequence.guidance.warmup_tokens, sequence.guidance.schedule) == (
+        1.0,
+        3,
+        ((50, 0.5),),
+    )
+    assert (sequence.thinking.start, sequence.thinking.max_tokens, sequence.thinking.min_tokens) == (
+        "<think>\n",
+        None,
+        5,
+    )
+    assert sequence.thinking.wait == "Hold on"
 
 
 def test_a_requested_alpha_replaces_the_schedule() -> None:
@@ -55,7 +63,7 @@ def test_a_requested_alpha_replaces_the_schedule() -> None:
 
 
 def test_every_sampling_field_arrives() -> None:
-    asked = first(
+    sequence = first(
         chat(
             top_k=-1,
             min_p=0.1,
@@ -73,12 +81,12 @@ def test_every_sampling_field_arrives() -> None:
             skip_special_tokens=False,
         )
     ).sampling
-    assert (asked.top_k, asked.min_p, asked.repetition_penalty) == (0, 0.1, 1.1)
-    assert (asked.presence_penalty, asked.frequency_penalty) == (0.2, -0.2)
-    assert asked.logit_bias == ((3, -100.0), (7, 1.0))
-    assert (asked.min_tokens, asked.max_tokens, asked.stop, asked.stop_token_ids) == (2, 20, ("END",), (5,))
-    assert (asked.include_stop_str_in_output, asked.ignore_eos, asked.stop_on_repeat) == (True, True, 4)
-    assert asked.skip_special_tokens is False
+    assert (sequence.top_k, sequence.min_p, sequence.repetition_penalty) == (0, 0.1, 1.1)
+    assert (sequence.presence_penalty, sequence.frequency_penalty) == (0.2, -0.2)
+    assert sequence.logit_bias == ((3, -100.0), (7, 1.0))
+    assert (sequence.min_tokens, sequence.max_tokens, sequence.stop, sequence.stop_token_ids) == (2, 20, ("END",), (5,))
+    assert (sequence.include_stop_str_in_output, sequence.ignore_eos, sequence.stop_on_repeat) == (True, True, 4)
+    assert sequence.skip_special_tokens is False
     assert first(chat()).sampling.skip_special_tokens is True
     assert first(chat(stop=["a", "b"])).sampling.stop == ("a", "b")
 
@@ -182,9 +190,9 @@ def test_only_guidance_needs_all_three_roles() -> None:
 
 @pytest.mark.parametrize(("name", "role"), [("target", "target"), ("guider", "guider"), ("guider-base", "guider_base")])
 def test_a_role_alone_is_not_guided(name: str, role: str) -> None:
-    asked = first(chat(config(**DEFAULTS), model=f"duo/{name}"))
-    assert (asked.primary, tuple(asked.prompts)) == (role, (role,))
-    assert asked.guidance.never_guides()
+    sequence = first(chat(config(**DEFAULTS), model=f"duo/{name}"))
+    assert (sequence.primary, tuple(sequence.prompts)) == (role, (role,))
+    assert sequence.guidance.never_guides()
     assert first(chat(model=f"duo/{name}", guidance={"alpha": 0, "explain": True})).explain
     for guidance in ({"alpha": 1}, {"schedule": [[0, 1]]}):
         with pytest.raises(ApiError, match="ask duo for guidance"):
@@ -194,23 +202,23 @@ def test_a_role_alone_is_not_guided(name: str, role: str) -> None:
 def test_thinking_is_marked_in_a_completion_only_on_demand() -> None:
     service = config(**DEFAULTS)
     assert first(completion(service)).thinking.start == ""
-    asked = first(completion(service, thinking={"min_tokens": 7}))
-    assert (asked.thinking.start, asked.thinking.min_tokens) == ("<think>\n", 7)
-    assert TOKENIZERS["target"].decode(asked.prompts["target"]) == "Hi<think>\n"
+    sequence = first(completion(service, thinking={"min_tokens": 7}))
+    assert (sequence.thinking.start, sequence.thinking.min_tokens) == ("<think>\n", 7)
+    assert TOKENIZERS["target"].decode(sequence.prompts["target"]) == "Hi<think>\n"
 
 
 def test_a_continued_answer_opens_no_thinking() -> None:
     messages = [*HI, {"role": "assistant", "content": "It is"}]
-    asked = first(chat(config(**DEFAULTS), messages=messages, continue_final_message=True))
-    assert asked.thinking.start == ""
-    assert TOKENIZERS["target"].decode(asked.prompts["target"]).endswith("assistant\nIt is")
+    sequence = first(chat(config(**DEFAULTS), messages=messages, continue_final_message=True))
+    assert sequence.thinking.start == ""
+    assert TOKENIZERS["target"].decode(sequence.prompts["target"]).endswith("assistant\nIt is")
 
 
 def test_completions_default_to_16_tokens_and_chats_to_the_context() -> None:
     assert first(completion()).sampling.max_tokens == 16
-    asked = first(chat())
-    left = {role: (TOKENIZERS[role].max_position or 0) - len(asked.prompts[role]) for role in ROLES}
-    assert asked.sampling.max_tokens == min(left.values())
+    sequence = first(chat())
+    left = {role: (TOKENIZERS[role].max_position or 0) - len(sequence.prompts[role]) for role in ROLES}
+    assert sequence.sampling.max_tokens == min(left.values())
     assert first(completion(config(sampling={"max_tokens": 20}))).sampling.max_tokens == 20
 
 

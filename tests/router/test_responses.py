@@ -55,8 +55,8 @@ def test_an_explanation_describes_each_token() -> None:
     scores = Scores(log(0.5), log(2.0), ((EVE, log(0.5)),), target=((A, log(0.75)), (EVE, log(0.25))))
     delta = Delta(content="e", tokens=[EVE], notes=[TokenNote(EVE, "e", 1.0, True, True, scores)])
     choice = CompletionFormat("r", "duo", 7, TOKENS, explain=True).chunk(0, delta, END, first=True)["choices"][0]
-    (told,) = choice["guidance"]["tokens"]
-    assert {name: told[name] for name in ("id", "text", "alpha", "changed", "drafted", "guider")} == {
+    (explanation,) = choice["guidance"]["tokens"]
+    assert {name: explanation[name] for name in ("id", "text", "alpha", "changed", "drafted", "guider")} == {
         "id": EVE,
         "text": "e",
         "alpha": 1.0,
@@ -64,12 +64,12 @@ def test_an_explanation_describes_each_token() -> None:
         "drafted": True,
         "guider": [],
     }
-    assert (told["shift"], told["probability"]) == (log(2.0), pytest.approx(0.5))
-    assert told["target"] == [
+    assert (explanation["shift"], explanation["probability"]) == (log(2.0), pytest.approx(0.5))
+    assert explanation["target"] == [
         {"id": A, "text": "a", "probability": pytest.approx(0.75)},
         {"id": EVE, "text": "e", "probability": pytest.approx(0.25)},
     ]
-    assert told["guided"] == [{"id": EVE, "text": "e", "probability": pytest.approx(0.5)}]
+    assert explanation["guided"] == [{"id": EVE, "text": "e", "probability": pytest.approx(0.5)}]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("e", "stop", "END")
 
 

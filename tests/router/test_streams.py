@@ -46,10 +46,10 @@ async def test_a_burst_within_the_interval_is_one_batch() -> None:
 async def test_leaving_early_cancels_every_sequence() -> None:
     backend = ScriptedBackend()
     backend.proceed = asyncio.Event()
-    asked = sequences(3)
-    async with Generations(backend, asked) as generations:
+    generated = sequences(3)
+    async with Generations(backend, generated) as generations:
         await anext(generations.batches())
-    assert sorted(backend.cancelled) == sorted(sequence.request_id for sequence in asked)
+    assert sorted(backend.cancelled) == sorted(sequence.request_id for sequence in generated)
 
 
 async def test_one_failure_ends_all_after_the_earlier_events() -> None:

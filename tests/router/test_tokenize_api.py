@@ -29,12 +29,12 @@ async def test_detokenize_inverts_tokenize() -> None:
 async def test_tokenize_counts_a_chat_as_it_is_answered() -> None:
     for more in ({}, {"continue_final_message": True}, {"add_generation_prompt": False}):
         thinking = {"start": "<think>\n"}
-        told = (await post("/tokenize", {"messages": HI} | more, thinking=thinking)).json()
-        asked = {"model": "duo", "messages": HI, "return_token_ids": True} | more
-        answer = (await post("/v1/chat/completions", asked, thinking=thinking)).json()
-        assert told["tokens"] == answer["prompt_token_ids"]
-        assert told["count"] == answer["usage"]["prompt_tokens"]
-        assert told["token_strs"] is None
+        tokenized = (await post("/tokenize", {"messages": HI} | more, thinking=thinking)).json()
+        request = {"model": "duo", "messages": HI, "return_token_ids": True} | more
+        answer = (await post("/v1/chat/completions", request, thinking=thinking)).json()
+        assert tokenized["tokens"] == answer["prompt_token_ids"]
+        assert tokenized["count"] == answer["usage"]["prompt_tokens"]
+        assert tokenized["token_strs"] is None
 
 
 async def test_each_model_has_its_own_tokens_and_length() -> None:

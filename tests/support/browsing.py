@@ -41,7 +41,7 @@ def serving(create: AppFactory) -> Iterator[str]:
             )
             servers.append(server)
             task = asyncio.create_task(server.serve([listening]))
-            while not (server.started or task.done()):  # noqa: ASYNC110 - nobody announces it
+            while not (server.started or task.done()):  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(0.01)
             up.set()
             await task

@@ -138,7 +138,7 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
         running = asyncio.create_task(server.serve([listening]))
         try:
             async with asyncio.timeout(30):
-                while not server.started:  # noqa: ASYNC110 - nobody announces it
+                while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                     await asyncio.sleep(0.01)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
