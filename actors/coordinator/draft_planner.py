@@ -54,7 +54,7 @@ class DraftPlanner:
             return DraftPlan(drafts=self._length(active, source, guided, most, crowd))
         if not self._config.lookup:
             return DraftPlan()
-        guesses = active.text.guesses(active.session.primary.tokens, most)
+        guesses = active.text.drafts(active.session.primary.tokens, most)
         if not guesses:
             return DraftPlan()
         length = self._length(active, source, guided, len(guesses), crowd)
@@ -70,7 +70,7 @@ class DraftPlanner:
         self._meter.drafted_tokens.add(drafts)
         self._meter.accepted_tokens.add(kept)
         source: Source = "guider" if window.drafter == "guider" else "text"
-        active.acceptance[source].judge(kept if active.over else drafts, kept)
+        active.acceptance[source].record(kept if active.over else drafts, kept)
         self._expected[source] += _SMOOTHING * (active.acceptance[source].rate - self._expected[source])
 
     def _most(self, active: ActiveSession, room: int) -> int:

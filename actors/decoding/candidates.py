@@ -73,15 +73,15 @@ class CandidateBlock:
                 columns.append(_stacked(arrays))
                 self._columns[kind, role] = slice(begin, begin + columns[-1].shape[1])
         self.ids, self.inside, self._places = rank_ids(np.concatenate(columns, axis=1))
-        self._lacking = {role: self._unproposed() for role in self._roles}
+        self._lacking = {role: self._all_candidates() for role in self._roles}
         self._values = {role: np.full((len(rows), self.width + 1), np.nan) for role in self._roles}
         self.logsumexp = {role: np.zeros(len(rows)) for role in self._roles}
         if first.early is not None:
-            self._take_early(rows)
+            self._store_early_lookups(rows)
         for role in self._roles:
-            self._expect(role)
+            self._mark_answered(role)
             if role in first.slices:
-                self._take(role, [row.slices[role] for row in rows])
+                self._store_slices(role, [row.slices[role] for row in rows])
         proposed = [row.slices[self._roles[0]].logits for row in rows]
         self.ceiling = _stacked(proposed).min(1) if len(proposed[0]) else np.full(len(rows), np.inf)
 
@@ -122,18 +122,18 @@ class CandidateBlock:
         """Store the logits of a lookup."""
         self._values[role][rows, places] = values
 
-    def _unproposed(self) -> NDArray[np.bool_]:
+    def _all_candidates(self) -> NDArray[np.bool_]:
         lacking: NDArray[np.bool_] = np.zeros((len(self.ids), self.width + 1), np.bool_)
         lacking[:, :-1] = self.inside
         return lacking
 
-    def _expect(self, role: Role) -> None:
+    def _mark_answered(self, role: Role) -> None:
         """Mark the candidates that a role's own answer holds, so that they are not looked up."""
         for kind in ("events", "slice"):
             if (kind, role) in self._columns:
                 np.put_along_axis(self._lacking[role], self._places[:, self._columns[kind, role]], False, 1)
 
-    def _take(self, role: Role, parts: Sequence[RowSlice]) -> None:
+    def _store_slices(self, role: Role, parts: Sequence[RowSlice]) -> None:
         """Store slices first, then events: a folded event overwrites the logit of its first id."""
         out = self._values[role]
         if ("slice", role) in self._columns:
@@ -145,7 +145,7 @@ class CandidateBlock:
         self.logsumexp[role][:] = [part.logsumexp for part in parts]
         out[:, -1] = np.nan
 
-    def _take_early(self, rows: Sequence[RowProposal]) -> None:
+    def _store_early_lookups(self, rows: Sequence[RowProposal]) -> None:
         asked = _stacked([row.asked for row in rows if row.asked is not None])
         values = _stacked([row.early for row in rows if row.early is not None])
         places = np.where(asked, self._places[:, self._columns["slice", "guider"]], self.width)

@@ -32,20 +32,20 @@ class Acceptance:
     """The acceptance rate of a session's drafts, and the rests between attempts while drafting does not pay."""
 
     def __init__(self, prior: float) -> None:
-        self._kept, self._judged = _PRIOR_WEIGHT * prior, _PRIOR_WEIGHT
+        self._kept, self._recorded = _PRIOR_WEIGHT * prior, _PRIOR_WEIGHT
         self._rest, self._rested = _FIRST_REST, 0
 
     @property
     def rate(self) -> float:
         """The estimated probability that a draft is accepted if those before it are."""
-        return self._kept / self._judged
+        return self._kept / self._recorded
 
-    def judge(self, drafts: int, kept: int) -> None:
+    def record(self, drafts: int, kept: int) -> None:
         """Record a verification that accepted the first `kept` of `drafts`. Drafts after the first rejected one are
         not counted."""
         for accepted in [True] * kept + [False] * (kept < drafts):
-            weight = _MEMORY if self._judged > _PRIOR_WEIGHT else 1.0
-            self._kept, self._judged = weight * self._kept + accepted, weight * self._judged + 1
+            weight = _MEMORY if self._recorded > _PRIOR_WEIGHT else 1.0
+            self._kept, self._recorded = weight * self._kept + accepted, weight * self._recorded + 1
         if kept == drafts:
             self._rest = _FIRST_REST
 
@@ -66,7 +66,7 @@ class TextIndex:
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in _NGRAMS]
         self._indexed = 0
 
-    def guesses(self, tokens: Sequence[int], count: int) -> list[int]:
+    def drafts(self, tokens: Sequence[int], count: int) -> list[int]:
         """At most `count` drafts of the next tokens; empty if the last tokens occur nowhere before."""
         self._index(tokens)
         for length, ends in zip(_NGRAMS, self._ends, strict=True):

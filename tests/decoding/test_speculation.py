@@ -36,15 +36,15 @@ def test_acceptance_converges_to_the_share_of_accepted_drafts() -> None:
     rates = []
     for _ in range(500):
         kept = next((i for i in range(4) if draw.random() > 0.8), 4)
-        acceptance.judge(4, kept)
+        acceptance.record(4, kept)
         rates.append(acceptance.rate)
     assert sum(rates[100:]) / 400 == pytest.approx(0.8, abs=0.03)
 
 
 def test_drafts_after_the_first_rejected_one_are_not_counted() -> None:
     one, many = Acceptance(0.5), Acceptance(0.5)
-    one.judge(2, 1)
-    many.judge(8, 1)
+    one.record(2, 1)
+    many.record(8, 1)
     assert one.rate == many.rate
 
 
@@ -57,14 +57,14 @@ def test_drafting_that_does_not_pay_is_tried_more_and_more_rarely() -> None:
 
 
 def test_text_drafts_follow_an_earlier_occurrence() -> None:
-    assert TextIndex().guesses([1, 2, 3, 4, 9, 1, 2, 3, 4], 3) == [9, 1, 2]
-    assert TextIndex().guesses([1, 2, 3, 4], 3) == []
-    assert TextIndex().guesses([5, 6, 7, 5, 6], 8) == [7, 5, 6]
+    assert TextIndex().drafts([1, 2, 3, 4, 9, 1, 2, 3, 4], 3) == [9, 1, 2]
+    assert TextIndex().drafts([1, 2, 3, 4], 3) == []
+    assert TextIndex().drafts([5, 6, 7, 5, 6], 8) == [7, 5, 6]
 
 
 def test_a_longer_match_precedes_a_later_one() -> None:
     tokens = [1, 2, 3, 4, 10, 7, 3, 4, 11, 1, 2, 3, 4]
-    assert TextIndex().guesses(tokens, 1) == [10]
+    assert TextIndex().drafts(tokens, 1) == [10]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -73,4 +73,4 @@ def test_a_growing_text_index_drafts_like_a_new_one(seed: int) -> None:
     growing, tokens = TextIndex(), list[int]()
     for _ in range(200):
         tokens.append(draw.randrange(3))
-        assert growing.guesses(tokens, 4) == TextIndex().guesses(tokens, 4)
+        assert growing.drafts(tokens, 4) == TextIndex().drafts(tokens, 4)
