@@ -1,4 +1,4 @@
-"""The configuration: what is wrong is named, with its place."""
+"""The configuration: each error names its key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MINIMAL: dict[str, Any] = {"version": 1, "models": MODELS}
 
 
 def with_value(place: str, value: Any) -> dict[str, Any]:
-    """The smallest configuration with one value more, at a dotted place."""
+    """The smallest configuration, with one more value at a dotted place."""
     args = copy.deepcopy(MINIMAL)
     inner = args
     *path, last = place.split(".")
@@ -103,7 +103,7 @@ def test_every_wrong_key_is_named_at_once() -> None:
         ("batch_invariant", "perhaps", "bool"),
     ],
 )
-def test_a_bad_value_is_named_with_what_it_should_be(place: str, value: Any, said: str) -> None:
+def test_an_invalid_value_is_named_with_what_it_should_be(place: str, value: Any, said: str) -> None:
     sentence = refusal(with_value(place, value))
     assert sentence.startswith(place.split(".")[0])
     assert place.split(".")[-1] in sentence
@@ -120,7 +120,7 @@ def test_a_bad_value_is_named_with_what_it_should_be(place: str, value: Any, sai
         ("deadlines.silent_s", "deadlines.peer_timeout_s", 7.0),
     ],
 )
-def test_a_key_of_the_release_before_is_read_with_a_warning(old: str, new: str, value: Any) -> None:
+def test_an_old_key_is_read_with_a_warning(old: str, new: str, value: Any) -> None:
     with pytest.warns(FutureWarning, match=f"{old.split('.')[-1]} is called {new.split('.')[-1]} now"):
         config = load_config(with_value(old, value))
     assert config == load_config(with_value(new, value))
@@ -145,7 +145,7 @@ def test_a_missing_model_or_version_is_named() -> None:
     assert refusal({}).count("\n") == 1
 
 
-def test_a_models_own_code_runs_only_from_a_pinned_revision() -> None:
+def test_code_from_a_model_repository_needs_a_pinned_revision() -> None:
     sentence = refusal(with_value("models.target.trust_remote_code", True))
     assert sentence.startswith("models.target: ")
     assert "pin a revision" in sentence
@@ -194,7 +194,7 @@ def test_decoding_defaults_are_taken_from_the_file() -> None:
         ({"num_cpus": 0}, "num_cpus or num_gpus above 0"),
     ],
 )
-def test_what_ranks_cannot_have_is_refused(settings: dict[str, Any], said: str) -> None:
+def test_settings_that_tensor_parallel_does_not_support_are_refused(settings: dict[str, Any], said: str) -> None:
     args = with_value("models.target.tensor_parallel", 2)
     args["models"]["target"].update(settings)
     assert said in refusal(args)

@@ -1,4 +1,4 @@
-"""The directory knows who is there, forgets who is silent, and says what is awaited."""
+"""The directory: registration, expiry, and the progress of loading replicas."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_first_heartbeat_registers_and_later_ones_update_the_load(directory:
     assert directory.snapshot() == (replace(TARGET, sessions=3, cache_free=400),)
 
 
-def test_a_silent_replica_is_forgotten_after_a_few_missed_heartbeats(directory: Directory, clock: Clock) -> None:
+def test_a_silent_replica_expires_after_a_few_missed_heartbeats(directory: Directory, clock: Clock) -> None:
     directory.heartbeat(TARGET)
     clock.now += 3 * HEARTBEAT_S
     assert directory.snapshot() == (TARGET,)
@@ -45,9 +45,7 @@ def test_a_silent_replica_is_forgotten_after_a_few_missed_heartbeats(directory: 
     assert directory.snapshot() == ()
 
 
-def test_a_restarted_replica_stands_beside_its_former_self_until_that_one_expires(
-    directory: Directory, clock: Clock
-) -> None:
+def test_a_restarted_replica_is_listed_beside_its_expiring_predecessor(directory: Directory, clock: Clock) -> None:
     directory.heartbeat(TARGET)
     clock.now += EXPIRY_S / 2
     reborn = replace(TARGET, incarnation="b2")
@@ -57,7 +55,7 @@ def test_a_restarted_replica_stands_beside_its_former_self_until_that_one_expire
     assert directory.snapshot() == (reborn,)
 
 
-def test_a_replica_that_leaves_is_gone_at_once_and_may_leave_twice(directory: Directory) -> None:
+def test_a_replica_that_leaves_is_removed_at_once_and_may_leave_twice(directory: Directory) -> None:
     directory.heartbeat(TARGET)
     directory.leave("a1")
     directory.leave("a1")

@@ -1,4 +1,4 @@
-"""What is measured while the service decodes: the recorder, and the replicas and coordinators that use it."""
+"""The recorder, and the metrics of replicas and coordinators while they decode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Found = dict[tuple[str, ...], float]
 
 
 def found(*recorders: Recorder) -> Found:
-    """Every value by the name of its metric and those of its labels; a histogram's is how many values it took."""
+    """Every value, by the metric's name and the values of its labels. A histogram's value is its count."""
 
     def value(series: Series) -> float:
         return sum(series.counts) if isinstance(series, Histogram) else series.value
@@ -56,14 +56,14 @@ def test_a_series_is_one_for_each_value_of_its_labels() -> None:
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("counter", ("guider",)), ("gauge", ("guider", "full"))])
-def test_what_does_not_fit_the_table_is_not_recorded(kind: str, labels: tuple[str, ...]) -> None:
+def test_a_metric_that_is_not_in_the_table_is_not_recorded(kind: str, labels: tuple[str, ...]) -> None:
     with pytest.raises(AssertionError, match="thinklogit_refusals"):
         getattr(Recorder(), kind)("thinklogit_refusals", *labels)
     with pytest.raises(KeyError):
         getattr(Recorder(), kind)("thinklogit_unheard_of")
 
 
-def test_the_table_names_units_and_buckets_as_prometheus_wants_them() -> None:
+def test_the_table_follows_the_conventions_of_prometheus() -> None:
     for name, metric in METRICS.items():
         assert name.startswith("thinklogit_")
         assert not name.endswith(("_total", "_bucket", "_sum", "_count")), "an exporter adds these"
@@ -72,7 +72,7 @@ def test_the_table_names_units_and_buckets_as_prometheus_wants_them() -> None:
         assert len(set(metric.labels)) == len(metric.labels)
 
 
-async def test_what_is_decoded_is_measured_where_it_happens(trio_engines: Mapping[Role, Engine]) -> None:
+async def test_decoding_is_measured_where_it_happens(trio_engines: Mapping[Role, Engine]) -> None:
     with watched(trio_engines) as trio:
         async with local_service(trio_config(), trio.engines) as service:
             answers = await decode_all(service.coordinators[0], mixed_requests(service, 4))
@@ -95,7 +95,7 @@ async def test_what_is_decoded_is_measured_where_it_happens(trio_engines: Mappin
             assert 0 < seen["thinklogit_step_seconds", "coordinator", "turn"] == service.coordinators[0].load().turns_s
 
 
-async def test_a_prompt_is_a_prefill_and_a_crowd_a_larger_batch() -> None:
+async def test_prompts_count_as_prefills_and_several_sessions_as_one_batch() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -118,7 +118,7 @@ async def test_a_forward_that_fails_is_counted() -> None:
         assert found(s.replica.measured())["thinklogit_failed_forwards", "guider"] == 1
 
 
-async def test_a_cache_that_is_gone_is_counted_with_the_tokens_that_are_sent_again(
+async def test_a_lost_cache_is_counted_with_the_tokens_sent_again(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
     with watched(trio_engines) as trio:
@@ -143,7 +143,7 @@ def evict_once(trio: Trio, role: Role) -> None:
     trio.disturb(disturb, role)
 
 
-async def test_sessions_are_counted_by_whether_they_run(trio_engines: Mapping[Role, Engine]) -> None:
+async def test_sessions_are_counted_by_state(trio_engines: Mapping[Role, Engine]) -> None:
     config = trio_config(coordinator={"max_sessions": 2})
     with watched(trio_engines) as trio:
         async with local_service(config, trio.engines) as service:
@@ -162,8 +162,8 @@ async def test_sessions_are_counted_by_whether_they_run(trio_engines: Mapping[Ro
             assert measured(service)["thinklogit_sessions", "running"] == 0
 
 
-def test_a_step_counts_in_microseconds() -> None:
-    """The smallest forward takes a millisecond: a hundredth of it, of this process' time, is more than enough."""
+def test_counting_a_step_takes_microseconds() -> None:
+    """The smallest forward takes a millisecond. Counting may take a hundredth of it, in CPU time of this process."""
     model, coordinator = ReplicaMeter("target"), CoordinatorMeter()
     began = time.process_time()
     for _ in range(1_000):

@@ -1,10 +1,12 @@
+"""The delay before a forward, with a simulated clock."""
+
 import pytest
 
 from actors.replica.batching_delay import BatchingDelay
 
 
-def habit(window: BatchingDelay, peer: str, takes: float, rounds: int = 20) -> None:
-    """Teach the window that `peer` comes back `takes` seconds after an answer."""
+def teach(window: BatchingDelay, peer: str, takes: float, rounds: int = 20) -> None:
+    """Answer `peer` several times, and let its next extend arrive `takes` seconds later."""
     for now in range(rounds):
         window.answered(peer, now)
         window.arrived(peer, now + takes)
@@ -17,16 +19,16 @@ def window() -> BatchingDelay:
     return window
 
 
-def test_a_lone_coordinator_never_waits(window: BatchingDelay) -> None:
-    habit(window, "a", 0.002)
+def test_a_single_coordinator_never_waits(window: BatchingDelay) -> None:
+    teach(window, "a", 0.002)
     window.answered("a", 100.0)
     window.arrived("a", 100.002)
     assert window.wait_until(100.002, 100.002) is None
 
 
-def test_a_coordinator_that_was_answered_too_is_waited_for_until_it_is_late(window: BatchingDelay) -> None:
+def test_an_answered_coordinator_is_awaited_until_it_is_late(window: BatchingDelay) -> None:
     for peer in "ab":
-        habit(window, peer, 0.002)
+        teach(window, peer, 0.002)
         window.answered(peer, 100.0)
     window.arrived("a", 100.002)
     until = window.wait_until(100.002, 100.002)
@@ -37,33 +39,33 @@ def test_a_coordinator_that_was_answered_too_is_waited_for_until_it_is_late(wind
     assert window.wait_until(100.002, 100.0021) is None
 
 
-def test_one_that_takes_longer_than_a_share_of_a_forward_is_not_waited_for(window: BatchingDelay) -> None:
-    habit(window, "slow", 0.015)
+def test_a_slow_coordinator_is_not_awaited(window: BatchingDelay) -> None:
+    teach(window, "slow", 0.015)
     window.answered("slow", 100.0)
     assert window.wait_until(100.002, 100.002) is None
-    assert window.wait_until(100.012, 100.012) is not None  # due within the window by then
+    assert window.wait_until(100.012, 100.012) is not None  # late before the longest delay ends
 
 
-def test_the_cap_holds_however_long_forwards_are() -> None:
+def test_the_cap_limits_the_delay_of_long_forwards() -> None:
     window = BatchingDelay(share=0.5, cap_s=0.001)
     window.forward_took(10.0)
-    habit(window, "b", 0.5)
+    teach(window, "b", 0.5)
     window.answered("b", 100.0)
     assert window.wait_until(100.0, 100.0) is None
 
 
-def test_a_new_or_forgotten_coordinator_is_not_waited_for(window: BatchingDelay) -> None:
+def test_a_new_or_forgotten_coordinator_is_not_awaited(window: BatchingDelay) -> None:
     window.answered("new", 100.0)
     assert window.wait_until(100.0, 100.0) is None
-    habit(window, "gone", 0.002)
+    teach(window, "gone", 0.002)
     window.answered("gone", 100.0)
     window.forget("gone")
     assert window.wait_until(100.0, 100.0) is None
 
 
-def test_the_latest_of_those_due_ends_the_wait(window: BatchingDelay) -> None:
-    habit(window, "b", 0.002)
-    habit(window, "c", 0.003)
+def test_the_wait_ends_with_the_latest_expected_coordinator(window: BatchingDelay) -> None:
+    teach(window, "b", 0.002)
+    teach(window, "c", 0.003)
     for peer in "bc":
         window.answered(peer, 100.0)
     until = window.wait_until(100.0, 100.0)
@@ -72,17 +74,17 @@ def test_the_latest_of_those_due_ends_the_wait(window: BatchingDelay) -> None:
 
 
 @pytest.mark.parametrize(("share", "cap_s"), [(0.0, 1.0), (1.0, 0.0)])
-def test_a_window_of_zero_never_waits(share: float, cap_s: float) -> None:
+def test_a_delay_of_zero_never_waits(share: float, cap_s: float) -> None:
     window = BatchingDelay(share, cap_s)
     window.forward_took(1.0)
-    habit(window, "b", 0.002)
+    teach(window, "b", 0.002)
     window.answered("b", 100.0)
     assert window.wait_until(100.0, 100.0) is None
 
 
-def test_a_habit_that_changes_is_learnt_anew(window: BatchingDelay) -> None:
-    habit(window, "b", 0.004)
-    habit(window, "b", 0.001, rounds=60)
+def test_a_changed_response_time_is_learned(window: BatchingDelay) -> None:
+    teach(window, "b", 0.004)
+    teach(window, "b", 0.001, rounds=60)
     window.answered("b", 100.0)
     until = window.wait_until(100.0, 100.0)
     assert until is not None

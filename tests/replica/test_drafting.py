@@ -1,4 +1,4 @@
-"""Extends that go on by drafting."""
+"""Extends that continue with drafts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 2**63 + 5
 
 
 async def drafts_of(c: Coordinator, reply: asyncio.Future[Reply]) -> list[int]:
-    """The tokens that came with the rows of the last draft."""
+    """The drafted tokens of a reply, which has the rows of all drafts."""
     answer = await rows_of(reply)
     drafted = c.drafted[max(c.drafted)]
     assert len(answer.logsumexp) == 1 + len(drafted)
@@ -29,7 +29,7 @@ async def drafts_of(c: Coordinator, reply: asyncio.Future[Reply]) -> list[int]:
 async def by_hand(
     c: Coordinator, session: int, before: Sequence[int], count: int, sampling: Sampling, position: int
 ) -> list[int]:
-    """What a coordinator chooses that asks for one token after another."""
+    """The tokens that a coordinator samples if it requests one row at a time."""
     text: list[int] = []
     for index in range(count):
         new = list(before) if not text else text[-1:]
@@ -47,7 +47,7 @@ async def by_hand(
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.5, 0.75)])
 @pytest.mark.parametrize("k", [0, WIDTH])
-async def test_drafts_are_what_is_chosen_token_by_token(temperature: float, top_p: float, k: int) -> None:
+async def test_drafts_equal_tokens_sampled_one_at_a_time(temperature: float, top_p: float, k: int) -> None:
     async with stage() as s:
         c = await s.coordinator()
         expected = await by_hand(c, 1, [1, 2, 3], 8, Sampling(temperature=temperature, top_p=top_p), 40)
@@ -56,7 +56,7 @@ async def test_drafts_are_what_is_chosen_token_by_token(temperature: float, top_
         assert s.engine.batches[-9:] == [{2: 3}, *[{2: 1}] * 8]
 
 
-async def test_all_rows_of_drafts_are_found_until_the_next_extend() -> None:
+async def test_all_rows_of_drafts_are_held_until_the_next_extend() -> None:
     async with stage() as s:
         c = await s.coordinator()
         drafted = await drafts_of(c, c.ask(1, [1, 2], k=0, required_ids=[7], draft=(3, SEED, 0, 1.0, 1.0)))
@@ -70,7 +70,7 @@ async def test_all_rows_of_drafts_are_found_until_the_next_extend() -> None:
         assert await within(c.look_up(1, text[:3], [5])) == No(Refusal.ROW_GONE)
 
 
-async def test_drafts_are_told_before_their_last_row_and_its_lookup_waits() -> None:
+async def test_drafts_are_sent_before_their_last_row_and_its_lookup_waits() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -88,7 +88,7 @@ async def test_drafts_are_told_before_their_last_row_and_its_lookup_waits() -> N
         assert len((await rows_of(reply)).logsumexp) == 2
 
 
-async def test_others_decode_and_draft_between_the_tokens_of_a_draft() -> None:
+async def test_other_sessions_decode_and_draft_between_drafted_tokens() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -123,7 +123,7 @@ async def test_drafts_end_at_the_last_position_and_where_the_cache_is_full() -> 
         assert len(await drafts_of(c, c.ask(1, [1, 2, 3], k=0, draft=(8, SEED, 0, 0.0, 1.0)))) == 3
 
 
-async def test_a_draft_whose_forward_fails_is_refused_as_any_extend() -> None:
+async def test_a_draft_whose_forward_fails_is_refused_like_any_extend() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -136,7 +136,7 @@ async def test_a_draft_whose_forward_fails_is_refused_as_any_extend() -> None:
         assert await within(c.ask(1, [3], before=[1])) == No(Refusal.KV_MISS, 0)
 
 
-async def test_a_draft_whose_session_is_released_is_over() -> None:
+async def test_releasing_a_session_ends_its_drafting() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -162,7 +162,7 @@ async def test_a_draft_whose_session_is_released_is_over() -> None:
         lambda c: c.ask(1, [1], draft=(1, SEED, 0, 0.0, 1.5)),
     ],
 )
-async def test_a_draft_that_cannot_be_made_is_a_bad_item(ask: Callable[[Coordinator], asyncio.Future[Reply]]) -> None:
+async def test_an_impossible_draft_is_a_bad_item(ask: Callable[[Coordinator], asyncio.Future[Reply]]) -> None:
     async with stage() as s:
         c = await s.coordinator()
         assert await within(ask(c)) == No(Refusal.BAD_ITEM)
@@ -170,7 +170,7 @@ async def test_a_draft_that_cannot_be_made_is_a_bad_item(ask: Callable[[Coordina
 
 
 @pytest.mark.parametrize("places", [[1], [0, 0]])
-async def test_a_draft_of_no_item_or_two_of_one_close_the_connection(places: list[int]) -> None:
+async def test_a_draft_without_item_or_a_second_of_one_closes_the_connection(places: list[int]) -> None:
     async with stage() as s:
         c = await s.coordinator()
         drafting = np.array([(place, 1, SEED, 0, 0.0, 1.0) for place in places], DRAFT_ITEM)

@@ -1,3 +1,5 @@
+"""The choice of chunks, and the thread that runs forwards."""
+
 import asyncio
 import threading
 from collections.abc import Sequence
@@ -25,11 +27,11 @@ def scheduled(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> Schedu
 
 
 def taken(chunks: list[Chunk]) -> list[tuple[int, int]]:
-    """(age, tokens) of each part."""
+    """(age, tokens) of each chunk."""
     return [(chunk.scheduled.item.age, chunk.tokens) for chunk in chunks]
 
 
-def test_every_decode_step_goes_first_and_outside_of_the_budget() -> None:
+def test_decode_steps_come_first_and_do_not_count_toward_the_budget() -> None:
     chunks = choose([scheduled(100, age=1), scheduled(1, age=9), scheduled(8, rows=8, age=8)], 16)
     assert taken(chunks) == [(9, 1), (8, 8), (1, 16)]
 
@@ -46,7 +48,7 @@ def test_the_last_chunk_has_all_tokens_that_give_rows() -> None:
     assert scheduled(40, rows=1, done=32).chunk(16).tokens == 8
 
 
-def test_rows_beyond_the_budget_go_alone_and_wait_while_an_older_prompt_uses_it() -> None:
+def test_rows_over_the_budget_run_alone_and_wait_for_older_prompts() -> None:
     assert taken(choose([scheduled(30, rows=30)], 16)) == [(0, 30)]
     assert taken(choose([scheduled(10, age=1), scheduled(30, rows=30, age=2), scheduled(9, age=3)], 16)) == [
         (1, 10),
@@ -54,7 +56,7 @@ def test_rows_beyond_the_budget_go_alone_and_wait_while_an_older_prompt_uses_it(
     ]
 
 
-def test_chunks_join_to_the_whole_with_the_hash_of_what_went_before() -> None:
+def test_chunks_add_up_to_the_extend_with_its_prefix_hashes() -> None:
     whole, cut = scheduled(20), scheduled(20)
     whole.advance(12)
     for tokens in (5, 7):
@@ -66,12 +68,12 @@ def test_chunks_join_to_the_whole_with_the_hash_of_what_went_before() -> None:
 
 
 @pytest.mark.parametrize(("position", "made"), [(9, False), (10, True), (19, True), (20, False)])
-def test_a_pending_extend_knows_which_rows_it_will_give(position: int, made: bool) -> None:
+def test_a_scheduled_extend_knows_the_rows_that_it_computes(position: int, made: bool) -> None:
     assert scheduled(20, rows=10).makes(position) is made
 
 
 class Failing(NullEngine):
-    """Fails in every forward of more than one extend, and notes the threads that it runs on."""
+    """An engine that fails in forwards of more than one extend, and records its threads."""
 
     def __init__(self) -> None:
         super().__init__(width=32)
@@ -84,7 +86,7 @@ class Failing(NullEngine):
         return super().extend(batch)
 
 
-async def test_forwards_run_in_order_on_one_thread_and_come_back_on_the_loops() -> None:
+async def test_forwards_run_in_order_on_one_thread_and_return_on_the_loops() -> None:
     engine, thread = Failing(), ForwardThread("engine")
     outcomes: list[list[Result] | Exception] = []
     back, threads = asyncio.Event(), set()
@@ -112,7 +114,7 @@ async def test_forwards_run_in_order_on_one_thread_and_come_back_on_the_loops() 
     assert engine.threads != threads
 
 
-async def test_work_between_forwards_runs_on_their_thread_and_its_error_comes_back() -> None:
+async def test_work_between_forwards_runs_on_their_thread_and_can_raise() -> None:
     def wrong() -> None:
         raise AssertionError("an extent is owned twice")
 

@@ -1,4 +1,4 @@
-"""Where models are loaded, how helpers wait, and how often Python looks for garbage."""
+"""Settings of a process: the thread that loads a model, OpenMP workers and garbage collection."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from actors.replica.process import COLLECT, SPIN, collect_rarely, on_temporary_thread, spin_briefly
 
 
-def test_the_thread_that_makes_is_gone_when_what_it_made_is_there() -> None:
+def test_the_temporary_thread_has_ended_when_its_result_is_returned() -> None:
     maker = on_temporary_thread(threading.current_thread)
     assert maker is not threading.current_thread()
     assert not maker.is_alive()
 
 
-def test_what_making_raises_reaches_the_caller() -> None:
+def test_an_error_on_the_temporary_thread_reaches_the_caller() -> None:
     def fail() -> None:
         raise ValueError("no such model")
 
@@ -30,11 +30,11 @@ def test_what_making_raises_reaches_the_caller() -> None:
     [({}, SPIN[1]), ({SPIN[0]: "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
     ids=["by default", "as the user has it", "not against the user's policy"],
 )
-def test_how_long_helpers_wait_awake(
+def test_openmp_workers_spin_briefly_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], set_to: str | None
 ) -> None:
     for name in (SPIN[0], "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # so that it is put back in the end
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -42,7 +42,7 @@ def test_how_long_helpers_wait_awake(
     assert os.environ.get(SPIN[0]) == set_to
 
 
-def test_garbage_is_looked_for_rarely_and_what_is_there_not_at_all() -> None:
+def test_garbage_is_collected_rarely_and_existing_objects_never() -> None:
     before = gc.get_threshold()
     try:
         collect_rarely()

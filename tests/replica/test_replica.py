@@ -1,3 +1,5 @@
+"""A model replica over sockets, with an engine that a test can hold, fail and inspect."""
+
 import asyncio
 from collections.abc import Callable
 
@@ -26,7 +28,7 @@ async def test_an_extend_is_answered_with_the_rows_of_its_last_tokens() -> None:
         assert answer.required.tolist() == held.whole()[:, [5, 60]].tolist()
 
 
-async def test_k_may_be_nothing_the_whole_row_or_more_than_the_row_has() -> None:
+async def test_k_may_be_zero_the_whole_row_or_more_than_the_row_has() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -43,7 +45,7 @@ async def test_k_may_be_nothing_the_whole_row_or_more_than_the_row_has() -> None
         assert no_rows.logsumexp == []
 
 
-async def test_what_waits_of_all_sessions_and_coordinators_goes_into_one_forward() -> None:
+async def test_waiting_extends_of_all_coordinators_share_one_forward() -> None:
     async with stage() as s:
         a, b = await s.coordinator("a"), await s.coordinator("b")
         with s.engine.held():
@@ -59,7 +61,7 @@ async def test_what_waits_of_all_sessions_and_coordinators_goes_into_one_forward
         assert [len(frame.items) for frame in a.frames if isinstance(frame, Rows)] == [1, 2]
 
 
-async def test_extends_of_one_session_run_in_order_one_in_a_forward() -> None:
+async def test_extends_of_one_session_run_in_order_one_per_forward() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -70,7 +72,7 @@ async def test_extends_of_one_session_run_in_order_one_in_a_forward() -> None:
         assert s.engine.batches == [{1: 1}] * 3
 
 
-async def test_a_long_prompt_is_taken_in_chunks_while_others_decode() -> None:
+async def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -90,7 +92,7 @@ async def test_a_long_prompt_is_taken_in_chunks_while_others_decode() -> None:
         assert again.logits[0].tolist() == answer.logits[1].tolist()
 
 
-async def test_the_prefill_budget_goes_to_the_oldest_and_what_is_left_to_the_next() -> None:
+async def test_the_oldest_prompt_gets_the_prefill_budget_the_next_the_rest() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -103,7 +105,7 @@ async def test_the_prefill_budget_goes_to_the_oldest_and_what_is_left_to_the_nex
         assert s.engine.batches[1:] == [{2: 16}, {2: 4, 1: 12}, {1: 8}]
 
 
-async def test_rows_that_belong_together_are_made_in_one_forward() -> None:
+async def test_rows_that_belong_together_are_computed_in_one_forward() -> None:
     async with stage() as s:
         c = await s.coordinator()
         answer = await rows_of(c.ask(1, PROMPT, rows=30, k=1))
@@ -111,7 +113,7 @@ async def test_rows_that_belong_together_are_made_in_one_forward() -> None:
         assert s.engine.batches == [{1: 10}, {1: 30}]
 
 
-async def test_a_lookup_of_a_held_row_is_served_while_others_compute() -> None:
+async def test_a_lookup_of_a_held_row_is_answered_during_a_forward() -> None:
     async with stage() as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, [1, 2], rows=2))
@@ -130,7 +132,7 @@ async def test_a_lookup_of_a_held_row_is_served_while_others_compute() -> None:
         await rows_of(other)
 
 
-async def test_a_lookup_waits_for_its_row_and_follows_the_rows() -> None:
+async def test_a_lookup_waits_for_its_row_and_is_answered_after_the_rows() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -149,7 +151,7 @@ async def test_a_lookup_waits_for_its_row_and_follows_the_rows() -> None:
         assert s.replica.stats().lookups_waited == 1
 
 
-async def test_a_lookup_of_a_row_that_is_not_being_made_is_gone_at_once() -> None:
+async def test_a_lookup_of_a_row_that_is_not_computed_is_refused_at_once() -> None:
     async with stage() as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, [1, 2]))
@@ -160,7 +162,7 @@ async def test_a_lookup_of_a_row_that_is_not_being_made_is_gone_at_once() -> Non
             assert await within(c.look_up(1, [1], [5])) == gone
             assert await within(c.look_up(8, [1], [5])) == gone
             assert await within(c.look_up(1, [1, 2, 3, 4], [5])) == gone
-            other_token = c.look_up(1, [1, 2, 4], [5])  # its position is being made, with another token
+            other_token = c.look_up(1, [1, 2, 4], [5])  # its position is being computed, with another token
             await c.heard()
         assert await within(other_token) == gone
         await rows_of(step)
@@ -168,7 +170,7 @@ async def test_a_lookup_of_a_row_that_is_not_being_made_is_gone_at_once() -> Non
         assert await within(c.widen(1, [1, 2, 3], -2)) == No(Refusal.BAD_ITEM)
 
 
-async def test_a_rejected_drafts_row_is_not_taken_for_its_successors() -> None:
+async def test_a_rejected_drafts_row_is_not_mistaken_for_its_successor() -> None:
     async with stage() as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, [1, 2, 3], rows=3))
@@ -177,7 +179,7 @@ async def test_a_rejected_drafts_row_is_not_taken_for_its_successors() -> None:
         assert isinstance(await within(c.look_up(1, [1, 2, 9], [5])), list)
 
 
-async def test_a_lookup_of_ids_that_no_row_has_is_refused_at_once_and_hurts_no_other_of_its_frame() -> None:
+async def test_a_lookup_of_invalid_ids_is_refused_alone_in_its_frame() -> None:
     async with stage() as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -194,7 +196,7 @@ async def test_a_lookup_of_ids_that_no_row_has_is_refused_at_once_and_hurts_no_o
         assert await within(value) == await within(good)
 
 
-async def test_a_lookup_that_waits_too_long_is_answered() -> None:
+async def test_a_lookup_that_waits_too_long_is_refused() -> None:
     async with stage(row_wait_s=0.02) as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -205,7 +207,7 @@ async def test_a_lookup_that_waits_too_long_is_answered() -> None:
         await rows_of(slow)
 
 
-async def test_a_cache_that_holds_less_or_other_tokens_is_a_miss() -> None:
+async def test_a_cache_with_fewer_or_other_tokens_is_a_miss() -> None:
     async with stage() as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, [1, 2]))
@@ -214,7 +216,7 @@ async def test_a_cache_that_holds_less_or_other_tokens_is_a_miss() -> None:
         assert len((await rows_of(c.ask(1, [7, 5], before=[1]))).logsumexp) == 1
 
 
-async def test_no_room_is_full_with_a_time_to_try_again() -> None:
+async def test_a_full_cache_refuses_with_a_time_to_retry() -> None:
     async with stage(cache_tokens=10) as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, list(range(8))))
@@ -240,7 +242,7 @@ async def test_no_room_is_full_with_a_time_to_try_again() -> None:
     ],
     ids=["token too large", "token negative", "no tokens", "rows", "k", "know too large", "know negative", "too long"],
 )
-async def test_a_bad_item_is_refused_and_hurts_nobody_else(
+async def test_a_bad_item_is_refused_alone(
     ask: Callable[[Coordinator], asyncio.Future[Reply]],
 ) -> None:
     async with stage() as s:
@@ -251,7 +253,7 @@ async def test_a_bad_item_is_refused_and_hurts_nobody_else(
         await rows_of(c.ask(1, [1]))
 
 
-async def test_rows_that_fit_no_frame_are_a_bad_item_and_those_that_fit_are_split() -> None:
+async def test_rows_over_the_frame_limit_are_refused_and_others_are_split() -> None:
     async with stage(limits=Limits(frame=8 << 10)) as s:
         c = await s.coordinator()
         assert await within(c.ask(1, PROMPT, rows=40, k=WHOLE)) == No(Refusal.BAD_ITEM)
@@ -289,7 +291,7 @@ async def test_rows_that_fit_no_frame_are_a_bad_item_and_those_that_fit_are_spli
         "not for a model",
     ],
 )
-async def test_a_frame_whose_counts_do_not_fit_closes_its_connection_alone(frame: Message) -> None:
+async def test_a_frame_with_wrong_counts_closes_only_its_connection(frame: Message) -> None:
     async with stage() as s:
         good, bad = await s.coordinator("good"), await s.coordinator("bad")
         bad.connection.send(frame)
@@ -320,7 +322,7 @@ async def test_a_lower_epoch_is_superseded_and_a_higher_one_takes_over() -> None
         await rows_of(new.ask(1, [5], before=[1, 2, 4], epoch=2))
 
 
-async def test_an_extend_that_runs_when_its_session_is_taken_over_gives_no_rows() -> None:
+async def test_a_running_extend_of_a_session_taken_over_gives_no_rows() -> None:
     async with stage() as s:
         old, new = await s.coordinator("old"), await s.coordinator("new")
         with s.engine.held():
@@ -332,7 +334,7 @@ async def test_an_extend_that_runs_when_its_session_is_taken_over_gives_no_rows(
         assert not any(isinstance(frame, Rows) for frame in old.frames)
 
 
-async def test_an_owner_that_connects_anew_goes_on_with_its_sessions() -> None:
+async def test_an_owner_that_reconnects_continues_its_sessions() -> None:
     async with stage() as s:
         first, second = await s.coordinator(), await s.coordinator()
         await rows_of(first.ask(1, [1, 2]))
@@ -341,7 +343,7 @@ async def test_an_owner_that_connects_anew_goes_on_with_its_sessions() -> None:
         await rows_of(second.ask(1, [4], before=[1, 2, 3], call_id=51))
 
 
-async def test_a_late_duplicate_is_dropped_without_a_word() -> None:
+async def test_a_late_duplicate_is_dropped_silently() -> None:
     async with stage() as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, [1], call_id=10))
@@ -353,7 +355,7 @@ async def test_a_late_duplicate_is_dropped_without_a_word() -> None:
         assert len(s.engine.batches) == 3
 
 
-async def test_a_lost_connection_frees_its_sessions_and_no_others() -> None:
+async def test_a_lost_connection_frees_only_its_sessions() -> None:
     async with stage() as s:
         lost, stays = await s.coordinator("lost"), await s.coordinator("stays")
         await rows_of(stays.ask(5, [1]))
@@ -399,7 +401,7 @@ async def test_a_replica_that_stops_leaves_no_cache() -> None:
     assert s.engine.cache_stats().tokens_used == 0
 
 
-async def test_a_forward_that_fails_fails_its_items_alone_and_the_replica_lives() -> None:
+async def test_a_failed_forward_fails_only_its_items() -> None:
     async with stage() as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, [1]))
@@ -432,7 +434,7 @@ async def test_a_prompt_that_fails_in_its_second_chunk_is_refused_as_a_whole() -
         await rows_of(c.ask(1, PROMPT))
 
 
-async def test_a_forward_that_hangs_makes_the_replica_unwell() -> None:
+async def test_a_forward_that_hangs_makes_the_replica_unhealthy() -> None:
     async with stage(forward_timeout_s=0.0) as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -443,7 +445,7 @@ async def test_a_forward_that_hangs_makes_the_replica_unwell() -> None:
         await rows_of(reply)
 
 
-async def test_a_loop_that_ends_sends_its_coordinators_away_and_is_unwell(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_loop_that_ends_closes_connections_and_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     async with stage() as s:
         c = await s.coordinator()
         monkeypatch.setattr("actors.replica.replica.choose", lambda waiting, budget, shared: 1 / 0)

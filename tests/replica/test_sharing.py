@@ -1,4 +1,4 @@
-"""Prompts with a common head are prefilled once: at a replica whose engine can be looked into."""
+"""Prompts with a common prefix are prefilled once, at a replica with an inspectable engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def test_identical_prompts_are_prefilled_once() -> None:
         assert (s.replica.stats().tokens, s.replica.stats().forked_tokens) == (1 + 40 + 7 * 8, 7 * 32)
 
 
-async def test_a_common_head_is_shared_and_different_tails_are_not() -> None:
+async def test_a_common_prefix_is_shared_and_different_rests_are_not() -> None:
     async with stage(prefill_chunk=1_000) as s:
         c = await s.coordinator()
         tails = {session: [session] * 10 for session in (1, 2, 3)}
@@ -37,11 +37,11 @@ async def test_a_common_head_is_shared_and_different_tails_are_not() -> None:
         c.release(*tails)
         await c.heard()
         assert shared[1].logits.tolist() == (await rows_of(c.ask(7, HEAD + tails[2]))).logits.tolist()
-        later = await rows_of(c.ask(2, HEAD + tails[2]))  # what was released is forked from no more
+        later = await rows_of(c.ask(2, HEAD + tails[2]))  # a released cache is not forked
         assert later.logits.tolist() == shared[1].logits.tolist()
 
 
-async def test_a_head_shorter_than_a_block_is_not_waited_for() -> None:
+async def test_a_prefix_shorter_than_a_block_is_not_awaited() -> None:
     async with stage(prefill_chunk=1_000) as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -54,7 +54,7 @@ async def test_a_head_shorter_than_a_block_is_not_waited_for() -> None:
         assert s.engine.batches[1:] == [{1: 35, 2: 35}]
 
 
-async def test_rows_that_are_asked_for_are_computed() -> None:
+async def test_requested_rows_are_computed_and_not_forked() -> None:
     async with stage(prefill_chunk=1_000) as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, PROMPT))
@@ -63,7 +63,7 @@ async def test_rows_that_are_asked_for_are_computed() -> None:
         assert s.engine.batches == [{1: 40}, {2: 24}]
 
 
-async def test_a_younger_prompt_waits_for_the_chunks_of_an_older_one_while_others_go_on() -> None:
+async def test_a_younger_prompt_with_the_same_prefix_waits_and_others_do_not() -> None:
     async with stage(prefill_chunk=16) as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -76,7 +76,7 @@ async def test_a_younger_prompt_waits_for_the_chunks_of_an_older_one_while_other
         assert s.engine.batches[1:] == [{1: 16}, {1: 16}, {1: 8, 2: 8}, {3: 16}, {3: 4}]
 
 
-async def test_the_younger_goes_on_by_itself_when_the_older_is_released() -> None:
+async def test_the_younger_prompt_runs_alone_when_the_older_is_released() -> None:
     async with stage(prefill_chunk=16) as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -85,11 +85,11 @@ async def test_the_younger_goes_on_by_itself_when_the_older_is_released() -> Non
             c.release(1)
             assert await within(older) == No(Refusal.ROW_GONE)
         await rows_of(younger)
-        assert s.engine.batches == [{1: 16}, {2: 16}, {2: 8}]  # the first block was there to fork from
+        assert s.engine.batches == [{1: 16}, {2: 16}, {2: 8}]  # the first block was forked
         assert s.replica.load().sessions == 1
 
 
-async def test_the_younger_goes_on_by_itself_when_the_older_fails() -> None:
+async def test_the_younger_prompt_runs_alone_when_the_older_fails() -> None:
     async with stage(prefill_chunk=16) as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -101,7 +101,7 @@ async def test_the_younger_goes_on_by_itself_when_the_older_fails() -> None:
         assert s.engine.batches == [{1: 16}, {2: 16}, {2: 16}, {2: 8}]
 
 
-async def test_the_younger_goes_on_by_itself_when_the_olders_cache_is_lost() -> None:
+async def test_the_younger_prompt_runs_alone_when_the_olders_cache_is_lost() -> None:
     async with stage(prefill_chunk=16) as s:
         c = await s.coordinator()
         with s.engine.held():
@@ -115,7 +115,7 @@ async def test_the_younger_goes_on_by_itself_when_the_olders_cache_is_lost() -> 
         assert s.engine.batches == [{1: 16}, {1: 16}, {2: 16}, {2: 16}, {2: 8}]
 
 
-async def test_without_room_for_a_fork_a_prompt_is_computed_or_full() -> None:
+async def test_without_room_for_a_fork_a_prompt_is_computed_or_refused() -> None:
     async with stage(cache_tokens=60, prefill_chunk=1_000) as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, PROMPT))
@@ -127,7 +127,7 @@ async def test_without_room_for_a_fork_a_prompt_is_computed_or_full() -> None:
         assert s.replica.stats().forked_tokens == 0
 
 
-async def test_a_session_that_is_opened_anew_under_its_name_holds_nothing() -> None:
+async def test_a_session_reopened_under_its_key_holds_nothing() -> None:
     async with stage(prefill_chunk=1_000) as s:
         c = await s.coordinator()
         await rows_of(c.ask(1, PROMPT))

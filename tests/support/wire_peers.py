@@ -1,4 +1,4 @@
-"""Both ends of a connection for tests, and a bare socket that speaks the wire by hand."""
+"""Both ends of a connection for tests, and a bare socket that sends frames by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WELCOME = Welcome(
 
 @dataclass
 class Inbox:
-    """What one end heard."""
+    """The messages that one end received, and how its connection ended."""
 
     messages: asyncio.Queue[Message] = field(default_factory=asyncio.Queue)
     ended: asyncio.Future[Exception | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -36,7 +36,7 @@ class Inbox:
 
 @dataclass
 class Echo:
-    """A server that answers every message with itself."""
+    """A server that sends every message back."""
 
     limits: Limits = field(default_factory=Limits)
     gone: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
@@ -68,7 +68,7 @@ class Echo:
 
 @asynccontextmanager
 async def echo(limits: Limits | None = None) -> AsyncIterator[Echo]:
-    """A running echo server on the loopback."""
+    """A running echo server on the loopback interface."""
     running = Echo(limits or Limits())
     running.port = await running.server.start("127.0.0.1")
     try:
@@ -79,7 +79,7 @@ async def echo(limits: Limits | None = None) -> AsyncIterator[Echo]:
 
 @dataclass
 class Bare:
-    """A socket that sends whatever a test wants and cuts what it hears into frames."""
+    """A socket that sends any bytes and splits the received ones into frames."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -94,7 +94,7 @@ class Bare:
         self.writer.write(data)
 
     def send(self, message: Message) -> bytes:
-        """Send a message as it should be; the bytes that went out."""
+        """Send a well-formed message. Returns its bytes."""
         data = frame(encode(message), self.outgoing, FrameBuffer(1 << 30).limit)
         self.write(data)
         return data
@@ -105,11 +105,11 @@ class Bare:
         return decode(self.incoming.open(body) if self.incoming else body)
 
     async def at_end(self) -> bool:
-        """Whether the server closed and said nothing more."""
+        """True if the server closed the connection and sent nothing more."""
         return await asyncio.wait_for(self.reader.read(1), 10) == b""
 
     async def shake_hands(self) -> Message:
-        """Prove to know the secret; the Welcome or Failure that came back."""
+        """Authenticate. Returns the Welcome or Failure."""
         handshake = CoordinatorHandshake(SECRET, "", "bare")
         self.send(handshake.hello)
         challenge = await self.next()

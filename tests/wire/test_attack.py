@@ -1,4 +1,4 @@
-"""Ten thousand frames that must not be heard, while a coordinator that may be heard decodes."""
+"""Ten thousand malicious frames, while an authenticated coordinator decodes."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ from tests.support.wire_peers import WELCOME, Bare, echo
 
 FRAMES = (1_000, slow(10_000))
 AT_ONCE = 8  # attackers
-LONGEST = 1 << 20  # bytes of a frame that a test makes
-IN_TIME_S = 2.0  # an answer to the good coordinator, on a machine that also runs the attackers
+LONGEST = 1 << 20  # most bytes of a frame in these tests
+IN_TIME_S = 2.0  # longest wait of the good coordinator, on a machine that also runs the attackers
 
 
 class Attacker:
-    """One connection that ends as soon as the replica has refused what it sent."""
+    """One malicious connection. It ends when the replica has refused its data."""
 
     def __init__(self, bare: Bare, draw: random.Random, captured: list[bytes]) -> None:
         self.bare, self.draw, self.captured = bare, draw, captured
 
     def body(self, message: Message) -> bytes:
-        """A message without a MAC, as before the handshake is done."""
+        """A message without a MAC, as during the handshake."""
         return frame(encode(message), None, LONGEST)
 
     def hello(self, **changed: object) -> Hello:
@@ -61,7 +61,7 @@ class Attacker:
         return Hello(**(fields | changed))  # type: ignore[arg-type]
 
     async def challenged(self) -> tuple[CoordinatorHandshake, Challenge]:
-        """Say Hello and hear the challenge."""
+        """Send Hello and receive the Challenge."""
         handshake = CoordinatorHandshake(SECRET, "", "attacker")
         self.bare.send(handshake.hello)
         challenge = await self.bare.next()
@@ -69,7 +69,7 @@ class Attacker:
         return handshake, challenge
 
     async def required(self) -> Bare:
-        """A connection whose handshake is done: from here on the attacker sits between the two ends."""
+        """An authenticated connection. From here on the attacker is between its two ends."""
         assert isinstance(await self.bare.shake_hands(), Welcome)
         return self.bare
 
@@ -139,7 +139,7 @@ class Attacker:
         await self.challenged()
         self.bare.write(self.captured[2])
 
-    # -- after it: frames of others, and its own in the wrong place
+    # -- after it: frames of other connections, and its own in the wrong place
 
     async def flipped(self) -> None:
         bare = await self.required()
@@ -168,7 +168,7 @@ class Attacker:
 
     async def sealed_nonsense(self) -> None:
         bare = await self.required()
-        tags = [tag for tag in MESSAGES if tag != Ping.tag]  # a ping without fields is no nonsense
+        tags = [tag for tag in MESSAGES if tag != Ping.tag]  # a Ping has no fields, so it is valid
         parts: list[object] = [self.draw.choice(tags), *[b"odd" for _ in range(self.draw.randrange(7))]]
         bare.write(frame(msgpack.packb(parts), bare.outgoing, LONGEST))
 
@@ -210,7 +210,7 @@ ATTACKS = STRANGERS | BETWEEN
 
 
 async def captured_from(port: int) -> list[bytes]:
-    """Hello, Proof and two sealed frames of a connection that was in order."""
+    """Hello, Proof and two sealed frames of a valid connection."""
     bare = await Bare.connect(port)
     handshake = CoordinatorHandshake(SECRET, "", "good")
     said = [bare.send(handshake.hello)]
@@ -227,7 +227,7 @@ async def captured_from(port: int) -> list[bytes]:
 async def attack(port: int, kind: Attack, draw: random.Random, captured: list[bytes]) -> None:
     """Attack once, then wait until the replica has closed the connection."""
     bare = await Bare.connect(port)
-    # A reset at the end leaves no socket behind that waits for late packets.
+    # Closing with a reset leaves no socket in TIME_WAIT.
     bare.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with contextlib.suppress(ConnectionError):
         await kind(Attacker(bare, draw, captured))
@@ -256,7 +256,7 @@ async def decode(
 
 
 async def assault(on: Stage, kinds: list[Attack], frames: int, seed: int) -> Counter[str]:
-    """So many attacks, several at a time; how many there were of each kind."""
+    """Run so many attacks, several at a time. Returns their number by kind."""
     draw = random.Random(seed)
     captured = await captured_from(on.port)
     chosen = [kinds[number % len(kinds)] for number in range(frames)]
@@ -269,16 +269,14 @@ async def assault(on: Stage, kinds: list[Attack], frames: int, seed: int) -> Cou
 
     await asyncio.gather(*(keep_on(random.Random(draw.random())) for _ in range(AT_ONCE)))
     async with asyncio.timeout(10):
-        # nobody announces the last
+        # there is no event for the last one
         while on.replica._server.strangers or sum(on.replica.stats().refused_connections.values()) < frames:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     return Counter(kind.__name__ for kind in chosen)
 
 
 @pytest.mark.parametrize("frames", FRAMES)
-async def test_bad_frames_are_refused_and_counted_and_hurt_nobody(
-    frames: int, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_bad_frames_are_refused_counted_and_harmless(frames: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with stage() as on:
         good = await on.coordinator("good")
@@ -295,7 +293,9 @@ async def test_bad_frames_are_refused_and_counted_and_hurt_nobody(
         alone, _ = await decode(quiet, 2, lambda count: count == len(seen))
         assert seen == alone
         gc.collect()
-        assert sum(type(thing) is Peer for thing in gc.get_objects()) == 2  # good and quiet: no stranger is kept
+        assert (
+            sum(type(thing) is Peer for thing in gc.get_objects()) == 2
+        )  # good and quiet: no unauthenticated peer is kept
     assert len(caplog.records) < 100
     assert "a line" not in caplog.text
 
@@ -309,7 +309,7 @@ async def test_every_kind_is_refused_with_its_code(kind: Attack) -> None:
         assert sum(refused.values()) == 20
 
 
-async def test_more_strangers_than_the_limit_are_closed_at_once_and_a_known_peer_is_not_counted() -> None:
+async def test_excess_unauthenticated_connections_are_closed_at_once() -> None:
     async with stage(limits=Limits(strangers=5, farewell_s=0.2)) as on:
         good = [await on.coordinator(f"good-{number}") for number in range(6)]
         idle = [await Bare.connect(on.port) for _ in range(5)]
@@ -329,7 +329,7 @@ async def test_more_strangers_than_the_limit_are_closed_at_once_and_a_known_peer
             await each.close()
 
 
-async def test_what_is_secret_is_in_no_log_and_in_no_repr(caplog: pytest.LogCaptureFixture) -> None:
+async def test_secrets_are_in_no_log_and_in_no_repr(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     coordinator = CoordinatorHandshake(SECRET, "", "good")
     model = ModelHandshake(SECRET, "g-1", coordinator.hello)
@@ -339,7 +339,7 @@ async def test_what_is_secret_is_in_no_log_and_in_no_repr(caplog: pytest.LogCapt
     async with stage() as on:
         good = await on.coordinator("good")
         for kind in STRANGERS:
-            on.replica._server._report_at = 0.0  # say it of each
+            on.replica._server._report_at = 0.0  # log each
             captured = await captured_from(on.port)
             secret += captured[:2]
             await attack(on.port, kind, random.Random(1), captured)

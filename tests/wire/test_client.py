@@ -1,3 +1,5 @@
+"""The connecting end, against real and misbehaving models."""
+
 import asyncio
 import socket
 from collections.abc import AsyncIterator
@@ -17,7 +19,7 @@ from actors.wire.messages import Hello, Lookup, Message, Proof, decode, encode
 from tests.support.wire_peers import SECRET, WELCOME, Inbox, echo
 
 
-async def test_open_shakes_hands_and_messages_keep_their_order() -> None:
+async def test_open_authenticates_and_messages_keep_their_order() -> None:
     async with echo() as running:
         connection, inbox = await running.connect(incarnation=WELCOME.incarnation)
         assert connection.welcome == connection.welcome
@@ -58,7 +60,7 @@ async def test_a_refused_handshake_names_its_code(secret: bytes, incarnation: st
         assert running.gone.empty()
 
 
-async def test_nobody_listening_and_nobody_answering_are_connection_lost() -> None:
+async def test_a_closed_port_and_a_silent_one_are_connection_lost() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -79,7 +81,7 @@ async def test_sending_after_the_end_raises_connection_lost() -> None:
         await connection.close()
 
 
-async def test_a_message_above_the_frame_limit_is_an_error_and_the_connection_lives() -> None:
+async def test_a_message_over_the_frame_limit_leaves_the_connection_open() -> None:
     async with echo() as running:
         inbox = Inbox()
         connection = await open_to(running.port, inbox, limits=Limits(frame=1000))
@@ -90,7 +92,7 @@ async def test_a_message_above_the_frame_limit_is_an_error_and_the_connection_li
         await connection.close()
 
 
-async def test_messages_sent_together_leave_in_one_piece_and_in_order() -> None:
+async def test_messages_sent_together_are_written_in_one_piece() -> None:
     inbox, wire = Inbox(), Tape()
     handshake = CoordinatorHandshake(SECRET, "", "c")
     connection = Connection(handshake, inbox.messages.put_nowait, inbox.ended.set_result, Limits())
@@ -103,7 +105,7 @@ async def test_messages_sent_together_leave_in_one_piece_and_in_order() -> None:
     wire.socket.close()
 
 
-async def test_what_goes_before_a_message_above_the_limit_is_sent() -> None:
+async def test_messages_before_one_over_the_limit_are_sent() -> None:
     async with echo() as running:
         inbox = Inbox()
         connection = await open_to(running.port, inbox, limits=Limits(frame=1000))
@@ -134,10 +136,10 @@ async def test_a_frame_that_was_tampered_with_ends_the_connection() -> None:
         assert inbox.messages.empty()
 
 
-async def test_a_failure_of_the_model_is_the_reason_of_the_end() -> None:
+async def test_a_models_failure_is_reported_when_the_connection_ends() -> None:
     async with echo() as running:
         connection, inbox = await running.connect()
-        connection.send(Hello(1, b"", "", ""))  # answered with itself
+        connection.send(Hello(1, b"", "", ""))  # the server sends it back
         assert isinstance(await inbox.next(), Hello)
         (peer,) = running.server.peers
         peer.fail(RemoteFailure("some_code", "for a person"))
@@ -153,7 +155,7 @@ async def test_a_model_without_the_secret_learns_no_proof() -> None:
         assert refused.value.code == "unauthenticated"
 
 
-async def test_an_open_that_is_cancelled_leaves_no_connection() -> None:
+async def test_a_cancelled_open_leaves_no_connection() -> None:
     async with misbehaving("mute") as model:
         opening = asyncio.ensure_future(open_to(model.port))
         await asyncio.wait_for(model.hello.wait(), 10)
@@ -164,7 +166,7 @@ async def test_an_open_that_is_cancelled_leaves_no_connection() -> None:
 
 
 class Tape(asyncio.Transport):
-    """A transport that keeps what is written to it, piece by piece."""
+    """A transport that records each write."""
 
     def __init__(self) -> None:
         self.socket = socket.socket()
@@ -175,7 +177,7 @@ class Tape(asyncio.Transport):
         self.pieces.append(bytes(data))
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Nothing is buffered here."""
+        """This transport has no buffer."""
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -203,8 +205,8 @@ async def open_to(
 
 @dataclass
 class ModelByHand:
-    """A model that misbehaves: mute says nothing, the impostor knows no secret, the deaf reads nothing once it has
-    welcomed, the tamperer's frames have a flipped bit."""
+    """A model that misbehaves: mute sends nothing, the impostor does not know the secret, deaf reads nothing after its
+    Welcome, the tamperer flips a bit of its frames."""
 
     behaviour: Literal["mute", "impostor", "deaf", "tamperer"]
     port: int = 0

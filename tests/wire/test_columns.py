@@ -1,3 +1,5 @@
+"""Items and answers in the columns of messages."""
+
 import numpy as np
 import pytest
 
@@ -46,7 +48,7 @@ def answer(rows: int, k: int, required_ids: int = 0, width: int = 10) -> Answer:
     return Answer(reduced, 0, rows, 0, required_ids)
 
 
-def test_items_of_an_extend_carry_their_part_of_the_flat_columns() -> None:
+def test_items_of_an_extend_have_their_part_of_the_flat_columns() -> None:
     items = np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 8, 0, 3), (2, 3, 3, 7, 4, 0, 1, 0, WHOLE, 2, 0)], EXTEND_ITEM)
     first, second = extend_items(Extend(items, np.array([10, 11, 12]), np.array([5, 6])))
     assert (first.tokens, first.required_ids.tolist(), first.prefix, first.k) == ([10, 11], [], 2**64 - 1, 8)
@@ -64,7 +66,7 @@ def test_items_of_lookups_and_widenings_name_their_row() -> None:
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 2), (-1, 4), (2**31 - 1, 2**31 - 1)])
-def test_counts_that_are_not_what_the_column_has_are_refused_before_the_first_item(counts: tuple[int, int]) -> None:
+def test_counts_that_do_not_fit_the_columns_are_refused(counts: tuple[int, int]) -> None:
     items = np.array([(i, 2, 3, 4, 5, count) for i, count in enumerate(counts)], LOOKUP_ITEM)
     with pytest.raises(ProtocolError, match="Lookup"):
         lookup_items(Lookup(items, np.array([1, 2, 3])), 100)
@@ -79,7 +81,7 @@ def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
     replies.values(a, [(5, 2)], np.array([8, 9], np.float32))
     replies.rows(b, 9, [answer(1, 4)])
     replies.drafted(c := Mailbox(), 1, [4])
-    assert replies.flush() == [a, b]  # who only hears of drafts asks for nothing yet
+    assert replies.flush() == [a, b]  # a peer that only got drafts sends no extend yet
     rows, values, refused = a.frames
     assert isinstance(rows, Rows)
     assert rows.items.tolist() == [(1, 2, 4, 1), (2, 1, WHOLE, 0)]
@@ -93,7 +95,7 @@ def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
     assert replies.flush() == []
 
 
-def test_rows_that_are_too_long_for_one_frame_go_out_in_several() -> None:
+def test_rows_too_long_for_one_frame_are_sent_in_several() -> None:
     replies, peer = Replies(2 * answer_bytes(1, WHOLE, 0, 10), 10), Mailbox()
     for call_id in range(5):
         replies.rows(peer, call_id, [answer(1, WHOLE)])
@@ -103,13 +105,13 @@ def test_rows_that_are_too_long_for_one_frame_go_out_in_several() -> None:
 
 
 @pytest.mark.parametrize(("rows", "k", "required_ids"), [(3, 4, 2), (2, WHOLE, 0), (1, 0, 0), (0, 4, 1)])
-def test_the_bytes_of_an_answer_are_known_before_it_is_made(rows: int, k: int, required_ids: int) -> None:
+def test_the_size_of_an_answer_is_known_in_advance(rows: int, k: int, required_ids: int) -> None:
     message = pack_rows([(1, [answer(rows, k, required_ids)])], 10)
     columns = (message.items, message.logsumexp, message.ids, message.pages, message.logits, message.required)
     assert answer_bytes(rows, k, required_ids, 10) == sum(column.nbytes for column in columns)
 
 
-def test_rows_of_one_reduction_and_of_several_come_out_as_they_went_in() -> None:
+def test_rows_of_one_and_of_several_reductions_survive_packing() -> None:
     ids = np.sort(np.random.default_rng(0).integers(0, WIDTH, (6, 4)), 1).astype(np.int32)
     sums, values = np.arange(6, dtype=np.float32), np.arange(24, dtype=np.float32).reshape(6, 4)
     one = Reduced(4, sums, ids, values, np.arange(8, dtype=np.float32))

@@ -1,3 +1,5 @@
+"""Frames, their limits and their MACs."""
+
 import pytest
 
 from actors.wire.errors import FrameTampered, FrameTooLarge
@@ -20,7 +22,7 @@ def test_a_length_above_the_limit_is_refused_before_its_body_arrives() -> None:
         list(FrameBuffer(10).feed(HEADER.pack(11)))
 
 
-def test_a_frame_above_the_limit_is_not_sent_and_does_not_count() -> None:
+def test_a_frame_over_the_limit_is_not_sent_and_not_numbered() -> None:
     sender, receiver = Seal(KEY), Seal(KEY)
     with pytest.raises(FrameTooLarge):
         frame(b"x" * 100, sender, 100)
@@ -37,14 +39,14 @@ def test_the_limit_may_rise_between_two_frames() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 3, -1, -MAC_BYTES])
-def test_a_flipped_bit_anywhere_in_a_sealed_frame_is_found(place: int) -> None:
+def test_a_flipped_bit_anywhere_in_a_sealed_frame_is_detected(place: int) -> None:
     sealed = bytearray(frame(b"body", Seal(KEY), 99)[HEADER.size :])
     sealed[place] ^= 1
     with pytest.raises(FrameTampered):
         Seal(KEY).open(bytes(sealed))
 
 
-def test_a_replayed_a_dropped_and_a_truncated_frame_are_found() -> None:
+def test_replayed_dropped_and_truncated_frames_are_detected() -> None:
     sender = Seal(KEY)
     first, second = (frame(b"body", sender, 99)[HEADER.size :] for _ in range(2))
     replayed = Seal(KEY)

@@ -1,3 +1,5 @@
+"""Mutual authentication, without sockets."""
+
 import dataclasses
 
 import pytest
@@ -38,13 +40,13 @@ def test_a_replayed_proof_opens_no_second_connection() -> None:
         again.verify(proof)
 
 
-def test_a_models_own_proof_sent_back_to_it_is_refused() -> None:
+def test_a_models_proof_reflected_to_it_is_refused() -> None:
     _, model, _ = shake()
     with pytest.raises(HandshakeRefused):
         model.verify(Proof(model.challenge.proof))
 
 
-def test_a_hello_changed_on_the_way_is_found_by_the_coordinator() -> None:
+def test_the_coordinator_detects_a_hello_changed_on_the_way() -> None:
     coordinator = CoordinatorHandshake(SECRET, "g-1", "c")
     hello = coordinator.hello
     for changed in (dataclasses.replace(hello, incarnation=""), dataclasses.replace(hello, peer="other")):
@@ -53,7 +55,7 @@ def test_a_hello_changed_on_the_way_is_found_by_the_coordinator() -> None:
             coordinator.answer(model.challenge)
 
 
-def test_another_incarnation_is_told_from_this_one() -> None:
+def test_another_incarnation_is_refused() -> None:
     _, model, proof = shake(incarnation="g-0")
     model.verify(proof)
     with pytest.raises(HandshakeRefused, match="g-1, not g-0") as refused:

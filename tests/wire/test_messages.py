@@ -1,4 +1,4 @@
-"""Messages survive their encoding; anything else is refused by type."""
+"""Messages survive encoding. Anything else is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXAMPLES: list[Message] = [
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_a_message_comes_out_as_it_went_in(message: Message) -> None:
+def test_messages_survive_encoding(message: Message) -> None:
     back = decode(encode(message))
     assert type(back) is type(message)
     for field in dataclasses.fields(message):
@@ -72,7 +72,7 @@ def test_every_tag_names_one_kind_of_message() -> None:
         [5, [1, 2], b"", b"", b"", b""],  # a list for a column
     ],
 )
-def test_what_is_no_message_is_a_protocol_error(parts: Any) -> None:
+def test_an_invalid_message_is_a_protocol_error(parts: Any) -> None:
     with pytest.raises(ProtocolError):
         decode(msgpack.packb(parts))
 

@@ -1,4 +1,4 @@
-"""Both ends of an idle connection say that they live, and notice when the other does not."""
+"""Keep-alive: both ends of an idle connection send Pings, and close it if the other end is silent."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ async def connected(port: int, limits: Limits) -> tuple[Connection, Inbox]:
     return connection, inbox
 
 
-async def test_an_idle_connection_outlives_the_silence_limit_and_still_carries_messages() -> None:
+async def test_an_idle_connection_outlives_the_peer_timeout() -> None:
     async with echo(QUICK) as running:
         connection, inbox = await connected(running.port, QUICK)
         await asyncio.sleep(4 * QUICK.peer_timeout_s)
-        assert inbox.messages.empty()  # pings are nobody's messages
+        assert inbox.messages.empty()  # pings are not passed on
         connection.send(lookup())
         assert type(await inbox.next()) is type(lookup())
         assert running.gone.empty()
         await connection.close()
 
 
-async def test_a_model_gives_up_a_coordinator_that_says_nothing() -> None:
+async def test_a_model_closes_the_connection_of_a_silent_coordinator() -> None:
     async with echo(QUICK) as running:
         bare = await Bare.connect(running.port)
         await bare.shake_hands()
@@ -49,7 +49,7 @@ async def test_a_model_gives_up_a_coordinator_that_says_nothing() -> None:
         await bare.close()
 
 
-async def test_a_coordinator_gives_up_a_model_that_says_nothing() -> None:
-    async with echo(Limits(peer_timeout_s=3600)) as running:  # it will not say anything for an hour
+async def test_a_coordinator_closes_the_connection_of_a_silent_model() -> None:
+    async with echo(Limits(peer_timeout_s=3600)) as running:  # it sends no ping for an hour
         _, inbox = await connected(running.port, QUICK)
         assert isinstance(await inbox.end(), PeerSilent)

@@ -1,3 +1,5 @@
+"""The listening end, against coordinators and bare sockets."""
+
 import asyncio
 
 import msgpack
@@ -28,7 +30,7 @@ def lookup(ids: int = 3) -> Lookup:
 
 
 async def failure_of(bare: Bare) -> str:
-    """The code of the Failure that a bare socket is told, after which it is closed."""
+    """The code of the Failure that a bare socket receives before it is closed."""
     failure = await bare.next()
     assert isinstance(failure, Failure)
     assert await bare.at_end()
@@ -69,7 +71,7 @@ async def test_the_handshake_is_answered_with_a_welcome_and_messages_flow() -> N
     ],
     ids=["garbage", "unknown tag", "message before hello", "proof before hello", "http", "oversized", "zeros"],
 )
-async def test_a_stranger_gets_a_typed_failure_and_nothing_else_is_hurt(first: bytes) -> None:
+async def test_an_unauthenticated_peer_gets_a_typed_failure_and_does_no_harm(first: bytes) -> None:
     async with echo() as running:
         connection, inbox = await running.connect(name="good")
         stranger = await Bare.connect(running.port)
@@ -99,7 +101,7 @@ async def test_a_wrong_and_a_replayed_proof_are_unauthenticated() -> None:
         await good_peer_is_well(running)
 
 
-async def test_a_stranger_that_says_hello_and_dawdles_is_closed_at_the_deadline() -> None:
+async def test_an_unfinished_handshake_is_closed_at_the_deadline() -> None:
     async with echo(Limits(handshake_s=0.05)) as running:
         silent, slow = await Bare.connect(running.port), await Bare.connect(running.port)
         hello = frame(encode(CoordinatorHandshake(SECRET, "", "slow").hello), None, 999)
@@ -108,7 +110,7 @@ async def test_a_stranger_that_says_hello_and_dawdles_is_closed_at_the_deadline(
             assert await failure_of(stranger) == "handshake_timeout"
 
 
-async def test_a_flipped_byte_a_replay_and_a_missing_frame_close_the_connection() -> None:
+async def test_flipped_replayed_and_missing_frames_close_the_connection() -> None:
     async with echo() as running:
         for kind in ("flip", "replay", "drop"):
             bare = await Bare.connect(running.port)
@@ -129,7 +131,7 @@ async def test_a_flipped_byte_a_replay_and_a_missing_frame_close_the_connection(
         await good_peer_is_well(running)
 
 
-async def test_a_peer_that_breaks_the_protocol_is_told_and_closed() -> None:
+async def test_a_peer_that_breaks_the_protocol_gets_a_failure_and_is_closed() -> None:
     async with echo(Limits(frame=1 << 16)) as running:
         for body, code in (
             (msgpack.packb([77]), "protocol"),
@@ -148,7 +150,7 @@ async def test_a_peer_that_breaks_the_protocol_is_told_and_closed() -> None:
         await good_peer_is_well(running)
 
 
-async def test_a_frame_cut_short_by_the_end_of_the_connection_is_never_heard() -> None:
+async def test_a_frame_cut_short_by_the_connections_end_is_dropped() -> None:
     async with echo() as running:
         bare = await Bare.connect(running.port)
         await bare.shake_hands()
@@ -158,7 +160,7 @@ async def test_a_frame_cut_short_by_the_end_of_the_connection_is_never_heard() -
         assert running.heard == []
 
 
-async def test_a_peer_that_does_not_read_is_closed_and_others_keep_their_stream() -> None:
+async def test_a_peer_that_does_not_read_is_closed_and_others_are_not() -> None:
     async with echo(Limits(unsent=1 << 16)) as running:
         connection, inbox = await running.connect(name="good")
         deaf = await Bare.connect(running.port)
@@ -168,7 +170,7 @@ async def test_a_peer_that_does_not_read_is_closed_and_others_keep_their_stream(
         while not peer.closing:
             peer.send(lookup(10_000))
         assert await asyncio.wait_for(running.gone.get(), 10) == "bare"
-        peer.send(lookup())  # to a peer that is gone: dropped
+        peer.send(lookup())  # to a closed peer: dropped
         connection.send(lookup())
         assert isinstance(await inbox.next(), Lookup)
         await connection.close()
@@ -188,7 +190,7 @@ async def test_a_peer_that_reads_nothing_for_long_is_closed() -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(ProtocolError("counts"), "protocol"), (KeyError("bug"), "internal")])
-async def test_an_error_of_the_handler_closes_that_peer_alone(error: Exception, code: str) -> None:
+async def test_an_error_of_the_handler_closes_only_that_peer(error: Exception, code: str) -> None:
     def handle(peer: Peer, message: Message) -> None:
         if isinstance(message, Extend):
             raise error
@@ -217,8 +219,8 @@ async def test_closing_the_server_closes_every_connection() -> None:
         await bare.close()
 
 
-def test_a_hello_of_another_length_of_nonce_is_a_message() -> None:
-    """The limit on strangers' frames leaves room for a Hello with long names."""
+def test_the_frame_limit_of_handshakes_has_room_for_long_names() -> None:
+    """A Hello with long names fits the frame limit of unauthenticated peers."""
     assert len(encode(Hello(1, b"n" * 32, "i" * 255, "p" * 255))) < Limits().stranger_frame
 
 

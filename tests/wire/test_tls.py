@@ -1,3 +1,5 @@
+"""The wire over TLS with Ray's certificates."""
+
 import asyncio
 from pathlib import Path
 
@@ -15,11 +17,11 @@ from tests.support.wire_peers import SECRET, WELCOME, Inbox
 
 @pytest.fixture(scope="module")
 def ray_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """RAY_TLS_* with a fresh authority and a certificate of it."""
+    """RAY_TLS_* variables with a new authority and a certificate of it."""
     return ray_tls_settings(tmp_path_factory.mktemp("tls"))
 
 
-async def test_with_tls_messages_flow_and_frames_carry_no_mac(ray_settings: dict[str, str]) -> None:
+async def test_with_tls_messages_flow_and_frames_have_no_mac(ray_settings: dict[str, str]) -> None:
     server = Server(
         SECRET,
         WELCOME,
