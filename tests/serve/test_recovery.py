@@ -15,7 +15,15 @@ from ray import serve
 from actors.config import ServiceConfig, load_config
 from cluster.launch import running_service
 from router.app import MODEL_NAMES, bind
-from tests.support.local_ray import APPLICATION, actors, replicas_of, trio_args, wait_until, wait_until_served
+from tests.support.local_ray import (
+    APPLICATION,
+    actors,
+    ray_settings,
+    replicas_of,
+    trio_args,
+    wait_until,
+    wait_until_served,
+)
 from tests.support.streams import Stream, Streams, undisturbed
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -37,7 +45,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(no_shared_ray: None) -> Iterator[Service]:
-    with running_service(config(), num_cpus=6, dashboard=True) as url:
+    with ray_settings(), running_service(config(), num_cpus=6, dashboard=True) as url:
         yield Service(url, asyncio.run(undisturbed(url)))
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import ray
 from ray import serve
 from ray._private.services import get_node_ip_address
 from ray.cluster_utils import Cluster
 
-from cluster.launch import OBJECT_STORE_BYTES, SETTINGS, free_port
+from cluster.launch import OBJECT_STORE_BYTES, free_port
+from tests.support.local_ray import ray_settings
 
 HEAD_ID = "f" * 51 + "00000"  # by which the node provider knows the head; it numbers the others after it
 MAX_NODES = 2
@@ -37,9 +37,7 @@ def growing_cluster(folder: Path, head: dict[str, float], worker: dict[str, floa
     port = free_port()
     config = folder / "autoscaler.json"
     config.write_text(json.dumps(_autoscaler(f"{get_node_ip_address()}:{port}", head, worker)), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (SETTINGS | _SETTINGS).items():
-            patch.setenv(name, value)
+    with ray_settings(**_SETTINGS):
         cluster = Cluster(
             initialize_head=True,
             head_node_args={

@@ -18,17 +18,20 @@ from ray.util.state import list_actors
 from ray.util.state.common import ActorState
 
 from actors.api.generation import ROLES, Role
-from cluster.launch import LOOPBACK, OBJECT_STORE_BYTES, SETTINGS, free_port
+from cluster import launch
+from cluster.launch import LOOPBACK, OBJECT_STORE_BYTES, free_port
 from router.app import build
 
 ROOT = Path(__file__).parents[2]
 APPLICATION = "thinklogit"
 READY_S = 240.0  # two busy cores start six processes, for each set of adapters anew
-METRICS_INTERVAL_MS = "1000"  # Ray's shortest
+SETTINGS = launch.SETTINGS | {
+    "RAY_metrics_report_interval_ms": "1000",  # Ray's shortest
+    "RAY_worker_niceness": "0",  # 15 by default, so that the tests of the other process would starve replicas
+}
 
 ACCELERATOR = "ray.io/accelerator-type"  # a label that Ray gives a node by its GPUs
 GPU_TYPES: dict[Role, str] = {"target": "H100", "guider": "L4", "guider_base": "T4"}
-GPUS: dict[Role, float] = {"target": 2, "guider": 0.5, "guider_base": 0.5}  # of each role's replica
 MAX_SESSIONS = 24
 
 
@@ -49,13 +52,12 @@ def shared_args() -> dict[str, Any]:
         "deadlines": {"peer_timeout_s": 5},
     }
     for role in ROLES:
-        placed = {"label_selector": {ACCELERATOR: GPU_TYPES[role]}, "num_gpus": GPUS[role], "device": "cpu"}
-        args["models"][role] |= placed
+        args["models"][role]["label_selector"] = {ACCELERATOR: GPU_TYPES[role]}
     return args
 
 
 class SharedRay:
-    """A cluster with a labelled node for each role, and the shared service on it; each starts at its first use."""
+    """A cluster with a node of two GPUs for each role, and the shared service on it; each starts at its first use."""
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
@@ -98,12 +100,18 @@ class SharedRay:
 
 
 @contextlib.contextmanager
+def ray_settings(**more: str) -> Iterator[None]:
+    """The environment that the processes of a test's cluster inherit."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (SETTINGS | more).items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextlib.contextmanager
 def labelled_nodes(labels: Sequence[dict[str, str]], num_gpus: int) -> Iterator[list[str]]:
     """A cluster of a head and one node with GPUs for each mapping of labels, and a driver; the ids of these nodes."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
-            patch.setenv(name, value)
-        patch.setenv("RAY_metrics_report_interval_ms", METRICS_INTERVAL_MS)
+    with ray_settings():
         common = {"object_store_memory": OBJECT_STORE_BYTES}
         head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port(), **common}
         cluster = Cluster(initialize_head=True, head_node_args=head)

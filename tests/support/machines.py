@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 from benchmarks.hosts import Host, Network, hosts
-from cluster.launch import OBJECT_STORE_BYTES, SETTINGS
+from cluster.launch import OBJECT_STORE_BYTES
 from tests.support.certificates import ray_tls_settings
-from tests.support.local_ray import APPLICATION, READY_S, ROOT, trio_args, wait_until
+from tests.support.local_ray import APPLICATION, READY_S, ROOT, SETTINGS, trio_args, wait_until
 
 GCS_PORT, HTTP_PORT = 6379, 8000  # each host has all ports for itself
 STOP_S = 10.0
