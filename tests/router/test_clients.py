@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -15,12 +16,6 @@ import pytest
 from router.api import create_app
 from tests.support.scripted_service import ScriptedBackend, config, serving, tokenizers
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"  # otherwise its import downloads prices
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # their own
-    import litellm
-    from langchain_openai import ChatOpenAI, OpenAI
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::litellm"),
     pytest.mark.filterwarnings("ignore:::pydantic"),
@@ -31,6 +26,25 @@ pytestmark = [
 SAID = "It is Eve ."
 ASK: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is it?"}]
 EXTRA = {"guidance": {"alpha": 0.5}, "thinking": {"start": "<think>"}, "return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def litellm() -> Any:
+    """The package; imported here, since that takes seconds."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"  # otherwise its import downloads prices
+    return imported("litellm")
+
+
+@pytest.fixture(scope="module")
+def langchain() -> Any:
+    """The package, likewise."""
+    return imported("langchain_openai")
+
+
+def imported(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # their own
+        return importlib.import_module(name)
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +140,7 @@ async def test_the_official_client_ignores_keep_alives(backend: ScriptedBackend)
 
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
-async def test_litellm_reads_answers_and_errors(url: str, provider: str) -> None:
+async def test_litellm_reads_answers_and_errors(url: str, litellm: Any, provider: str) -> None:
     usual: Any = {"model": f"{provider}/duo", "api_base": url, "api_key": "none", "messages": ASK, "num_retries": 0}
     whole: Any = await litellm.acompletion(**usual, extra_body={"guidance": {"alpha": 0.5}})
     assert whole.choices[0].message.content == SAID
@@ -140,14 +154,14 @@ async def test_litellm_reads_answers_and_errors(url: str, provider: str) -> None
         await litellm.acompletion(**usual, temperature=-1)
 
 
-async def test_langchain_reads_answers_streams_and_batches(url: str) -> None:
+async def test_langchain_reads_answers_streams_and_batches(url: str, langchain: Any) -> None:
     usual: Any = {"base_url": url, "api_key": "none", "model": "duo", "max_retries": 0}
-    model = ChatOpenAI(**usual, temperature=0.5, extra_body={"guidance": {"alpha": 0.5}})
+    model = langchain.ChatOpenAI(**usual, temperature=0.5, extra_body={"guidance": {"alpha": 0.5}})
     assert (await model.ainvoke("Who is it?")).content == SAID
     texts = [str(chunk.content) async for chunk in model.astream("Who is it?")]
     assert "".join(texts) == SAID
     answers = await asyncio.to_thread(model.batch, ["Who?", "What?"])
     assert [answer.content for answer in answers] == [SAID] * 2
-    assert await OpenAI(**usual).ainvoke("Who is it?") == SAID
+    assert await langchain.OpenAI(**usual).ainvoke("Who is it?") == SAID
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
         await model.bind_tools([{"type": "function", "function": {"name": "f", "parameters": {}}}]).ainvoke("Who?")

@@ -23,6 +23,7 @@ from router.api import create_app
 from router.openapi import VERSION, document
 from tests.support.scripted_service import ScriptedBackend, client, config, tokenizers
 
+pytest_plugins = ["schemathesis.pytest.plugin"]  # here alone: it takes seconds to import
 CASES = int(os.environ.get("API_CASES", "100"))  # per operation
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
 APP = create_app(config(), tokenizers(), ScriptedBackend())
