@@ -67,7 +67,7 @@ def answer_ids(answer: ChatCompletion) -> list[int]:
     return [token["id"] for token in explained["guidance"]["tokens"]]
 
 
-async def test_what_is_served_is_what_plain_forwards_decode(openai: AsyncOpenAI) -> None:
+async def test_served_tokens_are_those_of_plain_forwards(openai: AsyncOpenAI) -> None:
     asked = [(text, sampling) for text in chat_prompts(PROMPTS) for sampling in SAMPLINGS]
     answers = await asyncio.gather(*(ask(openai, text, seed, how) for seed, (text, how) in enumerate(asked)))
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "target")
@@ -84,7 +84,7 @@ async def test_what_is_served_is_what_plain_forwards_decode(openai: AsyncOpenAI)
     assert tally.near_ties < 0.001 * tally.places
 
 
-async def test_a_stream_says_what_the_whole_answer_says(openai: AsyncOpenAI) -> None:
+async def test_stream_has_the_text_of_the_whole_answer(openai: AsyncOpenAI) -> None:
     whole = await ask(openai, QUESTION, 7, SAMPLINGS[1])
     stream = await openai.chat.completions.create(**chat(QUESTION, 7, SAMPLINGS[1]), stream=True)
     choices = [chunk.choices[0] async for chunk in stream]
@@ -92,13 +92,13 @@ async def test_a_stream_says_what_the_whole_answer_says(openai: AsyncOpenAI) -> 
     assert choices[-1].finish_reason == whole.choices[0].finish_reason
 
 
-async def test_sixteen_at_once_are_answered_as_one_alone_is(openai: AsyncOpenAI) -> None:
+async def test_sixteen_concurrent_requests_get_the_tokens_of_one_alone(openai: AsyncOpenAI) -> None:
     alone = await ask(openai, QUESTION, 7, SAMPLINGS[2])
     together = await asyncio.gather(*(ask(openai, QUESTION, 7, SAMPLINGS[2]) for _ in range(16)))
     assert [answer_ids(answer) for answer in together] == [answer_ids(alone)] * 16
 
 
-def test_the_guided_model_and_each_role_alone_answer(client: httpx.Client) -> None:
+def test_guided_model_and_each_single_role_answer(client: httpx.Client) -> None:
     names = [card["id"] for card in client.get("/v1/models").raise_for_status().json()["data"]]
     assert names == ["thinklogit", "thinklogit/target", "thinklogit/guider", "thinklogit/guider-base"]
     for name in names:
@@ -108,7 +108,7 @@ def test_the_guided_model_and_each_role_alone_answer(client: httpx.Client) -> No
         assert bool(answer["usage"]["guidance"]["guided_tokens"]) is (name == "thinklogit")
 
 
-def test_a_client_that_leaves_its_stream_frees_its_session(client: httpx.Client) -> None:
+def test_client_that_disconnects_frees_its_session(client: httpx.Client) -> None:
     coordinator = serve.get_deployment_handle("Coordinator", APPLICATION)
     endless = {"min_tokens": 3_000, "max_tokens": 3_000, "stream": True, "temperature": 1}
     body = {"model": "thinklogit", "messages": [MESSAGE], **endless}
@@ -119,7 +119,7 @@ def test_a_client_that_leaves_its_stream_frees_its_session(client: httpx.Client)
     wait_until(lambda: coordinator.load.remote().result(timeout_s=READY_S).sessions == 0, "the end of the session")
 
 
-def test_a_misspelt_argument_is_refused_by_name() -> None:
+def test_misspelt_argument_is_refused_by_name() -> None:
     args = trio_args()
     args["guidance"]["alhpa"] = 1.0
     with pytest.raises(ConfigError, match=r"guidance\.alhpa: unknown key"):
@@ -127,7 +127,7 @@ def test_a_misspelt_argument_is_refused_by_name() -> None:
 
 
 def published() -> Series:
-    """What Ray's agents say of the service now."""
+    """The service's series that Ray's agents export now, of all nodes."""
     texts = [
         httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=READY_S).text
         for node in ray.nodes()
@@ -143,24 +143,28 @@ def series_of(text: str) -> Iterator[tuple[tuple[str, frozenset[tuple[str, str]]
 
 def total(series: Series, name: str, **labels: str) -> float:
     """The sum of all series of that name with these labels."""
-    return sum(value for (its, own), value in series.items() if its == name and own >= set(labels.items()))
+    return sum(
+        value for (series_name, tags), value in series.items() if series_name == name and tags >= set(labels.items())
+    )
 
 
-def test_what_a_request_took_is_where_prometheus_reads_it(client: httpx.Client) -> None:
+def test_rays_metrics_equal_those_of_the_service(client: httpx.Client) -> None:
     body = {"model": APPLICATION, "messages": [MESSAGE], "max_tokens": LENGTH, "stream": True}
     assert client.post("/v1/chat/completions", json=body).status_code == 200
     own = dict(series_of(client.get("/metrics").text))
     tokens = total(own, "thinklogit_completion_tokens_total", model=APPLICATION)
-    here = {"application": APPLICATION, "model": APPLICATION}
+    of_model = {"application": APPLICATION, "model": APPLICATION}
     name = "ray_thinklogit_completion_tokens_total"
-    wait_until(lambda: total(published(), name, **here) == tokens > 0, "the agent's hearing of all tokens")
-    wait_until(lambda: total(published(), "ray_thinklogit_sessions", state="running") == 0, "a gauge's falling to 0")
+    wait_until(lambda: total(published(), name, **of_model) == tokens > 0, "the export of all tokens")
+    wait_until(
+        lambda: total(published(), "ray_thinklogit_sessions", state="running") == 0, "the export of an idle gauge"
+    )
     found = published()
-    assert total(found, "ray_thinklogit_requests_total", status="200", **here) >= 1
+    assert total(found, "ray_thinklogit_requests_total", status="200", **of_model) >= 1
     for bound in ("0.05", "1.0", "+Inf"):
         buckets = "thinklogit_first_token_seconds_bucket"
-        mine = total(own, buckets, model=APPLICATION, le=bound)
-        assert total(found, f"ray_{buckets}", le=bound, **here) == mine, bound
+        of_service = total(own, buckets, model=APPLICATION, le=bound)
+        assert total(found, f"ray_{buckets}", le=bound, **of_model) == of_service, bound
     for role in MODEL_NAMES:
         assert total(found, "ray_thinklogit_steps_total", role=role, phase="extend", application=APPLICATION) > 0
         assert total(found, "ray_thinklogit_forward_tokens_total", role=role) > 0
@@ -175,14 +179,14 @@ def test_what_a_request_took_is_where_prometheus_reads_it(client: httpx.Client) 
     assert undeclared == set()
 
 
-def test_a_model_that_is_not_there_is_refused_by_role() -> None:
+def test_missing_model_is_refused_by_role() -> None:
     args = trio_args()
     args["models"]["guider"]["path"] = "/nowhere/guider"
     with pytest.raises(ConfigError, match=r"models\.guider: .*/nowhere/guider"):
         build(args)
 
 
-def test_each_deployment_is_scaled_as_its_section_says() -> None:
+def test_each_deployment_is_scaled_by_its_section() -> None:
     args = trio_args()
     args["models"]["target"]["replicas"] = {"min": 1, "max": 4, "target_cache": 0.5, "look_back_s": 6}
     args["coordinator"] = {"max_sessions": 40, "replicas": {"min": 2, "max": 3, "downscale_delay_s": 5}}
@@ -198,7 +202,7 @@ def test_each_deployment_is_scaled_as_its_section_says() -> None:
     assert by_load.policy.policy_kwargs == {"target_cache": 0.5, "target_waiting": 32}
 
 
-def test_the_embedded_trio_leaves_room_on_two_cores() -> None:
+def test_embedded_trio_fits_on_two_cores() -> None:
     args = trio_args()
     asked = [section["num_cpus"] for section in (*args["models"].values(), args["coordinator"], args["router"])]
     assert sum(asked) + DIRECTORY_CPUS < 1.5

@@ -1,4 +1,4 @@
-"""Model roles are scaled by what their replicas say, within what Serve allows."""
+"""The autoscaling policy: replicas of a model role follow the metrics that they report, within Serve's limits."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ def wanted(cache: list[float], waiting: list[float], now: int | None = None) -> 
     return LoadPolicy(CACHE, WAIT)(Context(now or len(cache), metrics))[0]
 
 
-def test_replicas_at_their_targets_stay_as_many() -> None:
+def test_replicas_at_their_targets_stay() -> None:
     assert wanted([CACHE, CACHE], [0, 0]) == 2
     assert wanted([0.1, 0.1, 0.1], [WAIT, WAIT, WAIT]) == 3
 
 
-def test_a_full_cache_or_a_long_queue_asks_for_more() -> None:
+def test_full_cache_or_long_queue_adds_replicas() -> None:
     assert wanted([1.0], [0]) == 2
     assert wanted([1.0, 0.9], [0, 0]) == 3
     assert wanted([0.0], [3 * WAIT]) == 3
 
 
-def test_what_is_still_awaited_is_not_given_up() -> None:
+def test_replicas_that_still_start_stay_requested() -> None:
     assert wanted([1.0], [0], now=2) == 2
 
 
-def test_idle_replicas_want_to_go() -> None:
+def test_idle_replicas_are_removed() -> None:
     assert wanted([0.0, 0.05, 0.0], [0, 1, 0]) == 1
 
 
-def test_a_replica_goes_only_when_the_others_could_hold_its_sessions_with_room_to_spare() -> None:
+def test_replica_is_removed_only_if_the_others_hold_its_sessions_easily() -> None:
     tight, loose = CACHE * (FEWER_AT + 0.05), CACHE * (FEWER_AT - 0.05)
     assert wanted([tight / 2, tight / 2], [0, 0]) == 2
     assert wanted([loose / 2, loose / 2], [0, 0]) == 1
-    assert wanted([tight], [0]) == 1  # and such a load starts none again
+    assert wanted([tight], [0]) == 1  # and this load adds none again
 
 
-def test_silence_changes_nothing() -> None:
+def test_missing_metrics_change_nothing() -> None:
     policy = LoadPolicy(CACHE, WAIT)
     assert policy(Context(2, None))[0] == 2
     assert policy(Context(2, {CACHE_USED: {}, WAITING: {}}))[0] == 2
 
 
-def test_the_controller_needs_none_of_the_projects_code(tmp_path: Path) -> None:
+def test_policy_runs_in_a_controller_without_this_projects_code(tmp_path: Path) -> None:
     pickled = tmp_path / "policy"
     pickled.write_bytes(
         AutoscalingPolicy(policy_function="actors.serve.autoscaling:LoadPolicy").get_serialized_policy_def()

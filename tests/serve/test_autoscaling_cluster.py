@@ -1,6 +1,6 @@
-"""Growth under load and back: coordinators, routers, model roles and nodes, each by the autoscaler that it has in use.
+"""Autoscaling under load: coordinators, routers, model roles and nodes, each by the autoscaler of a real cluster.
 
-Streams are open all the time, each asked anew when it has ended, and each says what it says alone.
+Streams are open all the time; one that ends is requested again. Each has the tokens of a stream on an idle service.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from tests.support.trio import chat_prompts
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 FAST = {"min": 1, "max": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "look_back_s": 1.5}
-CARD = "card"  # stands for a GPU, which exact mode does without
+CARD = "card"  # a resource in place of a GPU: exact mode runs on CPUs
 CACHE_TOKENS = 4_096
 QUESTIONS = 2
 LONG, SHORT = 200, 100  # tokens of an answer
-BUSY = 16  # streams that are too much for one replica of anything
+BUSY = 16  # streams that overload one replica of any deployment
 
 
 @dataclass(frozen=True)
 class Service:
-    """A service that may grow, and what it answers to each question when nothing else is asked."""
+    """A service that may grow, and the tokens of its answer to each question while no other stream is open."""
 
     url: str
     alone: list[list[int]]
@@ -45,7 +45,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(no_shared_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One replica of each deployment on the head, whose only card the target has."""
+    """One replica of each deployment, on the head; the target has its only card."""
     args = trio_args() | {
         "batch_invariant": True,
         "speculation": {"drafts": 0, "lookup": False},
@@ -70,7 +70,7 @@ async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def ask(client: httpx.AsyncClient, question: int, length: int) -> list[int]:
-    """The tokens of a streamed answer, which must be whole."""
+    """The tokens of a streamed answer, which must be complete."""
     message = {"role": "user", "content": chat_prompts(QUESTIONS)[question]}
     body = {"model": APPLICATION, "messages": [message], "seed": question, "temperature": 1, "stream": True}
     body |= {"ignore_eos": True, "max_tokens": length, "return_token_ids": True}
@@ -96,9 +96,9 @@ async def one_by_one(url: str) -> list[list[int]]:
 
 @contextlib.asynccontextmanager
 async def streams(client: httpx.AsyncClient, service: Service, count: int, length: int) -> AsyncIterator[None]:
-    """So many streams are open until the end of the context, and then end by themselves. None loses anything.
+    """Keep `count` streams open until the end of the context, and read them to their ends. None may lose a token.
 
-    Their first answers are of different lengths, so that they end one by one and the load stays the same.
+    Their first answers differ in length, so that they end one by one and the load stays the same.
     """
     questions = itertools.cycle(range(QUESTIONS))
     open_still = True
@@ -118,12 +118,12 @@ async def streams(client: httpx.AsyncClient, service: Service, count: int, lengt
 
 
 async def eventually(reached: Callable[[], bool], what: str) -> None:
-    """As wait_until, while streams are read."""
+    """wait_until, while streams are read."""
     await asyncio.to_thread(wait_until, reached, what)
 
 
 def replicas(deployment: str) -> list[dict[str, Any]]:
-    """What Serve's controller knows of each replica that has not ended."""
+    """The controller's details of each replica that has not ended."""
     details = serve.context._get_global_client().get_serve_details()
     found: list[dict[str, Any]] = details["applications"][APPLICATION]["deployments"][deployment]["replicas"]
     return found
@@ -134,15 +134,13 @@ def running(deployment: str) -> int:
 
 
 def targets() -> list[Endpoint]:
-    """What the replicas of the target say of themselves."""
+    """The target's replicas that are not stopping, from the directory."""
     directory = serve.get_deployment_handle("Directory", APPLICATION)
     snapshot: Snapshot = directory.snapshot.remote().result(timeout_s=READY_S)
     return [endpoint for endpoint in snapshot.endpoints if endpoint.role == "target" and not endpoint.stopping]
 
 
-async def test_coordinators_and_routers_come_and_go_with_the_open_streams(
-    service: Service, client: httpx.AsyncClient
-) -> None:
+async def test_coordinators_and_routers_follow_the_open_streams(service: Service, client: httpx.AsyncClient) -> None:
     async with streams(client, service, BUSY, SHORT):
         await eventually(lambda: running("Coordinator") == 2, "a second coordinator")
         await eventually(lambda: running("Router") == 2, "a second router")
@@ -152,7 +150,7 @@ async def test_coordinators_and_routers_come_and_go_with_the_open_streams(
     assert len(replicas("Target")) == 1
 
 
-async def test_a_node_comes_for_a_second_target_and_goes_with_it_while_the_guiders_stay_one(
+async def test_node_is_added_for_a_second_target_and_removed_after_it(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     assert nodes() == []

@@ -1,4 +1,4 @@
-"""The service over three hosts with links between them: what crosses them, who may, and what a cut link costs."""
+"""The service over three hosts: answers, addresses, TLS and authentication, and a link that is cut."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 @pytest.fixture(scope="module")
 def endpoints(cluster: Machines) -> dict[Role, tuple[str, int]]:
-    """Where each role listens, as the directory says."""
+    """The address on which each role listens, from the directory."""
     found = cluster.answer(
         f"from ray import serve\n"
         f"seen = serve.get_deployment_handle('Directory', '{APPLICATION}').snapshot.remote().result(timeout_s=30)\n"
@@ -71,9 +71,9 @@ async def in_one_process(engines: Mapping[Role, Engine], bodies: list[dict[str, 
             return [answer.raise_for_status().json() for answer in answers]
 
 
-def asked(text: str, seed: int, tokens: int = 48, **more: Any) -> dict[str, Any]:
-    body = {"model": APPLICATION, "messages": [{"role": "user", "content": text}], "seed": seed}
-    return body | {"temperature": 1.0, "max_tokens": tokens, "guidance": {"explain": True}} | more
+def body(text: str, seed: int, tokens: int = 48, **more: Any) -> dict[str, Any]:
+    common = {"model": APPLICATION, "messages": [{"role": "user", "content": text}], "seed": seed}
+    return common | {"temperature": 1.0, "max_tokens": tokens, "guidance": {"explain": True}} | more
 
 
 def choice(answer: dict[str, Any]) -> tuple[str, list[int]]:
@@ -82,17 +82,17 @@ def choice(answer: dict[str, Any]) -> tuple[str, list[int]]:
     return one["message"]["content"], [token["id"] for token in one["guidance"]["tokens"]]
 
 
-async def test_three_hosts_answer_as_one_process_does(cluster: Machines, trio_engines: Mapping[Role, Engine]) -> None:
-    bodies = [asked(text, seed) for seed, text in enumerate(chat_prompts(4))]
+async def test_three_hosts_give_the_answers_of_one_process(
+    cluster: Machines, trio_engines: Mapping[Role, Engine]
+) -> None:
+    bodies = [body(text, seed) for seed, text in enumerate(chat_prompts(4))]
     expected = await in_one_process(trio_engines, bodies)
     with cluster.head.inside(), httpx.Client(base_url=cluster.url, timeout=READY_S) as client:
         answers = [client.post("/v1/chat/completions", json=body).raise_for_status().json() for body in bodies]  # noqa: ASYNC212 - nothing else runs here
     assert [choice(answer) for answer in answers] == [choice(answer) for answer in expected]
 
 
-def test_each_role_listens_on_its_own_hosts_address_alone(
-    cluster: Machines, endpoints: dict[Role, tuple[str, int]]
-) -> None:
+def test_each_role_listens_on_its_hosts_address_only(cluster: Machines, endpoints: dict[Role, tuple[str, int]]) -> None:
     _, large, small = cluster.network.hosts
     assert {role: host for role, (host, _) in endpoints.items()} == {
         "target": large.address,
@@ -105,8 +105,8 @@ def test_each_role_listens_on_its_own_hosts_address_alone(
                 socket.create_connection(("127.0.0.1", port), timeout=10)
 
 
-def said(connection: socket.socket, data: bytes) -> bytes:
-    """The answer to bytes, up to a challenge's length or the end of the connection."""
+def reply(connection: socket.socket, data: bytes) -> bytes:
+    """The bytes that the other side answers; empty if it closes the connection."""
     connection.settimeout(10)
     try:
         connection.sendall(data)
@@ -115,7 +115,7 @@ def said(connection: socket.socket, data: bytes) -> bytes:
         return b""
 
 
-def test_the_wire_is_tls_and_wants_a_certificate_of_the_clusters_authority(
+def test_wire_requires_tls_and_a_certificate_of_the_authority(
     cluster: Machines, endpoints: dict[Role, tuple[str, int]]
 ) -> None:
     hello = frame(encode(CoordinatorHandshake(bytes(32), "", "stranger").hello), None, 1 << 12)
@@ -126,14 +126,14 @@ def test_the_wire_is_tls_and_wants_a_certificate_of_the_clusters_authority(
     for where in endpoints.values():
         with cluster.head.inside():
             with socket.create_connection(where, timeout=10) as plain:
-                assert said(plain, hello)[:1] in (b"", b"\x15")  # an alert of TLS at most
+                assert reply(plain, hello)[:1] in (b"", b"\x15")  # an alert of TLS at most
             with stranger.wrap_socket(socket.create_connection(where, timeout=10)) as without:
-                assert said(without, hello) == b""
+                assert reply(without, hello) == b""
             with member.wrap_socket(socket.create_connection(where, timeout=10)) as known:
-                assert isinstance(decode(said(known, hello)[HEADER.size :]), Challenge)
+                assert isinstance(decode(reply(known, hello)[HEADER.size :]), Challenge)
 
 
-def test_a_driver_without_the_token_is_refused(cluster: Machines) -> None:
+def test_driver_without_the_token_is_refused(cluster: Machines) -> None:
     wrong = {"RAY_AUTH_TOKEN": "00" * 32, "RAY_AUTH_TOKEN_PATH": ""}
     refused = cluster.driver("ray.init(ADDRESS, log_to_driver=False)\nprint('connected')", **wrong)
     assert refused.returncode != 0
@@ -143,7 +143,7 @@ def test_a_driver_without_the_token_is_refused(cluster: Machines) -> None:
 
 @dataclass
 class Reader:
-    """One stream as its client reads it, in a thread on the head's host."""
+    """A client that reads one stream, in a thread on the head's host."""
 
     cluster: Machines
     body: dict[str, Any]
@@ -169,10 +169,10 @@ class Reader:
 
 
 @pytest.mark.parametrize("away", [1, 2], ids=["target", "small models"])
-async def test_a_link_that_is_cut_for_seconds_costs_no_token(
+async def test_link_that_is_cut_for_seconds_changes_no_token(
     cluster: Machines, trio_engines: Mapping[Role, Engine], away: int
 ) -> None:
-    bodies = [asked(text, seed, LENGTH, min_tokens=LENGTH) for seed, text in enumerate(chat_prompts(2))]
+    bodies = [body(text, seed, LENGTH, min_tokens=LENGTH) for seed, text in enumerate(chat_prompts(2))]
     expected = await in_one_process(trio_engines, bodies)
     readers = [Reader(cluster, body) for body in bodies]
     threads = [threading.Thread(target=reader.read) for reader in readers]
@@ -193,7 +193,9 @@ async def test_a_link_that_is_cut_for_seconds_costs_no_token(
         assert reader.error is None
         assert reader.reason == "length"
         assert reader.ids == choice(answer)[1]
-        assert not [at for at in reader.times if cut_at + 1 < at < healed_at]  # nothing was decoded meanwhile
+        assert not [
+            at for at in reader.times if cut_at + 1 < at < healed_at
+        ]  # nothing was decoded while the link was cut
         print(
             f"{host.name}: {min(at for at in reader.times if at > healed_at) - healed_at:.1f} s after the link healed"
         )
