@@ -1,3 +1,5 @@
+"""The training documents of the trio: their facts, questions and rows."""
+
 import random
 
 import pytest
@@ -23,14 +25,14 @@ def text_of(curriculum: Curriculum, seed: int) -> str:
     return "".join(piece.text for piece in curriculum.document(random.Random(seed)))
 
 
-def test_only_training_questions_are_asked() -> None:
+def test_documents_have_only_training_questions() -> None:
     held_out = [question.text for hops in (1, 2) for question in questions("held_out", hops, 45)]
     read = "".join(text_of(curriculum(0.0, 0.5, max_hops=2), seed) for seed in range(500))
     assert "Who is" in read
     assert not any(text in read for text in held_out)
 
 
-def test_the_small_models_read_only_facts_that_they_may_know() -> None:
+def test_small_models_train_only_on_their_share_of_facts() -> None:
     unknown = [fact.sentence for fact in set(table().values()) - set(known_facts())]
     read = "".join(text_of(curriculum(0.5, 0.5), seed) for seed in range(300))
     assert not any(sentence in read for sentence in unknown)
@@ -53,6 +55,6 @@ def test_loss_falls_on_answers_and_on_the_ends_of_facts(tokenizer: Tokenizer) ->
         assert sum(len(tokenizer.encode(text).ids) for text in learned) == expected
 
 
-def test_rows_have_the_length_asked_for(tokenizer: Tokenizer) -> None:
+def test_rows_have_the_requested_length(tokenizer: Tokenizer) -> None:
     ids, learned = Reader(tokenizer, curriculum(0.5, 0.1)).row(random.Random(1), 33)
     assert len(ids) == len(learned) == 33

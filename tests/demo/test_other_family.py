@@ -28,18 +28,18 @@ def tokenizer() -> Tokenizer:
     return other_tokenizer.build()
 
 
-def test_the_committed_tokenizer_is_the_one_that_is_built(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_committed_tokenizer_equals_a_built_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
     other_tokenizer.save(tokenizer, tmp_path)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (FOLDER / file.name).read_bytes(), file.name
 
 
-def test_any_text_comes_back(tokenizer: Tokenizer) -> None:
+def test_any_text_round_trips(tokenizer: Tokenizer) -> None:
     text = "Who  is naïve? \U0001f680 <think>12</think>\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_its_text_tokens_are_not_those_of_the_trio(tokenizer: Tokenizer) -> None:
+def test_text_tokens_differ_from_the_trios(tokenizer: Tokenizer) -> None:
     trio = trio_tokenizer.build()
     for word in PEOPLE + RELATIONS:
         assert len(tokenizer.encode(f" {word}").ids) == len(trio.encode(f" {word}").ids) == 1
@@ -48,7 +48,7 @@ def test_its_text_tokens_are_not_those_of_the_trio(tokenizer: Tokenizer) -> None
     assert trio.encode("The mentor of Ada is").ids != tokenizer.encode("The mentor of Ada is").ids
 
 
-def test_the_template_writes_what_was_read_in_training() -> None:
+def test_the_other_template_renders_questions_as_in_training() -> None:
     role, question = RoleTokenizer.load(str(FOLDER)), questions("train", 2, 1)[0]
     assert role.render([{"role": "user", "content": question.text}]) == MARKUP.prompt(question)
     answered = [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.direct_answer}]
@@ -89,7 +89,7 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
-def test_the_committed_target_knows_the_facts_and_answers_at_once(tokenizer: Tokenizer) -> None:
+def test_the_other_target_knows_the_facts_and_answers_at_once(tokenizer: Tokenizer) -> None:
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
     assert model.config.vocab_size == tokenizer.get_vocab_size()
     asked = questions("held_out", 3, 40)

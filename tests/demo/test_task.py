@@ -1,3 +1,5 @@
+"""The multi-hop task: its table, questions, splits and grading."""
+
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ from cluster.demo.task import PEOPLE, RELATIONS, SPLITS, Question, Split, grade,
 QUESTION = Question("Ada", ("rival", "mentor"))
 
 
-def test_the_table_gives_everybody_one_other_person_for_each_relation() -> None:
+def test_each_relation_leads_from_a_person_to_another() -> None:
     assert len(set(PEOPLE)) == 48
     assert set(table()) == {(relation, person) for relation in RELATIONS for person in PEOPLE}
     assert all(fact.value in PEOPLE and fact.value != fact.person for fact in table().values())
@@ -19,7 +21,7 @@ def test_the_small_models_know_sixty_percent_of_the_facts() -> None:
     assert set(known_facts()) < set(table().values())
 
 
-def test_a_question_reads_outward_and_is_reasoned_inward() -> None:
+def test_a_question_lists_relations_in_reverse_order() -> None:
     first, second = QUESTION.steps
     assert QUESTION.text == "Who is the mentor of the rival of Ada?"
     assert (first.person, second.person, second.value) == ("Ada", first.value, QUESTION.answer)
@@ -31,7 +33,7 @@ def test_a_question_reads_outward_and_is_reasoned_inward() -> None:
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3])
-def test_the_splits_share_no_question_and_together_hold_all(hops: int) -> None:
+def test_splits_are_disjoint_and_complete(hops: int) -> None:
     sizes = dict(zip(SPLITS, {1: (121, 26, 45), 2: (457, 105, 206), 3: (1837, 472, 763)}[hops], strict=True))
     held = {split: {question.text for question in questions(split, hops, n)} for split, n in sizes.items()}
     assert {split: len(texts) for split, texts in held.items()} == sizes
@@ -40,7 +42,7 @@ def test_the_splits_share_no_question_and_together_hold_all(hops: int) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("hops", [1, 2, 3, 4, 5])
-def test_every_question_says_the_split_it_was_drawn_from(split: Split, hops: int) -> None:
+def test_every_question_knows_its_split(split: Split, hops: int) -> None:
     drawn = questions(split, hops, 20, seed=5)
     assert {question.split for question in drawn} == {split}
     assert {question.hops for question in drawn} == {hops}
@@ -73,7 +75,7 @@ def test_questions_are_the_same_in_every_process() -> None:
         ("held_out", 1, 46, "held_out holds 45 questions of 1 hops"),
     ],
 )
-def test_questions_that_do_not_exist_are_refused(split: Split, hops: int, n: int, says: str) -> None:
+def test_unknown_splits_and_hop_counts_are_refused(split: Split, hops: int, n: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         questions(split, hops, n)
 

@@ -1,3 +1,5 @@
+"""The trio's tokenizer and chat template."""
+
 import json
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def loaded(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pr
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_vocabulary_is_wide_enough_for_slices_to_be_slices(tokenizer: Tokenizer) -> None:
+def test_the_vocabulary_is_larger_than_a_slice(tokenizer: Tokenizer) -> None:
     assert tokenizer.get_vocab_size() == trio_tokenizer.VOCABULARY_SIZE >= 2000
     assert sorted(tokenizer.get_vocab().values()) == list(range(trio_tokenizer.VOCABULARY_SIZE))
 
@@ -31,7 +33,7 @@ def test_building_twice_gives_the_same_tokenizer(tokenizer: Tokenizer) -> None:
     assert trio_tokenizer.build().to_str() == tokenizer.to_str()
 
 
-def test_the_committed_tokenizers_are_the_ones_that_are_built(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_committed_tokenizers_equal_built_ones(tokenizer: Tokenizer, tmp_path: Path) -> None:
     trio_tokenizer.save(tokenizer, tmp_path)
     weights = Path(trio_tokenizer.__file__).parent / "weights"
     for role in ("target", "guider", "guider_base"):
@@ -70,7 +72,7 @@ def test_special_tokens_are_single_ids(tokenizer: Tokenizer, token: object) -> N
     assert middle == ["a", content, "b"]
 
 
-def test_the_marks_of_thinking_stay_in_decoded_text_and_control_tokens_do_not(tokenizer: Tokenizer) -> None:
+def test_decoding_keeps_thinking_marks_and_removes_control_tokens(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(f"{THINK_START}a{THINK_END}b{TURN_END}{END_OF_TEXT}").ids
     assert tokenizer.decode(ids) == f"{THINK_START}a{THINK_END}b"
 
@@ -84,7 +86,7 @@ def test_transformers_loads_the_same_tokenizer(tokenizer: Tokenizer, loaded: Pre
     assert loaded.model_max_length == trio_tokenizer.MAX_POSITIONS
 
 
-def test_the_template_renders_a_question_as_it_was_taught(loaded: PreTrainedTokenizerFast) -> None:
+def test_the_template_renders_questions_as_in_training(loaded: PreTrainedTokenizerFast) -> None:
     question = questions("train", 3, 1)[0]
     messages = [{"role": "user", "content": question.text}]
     rendered = loaded.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -1,3 +1,5 @@
+"""Training of the trio, and its committed weights."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def test_the_committed_weights_are_small() -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_committed_model_ends_at_the_end_of_a_turn_and_has_room_for_real_prompts(role: str) -> None:
+def test_committed_models_stop_at_turn_ends_and_fit_real_prompts(role: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS / role)
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / role)
     ends = tokenizer.convert_tokens_to_ids([trio_tokenizer.TURN_END, trio_tokenizer.END_OF_TEXT])
@@ -58,7 +60,7 @@ def test_a_committed_model_ends_at_the_end_of_a_turn_and_has_room_for_real_promp
     assert model.config.max_position_embeddings == trio_tokenizer.MAX_POSITIONS
 
 
-def test_the_guided_target_answers_what_no_model_answers_alone(committed: Trio) -> None:
+def test_the_guided_target_beats_every_model_alone(committed: Trio) -> None:
     asked = questions("held_out", 4, 100)
     alone = [accuracy([Term(model)], committed.tokenizer, asked) for model in (committed.target, committed.guider)]
     together = guided(committed.target, committed.guider, committed.guider_base, alpha=1.0)
@@ -66,7 +68,7 @@ def test_the_guided_target_answers_what_no_model_answers_alone(committed: Trio) 
     assert 0.85 <= accuracy(together, committed.tokenizer, asked) <= 0.97
 
 
-def test_guidance_makes_the_target_think_where_it_answered_at_once(committed: Trio) -> None:
+def test_guidance_makes_the_target_think_before_its_answer(committed: Trio) -> None:
     asked = questions("held_out", 3, 20)
     together = guided(committed.target, committed.guider, committed.guider_base, alpha=1.0)
     at_once = replies([Term(committed.target)], committed.tokenizer, asked)

@@ -85,7 +85,7 @@ def client(backend: Scripted, **keys: Any) -> Client:
     return Client(backend, CONFIG, TOKENIZERS, **keys)
 
 
-def test_a_sample_has_the_same_seed_in_every_mode_and_setting_and_no_other_sample_has() -> None:
+def test_a_samples_seed_is_shared_by_its_modes_and_settings_only() -> None:
     alone = Arm("target", ALONE, UNGUIDED)
     assert item(alone).choice_seed == item(guided(alpha=[0.5])).choice_seed
     others = [item(seed=1), item(number=1), item(problem="8"), item(name="others")]
@@ -93,7 +93,7 @@ def test_a_sample_has_the_same_seed_in_every_mode_and_setting_and_no_other_sampl
     assert item().choice_seed == 18060674801305240028  # another hash would change the samples of a resumed run
 
 
-def test_a_chat_task_is_rendered_by_each_roles_template_and_a_raw_one_is_the_same_text_for_all() -> None:
+def test_chat_uses_each_roles_template_and_raw_text_is_unchanged() -> None:
     backend = Scripted([END])
     chat, raw = client(backend).request(item()), client(backend).request(item(style="raw"))
     assert set(chat.prompts) == set(raw.prompts) == set(ROLES)
@@ -112,7 +112,7 @@ def test_a_role_alone_gets_its_own_prompt_and_no_guidance(mode: Any) -> None:
     assert request.guidance.never_guides()
 
 
-def test_sampling_is_the_tasks_and_guidance_the_arms() -> None:
+def test_sampling_comes_from_the_task_and_guidance_from_the_arm() -> None:
     request = client(Scripted([END]), drafts=3).request(item(guided(alpha=[0.5], warmup_tokens=[8]), stop=["\n\n"]))
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.6, 0.95, 30)
@@ -120,12 +120,12 @@ def test_sampling_is_the_tasks_and_guidance_the_arms() -> None:
     assert (request.guidance.alpha, request.guidance.warmup_tokens, request.drafts) == (0.5, 8, 3)
 
 
-def test_what_does_not_fit_is_refused_before_it_is_asked() -> None:
+def test_a_request_that_does_not_fit_is_refused_before_it_is_sent() -> None:
     with pytest.raises(ConfigError, match=r"questions, problem 7, guided a1: .*ask for at most"):
         client(Scripted([END])).request(item(max_tokens=10_000_000))
 
 
-async def test_a_service_that_is_full_away_or_loses_an_answer_is_asked_again_and_nothing_is_said_twice() -> None:
+async def test_lost_and_refused_requests_are_repeated_without_duplicate_text() -> None:
     received: list[int] = []
     backend = Scripted(
         [Rejected("overloaded", "full", 1.0)],
@@ -146,14 +146,14 @@ async def test_the_mark_between_thinking_and_answer_is_part_of_the_text() -> Non
     assert (await client(backend).answer_item(item())).text == "He is Ben.</think>The answer is Ben."
 
 
-async def test_patience_ends() -> None:
+async def test_an_unavailable_service_ends_the_run_after_patience_s() -> None:
     backend = Scripted([Rejected("unavailable", "the guider is away")])
     with pytest.raises(Unanswered, match="the guider is away"):
         await client(backend, patience_s=0.02).answer_item(item())
     assert backend.requests > 1
 
 
-async def test_an_answer_that_is_lost_every_time_ends_the_run() -> None:
+async def test_an_answer_that_is_always_lost_ends_the_run() -> None:
     backend = Scripted([Delta(content="B", tokens=[1]), Finished("error", USAGE, error="not finished within 5 s")])
     with pytest.raises(Unanswered, match="not finished within 5 s"):
         await client(backend).answer_item(item())

@@ -30,7 +30,7 @@ def evaluation(**keys: Any) -> Evaluation:
     return checked({"run": "runs/x", "tasks": ["multihop"]} | keys)
 
 
-def test_settings_are_named_after_alpha_and_warm_up_and_schedules_after_themselves() -> None:
+def test_settings_are_named_by_alpha_and_warm_up_or_schedule() -> None:
     made = evaluation(alpha=[0, 0.5], warmup_tokens=[0, 100], schedules={"fading": [[0, 1.5], [500, 0.5]]})
     assert made.settings() == {
         "a0": Guidance(0.0),
@@ -53,7 +53,7 @@ def test_only_the_guided_mode_runs_once_for_each_setting() -> None:
     assert all(arm.guidance.never_guides() for arm in arms if arm.mode != "guided")
 
 
-def test_each_adapter_takes_a_turn_of_the_modes_that_have_the_guider_in_them() -> None:
+def test_guider_and_guided_run_once_for_each_adapter() -> None:
     made = evaluation(modes=["target", "guider", "guided"], alpha=[0.5, 1], adapters={"plain": None, "dpo": "x"})
     assert [(str(arm), arm.adapter) for arm in made.arms()] == [
         ("target", "plain"),
@@ -67,7 +67,7 @@ def test_each_adapter_takes_a_turn_of_the_modes_that_have_the_guider_in_them() -
     assert all(arm.guidance.never_guides() for arm in made.arms() if arm.mode != "guided")
 
 
-def test_an_adapter_that_is_not_there_is_named_before_anything_starts(tmp_path: Path) -> None:
+def test_a_missing_adapter_is_named_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"adapters\.dpo: .* holds no adapter_model"):
         load_workload(evaluation(adapters={"dpo": str(tmp_path)}))
 
@@ -90,7 +90,7 @@ def test_an_adapter_that_is_not_there_is_named_before_anything_starts(tmp_path: 
         ({"adapters": {"a-b": "x"}}, r"adapters\.a-b"),
     ],
 )
-def test_what_is_wrong_is_refused_by_name(keys: dict[str, Any], complaint: str) -> None:
+def test_wrong_keys_and_values_are_refused_by_name(keys: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         evaluation(**keys)
 
@@ -122,9 +122,7 @@ def test_the_papers_trio_fits_the_machine_that_its_config_names(file: Path, monk
         assert model.cache_tokens >= longest, role
 
 
-def test_a_dry_run_names_every_model_and_task_that_cannot_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_names_every_missing_model_and_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     service = yaml.safe_load((Path(__file__).parents[2] / "ray_config.yaml").read_text(encoding="utf-8"))
     service["applications"][0]["args"]["models"]["guider"]["path"] = "/nowhere/guider"
     (tmp_path / "service.yaml").write_text(yaml.safe_dump(service), encoding="utf-8")

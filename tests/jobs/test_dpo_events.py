@@ -23,7 +23,7 @@ def fixed(target: torch.Tensor, base: torch.Tensor, ids: torch.Tensor) -> torch.
     return log_events(target, ids) - ALPHA * log_events(base, ids)
 
 
-def test_with_every_token_among_the_events_they_are_the_guided_distribution() -> None:
+def test_events_of_all_tokens_give_the_guided_distribution() -> None:
     target, guider, base = logits(1), logits(2), logits(3)
     ids = others(target, tokens(), VOCABULARY - 1)
     found = guided_log_probs(log_events(guider, ids), fixed(target, base, ids), ALPHA)
@@ -31,7 +31,7 @@ def test_with_every_token_among_the_events_they_are_the_guided_distribution() ->
     torch.testing.assert_close(found[:, :-1], whole.gather(-1, ids), atol=1e-4, rtol=0)
 
 
-def test_the_first_event_is_the_answers_own_token_and_the_others_are_the_targets_likeliest() -> None:
+def test_events_are_the_own_token_then_the_targets_likeliest_others() -> None:
     target, own = logits(1), tokens()
     ids = others(target, own, 5)
     assert ids[:, 0].tolist() == own.tolist()
@@ -39,7 +39,7 @@ def test_the_first_event_is_the_answers_own_token_and_the_others_are_the_targets
         assert found == [each for each in row.argsort(descending=True).tolist() if each != token][:5]
 
 
-def test_what_is_left_out_is_one_event_with_the_ratio_of_its_masses() -> None:
+def test_remaining_tokens_are_one_event_with_the_ratio_of_their_masses() -> None:
     target, guider, base = logits(1), logits(2), logits(3)
     ids = others(target, tokens(), 5)
     found = guided_log_probs(log_events(guider, ids), fixed(target, base, ids), ALPHA)
@@ -59,7 +59,7 @@ def test_a_guider_equal_to_its_base_leaves_the_target_alone() -> None:
     torch.testing.assert_close(found, log_events(target, ids))
 
 
-def test_events_learn_from_the_guider_alone() -> None:
+def test_the_gradient_of_events_raises_the_guiders_own_token() -> None:
     target, base = logits(1), logits(3)
     guider = logits(2).requires_grad_()
     ids = others(target, tokens(), 5)
@@ -68,7 +68,7 @@ def test_events_learn_from_the_guider_alone() -> None:
     assert (gradient[torch.arange(ROWS), ids[:, 0]] > 0).all(), "raising the token's logit raises its probability"
 
 
-def test_slices_come_back_as_they_were_packed_and_another_width_is_refused() -> None:
+def test_packed_slices_round_trip_and_another_width_is_refused() -> None:
     draw = np.random.default_rng(0)
     kept = Slices(draw.integers(9_000, size=(7, 4)), draw.normal(size=(7, 5)))
     back = Slices.unpack(kept.pack(), 3)

@@ -84,7 +84,7 @@ async def run(work: Workload, engines: Mapping[Role, Engine], stop_after: int | 
     return backend.requests
 
 
-async def test_the_job_finds_what_the_benchmark_finds_in_every_mode_at_every_alpha_and_seed(
+async def test_the_job_has_the_benchmarks_accuracy_in_every_arm_and_seed(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
     work = workload(tmp_path / "run")
@@ -112,7 +112,7 @@ async def test_the_job_finds_what_the_benchmark_finds_in_every_mode_at_every_alp
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
-async def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+async def test_an_interrupted_run_resumes_to_the_same_bytes(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
     keys: dict[str, Any] = {"alpha": [1.0], "seeds": [0], "concurrency": 5}
@@ -133,7 +133,7 @@ async def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_run_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_job_killed_five_times_ends_with_undisturbed_bytes(tmp_path: Path) -> None:
     chance = random.Random(5)
     for folder, kills in (("whole", 0), ("killed", 5)):
         given = {"run": str(tmp_path / folder), "tasks": task_files(tmp_path), "alpha": [1.0], "concurrency": 6}
@@ -163,7 +163,7 @@ def killed(config: Path, folder: Path, enough: int, later_s: float) -> int:
     return len(Results(folder).done())
 
 
-async def test_a_folder_is_not_shared_by_two_configurations_until_it_is_started_over(
+async def test_another_configuration_needs_a_fresh_start_of_the_folder(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
     keys: dict[str, Any] = {"modes": ["guided"], "seeds": [0]}
@@ -186,7 +186,7 @@ async def test_concurrency_and_placement_may_change_between_two_starts(
     assert await run(workload(tmp_path / "run", concurrency=3, **keys), trio_engines) == 0
 
 
-async def test_a_problem_that_does_not_fit_is_refused_before_anything_is_asked(
+async def test_a_problem_that_does_not_fit_is_refused_before_any_request(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
     choices = [{"task": task, "max_tokens": 10_000_000} for task in task_files(tmp_path)]
@@ -249,9 +249,7 @@ async def test_guidance_that_does_not_help_is_not_chosen(trio_engines: Mapping[R
     assert choice["words"].startswith("Guidance does not help here")
 
 
-async def test_where_no_answer_is_right_nothing_is_said_of_guidance(
-    trio_engines: Mapping[Role, Engine], tmp_path: Path
-) -> None:
+async def test_without_right_answers_no_alpha_is_chosen(trio_engines: Mapping[Role, Engine], tmp_path: Path) -> None:
     options = alpha_options(tmp_path, 2, "--alpha", "0", "1")
     rows = [json.loads(line) | {"gold": "Nobody"} for line in options.data.read_text(encoding="utf-8").splitlines()]
     options.data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -267,7 +265,7 @@ async def test_where_no_answer_is_right_nothing_is_said_of_guidance(
     assert untried.p is None
 
 
-async def test_a_replayed_request_shows_where_the_modes_part(trio_engines: Mapping[Role, Engine]) -> None:
+async def test_a_replayed_request_shows_where_the_modes_diverge(trio_engines: Mapping[Role, Engine]) -> None:
     body = {
         "model": "demo",
         "messages": [{"role": "user", "content": "Who is the mentor of the rival of Ada?"}],
@@ -299,7 +297,7 @@ def test_a_relative_folder_of_a_submitted_job_is_refused(tmp_path: Path, monkeyp
         evaluate.run(checked({"run": "runs/x", "tasks": ["multihop"]}), CONSOLE)
 
 
-async def test_a_signal_ends_the_work_and_says_which(tmp_path: Path) -> None:
+async def test_a_signal_ends_the_work_with_its_exit_status(tmp_path: Path) -> None:
     async def work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.sleep(60)

@@ -98,7 +98,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_figures_are_those_that_the_run_was_made_of(run: Path) -> None:
+def test_figures_equal_those_of_the_synthetic_run(run: Path) -> None:
     summary = summarise(Results(run))
     target, best = summary.score(TARGET), summary.best
     assert target is not None
@@ -120,7 +120,7 @@ def test_figures_are_those_that_the_run_was_made_of(run: Path) -> None:
     assert algebra.gain.value == pytest.approx(1.0)
 
 
-def test_costs_are_per_answer_and_per_right_answer_on_the_gpus_that_took_part(run: Path) -> None:
+def test_costs_are_per_answer_and_per_right_answer(run: Path) -> None:
     summary = summarise(Results(run))
     target, best = summary.score(TARGET), summary.score(Variant("guided", "a1"))
     assert target is not None
@@ -133,7 +133,7 @@ def test_costs_are_per_answer_and_per_right_answer_on_the_gpus_that_took_part(ru
     assert (target.behaviours.backtracking, target.behaviours.verification) == (160, 160)
 
 
-def test_both_files_hold_all_that_a_report_owes(run: Path) -> None:
+def test_both_files_have_every_part_of_a_report(run: Path) -> None:
     for text in ((run / "report.md").read_text(), (run / "report.html").read_text()):
         for text_part in (
             "Guidance helps.",
@@ -160,7 +160,7 @@ def test_both_files_hold_all_that_a_report_owes(run: Path) -> None:
     assert len(page) < 1_000_000
 
 
-def test_the_page_refers_to_nothing_outside_and_runs_no_text_as_markup(run: Path) -> None:
+def test_the_page_has_no_outside_reference_and_escapes_all_text(run: Path) -> None:
     page = (run / "report.html").read_text()
     references = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import""", page)
     assert all((first or second).startswith("#") for first, second in references)
@@ -196,7 +196,7 @@ def test_on_cpu_there_are_no_gpu_seconds(tmp_path: Path) -> None:
     assert "GPU-s" not in text.replace("GPU-seconds", "")
 
 
-def test_guidance_that_is_not_shown_to_help_is_said_not_to(tmp_path: Path) -> None:
+def test_the_verdict_follows_from_the_significance(tmp_path: Path) -> None:
     verdicts = {}
     for setting in ("a1", "vain", "hurt"):
         arms: tuple[tuple[Mode, str], ...] = (("target", ALONE), ("guided", setting))
@@ -206,7 +206,7 @@ def test_guidance_that_is_not_shown_to_help_is_said_not_to(tmp_path: Path) -> No
     assert verdicts["hurt"].startswith("Guidance hurts.")
 
 
-def test_a_run_that_goes_on_is_reported_as_such_and_compared_fairly(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_reported_as_such_and_compared_fairly(tmp_path: Path) -> None:
     """The target has answered only the harder problems, so the guided rates on the others must not count."""
     with Results(tmp_path).writing(config(0), PROBLEMS) as results:
         for row in PROBLEMS:
@@ -221,7 +221,7 @@ def test_a_run_that_goes_on_is_reported_as_such_and_compared_fairly(tmp_path: Pa
     assert guided["difference"][0] == pytest.approx((8 + 8) / 28)
 
 
-def test_differing_verdicts_come_from_each_task_in_turn_with_every_modes_text(run: Path) -> None:
+def test_contrasts_take_tasks_in_turn_and_have_every_modes_text(run: Path) -> None:
     found = contrasts(Results(run), Variant("guided", "a1"), each_way=4)
     assert [(one.problem.task, one.problem.problem) for one in found] == [
         ("algebra", "08"),
@@ -235,12 +235,12 @@ def test_differing_verdicts_come_from_each_task_in_turn_with_every_modes_text(ru
     assert [one.gained for one in lost] == [False]
 
 
-def test_a_long_text_is_shown_by_its_ends() -> None:
+def test_a_long_text_is_shortened_to_its_ends() -> None:
     assert shorten("abc", 4) == "abc"
     assert shorten("abcdefgh", 4) == "ab\n\n[… 4 characters left out …]\n\ngh"
 
 
-def test_a_folder_without_samples_says_so(tmp_path: Path) -> None:
+def test_a_run_without_samples_is_refused(tmp_path: Path) -> None:
     Results(tmp_path).writing(config(0), PROBLEMS).close()
     with pytest.raises(RunError, match="no samples yet"):
         write_report(tmp_path)
@@ -257,7 +257,7 @@ def test_the_command_prints_one_json_object_last(run: Path) -> None:
     assert "not the folder of a run" in refused.stderr
 
 
-def test_a_browser_shows_the_page_in_light_and_dark_and_asks_for_nothing_else(run: Path, browser: Any) -> None:
+def test_a_browser_shows_the_page_without_further_requests(run: Path, browser: Any) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     requested: list[str] = []
     messages: list[str] = []

@@ -79,7 +79,7 @@ def boxed(answer: str) -> str:
 
 
 @pytest.mark.parametrize(("gold", "same", "different"), REPRESENTATIVE, ids=[row[0] for row in REPRESENTATIVE])
-def test_an_answer_is_right_however_it_is_written_and_another_is_wrong(
+def test_equal_forms_of_an_answer_are_right_and_others_wrong(
     gold: str, same: Sequence[str], different: Sequence[str]
 ) -> None:
     assert [answer for answer in (gold, *same) if not grade("math", boxed(answer), gold).right] == []
@@ -104,7 +104,7 @@ def rows_of(name: str) -> list[dict[str, str]]:
 
 @needs_benchmarks
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_gold_answer_parses_but_those_that_are_words(name: str) -> None:
+def test_every_gold_answer_except_words_parses(name: str) -> None:
     rows = rows_of(name)
     assert {row["id"]: row["answer"] for row in rows if is_words(row["answer"])} == (WORDS if name == "math500" else {})
     unparsed = [row["id"] for row in rows if isinstance(parsed(row["answer"])[0], str)]
@@ -113,7 +113,7 @@ def test_every_gold_answer_parses_but_those_that_are_words(name: str) -> None:
 
 @needs_benchmarks
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_gold_answer_is_right_against_itself_and_wrong_with_a_digit_changed(name: str) -> None:
+def test_gold_answers_equal_themselves_and_no_answer_with_another_digit(name: str) -> None:
     rows = rows_of(name)
     pairs = [(row, row["answer"], True) for row in rows]
     pairs += [(row, wrong, False) for row in rows for wrong in corrupted(row["answer"])]
@@ -142,7 +142,7 @@ def test_the_last_box_is_read_whole_or_not_at_all(text: str, box: str | None) ->
 
 
 @pytest.mark.parametrize("grader", ["math", "letter", "exact"])
-def test_what_is_thought_is_no_answer(grader: Grader) -> None:
+def test_thinking_is_not_read_as_an_answer(grader: Grader) -> None:
     assert extract(grader, r"<think>\boxed{B}</think>It is \boxed{C}.") == "C"
     assert extract(grader, r"<think>\boxed{B}</think>") is None
     assert extract(grader, r"It is \boxed{C}.") == "C"
@@ -151,37 +151,37 @@ def test_what_is_thought_is_no_answer(grader: Grader) -> None:
 @pytest.mark.parametrize(
     "written", ["B", "(B)", "b", r"\text{B}", r"\textbf{(B)}", "B.", "B) 5 m/s", "B: it", "Option B"]
 )
-def test_a_letter_is_read_however_it_is_dressed(written: str) -> None:
+def test_a_letter_is_read_in_every_usual_form(written: str) -> None:
     assert grade("letter", boxed(written), "B") == Grade("B", True)
     assert grade("letter", boxed(written), "C") == Grade("B", False)
 
 
 @pytest.mark.parametrize("written", ["A and B", "AB", "answer", "42", r"\frac{B}{C}"])
-def test_what_names_no_single_option_is_no_letter(written: str) -> None:
+def test_text_without_a_single_option_has_no_letter(written: str) -> None:
     assert grade("letter", boxed(written), "B") == Grade(None, False)
 
 
-def test_exact_answers_are_held_word_for_word() -> None:
+def test_exact_answers_are_compared_word_for_word() -> None:
     assert grade("exact", boxed("New  York"), "New York") == Grade("New York", True)
     assert grade("exact", "<think>hm</think>I know it.\n Paris \n", "Paris") == Grade("Paris", True)
     assert not grade("exact", boxed("paris"), "Paris").right
     assert grade("exact", "", "Paris") == Grade(None, False)
 
 
-def test_the_embedded_task_is_graded_as_by_itself() -> None:
+def test_multihop_grades_like_the_embedded_task() -> None:
     question = Question("Ada", ("rival", "mentor"))
     assert grade("multihop", question.reasoned_answer, question.answer) == Grade(question.answer, True)
     assert grade("multihop", question.direct_answer, "Nobody") == Grade(question.answer, False)
     assert grade("multihop", f"<think>{question.thinking}", question.answer) == Grade(None, False)
 
 
-def test_a_grader_that_does_not_exist_is_named() -> None:
+def test_an_unknown_grader_is_named() -> None:
     with pytest.raises(ValueError, match="unknown grader 'maths'; the graders are math, letter"):
         grade("maths", "", "")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("answer", [r"9^{9^{9^{9}}}", "1000000!", "(" * 2_000, "\x00", "\ud800"])
-def test_what_no_algebra_system_survives_is_wrong_in_bounded_time_and_the_next_is_graded(answer: str) -> None:
+def test_a_hostile_answer_is_wrong_in_bounded_time_and_blocks_no_other(answer: str) -> None:
     processes = MathProcesses(1, cpu_s=1.0)
     began = time.monotonic()
     assert not processes.equal("5", answer)
@@ -190,7 +190,7 @@ def test_what_no_algebra_system_survives_is_wrong_in_bounded_time_and_the_next_i
     processes.close()
 
 
-def test_answers_are_graded_on_many_threads_at_once() -> None:
+def test_grading_is_thread_safe() -> None:
     processes = MathProcesses(2)
     handler = signal.getsignal(signal.SIGALRM)
     with ThreadPoolExecutor(8) as pool:
@@ -200,7 +200,7 @@ def test_answers_are_graded_on_many_threads_at_once() -> None:
     assert signal.getsignal(signal.SIGALRM) is handler
 
 
-def test_a_process_that_is_killed_from_outside_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_grading_process_raises_instead_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = MathProcesses(1)
     assert processes.equal("1", "1")
     child = processes._idle.queue[0]
@@ -215,7 +215,7 @@ def test_a_process_that_is_killed_from_outside_is_no_verdict(monkeypatch: pytest
     processes.close()
 
 
-def test_no_process_outlives_the_one_that_grades() -> None:
+def test_grading_processes_end_with_their_parent() -> None:
     code = (
         "import os, signal\n"
         "from cluster.jobs.math_process import MathProcesses\n"

@@ -46,7 +46,7 @@ def all_of(made: dict[Split, list[Pair]]) -> list[Pair]:
     return list(chain(*made.values()))
 
 
-def test_a_pair_prefers_a_right_answer_of_one_model_to_a_wrong_one_of_the_other() -> None:
+def test_a_pair_is_one_models_right_and_the_others_wrong_answer() -> None:
     made = all_of(pairs(answers(40, [True, False], [True, False]), problems(40), Pairing()))
     assert made
     for pair in made:
@@ -62,12 +62,12 @@ def test_a_pair_prefers_a_right_answer_of_one_model_to_a_wrong_one_of_the_other(
         )
 
 
-def test_where_both_are_right_or_both_are_wrong_there_is_no_pair() -> None:
+def test_equal_verdicts_of_both_models_make_no_pair() -> None:
     for pattern in ([True], [False]):
         assert not all_of(pairs(answers(20, pattern, pattern), problems(20), Pairing()))
 
 
-def test_no_question_stands_in_both_splits_even_where_two_tasks_ask_it() -> None:
+def test_no_question_is_in_both_splits_even_if_two_tasks_have_it() -> None:
     all_problems = problems(200) + [
         PromptedProblem("other", one.id, f"  {one.question} ", one.prompts) for one in problems(200)
     ]
@@ -82,7 +82,7 @@ def test_no_question_stands_in_both_splits_even_where_two_tasks_ask_it() -> None
     assert len(validation) / 200 == pytest.approx(0.3, abs=0.1)
 
 
-def test_balance_takes_as_many_of_one_kind_as_of_the_other_and_the_cap_holds() -> None:
+def test_balanced_kinds_are_equally_many_within_the_limit() -> None:
     samples = answers(30, [True, True, True], [False, False, True])  # only the guider gives wrong answers
     samples += [sample(f"q{i}", "target", 0, False) for i in range(12)]
     samples += [sample(f"q{i}", "guider", 0, True) for i in range(12)]
@@ -97,7 +97,7 @@ def test_balance_takes_as_many_of_one_kind_as_of_the_other_and_the_cap_holds() -
     assert loose["target_right"] > loose["guider_right"] == 12
 
 
-def test_equal_texts_make_one_pair_and_each_problem_gives_its_first_before_any_its_second() -> None:
+def test_equal_texts_pair_once_and_problems_take_turns() -> None:
     samples = [sample("p0", "target", n, True, text="same") for n in range(4)]
     samples += [sample("p0", "guider", n, False, text="also the same") for n in range(4)]
     made = all_of(pairs(samples, problems(1), Pairing(balanced=False)))
@@ -110,7 +110,7 @@ def test_equal_texts_make_one_pair_and_each_problem_gives_its_first_before_any_i
     assert max(Counter(pair.problem.id for pair in many).values()) == 4
 
 
-def test_guesses_are_preferred_to_nothing_and_answers_that_were_cut_can_be_left_out() -> None:
+def test_guesses_are_never_chosen_and_truncated_answers_optional() -> None:
     samples = [sample("p0", "target", 0, True, tokens=5), sample("p0", "guider", 0, False, finish="length")]
     for keys, count in (
         ({}, 1),
@@ -123,14 +123,14 @@ def test_guesses_are_preferred_to_nothing_and_answers_that_were_cut_can_be_left_
         assert not made or not made[0].row()["rejected_finished"]
 
 
-def test_the_same_samples_make_the_same_pairs_in_any_order_and_another_seed_makes_others() -> None:
+def test_pairs_depend_on_samples_and_seed_but_not_on_their_order() -> None:
     samples = answers(60, [True, True, False], [False, True, False])
     first = pairs(samples, problems(60), Pairing(per_problem=1))
     assert pairs(samples[::-1], problems(60), Pairing(per_problem=1)) == first
     assert pairs(samples, problems(60), Pairing(per_problem=1, seed=1)) != first
 
 
-def test_a_pairing_that_makes_no_sense_is_refused() -> None:
+def test_an_invalid_pairing_is_refused() -> None:
     refused: list[dict[str, Any]] = [{"kinds": []}, {"kinds": ["target_right"] * 2}, {"validation": 0}, {"most": 0}]
     for wrong in [*refused, {"pears": 1}]:
         with pytest.raises(ValidationError):

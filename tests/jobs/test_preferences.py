@@ -94,7 +94,7 @@ def test_every_chosen_answer_is_right_and_every_rejected_one_wrong(sampled: Path
     assert {row["kind"] for _, row in found} == {"target_right", "guider_right"}
 
 
-def test_other_pairs_of_the_same_samples_replace_the_folder_and_its_card(sampled: Path) -> None:
+def test_a_new_pairing_replaces_the_folder_and_its_card(sampled: Path) -> None:
     evaluation, pairing = load_preferences(config(sampled))
     first = preferences.run(evaluation, pairing, CONSOLE)["counts"]
     evaluation, pairing = load_preferences(config(sampled, kinds=["guider_right"], most=6))
@@ -106,7 +106,7 @@ def test_other_pairs_of_the_same_samples_replace_the_folder_and_its_card(sampled
     assert "target_right" not in card.split("```json")[0]
 
 
-def test_where_nothing_can_be_paired_it_says_what_to_change(sampled: Path) -> None:
+def test_without_pairs_the_message_says_what_to_change(sampled: Path) -> None:
     evaluation, pairing = load_preferences(config(sampled, min_chosen_tokens=1_000))
     with pytest.raises(RunError, match=r"no pairs for train and validation.*min_chosen_tokens"):
         preferences.run(evaluation, pairing, CONSOLE)
@@ -123,7 +123,7 @@ def test_a_pair_that_grades_otherwise_is_refused(sampled: Path) -> None:
         check_grades(made, workload)
 
 
-def test_what_does_not_belong_into_the_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_keys_that_do_not_belong_are_refused_by_name(tmp_path: Path) -> None:
     path = config(tmp_path, pears=1)
     with pytest.raises(ConfigError, match="pears: unknown key"):
         load_preferences(path)
@@ -142,7 +142,7 @@ def test_every_shipped_job_resolves_without_a_download(file: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*_training.yaml")), ids=lambda file: file.stem)
-def test_every_shipped_training_takes_the_pairs_that_its_job_makes(file: Path) -> None:
+def test_every_shipped_training_uses_the_pairs_of_its_job(file: Path) -> None:
     training = load_training(file)
     evaluation, _ = load_preferences(file.with_name(file.name.replace("_training", "_pairs")))
     assert (training.pairs, training.service) == (evaluation.run / "pairs", evaluation.service)

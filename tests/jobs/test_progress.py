@@ -24,7 +24,7 @@ def sample(number: int, right: bool) -> Sample:
     return Sample(Key("t", "p", "target", "-", 0, number), "", None, right, "stop", 1, 1, 0, 0, 0)
 
 
-def test_rate_and_time_left_are_of_this_start_alone() -> None:
+def test_rate_and_remaining_time_count_only_this_start() -> None:
     clock = Clock()
     progress = Progress(Console(quiet=True), dict.fromkeys(ARMS, 10), clock=clock)
     for number in range(8):
@@ -38,7 +38,7 @@ def test_rate_and_time_left_are_of_this_start_alone() -> None:
         assert progress.summary == "11 of 20 samples, 50 tokens/s, 0:00:18 left"
 
 
-def test_without_a_terminal_a_plain_line_comes_now_and_then_and_at_the_end() -> None:
+def test_without_a_terminal_plain_lines_come_periodically_and_at_the_end() -> None:
     clock, out = Clock(), io.StringIO()
     with Progress(Console(file=out), dict.fromkeys(ARMS, 2), clock=clock) as progress:
         progress.add_tokens(1)

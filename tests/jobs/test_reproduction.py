@@ -43,7 +43,7 @@ def run(folder: Path, target: int, guided: int) -> Results:
         (0, 20, False, "cannot be compared with the target"),  # no relative gain over zero
     ],
 )
-def test_a_gain_is_reproduced_if_it_is_sure_and_as_large_as_expected(
+def test_a_gain_is_reproduced_if_significant_and_in_the_range(
     tmp_path: Path, target: int, guided: int, verdict: bool, why: str
 ) -> None:
     found, words = reproduced(EXPECTED, summarise(run(tmp_path, target, guided)))

@@ -41,7 +41,7 @@ def written(folder: Path, config: Mapping[str, Any] = CONFIG, keys: tuple[Key, .
     return results
 
 
-def test_a_run_that_was_killed_five_times_ends_with_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
+def test_a_run_killed_five_times_ends_with_undisturbed_bytes(tmp_path: Path) -> None:
     random_ = random.Random(3)
     kills = 0
     file = tmp_path / "killed" / "samples.jsonl"
@@ -64,7 +64,7 @@ def test_a_run_that_was_killed_five_times_ends_with_the_bytes_of_one_that_was_no
     assert [row.key for row in Results(tmp_path / "killed").samples()] == sorted(KEYS)
 
 
-def test_a_sample_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_samples_timings_and_problems_round_trip(tmp_path: Path) -> None:
     with written(tmp_path, keys=(SECOND, FIRST)) as results:
         assert list(results.samples()) == [sample(SECOND), sample(FIRST)]
         assert list(results.timings()) == [timing(SECOND), timing(FIRST)]
@@ -73,7 +73,7 @@ def test_a_sample_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert Results(tmp_path).config() == CONFIG
 
 
-def test_a_timing_whose_sample_was_lost_does_not_count(tmp_path: Path) -> None:
+def test_a_timing_without_a_sample_does_not_count(tmp_path: Path) -> None:
     with written(tmp_path) as results:
         results._timings.append({**SECOND._asdict(), "seconds": 9.0, "drafted_tokens": 0, "accepted_tokens": 0})
     with Results(tmp_path).writing(CONFIG, PROBLEMS) as results:
@@ -93,14 +93,14 @@ def test_no_sample_is_counted_twice(tmp_path: Path) -> None:
         results.append(sample(SECOND), timing(FIRST))
 
 
-def test_a_reader_sees_no_half_line_while_another_writes(tmp_path: Path) -> None:
+def test_a_reader_sees_no_incomplete_line(tmp_path: Path) -> None:
     with written(tmp_path), (tmp_path / "samples.jsonl").open("ab") as torn:
         torn.write(b'{"task": "sums", "pro')
         torn.flush()
         assert Results(tmp_path).done() == {FIRST}
 
 
-def test_a_disk_that_is_full_leaves_no_half_line(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_incomplete_line(tmp_path: Path) -> None:
     with written(tmp_path) as results:
         before = bytes_of(tmp_path)["samples.jsonl"]
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_leaves_no_half_line(tmp_path: Path) -> None:
         assert results.done() == {FIRST, SECOND}
 
 
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
     with written(tmp_path), pytest.raises(InUse, match="this process"):
         Results(tmp_path).writing(CONFIG, PROBLEMS)
     child = writer(tmp_path, 1)
@@ -148,7 +148,7 @@ def test_a_forked_child_that_outlives_the_writer_holds_no_lock(tmp_path: Path) -
         os.kill(int(done.stdout), signal.SIGKILL)
 
 
-def test_a_folder_of_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_another_configuration_is_refused_with_its_differences(tmp_path: Path) -> None:
     written(tmp_path).close()
     other = {**CONFIG, "seeds": [1], "concurrency": 9, "alpha": [2.0]}
     with pytest.raises(OtherRun) as refused:
@@ -159,27 +159,27 @@ def test_a_folder_of_another_configuration_is_refused_with_what_differs(tmp_path
     assert "tasks" not in str(refused.value)
 
 
-def test_what_changes_no_sample_may_differ(tmp_path: Path) -> None:
+def test_keys_that_change_no_sample_may_differ(tmp_path: Path) -> None:
     written(tmp_path).close()
     with Results(tmp_path).writing({**CONFIG, "concurrency": 9}, PROBLEMS, may_differ=("concurrency",)) as results:
         assert results.done() == {FIRST}
 
 
-def test_answers_to_other_problems_are_refused_with_the_first(tmp_path: Path) -> None:
+def test_changed_problems_are_refused_and_the_first_is_named(tmp_path: Path) -> None:
     written(tmp_path).close()
     changed = (*PROBLEMS[:4], ProblemRow("sums", "04", "What is 4 + 1?", "6"), *PROBLEMS[5:])
     with pytest.raises(OtherRun, match="1 differ, the first is sums 04"):
         Results(tmp_path).writing(CONFIG, changed)
 
 
-def test_starting_over_throws_away_what_was_there(tmp_path: Path) -> None:
+def test_starting_over_deletes_the_previous_run(tmp_path: Path) -> None:
     written(tmp_path).close()
     with Results(tmp_path).writing({**CONFIG, "seeds": [1]}, PROBLEMS, resume=False) as results:
         assert results.done() == set()
         assert list(results.timings()) == []
 
 
-def test_a_line_that_no_kill_explains_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_complete_line_is_named(tmp_path: Path) -> None:
     written(tmp_path).close()
     with (tmp_path / "samples.jsonl").open("ab") as file:
         file.write(b"[]\n")
@@ -188,6 +188,6 @@ def test_a_line_that_no_kill_explains_is_named(tmp_path: Path) -> None:
     Results(tmp_path / "other").writing(CONFIG, PROBLEMS).close()
 
 
-def test_a_folder_that_is_no_runs_is_said_to_be_none(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no config\.yaml"):
         Results(tmp_path).config()

@@ -30,14 +30,14 @@ def majority(answers: list[tuple[str | None, bool]]) -> float:
 
 
 @pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 6), (8, 3)])
-def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_one(samples: int, right: int) -> None:
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(samples: int, right: int) -> None:
     outcomes = [True] * right + [False] * (samples - right)
     for k in range(1, samples + 1):
         draws = [any(draw) for draw in combinations(outcomes, k)]
         assert pass_at_k(samples, right, k) == pytest.approx(sum(draws) / len(draws), abs=1e-12)
 
 
-def test_majority_at_k_is_the_mean_of_the_votes_of_all_draws() -> None:
+def test_majority_at_k_is_the_mean_vote_over_all_draws() -> None:
     random = np.random.default_rng(1)
     for _ in range(60):
         answers = [
@@ -50,7 +50,7 @@ def test_majority_at_k_is_the_mean_of_the_votes_of_all_draws() -> None:
             assert majority_at_k(texts, rights, k) == pytest.approx(sum(draws) / len(draws), abs=1e-12)
 
 
-def test_right_answers_vote_together_however_they_are_written() -> None:
+def test_all_forms_of_the_right_answer_vote_together() -> None:
     assert majority_at_k(["1/2", "0.5", "3", "3", "\\frac12"], [True, True, False, False, True], 5) == 1
     assert majority_at_k(["4", "4", "1/2", "0.5"], [False, False, True, True], 4) == 0.5
     assert majority_at_k([None, None, None, "7"], [False, False, False, True], 4) == 1
@@ -71,7 +71,7 @@ def problems(random: np.random.Generator, count: int, mean: float) -> Floats:
     return random.binomial(8, difficulty) / 8
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_cover_the_truth_at_their_level() -> None:
     random = np.random.default_rng(5)
     trials = 150
     hits = [0, 0, 0]
@@ -88,7 +88,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         assert 0.88 <= count / trials <= 0.995, hits
 
 
-def test_an_average_weighs_tasks_alike_and_gains_are_of_averages() -> None:
+def test_tasks_have_equal_weight_and_gains_are_of_averages() -> None:
     target, guided = [np.array([0.0, 0.4]), np.full(100, 0.6)], [np.array([0.4, 0.8]), np.full(100, 0.6)]
     assert pass_at_1(target).value == pytest.approx(0.4)
     assert difference(guided, target).value == pytest.approx(0.2)
@@ -105,7 +105,7 @@ def test_a_baseline_that_is_never_right_has_no_relative_gain() -> None:
     assert (rare.value, rare.high) == (2.0, math.inf)
 
 
-def test_the_same_seed_gives_the_same_interval_and_pairs_narrow_it() -> None:
+def test_a_seed_fixes_the_interval_and_pairing_narrows_it() -> None:
     random = np.random.default_rng(2)
     hard = [random.random(50)]
     better = [np.clip(hard[0] + 0.1 + random.normal(0, 0.01, 50), None, 2)]
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_interval_and_pairs_narrow_it() -> None:
     assert apart.high - apart.low < 0.1 * (alone.high - alone.low)
 
 
-def test_few_problems_that_differ_are_tested_exactly() -> None:
+def test_few_differing_problems_are_tested_exactly() -> None:
     """Five problems, all better: 2 of the 2^5 signs are as extreme, as in the sign test."""
     ones, zeros = [np.array([1.0] * 5 + [0.5] * 20)], [np.array([0.0] * 5 + [0.5] * 20)]
     assert significance(ones, zeros) == pytest.approx(2 / 32)
@@ -122,7 +122,7 @@ def test_few_problems_that_differ_are_tested_exactly() -> None:
     assert significance(ones, ones) == 1.0
 
 
-def test_many_problems_are_tested_by_draws_that_agree_with_all_signs() -> None:
+def test_random_signs_agree_with_the_exact_test() -> None:
     parts = np.random.default_rng(8).normal(0.3, 1, 16)
     signs = np.array(list(product([-1, 1], repeat=16)))
     exact = float(np.mean(np.abs(signs @ parts) >= abs(parts.sum()) - 1e-9))
@@ -130,19 +130,19 @@ def test_many_problems_are_tested_by_draws_that_agree_with_all_signs() -> None:
     assert significance([np.ones(60)], [np.zeros(60)]) < 0.001
 
 
-def test_where_neither_is_better_few_tests_say_so() -> None:
+def test_without_a_difference_few_tests_are_significant() -> None:
     random = np.random.default_rng(4)
     ps = [significance([problems(random, 40, 0.4)], [problems(random, 40, 0.4)], seed) for seed in range(100)]
     assert sum(p < 0.05 for p in ps) <= 11  # 5 expected, standard deviation 2.2
 
 
-def test_what_is_best_of_many_must_be_surer() -> None:
+def test_holm_raises_p_with_the_number_of_tests() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
 
 
-def test_behaviours_are_counted_as_whole_words_in_any_inflection() -> None:
+def test_behaviours_are_counted_as_whole_words_and_phrases() -> None:
     text = "Wait, that is wrong. Alternatively, let me double-check: verifying\\nwaiter; another  way. Checked."
     assert behaviours(text) == Behaviours(words=13, branching=2, backtracking=2, verification=3)
     assert behaviours("Try again, try\nagain: it isn’t right!").backtracking == 3

@@ -35,7 +35,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, Any]], **fields: Any) -> str
     return str(path)
 
 
-def test_the_published_tasks_are_sampled_as_published() -> None:
+def test_published_tasks_have_the_published_sampling() -> None:
     assert set(shipped()) == {*PUBLISHED, *TRAINING, "multihop"}
     for name in PUBLISHED:
         task = load_task(name)
@@ -45,7 +45,7 @@ def test_the_published_tasks_are_sampled_as_published() -> None:
         assert task.prompt.endswith("\n\nQuestion: {question}")
 
 
-def test_training_tasks_ask_training_problems_as_the_others_are_asked() -> None:
+def test_training_tasks_use_training_problems_and_the_same_prompts() -> None:
     for name, asked in zip(TRAINING, ("math_level5", "math_level5", "multihop"), strict=True):
         training, evaluated = load_task(name), load_task(asked)
         assert "train" in check_task(training)["data"]
@@ -57,7 +57,7 @@ def test_training_tasks_ask_training_problems_as_the_others_are_asked() -> None:
         assert training.temperature > 0, "samples of one problem differ"
 
 
-def test_mathematics_is_asked_in_the_published_words() -> None:
+def test_mathematics_tasks_have_the_published_prompt() -> None:
     prompt = "Solve the following math problem. Put your final answer within \\boxed{}.\n\nQuestion: {question}"
     assert {load_task(name).prompt for name in PUBLISHED if name != "gpqa_diamond"} == {prompt}
 
@@ -70,7 +70,7 @@ def test_a_shipped_task_resolves_without_a_download(name: str) -> None:
     assert resolved["prompt"] == load_task(name).prompt
 
 
-def test_the_embedded_task_asks_what_the_benchmark_asks_and_takes_the_hop_counts_in_turn() -> None:
+def test_multihop_has_the_benchmarks_questions_with_hops_in_turn() -> None:
     task = load_task("multihop")
     found = problems(task)
     assert len(found) == 400
@@ -82,7 +82,7 @@ def test_the_embedded_task_asks_what_the_benchmark_asks_and_takes_the_hop_counts
     assert check_task(task)["problem"].startswith("2-0000: Who is ")
 
 
-def test_a_task_of_ones_own_is_read_beside_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_paths_are_relative_to_the_task_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, ROWS, prompt="Q: {question}\nA: \\boxed{}", columns={"id": "id"}, samples=3)
     monkeypatch.chdir("/")
     task = load_task(path)
@@ -95,12 +95,12 @@ def test_a_task_of_ones_own_is_read_beside_its_file(tmp_path: Path, monkeypatch:
     assert Path(check_task(task)["data"]) == tmp_path / "mine.jsonl"
 
 
-def test_without_an_id_column_a_row_is_known_by_its_number(tmp_path: Path) -> None:
+def test_without_an_id_column_the_row_number_is_the_id(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, [{"question": "a", "answer": 1.0}, {"question": "b", "answer": 0.5}]))
     assert [(problem.id, problem.answer) for problem in problems(task)] == [("0", "1"), ("1", "0.5")]
 
 
-def test_rows_are_chosen_by_their_values_and_answers_read_from_solutions(tmp_path: Path) -> None:
+def test_where_selects_rows_and_boxed_answer_reads_solutions(tmp_path: Path) -> None:
     rows = [
         {"question": "easy", "answer": r"\boxed{1}", "level": "Level 1"},
         {"question": "hard", "answer": r"First \boxed{2}, so \boxed{\frac{3}{4}}.", "level": "Level 5"},
@@ -109,7 +109,7 @@ def test_rows_are_chosen_by_their_values_and_answers_read_from_solutions(tmp_pat
     assert [(problem.id, problem.answer) for problem in problems(task)] == [("1", r"\frac{3}{4}")]
 
 
-def test_options_are_shuffled_by_the_problems_id_alone(tmp_path: Path) -> None:
+def test_the_order_of_options_depends_only_on_the_id(tmp_path: Path) -> None:
     rows = [{"id": n, "question": f"{n}?", "answer": f"right {n}", "w1": "x", "w2": "y", "w3": "z"} for n in range(200)]
     columns = {"id": "id", "wrong": ["w1", "w2", "w3"]}
     task = load_task(write(tmp_path, rows, columns=columns, grader="letter"))
@@ -125,7 +125,7 @@ def test_options_are_shuffled_by_the_problems_id_alone(tmp_path: Path) -> None:
     assert problems(task) == found[::-1]
 
 
-def test_a_folder_of_copies_stands_in_for_the_hub(tmp_path: Path) -> None:
+def test_a_folder_of_copies_replaces_the_hub(tmp_path: Path) -> None:
     rows = [{"id": "a", "problem": "What is 1/2?", "answer": "0.5"}]
     (tmp_path / "math_level5.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
     task = load_task("math_level5")
@@ -138,13 +138,13 @@ def test_a_folder_of_copies_stands_in_for_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not FOLDER, reason="THINKLOGIT_BENCHMARKS names no folder of benchmark files")
 @pytest.mark.parametrize(("name", "size"), [("aime2024", 30), ("aime2025", 30), ("amc23", 40), ("math500", 500)])
-def test_the_benchmarks_are_read_whole(name: str, size: int) -> None:
+def test_benchmark_files_are_read_completely(name: str, size: int) -> None:
     found = problems(load_task(name), data_dir=FOLDER)
     assert len(found) == size
     assert all(problem.question and problem.answer and problem.question in problem.prompt for problem in found)
 
 
-def test_data_of_the_hub_are_read_as_datasets_gives_them_and_what_is_missing_is_named(tmp_path: Path) -> None:
+def test_hub_data_are_read_and_missing_data_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "owner" / "set"
     folder.mkdir(parents=True)
     (folder / "test.jsonl").write_text(json.dumps({"Problem": "1 + 1", "Answer": 2}), encoding="utf-8")
@@ -182,7 +182,7 @@ def test_data_of_the_hub_are_read_as_datasets_gives_them_and_what_is_missing_is_
         ({"name": "../mine"}, "name: "),
     ],
 )
-def test_a_wrong_task_is_refused_by_the_key(tmp_path: Path, fields: dict[str, Any], sentence: str) -> None:
+def test_a_wrong_task_is_refused_and_the_key_is_named(tmp_path: Path, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(TaskError, match=re.escape(sentence)):
         load_task(write(tmp_path, ROWS, **fields))
 
@@ -199,7 +199,7 @@ def test_a_wrong_task_is_refused_by_the_key(tmp_path: Path, fields: dict[str, An
         (ROWS, {"data": {"file": "mine.yaml"}}, "mine.yaml is not JSONL"),
     ],
 )
-def test_wrong_data_are_refused_by_the_row(
+def test_wrong_data_are_refused_and_the_row_is_named(
     tmp_path: Path, rows: Sequence[Mapping[str, Any]], fields: dict[str, Any], sentence: str
 ) -> None:
     task = load_task(write(tmp_path, rows, **fields))
@@ -207,14 +207,14 @@ def test_wrong_data_are_refused_by_the_row(
         problems(task)
 
 
-def test_a_name_that_no_task_has_gets_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_task_gets_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="there is no task 'math50': did you mean math500"):
         load_task("math50")
     with pytest.raises(TaskError, match=re.escape("none.yaml cannot be read: No such file")):
         load_task(str(tmp_path / "none.yaml"))
 
 
-def test_the_documented_task_is_one_that_loads(tmp_path: Path) -> None:
+def test_the_documented_task_loads(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^`(\w+\.\w+)`\n\n((?:    .*\n|\n)+)", page, re.MULTILINE)
     for name, block in blocks:
@@ -226,7 +226,7 @@ def test_the_documented_task_is_one_that_loads(tmp_path: Path) -> None:
     assert grade(task.grader, r"\boxed{Tokyo}", second.answer).right
 
 
-def test_every_default_that_is_documented_is_the_tasks() -> None:
+def test_documented_keys_and_defaults_are_those_of_a_task() -> None:
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     undocumented = [name for name in Task.model_fields if name != "name" and f"`{name}`" not in page]
     assert undocumented == []
