@@ -1,4 +1,4 @@
-"""How close guidance across two vocabularies comes to an oracle.
+"""Measures the divergence of guidance across two vocabularies from an oracle's.
 
     python -m benchmarks.alignment [--places 100] [--draws 4096] [--pairs PATTERN] [--save]
 
@@ -119,7 +119,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """How finely the oracle saw one place. guider, base: the events that it drew, [target width]. step: half a draw."""
+    """Resolution of the oracle at one place. guider, base: the events drawn, [target width]. step: half a draw."""
 
     guider: NDArray[np.bool_]
     base: NDArray[np.bool_]

@@ -45,7 +45,7 @@ class Decoded:
 
     @property
     def tokens(self) -> int:
-        """Of all answers."""
+        """Number of tokens of all answers."""
         return sum(len(answer) for answer in self.answers)
 
 
@@ -78,7 +78,7 @@ class Baselines:
     def _batch(self, tasks: Sequence[Task], roles: Sequence[Role], temperature: float) -> list[list[int]]:
         longest = max(task.tokens for task in tasks)
         batches = [PaddedBatch(self._models[role], [task.prompts[role] for task in tasks], longest) for role in roles]
-        with ThreadPoolExecutor(len(roles), "model") as threads:  # anew, so that unused ones are in nobody's way
+        with ThreadPoolExecutor(len(roles), "model") as threads:  # not kept, where idle ones could use cores
             rows = list(threads.map(PaddedBatch.prefill, batches))
             chosen = [choose(combine(rows, self._alpha), temperature)]
             while len(chosen) < longest:

@@ -154,8 +154,8 @@ async def disturb(
     running = asyncio.create_task(streams.run())
     try:
         await killer.run(rounds, done)
-    except* TimeoutError as stuck:
-        console().print(*(str(error) for error in stuck.exceptions))
+    except* TimeoutError as overdue:
+        console().print(*(str(error) for error in overdue.exceptions))
     finally:
         streams.stop()
         await running

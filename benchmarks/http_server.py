@@ -59,7 +59,7 @@ class HttpServer(CoordinatorWorker):
             uvicorn.Config(app, host=LOOPBACK, port=port, log_level="warning", lifespan="off", backlog=4_096)
         )
         self._serving = asyncio.get_running_loop().create_task(self._server.serve())
-        while not self._server.started:  # noqa: ASYNC110 - nobody announces it
+        while not self._server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
         return f"http://{LOOPBACK}:{port}"
 

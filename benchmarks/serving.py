@@ -60,7 +60,7 @@ class Measured:
 
     @property
     def tokens(self) -> int:
-        """Of all answers together."""
+        """Number of tokens of all answers."""
         return sum(answer.tokens for answer in self.answers)
 
     def add(self, answers: Sequence[Stream], busy: dict[str, float]) -> None:

@@ -120,8 +120,8 @@ async def soak(
     try:
         await kill_now_and_then(killer, until, options.kills, draw)
         await asyncio.sleep(max(0.0, until - time.monotonic()))
-    except TimeoutError as stuck:
-        console().print(str(stuck))
+    except TimeoutError as overdue:
+        console().print(str(overdue))
     finally:
         streams.stop()
         await running

@@ -71,7 +71,7 @@ class StreamRecord:
             }
 
     def differs(self) -> str | None:
-        """How the stream differs from its case, as far as it came; None if it does not."""
+        """The difference of the stream, as far as it came, from its case in words; None if there is none."""
         ids = self.case.ids if self.case.body["guidance"]["explain"] else []
         if self.ids != ids[: len(self.ids)] or not self.case.text.startswith(self.text):
             same = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), None)

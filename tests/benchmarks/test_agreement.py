@@ -11,7 +11,7 @@ TINY = SHAPES["tiny"]
 
 
 def rows(role: Role, agreement: float) -> torch.Tensor:
-    """The row after each token of the common vocabulary, whatever came before: [V, V]."""
+    """The row after each token of the common vocabulary: [V, V]."""
     model = agreeing_model(TINY, role, agreement)
     with torch.inference_mode():
         text = torch.arange(TINY.common)[:, None]
@@ -20,7 +20,7 @@ def rows(role: Role, agreement: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("agreement", [0.3, 0.5, 0.8, 0.95])
-def test_guider_and_combined_choice_agree_as_often_as_told(agreement: float) -> None:
+def test_guider_and_combined_choice_agree_as_often_as_configured(agreement: float) -> None:
     target, guider, base = (rows(role, agreement) for role in ROLES)
     combined = target + guider - base
     torch.manual_seed(0)

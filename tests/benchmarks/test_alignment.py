@@ -1,4 +1,4 @@
-"""What the benchmark of alignment is made of: its texts, tokenizers, models and oracle."""
+"""The parts of the alignment benchmark: its texts, tokenizers, models and oracle."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_row_of_trigrams_adds_up_to_one(context: list[int]) -> None:
     assert row[6] < 1e-20
 
 
-def test_a_row_is_what_witten_and_bell_say() -> None:
+def test_a_row_follows_witten_bell_smoothing() -> None:
     row = np.exp(Trigrams(TOY, WIDTH, range(6))([0, 1]))
     single = TOY.count(2) / len(TOY) * 0.999 + 0.001 / 6
     pair = (3 + 3 * single) / (5 + 3)  # after 1 came 2, 3, 2, 0 and 2
@@ -69,7 +69,7 @@ def test_a_row_is_what_witten_and_bell_say() -> None:
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_draws_have_the_shares_that_the_row_says(context: list[int]) -> None:
+def test_draws_follow_the_rows_distribution(context: list[int]) -> None:
     model, n = Trigrams(TOY, WIDTH, range(6)), 40_000
     before, last = ([UNKNOWN, UNKNOWN, *context])[-2:]
     drawn = model.draw(np.full(n, before), np.full(n, last), np.random.default_rng(3))
@@ -81,19 +81,19 @@ def test_draws_have_the_shares_that_the_row_says(context: list[int]) -> None:
 
 @pytest.mark.parametrize("kind", ["grouped", "single", "pieces", "bytes"])
 @pytest.mark.parametrize("text", [" two  spaces", "x = 12345\n\n    y", "naïve 你好", "word"])
-def test_spelled_tokens_are_the_bytes_of_the_text(kind: str, text: str) -> None:
+def test_decoding_encoded_text_gives_its_bytes(kind: str, text: str) -> None:
     splitter = ByteTokenizer(tokenizer(kind))
     assert splitter.decode(splitter.encode(text)) == text.encode()
 
 
-def test_tokens_that_go_on_from_some_bytes_are_found() -> None:
+def test_tokens_that_extend_given_bytes_are_found() -> None:
     splitter = ByteTokenizer(tokenizer("single"))
     for data in (b"", b" th", b"e", b"\xff"):
         found = {id_ for id_, text in enumerate(splitter.texts) if text and text.startswith(data) and text != data}
         assert {*splitter.longer(data).tolist()} == found
 
 
-def test_tokenizers_are_the_same_each_time() -> None:
+def test_trained_tokenizers_are_deterministic() -> None:
     read = [texts()["reasoning"].train]
     lines = read[0].split("\n")
     assert byte_pairs(read, 400, ONE_DIGIT).text_tokens == byte_pairs(read, 400, ONE_DIGIT).text_tokens
@@ -147,7 +147,7 @@ def test_a_published_tokenizer_has_the_ids_of_its_model(name: str) -> None:
     assert splitter.decode(splitter.encode(PUBLISHED_TEXT)) == PUBLISHED_TEXT.encode()
 
 
-def test_a_package_that_is_not_there_is_a_tokenizer_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_yields_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.real_tokenizers.find_spec", lambda name: None)
     assert real_tokenizers() == {}
 
@@ -155,14 +155,14 @@ def test_a_package_that_is_not_there_is_a_tokenizer_that_is_not(monkeypatch: pyt
 # -- texts
 
 
-def test_texts_are_the_same_each_time_and_have_parts_that_nothing_reads() -> None:
+def test_texts_are_deterministic_and_have_held_out_parts() -> None:
     assert corpora(5_000) == corpora(5_000)
     for corpus in texts().values():
         assert corpus.held_out
         assert corpus.held_out[:200] not in corpus.train
 
 
-def test_a_mixture_takes_what_it_is_asked_for() -> None:
+def test_a_mixture_has_the_requested_shares() -> None:
     made = {"a": Corpus("0123456789", ""), "b": Corpus("abcdefghij", "")}
     assert mixture(made, {"a": 0.3, "b": 0.2}, {"a": 0.5}) == "567\nab"
 
@@ -184,8 +184,7 @@ def test_worked_arithmetic_is_right() -> None:
 
 
 def _next_bytes(model: Trigrams, small: ByteTokenizer, text: bytes) -> Floats:
-    """[256] of all ways to spell a text from its beginning that its tokenizer would make, how likely each byte is
-    next."""
+    """[256] probability of each next byte, over all tokenisations of a text that its tokenizer would produce."""
     out = np.zeros(256)
     open_ways: list[tuple[tuple[int, ...], bytes, float]] = [((), text, 1.0)]
     while open_ways:
@@ -204,7 +203,7 @@ def _next_bytes(model: Trigrams, small: ByteTokenizer, text: bytes) -> Floats:
 
 
 @pytest.mark.parametrize("kind", ["single", "grouped"])
-def test_the_oracle_agrees_with_the_enumeration_of_all_spellings(kind: str) -> None:
+def test_the_oracle_agrees_with_enumerating_all_tokenisations(kind: str) -> None:
     target, small = ByteTokenizer(tokenizer("bytes")), ByteTokenizer(tokenizer(kind))
     model = Trigrams(small.encode(texts()["reasoning"].train), small.width, small.text_ids)
     oracle = Oracle(target, small, 4096)
@@ -218,7 +217,7 @@ def test_the_oracle_agrees_with_the_enumeration_of_all_spellings(kind: str) -> N
         assert 0.5 * np.abs(ours - exact).sum() < 0.03
 
 
-def test_an_oracle_over_the_same_tokens_says_what_the_model_says() -> None:
+def test_an_oracle_over_the_same_tokens_equals_the_model() -> None:
     splitter = ByteTokenizer(tokenizer("single"))
     model = Trigrams(splitter.encode(texts()["english"].train), splitter.width, splitter.text_ids)
     ids = splitter.encode(texts()["english"].held_out)
@@ -283,8 +282,8 @@ PAIRS = [slow(*pair) if pair[0] in LOADERS else pair for pair in GATE]  # publis
 
 
 @pytest.mark.parametrize(("target", "small"), PAIRS)
-def test_a_model_that_is_certain_of_the_text_is_understood(target: str, small: str) -> None:
-    """A gate for each pair: what was measured may get better, and worse by one or two tokens."""
+def test_a_certain_small_models_mass_reaches_the_next_token(target: str, small: str) -> None:
+    """A bound for each pair: the measured share may grow, and fall by one or two tokens."""
     known = published() if target in LOADERS else {kind: small_tokenizer(kind) for kind in (target, small)}
     if not {target, small} <= known.keys():
         pytest.skip("the package of a published tokenizer is not installed")

@@ -1,4 +1,4 @@
-"""From which load on a second coordinator pays."""
+"""The least load at which a second coordinator pays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.shapes import SHAPES
 
 
 def measured(plan: Plan, gains: dict[int, float]) -> Sequence[Point]:
-    """Points at which two coordinators gain so much by load, in each of two rounds."""
+    """Points at which two coordinators gain given ratios, by load, in each of two rounds."""
     points = plan.points
     for point in points:
         gain = gains[point.sessions] if point.coordinators == 2 else 1.0
@@ -28,7 +28,7 @@ def test_points_that_both_parts_need_are_measured_once() -> None:
     assert len(points) == len(set(points)) == 3 + 2 * 3
 
 
-def test_a_second_coordinator_pays_where_it_gains_from_then_on() -> None:
+def test_a_second_coordinator_pays_from_its_first_lasting_gain() -> None:
     told = result(PLAN, measured(PLAN, {16: 1.5, 64: 0.9, 128: 1.1, 256: 1.2}))
     assert told["pays_from"] == 128
     assert [point["over_one"] for point in told["spread"]] == [1.0, 0.9, 1.0]
@@ -42,5 +42,5 @@ def test_a_second_coordinator_pays_where_it_gains_from_then_on() -> None:
     }
 
 
-def test_where_it_never_gains_it_never_pays() -> None:
+def test_a_second_coordinator_that_never_gains_never_pays() -> None:
     assert result(PLAN, measured(PLAN, dict.fromkeys((16, 64, 128, 256), 1.01)))["pays_from"] is None

@@ -98,7 +98,7 @@ def test_lengths_are_mixed_around_their_mean() -> None:
     assert sum(lengths) == pytest.approx(48 * 32, rel=0.01)
 
 
-def test_the_trio_is_asked_in_each_roles_own_tokens(tmp_path: Path) -> None:
+def test_the_trios_prompts_are_in_each_roles_own_tokens(tmp_path: Path) -> None:
     plan = Plan(SHAPES["trio"], (4,))
     made = tasks(plan.shape, plan.config(tmp_path), 4, 0, 0)
     assert [task.tokens for task in made] == sorted(task.tokens for task in made)
@@ -106,7 +106,7 @@ def test_the_trio_is_asked_in_each_roles_own_tokens(tmp_path: Path) -> None:
     assert [task.tokens for task in first(made, 5)] == [5] * 4
 
 
-async def test_a_process_answers_and_says_what_goes_wrong() -> None:
+async def test_a_process_returns_results_and_raises_its_exceptions() -> None:
     worker = ProcessWorker(dict, (), thread_environment(1))
     try:
         await worker.answer()

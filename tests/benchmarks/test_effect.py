@@ -23,7 +23,7 @@ async def test_every_question_is_asked_in_every_mode_and_guidance_helps(trio_eng
     assert table(effect).row_count == 2
 
 
-async def test_a_target_of_another_family_is_guided_as_well_and_not_by_ids_mapped_one_to_one() -> None:
+async def test_another_familys_target_is_guided_better_than_one_to_one() -> None:
     effect = await run([3, 4], 20, 1.0, "other")
     result = effect.result()
     assert table(effect).row_count == 2
@@ -32,7 +32,7 @@ async def test_a_target_of_another_family_is_guided_as_well_and_not_by_ids_mappe
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
-async def test_the_committed_adapter_mends_over_confidence() -> None:
+async def test_the_committed_adapter_reduces_over_confidence() -> None:
     result = (await run([3, 4], 24, 1.5)).result()
     assert result["guided_dpo"] > result["guided"] + 0.02
     assert sum(file.stat().st_size for file in ADAPTER.iterdir()) < 2**20

@@ -1,4 +1,4 @@
-"""What the benchmarks of faults and of long runs count, from streams and processes of known behaviour."""
+"""The counts of the fault and soak benchmarks, from streams and processes of known behaviour."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read(*chunks: dict[str, Any], marks: tuple[float, ...] = (0.0, 1.0)) -> Stre
 WHOLE = (chunk([5, 6], "a b"), chunk([7], " c", "length"), usage(**COUNTS))
 
 
-def test_a_stream_that_says_what_the_undisturbed_one_says_does_not_differ() -> None:
+def test_a_stream_equal_to_the_undisturbed_one_does_not_differ() -> None:
     assert read(*WHOLE).differs() is None
 
 
@@ -59,19 +59,19 @@ def test_other_tokens_text_length_or_counts_make_a_difference(chunks: tuple[dict
     assert why in str(read(*chunks).differs())
 
 
-def test_a_stream_that_was_left_may_be_a_part_and_nothing_else() -> None:
+def test_a_cancelled_stream_may_be_a_prefix_only() -> None:
     part, other = read(chunk([5], "a")), read(chunk([5], "b"))
     part.outcome = other.outcome = "cancelled"
     assert part.differs() is None
     assert other.differs()
 
 
-def test_an_error_in_the_stream_is_its_loss() -> None:
+def test_an_error_event_makes_a_stream_lost() -> None:
     with pytest.raises(StreamLost, match="gone"):
         read({"error": {"message": "gone"}})
 
 
-def test_a_silence_counts_from_the_kill_or_from_its_own_beginning_within_the_window() -> None:
+def test_a_silence_within_the_window_counts_from_kill_or_beginning() -> None:
     record = StreamRecord(CASE, [0.0, 10.0, 10.1, 10.2, 13.2, 13.3, 30.0])
     assert record.silence(10.15, 1.0) == pytest.approx(3.0)  # it began after the kill
     assert record.silence(11.0, 1.0) == pytest.approx(2.2)  # it had begun before
@@ -100,7 +100,7 @@ def test_the_result_counts_kills_losses_and_differences() -> None:
     assert "ConnectionError" in bad.failures()[0]
 
 
-def test_most_rounds_are_run_where_a_second_replica_lives() -> None:
+def test_most_rounds_run_with_two_replicas() -> None:
     assert shares(20, None) == {2: 15, 1: 5}
     assert shares(1, None) == {2: 1}
     assert shares(20, 1) == {1: 20}
@@ -115,7 +115,7 @@ async def test_an_undisturbed_service_gives_each_request_its_reference() -> None
     assert await cases(config, bodies) == references
 
 
-def test_a_slope_is_of_processes_with_levels_of_their_own_and_of_their_later_life() -> None:
+def test_a_memory_slope_ignores_levels_and_first_minutes() -> None:
     memory = Memory()
     for pid, level in ((1, 100.0), (2, 300.0)):
         began = 1_000.0 * (pid - 1)
@@ -125,7 +125,7 @@ def test_a_slope_is_of_processes_with_levels_of_their_own_and_of_their_later_lif
     assert memory.slopes(0.0) == {"target": pytest.approx(2.0)}
 
 
-def test_memory_of_a_process_that_has_ended_is_passed_over() -> None:
+def test_memory_skips_processes_that_have_ended() -> None:
     memory = Memory()
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
@@ -134,7 +134,7 @@ def test_memory_of_a_process_that_has_ended_is_passed_over() -> None:
     assert memory.samples["own", os.getpid()][0][1] == pytest.approx(resident_mb(os.getpid()), rel=0.2)
 
 
-async def test_descendants_are_all_that_a_process_started() -> None:
+async def test_descendants_are_all_processes_below_one() -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=asyncio.subprocess.PIPE)
     async with asyncio.timeout(30):

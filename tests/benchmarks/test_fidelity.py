@@ -38,7 +38,7 @@ def by_temperature(cases: list[Fidelity], widening: bool) -> dict[float, Fidelit
     return {case.temperature: case for case in cases if case.widening is widening}
 
 
-def test_widening_pays_with_bytes_for_what_slices_lose_of_a_flat_tail(config: ServiceConfig) -> None:
+def test_widening_restores_a_flat_tails_decisions_for_more_bytes(config: ServiceConfig) -> None:
     cases = list(tail_case(Tail(1.0), config, load_tokenizers(config), 12, lambda: None))
     narrow, final = by_temperature(cases, False), by_temperature(cases, True)
     assert narrow[1.0].tv_mean > 0.1
@@ -48,7 +48,7 @@ def test_widening_pays_with_bytes_for_what_slices_lose_of_a_flat_tail(config: Se
     assert narrow[0.6].tv_mean < narrow[1.0].tv_mean
 
 
-def test_a_steep_tail_is_decided_well_with_and_almost_without_widening(config: ServiceConfig) -> None:
+def test_a_steep_tail_needs_almost_no_widening(config: ServiceConfig) -> None:
     cases = list(tail_case(Tail(2.5), config, load_tokenizers(config), 12, lambda: None))
     for case in cases:
         assert case.rows == 12
@@ -65,7 +65,7 @@ def test_the_estimate_sees_a_base_that_is_far_below_outside_the_head(config: Ser
     assert final[1.0].tv_mean < 0.002
 
 
-def test_rows_decided_from_everything_are_those_of_plain_arithmetic(tmp_path: Path) -> None:
+def test_decisions_from_whole_rows_match_plain_arithmetic(tmp_path: Path) -> None:
     config = wide_config(tmp_path, WIDTH, exchange={"mode": "full", "audit_every": 0})
     stream = TailStream(Tail(1.2), WIDTH)
     lockstep = Lockstep(config, load_tokenizers(config), {role: TailEngine(stream, role) for role in ROLES})
@@ -91,7 +91,7 @@ async def test_slices_are_a_small_part_of_whole_rows(tmp_path: Path) -> None:
     assert together < sliced < 8_000 < 3 * 4 * WIDTH < whole
 
 
-def test_total_variation_counts_what_the_slice_does_not_have() -> None:
+def test_total_variation_counts_ids_outside_the_slice() -> None:
     whole = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
     assert distance(np.array([0, 1]), whole[:2], whole, 1.0) == pytest.approx(0.2)
     assert distance(np.arange(4), whole, whole, 0.6) == pytest.approx(0.0, abs=1e-12)

@@ -1,4 +1,4 @@
-"""What a job costs beside the decoding that it asks for."""
+"""The job benchmark: a job's requests and its ratio."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.local_backend import LocalBackend
 from tests.support.local_service import local_service, trio_config
 
 
-async def test_a_job_answers_every_prompt_that_is_asked_directly(
+async def test_a_job_answers_the_same_prompts_as_direct_requests(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
     workload = load_workload(evaluation(tmp_path, "multihop", None, limit=3, tokens=64, sessions=2))

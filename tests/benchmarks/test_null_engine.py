@@ -13,7 +13,7 @@ def extend(engine: NullEngine, session: int, tokens: list[int], before: list[int
     return Extend(session, len(before), prefix, tokens, rows, 0)
 
 
-def test_the_same_tokens_have_the_same_row_however_they_came() -> None:
+def test_the_same_tokens_have_the_same_row_however_extended() -> None:
     engine: Engine = (null := NullEngine(50))
     engine.extend([extend(null, 1, [1, 2, 3], []), extend(null, 2, [1], [])])
     engine.extend([extend(null, 2, [2, 3], [1])])

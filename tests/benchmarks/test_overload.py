@@ -1,4 +1,4 @@
-"""What is made of requests that were answered, refused or neither."""
+"""The overload benchmark's figures from requests that were answered, refused or neither."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def phase(*outcomes: RequestOutcome) -> Phase:
     return Phase(10.0, 20.0, outcomes)
 
 
-def test_only_what_comes_while_it_is_measured_counts() -> None:
+def test_only_tokens_within_the_measured_interval_count() -> None:
     assert phase(answered(12, 14)).tokens_per_s == 1.0
     assert phase(answered(8, 12)).tokens_per_s == 0.5
     assert phase(answered(5, 25, 40)).tokens_per_s == 2.0
     assert phase(answered(2, 9), answered(21, 22), RequestOutcome("", "refused")).tokens_per_s == 0.0
 
 
-def test_ratios_are_of_rounds_and_counts_of_all() -> None:
+def test_ratios_are_medians_of_rounds_and_counts_are_totals() -> None:
     measured = Measured()
     measured.phases["capacity"] = [phase(answered(12, 14, tokens)) for tokens in (100, 50, 200)]
     others = (RequestOutcome("", "hung"), RequestOutcome("", "failed"), RequestOutcome("", "refused"))
@@ -41,7 +41,7 @@ def test_ratios_are_of_rounds_and_counts_of_all() -> None:
     assert result["obeying"]["ratio"] == 1.0
 
 
-def test_fairness_is_told_by_user() -> None:
+def test_fairness_is_reported_by_user() -> None:
     measured = Measured()
     for phases in measured.phases.values():
         phases.append(phase(answered(12, 14)))

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import results_file as report
 
 
-def test_the_result_is_the_last_line_and_is_kept_only_when_asked(
+def test_the_result_is_the_last_line_and_saved_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)

@@ -10,7 +10,7 @@ def stream(tail: Tail, cycle: int | None = None) -> TailStream:
     return TailStream(tail, 20_000, seed=3, cycle=cycle)
 
 
-def test_rows_fall_as_their_exponent_says() -> None:
+def test_rows_fall_with_their_exponent() -> None:
     rows = stream(Tail(1.5)).at(0)
     for role in ("target", "guider"):
         ranked = np.sort(rows[role].logits)[::-1].astype(np.float64)
@@ -26,7 +26,7 @@ def test_half_of_the_two_heads_is_shared() -> None:
     assert 0.4 < np.mean(shared) / 128 < 0.6
 
 
-def test_a_head_has_the_likeliest_ids_in_id_order_and_ties_go_to_the_lowest() -> None:
+def test_a_head_is_the_likeliest_ids_in_id_order_with_ties_to_the_lowest() -> None:
     row = stream(Tail(2.2)).at(1)["guider_base"]
     row.logits[:] = np.round(row.logits)
     expected = np.lexsort((np.arange(20_000), -row.logits))
