@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.replica.scheduler import ScheduledExtend
-from actors.wire.columns import ExtendItem, RowItem
+from actors.wire.columns import ExtendItem, RowRequest
 from actors.wire.messages import Refusal
 from actors.wire.replies import Recipient, Replies
 
@@ -20,7 +20,7 @@ class Waiter(NamedTuple):
     """A lookup (of `ids`) or a widening (`ids` is None) whose row is still being computed."""
 
     peer: Recipient
-    item: RowItem
+    item: RowRequest
     ids: NDArray[np.int32] | None
     since: float  # time.monotonic()
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actors.engine.interface import Engine, HeldRows
 from actors.replica.answers import ids_in_range, width_of
 from actors.replica.leases import Lease, SessionLeases, Waiter
-from actors.wire.columns import RowItem, lookup_items, widen_items
+from actors.wire.columns import RowRequest, lookup_items, widen_items
 from actors.wire.link import cancel
 from actors.wire.messages import WHOLE, Lookup, Refusal, Widen
 from actors.wire.replies import Answer, Recipient, Reduced, Replies
@@ -31,7 +31,7 @@ class _OpenFrame:
         self.rows: list[tuple[HeldRows, int]] = []
         self.ids: list[NDArray[np.int32]] = []
 
-    def add(self, peer: Recipient, item: RowItem, row: tuple[HeldRows, int], ids: NDArray[np.int32]) -> None:
+    def add(self, peer: Recipient, item: RowRequest, row: tuple[HeldRows, int], ids: NDArray[np.int32]) -> None:
         self.peers.append(peer)
         self.items.append((item.call_id, item.size))
         self.rows.append(row)
@@ -124,7 +124,7 @@ class LookupService:
         frame.answer(self._engine, self._replies)
         self._replies.flush()
 
-    def _refused(self, peer: Recipient, item: RowItem, lease: Lease | None, *, invalid: bool) -> bool:
+    def _refused(self, peer: Recipient, item: RowRequest, lease: Lease | None, *, invalid: bool) -> bool:
         """Refuse an item of a former owner or an invalid one. True if it was refused."""
         if lease is not None and item.epoch < lease.epoch:
             self._replies.refuse(peer, item.call_id, Refusal.SUPERSEDED, lease.epoch)
@@ -134,19 +134,19 @@ class LookupService:
             return False
         return True
 
-    def _find(self, item: RowItem) -> tuple[HeldRows, int] | None:
+    def _find(self, item: RowRequest) -> tuple[HeldRows, int] | None:
         held = self._engine.rows(item.session)
         row = held.index(item.position, item.row) if held is not None else None
         return None if held is None or row is None else (held, row)
 
-    def _widen(self, peer: Recipient, item: RowItem, held: HeldRows, row: int) -> None:
+    def _widen(self, peer: Recipient, item: RowRequest, held: HeldRows, row: int) -> None:
         k = width_of(item.size, self._engine.width)
         slices = held.slices(max(k, 0), [row])
         logits = held.whole([row]) if k == WHOLE else slices.logits
         reduced = Reduced(k, slices.logsumexp, slices.ids, logits, logits[0, :0])
         self._replies.rows(peer, item.call_id, [Answer(reduced, 0, 1, 0, 0)])
 
-    def _wait(self, peer: Recipient, item: RowItem, lease: Lease | None, ids: NDArray[np.int32] | None) -> None:
+    def _wait(self, peer: Recipient, item: RowRequest, lease: Lease | None, ids: NDArray[np.int32] | None) -> None:
         if lease is None or item.epoch > lease.epoch or not lease.makes(item.position):
             self._replies.refuse(peer, item.call_id, Refusal.ROW_GONE)
             return

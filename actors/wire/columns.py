@@ -50,8 +50,8 @@ class ExtendItem(NamedTuple):
     keep: int = 0
 
 
-class RowItem(NamedTuple):
-    """One item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`."""
+class RowRequest(NamedTuple):
+    """An item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`."""
 
     call_id: int
     session: int
@@ -98,15 +98,15 @@ def pack_lookups(items: Sequence[tuple[int, ...]], ids: NDArray[Any], width: int
     return Lookup(table, *split_ids(ids, table["ids"], width))
 
 
-def lookup_items(message: Lookup, width: int) -> tuple[list[RowItem], NDArray[np.int32]]:
+def lookup_items(message: Lookup, width: int) -> tuple[list[RowRequest], NDArray[np.int32]]:
     """The items of a `Lookup` and the flat ids of all. Raises ProtocolError if counts and columns do not fit."""
     ids = _joined(message, message.items["ids"], width)
-    return list(map(RowItem._make, message.items.tolist())), ids
+    return list(map(RowRequest._make, message.items.tolist())), ids
 
 
-def widen_items(message: Widen) -> list[RowItem]:
+def widen_items(message: Widen) -> list[RowRequest]:
     """The items of a `Widen`."""
-    return list(map(RowItem._make, message.items.tolist()))
+    return list(map(RowRequest._make, message.items.tolist()))
 
 
 def rows_ids(message: Rows, width: int) -> NDArray[np.int32]:

@@ -78,10 +78,10 @@ async def test_drafts_are_sent_before_their_last_row_and_its_lookup_waits() -> N
             await s.engine.entered()
         with s.engine.held():
             await s.engine.entered()
-            await c.heard()
+            await c.received()
             (drafted,) = c.drafted.values()
             lookup = c.look_up(1, [1, *drafted], [5])
-            await c.heard()
+            await c.received()
             assert not lookup.done()
             assert not reply.done()
         assert isinstance(await within(lookup), list)
@@ -95,7 +95,7 @@ async def test_other_sessions_decode_and_draft_between_drafted_tokens() -> None:
             first = c.ask(1, [1], k=0, draft=(3, SEED, 0, 0.0, 1.0))
             await s.engine.entered()
             others = [c.ask(2, [1], k=0, draft=(2, SEED, 0, 0.0, 1.0)), c.ask(3, list(range(20)))]
-            await c.heard()
+            await c.received()
         for reply in (first, *others):
             await rows_of(reply)
         assert s.engine.batches == [{1: 1}, {1: 1, 2: 1, 3: 16}, {1: 1, 2: 1, 3: 4}, {1: 1, 2: 1}]
@@ -108,7 +108,7 @@ async def test_a_newer_extend_ends_the_drafting() -> None:
             reply = c.ask(1, [1], k=0, draft=(8, SEED, 0, 0.0, 1.0))
             await s.engine.entered()
             newer = c.ask(1, [2], before=[1])
-            await c.heard()
+            await c.received()
         assert await drafts_of(c, reply) == []
         await rows_of(newer)
 
@@ -143,7 +143,7 @@ async def test_releasing_a_session_ends_its_drafting() -> None:
             reply = c.ask(1, [1], k=0, draft=(4, SEED, 0, 0.0, 1.0))
             await s.engine.entered()
             c.release(1)
-            await c.heard()
+            await c.received()
         assert await within(reply) == No(Refusal.ROW_GONE)
         await rows_of(c.ask(2, [1]))
         assert s.replica.load().cache_used == 1

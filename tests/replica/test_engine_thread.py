@@ -18,7 +18,7 @@ from benchmarks.null_engine import NullEngine
 
 class Nobody:
     def send(self, *messages: Message) -> None:
-        raise AssertionError("nobody is answered here")
+        raise AssertionError("no answer is sent here")
 
 
 def scheduled(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> ScheduledExtend:

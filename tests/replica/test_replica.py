@@ -52,8 +52,8 @@ async def test_waiting_extends_of_all_coordinators_share_one_forward() -> None:
             first = a.ask(1, [1])
             await s.engine.entered()
             replies = [a.ask(2, [1]), a.ask(3, [1], k=8), b.ask(4, [1]), b.ask(5, [1])]
-            await a.heard()
-            await b.heard()
+            await a.received()
+            await b.received()
         for reply in (first, *replies):
             await rows_of(reply)
         assert s.engine.batches == [{1: 1}, {2: 1, 3: 1, 4: 1, 5: 1}]
@@ -66,7 +66,7 @@ async def test_extends_of_one_session_run_in_order_one_per_forward() -> None:
         c = await s.coordinator()
         with s.engine.held():
             replies = [c.ask(1, [1]), c.ask(1, [2], before=[1]), c.ask(1, [3], before=[1, 2])]
-            await c.heard()
+            await c.received()
         for reply in replies:
             await rows_of(reply)
         assert s.engine.batches == [{1: 1}] * 3
@@ -80,7 +80,7 @@ async def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None
             await s.engine.entered()
             prompt = c.ask(1, PROMPT, rows=2)
             steps = [c.ask(2, [1]), c.ask(2, [2], before=[1]), c.ask(2, [3], before=[1, 2])]
-            await c.heard()
+            await c.received()
         for reply in (opener, *steps):
             await rows_of(reply)
         answer = await rows_of(prompt)
@@ -99,7 +99,7 @@ async def test_the_oldest_prompt_gets_the_prefill_budget_the_next_the_rest() -> 
             opener = c.ask(9, [1])
             await s.engine.entered()
             young, old = c.ask(1, PROMPT[:20], age=5), c.ask(2, PROMPT[20:], age=3)
-            await c.heard()
+            await c.received()
         for reply in (opener, young, old):
             await rows_of(reply)
         assert s.engine.batches[1:] == [{2: 16}, {2: 4, 1: 12}, {1: 8}]
@@ -140,7 +140,7 @@ async def test_a_lookup_waits_for_its_row_and_is_answered_after_the_rows() -> No
             await s.engine.entered()
             queued = c.ask(1, [1, 2])
             lookup = c.look_up(1, [1, 2], [7])
-            await c.heard()
+            await c.received()
             assert not lookup.done()
         value = await within(lookup)
         assert queued.done()
@@ -163,7 +163,7 @@ async def test_a_lookup_of_a_row_that_is_not_computed_is_refused_at_once() -> No
             assert await within(c.look_up(8, [1], [5])) == gone
             assert await within(c.look_up(1, [1, 2, 3, 4], [5])) == gone
             other_token = c.look_up(1, [1, 2, 4], [5])  # its position is being computed, with another token
-            await c.heard()
+            await c.received()
         assert await within(other_token) == gone
         await rows_of(step)
         assert await within(c.look_up(1, [1, 2, 3], [WIDTH])) == No(Refusal.BAD_ITEM)
@@ -261,7 +261,7 @@ async def test_rows_over_the_frame_limit_are_refused_and_others_are_split() -> N
             opener = c.ask(9, [1])
             await s.engine.entered()
             replies = [c.ask(session, [1], k=WHOLE) for session in range(1, 41)]
-            await c.heard()
+            await c.received()
         await rows_of(opener)
         for reply in replies:
             assert (await rows_of(reply)).logits.shape == (1, WIDTH)
@@ -309,7 +309,7 @@ async def test_a_lower_epoch_is_superseded_and_a_higher_one_takes_over() -> None
             opener = new.ask(9, [1])
             await s.engine.entered()
             queued, waiting = old.ask(1, [3], before=[1, 2]), old.look_up(1, [1, 2, 3], [5])
-            await old.heard()
+            await old.received()
             taken = new.ask(1, [4], before=[1, 2], epoch=2)
             assert await within(queued) == No(Refusal.SUPERSEDED, 2)
             assert await within(waiting) == No(Refusal.SUPERSEDED, 2)
@@ -349,7 +349,7 @@ async def test_a_late_duplicate_is_dropped_silently() -> None:
         await rows_of(c.ask(1, [1], call_id=10))
         await rows_of(c.ask(1, [2], before=[1], call_id=11))
         late = c.ask(1, [1], call_id=10)
-        await c.heard()
+        await c.received()
         assert not late.done()
         await rows_of(c.ask(1, [3], before=[1, 2], call_id=12))
         assert len(s.engine.batches) == 3
@@ -364,10 +364,10 @@ async def test_a_lost_connection_frees_only_its_sessions() -> None:
             lost.ask(2, [1])
             await s.engine.entered()
             lost.ask(3, [1])  # queued: never computed
-            await lost.heard()
+            await lost.received()
             await lost.connection.close()
             while s.replica.load().sessions > 1:
-                await stays.heard()
+                await stays.received()
         await rows_of(stays.ask(5, [2], before=[1]))
         assert sorted(s.engine.closed) == [1, 2, 3]
         assert (s.replica.load().sessions, s.replica.load().cache_used) == (1, 2)
@@ -410,7 +410,7 @@ async def test_a_failed_forward_fails_only_its_items() -> None:
             failing = c.ask(1, [2], before=[1])
             await s.engine.entered()
             lookup, next_one = c.look_up(1, [1, 2], [5]), c.ask(2, [2], before=[1])
-            await c.heard()
+            await c.received()
             s.engine.failure = RuntimeError("out of memory")
         assert await within(failing) == No(Refusal.FAILED)
         assert await within(lookup) == No(Refusal.FAILED)

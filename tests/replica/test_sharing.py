@@ -16,7 +16,7 @@ async def test_identical_prompts_are_prefilled_once() -> None:
             opener = c.ask(9, [1])
             await s.engine.entered()
             replies = [c.ask(session, PROMPT, age=session) for session in range(1, 9)]
-            await c.heard()
+            await c.received()
         answers = [await rows_of(reply) for reply in (opener, *replies)][1:]
         assert s.engine.batches[1:] == [{1: 40}, dict.fromkeys(range(2, 9), 8)]
         assert all(answer.logits.tolist() == answers[0].logits.tolist() for answer in answers)
@@ -31,11 +31,11 @@ async def test_a_common_prefix_is_shared_and_different_rests_are_not() -> None:
             opener = c.ask(9, [1])
             await s.engine.entered()
             replies = [c.ask(session, HEAD + tail, age=session) for session, tail in tails.items()]
-            await c.heard()
+            await c.received()
         shared = [await rows_of(reply) for reply in (opener, *replies)][1:]
         assert s.engine.batches[1:] == [{1: 42}, {2: 10, 3: 10}]
         c.release(*tails)
-        await c.heard()
+        await c.received()
         assert shared[1].logits.tolist() == (await rows_of(c.ask(7, HEAD + tails[2]))).logits.tolist()
         later = await rows_of(c.ask(2, HEAD + tails[2]))  # a released cache is not forked
         assert later.logits.tolist() == shared[1].logits.tolist()
@@ -48,7 +48,7 @@ async def test_a_prefix_shorter_than_a_block_is_not_awaited() -> None:
             opener = c.ask(9, [1])
             await s.engine.entered()
             replies = [c.ask(session, HEAD[:15] + [50 + session] * 20) for session in (1, 2)]
-            await c.heard()
+            await c.received()
         for reply in (opener, *replies):
             await rows_of(reply)
         assert s.engine.batches[1:] == [{1: 35, 2: 35}]
@@ -70,7 +70,7 @@ async def test_a_younger_prompt_with_the_same_prefix_waits_and_others_do_not() -
             opener = c.ask(9, [1])
             await s.engine.entered()
             replies = [c.ask(2, PROMPT, age=2), c.ask(1, PROMPT, age=1), c.ask(3, [7] * 20, age=3)]
-            await c.heard()
+            await c.received()
         for reply in (opener, *replies):
             await rows_of(reply)
         assert s.engine.batches[1:] == [{1: 16}, {1: 16}, {1: 8, 2: 8}, {3: 16}, {3: 4}]
@@ -136,7 +136,7 @@ async def test_a_session_reopened_under_its_key_holds_nothing() -> None:
             await s.engine.entered()
             c.release(1)
             again = c.ask(1, PROMPT)
-            await c.heard()
+            await c.received()
         await rows_of(other)
         await rows_of(again)
         assert s.engine.batches[-1] in ({1: 40}, {1: 8})

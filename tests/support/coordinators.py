@@ -160,8 +160,8 @@ class Coordinator:
     def release(self, *sessions: int) -> None:
         self.connection.send(Extend(released=np.array(sessions, np.uint64)))
 
-    async def heard(self) -> None:
-        """Everything sent so far has been taken in: a lookup of no session is answered at once, and in its turn."""
+    async def received(self) -> None:
+        """Wait until the replica has read everything sent so far: it answers a lookup of no session at once."""
         assert await self.look_up(0, [1], []) == No(Refusal.ROW_GONE)
 
     def _expect(self, call_id: int | None = None) -> tuple[int, asyncio.Future[Reply]]:

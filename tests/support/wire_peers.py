@@ -40,7 +40,7 @@ class Echo:
 
     limits: Limits = field(default_factory=Limits)
     gone: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
-    heard: list[Message] = field(default_factory=list)
+    received: list[Message] = field(default_factory=list)
     port: int = 0
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Echo:
         )
 
     def _echo(self, peer: Peer, message: Message) -> None:
-        self.heard.append(message)
+        self.received.append(message)
         peer.send(message)
 
     async def connect(self, secret: bytes = SECRET, incarnation: str = "", name: str = "c") -> tuple[Connection, Inbox]:

@@ -322,7 +322,7 @@ async def test_excess_unauthenticated_connections_are_closed_at_once() -> None:
         assert on.replica.stats().refused_connections == {"strangers": 1}
         await rows_of(good[0].ask(1, [1]))
         await idle.pop().close()
-        while on.replica._server.strangers == 5:  # noqa: ASYNC110 - nobody announces it
+        while on.replica._server.strangers == 5:  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.001)
         await rows_of((await on.coordinator("later")).ask(2, [1]))
         for each in (*idle, late):

@@ -100,8 +100,8 @@ async def test_messages_sent_together_are_written_in_one_piece() -> None:
     connection.send(Lookup(ids=np.zeros(1)), Lookup(ids=np.zeros(2)), Lookup(ids=np.zeros(3)))
     hello, piece = wire.pieces
     assert connection.bytes_sent == len(hello) + len(piece)
-    heard = [decode(body) for body in FrameBuffer(1 << 20).feed(piece)]
-    assert [len(message.ids) for message in heard if isinstance(message, Lookup)] == [1, 2, 3]
+    received = [decode(body) for body in FrameBuffer(1 << 20).feed(piece)]
+    assert [len(message.ids) for message in received if isinstance(message, Lookup)] == [1, 2, 3]
     wire.socket.close()
 
 
@@ -112,8 +112,8 @@ async def test_messages_before_one_over_the_limit_are_sent() -> None:
         with pytest.raises(FrameTooLarge):
             connection.send(Lookup(ids=np.zeros(1)), Lookup(ids=np.zeros(1000)))
         connection.send(Lookup(ids=np.zeros(2)))
-        heard = [await inbox.next() for _ in range(2)]
-        assert [len(message.ids) for message in heard if isinstance(message, Lookup)] == [1, 2]
+        received = [await inbox.next() for _ in range(2)]
+        assert [len(message.ids) for message in received if isinstance(message, Lookup)] == [1, 2]
         await connection.close()
 
 
@@ -215,7 +215,7 @@ class ModelByHand:
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        hello = await heard(reader)
+        hello = await next_message(reader)
         assert isinstance(hello, Hello)
         self.hello.set()
         if self.behaviour == "mute":
@@ -233,7 +233,7 @@ class ModelByHand:
     async def welcome(
         self, handshake: ModelHandshake, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        proof = await heard(reader)
+        proof = await next_message(reader)
         assert isinstance(proof, Proof)
         handshake.verify(proof)
         outgoing, _ = handshake.seals()
@@ -244,7 +244,7 @@ class ModelByHand:
             writer.write(answer)
 
 
-async def heard(reader: asyncio.StreamReader) -> Message:
+async def next_message(reader: asyncio.StreamReader) -> Message:
     (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
     return decode(await reader.readexactly(length))
 

@@ -44,8 +44,8 @@ async def test_a_model_closes_the_connection_of_a_silent_coordinator() -> None:
         await bare.shake_hands()
         async with asyncio.timeout(10):
             await running.gone.get()
-        heard = [await bare.next() for _ in range(2)]
-        assert all(isinstance(message, Ping) for message in heard)
+        received = [await bare.next() for _ in range(2)]
+        assert all(isinstance(message, Ping) for message in received)
         await bare.close()
 
 

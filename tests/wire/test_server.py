@@ -79,7 +79,7 @@ async def test_an_unauthenticated_peer_gets_a_typed_failure_and_does_no_harm(fir
         assert await failure_of(stranger) in ("protocol", "frame_too_large")
         connection.send(lookup())
         assert isinstance(await inbox.next(), Lookup)
-        assert len(running.heard) == 1
+        assert len(running.received) == 1
         await connection.close()
         assert await asyncio.wait_for(running.gone.get(), 10) == "good"
 
@@ -117,7 +117,7 @@ async def test_flipped_replayed_and_missing_frames_close_the_connection() -> Non
             await bare.shake_hands()
             first = bare.send(lookup())
             await bare.next()
-            heard = len(running.heard)
+            before = len(running.received)
             second = bytearray(frame(encode(lookup()), bare.outgoing, 1 << 20))
             if kind == "flip":
                 second[-20] ^= 1
@@ -127,7 +127,7 @@ async def test_flipped_replayed_and_missing_frames_close_the_connection() -> Non
                 second = bytearray(frame(encode(lookup()), bare.outgoing, 1 << 20))
             bare.write(bytes(second))
             assert await failure_of(bare) == "tampered"
-            assert len(running.heard) == heard
+            assert len(running.received) == before
         await good_peer_is_well(running)
 
 
@@ -157,7 +157,7 @@ async def test_a_frame_cut_short_by_the_connections_end_is_dropped() -> None:
         bare.write(frame(encode(lookup()), bare.outgoing, 1 << 20)[:-1])
         await bare.close()
         assert await asyncio.wait_for(running.gone.get(), 10) == "bare"
-        assert running.heard == []
+        assert running.received == []
 
 
 async def test_a_peer_that_does_not_read_is_closed_and_others_are_not() -> None:
