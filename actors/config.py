@@ -37,9 +37,7 @@ class _Section(BaseModel):
             if new in data:
                 raise ValueError(f"{old} is the old name of {new}, and both are given: remove {old}")
             warnings.warn(
-                f"the key {old} is called {new} now; the old name ends with the next release",
-                FutureWarning,
-                stacklevel=2,
+                f"the key {old} is called {new} now; the old name expires next release", FutureWarning, stacklevel=2
             )
             data[new] = data.pop(old)
         return data

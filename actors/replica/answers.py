@@ -173,9 +173,9 @@ class Drafter:
 def invalid_draft(rows: int, draft: Draft) -> str | None:
     """The reason why a draft can never be made, or None."""
     if rows != 1:
-        return f"drafts go on from one row, not {rows}"
+        return f"drafts follow one row, not {rows}"
     if not 1 <= draft.drafts <= MAX_DRAFTS:
-        return f"{draft.drafts} drafts, 1 to {MAX_DRAFTS} can be asked for"
+        return f"{draft.drafts} drafts are requested, 1 to {MAX_DRAFTS} are allowed"
     if draft.position < 0:
         return f"position {draft.position} of a draft is negative"
     try:

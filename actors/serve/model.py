@@ -100,7 +100,7 @@ class ModelShell:
             self._port,
             self._incarnation,
             sessions=load.sessions,
-            cache_free=load.cache_total - load.cache_used,
+            cache_free=load.cache_free,
             stopping=self._stopping,
         )
         await _send(self._directory.heartbeat.remote(endpoint))
