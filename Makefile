@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## every target with its description
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: help demo dpo serve test test-all lint bench format train docs clean
+.PHONY: help demo dpo serve test test-all test-long lint bench format train docs clean
 
 demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo $(ARGS)
@@ -23,12 +23,15 @@ serve: .venv/ready ## the service of CONFIG=ray_config.yaml, until Ctrl-C; VERBO
 	@$(BIN)/python -m cluster.serve $(CONFIG)
 
 # One thread a process: the trio is so small that more would only wait for each other.
-test test-all: export OMP_NUM_THREADS = 1
+test test-all test-long: export OMP_NUM_THREADS = 1
 test: .venv/ready ## what a change must pass, in JOBS=2 processes
 	$(PYTEST) -m "not slow"
 
 test-all: .venv/ready ## every test, those that are marked slow too; before a release
 	$(PYTEST)
+
+test-long: .venv/ready ## 2,000 generated requests to each operation of the API
+	API_CASES=2000 $(PYTEST) tests/router/test_openapi.py
 
 lint: .venv/ready ## format, lint rules and types, checked
 	$(BIN)/ruff format --check .

@@ -309,6 +309,7 @@ def test_a_role_that_does_not_load_ends_the_start_with_its_reason(tmp_path: Path
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_shared_ray")
 def test_a_cluster_of_others_keeps_running_without_the_application(tmp_path: Path) -> None:
     file, port = written(tmp_path)
     with local_ray(num_cpus=2, namespace="serve"):
