@@ -149,11 +149,11 @@ class Recorder:
         return self._find(Counter, name, labels)
 
     def gauge(self, name: str, *labels: str) -> Gauge:
-        """The same for a gauge."""
+        """The gauge of that name and these values of its labels."""
         return self._find(Gauge, name, labels)
 
     def histogram(self, name: str, *labels: str) -> Histogram:
-        """The same for a histogram."""
+        """The histogram of that name and these values of its labels."""
         return self._find(Histogram, name, labels)
 
     def __iter__(self) -> Iterator[tuple[Metric, tuple[str, ...], Series]]:

@@ -1,4 +1,4 @@
-"""What a replica tells of itself: how busy it is, and what it has done."""
+"""The load, the totals and the metrics of a replica."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Phase = Literal["prefill", "extend", "draft", "lookup"]
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """How busy a replica is, for placement and autoscaling."""
+    """The load of a replica, for placement and autoscaling."""
 
     sessions: int
     waiting: int  # extends that wait or run
     cache_total: int  # tokens
     cache_used: int
-    forward_s: float  # a usual forward
+    forward_s: float  # running mean of a forward's seconds
 
     @property
     def cache_free(self) -> int:
@@ -122,7 +122,7 @@ class ReplicaMeter:
 
 
 def phase_of(chunks: Sequence[Chunk]) -> Phase:
-    """What a forward is for: a prompt's part takes most of its time, drafts are one token each."""
+    """A forward's phase: prefill if it has a chunk of a prompt, draft if all its extends draft, else extend."""
     if any(not chunk.scheduled.is_decode for chunk in chunks):
         return "prefill"
     drafts = bool(chunks) and all(chunk.scheduled.item.draft is not None for chunk in chunks)
