@@ -114,8 +114,8 @@ class CandidateBlock:
         rows, places = np.nonzero(self._lacking[role])
         ids = theirs[self.ids[rows, places]]
         if len(ids) and ids.min() < 0:
-            there = ids >= 0
-            rows, places, ids = rows[there], places[there], ids[there]
+            exists = ids >= 0
+            rows, places, ids = rows[exists], places[exists], ids[exists]
         return rows, places, ids
 
     def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
