@@ -191,7 +191,8 @@ def run(file: Path, config: ServiceConfig, signals: StopSignals) -> int:
                 status = NOT_STARTED
                 console.print(f"[bold red]error[/] Ray and Serve did not start within {START_S:g} s")
             else:
-                console.print(f"Stopping: open requests may end within {STOP_S:g} s; Ctrl-C again ends them now")
+                words = f"Stopping: open requests may end within {STOP_S:g} s; Ctrl-C again ends them now"
+                console.print(words, highlight=False)
         finally:
             signals.stopping()
     return status
