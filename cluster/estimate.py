@@ -50,10 +50,6 @@ class Estimate:
         """GPUs of a replica as text: 0.7, or 2 x 1 for two ranks with one GPU each."""
         return f"{self.gpus:g}" if self.ranks == 1 else f"{self.ranks} x {self.gpus:g}"
 
-    def sessions(self, context: int) -> int:
-        """Sessions of `context` tokens that the configured cache holds."""
-        return self.cache_tokens // context
-
     def fitting_tokens(self, gpu_bytes: int) -> int:
         """Cache tokens that fit beside the weights if each GPU has `gpu_bytes`."""
         room = int(self.ranks * self.gpus * gpu_bytes * USABLE) - self.weights_bytes
