@@ -110,13 +110,13 @@ def ray_settings(**more: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def labelled_nodes(labels: Sequence[dict[str, str]], num_gpus: int) -> Iterator[list[str]]:
-    """A cluster of a head and one node with GPUs for each mapping of labels, and a driver; the ids of these nodes."""
+    """The ids of a cluster's nodes, one for each mapping of labels, the head first; this process is its driver."""
     with ray_settings():
-        common = {"object_store_memory": OBJECT_STORE_BYTES}
-        head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port(), **common}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        common = {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": 2, "num_gpus": num_gpus}
+        dashboard = {"include_dashboard": True, "dashboard_port": free_port()}
+        cluster = Cluster(initialize_head=True, head_node_args={"labels": labels[0], **dashboard, **common})
         try:
-            nodes = [cluster.add_node(num_cpus=2, num_gpus=num_gpus, labels=mapping, **common) for mapping in labels]
+            nodes = [cluster.head_node, *(cluster.add_node(labels=mapping, **common) for mapping in labels[1:])]
             ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
             yield [node.node_id for node in nodes]
         finally:
