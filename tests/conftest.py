@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.support.local_ray import SharedRay
 
 RAY = "ray"
+SHARED_RAY: pytest.StashKey[SharedRay] = pytest.StashKey()
 RAY_MARKS = (
     pytest.mark.xdist_group(RAY),  # one process runs all of them, one after another, in the cluster that they share
     # Ray leaves sockets and child processes to its own exit handlers.
@@ -68,12 +69,20 @@ def trio_engines() -> Mapping[Role, Engine]:
 
 
 @pytest.fixture(scope="session")
-def _shared_ray() -> Iterator[SharedRay]:
+def _shared_ray(pytestconfig: pytest.Config) -> Iterator[SharedRay]:
     from tests.support.local_ray import SharedRay
 
-    shared = SharedRay()
+    shared = pytestconfig.stash[SHARED_RAY] = SharedRay()
     yield shared
     shared.close()
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures of the last Ray module
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the shared cluster after the last test of Ray: other tests need the cores, and no driver in their process."""
+    shared = item.config.stash.get(SHARED_RAY, None)
+    if shared is not None and (nextitem is None or not nextitem.get_closest_marker(RAY)):
+        shared.close()
 
 
 @pytest.fixture(scope="module")

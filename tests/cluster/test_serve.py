@@ -209,7 +209,9 @@ def test_a_missing_model_exits_with_2_and_starts_nothing(tmp_path: Path, capsys:
 
 def test_make_help_lists_every_target() -> None:
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     described = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert sorted(described) == sorted(targets.split())
 
