@@ -29,7 +29,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.preference import HOPS, WHERE, Measured, Trio
 from benchmarks.results_file import arguments, console, publish
-from cluster.demo.lessons import Curriculum, Reader
+from cluster.demo.lessons import Curriculum, DocumentPacker
 from cluster.demo.task import answer_in, known_facts
 from cluster.demo.tokenizer import MARKUP, build
 from cluster.demo.train import Recipe, fit
@@ -47,7 +47,7 @@ def half_trained(bar: Progress) -> PreTrainedModel:
     schedule = Recipe().guider
     model = copy.deepcopy(Trio.load("guider_base"))
     task = bar.add_task("half-trained", total=schedule.steps // 2, loss=0.0)
-    reader = Reader(build(), Curriculum(known_facts(), 0.0, 1.0, max_hops=max(HOPS)))
+    reader = DocumentPacker(build(), Curriculum(known_facts(), 0.0, 1.0, max_hops=max(HOPS)))
     fit(model, reader, replace(schedule, steps=schedule.steps // 2), bar, task)
     return model
 

@@ -68,7 +68,7 @@ class Curriculum:
                 return question
 
 
-class Reader:
+class DocumentPacker:
     """Packs the documents of a curriculum into rows of token ids."""
 
     def __init__(self, tokenizer: Tokenizer, curriculum: Curriculum) -> None:

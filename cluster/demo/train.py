@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.demo import other_tokenizer
 from cluster.demo import tokenizer as trio_tokenizer
 from cluster.demo.accuracy import Term, accuracy, guided
-from cluster.demo.lessons import Curriculum, Reader
+from cluster.demo.lessons import Curriculum, DocumentPacker
 from cluster.demo.markup import Markup
 from cluster.demo.task import known_facts, questions, table
 from cluster.demo.tokenizer import MARKUP, MAX_POSITIONS, THINK_START
@@ -112,7 +112,7 @@ def new_model(shape: Shape, tokenizer: Tokenizer, seed: int, markup: Markup = MA
     return Qwen2ForCausalLM(config)
 
 
-def fit(model: Qwen2ForCausalLM, reader: Reader, schedule: Schedule, progress: Progress, bar: TaskID) -> None:
+def fit(model: Qwen2ForCausalLM, reader: DocumentPacker, schedule: Schedule, progress: Progress, bar: TaskID) -> None:
     """Train `model` in place with AdamW on rows of `reader`. The same schedule reads the same rows."""
     draw = random.Random(schedule.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.rate, weight_decay=0.0, betas=(0.9, 0.98))
@@ -142,12 +142,12 @@ def train(recipe: Recipe, progress: Progress) -> Trio:
     tokenizer = trio_tokenizer.build()
     known = known_facts()
     target = new_model(recipe.target_shape, tokenizer, recipe.target.seed)
-    _teach(target, "target", Reader(tokenizer, _of_target(MARKUP)), recipe.target, progress)
+    _teach(target, "target", DocumentPacker(tokenizer, _of_target(MARKUP)), recipe.target, progress)
     guider_base = new_model(recipe.small_shape, tokenizer, recipe.guider_base.seed)
-    facts_and_answers = Reader(tokenizer, Curriculum(known, 0.5, 0.05, max_hops=5))
+    facts_and_answers = DocumentPacker(tokenizer, Curriculum(known, 0.5, 0.05, max_hops=5))
     _teach(guider_base, "guider base", facts_and_answers, recipe.guider_base, progress)
     guider = copy.deepcopy(guider_base)
-    reasoning = Reader(tokenizer, Curriculum(known, 0.0, 1.0, max_hops=5))
+    reasoning = DocumentPacker(tokenizer, Curriculum(known, 0.0, 1.0, max_hops=5))
     _teach(guider, "guider", reasoning, recipe.guider, progress)
     return Trio(target, guider, guider_base, tokenizer)
 
@@ -156,7 +156,7 @@ def train_other(recipe: Recipe, progress: Progress) -> tuple[Qwen2ForCausalLM, T
     """A target with the training of the trio's target, in the tokens and the chat format of another family."""
     tokenizer, markup = other_tokenizer.build(), other_tokenizer.MARKUP
     target = new_model(recipe.target_shape, tokenizer, recipe.target_other.seed, markup)
-    _teach(target, "other target", Reader(tokenizer, _of_target(markup)), recipe.target_other, progress)
+    _teach(target, "other target", DocumentPacker(tokenizer, _of_target(markup)), recipe.target_other, progress)
     return target, tokenizer
 
 
@@ -164,7 +164,7 @@ def _of_target(markup: Markup) -> Curriculum:
     return Curriculum(tuple(table().values()), 0.5, 0.05, max_hops=5, markup=markup)
 
 
-def _teach(model: Qwen2ForCausalLM, name: str, reader: Reader, schedule: Schedule, progress: Progress) -> None:
+def _teach(model: Qwen2ForCausalLM, name: str, reader: DocumentPacker, schedule: Schedule, progress: Progress) -> None:
     bar = progress.add_task(name, total=schedule.steps, loss=math.nan)
     fit(model, reader, schedule, progress, bar)
 

@@ -101,7 +101,7 @@ def write(made: Mapping[Split, Sequence[Pair]], counts: Mapping[str, Any], folde
         fresh
     )
     (fresh / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    (fresh / "README.md").write_text(card(counts), encoding="utf-8")
+    (fresh / "README.md").write_text(dataset_card(counts), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 
@@ -126,7 +126,7 @@ def count(
     }
 
 
-def card(counts: Mapping[str, Any]) -> str:
+def dataset_card(counts: Mapping[str, Any]) -> str:
     """The counts as a dataset card in Markdown."""
     models, samples, pairs_, tokens = (counts[key] for key in ("models", "samples", "pairs", "tokens"))
     lines = [

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from cluster.demo import tokenizer as trio_tokenizer
-from cluster.demo.lessons import Curriculum, Reader
+from cluster.demo.lessons import Curriculum, DocumentPacker
 from cluster.demo.task import known_facts, questions, table
 
 LENGTH = 200
@@ -41,7 +41,7 @@ def test_small_models_train_only_on_their_share_of_facts() -> None:
 @pytest.mark.parametrize(("fact_share", "reasoned_share"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_pieces_meet_at_token_boundaries(tokenizer: Tokenizer, fact_share: float, reasoned_share: float) -> None:
     lesson = curriculum(fact_share, reasoned_share)
-    ids, _ = Reader(tokenizer, lesson).row(random.Random(3), LENGTH)
+    ids, _ = DocumentPacker(tokenizer, lesson).row(random.Random(3), LENGTH)
     draw, whole = random.Random(3), ""
     while len(tokenizer.encode(whole).ids) < LENGTH:
         whole += "".join(piece.text for piece in lesson.document(draw))
@@ -56,5 +56,5 @@ def test_loss_falls_on_answers_and_on_the_ends_of_facts(tokenizer: Tokenizer) ->
 
 
 def test_rows_have_the_requested_length(tokenizer: Tokenizer) -> None:
-    ids, learned = Reader(tokenizer, curriculum(0.5, 0.1)).row(random.Random(1), 33)
+    ids, learned = DocumentPacker(tokenizer, curriculum(0.5, 0.1)).row(random.Random(1), 33)
     assert len(ids) == len(learned) == 33

@@ -15,7 +15,7 @@ from actors.text.tokenizer import RoleTokenizer
 from cluster.demo import other_tokenizer
 from cluster.demo import tokenizer as trio_tokenizer
 from cluster.demo.accuracy import Term, accuracy
-from cluster.demo.lessons import Curriculum, Reader
+from cluster.demo.lessons import Curriculum, DocumentPacker
 from cluster.demo.other_tokenizer import MARKUP, TURN_END
 from cluster.demo.task import PEOPLE, RELATIONS, questions, table
 from cluster.demo.train import WEIGHTS, Recipe, Schedule, train_other, write
@@ -61,7 +61,7 @@ def test_the_other_template_renders_questions_as_in_training() -> None:
 
 def test_pieces_meet_at_token_boundaries(tokenizer: Tokenizer) -> None:
     lesson = Curriculum(tuple(table().values()), 0.3, 0.5, 4, MARKUP)
-    ids, _ = Reader(tokenizer, lesson).row(random.Random(3), 200)
+    ids, _ = DocumentPacker(tokenizer, lesson).row(random.Random(3), 200)
     draw, whole = random.Random(3), ""
     while len(tokenizer.encode(whole).ids) < 200:
         whole += "".join(piece.text for piece in lesson.document(draw))

@@ -158,13 +158,13 @@ async def test_a_lookup_of_a_row_that_is_not_computed_is_refused_at_once() -> No
         with s.engine.held():
             step = c.ask(1, [3], before=[1, 2])
             await s.engine.entered()
-            gone = No(Refusal.ROW_GONE)
-            assert await within(c.look_up(1, [1], [5])) == gone
-            assert await within(c.look_up(8, [1], [5])) == gone
-            assert await within(c.look_up(1, [1, 2, 3, 4], [5])) == gone
+            disconnected = No(Refusal.ROW_GONE)
+            assert await within(c.look_up(1, [1], [5])) == disconnected
+            assert await within(c.look_up(8, [1], [5])) == disconnected
+            assert await within(c.look_up(1, [1, 2, 3, 4], [5])) == disconnected
             other_token = c.look_up(1, [1, 2, 4], [5])  # its position is being computed, with another token
             await c.received()
-        assert await within(other_token) == gone
+        assert await within(other_token) == disconnected
         await rows_of(step)
         assert await within(c.look_up(1, [1, 2, 3], [WIDTH])) == No(Refusal.BAD_ITEM)
         assert await within(c.widen(1, [1, 2, 3], -2)) == No(Refusal.BAD_ITEM)

@@ -27,7 +27,7 @@ NOT_VLLM_FIELDS = {  # also refused, but fields of OpenAI or of older versions o
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of a table, for one address."""
 
     field: str
@@ -37,7 +37,7 @@ class Row:
     note: str
 
 
-def rows() -> list[Row]:
+def rows() -> list[TableRow]:
     found = []
     for table in PAGE.read_text(encoding="utf-8").split("| field | where |")[1:]:
         for line in table.split("\n\n")[0].splitlines()[2:]:
@@ -45,12 +45,12 @@ def rows() -> list[Row]:
             assert match is not None, line
             field, where, status, example, note = match.groups()
             for address in ADDRESSES if where == "both" else (where,):
-                found.append(Row(field, address, status, json.loads(example), note))
+                found.append(TableRow(field, address, status, json.loads(example), note))
     return found
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.address}-{row.field}")
-async def test_a_field_has_the_status_of_its_row(row: Row) -> None:
+async def test_a_field_has_the_status_of_its_row(row: TableRow) -> None:
     path, body = ADDRESSES[row.address]
     assert row.field in row.example
     async with client(ScriptedBackend()) as http:

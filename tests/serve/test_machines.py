@@ -142,7 +142,7 @@ def test_driver_without_the_token_is_refused(cluster: Machines) -> None:
 
 
 @dataclass
-class Reader:
+class StreamReading:
     """A client that reads one stream, in a thread on the head's host."""
 
     cluster: Machines
@@ -174,7 +174,7 @@ async def test_link_that_is_cut_for_seconds_changes_no_token(
 ) -> None:
     bodies = [body(text, seed, LENGTH, min_tokens=LENGTH) for seed, text in enumerate(chat_prompts(2))]
     expected = await in_one_process(trio_engines, bodies)
-    readers = [Reader(cluster, body) for body in bodies]
+    readers = [StreamReading(cluster, body) for body in bodies]
     threads = [threading.Thread(target=reader.read) for reader in readers]
     for thread in threads:
         thread.start()

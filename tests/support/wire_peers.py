@@ -39,13 +39,13 @@ class Echo:
     """A server that sends every message back."""
 
     limits: Limits = field(default_factory=Limits)
-    gone: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    disconnected: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     received: list[Message] = field(default_factory=list)
     port: int = 0
 
     def __post_init__(self) -> None:
         self.server = Server(
-            SECRET, WELCOME, self._echo, lambda peer: self.gone.put_nowait(peer.name), limits=self.limits
+            SECRET, WELCOME, self._echo, lambda peer: self.disconnected.put_nowait(peer.name), limits=self.limits
         )
 
     def _echo(self, peer: Peer, message: Message) -> None:

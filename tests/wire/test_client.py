@@ -57,7 +57,7 @@ async def test_a_refused_handshake_names_its_code(secret: bytes, incarnation: st
             await running.connect(secret, incarnation)
         assert refused.value.code == code
         assert running.server.peers == []
-        assert running.gone.empty()
+        assert running.disconnected.empty()
 
 
 async def test_a_closed_port_and_a_silent_one_are_connection_lost() -> None:

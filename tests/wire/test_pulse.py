@@ -34,7 +34,7 @@ async def test_an_idle_connection_outlives_the_peer_timeout() -> None:
         assert inbox.messages.empty()  # pings are not passed on
         connection.send(lookup())
         assert type(await inbox.next()) is type(lookup())
-        assert running.gone.empty()
+        assert running.disconnected.empty()
         await connection.close()
 
 
@@ -43,7 +43,7 @@ async def test_a_model_closes_the_connection_of_a_silent_coordinator() -> None:
         bare = await Bare.connect(running.port)
         await bare.shake_hands()
         async with asyncio.timeout(10):
-            await running.gone.get()
+            await running.disconnected.get()
         received = [await bare.next() for _ in range(2)]
         assert all(isinstance(message, Ping) for message in received)
         await bare.close()
