@@ -31,7 +31,7 @@ MAY_USE_TORCH = (
     "actors.engine",
     "cluster.demo.train",
     "cluster.demo.accuracy",
-    *(f"cluster.jobs.dpo.{module}" for module in ("events", "scoring", "trainer", "fit")),
+    *(f"cluster.jobs.dpo.{module}" for module in ("event_logprobs", "scoring", "trainer", "fit")),
     "benchmarks",
 )
 MAY_USE_RAY = (

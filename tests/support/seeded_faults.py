@@ -131,8 +131,8 @@ FAULTS = (
     fault(
         "a-lost-cache-is-not-sent-again",
         "actors/coordinator/exchange.py",
-        "stream.held = min(held, stream.held, len(stream) - 1)",
-        "stream.held = min(stream.held, len(stream) - 1)",
+        "stream.lose(min(held, len(stream) - 1))",
+        "stream.lose(len(stream) - 1)",
         "tests/coordinator/test_recovery.py",
     ),
     fault(
@@ -175,8 +175,8 @@ FAULTS = (
     fault(
         "equal-logits-at-the-edge-are-taken-in-any-order",
         "actors/engine/rows.py",
-        "for row in crowded.nonzero().flatten().tolist():",
-        "for row in crowded.nonzero().flatten().tolist()[:0]:",
+        "for row in ambiguous.nonzero().flatten().tolist():",
+        "for row in ambiguous.nonzero().flatten().tolist()[:0]:",
         "tests/engine/test_rows.py",
     ),
     fault(
@@ -219,8 +219,8 @@ FAULTS = (
     fault(
         "a-model-role-is-scaled-down-at-once",
         "actors/serve/autoscaling.py",
-        "min(now, _whole(needed / FEWER_AT))",
-        "min(now, _whole(needed))",
+        "min(now, _rounded_up(needed / FEWER_AT))",
+        "min(now, _rounded_up(needed))",
         "tests/serve/test_autoscaling.py",
     ),
     fault(

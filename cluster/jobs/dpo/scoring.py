@@ -16,7 +16,7 @@ from actors.api.generation import Role
 from actors.config import ModelConfig
 from actors.engine.loader import load_model
 from actors.replica.build import source_of
-from cluster.jobs.dpo.events import Slices, log_events, others
+from cluster.jobs.dpo.event_logprobs import Slices, log_events, others
 from cluster.jobs.dpo.prepared import SIDES
 from cluster.jobs.pairs import SPLITS
 

@@ -21,7 +21,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-from cluster.jobs.dpo.events import Slices, guided_log_probs, log_events
+from cluster.jobs.dpo.event_logprobs import Slices, guided_log_probs, log_events
 from cluster.jobs.dpo.prepared import SIDES
 
 CHUNK = 512  # positions whose full logits are in memory at once

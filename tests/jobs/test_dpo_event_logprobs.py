@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.jobs.dpo.events import Slices, guided_log_probs, log_events, others
+from cluster.jobs.dpo.event_logprobs import Slices, guided_log_probs, log_events, others
 
 ALPHA, ROWS, VOCABULARY = 0.7, 6, 40
 
