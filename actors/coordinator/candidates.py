@@ -20,6 +20,7 @@ from actors.coordinator.session import Early, LogitsRow, VerificationWindow
 from actors.decoding.candidates import Floats, Ids, RowSlice, group_into_blocks
 from actors.decoding.cross_vocab.logprobs import CrossingRows, CrossVocabBlock, RoleRowInput, proposed_tokens
 from actors.text.vocabularies import VocabularyRegistry
+from actors.wire.columns import RowRequest
 from actors.wire.messages import WHOLE
 
 GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base only answers for what the others put forward
@@ -144,7 +145,7 @@ class CandidateCompleter:
                 call_id = self._calls.issue(InflightCall("lookup", row.window, part.role, row=row, lookups=part))
                 part.call_ids.append(call_id)
                 row.lookup_sent()
-                outbox.lookups.append((call_id, active.key, prefix, active.epoch, position, count))
+                outbox.lookups.append(RowRequest(call_id, active.key, prefix, active.epoch, position, count))
             outbox.ids.append(its_ids)
 
 

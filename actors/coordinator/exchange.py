@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
-import numpy as np
-
 from actors.api.generation import Role
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.candidates import GUIDED, CandidateCompleter
@@ -22,7 +20,7 @@ from actors.decoding.cross_vocab.translators import NO_DRAFTS, Alignment, DraftT
 from actors.decoding.hashing import extend_hashes
 from actors.decoding.vocabulary import RequiredLogits, VocabularyMap
 from actors.text.vocabularies import VocabularyRegistry
-from actors.wire.columns import drafted_items
+from actors.wire.columns import NO_IDS, Draft, ExtendItem, RowRequest, drafted_items
 from actors.wire.messages import WHOLE, Drafted, Message, Refused, Rows, Values
 
 
@@ -109,15 +107,21 @@ class Exchange:
         """Let a role read what it will need later. Nobody waits for it: if it fails, the tokens are sent again."""
         stream = active.session.streams[role]
         if tokens := stream.tokens[stream.held :]:
-            prefix, outbox, call_id = (
-                stream.hash_before(stream.held),
-                active.replicas[role].outbox,
-                self._calls.number(),
+            prefix, call_id = stream.hash_before(stream.held), self._calls.number()
+            item = ExtendItem(
+                call_id,
+                active.key,
+                active.age,
+                prefix,
+                active.epoch,
+                stream.held,
+                tokens,
+                rows=0,
+                k=0,
+                required_ids=NO_IDS,
             )
-            item = (call_id, active.key, active.age, prefix, active.epoch, stream.held, len(tokens), 0, 0, 0, 0)
             active.row_histories.pop(role, None)
-            outbox.extends.append(item)
-            outbox.tokens += tokens
+            active.replicas[role].outbox.extends.append(item)
             stream.hold(len(stream))
 
     def widen(self, row: LogitsRow, k: int) -> None:
@@ -146,19 +150,19 @@ class Exchange:
         active = row.window.active
         position, prefix = row.name(role)
         call_id = self._calls.issue(InflightCall("widen", row.window, role, row=row, before=before))
-        active.replicas[role].outbox.widens.append((call_id, active.key, prefix, active.epoch, position, row.k))
+        item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
+        active.replicas[role].outbox.widens.append(item)
 
     def _ask_drafts(self, window: VerificationWindow) -> None:
         """Let the guider append the session's newest tokens and go on by itself."""
         active = window.active
-        request, outbox = active.session.request, active.replicas["guider"].outbox
+        request = active.session.request
         window.hashes["guider"] = [self._begin_role(window, "guider")]
         sampling = request.sampling
-        at, noise = len(outbox.extends), len(active.session.primary)
+        noise = len(active.session.primary)
         # Its noise is that of its own ids: where these are not the target's, the likeliest token is the best guess.
         temperature = 0.0 if self._vocabularies.aligned else sampling.temperature
-        outbox.drafting.append((at, window.wanted, request.seed, noise, temperature, sampling.top_p))
-        self._extend(window, "guider", drafting=True)
+        self._extend(window, "guider", Draft(window.wanted, request.seed, noise, temperature, sampling.top_p))
 
     def _check(self, window: VerificationWindow, guesses: Sequence[int], drafted: Sequence[int] = ()) -> None:
         """The drafts are known: ask for the rows behind them."""
@@ -217,7 +221,7 @@ class Exchange:
             reach = history.reach(reach, last, partial(window.name, "guider"))
         return reach == last and active.session.streams["guider"].held >= last
 
-    def _extend(self, window: VerificationWindow, role: Role, drafting: bool = False) -> None:
+    def _extend(self, window: VerificationWindow, role: Role, draft: Draft | None = None) -> None:
         """Send a role the session's newest tokens and the drafts behind them; ask for the window's rows."""
         active, needed, first = window.active, window.required.get(role), window.first[role]
         stream, tail = active.session.streams[role], window.draft_tokens.get(role, [])
@@ -225,7 +229,7 @@ class Exchange:
         if role in window.oldest:
             history, name_of = active.row_histories.setdefault(role, RowHistory()), partial(window.name, role)
             reach = history.reach(window.oldest[role], end, name_of)
-            fresh = min(reach, max(stream.held, window.oldest[role]), first if drafting else end)
+            fresh = min(reach, max(stream.held, window.oldest[role]), first if draft is not None else end)
             keep = history.kept(fresh, name_of) if fresh <= stream.held else 0
             if fresh == end:  # nothing new to read: the replica has said all
                 window.answered.add(role)
@@ -237,15 +241,14 @@ class Exchange:
         position = min(stream.held, fresh)
         tokens = [*stream.tokens[position : first + 1], *tail]
         k = self._width(window, role)
-        ids = needed.ids if needed is not None else np.zeros(0, np.int32)
+        ids = needed.ids if needed is not None else NO_IDS
         rows = end - fresh
         call_id = self._calls.issue(InflightCall("extend", window, role, required=needed, start=fresh))
         prefix = stream.hash_before(position)
-        outbox = active.replicas[role].outbox
-        item = (call_id, active.key, active.age, prefix, active.epoch, position, len(tokens), rows, k, len(ids), keep)
-        outbox.extends.append(item)
-        outbox.tokens += tokens
-        outbox.required_ids.append(ids)
+        item = ExtendItem(
+            call_id, active.key, active.age, prefix, active.epoch, position, tokens, rows, k, ids, draft, keep
+        )
+        active.replicas[role].outbox.extends.append(item)
 
     def _recall(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
         """Rows before `fresh` are known already."""

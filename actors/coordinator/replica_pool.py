@@ -20,10 +20,10 @@ from actors.api.generation import ROLES, Role
 from actors.config import Deadlines
 from actors.directory import HEARTBEAT_S, Endpoint
 from actors.wire.client import Connection
-from actors.wire.columns import pack_lookups
+from actors.wire.columns import ExtendItem, RowRequest, pack_extends, pack_lookups
 from actors.wire.errors import WireError
 from actors.wire.link import Limits
-from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, I32, WIDEN_ITEM, Extend, Message, Welcome, Widen
+from actors.wire.messages import WIDEN_ITEM, Message, Welcome, Widen
 
 log = logging.getLogger(__name__)
 
@@ -193,47 +193,24 @@ class ReplicaPool:
 class Outbox:
     """Items collected during one turn of a coordinator's loop."""
 
-    extends: list[tuple[int, ...]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    required_ids: list[NDArray[Any]] = field(default_factory=list)
-    drafting: list[tuple[float, ...]] = field(default_factory=list)
+    extends: list[ExtendItem] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
-    lookups: list[tuple[int, ...]] = field(default_factory=list)
-    ids: list[NDArray[Any]] = field(default_factory=list)
-    widens: list[tuple[int, ...]] = field(default_factory=list)
+    lookups: list[RowRequest] = field(default_factory=list)
+    ids: list[NDArray[Any]] = field(default_factory=list)  # of the lookups, one after another
+    widens: list[RowRequest] = field(default_factory=list)
 
     def take(self, width: int) -> list[Message]:
         """The frames to send now, in order; the outbox is empty afterwards. width: of the model's rows."""
         messages: list[Message] = []
-        if not (self.extends or self.released or self.lookups or self.widens):
-            return messages
         if self.extends or self.released:
-            items, drafting = np.array(self.extends, EXTEND_ITEM), np.array(self.drafting, DRAFT_ITEM)
-            released = np.array(self.released, "<u8")
-            messages.append(Extend(items, np.array(self.tokens, I32), _joined(self.required_ids), released, drafting))
+            messages.append(pack_extends(self.extends, self.released))
         if self.lookups:
-            messages.append(pack_lookups(self.lookups, _joined(self.ids), width))
+            messages.append(pack_lookups(self.lookups, np.concatenate(self.ids), width))
         if self.widens:
             messages.append(Widen(np.array(self.widens, WIDEN_ITEM)))
-        columns = (
-            self.extends,
-            self.tokens,
-            self.required_ids,
-            self.drafting,
-            self.released,
-            self.lookups,
-            self.ids,
-            self.widens,
-        )
-        for column in columns:
-            column.clear()
+        if messages:
+            self.extends, self.released, self.lookups, self.ids, self.widens = [], [], [], [], []
         return messages
-
-
-def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    if len(arrays) == 1:
-        return arrays[0].astype(I32, copy=False)
-    return np.concatenate(arrays).astype(I32, copy=False) if arrays else np.zeros(0, I32)
 
 
 _SMOOTHING = 0.2  # weight of the newest forward in a running mean

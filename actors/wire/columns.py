@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from actors.wire.ids import join_ids, split_ids
 from actors.wire.messages import (
+    DRAFT_ITEM,
+    EXTEND_ITEM,
     I32,
     LOOKUP_ITEM,
     Drafted,
@@ -20,7 +23,7 @@ from actors.wire.messages import (
     Widen,
 )
 
-_NO_IDS: NDArray[np.int32] = np.zeros(0, I32)
+NO_IDS: NDArray[np.int32] = np.zeros(0, I32)
 
 
 class Draft(NamedTuple):
@@ -61,6 +64,22 @@ class RowRequest(NamedTuple):
     size: int
 
 
+def pack_extends(items: Sequence[ExtendItem], released: Sequence[int]) -> Extend:
+    """An `Extend` of these items. released: sessions that are over."""
+    table = [
+        (call_id, session, age, prefix, epoch, position, len(tokens), rows, k, len(ids), keep)
+        for call_id, session, age, prefix, epoch, position, tokens, rows, k, ids, _, keep in items
+    ]
+    drafting = [(place, *item.draft) for place, item in enumerate(items) if item.draft is not None]
+    return Extend(
+        np.array(table, EXTEND_ITEM),
+        np.array(list(chain.from_iterable([item.tokens for item in items])), I32),
+        np.concatenate([NO_IDS, *(item.required_ids for item in items)]),
+        np.array(released, "<u8"),
+        np.array(drafting, DRAFT_ITEM),
+    )
+
+
 def extend_items(message: Extend) -> list[ExtendItem]:
     """The items of an `Extend`. Raises ProtocolError if counts and columns do not fit."""
     all_tokens, all_ids, drafts = message.tokens.tolist(), message.required_ids, _drafts(message)
@@ -71,7 +90,7 @@ def extend_items(message: Extend) -> list[ExtendItem]:
         if min(count, rows, ids, keep) < 0:
             raise ProtocolError("Extend.items has a negative count")
         tokens = all_tokens[token : token + count]
-        required_ids = all_ids[required : required + ids] if ids else _NO_IDS
+        required_ids = all_ids[required : required + ids] if ids else NO_IDS
         draft = drafts.get(place)
         items.append(
             ExtendItem(call_id, session, age, prefix, epoch, position, tokens, rows, k, required_ids, draft, keep)
