@@ -1,8 +1,7 @@
-"""From what models said of rows to their candidates, and what is asked of which role until every candidate is known.
+"""Joins the top-k slices of a row into its candidates, and looks up the logits that a role's slice lacks.
 
-The small models usually answer first: the guider's ids are looked up in the target while it still computes (a lookup
-waits for its row). When both have answered, every role is asked for the candidates that it lacks. What rows of one
-shape need is done for all of them at once.
+Once target and guider have answered, each role is sent one lookup of the candidates that it did not propose. Rows of
+equal shape are joined together.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.coordinator.inflight import InflightCall, InflightCalls, Lookups
-from actors.coordinator.session import Early, LogitsRow, VerificationWindow
+from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.decoding.candidates import Floats, Ids, RowSlice, group_into_blocks
 from actors.decoding.cross_vocab.logprobs import CrossingRows, CrossVocabBlock, RoleRowInput, proposed_tokens
 from actors.text.vocabularies import VocabularyRegistry
@@ -37,9 +36,7 @@ class CandidateCompleter:
         """Some of these rows may have what makes their candidates."""
         open_rows = [row for row in rows if row.block is None]
         self._propose(open_rows)
-        joining = [row for row in open_rows if row.can_be_completed]
-        self._ask_early([row for row in open_rows if not row.can_be_completed])
-        self._join(joining)
+        self._join([row for row in open_rows if row.can_be_completed])
 
     def look_up_crossing_rows(self, windows: Iterable[VerificationWindow]) -> None:
         """Ask the small models what earlier rows say of tokens that straddle the text's end so far."""
@@ -108,30 +105,6 @@ class CandidateCompleter:
                     ascending = theirs.ascending
                 self._look_up(Lookups(role, members, at_rows, places, partial(block.fill, role)), ids, ascending)
 
-    def _ask_early(self, rows: Sequence[LogitsRow]) -> None:
-        """The guider has answered before the target: look its ids up in the target, which still computes."""
-        shapes: dict[tuple[object, ...], list[LogitsRow]] = {}
-        for row in rows:
-            there = row.proposed is not None if row.window.aligned else "guider" in row.slices
-            if row.window.guided and row.early is None and row.k == self._k and there:
-                required = row.window.required["target"]
-                shape = row.window.aligned, len(_offered(row).ids), required.events.tobytes()
-                shapes.setdefault(shape, []).append(row)
-        for members in shapes.values():
-            aligned, active = members[0].window.aligned, members[0].window.active
-            ids = np.stack([_offered(row).ids for row in members])
-            theirs = self._vocabularies.plain_map(active.primary, "target")
-            asked = (ids >= 0) & (theirs.to_role[ids] >= 0)
-            for event in members[0].window.required["target"].events.tolist():
-                asked &= ids != event
-            early = Early(asked, np.full(ids.shape, np.nan))
-            for at, row in enumerate(members):
-                row.early, row.early_at = early, at
-            at_rows, slots = np.nonzero(asked)
-            ascending = not aligned and self._vocabularies.plain_map(active.primary, "guider").ascending
-            lookups = Lookups("target", members, at_rows, slots, partial(_fill_early, members, early))
-            self._look_up(lookups, theirs.to_role[ids[at_rows, slots]], ascending)
-
     def _look_up(self, lookups: Lookups, ids: Ids, ascending: bool = True) -> None:
         """Ask for ids, row after row; unless they are ascending within each row, they are sorted first."""
         if not len(ids):
@@ -150,21 +123,6 @@ class CandidateCompleter:
 
 
 _NO_MAP = np.zeros(0, np.int64)
-
-
-def _offered(row: LogitsRow) -> RowSlice:
-    """What the guider puts forward."""
-    return row.slices["guider"] if row.proposed is None else row.proposed
-
-
-def _fill_early(rows: Sequence[LogitsRow], early: Early, at: Ids, places: Ids, values: NDArray[Any]) -> None:
-    """The target's logits at ids that the guider put forward."""
-    early.values[at, places] = values
-    for number in np.unique(at).tolist():
-        row = rows[number]
-        if row.block is not None and row.early is early:  # it was joined meanwhile
-            mine = at == number
-            row.block.early(row.at, places[mine], values[mine])
 
 
 def _fill_crossing(values: Floats, at: Ids, places: Ids, news: NDArray[Any]) -> None:

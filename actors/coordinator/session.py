@@ -6,14 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from actors.api.generation import Generate, PromptNote, Role
 from actors.coordinator.output import EventQueue
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.states import ROW_TRANSITIONS, SESSION_TRANSITIONS, RowStage, SessionState, transition
-from actors.decoding.candidates import CandidateBlock, Floats, RowProposal, RowSlice
+from actors.decoding.candidates import CandidateBlock, RowProposal, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
 from actors.decoding.decision import Decisions
@@ -203,17 +200,6 @@ class PromptScoring:
         return bool(small) and all(1 <= read <= active.limit(role) for role, read in small)
 
 
-@dataclass(slots=True, eq=False)
-class Early:
-    """What was asked of the target about several rows before it answered, by the guider's slices.
-
-    asked [B, k]: which ids. values [B, k]: NaN where the answer is on its way.
-    """
-
-    asked: NDArray[np.bool_]
-    values: Floats
-
-
 class LogitsRow:
     """One row of a window on its way to a token."""
 
@@ -222,8 +208,6 @@ class LogitsRow:
         "audited",
         "block",
         "crossing",
-        "early",
-        "early_at",
         "index",
         "k",
         "lookups",
@@ -240,8 +224,6 @@ class LogitsRow:
         self.slices: dict[Role, RowSlice] = {}
         self.crossing: dict[Role, CrossingRows] = {}  # by small role of another family, where earlier rows have a say
         self.proposed: RowSlice | None = None  # what a guider of another family puts forward, in the target's ids
-        self.early: Early | None = None
-        self.early_at = 0
         self.block: CandidateBlock | None = None  # once its candidates are known
         self.at = 0  # which row of the block it is
         self.lookups = 0  # on their way
@@ -311,10 +293,7 @@ class LogitsRow:
         if self.window.aligned:  # small models speak through their events
             offered: dict[Role, RowSlice] = {"target": slices["target"]}
             slices = offered if self.proposed is None else offered | {"guider": self.proposed}
-        if self.early is None:
-            return RowProposal(self.window.required, slices)
-        values, asked = self.early.values[self.early_at], self.early.asked[self.early_at]
-        return RowProposal(self.window.required, slices, values, asked)
+        return RowProposal(self.window.required, slices)
 
     def extend_again(self, role: Role) -> None:
         """A role computes it again: forget its slice and the candidates."""
@@ -329,7 +308,7 @@ class LogitsRow:
         self._forget_candidates()
 
     def _forget_candidates(self) -> None:
-        self.block, self.early, self.proposed, self.lookups = None, None, None, 0
+        self.block, self.proposed, self.lookups = None, None, 0
 
 
 @dataclass(slots=True, eq=False)

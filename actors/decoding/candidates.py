@@ -33,22 +33,16 @@ class RowSlice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowProposal:
-    """One row's part of a block: the logits that it requires and the slices received so far.
-
-    early [k]: the target's logits at the guider's ids, looked up before the target answered; NaN while a lookup is in
-    flight. asked [k]: True for the ids that were looked up.
-    """
+    """One row's part of a block: the logits that it requires and the slices received so far."""
 
     required: Mapping[Role, RequiredLogits]
     slices: Mapping[Role, RowSlice]
-    early: Floats | None = None
-    asked: NDArray[np.bool_] | None = None
 
     @property
     def shape(self) -> tuple[object, ...]:
         """Key by which rows are grouped: a block holds rows of equal shape."""
         kinds = [(role, len(needed.events), role in self.slices) for role, needed in self.required.items()]
-        return (*kinds, *(len(part.ids) for part in self.slices.values()), self.early is None)
+        return (*kinds, *(len(part.ids) for part in self.slices.values()))
 
 
 class CandidateBlock:
@@ -76,8 +70,6 @@ class CandidateBlock:
         self._lacking = {role: self._all_candidates() for role in self._roles}
         self._values = {role: np.full((len(rows), self.width + 1), np.nan) for role in self._roles}
         self.logsumexp = {role: np.zeros(len(rows)) for role in self._roles}
-        if first.early is not None:
-            self._store_early_lookups(rows)
         for role in self._roles:
             self._mark_answered(role)
             if role in first.slices:
@@ -101,10 +93,6 @@ class CandidateBlock:
         """Store the answer of a role that proposes no candidates, if it came after the block was made."""
         self.logsumexp[role][row] = part.logsumexp
         self._values[role][row, self._places[row, self._columns["events", role]]] = part.folded
-
-    def early(self, row: int, slots: Ids, values: NDArray[Any]) -> None:
-        """Store late answers to early lookups: the target's logits at `slots` of the guider's slice."""
-        self._values["target"][row, self._places[row, self._columns["slice", "guider"]][slots]] = values
 
     def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
         """Rows [n], places [n] and the role's ids [n] of the candidates whose logits must be looked up in a role.
@@ -144,13 +132,6 @@ class CandidateBlock:
             np.put_along_axis(out, self._places[:, self._columns["events", role]], folded, 1)
         self.logsumexp[role][:] = [part.logsumexp for part in parts]
         out[:, -1] = np.nan
-
-    def _store_early_lookups(self, rows: Sequence[RowProposal]) -> None:
-        asked = _stacked([row.asked for row in rows if row.asked is not None])
-        values = _stacked([row.early for row in rows if row.early is not None])
-        places = np.where(asked, self._places[:, self._columns["slice", "guider"]], self.width)
-        np.put_along_axis(self._values["target"], places, values, 1)
-        np.put_along_axis(self._lacking["target"], places, False, 1)
 
 
 def group_into_blocks(

@@ -27,27 +27,20 @@ def part(draw: np.random.Generator, k: int, events: int) -> RowSlice:
     return RowSlice(ids, draw.normal(size=k).astype(np.float32), draw.normal(size=events), float(draw.normal()))
 
 
-def guided(draw: np.random.Generator, with_base: bool, early: bool) -> RowProposal:
-    """A row with the answers of target and guider, and optionally of the base and of early lookups."""
+def guided(draw: np.random.Generator, with_base: bool) -> RowProposal:
+    """A row with the answers of target and guider, and optionally of the base."""
     k, events = int(draw.integers(1, 12)), int(draw.integers(1, 3))
     chosen = draw.choice(IDS, events, replace=False).tolist()
     slices: dict[Role, RowSlice] = {"target": part(draw, k, events), "guider": part(draw, k, events)}
     if with_base:
         slices["guider_base"] = RowSlice(np.zeros(0, np.int64), np.zeros(0), draw.normal(size=events), 0.25)
     required: dict[Role, RequiredLogits] = {role: needed(chosen) for role in ("target", "guider", "guider_base")}
-    if not early:
-        return RowProposal(required, slices)
-    ids = slices["guider"].ids
-    asked = (ids >= 0) & ~np.isin(ids, chosen)
-    values = np.where(asked, draw.normal(size=k), np.nan)
-    own = {int(i): float(z) for i, z in zip(slices["target"].ids, slices["target"].logits, strict=True)}
-    values = np.array([own.get(int(i), v) if a else v for i, v, a in zip(ids, values, asked, strict=True)])
-    return RowProposal(required, slices, values, asked)
+    return RowProposal(required, slices)
 
 
 def many(seed: int, count: int = 17) -> list[RowProposal]:
     draw = np.random.default_rng(seed)
-    return [guided(draw, bool(draw.random() < 0.5), bool(draw.random() < 0.5)) for _ in range(count)]
+    return [guided(draw, bool(draw.random() < 0.5)) for _ in range(count)]
 
 
 def proposed(row: RowProposal) -> list[int]:
@@ -56,11 +49,8 @@ def proposed(row: RowProposal) -> list[int]:
 
 
 def received(row: RowProposal, role: Role) -> dict[int, float]:
-    """By brute force: a role's logits by id, from early lookups, then its slice, then events."""
+    """By brute force: a role's logits by id, from its slice, then from events."""
     found: dict[int, float] = {}
-    if role == "target" and row.early is not None and row.asked is not None:
-        asked = zip(row.slices["guider"].ids, row.early, row.asked, strict=True)
-        found |= {int(i): float(z) for i, z, is_asked in asked if is_asked}
     if role in row.slices:
         mine = row.slices[role]
         found |= {int(i): float(z) for i, z in zip(mine.ids, mine.logits, strict=True) if i >= 0}
@@ -111,7 +101,7 @@ def test_other_rows_change_neither_candidates_nor_values(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_logit_of_a_slice_event_or_early_lookup_is_looked_up(seed: int) -> None:
+def test_no_logit_of_a_slice_or_event_is_looked_up(seed: int) -> None:
     rows = many(seed)
     found = each(rows)
     for block, numbers in group_into_blocks(rows):
@@ -134,7 +124,7 @@ def test_ids_that_a_role_lacks_are_not_looked_up() -> None:
 
 def test_a_late_answer_of_the_base_leaves_the_same_values() -> None:
     draw = np.random.default_rng(0)
-    whole = guided(draw, with_base=True, early=False)
+    whole = guided(draw, with_base=True)
     base = whole.slices["guider_base"]
     late = RowProposal(whole.required, {role: part for role, part in whole.slices.items() if role != "guider_base"})
     block, at_once = CandidateBlock([late]), CandidateBlock([whole])
@@ -146,21 +136,6 @@ def test_a_late_answer_of_the_base_leaves_the_same_values() -> None:
         == at_once.missing_logits("guider_base", EVERY_ID)[2].tolist()
     )
     assert block.logsumexp["guider_base"][0] == base.logsumexp
-
-
-def test_late_answers_to_early_lookups_leave_the_same_values() -> None:
-    draw = np.random.default_rng(3)
-    whole = guided(draw, with_base=True, early=True)
-    assert whole.early is not None
-    assert whole.asked is not None
-    pending = RowProposal(whole.required, whole.slices, np.full_like(whole.early, np.nan), whole.asked)
-    block, at_once = CandidateBlock([pending]), CandidateBlock([whole])
-    assert (
-        block.missing_logits("target", EVERY_ID)[2].tolist() == at_once.missing_logits("target", EVERY_ID)[2].tolist()
-    )
-    slots = np.flatnonzero(whole.asked)
-    block.early(0, slots, whole.early[slots])
-    assert table(block, 0, "target") == table(at_once, 0, "target")
 
 
 def test_folded_events_stand_above_the_slice() -> None:
