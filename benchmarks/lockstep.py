@@ -1,7 +1,7 @@
-"""Guided decoding without sockets: the coordinator's exchange and decisions, and models that answer at once.
+"""Guided decoding without sockets: the coordinator's exchange and verification, and replicas that answer at once.
 
-Everything that is said passes through the wire's own messages, so its bytes are those of the service. Sessions go in
-step, and every row can be held against the whole rows that it was decided from.
+Requests and replies are encoded as on the wire, so their bytes are those of the service. Sessions decode in lockstep,
+and every row can be compared with the whole rows from which it was decided.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ORDER: tuple[Role, ...] = ("guider", "guider_base", "target")  # the small mode
 
 
 class StandIn:
-    """A model replica that answers at once. bytes: of all frames in both directions, framing included."""
+    """A model replica that answers at once. bytes: size of all frames in both directions, framing included."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -48,11 +48,11 @@ class StandIn:
         self.bytes = 0
 
     def send(self, *messages: Message) -> None:
-        """What the engine's side says (`actors.wire.replies.Recipient`)."""
+        """Collect the replica's replies (`actors.wire.replies.Recipient`)."""
         self._outgoing += map(self._carried, messages)
 
     def answer(self, messages: Sequence[Message]) -> list[Message]:
-        """The replies to what a coordinator says."""
+        """Replies to a coordinator's messages."""
         for message in map(self._carried, messages):
             match message:
                 case Extend():
@@ -79,7 +79,7 @@ class StandIn:
 
 
 class _Neighbour(Replica):
-    """A replica that is reached without a connection."""
+    """A replica without a connection."""
 
     def __init__(self, role: Role, engine: Engine) -> None:
         super().__init__(Endpoint(role, "", 0, incarnation=role))
@@ -93,7 +93,7 @@ class _Neighbour(Replica):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What became of one row: decided from slices of k alone, and after all widening; both are batches of one row."""
+    """Decisions of one row, from slices of k alone and after all widening; both are batches of one row."""
 
     narrow: Decisions
     final: Decisions
@@ -153,7 +153,7 @@ class Lockstep:
         return row_decisions
 
     def commit(self, active: ActiveSession, step: Step) -> None:
-        """Take a step's token."""
+        """Commit the token of a step."""
         assert active.window is not None
         active.session.commit(step.chosen.token, active.alpha(), step.chosen.changed)
         active.window.settle()
@@ -165,7 +165,7 @@ class Lockstep:
             self._engines[role].close(active.key)
 
     def whole(self, active: ActiveSession) -> Floats:
-        """[primary width]: the combined logits of the row that is held, by plain arithmetic on whole rows."""
+        """Combined logits [primary width] of the held row, computed from whole rows."""
         primary = active.primary
         rows = {role: self._read(active, role) for role in self._engines}
         with np.errstate(invalid="ignore"):
@@ -175,7 +175,7 @@ class Lockstep:
         return np.where(np.isnan(combined), -np.inf, combined)
 
     def _read(self, active: ActiveSession, role: Role) -> Floats:
-        """[primary width]: a role's held row at the primary's ids, NaN where it has none."""
+        """A role's held row [primary width] at the primary's ids; NaN where the role has no such id."""
         mapping = self._vocabularies.plain_map(active.primary, role)
         row = self._engines[role].whole([active.key])[-1].astype(np.float64)
         theirs = mapping.to_role
@@ -185,7 +185,7 @@ class Lockstep:
         return own
 
     def _settle(self) -> None:
-        """Carry messages until the row in flight is complete."""
+        """Deliver messages until the row in flight is complete."""
         while True:
             silent = True
             for role in _ORDER:
@@ -193,7 +193,7 @@ class Lockstep:
                 messages = replica.outbox.take(replica.welcome.width)
                 silent = silent and not messages
                 answers = self._stand_ins[role].answer(messages)
-                faults = self._exchange.absorb((replica, answer) for answer in answers)
+                faults = self._exchange.receive((replica, answer) for answer in answers)
                 assert not faults, faults
                 self._exchange.advance()
             if silent:

@@ -1,13 +1,13 @@
-"""Who waits for a place, who gets the next one, and who is turned away. Plain: without sockets, its clock is given.
+"""Admission queue: fair scheduling across clients, parking, back-pressure. Uses no sockets, and a clock that is passed.
 
-A session is admitted when each model that it needs now has room for its prompt and some growth; what has begun and
-lost its cache, or found none, waits for the same room (it is parked) and comes before whoever has not begun. The
-oldest session is never parked, so something always progresses.
+A session is admitted when every model that it needs has cache room for its prompt and some growth. An admitted session
+whose cache was evicted or refused is parked: it waits for the same room, ahead of all queued sessions. The oldest
+session is never held back, so at least one session always progresses.
 
-Clients take turns: whoever waits is admitted round-robin over clients, each client's own in order of arrival. When
-the queue is full, a newcomer displaces the youngest waiting session of the client that has most of them, if that client
-still has no fewer than the newcomer's afterwards. Shares of the queue thus only become more equal, and one client alone
-meets a plain bounded queue.
+Sessions are admitted round-robin over clients, and in order of arrival for each client. When the queue is full, a new
+session displaces the youngest one of the client with most queued sessions, if that client then still has at least as
+many as the new session's client. So shares of the queue only become more equal, and for a single client the queue is a
+plain bounded one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from actors.coordinator.request_checks import too_long
 from actors.coordinator.session import ActiveSession, CacheWait
 from actors.coordinator.states import SessionState
 
-SHORTEST_S, LONGEST_S = 1.0, 60.0  # what a client is told to wait
-_SMOOTHING = 0.1  # weight of the newest session in how long they take
+SHORTEST_S, LONGEST_S = 1.0, 60.0  # bounds of Retry-After
+_SMOOTHING = 0.1  # weight of the newest session in the moving average of durations
 
 
 class FairQueue:
-    """Sessions by client: those of one client in order of arrival, the clients in turn."""
+    """Queued sessions, served round-robin over clients and in order of arrival for each client."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[str, deque[ActiveSession]] = OrderedDict()  # the next one first
+        self._clients: OrderedDict[str, deque[ActiveSession]] = OrderedDict()  # the client that is next comes first
 
     def __len__(self) -> int:
         return sum(map(len, self._clients.values()))
@@ -42,70 +42,70 @@ class FairQueue:
         return (active for waiting in self._clients.values() for active in waiting)
 
     def push(self, active: ActiveSession) -> None:
-        """Let a session wait."""
+        """Append a session to its client's queue."""
         self._clients.setdefault(active.client, deque()).append(active)
 
     def head(self) -> ActiveSession | None:
-        """Whose turn it is."""
+        """The session that is admitted next; None if the queue is empty."""
         return next(iter(self), None)
 
     def pop(self) -> ActiveSession:
-        """Take the head; its client's next turn comes after everybody else's."""
+        """Remove and return the head. Its client becomes the last one."""
         client, waiting = next(iter(self._clients.items()))
         active = waiting.popleft()
         self._clients.move_to_end(client)
-        self._tidy(client)
+        self._drop_if_empty(client)
         return active
 
     def remove(self, active: ActiveSession) -> None:
-        """Forget a session; one that does not wait is ignored."""
+        """Remove a session, if it is queued."""
         waiting = self._clients.get(active.client, deque())
         if active in waiting:
             waiting.remove(active)
-            self._tidy(active.client)
+            self._drop_if_empty(active.client)
 
     def displaced_by(self, client: str) -> ActiveSession | None:
-        """Who makes way for a newcomer of this client; None if nobody waits more than one session more often."""
+        """Session that makes way for one of this client; None if no client has at least two more queued sessions."""
         most = max(self._clients.values(), key=len, default=deque[ActiveSession]())
         return most[-1] if len(most) >= len(self._clients.get(client, ())) + 2 else None
 
-    def _tidy(self, client: str) -> None:
+    def _drop_if_empty(self, client: str) -> None:
         if not self._clients[client]:
             del self._clients[client]
 
 
 class WaitTimeEstimator:
-    """How fast places come free, by Little's law: sessions that run, over the time that one takes."""
+    """Estimates how soon sessions end, by Little's law: running sessions over the mean duration of one."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._began: dict[int, float] = {}  # by session
-        self._takes_s: float | None = None
+        self._began: dict[int, float] = {}  # by session key
+        self._duration_s: float | None = None
 
     def began(self, active: ActiveSession) -> None:
-        """A session was admitted."""
+        """Record that a session was admitted."""
         self._began[active.key] = self._clock()
 
     def ended(self, active: ActiveSession) -> None:
-        """A session is over; one that never ran is ignored."""
+        """Record that a session ended; ignored if it was never admitted."""
         began = self._began.pop(active.key, None)
         if began is not None:
-            took = self._clock() - began
-            self._takes_s = took if self._takes_s is None else self._takes_s + _SMOOTHING * (took - self._takes_s)
+            lasted, mean = self._clock() - began, self._duration_s
+            self._duration_s = lasted if mean is None else mean + _SMOOTHING * (lasted - mean)
 
     def wait_s(self, ahead: int) -> float:
-        """Seconds in which about so many sessions end, between the shortest and the longest that is told."""
+        """Seconds until about `ahead` sessions have ended, between SHORTEST_S and LONGEST_S."""
         now, running = self._clock(), len(self._began)
-        takes_s = self._takes_s
-        if takes_s is None:  # none has ended yet: they take at least as long as the oldest has
-            takes_s = now - min(self._began.values(), default=now)
-        return min(max(takes_s * ahead / max(1, running), SHORTEST_S), LONGEST_S)
+        duration_s = self._duration_s
+        if duration_s is None:  # none has ended yet: they take at least as long as the oldest one so far
+            duration_s = now - min(self._began.values(), default=now)
+        return min(max(duration_s * ahead / max(1, running), SHORTEST_S), LONGEST_S)
 
 
 class AdmissionQueue:
-    """The sessions of one coordinator that have no place.
+    """Sessions of one coordinator that wait: queued ones, resumed ones, and admitted ones that are parked.
 
-    active_sessions: those that have one. candidates: the replicas that a session of a role may go to; none if no
+    active_sessions: returns the admitted sessions. candidates: returns the replicas that may serve a role; none if no
     replica of the role is connected.
     """
 
@@ -120,7 +120,7 @@ class AdmissionQueue:
         self._budget = CacheBudget(active_sessions)
         self._wait_time = WaitTimeEstimator(clock)
         self._queue = FairQueue()
-        self._resumed: list[ActiveSession] = []  # moved here from another coordinator
+        self._resumed: list[ActiveSession] = []  # from another coordinator, oldest first
         self._room_may_be_free = self._head_blocked = False
         self._next_pause_end = math.inf
 
@@ -133,11 +133,11 @@ class AdmissionQueue:
 
     @property
     def parked(self) -> int:
-        """Sessions that have begun and wait for room."""
+        """Number of admitted sessions that wait for room in a cache."""
         return sum(active.state == SessionState.PARKED for active in self._active())
 
     def refusal(self, request: Generate) -> Rejected | None:
-        """Why one more session cannot wait; None if it can, or another makes way for it."""
+        """Why a request cannot be queued; None if it can, or if another session makes way for it."""
         caches = {
             role: max((replica.welcome.cache_tokens for replica in self._candidates(role)), default=None)
             for role in request.prompts
@@ -149,24 +149,24 @@ class AdmissionQueue:
         return self._overloaded()
 
     def _overloaded(self) -> Rejected:
-        again = self._wait_time.wait_s(1 + len(self))
-        return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=again)
+        wait_s = self._wait_time.wait_s(1 + len(self))
+        return Rejected("overloaded", "too many requests are waiting; try again later", retry_after_s=wait_s)
 
     def add(self, active: ActiveSession) -> None:
-        """Let a session wait. If the queue is full, another is turned away for it."""
+        """Queue a session. If the queue is full, another session is rejected for it."""
         self._room_may_be_free = True
         if active.resumed:
             self._resumed.append(active)
             self._resumed.sort(key=lambda each: each.age)
             return
-        out = self._queue.displaced_by(active.client) if self._full else None
-        if out is not None:
-            self._queue.remove(out)
-            out.events.emit(self._overloaded())
+        displaced = self._queue.displaced_by(active.client) if self._full else None
+        if displaced is not None:
+            self._queue.remove(displaced)
+            displaced.events.emit(self._overloaded())
         self._queue.push(active)
 
     def remove(self, active: ActiveSession) -> None:
-        """A session is over, whether it waited, ran or was parked."""
+        """Forget a session that has ended, in whatever state it was."""
         self._queue.remove(active)
         if active in self._resumed:
             self._resumed.remove(active)
@@ -174,19 +174,20 @@ class AdmissionQueue:
         self._room_may_be_free = True
 
     def park(self, active: ActiveSession, role: Role, pause_s: float, resume: Callable[[], None]) -> None:
-        """A session lacks its cache at a model. `admit` calls `resume` after the pause, once there is room."""
+        """Park a session without cache room for a role. `admit` calls `resume` after the pause, once there is room."""
         active.park(role, CacheWait(self._clock() + pause_s, resume))
         self._room_may_be_free = True
 
     def tick(self) -> None:
-        """Half a second is over."""
-        self._budget.note()
+        """Look at the caches again. Call every half second."""
+        self._budget.record()
         self._room_may_be_free = True
 
     def admit(self, roles: Callable[[ActiveSession], Sequence[Role]]) -> Iterator[ActiveSession]:
-        """Let go on who can: parked sessions, oldest first, then resumed ones, then new ones, clients in turn.
+        """Resume parked sessions, oldest first; then yield resumed and queued sessions that can be admitted.
 
-        roles: that a session needs now. Who begins is bound to a replica of each, but for roles that nobody plays.
+        roles: returns the roles that a session needs. An admitted session is bound to a replica of each role that has
+        one.
         """
         if not (self._room_may_be_free or self._clock() >= self._next_pause_end):
             return
@@ -204,7 +205,7 @@ class AdmissionQueue:
                 self._resumed.remove(active)
             else:
                 self._queue.pop()
-                active.age = time.time_ns()  # who is older evicts, and waiting earns nobody that
+                active.age = time.time_ns()  # older sessions evict younger ones; time in the queue gives no such right
             for role, replica in places.items():
                 active.bind(role, replica)
                 snapshot.take(active, role, replica)
@@ -224,7 +225,7 @@ class AdmissionQueue:
     def _places(
         self, active: ActiveSession, roles: Sequence[Role], snapshot: CacheSnapshot
     ) -> dict[Role, Replica] | None:
-        """Where a session goes; None if some role has no room."""
+        """A replica with room for each role; None if a role has replicas, but none with room."""
         places = {}
         for role in roles:
             if candidates := self._candidates(role):
@@ -235,7 +236,7 @@ class AdmissionQueue:
         return places
 
     def _unpark(self, snapshot: CacheSnapshot) -> None:
-        """Let parked sessions go on that find room, oldest first; where one waits, no younger one overtakes it."""
+        """Resume parked sessions that fit, oldest first. Where one still waits, no younger session is let in."""
         now, oldest = self._clock(), min(self._active(), key=lambda active: active.age, default=None)
         waits = [(active, role, wait) for active in self._active() for role, wait in active.cache_waits.items()]
         for active, role, wait in sorted(waits, key=lambda each: each[0].age):

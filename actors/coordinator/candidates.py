@@ -22,39 +22,39 @@ from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.columns import RowRequest
 from actors.wire.messages import WHOLE
 
-GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base only answers for what the others put forward
+GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base proposes no candidates
 SMALL: tuple[Role, ...] = GUIDED[1:]
 
 
 class CandidateCompleter:
-    """Asks for what rows lack. k: of slices that were not widened."""
+    """Joins candidates, and looks up missing logits. k: width of slices before any widening."""
 
     def __init__(self, k: int, vocabularies: VocabularyRegistry, call_ids: InflightCalls) -> None:
         self._k, self._vocabularies, self._calls = k, vocabularies, call_ids
 
     def advance(self, rows: Iterable[LogitsRow]) -> None:
-        """Some of these rows may have what makes their candidates."""
-        open_rows = [row for row in rows if row.block is None]
-        self._propose(open_rows)
-        self._join([row for row in open_rows if row.can_be_completed])
+        """Join the candidates of those of the rows that have been answered."""
+        unjoined = [row for row in rows if row.block is None]
+        self._propose(unjoined)
+        self._join([row for row in unjoined if row.can_be_completed])
 
     def look_up_crossing_rows(self, windows: Iterable[VerificationWindow]) -> None:
-        """Ask the small models what earlier rows say of tokens that straddle the text's end so far."""
+        """Look up boundary-crossing tokens in earlier rows of the small models."""
         waiting = [row for window in windows for row in window.rows[window.next :] if row.crossing]
         for role in SMALL:
-            asked = [(row, each) for row in waiting if (each := row.crossing.get(role)) is not None and each.rows]
-            if not asked:
+            pending = [(row, each) for row in waiting if (each := row.crossing.get(role)) is not None and each.rows]
+            if not pending:
                 continue
-            offsets = np.cumsum([0] + [each.rows for _, each in asked]).tolist()
-            at = np.concatenate([each.at + offset for (_, each), offset in zip(asked, offsets, strict=False)])
-            rows = [row for row, each in asked for _ in range(each.rows)]
-            positions = [each.boundaries.first - 1 + number for _, each in asked for number in range(each.rows)]
-            values = CrossingRows.share_values([each for _, each in asked])
+            offsets = np.cumsum([0] + [each.rows for _, each in pending]).tolist()
+            at = np.concatenate([each.at + offset for (_, each), offset in zip(pending, offsets, strict=False)])
+            rows = [row for row, each in pending for _ in range(each.rows)]
+            positions = [each.boundaries.first - 1 + number for _, each in pending for number in range(each.rows)]
+            values = CrossingRows.share_values([each for _, each in pending])
             lookups = Lookups(role, rows, at, np.arange(len(at)), partial(_fill_crossing, values), positions)
-            self._look_up(lookups, np.concatenate([each.ids for _, each in asked]))
+            self._look_up(lookups, np.concatenate([each.ids for _, each in pending]))
 
     def _propose(self, rows: Sequence[LogitsRow]) -> None:
-        """What a guider of another family puts forward, once it and the straddlers have answered."""
+        """Make the proposals of a guider with another vocabulary whose slice and crossing rows have arrived."""
         ready: dict[int, list[LogitsRow]] = {}
         for row in rows:
             if row.window.aligned and row.k != WHOLE and row.proposed is None and "guider" in row.slices:
@@ -64,11 +64,11 @@ class CandidateCompleter:
             inputs = [RoleRowInput(row.slices["guider"], row.crossing.get("guider")) for row in members]
             ids = proposed_tokens(self._vocabularies.alignment("guider").tables, inputs, self._k)
             unknown, nothing = np.full(ids.shape[1], np.nan), np.zeros(0)
-            for row, mine in zip(members, ids, strict=True):
-                row.proposed = RowSlice(mine, unknown, nothing, 0.0)
+            for row, proposed in zip(members, ids, strict=True):
+                row.proposed = RowSlice(proposed, unknown, nothing, 0.0)
 
     def _join(self, rows: Sequence[LogitsRow]) -> None:
-        """The candidates of these rows are known: ask every role for those that it lacks."""
+        """Join these rows into blocks, and send each role lookups of the candidates that it lacks."""
         plain = [row for row in rows if not row.window.aligned]
         self._take_blocks(plain, group_into_blocks([row.proposal() for row in plain]))
         aligned = [row for row in rows if row.window.aligned]
@@ -106,7 +106,7 @@ class CandidateCompleter:
                 self._look_up(Lookups(role, members, at_rows, places, partial(block.fill, role)), ids, ascending)
 
     def _look_up(self, lookups: Lookups, ids: Ids, ascending: bool = True) -> None:
-        """Ask for ids, row after row; unless they are ascending within each row, they are sorted first."""
+        """Send lookups of these ids, row after row. ascending: the ids are sorted within each row."""
         if not len(ids):
             return
         if not ascending:

@@ -1,4 +1,4 @@
-"""Coordinators: requests in, events out. Decoding itself is in `actors.coordinator.loop`."""
+"""The coordinator: turns a request into a stream of events. Decoding itself is in `actors.coordinator.loop`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from actors.api.generation import CoordinatorEvent, Delta, Generate, Moved, Rejected, Role
 from actors.config import ServiceConfig
-from actors.coordinator import request_checks as admission
+from actors.coordinator import request_checks
 from actors.coordinator.loop import DecodeLoop
-from actors.coordinator.prompt_scoring import side_by_side
+from actors.coordinator.prompt_scoring import plan_scoring
 from actors.coordinator.replica_pool import Locate
 from actors.coordinator.session import ActiveSession
 from actors.coordinator.stats import CoordinatorLoad
@@ -43,7 +43,7 @@ class Coordinator:
         self._leaving = False
 
     async def start(self) -> None:
-        """Begin to follow the directory and to decode."""
+        """Connect to the replicas in the directory, and decode."""
         await self._loop.start()
 
     async def stop(self) -> None:
@@ -52,12 +52,12 @@ class Coordinator:
         await self._loop.stop()
 
     def hand_over(self) -> None:
-        """Send every session, and whoever still comes, to another coordinator. This one is about to go."""
+        """Hand over every session and each later request: this coordinator is about to stop."""
         self._leaving = True
         self._loop.hand_over()
 
     def missing_roles(self) -> tuple[Role, ...]:
-        """Roles that no connected replica plays."""
+        """Roles without a connected replica."""
         return self._loop.missing_roles()
 
     def load(self) -> CoordinatorLoad:
@@ -65,14 +65,15 @@ class Coordinator:
         return self._loop.meter.load(self._loop.sessions, len(self._loop.admission), self._loop.parked)
 
     def measured(self) -> Recorder:
-        """What this coordinator measures, as of now."""
+        """The metrics as of now."""
         return self._loop.meter.report(self.load())
 
     async def generate(self, request: Generate) -> AsyncGenerator[CoordinatorEvent, None]:
-        """Decode one sequence: deltas and at last Finished or Moved, or only Rejected. Closing the iterator cancels it.
+        """Decode one sequence. Yields deltas and at last Finished or Moved, or only Rejected.
 
-        Each delta carries what another coordinator needs to go on after it. One comes at least every third of
-        `deadlines.peer_timeout_s`, so that a reader can tell a slow answer from a coordinator that hangs.
+        Closing the iterator cancels the sequence. Each delta carries what another coordinator needs to continue after
+        it. At least every third of `deadlines.peer_timeout_s` a delta is yielded, if need be an empty one, so that a
+        reader can tell a slow answer from a coordinator that hangs.
         """
         refusal = self._refusal(request)
         if refusal is not None:
@@ -86,15 +87,15 @@ class Coordinator:
             yield Moved()
             return
         deadline = time.monotonic() + self._config.deadlines.request_s
-        told = len(active.session.choices)
+        emitted = len(active.session.choices)
         self._loop.add(active)
         try:
             while True:
-                for event in await self._news(active, deadline, request.interval_s):
+                for event in await self._next_events(active, deadline, request.interval_s):
                     if isinstance(event, Delta):
                         session = active.session
-                        event = replace(event, choices=session.choices[told:], tally=session.tally())
-                        told = len(session.choices)
+                        event = replace(event, choices=session.choices[emitted:], tally=session.tally())
+                        emitted = len(session.choices)
                     yield event
                     if not isinstance(event, Delta):
                         return
@@ -102,28 +103,28 @@ class Coordinator:
             self._loop.release(active)
 
     def _refusal(self, request: Generate) -> Rejected | None:
-        return admission.refusal(request, self._vocabularies) or self._loop.admission.refusal(request)
+        return request_checks.refusal(request, self._vocabularies) or self._loop.admission.refusal(request)
 
     async def _begin(self, request: Generate) -> ActiveSession | Rejected:
         prompt_scoring = None
         if request.prompt_logprobs is not None:
-            sides = await asyncio.to_thread(side_by_side, request, self._vocabularies)  # a long prompt takes long
-            if isinstance(sides, Rejected):
-                return sides
-            request, prompt_scoring = sides
+            planned = await asyncio.to_thread(plan_scoring, request, self._vocabularies)  # slow for a long prompt
+            if isinstance(planned, Rejected):
+                return planned
+            request, prompt_scoring = planned
         roles = tuple(request.prompts)
         vocabulary = self._vocabularies.vocabulary(request.primary, roles, request.thinking)
-        request = admission.canonical(request, self._vocabularies)
-        seeds = dict.fromkeys(roles, 0)  # each stream is hashed anew when its replica is known
+        request = request_checks.canonical(request, self._vocabularies)
+        seeds = dict.fromkeys(roles, 0)  # a stream is hashed again when its replica is known
         session = Session(request, vocabulary, seeds)
         if request.resume is not None:
-            await asyncio.to_thread(session.replay, request.resume)  # a long answer takes long, and others go on
-        active = ActiveSession(session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance())
-        active.prompt_scoring = prompt_scoring
-        return active
+            await asyncio.to_thread(session.replay, request.resume)  # slow for a long answer
+        return ActiveSession(
+            session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance(), prompt_scoring
+        )
 
-    async def _news(self, active: ActiveSession, deadline: float, interval_s: float) -> list[CoordinatorEvent]:
-        """What there is to tell; an empty delta if there is nothing for long."""
+    async def _next_events(self, active: ActiveSession, deadline: float, interval_s: float) -> list[CoordinatorEvent]:
+        """The next events; an empty delta if there are none for long."""
         alive = time.monotonic() + self._config.deadlines.peer_timeout_s / 3
         try:
             async with asyncio.timeout(max(0.0, min(alive, deadline) - time.monotonic())):

@@ -1,4 +1,4 @@
-"""How many drafts a session's next check gets, from its own acceptance and from what the models' forwards take."""
+"""Plans the number of draft tokens in each verification window, from acceptance rates and the time of forwards."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from actors.decoding.speculation import Acceptance, best_length
 
 Source = Literal["guider", "text"]
 SOURCES: tuple[Source, ...] = ("guider", "text")
-_FIRST_GUESS: dict[Source, float] = {"guider": 0.7, "text": 0.3}  # acceptance before anything is known
-_SMOOTHING = 0.02  # weight of one more check in what new sessions expect
-_FEW = 8  # more tokens than this to catch up with are a prefill, which nothing is drafted behind
+_FIRST_GUESS: dict[Source, float] = {"guider": 0.7, "text": 0.3}  # acceptance rate before any draft was verified
+_SMOOTHING = 0.02  # weight of one window in the rate that new sessions begin with
+_FEW = 8  # a model that must read more tokens than this prefills: nothing is drafted behind a prefill
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """The next check: drafts to ask of the guider, or guesses (in the primary's ids) that are there already."""
+    """The drafts of the next window: a number to request from the guider, or tokens (in the primary's ids)."""
 
     drafts: int = 0
     guesses: tuple[int, ...] = ()
 
 
 class DraftPlanner:
-    """Plans the drafts of one coordinator's sessions, and learns what becomes of them."""
+    """Plans the drafts of one coordinator's sessions, and learns from how many are accepted."""
 
     def __init__(self, config: Speculation, meter: CoordinatorMeter | None = None) -> None:
         self._config, self._meter = config, meter or CoordinatorMeter()
         self._expected = dict(_FIRST_GUESS)
 
     def acceptance(self) -> dict[str, Acceptance]:
-        """What a new session begins with, by source."""
+        """Acceptance estimates of a new session, by source of drafts."""
         return {source: Acceptance(self._expected[source]) for source in SOURCES}
 
     def drafter(self, active: ActiveSession, guided: bool) -> Source:
-        """Who guesses for a session now."""
+        """Source of a session's next drafts."""
         always = active.session.request.drafter == "guider" and "guider" in active.session.streams
         return "guider" if guided or always else "text"
 
-    def plan(self, active: ActiveSession, guided: bool, room: int, crowd: int) -> DraftPlan:
-        """The drafts of the session's next check.
+    def plan(self, active: ActiveSession, guided: bool, room: int, batch: int) -> DraftPlan:
+        """The drafts of the session's next window.
 
-        room: tokens that may follow before some model's positions end. crowd: sessions that are decoded together.
+        room: tokens that may follow before a model's positions end. batch: sessions that are decoded together.
         """
         source, most = self.drafter(active, guided), self._most(active, room)
         if most < 1 or self._behind(active, source):
             return DraftPlan()
         if source == "guider":
-            return DraftPlan(drafts=self._length(active, source, guided, most, crowd))
+            return DraftPlan(drafts=self._length(active, source, guided, most, batch))
         if not self._config.lookup:
             return DraftPlan()
         guesses = active.text.drafts(active.session.primary.tokens, most)
         if not guesses:
             return DraftPlan()
-        length = self._length(active, source, guided, len(guesses), crowd)
+        length = self._length(active, source, guided, len(guesses), batch)
         return DraftPlan(guesses=tuple(guesses[:length]))
 
     def learn(self, window: VerificationWindow) -> None:
-        """A window is over: the session, and those to come, know more."""
+        """Update the acceptance rates, of the session and of new ones, from a window that ended."""
         drafts = window.drafts
         if not drafts:
             return
@@ -83,24 +83,24 @@ class DraftPlanner:
 
     @staticmethod
     def _behind(active: ActiveSession, source: Source) -> bool:
-        """Whether a model has a prompt to catch up with first."""
+        """True if a model must first read many tokens."""
         roles = {active.primary, *(("guider",) if source == "guider" else ())}
         return any(len(active.session.streams[role]) - active.session.streams[role].held > _FEW for role in roles)
 
-    def _length(self, active: ActiveSession, source: Source, guided: bool, most: int, crowd: int) -> int:
+    def _length(self, active: ActiveSession, source: Source, guided: bool, most: int, batch: int) -> int:
         if not self._config.adapt:
             return most
         acceptance = active.acceptance[source]
 
-        def takes(role: Role, tokens: int) -> float:
+        def forward_s(role: Role, tokens: int) -> float:
             return active.replicas[role].forward_time.seconds(tokens)
 
         def seconds(drafts: int) -> float:
-            check = takes(active.primary, crowd * (drafts + 1))
+            verifying = forward_s(active.primary, batch * (drafts + 1))
             if source == "text":
-                return check
-            drafting = takes("guider", crowd)
-            return max(check, drafting if guided else 0.0) + drafts * drafting
+                return verifying
+            drafting = forward_s("guider", batch)
+            return max(verifying, drafting if guided else 0.0) + drafts * drafting
 
         length = best_length(acceptance.rate, most, seconds)
         return length or int(not acceptance.rest())

@@ -1,6 +1,6 @@
-"""Carries rows: extends the models, completes the candidates by lookups, widens rows, for many sessions at once.
+"""Sends extend, lookup and widen requests to replicas and collects their logits, for many sessions at once.
 
-What is asked of candidates is in `joining`. A row's candidates are the same in any order of arrival.
+Candidates are joined in `actors.coordinator.candidates`. A row's candidates do not depend on the order of arrival.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from actors.wire.messages import WHOLE, Drafted, Message, Refused, Rows, Values
 
 
 class Exchange:
-    """The rows in flight of one coordinator."""
+    """Requests the logits rows of one coordinator's sessions, and collects the replies."""
 
     def __init__(self, config: ExchangeConfig, vocabularies: VocabularyRegistry) -> None:
         self._config, self._vocabularies = config, vocabularies
         self._touched: dict[LogitsRow, None] = {}
-        self._crossing_unasked: dict[VerificationWindow, None] = {}  # of whose earlier rows nothing was asked yet
+        self._crossing_pending: dict[
+            VerificationWindow, None
+        ] = {}  # windows whose lookups of earlier rows are not sent yet
         self._calls = InflightCalls(self._touch)
         self._completer = CandidateCompleter(config.k, vocabularies, self._calls)
 
-    # -- asking --------------------------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------------------------
 
     def begin(self, active: ActiveSession, guided: bool, guesses: Sequence[int] = (), drafts: int = 0) -> None:
-        """Start the session's next window; the replicas that it needs are bound.
+        """Begin the session's next window. The session is bound to a replica of every role that takes part.
 
-        guesses: drafts that are known already, in the primary's ids. drafts: how many to ask of the guider instead.
+        guesses: drafts from the session's own text, in the primary's ids. drafts: number to request from the guider
+        instead.
         """
         required = self._required(active, guided)
         window = active.window = VerificationWindow(active, guided, required, "guider" if drafts else None, drafts)
@@ -48,15 +51,15 @@ class Exchange:
             window.oldest = {role: oldest for role, oldest in needed.items() if oldest is not None}
         if (
             drafts and window.aligned and not self._ready_to_draft(window)
-        ):  # its rows are asked for without drafts first
+        ):  # request the missing rows without drafts first
             window.drafter, drafts = None, 0
         if drafts:
-            self._ask_drafts(window)
+            self._request_drafts(window)
         else:
-            self._check(window, guesses)
+            self._request_rows(window, guesses)
 
     def read_prompt(self, active: ActiveSession, guided: bool, reads: Mapping[Role, Sequence[int]]) -> None:
-        """Ask for whole rows inside the prompt. reads: how many of its tokens each role has read at each row."""
+        """Request whole rows inside the prompt. reads: number of its tokens that each role has read at each row."""
         window = active.window = VerificationWindow(active, guided, self._required(active, guided), scores_prompt=True)
         for role in window.roles:
             stream, ends = active.session.streams[role], reads[role]
@@ -69,7 +72,7 @@ class Exchange:
             self._extend(window, role)
 
     def _required(self, active: ActiveSession, guided: bool) -> Mapping[Role, RequiredLogits]:
-        """What the rows of the session's next window must know, by role."""
+        """Required ids of the rows in the session's next window, by role."""
         lifted = active.session.required_ids()
         if not lifted and guided in active.required:
             return active.required[guided]
@@ -80,8 +83,8 @@ class Exchange:
             active.required[guided] = required
         return required
 
-    def again(self, active: ActiveSession, role: Role, held: int) -> None:
-        """Ask one role for its part of the window anew, from what its replica holds."""
+    def extend_again(self, active: ActiveSession, role: Role, held: int) -> None:
+        """Request a role's rows of the window again. held: tokens that its replica holds."""
         window = active.window
         assert window is not None
         stream = active.session.streams[role]
@@ -96,18 +99,18 @@ class Exchange:
             self._calls.forget(active, other, lookups_only=True)
         self._extend(window, role)
         if window.aligned:
-            self._crossing_unasked[window] = None
+            self._crossing_pending[window] = None
 
     def look_up_crossing_rows(self) -> None:
-        """Ask what the windows begun since the last call need of earlier rows, before all that was asked is sent."""
-        asked, self._crossing_unasked = self._crossing_unasked, {}
-        self._completer.look_up_crossing_rows(window for window in asked if window.active.window is window)
+        """Look up tokens in earlier rows for windows begun since the last call. Call before the outboxes are sent."""
+        pending, self._crossing_pending = self._crossing_pending, {}
+        self._completer.look_up_crossing_rows(window for window in pending if window.active.window is window)
 
-    def read(self, active: ActiveSession, role: Role) -> None:
-        """Let a role read what it will need later. Nobody waits for it: if it fails, the tokens are sent again."""
+    def extend_ahead(self, active: ActiveSession, role: Role) -> None:
+        """Extend a role by tokens whose rows are not needed. No reply is awaited: lost tokens are sent again later."""
         stream = active.session.streams[role]
         if tokens := stream.tokens[stream.held :]:
-            prefix, call_id = stream.hash_before(stream.held), self._calls.number()
+            prefix, call_id = stream.hash_before(stream.held), self._calls.unawaited_id()
             item = ExtendItem(
                 call_id,
                 active.key,
@@ -125,14 +128,14 @@ class Exchange:
             stream.hold(len(stream))
 
     def widen(self, row: LogitsRow, k: int) -> None:
-        """Ask for wider slices of a row (WHOLE: for the whole row of every role)."""
+        """Request wider slices of a row (WHOLE: the whole row of every role)."""
         row.widen(k)
         for role in row.window.roles:
             if self._too_narrow(row, role):
                 self._widen(row, role, row.slices.pop(role))
 
     def drop(self, active: ActiveSession) -> None:
-        """The session's window is over, or is started anew: forget what was asked for it."""
+        """Forget the session's window and its calls in flight."""
         for role in list(active.call_ids):
             self._calls.forget(active, role)
         if active.window is not None:
@@ -141,7 +144,7 @@ class Exchange:
             active.window = None
 
     def _too_narrow(self, row: LogitsRow, role: Role) -> bool:
-        """Whether the slice that an extend gives of a row is not what the row is decided by."""
+        """True if the row is decided by more than the slice that a role's extend returns."""
         if row.k == self._width(row.window, row.window.active.primary):
             return False
         return row.k == WHOLE or not (role == "guider_base" and row.window.guided)
@@ -153,21 +156,21 @@ class Exchange:
         item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
         active.replicas[role].outbox.widens.append(item)
 
-    def _ask_drafts(self, window: VerificationWindow) -> None:
-        """Let the guider append the session's newest tokens and go on by itself."""
+    def _request_drafts(self, window: VerificationWindow) -> None:
+        """Let the guider append the session's newest tokens, and draft behind them."""
         active = window.active
         request = active.session.request
         window.hashes["guider"] = [self._begin_role(window, "guider")]
         sampling = request.sampling
         noise = len(active.session.primary)
-        # Its noise is that of its own ids: where these are not the target's, the likeliest token is the best guess.
+        # Noise is drawn by token id: where the guider's ids are not the target's, its likeliest token drafts best.
         temperature = 0.0 if self._vocabularies.aligned else sampling.temperature
         self._extend(window, "guider", Draft(window.wanted, request.seed, noise, temperature, sampling.top_p))
 
-    def _check(self, window: VerificationWindow, guesses: Sequence[int], drafted: Sequence[int] = ()) -> None:
-        """The drafts are known: ask for the rows behind them."""
+    def _request_rows(self, window: VerificationWindow, guesses: Sequence[int], drafted: Sequence[int] = ()) -> None:
+        """Request the rows behind the drafts."""
         k = WHOLE if self._config.mode == "full" else self._config.k
-        ahead = self._ahead(window, guesses, drafted)
+        ahead = self._translate_drafts(window, guesses, drafted)
         window.rows = [LogitsRow(window, index, k) for index in range(len(ahead[window.active.primary].ends))]
         for role, part in ahead.items():
             begun = self._begin_role(window, role)
@@ -181,12 +184,12 @@ class Exchange:
             if role != window.drafter:
                 self._extend(window, role)
         if window.aligned:
-            self._crossing_unasked[window] = None
+            self._crossing_pending[window] = None
 
-    def _ahead(
+    def _translate_drafts(
         self, window: VerificationWindow, guesses: Sequence[int], drafted: Sequence[int]
     ) -> dict[Role, DraftTranslation]:
-        """What each role reads of the guesses, as many of them as all read one after another."""
+        """Translate the drafts for each role, cut to as many as every role can append."""
         active, session = window.active, window.active.session
         translators = {
             r: translator for r, translator in session.translators.items() if r in window.roles or r == window.drafter
@@ -206,13 +209,13 @@ class Exchange:
         return {active.primary: own} | {role: part.truncated(rows) for role, part in small.items()}
 
     def _begin_role(self, window: VerificationWindow, role: Role) -> int:
-        """Note where a role's rows begin; the running hash up to the first row's token."""
+        """Note where a role's rows begin. Returns the running hash up to the first row's token."""
         stream = window.active.session.streams[role]
         window.first[role] = len(stream) - 1
         return stream.hash_before(len(stream))
 
     def _ready_to_draft(self, window: VerificationWindow) -> bool:
-        """Whether the guider holds all rows that a row may need, but for the newest: a draft gives one row only."""
+        """True if the guider holds every earlier row that may be needed: a drafting extend returns none of them."""
         active, last = window.active, len(window.active.session.streams["guider"]) - 1
         window.first["guider"] = last
         history = active.row_histories.get("guider")
@@ -222,7 +225,13 @@ class Exchange:
         return reach == last and active.session.streams["guider"].held >= last
 
     def _extend(self, window: VerificationWindow, role: Role, draft: Draft | None = None) -> None:
-        """Send a role the session's newest tokens and the drafts behind them; ask for the window's rows."""
+        """Send a role the session's newest tokens and the drafts behind them, and request the window's rows.
+
+        Example: the stream has 21 tokens, of which the replica holds 19, and the drafts are [7, 8]. Tokens 19 and 20,
+        then 7 and 8, are sent from position 19 on; the rows of the last three tokens (positions 20, 21, 22) are
+        requested. A role with another vocabulary also needs earlier rows, from window.oldest on: rows that its history
+        holds are taken from there, and `fresh` is the first position whose row is requested.
+        """
         active, needed, first = window.active, window.required.get(role), window.first[role]
         stream, tail = active.session.streams[role], window.draft_tokens.get(role, [])
         end, fresh, keep = first + 1 + len(tail), first, 0
@@ -231,13 +240,13 @@ class Exchange:
             reach = history.reach(window.oldest[role], end, name_of)
             fresh = min(reach, max(stream.held, window.oldest[role]), first if draft is not None else end)
             keep = history.kept(fresh, name_of) if fresh <= stream.held else 0
-            if fresh == end:  # nothing new to read: the replica has said all
+            if fresh == end:  # no new token, and every row is held
                 window.answered.add(role)
-            self._recall(window, role, history, fresh)
+            self._take_held_rows(window, role, history, fresh)
             if fresh == end:
                 return
         else:
-            active.row_histories.pop(role, None)  # none of these rows stay
+            active.row_histories.pop(role, None)  # the replica keeps none of these rows
         position = min(stream.held, fresh)
         tokens = [*stream.tokens[position : first + 1], *tail]
         k = self._width(window, role)
@@ -250,40 +259,40 @@ class Exchange:
         )
         active.replicas[role].outbox.extends.append(item)
 
-    def _recall(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
-        """Rows before `fresh` are known already."""
+    def _take_held_rows(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
+        """Take the rows before `fresh` from the history."""
         for row in window.rows[window.next :]:
             if row.position(role) < fresh:
                 part = history.get(row.name(role))
                 assert part is not None
-                self._hear(row, role, part)
+                self._take_slice(row, role, part)
 
     def _width(self, window: VerificationWindow, role: Role) -> int:
-        """Of the slices that a role is asked for."""
+        """Width of the slices that a role's extend returns."""
         if role not in window.required:
             return 0  # it only drafts
         if self._config.mode == "full" or window.scores_prompt:
             return WHOLE
         return 0 if role == "guider_base" and window.guided else self._config.k
 
-    # -- answers -------------------------------------------------------------------------------------------------
+    # -- replies -------------------------------------------------------------------------------------------------
 
-    def absorb(self, messages: Iterable[tuple[Replica, Message]]) -> list[Fault]:
-        """Take in replies. Returns what was refused; answers that nobody waits for any more are ignored."""
+    def receive(self, messages: Iterable[tuple[Replica, Message]]) -> list[Fault]:
+        """Store replies. Returns the refusals. Replies to forgotten calls are ignored."""
         faults: list[Fault] = []
         for replica, message in messages:
             if isinstance(message, Rows):
                 self._take_rows(message, replica)
             elif isinstance(message, Values):
-                self._calls.valued(message)
+                self._calls.take_values(message)
             elif isinstance(message, Drafted):
                 self._take_drafts(message)
             elif isinstance(message, Refused):
-                faults += self._calls.refused(message)
+                faults += self._calls.take_refusals(message)
         return faults
 
     def advance(self) -> list[VerificationWindow]:
-        """Ask for what the rows touched since the last call still lack; windows whose next row is complete."""
+        """Request what touched rows still lack. Returns the windows among theirs whose next row is complete."""
         touched, self._touched = list(self._touched), {}
         self._completer.advance(row for row in touched if not row.window.scores_prompt)
         for row in touched:
@@ -292,39 +301,39 @@ class Exchange:
 
     def _take_rows(self, message: Rows, replica: Replica) -> None:
         replica.forward_time.observe(message.packed, message.micros / 1e6)
-        asked = [self._calls.get(call_id) for call_id in message.items["call_id"].tolist()]
-        for one, slices in read_rows(message, asked, replica.welcome.width, self._map):
-            if one is None:
+        calls = [self._calls.get(call_id) for call_id in message.items["call_id"].tolist()]
+        for call, slices in read_rows(message, calls, replica.welcome.width, self._map):
+            if call is None:
                 continue
-            self._calls.done(one)
-            window, role = one.window, one.role
-            if one.kind == "widen":
-                assert one.row is not None
-                self._arrive(one.row, role, slices[0])
+            self._calls.complete(call)
+            window, role = call.window, call.role
+            if call.kind == "widen":
+                assert call.row is not None
+                self._add_slice(call.row, role, slices[0])
                 continue
             window.answered.add(role)
             if role == window.drafter and not window.rows:
-                self._check(window, [])  # it drafted nothing
+                self._request_rows(window, [])  # no draft came
             if role in window.oldest:
                 history = window.active.row_histories.setdefault(role, RowHistory())
                 used = window.first[role] + len(window.hashes[role])  # more may have been drafted
-                for position, part in zip(range(one.start, used), slices):  # noqa: B905
-                    history.note(window.name(role, position), part)
+                for position, part in zip(range(call.start, used), slices):  # noqa: B905
+                    history.add(window.name(role, position), part)
             if role in window.required:
                 for row in window.rows[window.next :]:
-                    at = row.position(role) - one.start
+                    at = row.position(role) - call.start
                     if 0 <= at < len(slices):  # drafts may have been cut
-                        self._hear(row, role, slices[at])
+                        self._take_slice(row, role, slices[at])
 
-    def _hear(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
-        """A role said of a row what an extend says."""
+    def _take_slice(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
+        """Store the slice of an extend, or request a wider one if the row has been widened."""
         if self._too_narrow(row, role):
-            row.await_wider()  # it had been widened when the role began anew
+            row.await_wider()  # the row was widened before the role was extended again
             self._widen(row, role, part)
         else:
-            self._arrive(row, role, part)
+            self._add_slice(row, role, part)
 
-    def _arrive(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
+    def _add_slice(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
         if (crossing := row.crossing.get(role)) is not None:
             history, window = row.window.active.row_histories[role], row.window
             for number in range(crossing.rows):
@@ -341,10 +350,10 @@ class Exchange:
 
     def _take_drafts(self, message: Drafted) -> None:
         for call_id, tokens in drafted_items(message):
-            asked = self._calls.get(call_id)
-            if asked is not None and not asked.window.rows:
-                window = asked.window
-                self._check(window, window.active.session.translators["guider"].drafts_in_target(tokens), tokens)
+            call = self._calls.get(call_id)
+            if call is not None and not call.window.rows:
+                window = call.window
+                self._request_rows(window, window.active.session.translators["guider"].drafts_in_target(tokens), tokens)
 
     def _map(self, active: ActiveSession, role: Role) -> VocabularyMap | Alignment:
         return self._vocabularies.map(active.primary, role)

@@ -1,4 +1,4 @@
-"""Calls to model replicas that are not answered yet, and how their answers are read."""
+"""Calls to model replicas that are in flight, and the reading of their replies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from actors.wire.messages import WHOLE, Refusal, Refused, Rows, Values
 
 @dataclass(slots=True, eq=False)
 class InflightCall:
-    """An item on its way to a model."""
+    """An item that was sent to a replica and is not answered yet."""
 
     kind: Literal["extend", "lookup", "widen"]
     window: VerificationWindow
@@ -31,14 +31,14 @@ class InflightCall:
     required: RequiredLogits | None = None  # of an extend
     row: LogitsRow | None = None  # of a lookup or widening
     before: RowSlice | None = None  # of a widening: the narrower slice
-    lookups: Lookups | None = None  # the lookups that went out with this one
+    lookups: Lookups | None = None  # the lookups that were sent together with this one
     start: int = 0  # of an extend: the position of its first row
     call_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that a model refused."""
+    """A refusal of a session's item by a replica."""
 
     active: ActiveSession
     role: Role
@@ -46,7 +46,7 @@ class Fault:
     detail: int
 
     def pause(self) -> float:
-        """Seconds to wait before asking again, with jitter; a cache that is gone is filled at once, if not often."""
+        """Seconds to wait before the item is sent again, with jitter. The first cache misses are repaired at once."""
         misses = self.active.misses
         pauses: dict[Refusal, float] = {
             Refusal.FULL: self.detail / 1000,
@@ -57,83 +57,83 @@ class Fault:
 
 
 class InflightCalls:
-    """Everything that was asked and not answered. touched: notes a row of which a lookup is answered."""
+    """The calls in flight, by id. touched: called with a row when one of its lookups is answered."""
 
     def __init__(self, touched: Callable[[LogitsRow], None]) -> None:
         self._touched = touched
-        self._numbers = itertools.count(1)
-        self._asked: dict[int, InflightCall] = {}
+        self._ids = itertools.count(1)
+        self._calls: dict[int, InflightCall] = {}
 
     def get(self, call_id: int) -> InflightCall | None:
-        """What was asked with a ticket; None if nobody waits for it any more."""
-        return self._asked.get(call_id)
+        """The call of an id; None if it was forgotten."""
+        return self._calls.get(call_id)
 
-    def number(self) -> int:
-        """A ticket for an answer that nobody waits for."""
-        return next(self._numbers)
+    def unawaited_id(self) -> int:
+        """An id for a call whose reply is not awaited."""
+        return next(self._ids)
 
-    def issue(self, asked: InflightCall) -> int:
-        """A ticket for something that is asked now."""
-        call_id = asked.call_id = next(self._numbers)
-        self._asked[call_id] = asked
-        asked.window.active.call_ids.setdefault(asked.role, set()).add(call_id)
+    def issue(self, call: InflightCall) -> int:
+        """Register a call, and return its id."""
+        call_id = call.call_id = next(self._ids)
+        self._calls[call_id] = call
+        call.window.active.call_ids.setdefault(call.role, set()).add(call_id)
         return call_id
 
-    def done(self, asked: InflightCall) -> None:
-        """It is answered."""
-        del self._asked[asked.call_id]
-        asked.window.active.call_ids[asked.role].discard(asked.call_id)
-        if asked.kind == "lookup":
-            assert asked.row is not None
-            asked.row.lookup_answered()
-            self._touched(asked.row)
+    def complete(self, call: InflightCall) -> None:
+        """Remove a call that was answered."""
+        del self._calls[call.call_id]
+        call.window.active.call_ids[call.role].discard(call.call_id)
+        if call.kind == "lookup":
+            assert call.row is not None
+            call.row.lookup_answered()
+            self._touched(call.row)
 
     def forget(self, active: ActiveSession, role: Role, lookups_only: bool = False) -> None:
-        """Nobody waits any more for what a role was asked about a session."""
+        """Forget a session's calls to a role. Their replies will be ignored."""
         call_ids = active.call_ids.get(role, set())
         for call_id in list(call_ids):
-            if not lookups_only or self._asked[call_id].kind == "lookup":
-                del self._asked[call_id]
+            if not lookups_only or self._calls[call_id].kind == "lookup":
+                del self._calls[call_id]
                 call_ids.discard(call_id)
 
-    def valued(self, message: Values) -> None:
-        """Take in answers to lookups."""
+    def take_values(self, message: Values) -> None:
+        """Store the replies to lookups."""
         call_ids, counts = message.items["call_id"].tolist(), message.items["values"].tolist()
-        asked = self.get(call_ids[0]) if call_ids else None
-        if asked is not None and asked.lookups is not None and asked.lookups.call_ids == call_ids:
-            asked.lookups.take(message.values)
+        call = self.get(call_ids[0]) if call_ids else None
+        if call is not None and call.lookups is not None and call.lookups.call_ids == call_ids:
+            call.lookups.take(message.values)
             for call_id in call_ids:
-                if (one := self.get(call_id)) is not None:
-                    self.done(one)
+                if (call := self.get(call_id)) is not None:
+                    self.complete(call)
             return
         begin = 0
         for call_id, count in zip(call_ids, counts, strict=True):
-            if (one := self.get(call_id)) is not None and one.lookups is not None:
-                one.lookups.take(message.values[begin : begin + count], call_id)
-                self.done(one)
+            if (call := self.get(call_id)) is not None and call.lookups is not None:
+                call.lookups.take(message.values[begin : begin + count], call_id)
+                self.complete(call)
             begin += count
 
-    def refused(self, message: Refused) -> list[Fault]:
-        """Take in refusals: one fault for each session and role."""
+    def take_refusals(self, message: Refused) -> list[Fault]:
+        """Remove refused calls. Returns one fault for each session and role."""
         faults: dict[tuple[int, Role], Fault] = {}
         for call_id, code, detail in message.items.tolist():
-            if (asked := self.get(call_id)) is not None:
-                self.done(asked)
-                # An extend's refusal says more than those of the lookups that waited for it.
-                active = asked.window.active
-                if asked.kind == "extend" or (active.key, asked.role) not in faults:
-                    faults[active.key, asked.role] = Fault(active, asked.role, Refusal(code), detail)
+            if (call := self.get(call_id)) is not None:
+                self.complete(call)
+                # The refusal of an extend is the cause of those of the lookups that waited for it.
+                active = call.window.active
+                if call.kind == "extend" or (active.key, call.role) not in faults:
+                    faults[active.key, call.role] = Fault(active, call.role, Refusal(code), detail)
         return list(faults.values())
 
 
-Sink = Callable[[Ids, Ids, NDArray[Any]], None]  # where (at, places) the values belong
+Sink = Callable[[Ids, Ids, NDArray[Any]], None]  # stores values at (at, places)
 
 
 class Lookups:
-    """Lookups about several rows that went to one role together, and where their answers belong.
+    """Lookups in several rows that are sent to one role together, and where their logits are stored.
 
-    at [n]: which of `rows` each id belongs to, ascending. places [n]: where its logit goes, in terms of `sink`.
-    positions: of the rows' tokens in the role's streams, where it is not the rows' own.
+    at [n]: index in `rows` of each id, ascending. places [n]: where `sink` stores its logit. positions: by row, of its
+    token in the role's stream; None: that of the row itself.
     """
 
     def __init__(
@@ -147,36 +147,36 @@ class Lookups:
     ) -> None:
         self.role, self.rows, self.at, self.places, self._sink = role, rows, at, places, sink
         self._positions = positions
-        self.call_ids: list[int] = []  # consecutive, one for each row of which something is asked
+        self.call_ids: list[int] = []  # consecutive, one for each row with ids
         self._counts = np.bincount(at, minlength=len(rows)).tolist()
 
     def sort(self, ids: Ids) -> Ids:
-        """Bring each row's ids into ascending order."""
+        """Sort the ids within each row, ascending."""
         order = np.argsort((self.at << 32) + ids, kind="stable")
         self.places = self.places[order]
         return ids[order]
 
     def by_replica(self, ids: Ids) -> Iterator[tuple[Replica, Lookups, Ids]]:
-        """The same, each part with the replica that it goes to, and its ids."""
+        """Split by replica: each replica, its lookups and their ids."""
         replicas = [row.window.active.replicas[self.role] for row in self.rows]
         if all(replica is replicas[0] for replica in replicas):
             yield replicas[0], self, ids
             return
         for replica in dict.fromkeys(replicas):
-            mine = np.array([each is replica for each in replicas])[self.at]
-            if mine.any():
-                part = Lookups(self.role, self.rows, self.at[mine], self.places[mine], self._sink, self._positions)
-                yield replica, part, ids[mine]
+            selected = np.array([each is replica for each in replicas])[self.at]
+            if selected.any():
+                at, places = self.at[selected], self.places[selected]
+                yield replica, Lookups(self.role, self.rows, at, places, self._sink, self._positions), ids[selected]
 
     def counted(self) -> Iterator[tuple[LogitsRow, tuple[int, int], int]]:
-        """Rows of which something is asked, what names them to the role's replica, and how many ids."""
+        """Rows with ids: each row, its key at the role's replica, and its number of ids."""
         for number, (row, count) in enumerate(zip(self.rows, self._counts, strict=True)):
             if count:
                 position = row.position(self.role) if self._positions is None else self._positions[number]
                 yield row, row.window.name(self.role, position), count
 
     def take(self, values: NDArray[Any], call_id: int | None = None) -> None:
-        """The answer to one ticket, or to all."""
+        """Store the values of one call, or of all."""
         part = slice(None) if call_id is None else self._part(call_id)
         self._sink(self.at[part], self.places[part], values)
 
@@ -191,27 +191,27 @@ MapOf = Callable[[ActiveSession, Role], VocabularyMap | Alignment]
 
 
 def read_rows(
-    message: Rows, asked: Sequence[InflightCall | None], width: int, map_of: MapOf
+    message: Rows, calls: Sequence[InflightCall | None], width: int, map_of: MapOf
 ) -> Iterator[tuple[InflightCall | None, list[RowSlice]]]:
-    """Per item of the message what was asked (None: nobody waits for it any more) and its rows.
+    """The call of each item of the message and its rows; None and no rows for a forgotten call.
 
     width: logits in a whole row of this model.
     """
     ids = rows_ids(message, width)
     sums, ours, reader = message.logsumexp.tolist(), dict[tuple[int, bool], NDArray[Any]](), _ColumnCursor(message)
-    for one, (_, rows, k, required_ids) in zip(asked, message.items.tolist(), strict=True):
+    for call, (_, rows, k, required_ids) in zip(calls, message.items.tolist(), strict=True):
         at = reader.next(rows, max(k, 0), width if k == WHOLE else k, required_ids)
-        if one is None:
+        if call is None:
             yield None, []
             continue
-        mapping = map_of(one.window.active, one.role)
+        mapping = map_of(call.window.active, call.role)
         key = (id(mapping), k == WHOLE)
         if key not in ours:
             own = np.arange(width) if k == WHOLE else ids
             ours[key] = own if isinstance(mapping, Alignment) else mapping.to_primary[own]
         theirs = ours[key]
         values = message.required[at.required].reshape(rows, required_ids)
-        folded = one.required.fold(values) if one.required is not None else values
+        folded = call.required.fold(values) if call.required is not None else values
         slices = []
         for row in range(rows):
             if k == WHOLE:
@@ -219,13 +219,13 @@ def read_rows(
             else:
                 mine = theirs[at.ids + row * k : at.ids + (row + 1) * k]
                 logits = message.logits[at.logits + row * k : at.logits + (row + 1) * k]
-            events = folded[row] if one.before is None else one.before.folded
+            events = folded[row] if call.before is None else call.before.folded
             slices.append(RowSlice(mine, logits, events, sums[at.rows + row]))
-        yield one, slices
+        yield call, slices
 
 
 class _ItemColumns:
-    """Where an item's parts begin in the flat columns."""
+    """Offsets of an item in the flat columns."""
 
     __slots__ = ("ids", "logits", "required", "rows")
 
@@ -240,7 +240,7 @@ class _ColumnCursor:
         self._rows = self._ids = self._logits = self._required = 0
 
     def next(self, rows: int, ids: int, logits: int, required: int) -> _ItemColumns:
-        """The next item: `rows` rows of so many ids, logits and known values each."""
+        """Offsets of the next item: `rows` rows with so many ids, logits and required values each."""
         at = _ItemColumns(self._rows, self._ids, self._logits, slice(self._required, self._required + rows * required))
         self._rows += rows
         self._ids += rows * ids

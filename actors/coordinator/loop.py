@@ -1,8 +1,8 @@
-"""The decode loop: many sessions, three models, one turn after another. Plain asyncio, without Ray.
+"""The decode loop of a coordinator: many sessions, three models, one turn after another. Plain asyncio, without Ray.
 
-A turn: admit -> absorb replies -> ask what rows lack -> decide complete rows -> commit tokens -> extend -> send.
-A session's rows in flight are a window: the row of its newest token, and those of drafts, which are checked with it.
-Readiness is per session: a long prefill or a slow replica holds up nobody else.
+A turn receives replies, admits sessions, verifies complete rows, commits their tokens, and sends the next requests.
+The rows in flight of a session are its window: the row of the newest token, and those of the drafts behind it. Each
+session goes on when its own rows are complete, so a long prefill or a slow replica delays no other session.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from actors.wire.messages import Drafted, Message, Rows
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.5  # how often deadlines are looked at
-LEAD_TOKENS = 16  # so long before guidance starts the small models begin to read what was said
+TICK_S = 0.5  # between two checks of deadlines
+LEAD_TOKENS = 16  # so many tokens before guidance starts, the small models begin to read the answer
 
 
 class DecodeLoop:
-    """The sessions of one coordinator. Call from one event loop only."""
+    """Decodes the sessions of one coordinator. Call from one event loop only."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class DecodeLoop:
         self._pool = ReplicaPool(
             secret,
             locate,
-            on_message=self._hear,
-            on_lost=self._lose,
-            on_found=lambda replica: self._relocate(),
-            on_stopping=lambda replica: self._relocate(),
+            on_message=self._take_message,
+            on_lost=self._leave_lost,
+            on_found=lambda replica: self._rebind(),
+            on_stopping=lambda replica: self._rebind(),
             deadlines=config.deadlines,
             tls=tls,
         )
@@ -69,13 +69,13 @@ class DecodeLoop:
             self, self._exchange, self.admission, config.deadlines, self._pool.drop, self.meter
         )
         self._inbox: list[tuple[Replica, Message]] = []
-        self._awake = self._stopped = False
-        self._watching: asyncio.Task[None] | None = None
+        self._turn_scheduled = self._stopped = False
+        self._deadlines_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to follow the directory and to decode."""
+        """Connect to the replicas in the directory, and decode."""
         self._pool.start()
-        self._watching = asyncio.get_running_loop().create_task(self._watch())
+        self._deadlines_task = asyncio.get_running_loop().create_task(self._check_deadlines())
 
     def hand_over(self) -> None:
         """Send every session to another coordinator."""
@@ -88,36 +88,36 @@ class DecodeLoop:
         self.hand_over()
         self._pool.flush()
         self._stopped = True
-        if self._watching is not None:
-            self._watching.cancel()
+        if self._deadlines_task is not None:
+            self._deadlines_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+                await self._deadlines_task
         await self._pool.stop()
 
     @property
     def sessions(self) -> int:
-        """Sessions that are being decoded."""
+        """Number of admitted sessions."""
         return len(self._active)
 
     @property
     def parked(self) -> int:
-        """Of these, sessions that wait for room in a model's cache."""
+        """Number of admitted sessions that wait for room in a cache."""
         return self.admission.parked
 
     def missing_roles(self) -> tuple[Role, ...]:
-        """Roles that no connected replica plays."""
+        """Roles without a connected replica."""
         return self._pool.missing_roles()
 
     def add(self, active: ActiveSession) -> None:
-        """Decode a session as soon as there is a place for it."""
-        if active.over:  # all that was left of a resumed one was to say so
+        """Queue a session; it is decoded as soon as it is admitted."""
+        if active.over:  # a resumed session whose last token had been chosen
             self._end(active)
             return
         self.admission.add(active)
         self.wake()
 
     def release(self, active: ActiveSession) -> None:
-        """Forget a session, finished or not, here and at the models."""
+        """Forget a session, finished or not, here and at the replicas."""
         if active.state == SessionState.FINISHED:
             return
         if not active.over:
@@ -132,13 +132,13 @@ class DecodeLoop:
         self.wake()
 
     def wake(self) -> None:
-        """Take a turn soon; what arrives until then is part of it."""
-        if not (self._awake or self._stopped):
-            self._awake = True
+        """Schedule a turn. Messages that arrive before it are part of it."""
+        if not (self._turn_scheduled or self._stopped):
+            self._turn_scheduled = True
             asyncio.get_running_loop().call_soon(self._guarded_turn)
 
     def _guarded_turn(self) -> None:
-        self._awake = False
+        self._turn_scheduled = False
         if self._stopped:
             return
         began = time.perf_counter()
@@ -150,8 +150,10 @@ class DecodeLoop:
         self.meter.turn(time.perf_counter() - began)
 
     def _after_failed_turn(self) -> None:
-        """A fault of this program: what it was about to decide ends, or got no token in many turns on end; the others
-        start their rows anew, for the replies that the turn had taken are lost."""
+        """Recover from a fault of this program. The turn's replies are lost, so sessions request their rows again.
+
+        A session ends with an error if its next row was complete, as that row may be the cause, or after MAX_FAULTS.
+        """
         for active in list(self._active.values()):
             if active.state == SessionState.NO_REPLICA:
                 continue
@@ -162,14 +164,15 @@ class DecodeLoop:
                 else:
                     self._restart(active)
             except Exception:
-                log.exception("a session cannot be started anew")
+                log.exception("a session cannot be restarted")
                 self.fail(active, "internal error while decoding")
         self._send()
 
     def _turn(self) -> None:
+        """Receive, admit, verify, commit, send."""
         self._receive()
         self._admit()
-        windows = self._prompts.tell(self._exchange.advance(), self._next_window)
+        windows = self._prompts.emit_scores(self._exchange.advance(), self._next_window)
         while windows:
             windows = self._commit(windows, self._verifier.verify(windows))
         self._send()
@@ -177,7 +180,7 @@ class DecodeLoop:
     def _receive(self) -> None:
         """Take in the replies that arrived since the last turn."""
         messages, self._inbox = self._inbox, []
-        for fault in self._exchange.absorb(messages):
+        for fault in self._exchange.receive(messages):
             self._fault_handler.handle(fault)
 
     def _send(self) -> None:
@@ -185,21 +188,21 @@ class DecodeLoop:
         self._pool.flush()
 
     def _admit(self) -> None:
-        for active in self.admission.admit(self._needs):
+        for active in self.admission.admit(self._needed_roles):
             self._active[active.key] = active
             self._next_window(active)
 
     def _next_window(self, active: ActiveSession) -> None:
-        """Extend the models by the session's newest tokens, or let it wait for a role that is away."""
+        """Begin the session's next window, or wait for a replica, or end the session where positions are used up."""
         session = active.session
         guided = bool(active.alpha())
-        roles = self._needs(active)
+        roles = self._needed_roles(active)
         if not all([self._bind(active, role) for role in roles]):
             active.enter(SessionState.NO_REPLICA)
             return
         active.begin()
         if active.prompt_scoring is not None:
-            if not self._prompts.ask(active, active.prompt_scoring):
+            if not self._prompts.begin_chunk(active, active.prompt_scoring):
                 self._next_window(active)
             return
         if session.request.only_prompt or len(session.primary) >= active.limit(active.primary):
@@ -220,49 +223,44 @@ class DecodeLoop:
         if not guided and session.generated:
             self._read_ahead(active, GUIDED[1:] if active.alpha(LEAD_TOKENS) else roles[1:])
 
-    def _needs(self, active: ActiveSession) -> tuple[Role, ...]:
-        """The roles that a session cannot go on without now."""
-        return (
-            active.prompt_scoring.roles
-            if active.prompt_scoring is not None
-            else self._roles(active, bool(active.alpha()))
-        )
-
-    def _roles(self, active: ActiveSession, guided: bool) -> tuple[Role, ...]:
-        """The roles that take part in the next window."""
-        if guided:
+    def _needed_roles(self, active: ActiveSession) -> tuple[Role, ...]:
+        """Roles that take part in the session's next window."""
+        if active.prompt_scoring is not None:
+            return active.prompt_scoring.roles
+        if active.alpha():
             return GUIDED
-        return (active.primary, "guider") if self.planner.drafter(active, guided) == "guider" else (active.primary,)
+        drafted = self.planner.drafter(active, guided=False) == "guider"
+        return (active.primary, "guider") if drafted else (active.primary,)
 
     def _read_ahead(self, active: ActiveSession, roles: Sequence[Role]) -> None:
-        """Guidance or drafting starts soon: small models read in the background, where somebody plays them."""
+        """Extend small models that take part soon, so that they need not catch up then."""
         for role in roles:
             if (active.window is None or role != active.window.drafter) and self._bind(active, role):
                 if active.room(role) >= 0:
-                    self._exchange.read(active, role)
+                    self._exchange.extend_ahead(active, role)
 
     def _bind(self, active: ActiveSession, role: Role) -> bool:
-        """Give the session a replica of the role; False if nobody plays it now."""
+        """Bind the session to a replica of the role. Returns False if none is connected."""
         if role not in active.replicas:
             replica = self._pool.pick(role)
             if replica is None:
                 return False
-            self.meter.resent(role, active.session.streams[role].held)  # where it was bound before
+            self.meter.resent(role, active.session.streams[role].held)  # if it was bound to another replica before
             active.bind(role, replica)
         return True
 
     def _commit(
         self, windows: Sequence[VerificationWindow], decisions: Sequence[Sequence[RowDecision]]
     ) -> list[VerificationWindow]:
-        """Commit the tokens of each window's decided rows; the windows whose next row is complete but not decided."""
+        """Commit the tokens of decided rows. Returns the windows whose next row is complete but not decided yet."""
         return [window for window, rows in zip(windows, decisions, strict=True) if self._commit_rows(window, rows)]
 
     def _commit_rows(self, window: VerificationWindow, row_decisions: Sequence[RowDecision]) -> bool:
-        """Take decided rows to their tokens, in order. Whether the row after them is complete and not decided yet."""
+        """Commit the tokens of a window's decided rows, in order. True if the next row is complete but not decided."""
         active = window.active
         for one in row_decisions:
             if one.alpha != active.alpha():
-                return True  # the thinking has just ended: decided anew
+                return True  # thinking has just ended and alpha changed: decide the row again
             row = window.rows[window.next]
             verdict = self._verifier.verdict(row, one)
             if isinstance(verdict, NeedsWiderTopK):
@@ -272,8 +270,8 @@ class DecodeLoop:
                 self.fail(active, "the request's bans and biases leave no token to choose")
                 return False
             drafted = window.drafted(row, verdict.token)
-            said = active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
-            active.events.emit(said)
+            delta = active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
+            active.events.emit(delta)
             active.reset_faults()
             window.advance()
             if active.over or not window.goes_on():
@@ -282,7 +280,7 @@ class DecodeLoop:
         return window.ready()
 
     def _close(self, window: VerificationWindow) -> None:
-        """A window is over: what it taught is kept, and the session ends or goes on with the next one."""
+        """End a window: update the draft planner, then end the session or begin its next window."""
         active = window.active
         self.planner.learn(window)
         window.settle()
@@ -294,14 +292,14 @@ class DecodeLoop:
 
     # -- faults ------------------------------------------------------------------------------------------------
 
-    def _hear(self, replica: Replica, message: Message) -> None:
+    def _take_message(self, replica: Replica, message: Message) -> None:
         if isinstance(message, Rows | Drafted):
-            replica.heard_at = time.monotonic()
+            replica.note_progress()
         self._inbox.append((replica, message))
         self.wake()
 
-    def _lose(self, replica: Replica) -> None:
-        """A connection is gone: its sessions start their row anew, with another replica or the restarted one."""
+    def _leave_lost(self, replica: Replica) -> None:
+        """Restart the windows of a lost replica's sessions, with another replica or once it has restarted."""
         for active in list(self._active.values()):
             lost = [role for role, bound in active.replicas.items() if bound is replica]
             for role in lost:
@@ -310,11 +308,11 @@ class DecodeLoop:
                 self._restart(active)
         self.wake()
 
-    def _relocate(self) -> None:
-        """Replicas came or are about to go: sessions leave those that go for others, where there are any."""
+    def _rebind(self) -> None:
+        """Replicas were found or are stopping: move sessions off stopping ones, and let waiting sessions go on."""
         for active in list(self._active.values()):
             leaving = [role for role, bound in active.replicas.items() if bound.endpoint.stopping]
-            moving = [role for role in leaving if self._pool.stays(role)]
+            moving = [role for role in leaving if self._pool.has_staying_replica(role)]
             for role in moving:
                 active.replicas.pop(role).outbox.released.append(active.key)
             if active.state == SessionState.NO_REPLICA:
@@ -324,12 +322,12 @@ class DecodeLoop:
         self.wake()
 
     def _restart(self, active: ActiveSession) -> None:
-        """Begin the window anew."""
+        """Drop the window and begin another."""
         self._exchange.drop(active)
         self._next_window(active)
 
-    async def _watch(self) -> None:
-        """Hold every wait against its deadline."""
+    async def _check_deadlines(self) -> None:
+        """Check every wait against its deadline, every TICK_S."""
         while True:
             await asyncio.sleep(TICK_S)
             now, limits = time.monotonic(), self._config.deadlines
@@ -337,21 +335,21 @@ class DecodeLoop:
                 if now - active.state_since > limits.reconnect_timeout_s:
                     away = ", ".join(self.missing_roles())
                     self.fail(active, f"no replica of {away} came back within {limits.reconnect_timeout_s:g} s")
-            self._fault_handler.overdue(list(self._active.values()))
+            self._fault_handler.drop_silent_replicas(list(self._active.values()))
             self.admission.tick()
             if self.admission or self.parked:
                 self.wake()
 
-    def decodes(self, active: ActiveSession) -> bool:
-        """Whether the session is being decoded."""
+    def is_admitted(self, active: ActiveSession) -> bool:
+        """True from admission to the end of the session."""
         return active.state not in (SessionState.QUEUED, SessionState.FINISHED)
 
     def fail(self, active: ActiveSession, error: str) -> None:
-        """End a session with an error, which is a sentence for the client."""
+        """End a session with an error. error: a sentence that the client reads."""
         self.finish(active, "error", error)
 
     def finish(self, active: ActiveSession, reason: FinishReason, error: str | None = None) -> None:
-        """End a session from outside its own tokens."""
+        """End a session that none of its tokens has ended."""
         if not active.over:
             active.events.emit(active.session.finish(reason))
             self._end(active, error)

@@ -1,4 +1,4 @@
-"""What one consumer has still to hear of its answer, coalesced by time and by how many listen."""
+"""Events of an answer on their way to its reader, coalesced more the more streams are open."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from collections.abc import Callable
 
 from actors.api.generation import CoordinatorEvent, Delta
 
-COALESCE_S = 0.05  # a stream's messages are at least this far apart, but for the first and the last
-MESSAGES_PER_S = 500  # of one coordinator: a message costs about a millisecond on its way through router and proxy
-MOST_S = 0.5  # what a reader still takes for a flow
+COALESCE_S = 0.05  # least seconds between two messages of a stream, except before the first and the last
+MESSAGES_PER_S = 500  # of one coordinator: router and proxy need about a millisecond for a message
+MOST_S = 0.5  # longer pauses no longer look like a stream
 
 
 def coalesce_s(streams: int) -> float:
-    """Seconds between two messages of a stream when so many are open: wider once all together would be too many."""
+    """Seconds between two messages of a stream, so that all streams stay below MESSAGES_PER_S together."""
     return min(max(COALESCE_S, streams / MESSAGES_PER_S), MOST_S)
 
 
 class EventQueue:
-    """A queue for one reader whose neighbouring deltas are joined."""
+    """A queue of events for one reader, which joins consecutive deltas."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._events: list[CoordinatorEvent] = []
-        self._news = asyncio.Event()
-        self._urgent = asyncio.Event()  # the end is among them
-        self._sent = float("-inf")  # when the last batch went out
+        self._filled = asyncio.Event()
+        self._ended = asyncio.Event()  # the last event is in the queue
+        self._sent_at = float("-inf")
 
     def emit(self, event: CoordinatorEvent) -> None:
-        """Add an event; anything but a delta is the last one."""
+        """Append an event. Any event but a delta is the last one."""
         self._events.append(event)
-        self._news.set()
+        self._filled.set()
         if not isinstance(event, Delta):
-            self._urgent.set()
+            self._ended.set()
 
     async def batch(self, streams: int = 1, interval_s: float = 0.0) -> list[CoordinatorEvent]:
-        """What has come: the first at once, the end at once, else a batch every `coalesce_s(streams)`, or `interval_s`
-        if that is longer.
+        """Wait for the next events. The first and the last are returned at once.
 
-        streams: how many are open beside this one, itself included. A cancelled call loses nothing.
+        Between them, batches are `coalesce_s(streams)` or `interval_s` seconds apart, whichever is longer. streams:
+        number of open streams, this one included. A cancelled call loses no event.
         """
-        await self._news.wait()
-        pause = self._sent + max(coalesce_s(streams), interval_s) - self._clock()
-        if pause > 0 and not self._urgent.is_set():
+        await self._filled.wait()
+        pause = self._sent_at + max(coalesce_s(streams), interval_s) - self._clock()
+        if pause > 0 and not self._ended.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
-                    await self._urgent.wait()
-        self._sent = self._clock()
-        self._news.clear()
+                    await self._ended.wait()
+        self._sent_at = self._clock()
+        self._filled.clear()
         events, self._events = self._events, []
         return _joined(events)
 
 
 def _joined(events: list[CoordinatorEvent]) -> list[CoordinatorEvent]:
-    """Each run of deltas as one, in their order. Joined once: adding one by one would copy the run for each."""
+    """Join each run of deltas into one. All at once: adding deltas one by one would copy the run each time."""
     joined: list[CoordinatorEvent] = []
     run: list[Delta] = []
     for event in events:

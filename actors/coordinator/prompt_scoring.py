@@ -1,4 +1,4 @@
-"""Reading a prompt for what the models say of its tokens: whole rows, a few at a time, before anything is chosen."""
+"""Scores the tokens of a prompt from whole rows, chunk by chunk, before the answer is decoded."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _OTHER_TEXT = (
 
 
 class PromptScorer:
-    """Reads the prompts of one coordinator's sessions, chunk after chunk."""
+    """Scores the prompts of one coordinator's sessions."""
 
     def __init__(self, exchange: Exchange, vocabularies: VocabularyRegistry) -> None:
         self._exchange, self._vocabularies = exchange, vocabularies
 
-    def ask(self, active: ActiveSession, prompt_scoring: PromptScoring) -> bool:
-        """Ask for the next rows inside the session's prompt; False if nothing of it is wanted any more."""
-        if not active.session.scored:  # of the first token nobody says anything
-            self._tell(active, [PromptNote(active.session.primary.tokens[0], None)])
+    def begin_chunk(self, active: ActiveSession, prompt_scoring: PromptScoring) -> bool:
+        """Request the rows of the prompt's next chunk. Returns False at the end of the prompt."""
+        if not active.session.scored:  # no row predicts the first token
+            self._emit(active, [PromptNote(active.session.primary.tokens[0], None)])
         chunk = prompt_scoring.next(active)
         if chunk is None:
             active.end_prompt_scoring()
@@ -40,10 +40,10 @@ class PromptScorer:
         self._exchange.read_prompt(active, chunk.guided, {role: prompt_scoring.reads(chunk, role) for role in roles})
         return True
 
-    def tell(
+    def emit_scores(
         self, windows: Iterable[VerificationWindow], go_on: Callable[[ActiveSession], None]
     ) -> list[VerificationWindow]:
-        """Tell what those of the windows say that lie inside prompts, and go on with their sessions; the others."""
+        """Emit the scores of windows inside prompts and call `go_on` for their sessions. Returns the other windows."""
         others = []
         for window in windows:
             active = window.active
@@ -51,20 +51,23 @@ class PromptScorer:
                 others.append(window)
                 continue
             assert active.prompt_scoring is not None
-            self._tell(active, active.prompt_scoring.notes(window, self._vocabularies))
+            self._emit(active, active.prompt_scoring.notes(window, self._vocabularies))
             active.reset_faults()
             window.settle()
             self._exchange.drop(active)
             go_on(active)
         return others
 
-    def _tell(self, active: ActiveSession, notes: list[PromptNote]) -> None:
+    def _emit(self, active: ActiveSession, notes: list[PromptNote]) -> None:
         active.session.count_scored(len(notes))
         active.events.emit(Delta(prompt=notes))
 
 
-def side_by_side(request: Generate, vocabularies: VocabularyRegistry) -> tuple[Generate, PromptScoring] | Rejected:
-    """How the models read a prompt, and the request with prompts that they can read so. Rejected: they cannot."""
+def plan_scoring(request: Generate, vocabularies: VocabularyRegistry) -> tuple[Generate, PromptScoring] | Rejected:
+    """Plan how to score a prompt: the request with prompts that every model reads token by token, and the plan.
+
+    Rejected if a model has another vocabulary, or reads another text.
+    """
     primary = request.primary
     ours = request.prompts[primary]
     prompts, reads = dict(request.prompts), {primary: list(range(1, len(ours) + 1))}
@@ -72,8 +75,8 @@ def side_by_side(request: Generate, vocabularies: VocabularyRegistry) -> tuple[G
         for role in [role for role in prompts if role != primary]:
             if isinstance(vocabularies.map(primary, role), Alignment):
                 return Rejected("invalid", _OTHER_FAMILY)
-            read = vocabularies.token_by_token(primary, role, ours, prompts[role])
-            if read is None:
+            aligned = vocabularies.token_by_token(primary, role, ours, prompts[role])
+            if aligned is None:
                 return Rejected("invalid", _OTHER_TEXT.format(role=role))
-            prompts[role], reads[role] = read
+            prompts[role], reads[role] = aligned
     return replace(request, prompts=prompts), PromptScoring(request, reads, vocabularies.width(primary))

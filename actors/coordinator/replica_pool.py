@@ -1,4 +1,4 @@
-"""A coordinator's connections to the model replicas that the directory names, and what it sends to each."""
+"""Connections of a coordinator to the model replicas in the directory, and the messages to be sent to each."""
 
 from __future__ import annotations
 
@@ -31,38 +31,42 @@ Locate = Callable[[], Awaitable[Sequence[Endpoint]]]
 
 
 class Replica:
-    """One model replica that a coordinator is connected to."""
+    """One model replica, and the coordinator's connection to it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.outbox = Outbox()
         self.forward_time = ForwardTimeModel()
         self.connection: Connection | None = None
-        self.heard_at = time.monotonic()  # when it last finished a forward, or connected
+        self.progress_at = time.monotonic()  # when it last finished a forward, or connected
 
     @property
     def role(self) -> Role:
-        """The role that it plays."""
+        """Role of the replica's model."""
         return self.endpoint.role
 
     @property
     def welcome(self) -> Welcome:
-        """What it said of itself."""
+        """Description of the model that the replica sent when it was connected."""
         assert self.connection is not None
         return self.connection.welcome
 
+    def note_progress(self) -> None:
+        """The replica has just finished a forward."""
+        self.progress_at = time.monotonic()
+
     def flush(self) -> None:
-        """Send what has been collected, in one piece."""
+        """Send the outbox, in one write."""
         if self.connection is not None:
             if messages := self.outbox.take(self.welcome.width):
                 self.connection.send(*messages)
 
 
 class ReplicaPool:
-    """Keeps a connection to every replica of every role, and hands them out to sessions.
+    """Keeps a connection to every replica of every role, and picks replicas for sessions.
 
-    locate: asks the directory who is there; when it does not answer, what is known stays in use.
-    on_message, on_lost, on_found, on_stopping: called on the event loop with the replica concerned.
+    locate: returns the endpoints in the directory. While it fails, the known replicas stay in use.
+    on_message, on_lost, on_found, on_stopping: called on the event loop, with the replica concerned.
     """
 
     def __init__(
@@ -81,11 +85,13 @@ class ReplicaPool:
         self._on_message, self._on_lost = on_message, on_lost
         self._on_found, self._on_stopping = on_found, on_stopping
         self._replicas: dict[str, Replica] = {}  # by incarnation
-        self._connecting: dict[str, asyncio.Task[None]] = {}  # one that does not answer holds up no other
+        self._connecting: dict[
+            str, asyncio.Task[None]
+        ] = {}  # one task each: an endpoint that does not answer delays no other
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to follow the directory."""
+        """Begin to poll the directory."""
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
     async def stop(self) -> None:
@@ -100,30 +106,28 @@ class ReplicaPool:
         self._replicas.clear()
 
     def pick(self, role: Role) -> Replica | None:
-        """A replica for a new session: of two drawn at random the one with the more free cache. None: nobody there."""
+        """A replica for a session: of two drawn at random, the one with more free cache. None if none is connected."""
         choice = self.candidates(role)
         if not choice:
             return None
         return max(random.sample(choice, min(2, len(choice))), key=lambda r: r.endpoint.cache_free or 0)
 
     def candidates(self, role: Role) -> list[Replica]:
-        """Where a session of the role may go: to nobody who is about to leave, unless only such are there."""
-        there = [r for r in self._replicas.values() if r.role == role and r.connection is not None]
-        return [r for r in there if not r.endpoint.stopping] or there
+        """Connected replicas of the role; stopping ones only if there are no others."""
+        connected = [r for r in self._replicas.values() if r.role == role and r.connection is not None]
+        return [r for r in connected if not r.endpoint.stopping] or connected
 
-    def stays(self, role: Role) -> bool:
-        """Whether somebody connected plays the role who is not about to go."""
-        return any(
-            r.role == role and r.connection is not None and not r.endpoint.stopping for r in self._replicas.values()
-        )
+    def has_staying_replica(self, role: Role) -> bool:
+        """True if a connected replica of the role is not stopping."""
+        return any(not replica.endpoint.stopping for replica in self.candidates(role))
 
     def missing_roles(self) -> tuple[Role, ...]:
-        """Roles that nobody connected plays."""
+        """Roles without a connected replica."""
         present = {r.role for r in self._replicas.values() if r.connection is not None}
         return tuple(role for role in ROLES if role not in present)
 
     def flush(self) -> None:
-        """Send what has been collected for every replica."""
+        """Send every replica's outbox."""
         for replica in list(self._replicas.values()):
             try:
                 replica.flush()
@@ -131,7 +135,7 @@ class ReplicaPool:
                 self.drop(replica, error)
 
     def drop(self, replica: Replica, reason: Exception) -> None:
-        """Give up a connection: the replica hangs, or does not read."""
+        """Close the connection to a replica that hangs or does not read."""
         log.warning("giving up the connection to %s at %s: %s", replica.role, replica.endpoint.host, reason)
         if replica.connection is not None:
             replica.connection.hang_up(reason)
@@ -141,7 +145,7 @@ class ReplicaPool:
             try:
                 async with asyncio.timeout(self._deadlines.connect_s):
                     endpoints = await self._locate()
-            except Exception as error:  # the directory may be away for any reason; sessions go on meanwhile
+            except Exception as error:  # the directory may fail for any reason; sessions go on meanwhile
                 log.warning("the directory does not answer, keeping what is known: %s", error)
             else:
                 self._adopt(endpoints)
@@ -149,11 +153,11 @@ class ReplicaPool:
 
     def _adopt(self, endpoints: Sequence[Endpoint]) -> None:
         for endpoint in endpoints:
-            known = self._replicas.get(endpoint.incarnation)
-            if known is not None:
-                known.endpoint, before = endpoint, known.endpoint
+            replica = self._replicas.get(endpoint.incarnation)
+            if replica is not None:
+                replica.endpoint, before = endpoint, replica.endpoint
                 if endpoint.stopping and not before.stopping:
-                    self._on_stopping(known)
+                    self._on_stopping(replica)
             elif endpoint.incarnation not in self._connecting:
                 task = asyncio.get_running_loop().create_task(self._connect(endpoint))
                 self._connecting[endpoint.incarnation] = task
@@ -191,7 +195,7 @@ class ReplicaPool:
 
 @dataclass(slots=True)
 class Outbox:
-    """Items collected during one turn of a coordinator's loop."""
+    """Items for one replica that a turn of the decode loop collects."""
 
     extends: list[ExtendItem] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -200,7 +204,7 @@ class Outbox:
     widens: list[RowRequest] = field(default_factory=list)
 
     def take(self, width: int) -> list[Message]:
-        """The frames to send now, in order; the outbox is empty afterwards. width: of the model's rows."""
+        """Empty the outbox into messages, in the order in which they are sent. width: logits in a row of the model."""
         messages: list[Message] = []
         if self.extends or self.released:
             messages.append(pack_extends(self.extends, self.released))
@@ -213,18 +217,18 @@ class Outbox:
         return messages
 
 
-_SMOOTHING = 0.2  # weight of the newest forward in a running mean
+_SMOOTHING = 0.2  # weight of the newest forward in the moving average
 
 
 class ForwardTimeModel:
-    """Seconds of a forward by the number of tokens in it. Between what was seen it is interpolated."""
+    """Estimates the seconds of a forward by its number of tokens: moving averages per bucket, interpolated between."""
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []  # bounds of buckets of which a forward was seen, ascending
+        self._tokens: list[int] = []  # upper bounds of the buckets with observations, ascending
         self._seconds: list[float] = []
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A forward of so many tokens took so long."""
+        """Record a forward of so many tokens."""
         if tokens < 1:
             return
         bound = _bucket(tokens)
@@ -236,7 +240,7 @@ class ForwardTimeModel:
             self._seconds[at] += _SMOOTHING * (seconds - self._seconds[at])
 
     def seconds(self, tokens: int) -> float:
-        """What a forward of so many tokens is expected to take; beyond what was seen as long as the nearest."""
+        """Expected seconds of a forward of so many tokens. Outside the observed range: those of the nearest bucket."""
         if not self._tokens:
             return 0.0
         bound = _bucket(max(tokens, 1))
@@ -251,7 +255,7 @@ class ForwardTimeModel:
 
 
 def _bucket(tokens: int) -> int:
-    """Counts up to 8 by themselves, then four to an octave."""
+    """Upper bound of a count's bucket: each count up to 8 has its own, above that there are four to an octave."""
     if tokens <= 8:
         return tokens
     step = 1 << (int(math.log2(tokens - 1)) - 2)

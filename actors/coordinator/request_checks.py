@@ -1,4 +1,4 @@
-"""What a coordinator asks of a request before it takes it on."""
+"""Checks of a request before a coordinator accepts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from actors.text.vocabularies import VocabularyRegistry
 
 
 def refusal(request: Generate, vocabularies: VocabularyRegistry) -> Rejected | None:
-    """Why a request cannot be decoded as it stands; None if it can."""
+    """Rejection of a request that cannot be decoded; None if it can."""
     legal = vocabularies.legal(request.primary)
     sampling = request.sampling
     chosen = [*(i for i, _ in sampling.logit_bias), *sampling.allowed_token_ids]
@@ -33,9 +33,10 @@ def refusal(request: Generate, vocabularies: VocabularyRegistry) -> Rejected | N
 
 
 def too_long(request: Generate, caches: Mapping[Role, int | None], beyond_context: str) -> Rejected | None:
-    """Why no replica ever has room for a prompt; None if one may. caches: tokens of each role's largest, None: unknown.
+    """Rejection of a prompt that fits no replica's cache; None if it may fit.
 
-    A small model that guidance can do without (`beyond_context: stop_guidance`) is not asked.
+    caches: tokens of each role's largest cache, None if unknown. A small model's cache does not count where decoding
+    goes on without guidance (`beyond_context: stop_guidance`).
     """
     for role, tokens in request.prompts.items():
         most = caches[role]
@@ -48,7 +49,7 @@ def too_long(request: Generate, caches: Mapping[Role, int | None], beyond_contex
 
 
 def canonical(request: Generate, vocabularies: VocabularyRegistry) -> Generate:
-    """The request with every end id of its sampling as the one that stands for the end; its own bias comes first."""
+    """The request with each end id in its sampling replaced by the canonical one, whose own bias takes precedence."""
     sampling, role = request.sampling, request.primary
     bias: dict[int, float] = {}
     for token, number in sampling.logit_bias:

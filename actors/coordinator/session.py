@@ -1,4 +1,4 @@
-"""A session on its way through a coordinator: its replicas, its rows in flight, and what its replicas still hold."""
+"""A session while it is decoded: its state, its replicas, the logits rows in flight, and rows that replicas hold."""
 
 from __future__ import annotations
 
@@ -33,25 +33,32 @@ class CacheWait:
 class ActiveSession:
     """One session, its state, the replicas that it is bound to, and the window of rows in flight."""
 
-    def __init__(self, session: Session, key: int, age: int, acceptance: Mapping[str, Acceptance]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        key: int,
+        age: int,
+        acceptance: Mapping[str, Acceptance],
+        prompt_scoring: PromptScoring | None = None,
+    ) -> None:
+        """age: nanoseconds since the epoch; older sessions go first. prompt_scoring: if the prompt is to be scored."""
         self.session, self.key, self.age, self.acceptance = session, key, age, acceptance
         self.events = EventQueue()
         self.text = TextIndex()
         self.epoch = 1
         self.replicas: dict[Role, Replica] = {}
         self.window: VerificationWindow | None = None
-        self.required: dict[
-            bool, Mapping[Role, RequiredLogits]
-        ] = {}  # what rows must know, guided or not, where no history adds
-        self.row_histories: dict[Role, RowHistory] = {}  # of small roles of another family
-        self.call_ids: dict[Role, set[int]] = {}  # of what was asked for the window
+        # By whether the window is guided: required ids of a session whose earlier tokens require none.
+        self.required: dict[bool, Mapping[Role, RequiredLogits]] = {}
+        self.row_histories: dict[Role, RowHistory] = {}  # of small roles with another vocabulary
+        self.call_ids: dict[Role, set[int]] = {}  # calls of the window that are in flight
         self.state = SessionState.QUEUED
         self.state_since = time.monotonic()
         self.cache_waits: dict[Role, CacheWait] = {}  # while PARKED: by role whose replica has no room
         self.rows_due_since = 0.0  # when the rows in flight were requested
         self.faults = 0  # refusals since the last token
         self.misses = 0  # since the last token: refusals for lack of room, and because the cache was gone
-        self.prompt_scoring: PromptScoring | None = None  # while log-probabilities of the prompt are wanted
+        self.prompt_scoring = prompt_scoring  # until the prompt is scored
         self.past_context = False  # a small model's positions are used up: the target goes on alone
 
     @property
@@ -61,12 +68,12 @@ class ActiveSession:
 
     @property
     def client(self) -> str:
-        """Who asked, for fairness."""
+        """Client of the request; the admission queue is fair between clients."""
         return self.session.request.client
 
     @property
     def resumed(self) -> bool:
-        """Whether another coordinator began it: its client has part of the answer already."""
+        """True if another coordinator began the session and its client has part of the answer."""
         return self.session.request.resumed
 
     def enter(self, state: SessionState) -> None:
@@ -118,35 +125,36 @@ class ActiveSession:
         self.past_context = True
 
     def bind(self, role: Role, replica: Replica) -> None:
-        """From now on this replica plays the role; it holds nothing yet."""
+        """Use this replica for the role. It holds none of the session's tokens yet."""
         self.replicas[role] = replica
         self.session.streams[role].reseed(replica.welcome.hash_seed)
         self.row_histories.pop(role, None)
 
     def limit(self, role: Role) -> int:
-        """Positions that a role's model computes for one session."""
+        """Number of positions that a role's model can compute for one session."""
         return self.replicas[role].welcome.max_position
 
     def room(self, role: Role) -> int:
-        """Tokens that a role can read after the session's newest."""
+        """Number of tokens that a role can read after the session's newest token."""
         return self.limit(role) - len(self.session.streams[role])
 
     def alpha(self, ahead: int = 0) -> float:
-        """Alpha for the next token, or `ahead` tokens later as far as it can be told now."""
+        """Alpha of the next token, or of the token `ahead` places later if thinking does not end before it."""
         return 0.0 if self.past_context else self.session.alpha(ahead)
 
     @property
     def over(self) -> bool:
-        """Whether the answer is finished."""
+        """True if the answer is finished."""
         return self.session.finish_reason is not None
 
 
-_ROWS, _LOGITS = 32, 1 << 20  # of a role at once at most: so much memory, and so long does nobody else get a token
+# Most rows and most logits that one chunk requests from a role: they bound memory and the wait of other sessions.
+_ROWS, _LOGITS = 32, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Rows of a prompt that are read together: those of the primary's tokens from `begin` on."""
+    """Rows of a prompt that are requested together: `rows` rows from the primary's token `begin` on."""
 
     begin: int
     rows: int
@@ -154,21 +162,21 @@ class PromptChunk:
 
 
 class PromptScoring:
-    """How a session's models read its prompt, side by side."""
+    """Plans the chunks in which a prompt is scored, and turns their rows into log-probabilities."""
 
     def __init__(self, request: Generate, reads: Mapping[Role, Sequence[int]], width: int) -> None:
-        """reads: how many of its tokens a role has read after each of the primary's. width: of the primary's rows."""
+        """reads: for each token of the primary, how many tokens each role has read after it. width: logits in a row."""
         self._request, self._reads, self._width = request, reads, width
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """All that take part."""
+        """Roles that score the prompt, the primary first."""
         return tuple(self._reads)
 
     def next(self, active: ActiveSession) -> PromptChunk | None:
-        """What is read next; None at the end. A row says what follows its token.
+        """The next chunk; None at the end of the prompt. The row of a token predicts the token after it.
 
-        Where a small model has no row, or none any more, the target speaks alone.
+        A chunk is unguided where a small model has no row: before its first token and past its positions.
         """
         begin = max(active.session.scored - 1, 0)
         most = min(max(1, min(_ROWS, _LOGITS // self._width)), len(self._reads[active.primary]) - 1 - begin)
@@ -180,11 +188,11 @@ class PromptScoring:
         )
 
     def reads(self, chunk: PromptChunk, role: Role) -> Sequence[int]:
-        """How many of its tokens a role has read at each row of a chunk."""
+        """Number of its tokens that a role has read at each row of a chunk."""
         return self._reads[role][chunk.begin : chunk.begin + chunk.rows]
 
     def notes(self, window: VerificationWindow, vocabularies: VocabularyRegistry) -> list[PromptNote]:
-        """What the complete rows of a window say of the tokens after them."""
+        """Log-probabilities of the tokens that follow the complete rows of a window."""
         active, request = window.active, self._request
         rows = {
             role: spread([row.slices[role] for row in window.rows], window.required[role], self._width)
@@ -201,7 +209,7 @@ class PromptScoring:
 
 
 class LogitsRow:
-    """One row of a window on its way to a token."""
+    """One row of logits of a window, from the request of its slices to its decision."""
 
     __slots__ = (
         "at",
@@ -222,16 +230,16 @@ class LogitsRow:
         self.stage = RowStage.EXTENDING
         self.k = k  # width of its slices; WHOLE: whole rows
         self.slices: dict[Role, RowSlice] = {}
-        self.crossing: dict[Role, CrossingRows] = {}  # by small role of another family, where earlier rows have a say
-        self.proposed: RowSlice | None = None  # what a guider of another family puts forward, in the target's ids
+        self.crossing: dict[Role, CrossingRows] = {}  # of small roles with another vocabulary
+        self.proposed: RowSlice | None = None  # of a guider with another vocabulary, in the target's ids
         self.block: CandidateBlock | None = None  # once its candidates are known
-        self.at = 0  # which row of the block it is
-        self.lookups = 0  # on their way
-        self.audited: Decisions | None = None  # what the slices decided, while whole rows are fetched to check it
+        self.at = 0  # its row in the block
+        self.lookups = 0  # in flight
+        self.audited: Decisions | None = None  # from slices, while whole rows are fetched
 
     @property
     def can_be_completed(self) -> bool:
-        """Whether all that put candidates forward have answered."""
+        """True if every role that proposes candidates has answered."""
         if not self.window.guided or self.k == WHOLE:
             return all(role in self.slices for role in self.window.roles)
         guider = self.proposed is not None if self.window.aligned else "guider" in self.slices
@@ -239,7 +247,7 @@ class LogitsRow:
 
     @property
     def complete(self) -> bool:
-        """Whether all that was asked has come."""
+        """True if every slice and every lookup has been answered."""
         return self.stage == RowStage.COMPLETE
 
     def enter(self, stage: RowStage) -> None:
@@ -247,16 +255,16 @@ class LogitsRow:
         self.stage = transition(ROW_TRANSITIONS, self.stage, stage)
 
     def join(self, block: CandidateBlock, at: int) -> None:
-        """Its candidates are known: it is row `at` of a block."""
+        """Become row `at` of a block: the candidates are known."""
         self.enter(RowStage.LOOKING_UP)
         self.block, self.at = block, at
 
     def lookup_sent(self) -> None:
-        """One more lookup is on its way."""
+        """Count a lookup in flight."""
         self.lookups += 1
 
     def lookup_answered(self) -> None:
-        """One of its lookups was answered or refused."""
+        """Count a lookup that was answered or refused."""
         self.lookups -= 1
 
     def complete_if_answered(self) -> None:
@@ -266,7 +274,7 @@ class LogitsRow:
             self.enter(RowStage.COMPLETE)
 
     def await_wider(self) -> None:
-        """Wider slices or whole rows of it are requested."""
+        """Enter WIDENING, or AUDITING if the slices have decided the row."""
         self.enter(RowStage.WIDENING if self.audited is None else RowStage.AUDITING)
 
     def begin_audit(self, decisions: Decisions) -> None:
@@ -274,35 +282,35 @@ class LogitsRow:
         self.audited = decisions
 
     def end_audit(self) -> Decisions:
-        """What the slices decided."""
+        """Return what the slices decided."""
         decisions, self.audited = self.audited, None
         assert decisions is not None
         return decisions
 
     def name(self, role: Role) -> tuple[int, int]:
-        """What names it to a replica: the position of its token, and the running hash up to it."""
+        """Key of the row at a replica: the position of its token, and the running hash up to it."""
         return self.window.name(role, self.position(role))
 
     def position(self, role: Role) -> int:
-        """Of its token in a role's stream."""
+        """Position of the row's token in a role's stream."""
         return self.window.first[role] + self.window.reads[role][self.index]
 
     def proposal(self) -> RowProposal:
-        """What is known of it, for a block."""
+        """The row's required ids and slices, from which a block is made."""
         slices: Mapping[Role, RowSlice] = self.slices
-        if self.window.aligned:  # small models speak through their events
+        if self.window.aligned:  # slices of small models are in other ids; a block takes their event probabilities
             offered: dict[Role, RowSlice] = {"target": slices["target"]}
             slices = offered if self.proposed is None else offered | {"guider": self.proposed}
         return RowProposal(self.window.required, slices)
 
     def extend_again(self, role: Role) -> None:
-        """A role computes it again: forget its slice and the candidates."""
+        """Wait for a role that computes the row again: drop its slice and the candidates."""
         self.slices.pop(role, None)
         self.enter(RowStage.EXTENDING)
         self._forget_candidates()
 
     def widen(self, k: int) -> None:
-        """Decide it by slices of this k: forget the candidates."""
+        """Wait for slices of this k (WHOLE: whole rows): drop the candidates."""
         self.k = k
         self.await_wider()
         self._forget_candidates()
@@ -313,30 +321,37 @@ class LogitsRow:
 
 @dataclass(slots=True, eq=False)
 class VerificationWindow:
-    """Rows in flight. Row i may be decided when the rows before it came to the drafts that it was computed after."""
+    """The rows in flight of a session: that of its newest token, and one for each draft token.
+
+    Row i was computed after the first i drafts. It may be decided if the rows before it chose these drafts.
+
+    Example: the newest token is at position 20, the drafts are [7, 8]. Row 0 (position 20) predicts position 21; row 1
+    was computed after token 7 at position 21. If row 0 chooses 7, row 1 is decided next. If row 0 chooses 9, the window
+    ends, and the next one begins with token 9 at position 21.
+    """
 
     active: ActiveSession
-    guided: bool  # whether the small models take part in its decisions
-    required: Mapping[Role, RequiredLogits]  # what every row must know, by each role that takes part; the primary first
-    drafter: Role | None = None  # who drafts; None: nobody, or the session's own text
-    wanted: int = 0  # drafts asked of the drafter
+    guided: bool  # True if the small models take part in its decisions
+    required: Mapping[Role, RequiredLogits]  # by role that takes part, the primary first
+    drafter: Role | None = None  # None: no drafts, or drafts from the session's own text
+    wanted: int = 0  # drafts requested from the drafter
     first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
     draft_tokens: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
     hashes: dict[Role, list[int]] = field(default_factory=dict)  # up to the first row's token, and after each draft
-    reads: dict[Role, Sequence[int]] = field(default_factory=dict)  # how many of its drafts a role read before each row
-    oldest: dict[Role, int] = field(default_factory=dict)  # the earliest position whose row is needed, of aligned roles
+    reads: dict[Role, Sequence[int]] = field(default_factory=dict)  # drafts that a role read before each row
+    oldest: dict[Role, int] = field(default_factory=dict)  # earliest position whose row is needed, by aligned role
     rows: list[LogitsRow] = field(default_factory=list)  # empty while the drafter drafts
-    next: int = 0  # the row to be decided now
+    next: int = 0  # index of the row to be decided now
     answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
-    scores_prompt: bool = False  # its whole rows say what follows in the prompt: nothing is chosen
+    scores_prompt: bool = False  # its rows score tokens of the prompt; none is chosen
 
     @property
     def aligned(self) -> bool:
-        """Whether small models of another family take part."""
+        """True if small models with another vocabulary take part."""
         return bool(self.oldest)
 
     def name(self, role: Role, position: int) -> tuple[int, int]:
-        """What names a row to a replica: the position of its token, and the running hash up to it."""
+        """Key of a row at a replica: the position of its token, and the running hash up to it."""
         after = position - self.first[role]
         stream = self.active.session.streams[role]
         return position, stream.hash_before(position + 1) if after < 0 else self.hashes[role][after]
@@ -348,24 +363,24 @@ class VerificationWindow:
 
     @property
     def drafts(self) -> int:
-        """How many drafts are checked."""
+        """Number of drafts that are verified."""
         return max(0, len(self.rows) - 1)
 
     def drafted(self, row: LogitsRow, token: int) -> bool:
-        """Whether the token of a row is the draft behind it."""
+        """True if a row's token is the draft that the next row was computed after."""
         drafts = self.draft_tokens[self.active.primary]
         return row.index < len(drafts) and drafts[row.index] == token
 
     def advance(self) -> None:
-        """The row to be decided now has become a token."""
+        """Go on to the next row: the one before has become a token."""
         self.next += 1
 
     def ready(self) -> bool:
-        """Whether the row to be decided now is complete."""
+        """True if the row to be decided now is complete."""
         return self.next < len(self.rows) and self.rows[self.next].complete
 
     def goes_on(self) -> bool:
-        """Whether the session's tokens are those that the next row was computed after, and it is guided as before."""
+        """True if the next row was computed after exactly the session's tokens, and guidance is on or off as before."""
         session = self.active.session
         if self.next >= len(self.rows) or bool(self.active.alpha()) != self.guided:
             return False
@@ -377,12 +392,12 @@ class VerificationWindow:
         return True
 
     def settle(self) -> None:
-        """The window is over: note how far what each replica holds is what the session came to."""
+        """End the window: for each role, find how many of the session's tokens its replica holds."""
         for role, hashes in self.hashes.items():
             stream, first = self.active.session.streams[role], self.first[role]
             held = min(stream.held, first)
             if role in self.answered or role == self.drafter:
-                # The drafter's last token may still be on its way into its cache.
+                # The drafter may not have computed its last token yet.
                 certain = len(hashes) - (role not in self.answered)
                 for index in range(certain - 1, -1, -1):
                     length = first + index + 1
@@ -392,20 +407,20 @@ class VerificationWindow:
             stream.hold(held)
 
     def dissolve(self) -> list[LogitsRow]:
-        """Its rows, which it has no longer: each knows its window, so both would wait for the garbage collector."""
+        """Give up and return the rows: rows and window refer to each other and would wait for garbage collection."""
         rows, self.rows = self.rows, []
         return rows
 
 
-_LONGEST = 64  # rows that are remembered, whatever the replica holds
+_LONGEST = 64  # rows that are kept at least, whatever the replica holds
 
-NameOf = Callable[[int], tuple[int, int]]  # of a position: itself, and the running hash up to it
+NameOf = Callable[[int], tuple[int, int]]  # position -> key of the row: the position, and the running hash up to it
 
 
 class RowHistory:
-    """Slices of rows one after another. A row counts as held while its hash is that of the session's tokens.
+    """Slices of consecutive rows of one role. A row is valid while its hash is that of the session's tokens.
 
-    A hash names all tokens up to the row's own, so where one row counts, those before it do too.
+    A hash covers all tokens up to the row's own, so the rows before a valid row are valid too.
     """
 
     __slots__ = ("_first", "_rows")
@@ -414,8 +429,8 @@ class RowHistory:
         self._first = 0  # position of the first row
         self._rows: list[tuple[int, RowSlice]] = []
 
-    def note(self, name: tuple[int, int], part: RowSlice) -> None:
-        """The replica gave this row; it has none of those behind it."""
+    def add(self, name: tuple[int, int], part: RowSlice) -> None:
+        """Store a row. Rows behind it are dropped: the replica no longer holds them."""
         position, prefix = name
         at = position - self._first
         if not 0 <= at <= len(self._rows):
@@ -426,7 +441,7 @@ class RowHistory:
             self._first = position + 1 - _LONGEST
 
     def get(self, name: tuple[int, int]) -> RowSlice | None:
-        """What it said of a row; None if it does not hold it."""
+        """Slice of a row; None if it is not held."""
         at = name[0] - self._first
         if not 0 <= at < len(self._rows):
             return None
@@ -434,7 +449,7 @@ class RowHistory:
         return part if prefix == name[1] else None
 
     def reach(self, oldest: int, end: int, name_of: NameOf) -> int:
-        """The first position from `oldest` on, up to `end`, whose row is not held."""
+        """First position from `oldest` up to `end` whose row is not held."""
         if oldest < self._first:
             return oldest
         position = min(end, self._first + len(self._rows))
@@ -443,7 +458,7 @@ class RowHistory:
         return max(position, oldest)
 
     def kept(self, position: int, name_of: NameOf) -> int:
-        """How many rows directly before a position are held and worth keeping."""
+        """Number of rows directly before a position that are held and should be kept."""
         if position <= self._first or self.get(name_of(position - 1)) is None:
             return 0
         return min(KEPT_ROWS, position - self._first)

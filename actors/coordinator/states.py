@@ -43,59 +43,26 @@ def _table(allowed: Mapping[State, Sequence[State]]) -> bytes:
     return bytes(sum(1 << after for after in allowed[before]) for before in sorted(allowed))
 
 
+_S, _R = SessionState, RowStage
 # A state follows itself where a session begins its next window, or where one more role is waited for.
 SESSION_TRANSITIONS = _table(
     {
-        SessionState.QUEUED: (
-            SessionState.SCORING_PROMPT,
-            SessionState.DECODING,
-            SessionState.NO_REPLICA,
-            SessionState.FINISHED,
-        ),
-        SessionState.SCORING_PROMPT: (
-            SessionState.SCORING_PROMPT,
-            SessionState.DECODING,
-            SessionState.PARKED,
-            SessionState.NO_REPLICA,
-            SessionState.FINISHED,
-        ),
-        SessionState.DECODING: (
-            SessionState.DECODING,
-            SessionState.PARKED,
-            SessionState.NO_REPLICA,
-            SessionState.FINISHED,
-        ),
-        SessionState.PARKED: (
-            SessionState.PARKED,
-            SessionState.SCORING_PROMPT,
-            SessionState.DECODING,
-            SessionState.NO_REPLICA,
-            SessionState.FINISHED,
-        ),
-        SessionState.NO_REPLICA: (
-            SessionState.NO_REPLICA,
-            SessionState.SCORING_PROMPT,
-            SessionState.DECODING,
-            SessionState.FINISHED,
-        ),
-        SessionState.FINISHED: (),
+        _S.QUEUED: (_S.SCORING_PROMPT, _S.DECODING, _S.NO_REPLICA, _S.FINISHED),
+        _S.SCORING_PROMPT: (_S.SCORING_PROMPT, _S.DECODING, _S.PARKED, _S.NO_REPLICA, _S.FINISHED),
+        _S.DECODING: (_S.DECODING, _S.PARKED, _S.NO_REPLICA, _S.FINISHED),
+        _S.PARKED: (_S.PARKED, _S.SCORING_PROMPT, _S.DECODING, _S.NO_REPLICA, _S.FINISHED),
+        _S.NO_REPLICA: (_S.NO_REPLICA, _S.SCORING_PROMPT, _S.DECODING, _S.FINISHED),
+        _S.FINISHED: (),
     }
 )
-
 # Every stage goes back to EXTENDING when a replica lost its part of the row. Rows of a prompt have no candidates.
 ROW_TRANSITIONS = _table(
     {
-        RowStage.EXTENDING: (
-            RowStage.EXTENDING,
-            RowStage.LOOKING_UP,
-            RowStage.COMPLETE,
-            RowStage.WIDENING,
-            RowStage.AUDITING,
-        ),
-        RowStage.LOOKING_UP: (RowStage.COMPLETE, RowStage.EXTENDING),
-        RowStage.COMPLETE: (RowStage.WIDENING, RowStage.AUDITING, RowStage.EXTENDING),
-        RowStage.WIDENING: (RowStage.WIDENING, RowStage.LOOKING_UP, RowStage.EXTENDING),
-        RowStage.AUDITING: (RowStage.AUDITING, RowStage.LOOKING_UP, RowStage.EXTENDING),
+        _R.EXTENDING: (_R.EXTENDING, _R.LOOKING_UP, _R.COMPLETE, _R.WIDENING, _R.AUDITING),
+        _R.LOOKING_UP: (_R.COMPLETE, _R.EXTENDING),
+        _R.COMPLETE: (_R.WIDENING, _R.AUDITING, _R.EXTENDING),
+        _R.WIDENING: (_R.WIDENING, _R.LOOKING_UP, _R.EXTENDING),
+        _R.AUDITING: (_R.AUDITING, _R.LOOKING_UP, _R.EXTENDING),
     }
 )
 

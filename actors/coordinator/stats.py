@@ -38,10 +38,10 @@ class CoordinatorMeter:
         """The load, with the totals of these metrics."""
         return CoordinatorLoad(sessions, waiting, parked, int(self.decided_tokens.value), self._turns_s.value)
 
-    def turn(self, took: float) -> None:
+    def turn(self, seconds: float) -> None:
         """Count a turn of the loop that took so many seconds."""
         self._turns.add()
-        self._turns_s.add(took)
+        self._turns_s.add(seconds)
 
     def refused(self, role: str, reason: str) -> None:
         """Count an item that a model refused."""

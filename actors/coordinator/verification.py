@@ -1,4 +1,4 @@
-"""What becomes of complete rows: a token, a wider look first, or a check of the slices against whole rows."""
+"""Turns complete logits rows into tokens; requests a wider top-k or a full-row audit when needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from actors.wire.messages import WHOLE
 
 @dataclass(frozen=True, slots=True)
 class RowDecision:
-    """One row among decided ones, and the alpha that it was decided with."""
+    """One row of `decisions`, and the alpha with which it was decided."""
 
     decisions: Decisions
     index: int
@@ -27,7 +27,7 @@ class RowDecision:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A row's token, whether the target alone had chosen another, and what was said of it where that is wanted."""
+    """The token of a row. changed: the target alone would have chosen another. scores: if the request wants them."""
 
     token: int
     changed: bool
@@ -36,21 +36,21 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class NeedsWiderTopK:
-    """The row must be looked at with this k first (WHOLE: the whole of it)."""
+    """The row cannot be decided before slices of this k have arrived (WHOLE: whole rows)."""
 
     k: int
 
 
 @dataclass(frozen=True, slots=True)
 class NoLegalToken:
-    """No token may be chosen, even from the whole row."""
+    """Not even the whole row has a token that may be chosen."""
 
 
 Verdict = Chosen | NeedsWiderTopK | NoLegalToken
 
 
 class Verifier:
-    """Decides rows by slices, widens those of which too much is unseen, and audits one guided row in so many."""
+    """Decides rows from slices, widens those with too much unseen mass, and audits one guided row in so many."""
 
     def __init__(self, config: ExchangeConfig, meter: CoordinatorMeter | None = None) -> None:
         self._config, self._meter = config, meter or CoordinatorMeter()
@@ -58,30 +58,30 @@ class Verifier:
         self.audited_variation = 0.0  # total variation, summed over audited rows
 
     def verify(self, windows: Sequence[VerificationWindow]) -> list[list[RowDecision]]:
-        """Per window its next rows, decided: all that are complete if nothing about them depends on earlier tokens."""
-        asked = [_sampling_specs(window) for window in windows]
+        """Decide each window's next rows: all complete ones, or only the first if its token affects the later ones."""
+        wanted = [_sampling_specs(window) for window in windows]
         groups: dict[CandidateBlock, list[tuple[LogitsRow, RowSamplingSpec]]] = {}
-        for each in asked:
-            for row, question in each:
+        for each in wanted:
+            for row, spec in each:
                 assert row.block is not None
-                groups.setdefault(row.block, []).append((row, question))
-        judged: dict[LogitsRow, RowDecision] = {}
+                groups.setdefault(row.block, []).append((row, spec))
+        decided: dict[LogitsRow, RowDecision] = {}
         for block, members in groups.items():
-            window, specs = members[0][0].window, [question for _, question in members]
+            window, specs = members[0][0].window, [spec for _, spec in members]
             decisions = decide(block, [row.at for row, _ in members], specs, window.active.primary, window.guided)
-            for index, (row, question) in enumerate(members):
-                judged[row] = RowDecision(decisions, index, question.alpha)
-        return [[judged[row] for row, _ in each] for each in asked]
+            for index, (row, spec) in enumerate(members):
+                decided[row] = RowDecision(decisions, index, spec.alpha)
+        return [[decided[row] for row, _ in each] for each in wanted]
 
-    def verdict(self, row: LogitsRow, judged: RowDecision) -> Verdict:
-        """What becomes of a row, now that those before it have become tokens."""
-        decisions, index = judged.decisions, judged.index
+    def verdict(self, row: LogitsRow, decided: RowDecision) -> Verdict:
+        """Outcome of a decided row, once the rows before it have become tokens."""
+        decisions, index = decided.decisions, decided.index
         if row.audited is not None:
-            return self._audit(row, judged)
+            return self._audit(row, decided)
         if row.k != WHOLE:
             if decisions.no_legal_token[index] or self._unseen(decisions, index) or _too_few(row, decisions, index):
                 return self._wider(row)
-            if judged.alpha and self._audit_due():
+            if decided.alpha and self._audit_due():
                 row.begin_audit(decisions.row(index))
                 return NeedsWiderTopK(WHOLE)
         elif decisions.no_legal_token[index]:
@@ -93,7 +93,7 @@ class Verifier:
         return limit < 1 and bool(decisions.outside[index] > limit)
 
     def _wider(self, row: LogitsRow) -> NeedsWiderTopK:
-        """One wider slice, then the whole row. A rule of the row alone, so that nothing else changes its token."""
+        """Next width of the row: one wider slice, then the whole row. It depends on the row alone, like its token."""
         active = row.window.active
         if row.k == self._config.k:
             active.session.count_widened()
@@ -109,10 +109,10 @@ class Verifier:
         self._since_audit = 0
         return True
 
-    def _audit(self, row: LogitsRow, judged: RowDecision) -> Chosen:
-        """The whole rows of an audited step are here. What the slices chose stands: an audit only measures."""
+    def _audit(self, row: LogitsRow, decided: RowDecision) -> Chosen:
+        """Compare the slices' decision with that of whole rows. The slices' token stands: an audit only measures."""
         sliced = row.end_audit()
-        whole = judged.decisions.row(judged.index)
+        whole = decided.decisions.row(decided.index)
         distance, differs = compare(sliced, whole, row.window.active.session.request.sampling)
         self._meter.audited_rows.add()
         self._meter.audits_differing.add(differs)
@@ -131,13 +131,13 @@ class Verifier:
 
 
 def _too_few(row: LogitsRow, decisions: Decisions, index: int) -> bool:
-    """Whether the request wants the log-probabilities of more candidates than the row has."""
+    """True if the request wants log-probabilities of more candidates than the row has."""
     wanted = row.window.active.session.request.logprobs
     return wanted is not None and int(np.count_nonzero(decisions.inside[index])) < wanted
 
 
 def _sampling_specs(window: VerificationWindow) -> list[tuple[LogitsRow, RowSamplingSpec]]:
-    """What is wanted of a window's next rows, as far as they can be decided together."""
+    """Sampling specs of a window's next rows, as far as they can be decided together."""
     session = window.active.session
     request, plain = session.request, session.history_free
     found: list[tuple[LogitsRow, RowSamplingSpec]] = []
@@ -147,8 +147,6 @@ def _sampling_specs(window: VerificationWindow) -> list[tuple[LogitsRow, RowSamp
             break
         adjust = None if plain else session.adjust
         position = len(session.primary) + ahead
-        question = RowSamplingSpec(
-            alpha, request.sampling, request.seed, position, adjust, request.top, request.explain
-        )
-        found.append((row, question))
+        spec = RowSamplingSpec(alpha, request.sampling, request.seed, position, adjust, request.top, request.explain)
+        found.append((row, spec))
     return found

@@ -1,4 +1,4 @@
-"""Who gets the next place, who is turned away, and what it is told."""
+"""The admission queue: order of admission, parking, back-pressure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from actors.config import ServiceConfig
 from actors.coordinator.admission import AdmissionQueue, FairQueue, WaitTimeEstimator
 from actors.coordinator.session import ActiveSession
 from actors.coordinator.states import SessionState
-from tests.support.crowd import Unreached, request, session
 from tests.support.scripted_service import config
+from tests.support.unconnected import UnconnectedReplica, request, session
 
 
 class Clock:
-    """Seconds, moved by hand."""
+    """A clock that a test moves by hand."""
 
     now = 100.0
 
@@ -26,18 +26,18 @@ class Clock:
 
 
 class Place:
-    """A coordinator's sessions: those that run, and `waiting`."""
+    """A coordinator's admitted sessions, and the admission queue `waiting`."""
 
-    def __init__(self, *replicas: Unreached, **coordinator: Any) -> None:
+    def __init__(self, *replicas: UnconnectedReplica, **coordinator: Any) -> None:
         self.clock, self.active_sessions, self.replicas = (
             Clock(),
             dict[int, ActiveSession](),
-            replicas or (Unreached(),),
+            replicas or (UnconnectedReplica(),),
         )
         service: ServiceConfig = config(coordinator=coordinator)
         self.waiting = AdmissionQueue(service, self.active_sessions.values, self._candidates, self.clock)
 
-    def _candidates(self, role: Role) -> Sequence[Unreached]:
+    def _candidates(self, role: Role) -> Sequence[UnconnectedReplica]:
         return [replica for replica in self.replicas if replica.role == role]
 
     def add(self, *active_sessions: ActiveSession) -> None:
@@ -84,7 +84,7 @@ async def test_places_are_limited_and_come_free() -> None:
 
 
 async def test_a_session_waits_until_its_model_has_room() -> None:
-    place = Place(Unreached(cache_tokens=256))
+    place = Place(UnconnectedReplica(cache_tokens=256))
     place.add(*(active_sessions := many(3, prompt=96)))
     assert place.admit() == active_sessions[:2]  # 96 and 16 to grow by, each
     assert place.active_sessions[active_sessions[1].key].replicas["target"] is place.replicas[0]
@@ -93,37 +93,39 @@ async def test_a_session_waits_until_its_model_has_room() -> None:
 
 
 async def test_every_role_that_is_needed_must_have_room() -> None:
-    place = Place(Unreached("target", 4_096), Unreached("guider", 4_096), Unreached("guider_base", 128))
+    place = Place(
+        UnconnectedReplica("target", 4_096), UnconnectedReplica("guider", 4_096), UnconnectedReplica("guider_base", 128)
+    )
     place.add(*(active_sessions := many(2, prompt=96, guided=True)), *(alone := many(1, "other", prompt=96)))
     assert place.admit() == [active_sessions[0], *alone]
     assert set(active_sessions[0].replicas) == {"target", "guider", "guider_base"}
     assert not active_sessions[1].replicas
 
 
-async def test_the_first_is_admitted_whatever_others_hold() -> None:
-    place = Place(Unreached(cache_tokens=256))
-    place.replicas[0].says(sessions=4, used=256)
+async def test_the_first_session_is_admitted_whatever_others_hold() -> None:
+    place = Place(UnconnectedReplica(cache_tokens=256))
+    place.replicas[0].set_heartbeat(sessions=4, used=256)
     place.add(*(active_sessions := many(2, prompt=96)))
     assert place.admit() == active_sessions[:1]
 
 
-async def test_a_role_that_nobody_plays_holds_up_nobody() -> None:
-    place = Place(Unreached("guider"))
+async def test_a_role_without_a_replica_blocks_no_admission() -> None:
+    place = Place(UnconnectedReplica("guider"))
     place.add(*(active_sessions := many(2)))
     assert place.admit() == active_sessions
     assert not active_sessions[0].replicas
 
 
 async def test_a_prompt_that_no_cache_holds_is_refused_by_its_numbers() -> None:
-    refusal = Place(Unreached(cache_tokens=256)).waiting.refusal(request(257))
+    refusal = Place(UnconnectedReplica(cache_tokens=256)).waiting.refusal(request(257))
     assert refusal is not None
     assert (refusal.code, refusal.retry_after_s) == ("invalid", None)
     assert "257" in refusal.message
     assert "256" in refusal.message
-    assert Place(Unreached(cache_tokens=256)).waiting.refusal(request(256)) is None
+    assert Place(UnconnectedReplica(cache_tokens=256)).waiting.refusal(request(256)) is None
 
 
-async def test_a_full_queue_refuses_and_its_places_count_once() -> None:
+async def test_a_full_queue_refuses_and_counts_free_places_once() -> None:
     place = Place(max_sessions=2, max_waiting=1)
     for active in many(3):  # two of them will have a place at the next turn
         assert place.refused() is None
@@ -135,14 +137,14 @@ async def test_a_full_queue_refuses_and_its_places_count_once() -> None:
 
 
 async def test_places_without_room_do_not_lengthen_the_queue() -> None:
-    place = Place(Unreached(cache_tokens=256), max_sessions=64, max_waiting=1)
+    place = Place(UnconnectedReplica(cache_tokens=256), max_sessions=64, max_waiting=1)
     place.add(*many(3, prompt=96))
     place.admit()
     assert (len(place.active_sessions), len(place.waiting)) == (2, 1)
     assert place.refused() is not None
 
 
-async def test_a_newcomer_displaces_the_youngest_of_who_waits_most() -> None:
+async def test_a_new_session_displaces_the_youngest_of_the_busiest_client() -> None:
     place = Place(max_sessions=1, max_waiting=4)
     place.add(*many(1))
     place.admit()
@@ -151,10 +153,10 @@ async def test_a_newcomer_displaces_the_youngest_of_who_waits_most() -> None:
     for number in (1, 2):
         assert place.refused("calm") is None
         place.add(*many(1, "calm"))
-        (told,) = await busy[-number].events.batch()
-        assert isinstance(told, Rejected)
-        assert told.code == "overloaded"
-        assert told.retry_after_s
+        (rejected,) = await busy[-number].events.batch()
+        assert isinstance(rejected, Rejected)
+        assert rejected.code == "overloaded"
+        assert rejected.retry_after_s
     assert [active.client for active in place.waiting] == ["busy", "busy", "calm", "calm"]
     assert place.refused("calm") is not None  # they are even
 
@@ -167,7 +169,7 @@ async def test_one_client_alone_meets_a_plain_bounded_queue() -> None:
     assert queue.displaced_by("calm") is not None
 
 
-async def test_moved_sessions_go_first_oldest_first_and_are_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_resumed_sessions_come_first_and_are_never_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(max_sessions=1, max_waiting=1)
     place.add(*many(1))
     place.admit()
@@ -182,14 +184,14 @@ async def test_moved_sessions_go_first_oldest_first_and_are_never_refused(monkey
         for expected in (moved[1], moved[0]):
             place.end(next(iter(place.active_sessions.values())))
             assert place.admit() == [expected]
-    assert [active.age for active in moved] == [7, 5]  # who is older stays so
+    assert [active.age for active in moved] == [7, 5]  # their age is kept
     place.end(moved[0])
     assert place.admit() == new
     assert new[0].age > 7
 
 
-async def test_who_lost_its_cache_waits_for_room_and_comes_before_new_ones() -> None:
-    place, again = Place(Unreached(cache_tokens=256)), list[ActiveSession]()
+async def test_a_parked_session_waits_for_room_ahead_of_queued_ones() -> None:
+    place, again = Place(UnconnectedReplica(cache_tokens=256)), list[ActiveSession]()
     place.add(*(active_sessions := many(4, prompt=64)))
     assert place.admit() == active_sessions[:3]
     oldest, _, youngest = active_sessions[:3]
@@ -203,11 +205,11 @@ async def test_who_lost_its_cache_waits_for_room_and_comes_before_new_ones() -> 
     assert (youngest.state, youngest.cache_waits) == (SessionState.DECODING, {})
 
 
-async def test_the_oldest_is_not_held_up() -> None:
-    place, again = Place(Unreached(cache_tokens=256)), list[ActiveSession]()
+async def test_the_oldest_session_is_never_held_back() -> None:
+    place, again = Place(UnconnectedReplica(cache_tokens=256)), list[ActiveSession]()
     place.add(*(active_sessions := many(2, prompt=96)))
     place.admit()
-    place.replicas[0].says(sessions=3, used=256)
+    place.replicas[0].set_heartbeat(sessions=3, used=256)
     for active in active_sessions:
         place.park(active, again)
     assert place.admit() == []
@@ -229,7 +231,7 @@ async def test_a_parked_session_pauses_first() -> None:
     assert (again, place.waiting.parked) == (active_sessions, 0)
 
 
-async def test_a_parked_session_that_began_anew_is_forgotten() -> None:
+async def test_a_parked_session_that_begins_another_window_is_not_resumed() -> None:
     place, again = Place(), list[ActiveSession]()
     place.add(*(active_sessions := many(1)))
     place.admit()
@@ -239,10 +241,10 @@ async def test_a_parked_session_that_began_anew_is_forgotten() -> None:
     assert (again, place.waiting.parked, active_sessions[0].cache_waits) == ([], 0, {})
 
 
-async def test_the_wait_that_is_told_follows_from_how_fast_sessions_end() -> None:
+async def test_retry_after_follows_from_the_rate_at_which_sessions_end() -> None:
     clock = Clock()
     wait_time = WaitTimeEstimator(clock)
-    assert wait_time.wait_s(9) == 1.0  # nobody runs
+    assert wait_time.wait_s(9) == 1.0  # no session runs
     active_sessions = many(4)
     for active in active_sessions:
         wait_time.began(active)
@@ -253,5 +255,5 @@ async def test_the_wait_that_is_told_follows_from_how_fast_sessions_end() -> Non
     assert wait_time.wait_s(9) == 6.0  # three run, each takes two
     assert wait_time.wait_s(0) == 1.0
     assert wait_time.wait_s(10_000) == 60.0
-    clock.now += 1_000.0  # nobody comes: what is known stays
+    clock.now += 1_000.0  # no session ends: the estimate stays
     assert wait_time.wait_s(9) == 6.0

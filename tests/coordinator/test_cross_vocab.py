@@ -1,4 +1,4 @@
-"""Guidance of a target of another family, through replicas, sockets and a coordinator."""
+"""Guidance of a target with another vocabulary, through replicas, sockets and a coordinator."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def trio(engines: Mapping[Role, Engine]) -> Iterator[Trio]:
 
 
 def drafting(folder: Path, **overrides: Any) -> ServiceConfig:
-    crowd = {"max_sessions": 100, "max_waiting": 100}
-    return families.with_target(folder, speculation={"drafts": 8, "adapt": False}, coordinator=crowd, **overrides)
+    places = {"max_sessions": 100, "max_waiting": 100}
+    return families.with_target(folder, speculation={"drafts": 8, "adapt": False}, coordinator=places, **overrides)
 
 
 async def test_log_probabilities_from_slices_are_those_of_whole_rows(folder: Path, trio: Trio) -> None:
@@ -76,7 +76,7 @@ async def test_log_probabilities_from_slices_are_those_of_whole_rows(folder: Pat
     assert {len(note.scores.guider) for note in sliced if note.scores} | {0} == {0, 5}
 
 
-def company(service: LocalService, count: int = 18) -> list[Generate]:
+def varied_requests(service: LocalService, count: int = 18) -> list[Generate]:
     """Questions with every way of sampling; half of the answers go on to their last token."""
     return [
         request(
@@ -91,7 +91,7 @@ def company(service: LocalService, count: int = 18) -> list[Generate]:
 
 
 def drafts(requests: list[Generate], count: int | None = None) -> list[Generate]:
-    """So many drafts, or every length in turn."""
+    """Requests with so many drafts, or with every length in turn."""
     return [replace(one, drafts=i % 8 + 1 if count is None else count) for i, one in enumerate(requests)]
 
 
@@ -101,7 +101,7 @@ async def answers(service: LocalService, requests: list[Generate]) -> list[list[
 
 async def test_drafts_of_another_family_change_no_token(folder: Path, engines: Mapping[Role, Engine]) -> None:
     async with local_service(drafting(folder), engines) as service:
-        requests = company(service)
+        requests = varied_requests(service)
         expected = await answers(service, drafts(requests, 0))
         decoded = await decode_all(service.coordinators[0], drafts(requests))
         assert tokens(decoded) == expected
@@ -110,9 +110,9 @@ async def test_drafts_of_another_family_change_no_token(folder: Path, engines: M
             engine.check()
 
 
-async def test_alone_and_in_company_the_tokens_are_the_same(folder: Path, engines: Mapping[Role, Engine]) -> None:
+async def test_other_sessions_change_no_token(folder: Path, engines: Mapping[Role, Engine]) -> None:
     async with local_service(drafting(folder), engines) as service:
-        requests = company(service, 9)
+        requests = varied_requests(service, 9)
         together = await answers(service, requests)
         alone = [(await answers(service, [one]))[0] for one in requests]
         assert together == alone
@@ -124,7 +124,7 @@ async def test_slices_choose_what_whole_rows_choose(folder: Path, engines: Mappi
 
     def greedy(service: LocalService) -> list[Generate]:
         changed: dict[str, Any] = {"temperature": 0.0, "logit_bias": ((unknown, -100.0),)}
-        return [replace(one, sampling=replace(one.sampling, **changed)) for one in company(service, 12)]
+        return [replace(one, sampling=replace(one.sampling, **changed)) for one in varied_requests(service, 12)]
 
     async with local_service(drafting(folder), engines) as service:
         sliced = await answers(service, greedy(service))
@@ -134,35 +134,35 @@ async def test_slices_choose_what_whole_rows_choose(folder: Path, engines: Mappi
 
 async def test_audits_and_wider_rows_change_no_token(folder: Path, engines: Mapping[Role, Engine]) -> None:
     async with local_service(drafting(folder, exchange={"audit_every": 0}), engines) as service:
-        expected = await answers(service, company(service, 9))
+        expected = await answers(service, varied_requests(service, 9))
     async with local_service(drafting(folder, exchange={"audit_every": 3}), engines) as service:
-        assert await answers(service, company(service, 9)) == expected
+        assert await answers(service, varied_requests(service, 9)) == expected
         assert service.coordinators[0]._loop.meter.audited_rows.value > 0
 
 
 async def test_a_guider_that_is_its_base_leaves_the_target_alone(folder: Path, engines: Mapping[Role, Engine]) -> None:
     again = load_role(trio_config(), "guider_base")
     async with local_service(drafting(folder), {**engines, "guider": again}) as service:
-        requests = [replace(one, guidance=Guidance(1.0)) for one in company(service, 6)]
+        requests = [replace(one, guidance=Guidance(1.0)) for one in varied_requests(service, 6)]
         alone = [replace(one, guidance=Guidance(0.0)) for one in requests]
         assert await answers(service, requests) == await answers(service, alone)
 
 
 @pytest.mark.parametrize("role", [slow("target"), "guider", slow("guider_base")])
-async def test_caches_lost_on_the_way_change_no_token(trio: Trio, folder: Path, role: Role) -> None:
+async def test_lost_caches_change_no_token(trio: Trio, folder: Path, role: Role) -> None:
     def act(engine: WatchedEngine) -> None:
         if engine.forwards % 4 == 0:
             engine.forget_everything()
 
     async with local_service(drafting(folder), trio.engines) as service:
-        requests = company(service, 9)
+        requests = varied_requests(service, 9)
         expected = await answers(service, drafts(requests, 0))
         trio.disturb(act, role)
         assert await answers(service, drafts(requests)) == expected
 
 
 @pytest.mark.parametrize("role", [slow("guider"), "guider_base"])
-async def test_held_rows_lost_on_the_way_change_no_token(trio: Trio, folder: Path, role: Role) -> None:
+async def test_lost_held_rows_change_no_token(trio: Trio, folder: Path, role: Role) -> None:
     lost = 0
 
     def act(engine: WatchedEngine) -> None:
@@ -173,16 +173,18 @@ async def test_held_rows_lost_on_the_way_change_no_token(trio: Trio, folder: Pat
                 engine._store.drop(session)
 
     async with local_service(drafting(folder), trio.engines) as service:
-        requests = company(service, 9)
+        requests = varied_requests(service, 9)
         expected = await answers(service, drafts(requests, 0))
         trio.disturb(act, role)
         assert await answers(service, drafts(requests)) == expected
         assert lost > len(requests)
 
 
-async def test_a_small_model_lost_on_the_way_changes_no_token(trio: Trio, folder: Path) -> None:
+async def test_a_lost_small_model_changes_no_token(trio: Trio, folder: Path) -> None:
     async with local_service(drafting(folder), trio.engines) as service:
-        requests = [replace(one, sampling=replace(LONG, max_tokens=60), drafts=4) for one in company(service, 4)]
+        requests = [
+            replace(one, sampling=replace(LONG, max_tokens=60), drafts=4) for one in varied_requests(service, 4)
+        ]
         expected = await answers(service, drafts(requests, 0))
         stop_at = trio.watched["guider"].forwards + 15
         going = asyncio.ensure_future(answers(service, requests))
@@ -198,7 +200,7 @@ async def test_equal_vocabularies_are_read_one_for_one(trio_engines: Mapping[Rol
         assert not VocabularyRegistry(service.tokenizers).aligned
 
 
-async def test_one_vocabulary_aligned_with_itself_gives_the_tokens_of_plain_guidance(
+async def test_a_vocabulary_aligned_with_itself_guides_as_plain_guidance(
     trio_engines: Mapping[Role, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = trio_config(coordinator={"max_sessions": 60, "max_waiting": 60})

@@ -1,4 +1,4 @@
-"""A hundred clients that leave in the middle of their streams leave nothing behind, in any model."""
+"""A hundred clients that leave in mid-stream leave no session in any model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = ("Ada", "Ben", "Cy", "Dora", "Eve")
 
 
 class One:
-    """A coordinator as all the coordinators that there are."""
+    """A back end with a single coordinator."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -64,7 +64,7 @@ async def over_http(service: LocalService) -> AsyncIterator[str]:
 
 
 async def stay(http: httpx.AsyncClient, number: int, leave: asyncio.Event, begun: asyncio.Semaphore) -> None:
-    """Read a stream until its first text has come and `leave` is set; then break the connection."""
+    """Read a stream until its first text and until `leave` is set, then close the connection."""
     question = f"Who is the mentor of the rival of {NAMES[number % len(NAMES)]}? {number}"
     body = {
         "model": "demo",
@@ -85,7 +85,7 @@ async def stay(http: httpx.AsyncClient, number: int, leave: asyncio.Event, begun
         await leave.wait()
 
 
-async def test_a_hundred_clients_that_leave_in_mid_stream_leave_no_session_in_any_model(
+async def test_clients_that_leave_mid_stream_leave_no_session_in_any_model(
     trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "router.request_log")

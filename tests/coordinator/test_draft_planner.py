@@ -1,4 +1,4 @@
-"""How many drafts a session's next check gets."""
+"""The number of drafts in a session's next window."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def session_of(
     sampling: Sampling | None = None,
     **request: Any,
 ) -> ActiveSession:
-    """A session in the middle of its answer: everything but its newest token is in every cache."""
+    """A session in the middle of its answer, with all but its newest token in every cache."""
     prompts: dict[Role, list[int]] = {role: list(TOKENS) for role in ROLES}
     one = Generate("r", "target", prompts, sampling or Sampling(), Guidance(), Thinking(), 1, **request)
     session = Session(one, vocabularies.vocabulary("target", ROLES, one.thinking), dict.fromkeys(ROLES, 0))
@@ -59,14 +59,14 @@ def session_of(
 
 
 def checked(planner: DraftPlanner, active: ActiveSession, drafts: int, kept: int) -> None:
-    """A check of drafts is over, of which the first `kept` were kept."""
+    """Let the planner learn from a window whose first `kept` drafts were accepted."""
     window = VerificationWindow(active, True, {}, "guider", drafts)
     window.rows = [LogitsRow(window, index, 8) for index in range(drafts + 1)]
     window.next = kept + 1
     planner.learn(window)
 
 
-def test_cheap_drafts_that_are_kept_grow_long_and_those_that_are_not_cease(vocabularies: VocabularyRegistry) -> None:
+def test_accepted_drafts_get_longer_and_rejected_ones_stop(vocabularies: VocabularyRegistry) -> None:
     planner = DraftPlanner(Speculation())
     good, bad = session_of(planner, vocabularies), session_of(planner, vocabularies)
     for _ in range(40):
@@ -84,11 +84,11 @@ def test_a_guider_as_slow_as_its_target_drafts_less_than_a_fast_one(vocabularies
     assert planner.plan(fast, True, FAR, 1).drafts > planner.plan(slow, True, FAR, 1).drafts == 0
 
 
-def test_where_each_token_of_a_check_costs_a_crowd_drafts_less_than_one(vocabularies: VocabularyRegistry) -> None:
+def test_many_sessions_draft_less_than_one_where_tokens_cost_time(vocabularies: VocabularyRegistry) -> None:
     planner = DraftPlanner(Speculation())
     active = session_of(planner, vocabularies, target=Replica(0.03, per_token=0.003))
-    alone, crowded = planner.plan(active, True, FAR, 1).drafts, planner.plan(active, True, FAR, 32).drafts
-    assert alone > crowded
+    alone, together = planner.plan(active, True, FAR, 1).drafts, planner.plan(active, True, FAR, 32).drafts
+    assert alone > together
 
 
 @pytest.mark.parametrize(("configured", "asked", "drafts"), [(7, None, 7), (7, 3, 3), (2, 8, 2), (0, 8, 0), (7, 0, 0)])
@@ -107,7 +107,7 @@ def test_nothing_is_drafted_past_the_answers_end_or_the_last_position(vocabulari
     assert planner.plan(active, True, 0, 1).drafts == 0
 
 
-def test_nothing_is_drafted_behind_a_prompt_or_for_words_that_lift_themselves(vocabularies: VocabularyRegistry) -> None:
+def test_a_prefill_and_self_amplifying_penalties_are_not_drafted(vocabularies: VocabularyRegistry) -> None:
     planner = DraftPlanner(Speculation(adapt=False))
     active = session_of(planner, vocabularies)
     active.session.streams["guider"].append([30] * 20)
@@ -116,7 +116,7 @@ def test_nothing_is_drafted_behind_a_prompt_or_for_words_that_lift_themselves(vo
     assert planner.plan(lifting, True, FAR, 1) == DraftPlan()
 
 
-def test_without_guidance_the_text_guesses_unless_the_guider_is_asked_for(vocabularies: VocabularyRegistry) -> None:
+def test_unguided_drafts_come_from_the_text_unless_the_guider_is_chosen(vocabularies: VocabularyRegistry) -> None:
     planner = DraftPlanner(Speculation(adapt=False))
     active = session_of(planner, vocabularies)
     active.session.streams["target"].append([50, 51, 52, 50, 51])
@@ -127,7 +127,7 @@ def test_without_guidance_the_text_guesses_unless_the_guider_is_asked_for(vocabu
     assert DraftPlanner(Speculation(lookup=False)).plan(active, False, FAR, 1) == DraftPlan()
 
 
-def test_what_becomes_of_drafts_is_counted_and_taught_to_later_sessions(vocabularies: VocabularyRegistry) -> None:
+def test_accepted_drafts_are_counted_and_inform_later_sessions(vocabularies: VocabularyRegistry) -> None:
     meter = CoordinatorMeter()
     planner = DraftPlanner(Speculation(), meter)
     active = session_of(planner, vocabularies)

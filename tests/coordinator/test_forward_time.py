@@ -1,4 +1,4 @@
-"""What forwards are expected to take."""
+"""Estimates of the time of forwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from actors.coordinator.replica_pool import ForwardTimeModel
 
 
-def test_what_was_seen_is_expected_again_and_follows_changes() -> None:
+def test_estimates_follow_observed_times_and_their_changes() -> None:
     forward_time = ForwardTimeModel()
     for _ in range(50):
         forward_time.observe(4, 0.02)
@@ -17,7 +17,7 @@ def test_what_was_seen_is_expected_again_and_follows_changes() -> None:
     assert forward_time.seconds(4) == pytest.approx(0.04, rel=0.01)
 
 
-def test_between_what_was_seen_it_is_interpolated_and_beyond_it_is_the_nearest() -> None:
+def test_estimates_are_interpolated_and_constant_beyond_observations() -> None:
     forward_time = ForwardTimeModel()
     assert forward_time.seconds(3) == 0
     forward_time.observe(2, 0.01)
@@ -27,7 +27,7 @@ def test_between_what_was_seen_it_is_interpolated_and_beyond_it_is_the_nearest()
     assert forward_time.seconds(500) == pytest.approx(0.03)
 
 
-def test_sizes_that_cost_alike_share_what_was_seen() -> None:
+def test_sizes_in_one_bucket_share_their_observations() -> None:
     forward_time = ForwardTimeModel()
     forward_time.observe(1_000, 1.0)
     assert forward_time.seconds(1_020) == pytest.approx(1.0)

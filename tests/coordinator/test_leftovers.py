@@ -1,4 +1,4 @@
-"""What is left in the caches after clients that went away and connections that were lost: nothing."""
+"""Clients that leave and connections that are lost leave nothing in the caches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDLE_S = 60.0  # after the last client, within which every session is closed
 
 
 async def leave_after(coordinator: Coordinator, request: Generate, deltas: int) -> None:
-    """Read so many deltas of an answer, or all of it, and go away."""
+    """Read so many deltas of an answer, or all of it, then close the stream."""
     async with aclosing(coordinator.generate(request)) as events:
         async for event in events:
             deltas -= isinstance(event, Delta)
@@ -31,14 +31,14 @@ async def leave_after(coordinator: Coordinator, request: Generate, deltas: int) 
 
 
 async def emptied(service: LocalService, role: Role) -> None:
-    """Return once a role's cache holds no session; AssertionError when its accounts are wrong."""
+    """Wait until a role's cache holds no session. Raises AssertionError if the cache's counts are inconsistent."""
     async with asyncio.timeout(IDLE_S):
         while await service.replicas[role].check_cache():  # noqa: ASYNC110 - the replica announces no last session
             await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_cancels_and_lost_connections_leave_no_session_and_exact_accounts(
+async def test_cancels_and_lost_connections_leave_no_session_in_a_cache(
     trio_engines: Mapping[Role, Engine], seed: int
 ) -> None:
     draw = random.Random(seed)

@@ -39,7 +39,7 @@ def normalised(rows: Row) -> Row:
 
 
 def requests_to(service: LocalService, **more: Any) -> list[Generate]:
-    """Questions, and one text that nothing of this was trained on, with different strengths of guidance."""
+    """Requests with questions and one text unlike the training data, at different alphas."""
     texts = [*chat_prompts(3), "1, 2, 3,"]
     return [
         replace(
@@ -68,7 +68,9 @@ async def test_log_probabilities_are_those_of_the_combined_whole_rows(
                 np.testing.assert_allclose(values[likely], best[likely], atol=CLOSE + UNSEEN)
 
 
-async def test_explanations_are_what_each_model_says_alone(oracle: Oracle, trio_engines: Mapping[Role, Engine]) -> None:
+async def test_explanations_are_each_models_own_log_probabilities(
+    oracle: Oracle, trio_engines: Mapping[Role, Engine]
+) -> None:
     async with local_service(trio_config(), trio_engines) as service:
         for one in requests_to(service, explain=True):
             notes = await notes_of(service, one)
@@ -77,8 +79,8 @@ async def test_explanations_are_what_each_model_says_alone(oracle: Oracle, trio_
             combined = normalised(oracle.combined(prompt, answer, one.guidance.alpha))
             for place, note in enumerate(notes):
                 assert note.scores is not None
-                said: dict[Role, Candidates] = {"target": note.scores.target, "guider": note.scores.guider}
-                for role, candidates in said.items():
+                listed: dict[Role, Candidates] = {"target": note.scores.target, "guider": note.scores.guider}
+                for role, candidates in listed.items():
                     if role == "guider" and not one.guidance.alpha:
                         assert not candidates
                         continue
@@ -132,7 +134,7 @@ async def test_log_probabilities_change_no_token(trio_engines: Mapping[Role, Eng
             assert bare.notes == []
 
 
-async def test_a_resumed_answer_has_the_notes_of_what_is_still_to_come(trio_engines: Mapping[Role, Engine]) -> None:
+async def test_a_resumed_answer_has_the_notes_of_its_remaining_tokens(trio_engines: Mapping[Role, Engine]) -> None:
     async with local_service(trio_config(), trio_engines) as service:
         one = replace(requests_to(service)[0], logprobs=3, explain=True)
         whole = await notes_of(service, one)

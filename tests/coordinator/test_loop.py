@@ -1,4 +1,4 @@
-"""The decode loop against three running models: company, who is asked, what is chosen, limits."""
+"""The decode loop with three models: concurrent sessions, requests to each role, choices, limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
 
 
 def limited(role: Role, positions: int, **overrides: Any) -> ServiceConfig:
-    """A configuration in which one role computes so few positions for a session."""
+    """A configuration that limits the positions of one role."""
     models: dict[str, dict[str, Any]] = {each: {"path": str(WEIGHTS / each)} for each in ROLES}
     models[role]["max_position"] = positions
     return trio_config(models=models, **overrides)
@@ -55,7 +55,7 @@ async def events(coordinator: Coordinator, one: Generate) -> list[CoordinatorEve
         return [event async for event in stream]
 
 
-# -- company
+# -- concurrent sessions
 
 
 async def test_sessions_join_at_any_step_and_decode_as_they_do_alone(trio: Trio) -> None:
@@ -71,7 +71,7 @@ async def test_sessions_join_at_any_step_and_decode_as_they_do_alone(trio: Trio)
         assert await asyncio.gather(*(later(i, one) for i, one in enumerate(requests))) == expected
 
 
-async def test_sessions_leave_at_any_step_and_disturb_nobody(trio: Trio) -> None:
+async def test_sessions_that_leave_at_any_step_disturb_no_other(trio: Trio) -> None:
     async with local_service(trio_config(), trio.engines) as service:
         requests = mixed_requests(service, 8)
         expected = await alone(service, requests)
@@ -89,7 +89,7 @@ async def test_sessions_leave_at_any_step_and_disturb_nobody(trio: Trio) -> None
         await asyncio.gather(*leavers)
 
 
-async def test_more_sessions_than_places_wait_and_all_come_to_the_same_end(trio: Trio) -> None:
+async def test_sessions_beyond_the_places_wait_and_change_no_token(trio: Trio) -> None:
     async with local_service(trio_config(), trio.engines) as service:
         requests = mixed_requests(service, 9)
         expected = await alone(service, requests)
@@ -97,7 +97,7 @@ async def test_more_sessions_than_places_wait_and_all_come_to_the_same_end(trio:
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected
 
 
-async def test_choices_of_one_prompt_come_out_as_alone_and_the_prompt_is_computed_once(trio: Trio) -> None:
+async def test_choices_share_their_prompts_prefill_and_change_no_token(trio: Trio) -> None:
     async with local_service(trio_config(speculation={"drafts": 0}), trio.engines) as service:
         requests = [request(service.tokenizers, TEXT, sampling=SAMPLED, seed=seed) for seed in range(6)]
         target = service.replicas["target"]
@@ -123,7 +123,7 @@ async def test_two_coordinators_share_the_models(trio: Trio) -> None:
         assert tokens(answers) == expected
 
 
-async def test_what_ends_leaves_nothing_in_any_cache(trio: Trio) -> None:
+async def test_finished_sessions_leave_nothing_in_any_cache(trio: Trio) -> None:
     async with local_service(trio_config(), trio.engines) as service:
         await decode_all(service.coordinators[0], mixed_requests(service, 5))
         await until(lambda: set(trio.held().values()) == {0})
@@ -156,10 +156,10 @@ async def test_cancelling_a_request_that_waits_takes_it_out_of_the_queue(trio: T
         await first.aclose()
 
 
-# -- who is asked
+# -- requests to each role
 
 
-async def test_alpha_zero_asks_nothing_of_the_small_models(trio: Trio) -> None:
+async def test_alpha_zero_requests_nothing_from_the_small_models(trio: Trio) -> None:
     async with local_service(trio_config(), trio.engines) as service:
         one = request(service.tokenizers, TEXT, guidance=Guidance(0.0))
         answer = await decode(service.coordinators[0], one)

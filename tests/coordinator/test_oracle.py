@@ -1,4 +1,4 @@
-"""Decoding against plain transformers forwards, in one process: same seed, same tokens, whatever the circumstances."""
+"""Decoding compared with plain transformers forwards: the same seed gives the same tokens under all circumstances."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config(mode: str, **exchange: Any) -> Any:
 
 
 def requests_to(service: LocalService, prompts: int) -> list[Generate]:
-    """Every prompt with every way of sampling: questions of two and three hops, and free text."""
+    """Requests for every prompt with every way of sampling: questions of two and three hops, and free text."""
     texts = [(text, True) for hops in (2, 3) for text in chat_prompts(prompts * 2 // 5, hops)]
     texts += [(f"{FREE_TEXT[i % len(FREE_TEXT)]} {i}", False) for i in range(prompts - len(texts))]
     return [
@@ -49,15 +49,15 @@ def requests_to(service: LocalService, prompts: int) -> list[Generate]:
     ]
 
 
-class Company:
-    """What the service answered to all requests at once, by exchange; decoded when first asked for."""
+class ConcurrentAnswers:
+    """Answers of the service to all requests at once, by exchange mode; decoded on first use."""
 
     def __init__(self, engines: Mapping[Role, Engine], prompts: int) -> None:
         self._engines, self._prompts = engines, prompts
         self._answers: dict[str, tuple[list[Generate], list[list[int]]]] = {}
 
     async def answers(self, mode: str) -> tuple[list[Generate], list[list[int]]]:
-        """The requests, shuffled, and their tokens."""
+        """The requests in shuffled order, and their tokens."""
         if mode not in self._answers:
             async with local_service(config(mode), self._engines) as service:
                 requests = requests_to(service, self._prompts)
@@ -67,27 +67,27 @@ class Company:
 
 
 @pytest.fixture(scope="module", params=PROMPTS)
-def company(trio_engines: Mapping[Role, Engine], request: pytest.FixtureRequest) -> Company:
-    return Company(trio_engines, request.param)
+def concurrent(trio_engines: Mapping[Role, Engine], request: pytest.FixtureRequest) -> ConcurrentAnswers:
+    return ConcurrentAnswers(trio_engines, request.param)
 
 
 def case(one: Generate, answer: list[int]) -> Case:
-    """An answer as the oracle reads it."""
+    """Convert an answer to the oracle's form."""
     sampling = one.sampling
     return Case(one.request_id, one.prompts["target"], answer, one.seed, sampling.temperature, sampling.top_p, LENGTH)
 
 
-async def test_whole_rows_decode_as_plain_forwards_do(company: Company) -> None:
-    requests, answers = await company.answers("full")
+async def test_whole_rows_decode_as_plain_forwards_do(concurrent: ConcurrentAnswers) -> None:
+    requests, answers = await concurrent.answers("full")
     tally = Oracle().hold([case(one, answer) for one, answer in zip(requests, answers, strict=True)])
     print(f"{len(answers)} answers: {tally}")  # shown with -rP
     assert tally.places > 5 * len(requests)
     assert tally.near_ties < 0.001 * tally.places
 
 
-async def test_slices_decode_as_whole_rows_do(company: Company) -> None:
-    requests, full = await company.answers("full")
-    again, sliced = await company.answers("topk")
+async def test_slices_decode_as_whole_rows_do(concurrent: ConcurrentAnswers) -> None:
+    requests, full = await concurrent.answers("full")
+    again, sliced = await concurrent.answers("topk")
     assert [one.request_id for one in again] == [one.request_id for one in requests]
     differing = [one for one, a, b in zip(requests, full, sliced, strict=True) if a != b]
     print(f"{len(full) - len(differing)} of {len(full)} answers from slices equal those from whole rows")
@@ -96,8 +96,10 @@ async def test_slices_decode_as_whole_rows_do(company: Company) -> None:
     assert len(differing) <= 0.001 * len(full)
 
 
-async def test_company_changes_no_token(company: Company, trio_engines: Mapping[Role, Engine]) -> None:
-    requests, together = await company.answers("full")
+async def test_other_sessions_change_no_token(
+    concurrent: ConcurrentAnswers, trio_engines: Mapping[Role, Engine]
+) -> None:
+    requests, together = await concurrent.answers("full")
     async with local_service(config("full"), trio_engines) as service:
         for one, expected in list(zip(requests, together, strict=True))[:20]:
             assert tokens(await decode_all(service.coordinators[0], [one])) == [expected]
@@ -107,7 +109,7 @@ async def test_company_changes_no_token(company: Company, trio_engines: Mapping[
 
 
 async def answers_of(service: LocalService, requests: Sequence[Generate], at_once: int) -> list[list[int]]:
-    """Tokens of the requests, so many of them side by side."""
+    """Decode the requests, so many at a time, and return their tokens."""
     found: list[list[int]] = []
     for begin in range(0, len(requests), at_once):
         found += tokens(await decode_all(service.coordinators[0], requests[begin : begin + at_once]))
@@ -133,7 +135,7 @@ async def test_the_chunks_of_a_prefill_change_no_token(trio_engines: Mapping[Rol
 
 
 def with_folder(role: Role, folder: Path, engines: Mapping[Role, Engine]) -> tuple[Any, Mapping[Role, Engine]]:
-    """The trio's configuration and engines with another model in one role."""
+    """The trio's configuration and engines, with another model in one role."""
     models = {each: {"path": str(folder if each == role else WEIGHTS / each)} for each in ROLES}
     changed = trio_config(models=models)
     return changed, {**engines, role: load_role(changed, role)}
@@ -178,7 +180,7 @@ async def test_a_guider_with_other_ids_for_its_special_tokens_guides_alike(
         assert await answers_of(service, requests, 16) == expected
 
 
-async def test_a_target_that_spells_the_thinkings_end_lets_the_guider_read_its_own_token(
+async def test_a_guider_reads_its_own_token_for_the_end_of_thinking(
     trio_engines: Mapping[Role, Engine], tmp_path: Path
 ) -> None:
     shutil.copytree(WEIGHTS / "target", tmp_path / "target")

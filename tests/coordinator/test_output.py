@@ -9,7 +9,7 @@ END = Finished("stop", Usage(1, 2, 0, 0, 0, 0, 0.0))
 
 
 class Clock:
-    """A time that stands until it is moved."""
+    """A clock that a test moves by hand."""
 
     now = 100.0
 
@@ -26,12 +26,12 @@ def ids(events: list[CoordinatorEvent]) -> list[int]:
 
 
 async def at_once(events: EventQueue, streams: int = 1) -> list[CoordinatorEvent]:
-    """A batch that waits for no time to pass."""
+    """Return a batch that must not wait for time to pass."""
     async with asyncio.timeout(COALESCE_S / 5):
         return await events.batch(streams)
 
 
-async def test_the_first_token_goes_at_once_and_the_next_ones_do_not() -> None:
+async def test_the_first_token_is_sent_at_once_and_the_next_ones_are_not() -> None:
     events = EventQueue(Clock())
     events.emit(token(0))
     assert ids(await at_once(events)) == [0]
@@ -54,7 +54,7 @@ async def test_tokens_within_the_interval_are_one_message() -> None:
     )
 
 
-async def test_a_reader_in_no_hurry_gets_fewer_messages_and_the_end_at_once() -> None:
+async def test_a_longer_interval_gives_fewer_messages_but_no_later_end() -> None:
     clock = Clock()
     events = EventQueue(clock)
     events.emit(token(0))
@@ -71,7 +71,7 @@ async def test_a_reader_in_no_hurry_gets_fewer_messages_and_the_end_at_once() ->
     assert last[-1] == END
 
 
-async def test_the_end_goes_at_once_with_all_that_is_left() -> None:
+async def test_the_end_is_sent_at_once_with_all_that_is_left() -> None:
     events = EventQueue(Clock())
     events.emit(token(0))
     await at_once(events)
@@ -99,9 +99,9 @@ async def test_many_streams_widen_the_interval() -> None:
     assert ids(await at_once(events, 256)) == [1]
 
 
-async def test_no_token_is_lost_or_reordered_by_a_wait_that_is_cancelled() -> None:
+async def test_a_cancelled_wait_loses_and_reorders_no_token() -> None:
     clock = Clock()
-    events, heard = EventQueue(clock), list[CoordinatorEvent]()
+    events, received = EventQueue(clock), list[CoordinatorEvent]()
     for number in range(40):
         events.emit(token(number))
         waiting = asyncio.create_task(events.batch())
@@ -110,13 +110,13 @@ async def test_no_token_is_lost_or_reordered_by_a_wait_that_is_cancelled() -> No
         if number % 3 == 0:
             clock.now += COALESCE_S
             await asyncio.gather(waiting, return_exceptions=True)
-            heard += waiting.result() if not waiting.cancelled() else await at_once(events)
+            received += waiting.result() if not waiting.cancelled() else await at_once(events)
         else:
             done = (await asyncio.gather(waiting, return_exceptions=True))[0]
-            heard += done if isinstance(done, list) else []
+            received += done if isinstance(done, list) else []
     events.emit(END)
-    heard += await at_once(events)
-    assert ids(heard) == [*range(40)]
+    received += await at_once(events)
+    assert ids(received) == [*range(40)]
 
 
 def test_the_interval_is_the_shortest_for_few_and_bounded_for_many() -> None:

@@ -1,4 +1,4 @@
-"""More than the models' caches hold: everything is answered in the end, and little is computed twice."""
+"""More sessions than the caches hold are all answered, and few tokens are computed twice."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.support.local_service import WEIGHTS, LocalService, decode, local_ser
 from tests.support.trio import LONG, alone, chat_prompts, decode_all, request, tokens
 from tests.support.watched import until, watched
 
-MOST = 1.7  # tokens that go through a model, over those that would without a crowd
+MOST = 1.7  # tokens that go through a model, over those that would with room for all
 
 
 def crowded(caches: Mapping[Role, int], **overrides: Any) -> ServiceConfig:
-    """Each role's cache holds so many tokens of all sessions together."""
+    """A configuration with so many cache tokens for each role."""
     models = {role: {"path": str(WEIGHTS / role), "cache_tokens": caches.get(role, 4_096)} for role in ROLES}
     return trio_config(models=models, **overrides)
 
@@ -45,12 +45,12 @@ def long_requests(service: LocalService, count: int, length: int = 100, *, alpha
 
 
 def needed(requests: Sequence[Generate], answers: Sequence[Sequence[int]], role: Role) -> int:
-    """Tokens that must go through a role's model."""
+    """Number of tokens that a role's model must compute."""
     return sum(len(one.prompts[role]) + len(answer) for one, answer in zip(requests, answers, strict=True))
 
 
 def check_all(service: LocalService) -> None:
-    """Every cache is empty, and proves it."""
+    """Check that every cache is empty and consistent."""
     for engine in service.engines.values():
         engine._table.check()  # type: ignore[attr-defined]
         assert engine.cache_stats().tokens_used == 0
@@ -62,7 +62,7 @@ async def everything_released(service: LocalService) -> None:
 
 
 @pytest.mark.slow
-async def test_three_small_caches_of_different_sizes_hold_up_nobody_for_good(
+async def test_small_caches_of_different_sizes_block_no_session_forever(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
     config = crowded({"target": 384, "guider": 320, "guider_base": 256}, speculation={"drafts": 0})
@@ -80,7 +80,7 @@ async def test_three_small_caches_of_different_sizes_hold_up_nobody_for_good(
         check_all(service)
 
 
-async def test_two_coordinators_that_share_small_caches_both_come_to_their_ends(
+async def test_two_coordinators_that_share_small_caches_both_finish(
     trio_engines: Mapping[Role, Engine],
 ) -> None:
     config = crowded({"target": 384, "guider": 256, "guider_base": 320})
@@ -100,7 +100,7 @@ async def test_two_coordinators_that_share_small_caches_both_come_to_their_ends(
         check_all(service)
 
 
-async def test_room_is_used_by_as_many_as_it_holds() -> None:
+async def test_as_many_sessions_run_as_the_cache_holds() -> None:
     async with crowded_service(crowded({"guider": 512})) as service:
         coordinator = service.coordinators[0]
         running = asyncio.create_task(decode_all(coordinator, long_requests(service, 12, 60)))

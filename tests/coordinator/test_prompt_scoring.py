@@ -89,12 +89,12 @@ async def test_a_prompt_of_one_token_has_nothing_to_score(trio_engines: Mapping[
         assert answer.tokens
 
 
-async def test_a_resumed_prompt_is_told_from_where_it_was_left(trio_engines: Mapping[Role, Engine]) -> None:
+async def test_a_resumed_prompt_is_scored_from_where_it_stopped(trio_engines: Mapping[Role, Engine]) -> None:
     async with local_service(trio_config(), trio_engines) as service:
         one = scored(service)
         whole = await notes_of(service, one)
-        for told in (1, 20, 33, len(whole)):
-            assert await notes_of(service, replace(one, resume=Resume(scored=told))) == whole[told:]
+        for scored_before in (1, 20, 33, len(whole)):
+            assert await notes_of(service, replace(one, resume=Resume(scored=scored_before))) == whole[scored_before:]
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -123,7 +123,7 @@ async def test_small_models_read_a_prompt_of_tokens_as_the_target_does(
             assert note.logprob == pytest.approx(row[note.id], abs=CLOSE)
 
 
-async def test_prompts_that_say_different_things_are_refused_by_name(trio_engines: Mapping[Role, Engine]) -> None:
+async def test_prompts_of_different_text_are_refused_naming_the_role(trio_engines: Mapping[Role, Engine]) -> None:
     async with local_service(trio_config(), trio_engines) as service:
         one = scored(service)
         other = service.tokenizers["guider"].encode("Something else")

@@ -1,4 +1,4 @@
-"""The decode loop when something goes wrong: caches that are lost or too small, models that fail, die or stay away."""
+"""Recovery of the decode loop: lost or small caches, replicas that fail, hang, die or stay away."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
 
 
 def with_cache(role: Role, cache_tokens: int, **overrides: Any) -> ServiceConfig:
-    """A configuration in which one role's cache holds so many tokens of all sessions together."""
+    """A configuration with so many cache tokens for one role."""
     models: dict[str, dict[str, Any]] = {each: {"path": str(WEIGHTS / each)} for each in ROLES}
     models[role]["cache_tokens"] = cache_tokens
     return trio_config(models=models, **overrides)
 
 
 def forgetful(every: int) -> Any:
-    """Evict all sessions before one forward in so many."""
+    """An action that evicts all sessions before every `every`-th forward."""
 
     def act(engine: WatchedEngine) -> None:
         if engine.forwards % every == 0:
@@ -87,7 +87,7 @@ async def test_a_model_that_always_fails_ends_its_sessions_with_an_error(trio: T
         assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
 
 
-async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
+async def test_sessions_wait_for_a_full_cache_without_a_disconnect(
     trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     crowded = with_cache("target", 256, deadlines={"step_s": 0.5})
@@ -103,7 +103,7 @@ async def test_a_full_cache_is_waited_for_and_nobody_is_hung_up_on(
     assert "giving up" not in caplog.text
 
 
-async def test_sessions_that_do_not_fit_a_cache_together_all_come_to_the_same_end(
+async def test_sessions_that_exceed_a_cache_together_change_no_token(
     trio: Trio, trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
     crowded = with_cache("guider", 256)
@@ -122,7 +122,7 @@ async def test_sessions_that_do_not_fit_a_cache_together_all_come_to_the_same_en
     assert "giving up" not in caplog.text
 
 
-async def test_a_model_that_hangs_is_given_up_and_its_sessions_go_on_when_it_is_back(
+async def test_a_hanging_replica_is_dropped_and_its_sessions_resume_later(
     trio: Trio, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with local_service(trio_config(deadlines={"step_s": 0.3}), trio.engines) as service:
@@ -143,7 +143,7 @@ async def test_a_model_that_hangs_is_given_up_and_its_sessions_go_on_when_it_is_
 
 
 async def stop_replica(service: LocalService, role: Role) -> None:
-    """Stop a replica for good: nothing of it computes any more."""
+    """Stop a replica and wait until its engine thread has ended."""
     replica = service.replicas[role]
     await replica.stop()
     await asyncio.to_thread(replica._thread._thread.join, 10)
@@ -163,7 +163,7 @@ async def test_a_replica_that_dies_and_is_replaced_changes_no_token(trio: Trio, 
         assert tokens(await running) == expected
 
 
-async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_it(trio: Trio) -> None:
+async def test_a_role_without_replicas_ends_the_session_naming_the_role(trio: Trio) -> None:
     async with local_service(trio_config(deadlines={"reconnect_timeout_s": 0.2}), trio.engines) as service:
         stream = service.coordinators[0].generate(request(service.tokenizers, TEXT, sampling=LONG))
         seen = [await anext(stream)]
@@ -178,26 +178,26 @@ async def test_a_role_that_stays_away_ends_the_session_with_an_error_that_names_
         assert finished(await decode(service.coordinators[0], unguided)).reason == "stop"
 
 
-async def test_a_turn_that_fails_loses_no_other_sessions_replies(
+async def test_a_failed_turn_loses_no_other_sessions_replies(
     trio: Trio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with local_service(trio_config(), trio.engines) as service:
         requests = mixed_requests(service, 6)
         expected = await alone(service, requests)
-        absorb, turns = Exchange.absorb, itertools.count()
+        receive, turns = Exchange.receive, itertools.count()
 
         def losing(exchange: Exchange, messages: Any) -> Any:
             if messages and next(turns) % 10 == 9:  # the replies of this turn are gone
                 raise RuntimeError("a fault of the program")
-            return absorb(exchange, messages)
+            return receive(exchange, messages)
 
-        monkeypatch.setattr(Exchange, "absorb", losing)
+        monkeypatch.setattr(Exchange, "receive", losing)
         answers = await decode_all(service.coordinators[0], requests)
     assert "a turn failed" in caplog.text
     assert tokens(answers) == expected
 
 
-async def test_turns_that_fail_again_and_again_end_their_sessions(
+async def test_repeatedly_failing_turns_end_their_sessions(
     trio: Trio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with local_service(trio_config(), trio.engines) as service:

@@ -1,4 +1,4 @@
-"""What is asked of a request before it is taken on."""
+"""Checks of a request before a coordinator accepts it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def request(
 
 
 def refused(one: Generate, vocabularies: VocabularyRegistry) -> str:
-    """Why it is refused."""
+    """Message with which a request is refused."""
     answer = admission.refusal(one, vocabularies)
     assert isinstance(answer, Rejected)
     assert (answer.code, answer.retry_after_s) == ("invalid", None)
     return answer.message
 
 
-def test_a_good_request_is_taken(vocabularies: VocabularyRegistry) -> None:
+def test_a_valid_request_is_accepted(vocabularies: VocabularyRegistry) -> None:
     bias = ((5, 1.0), (FIRST, -1.0), (SECOND, 2.0))
     assert admission.refusal(request(), vocabularies) is None
     assert admission.refusal(request(Sampling(logit_bias=bias, stop_token_ids=(7, SECOND))), vocabularies) is None
@@ -82,7 +82,7 @@ def test_without_guidance_the_primarys_prompt_is_enough(vocabularies: Vocabulary
     assert primary in refused(replace(alone, prompts=others), vocabularies)
 
 
-def test_any_end_id_counts_for_the_first(vocabularies: VocabularyRegistry) -> None:
+def test_every_end_id_is_replaced_by_the_first(vocabularies: VocabularyRegistry) -> None:
     sampling = Sampling(logit_bias=((SECOND, 2.0), (5, 1.0)), stop_token_ids=(SECOND, 9, FIRST))
     changed = admission.canonical(request(sampling), vocabularies).sampling
     assert changed.logit_bias == ((FIRST, 2.0), (5, 1.0))

@@ -1,4 +1,4 @@
-"""What a coordinator remembers of the rows that a replica holds."""
+"""The history of rows that a replica holds."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ def part(logsumexp: float) -> RowSlice:
 
 
 def name(position: int) -> tuple[int, int]:
-    """As if every token had come by itself."""
+    """Key of a row for a stream whose hash changes with every position."""
     return position, 100 + position
 
 
 def history(*positions: int) -> RowHistory:
     made = RowHistory()
     for position in positions:
-        made.note(name(position), part(float(position)))
+        made.add(name(position), part(float(position)))
     return made
 
 
-def test_a_row_counts_only_while_its_tokens_are_the_sessions() -> None:
+def test_a_row_is_valid_only_while_its_tokens_are_the_sessions() -> None:
     held = history(4, 5)
     assert held.get(name(5)) is not None
     assert held.get((5, 999)) is None, "another token stands there now"
-    held.note((5, 999), part(1.0))
+    held.add((5, 999), part(1.0))
     assert held.get(name(5)) is None
 
 
-def test_it_reaches_to_the_first_row_that_is_not_held() -> None:
+def test_reach_is_the_first_position_whose_row_is_not_held() -> None:
     assert history(3, 4, 5).reach(3, 9, name) == 6
     assert history(3, 4, 5).reach(3, 5, name) == 5
     assert history(4).reach(3, 9, name) == 3
@@ -49,14 +49,14 @@ def test_only_rows_without_a_gap_are_kept_and_no_more_than_are_needed() -> None:
     assert history(0, 1).kept(0, name) == 0
 
 
-def test_the_oldest_notes_are_forgotten() -> None:
+def test_the_oldest_rows_are_dropped() -> None:
     held = history(*range(500))
     assert held.get(name(0)) is None
     assert held.get(name(499)) is not None
 
 
-def test_a_row_that_comes_again_ends_those_behind_it() -> None:
+def test_adding_a_row_again_drops_the_rows_behind_it() -> None:
     held = history(4, 5, 6)
-    held.note(name(5), part(1.0))
+    held.add(name(5), part(1.0))
     assert held.get(name(6)) is None
     assert held.reach(4, 9, name) == 6

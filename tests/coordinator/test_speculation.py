@@ -1,4 +1,4 @@
-"""Drafts change the speed of an answer and nothing else: token identity with and without them, whatever happens."""
+"""Drafts change no token: answers with and without them are identical under all circumstances."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
 
 
 def drafting(**overrides: Any) -> ServiceConfig:
-    """As many drafts as asked for at every check, and room for all sessions at once."""
-    crowd = {"max_sessions": 600, "max_waiting": 600}
-    return trio_config(speculation={"drafts": 8, "adapt": False}, coordinator=crowd, **overrides)
+    """A configuration that always drafts as many tokens as requested, with room for all sessions at once."""
+    places = {"max_sessions": 600, "max_waiting": 600}
+    return trio_config(speculation={"drafts": 8, "adapt": False}, coordinator=places, **overrides)
 
 
 def with_drafts(requests: list[Generate], drafts: int | None = None) -> list[Generate]:
-    """So many drafts, or every length in turn."""
+    """Requests with so many drafts, or with every length in turn."""
     return [replace(one, drafts=i % 8 + 1 if drafts is None else drafts) for i, one in enumerate(requests)]
 
 
@@ -50,8 +50,8 @@ async def answers(service: LocalService, requests: list[Generate]) -> list[list[
     return tokens(await decode_all(service.coordinators[0], requests))
 
 
-def company(service: LocalService, prompts: int = 200) -> list[Generate]:
-    """Prompts, questions and raw text, with every way of sampling."""
+def varied_requests(service: LocalService, prompts: int = 200) -> list[Generate]:
+    """Requests for questions and raw text with every way of sampling."""
     texts = [(text, True) for hops in (2, 3) for text in chat_prompts(prompts * 2 // 5, hops)]
     texts += [(f"{RAW[i % len(RAW)]} {i}", False) for i in range(prompts // 5)]
     requests = [
@@ -65,9 +65,9 @@ def company(service: LocalService, prompts: int = 200) -> list[Generate]:
 
 @pytest.mark.parametrize("prompts", [20, slow(200)])
 async def test_speculation_changes_no_token(trio_engines: Mapping[Role, Engine], prompts: int) -> None:
-    """Draft lengths 1 to 8 side by side, prompts x 3 ways of sampling, held against none at all."""
+    """Draft lengths 1 to 8, prompts x 3 ways of sampling, compared with no drafts."""
     async with local_service(drafting(), trio_engines) as service:
-        requests = company(service, prompts)
+        requests = varied_requests(service, prompts)
         expected = await answers(service, with_drafts(requests, 0))
         decoded = await decode_all(service.coordinators[0], with_drafts(requests))
         assert tokens(decoded) == expected
@@ -112,7 +112,7 @@ HISTORIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", HISTORIES)
 @pytest.mark.parametrize("exchange", [{}, slow({"k": 4}), slow({"mode": "full"}), slow({"audit_every": 3})])
-async def test_what_depends_on_earlier_tokens_is_judged_after_each_draft(
+async def test_rows_that_depend_on_earlier_tokens_are_decided_one_by_one(
     trio: Trio, kind: str, exchange: dict[str, Any]
 ) -> None:
     async with local_service(drafting(exchange=exchange), trio.engines) as service:
@@ -145,7 +145,7 @@ async def test_the_last_position_of_a_model_ends_the_same_answer(trio: Trio, rol
             assert await answers(service, [replace(one, drafts=drafts)]) == [expected]
 
 
-# -- who drafts
+# -- sources of drafts
 
 
 async def test_without_guidance_the_sessions_own_text_drafts(trio: Trio) -> None:
@@ -194,7 +194,7 @@ async def test_a_request_and_the_configuration_can_each_switch_drafts_off(trio: 
 
 async def test_drafts_adapt_and_change_no_token(trio: Trio) -> None:
     async with local_service(drafting(), trio.engines) as service:
-        requests = company(service)[:60]
+        requests = varied_requests(service)[:60]
         expected = await answers(service, with_drafts(requests, 0))
     async with local_service(trio_config(coordinator={"max_sessions": 60}), trio.engines) as service:
         assert await answers(service, requests) == expected
@@ -210,7 +210,7 @@ async def test_caches_lost_while_drafts_are_checked_change_no_token(trio: Trio, 
             engine.forget_everything()
 
     async with local_service(drafting(), trio.engines) as service:
-        requests = company(service)[:12]
+        requests = varied_requests(service)[:12]
         expected = await answers(service, with_drafts(requests, 0))
         trio.disturb(act, role)
         assert await answers(service, with_drafts(requests)) == expected
@@ -223,7 +223,7 @@ async def test_forwards_that_fail_while_drafts_are_checked_change_no_token(trio:
             raise RuntimeError("a fault in the middle")
 
     async with local_service(drafting(), trio.engines) as service:
-        requests = company(service)[:12]
+        requests = varied_requests(service)[:12]
         expected = await answers(service, with_drafts(requests, 0))
         trio.disturb(fail, role)
         assert await answers(service, with_drafts(requests)) == expected
@@ -232,7 +232,9 @@ async def test_forwards_that_fail_while_drafts_are_checked_change_no_token(trio:
 @pytest.mark.parametrize("role", [slow("target"), "guider", slow("guider_base")])
 async def test_a_replica_lost_while_drafts_are_checked_changes_no_token(trio: Trio, role: Role) -> None:
     async with local_service(drafting(), trio.engines) as service:
-        requests = [replace(one, sampling=replace(LONG, max_tokens=120), drafts=4) for one in company(service)[:4]]
+        requests = [
+            replace(one, sampling=replace(LONG, max_tokens=120), drafts=4) for one in varied_requests(service)[:4]
+        ]
         expected = await answers(service, with_drafts(requests, 0))
         stop_at = trio.watched[role].forwards + 15
         going = asyncio.ensure_future(answers(service, requests))
@@ -242,8 +244,8 @@ async def test_a_replica_lost_while_drafts_are_checked_changes_no_token(trio: Tr
         assert await asyncio.wait_for(going, 60) == expected
 
 
-async def test_what_was_drafted_leaves_nothing_in_any_cache(trio: Trio) -> None:
+async def test_drafts_leave_nothing_in_any_cache(trio: Trio) -> None:
     async with local_service(drafting(), trio.engines) as service:
-        await decode_all(service.coordinators[0], with_drafts(company(service)[:10]))
+        await decode_all(service.coordinators[0], with_drafts(varied_requests(service)[:10]))
         await until(lambda: set(trio.held().values()) == {0})
         assert service.coordinators[0].load().sessions == 0

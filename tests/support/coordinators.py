@@ -1,4 +1,4 @@
-"""A coordinator by hand, and an engine that a test can stop, fail and look into."""
+"""A coordinator that a test drives, and an engine that a test can stop, fail and inspect."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WIDTH = 64
 
 
 class StagedEngine(NullEngine):
-    """Records its forwards as {session: tokens}, and stops before one while a test holds it."""
+    """An engine that records its forwards as {session: tokens}, and waits before a forward while a test holds it."""
 
     def __init__(self, cache_tokens: int = 1_000) -> None:
         super().__init__(WIDTH, "guider", cache_tokens)
@@ -68,7 +68,7 @@ class StagedEngine(NullEngine):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Forwards that begin in here stop until the end."""
+        """Hold forwards that begin in this context until its end."""
         self._entered.clear()
         gate = self._gate = threading.Event()
         try:
@@ -77,7 +77,7 @@ class StagedEngine(NullEngine):
             gate.set()
 
     async def entered(self) -> None:
-        """A forward has begun and stands still."""
+        """Wait until a forward has begun and is held."""
         await asyncio.wait_for(self._entered.wait(), 10)
 
 
@@ -103,13 +103,13 @@ Reply = Answered | No | list[float]
 
 
 class Coordinator:
-    """One connection to a replica; its replies by ticket."""
+    """One connection to a replica, with its replies by call id."""
 
     def __init__(self, engine: NullEngine) -> None:
         self._engine = engine
         self._calls = itertools.count(1)
         self._replies: dict[int, asyncio.Future[Reply]] = {}
-        self.drafted: dict[int, list[int]] = {}  # by ticket
+        self.drafted: dict[int, list[int]] = {}  # by call id
         self.frames: list[Message] = []
         self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self.connection: Connection
@@ -241,7 +241,7 @@ async def stage(
     forward_timeout_s: float = 60.0,
     limits: Limits | None = None,
 ) -> AsyncIterator[Stage]:
-    """A running replica that never waits for company."""
+    """A running replica without a batching delay."""
     engine = StagedEngine(cache_tokens)
     settings = ReplicaSettings(
         max_position,
@@ -259,12 +259,12 @@ async def stage(
 
 
 async def within(reply: asyncio.Future[Reply]) -> Reply:
-    """A reply, or a failed test instead of one that hangs."""
+    """Wait for a reply. Raises TimeoutError after 10 s, so that a test fails instead of hanging."""
     return await asyncio.wait_for(reply, 10)
 
 
 async def rows_of(reply: asyncio.Future[Reply]) -> Answered:
-    """A reply that must be rows."""
+    """Wait for a reply and check that it is rows."""
     answer = await within(reply)
     assert isinstance(answer, Answered), answer
     return answer

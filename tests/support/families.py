@@ -1,4 +1,4 @@
-"""Trios whose target is of another family than the small pair: a random target, the pair of the embedded trio."""
+"""Trios whose target has another vocabulary: a random target with the small pair of the embedded trio."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = """\
 
 
 def write_target(folder: Path, tokenizer: RoleTokenizer, seed: int = 5) -> Path:
-    """A checkpoint of random weights that reads and writes with this tokenizer."""
+    """Write a checkpoint of random weights with this tokenizer. Returns its folder."""
     torch.manual_seed(seed)
     ends = list(tokenizer.eos_ids)
     config = Qwen2Config(
@@ -50,10 +50,10 @@ def write_target(folder: Path, tokenizer: RoleTokenizer, seed: int = 5) -> Path:
 
 
 def with_target(folder: Path, **overrides: object) -> ServiceConfig:
-    """The embedded trio with another target: nothing but its path changes."""
+    """The embedded trio's configuration with another target."""
     return trio_config(**overrides).with_target(str(folder))
 
 
 def engines(config: ServiceConfig, small: Mapping[Role, Engine]) -> dict[Role, Engine]:
-    """Its engines, the small ones as they are."""
+    """Engines of a configuration: a new target's, and the given small ones."""
     return {**small, "target": load_role(config, "target")}

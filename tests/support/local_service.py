@@ -1,6 +1,6 @@
-"""The decoding side of the service in one process, without Ray: three model replicas, a directory, coordinators.
+"""The service without router and Ray, in one process: three model replicas, a directory, coordinators.
 
-The same classes over the same sockets as in the cluster; for tests, and to measure where there is no Ray.
+It uses the classes and sockets of the cluster, for tests and for measurements without Ray.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ async def local_service(
         for _ in range(coordinators):
             await service.start_coordinator()
         async with asyncio.timeout(30):
-            while any(c.missing_roles() for c in service.coordinators):  # noqa: ASYNC110 - nobody announces it
+            while any(c.missing_roles() for c in service.coordinators):  # noqa: ASYNC110 - a coordinator has no event for it
                 await asyncio.sleep(0.01)
         yield service
 

@@ -1,8 +1,8 @@
-"""What decoding must come to, by plain transformers forwards.
+"""The expected result of decoding, by plain transformers forwards.
 
 The oracle knows transformers, the formula z = z_target + alpha * (z_guider - z_guider_base) and the documented
-definition of a choice, and nothing of this project's decoding. At each place of an answer it is asked what it would
-have chosen after the tokens before; where all places agree, it would have decoded the same answer.
+definition of a choice, and nothing of this project's decoding. For each token of an answer it computes its own choice
+after the tokens before. If all choices agree, it would have decoded the same answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One answer as the service gave it, in token ids, and what it was asked for."""
+    """One answer of the service in token ids, and its request."""
 
     name: str
     prompt: list[int]
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the oracle chooses, and by how much it prefers that to the token in question."""
+    """The oracle's choice, and the margin by which it is preferred to the answer's token."""
 
     token: int
     margin: float
@@ -49,7 +49,7 @@ class Judgement:
 
 @dataclass
 class Tally:
-    """What came of holding many answers against the oracle."""
+    """Counts of the comparison of many answers with the oracle."""
 
     places: int = 0
     near_ties: int = 0
@@ -68,7 +68,7 @@ class Oracle:
         self.end = self._ends["target"][0]
 
     def hold(self, cases: Sequence[Case]) -> Tally:
-        """Hold every token of every answer against the oracle's choice, and each answer's end against the request."""
+        """Compare every token of every answer with the oracle's choice, and each answer's end with the request."""
         tally = Tally()
         by_length = sorted(cases, key=lambda case: len(case.prompt) + len(case.answer))
         for begin in range(0, len(by_length), BATCH):
@@ -80,16 +80,16 @@ class Oracle:
         return tally
 
     def combined(self, prompt: list[int], answer: list[int], alpha: float) -> Row:
-        """The combined rows [tokens, V] that each of an answer's tokens is chosen from."""
+        """Combined rows [tokens, V] from which an answer's tokens are chosen."""
         z = {role: self.alone(role, prompt, answer) for role in ROLES}
         return z["target"] + alpha * (z["guider"] - z["guider_base"])
 
     def alone(self, role: str, prompt: list[int], answer: list[int]) -> Row:
-        """One model's own rows [tokens, V] there."""
+        """One model's own rows [tokens, V] for an answer's tokens."""
         return self._logits(role, [Case("", prompt, answer, 0, 0.0, 1.0, len(answer))])[0]
 
     def _rows(self, cases: Sequence[Case]) -> list[Row]:
-        """Per answer, the combined rows [tokens, V] that each of its tokens is chosen from."""
+        """For each answer, the combined rows [tokens, V] from which its tokens are chosen."""
         z = {role: self._logits(role, cases) for role in ROLES}
         return [
             z_target + ALPHA * (z_guider - z_base)
@@ -128,7 +128,7 @@ def judge(z: Row, case: Case, place: int) -> Judgement:
 
 
 def _nucleus(scaled: Row, top_p: float, token: int) -> tuple[NDArray[np.int64], float | None]:
-    """The ids in the nucleus, ascending, and by how much probability `token` misses it; None if it is inside."""
+    """The ids in the nucleus, ascending, and the probability by which `token` misses it; None if it is inside."""
     if top_p >= 1:
         return np.arange(len(scaled)), None
     order = np.argsort(-scaled, kind="stable")

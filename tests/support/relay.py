@@ -1,4 +1,4 @@
-"""A TCP relay between a coordinator and a model, through which a test disturbs what flows; a service behind relays."""
+"""A TCP relay between a coordinator and a replica through which a test disturbs frames; a service behind relays."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HANDSHAKE_FRAMES = 3  # in either direction at most; later ones are a session's
 
 @dataclass(slots=True)
 class Flow:
-    """What happens to the frames of one direction; a test changes it at any time. Seconds, and bytes a second."""
+    """Treatment of the frames in one direction, in seconds and bytes per second; a test may change it at any time."""
 
     delay_s: float = 0.0
     rate: float | None = None
@@ -35,7 +35,7 @@ class Flow:
         self.open.set()
 
     async def forward(self, frame: bytes, number: int, writer: asyncio.StreamWriter) -> None:
-        """Pass on one frame, the `number`th of its connection."""
+        """Forward one frame, the `number`-th of its connection."""
         await asyncio.sleep(self.delay_s + (len(frame) / self.rate if self.rate else 0.0))
         await self.open.wait()
         twice = self.repeat and number > HANDSHAKE_FRAMES
@@ -46,7 +46,7 @@ class Flow:
 
 
 class Relay:
-    """Listens for connections, each of which it joins to one of its own to the model."""
+    """Listens for connections, and forwards each over a connection of its own to the replica."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
@@ -56,17 +56,17 @@ class Relay:
 
     @property
     def frames(self) -> int:
-        """Forwarded so far, in both directions."""
+        """Number of frames forwarded so far, in both directions."""
         return sum(flow.frames for flow in self.flows.values())
 
     def cut(self) -> None:
-        """Reset every connection, as a machine that has gone does."""
+        """Reset every connection, as when a machine is lost."""
         for writer in self._writers:
             writer.transport.abort()
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[tuple[str, int]]:
-        """Where a coordinator connects to instead."""
+        """Endpoint of the relay, to which a coordinator connects instead."""
         server = await asyncio.start_server(self._join, "127.0.0.1", 0)
         try:
             yield server.sockets[0].getsockname()[:2]
@@ -94,7 +94,7 @@ class Relay:
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flow: Flow) -> None:
-    """Read and forward frame by frame until an end closes."""
+    """Forward frame by frame until either end closes."""
     with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
         number = 0
         while True:
@@ -108,7 +108,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flow
 async def relayed(
     config: ServiceConfig, engines: Mapping[Role, Engine]
 ) -> AsyncIterator[tuple[LocalService, dict[Role, Relay]]]:
-    """A service whose first coordinator reaches the models straight, and the second each through a relay."""
+    """A service whose first coordinator is connected directly, and whose second one through relays."""
     async with AsyncExitStack() as stack:
         service = await stack.enter_async_context(local_service(config, engines))
         relays: dict[Role, Relay] = {}

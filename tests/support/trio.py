@@ -1,4 +1,4 @@
-"""Requests to the embedded trio, as the router would make them."""
+"""Requests to the embedded trio, as the router makes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = "Who is the mentor of the rival of Ada?"
 
 
 def chat_prompts(count: int, hops: int = 2) -> list[str]:
-    """Questions of the held-out split."""
+    """Questions from the held-out split."""
     return [question.text for question in questions("held_out", hops, count)]
 
 
@@ -51,7 +51,7 @@ def request(
 
 
 def mixed_requests(service: LocalService, count: int) -> list[Generate]:
-    """Different questions, ways of sampling and strengths of guidance."""
+    """Requests with different questions, ways of sampling and alphas."""
     return [
         request(
             service.tokenizers,
@@ -65,12 +65,12 @@ def mixed_requests(service: LocalService, count: int) -> list[Generate]:
 
 
 async def decode_all(coordinator: Coordinator, requests: Sequence[Generate]) -> list[Answer]:
-    """Run requests side by side."""
+    """Decode requests concurrently."""
     return await asyncio.gather(*(decode(coordinator, one) for one in requests))
 
 
 def tokens(answers: Sequence[Answer]) -> list[list[int]]:
-    """What was generated; every answer must have ended well."""
+    """Tokens of each answer, all of which must have ended without an error."""
     for answer in answers:
         assert isinstance(answer.end, Finished)
         assert answer.end.reason in ("stop", "length"), answer.end
@@ -78,7 +78,7 @@ def tokens(answers: Sequence[Answer]) -> list[list[int]]:
 
 
 def finished(answer: Answer) -> Finished:
-    """The end of an answer that was taken on."""
+    """The Finished event of an answer."""
     end: Any = answer.end
     assert isinstance(end, Finished), end
     return end

@@ -1,4 +1,4 @@
-"""Engines that a test can look into and disturb, around real ones."""
+"""Wrappers around engines through which a test can inspect and disturb them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ Disturb = Callable[["WatchedEngine"], None]
 
 
 class WatchedEngine:
-    """Passes everything on to an engine; notes the extends, and lets `disturb` act before each forward.
-
-    All of it runs on the engine's own thread.
-    """
+    """Wraps an engine: records the extends, and calls `disturb` before each forward, on the engine's own thread."""
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner
@@ -58,26 +55,26 @@ class Trio:
 
     @property
     def engines(self) -> Mapping[Role, Engine]:
-        """As a service takes them."""
+        """The engines in the form that a service takes."""
         return cast(Mapping[Role, Engine], self.watched)
 
     def disturb(self, act: Disturb, *roles: Role) -> None:
-        """Let `act` happen before every forward of these roles."""
+        """Call `act` before every forward of these roles."""
         for role in roles or ROLES:
             self.watched[role].disturb = act
 
     def extended(self) -> dict[Role, int]:
-        """Extends so far."""
+        """Number of extends so far, by role."""
         return {role: len(engine.extends) for role, engine in self.watched.items()}
 
     def held(self) -> dict[Role, int]:
-        """Sessions in each cache."""
+        """Number of sessions in each cache."""
         return {role: engine.cache_stats().sessions for role, engine in self.watched.items()}
 
 
 @contextmanager
 def watched(engines: Mapping[Role, Engine]) -> Iterator[Trio]:
-    """The engines under watch; what is left in them is closed at the end."""
+    """Wrap the engines; sessions that are left in them are closed at the end."""
     trio = Trio(engines)
     try:
         yield trio
@@ -87,7 +84,7 @@ def watched(engines: Mapping[Role, Engine]) -> Iterator[Trio]:
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Return once the condition holds; AssertionError if it does not in time."""
+    """Wait until the condition holds. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

@@ -1,4 +1,4 @@
-"""Sessions and replicas for what waits and what has room: real sessions, and replicas that are reached by nothing."""
+"""Sessions and replicas without connections, for tests of admission and cache budgets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def vocabularies() -> VocabularyRegistry:
     )
 
 
-class Unreached(Replica):
+class UnconnectedReplica(Replica):
     """A replica without a connection."""
 
     def __init__(self, role: Role = "target", cache_tokens: int = 1_024, max_position: int = 4_096) -> None:
@@ -44,8 +44,8 @@ class Unreached(Replica):
     def welcome(self) -> Welcome:
         return self._welcome
 
-    def says(self, *, sessions: int, used: int) -> None:
-        """A heartbeat."""
+    def set_heartbeat(self, *, sessions: int, used: int) -> None:
+        """Set what the last heartbeat reported."""
         self.endpoint = replace(self.endpoint, sessions=sessions, cache_free=self.welcome.cache_tokens - used)
 
 
@@ -57,8 +57,8 @@ def request(prompt: int = 32, *, client: str = "", max_tokens: int | None = None
     return Generate("r", "target", prompts, Sampling(max_tokens=max_tokens), guidance, Thinking(), 1, client=client)
 
 
-def session(asked: Generate, age: int = 0) -> ActiveSession:
-    """A session that nobody has taken on yet."""
-    roles = tuple(asked.prompts)
-    language = vocabularies().vocabulary("target", roles, asked.thinking)
-    return ActiveSession(Session(asked, language, dict.fromkeys(roles, 0)), next(_keys), age, {})
+def session(generate: Generate, age: int = 0) -> ActiveSession:
+    """A session that is queued nowhere yet."""
+    roles = tuple(generate.prompts)
+    vocabulary = vocabularies().vocabulary("target", roles, generate.thinking)
+    return ActiveSession(Session(generate, vocabulary, dict.fromkeys(roles, 0)), next(_keys), age, {})
