@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 RAY = "ray"
 SHARED_RAY: pytest.StashKey[SharedRay] = pytest.StashKey()
 RAY_MARKS = (
-    pytest.mark.xdist_group(RAY),  # one process runs all of them, one after another, in the cluster that they share
     # Ray leaves sockets and child processes to its own exit handlers.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray"),
@@ -41,14 +41,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadgroup`, keep a group, or a module whose tests have none, in one process."""
-    if config.getoption("dist") != "loadgroup":
+    """With `--dist loadfile`, a module stays in one process, and all modules that run Ray stay in one process."""
+    if config.getoption("dist") != "loadfile":
         return None
-    from xdist.scheduler import LoadGroupScheduling
+    from xdist.scheduler import LoadFileScheduling
 
-    scheduler: Any = LoadGroupScheduling(config, log)
-    group_or_test = scheduler._split_scope
-    scheduler._split_scope = lambda nodeid: group_or_test(nodeid).split("::", 1)[0]
+    @cache
+    def scope(module: str) -> str:
+        return RAY if f"pytest.mark.{RAY}" in (config.rootpath / module).read_text(encoding="utf-8") else module
+
+    scheduler: Any = LoadFileScheduling(config, log)
+    scheduler._split_scope = lambda nodeid: scope(nodeid.split("::", 1)[0])
     return scheduler
 
 
