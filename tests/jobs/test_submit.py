@@ -94,7 +94,7 @@ def test_submitted_job_uses_the_service_that_runs(shared_ray: SharedRay, tmp_pat
     wait_until(lambda: client.get_job_status(job).is_terminal(), "the end of the job")
     logs = client.get_job_logs(job)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, logs
-    assert f"asking the service {APPLICATION}, which runs in this cluster" in logs
+    assert f"using the service {APPLICATION} that runs in this cluster" in logs
     assert result_of(logs)["samples"] == len(Results(folder).done()) == 2 * PROBLEMS
     assert set(serve.status().applications) == {APPLICATION}
 
