@@ -89,7 +89,7 @@ class StopSignals:
         if self._received:
             raise KeyboardInterrupt
 
-    def stopping(self) -> None:
+    def kill_on_next_signal(self) -> None:
         """From now on a signal, or the end of the time for stopping, kills every process."""
         self.install()
         self._received = True
@@ -194,7 +194,7 @@ def run(file: Path, config: ServiceConfig, signals: StopSignals) -> int:
                 words = f"Stopping: open requests may end within {STOP_S:g} s; Ctrl-C again ends them now"
                 console.print(words, highlight=False)
         finally:
-            signals.stopping()
+            signals.kill_on_next_signal()
     return status
 
 

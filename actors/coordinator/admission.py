@@ -105,18 +105,18 @@ class WaitTimeEstimator:
 class AdmissionQueue:
     """Sessions of one coordinator that wait: queued ones, resumed ones, and admitted ones that are parked.
 
-    active_sessions: returns the admitted sessions. candidates: returns the replicas that may serve a role; none if no
-    replica of the role is connected.
+    active_sessions: returns the admitted sessions. usable_replicas: returns the replicas that may serve a role; none if
+    no replica of the role is connected.
     """
 
     def __init__(
         self,
         config: ServiceConfig,
         active_sessions: Callable[[], Collection[ActiveSession]],
-        candidates: Callable[[Role], Sequence[Replica]],
+        usable_replicas: Callable[[Role], Sequence[Replica]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._active, self._candidates, self._clock = config, active_sessions, candidates, clock
+        self._config, self._active, self._usable_replicas, self._clock = config, active_sessions, usable_replicas, clock
         self._budget = CacheBudget(active_sessions)
         self._wait_time = WaitTimeEstimator(clock)
         self._queue = FairQueue()
@@ -136,14 +136,14 @@ class AdmissionQueue:
         """Number of admitted sessions that wait for room in a cache."""
         return sum(active.state == SessionState.PARKED for active in self._active())
 
-    def refusal(self, request: Generate) -> Rejected | None:
+    def rejection(self, request: Generate) -> Rejected | None:
         """Why a request cannot be queued; None if it can, or if another session makes way for it."""
         caches = {
-            role: max((replica.welcome.cache_tokens for replica in self._candidates(role)), default=None)
+            role: max((replica.welcome.cache_tokens for replica in self._usable_replicas(role)), default=None)
             for role in request.prompts
         }
-        if (refusal := too_long(request, caches, self._config.beyond_context)) is not None:
-            return refusal
+        if (rejection := too_long(request, caches, self._config.beyond_context)) is not None:
+            return rejection
         if request.resumed or not self._full or self._queue.displaced_by(request.client) is not None:
             return None
         return self._overloaded()
@@ -228,8 +228,8 @@ class AdmissionQueue:
         """A replica with room for each role; None if a role has replicas, but none with room."""
         places = {}
         for role in roles:
-            if candidates := self._candidates(role):
-                replica = snapshot.choose(active, role, candidates)
+            if replicas := self._usable_replicas(role):
+                replica = snapshot.choose(active, role, replicas)
                 if replica is None:
                     return None
                 places[role] = replica

@@ -36,7 +36,7 @@ class CandidateCompleter:
         """Join the candidates of those of the rows that have been answered."""
         unjoined = [row for row in rows if row.block is None]
         self._propose(unjoined)
-        self._join([row for row in unjoined if row.can_be_completed])
+        self._join([row for row in unjoined if row.candidates_known])
 
     def look_up_crossing_rows(self, windows: Iterable[VerificationWindow]) -> None:
         """Look up boundary-crossing tokens in earlier rows of the small models."""

@@ -75,9 +75,9 @@ class Coordinator:
         it. At least every third of `deadlines.peer_timeout_s` a delta is yielded, if need be an empty one, so that a
         reader can tell a slow answer from a coordinator that hangs.
         """
-        refusal = self._refusal(request)
-        if refusal is not None:
-            yield refusal
+        rejection = self._rejection(request)
+        if rejection is not None:
+            yield rejection
             return
         active = await self._begin(request)
         if isinstance(active, Rejected):
@@ -102,8 +102,8 @@ class Coordinator:
         finally:
             self._loop.release(active)
 
-    def _refusal(self, request: Generate) -> Rejected | None:
-        return request_checks.refusal(request, self._vocabularies) or self._loop.admission.refusal(request)
+    def _rejection(self, request: Generate) -> Rejected | None:
+        return request_checks.rejection(request, self._vocabularies) or self._loop.admission.rejection(request)
 
     async def _begin(self, request: Generate) -> ActiveSession | Rejected:
         prompt_scoring = None

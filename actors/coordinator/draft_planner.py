@@ -22,8 +22,8 @@ _FEW = 8  # a model that must read more tokens than this prefills: nothing is dr
 class DraftPlan:
     """The drafts of the next window: a number to request from the guider, or tokens (in the primary's ids)."""
 
-    drafts: int = 0
-    guesses: tuple[int, ...] = ()
+    guider_drafts: int = 0
+    text_drafts: tuple[int, ...] = ()
 
 
 class DraftPlanner:
@@ -51,14 +51,14 @@ class DraftPlanner:
         if most < 1 or self._behind(active, source):
             return DraftPlan()
         if source == "guider":
-            return DraftPlan(drafts=self._length(active, source, guided, most, batch))
+            return DraftPlan(guider_drafts=self._length(active, source, guided, most, batch))
         if not self._config.lookup:
             return DraftPlan()
-        guesses = active.text.drafts(active.session.primary.tokens, most)
-        if not guesses:
+        found = active.text.drafts(active.session.primary.tokens, most)
+        if not found:
             return DraftPlan()
-        length = self._length(active, source, guided, len(guesses), batch)
-        return DraftPlan(guesses=tuple(guesses[:length]))
+        length = self._length(active, source, guided, len(found), batch)
+        return DraftPlan(text_drafts=tuple(found[:length]))
 
     def learn(self, window: VerificationWindow) -> None:
         """Update the acceptance rates, of the session and of new ones, from a window that ended."""
@@ -69,7 +69,7 @@ class DraftPlanner:
         active.session.count_drafts(drafts, kept)
         self._meter.drafted_tokens.add(drafts)
         self._meter.accepted_tokens.add(kept)
-        source: Source = "guider" if window.drafter == "guider" else "text"
+        source: Source = "guider" if window.drafting_role == "guider" else "text"
         active.acceptance[source].record(kept if active.over else drafts, kept)
         self._expected[source] += _SMOOTHING * (active.acceptance[source].rate - self._expected[source])
 

@@ -38,25 +38,29 @@ class Exchange:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def begin(self, active: ActiveSession, guided: bool, guesses: Sequence[int] = (), drafts: int = 0) -> None:
+    def begin(
+        self, active: ActiveSession, guided: bool, text_drafts: Sequence[int] = (), guider_drafts: int = 0
+    ) -> None:
         """Begin the session's next window. The session is bound to a replica of every role that takes part.
 
-        guesses: drafts from the session's own text, in the primary's ids. drafts: number to request from the guider
-        instead.
+        text_drafts: drafts from the session's own text, in the primary's ids. guider_drafts: number to request from
+        the guider instead.
         """
         required = self._required(active, guided)
-        window = active.window = VerificationWindow(active, guided, required, "guider" if drafts else None, drafts)
+        window = active.window = VerificationWindow(
+            active, guided, required, "guider" if guider_drafts else None, guider_drafts
+        )
         if guided:
             needed = {role: translator.oldest_needed_row() for role, translator in active.session.translators.items()}
             window.oldest = {role: oldest for role, oldest in needed.items() if oldest is not None}
         if (
-            drafts and window.aligned and not self._ready_to_draft(window)
+            guider_drafts and window.aligned and not self._ready_to_draft(window)
         ):  # request the missing rows without drafts first
-            window.drafter, drafts = None, 0
-        if drafts:
+            window.drafting_role, guider_drafts = None, 0
+        if guider_drafts:
             self._request_drafts(window)
         else:
-            self._request_rows(window, guesses)
+            self._request_rows(window, text_drafts)
 
     def read_prompt(self, active: ActiveSession, guided: bool, reads: Mapping[Role, Sequence[int]]) -> None:
         """Request whole rows inside the prompt. reads: number of its tokens that each role has read at each row."""
@@ -151,7 +155,7 @@ class Exchange:
 
     def _widen(self, row: LogitsRow, role: Role, before: RowSlice) -> None:
         active = row.window.active
-        position, prefix = row.name(role)
+        position, prefix = row.key(role)
         call_id = self._calls.issue(InflightCall("widen", row.window, role, row=row, before=before))
         item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
         active.replicas[role].outbox.widens.append(item)
@@ -167,10 +171,10 @@ class Exchange:
         temperature = 0.0 if self._vocabularies.aligned else sampling.temperature
         self._extend(window, "guider", Draft(window.wanted, request.seed, noise, temperature, sampling.top_p))
 
-    def _request_rows(self, window: VerificationWindow, guesses: Sequence[int], drafted: Sequence[int] = ()) -> None:
+    def _request_rows(self, window: VerificationWindow, drafts: Sequence[int], drafted: Sequence[int] = ()) -> None:
         """Request the rows behind the drafts."""
         k = WHOLE if self._config.mode == "full" else self._config.k
-        ahead = self._translate_drafts(window, guesses, drafted)
+        ahead = self._translate_drafts(window, drafts, drafted)
         window.rows = [LogitsRow(window, index, k) for index in range(len(ahead[window.active.primary].ends))]
         for role, part in ahead.items():
             begun = self._begin_role(window, role)
@@ -181,31 +185,33 @@ class Exchange:
                     if boundaries is not None:
                         row.crossing[role] = CrossingRows(boundaries)
         for role in window.roles:
-            if role != window.drafter:
+            if role != window.drafting_role:
                 self._extend(window, role)
         if window.aligned:
             self._crossing_pending[window] = None
 
     def _translate_drafts(
-        self, window: VerificationWindow, guesses: Sequence[int], drafted: Sequence[int]
+        self, window: VerificationWindow, drafts: Sequence[int], drafted: Sequence[int]
     ) -> dict[Role, DraftTranslation]:
         """Translate the drafts for each role, cut to as many as every role can append."""
         active, session = window.active, window.active.session
         translators = {
-            r: translator for r, translator in session.translators.items() if r in window.roles or r == window.drafter
+            r: translator
+            for r, translator in session.translators.items()
+            if r in window.roles or r == window.drafting_role
         }
-        small = {role: translator.translate_drafts(guesses) for role, translator in translators.items()}
-        rows = len(guesses) + 1
-        for role, part in small.items() if guesses else ():
+        small = {role: translator.translate_drafts(drafts) for role, translator in translators.items()}
+        rows = len(drafts) + 1
+        for role, part in small.items() if drafts else ():
             room = active.room(role)
             fitting = [read <= room for read in part.ends]
-            if role == window.drafter:
+            if role == window.drafting_role:
                 fitting = [
                     fits and part.tokens[:read] == tuple(drafted[:read])
                     for fits, read in zip(fitting, part.ends, strict=True)
                 ]
             rows = min(rows, max(1, fitting.index(False) if False in fitting else len(fitting)))
-        own = DraftTranslation(tuple(guesses[: rows - 1]), tuple(range(rows)), (None,) * rows) if guesses else NO_DRAFTS
+        own = DraftTranslation(tuple(drafts[: rows - 1]), tuple(range(rows)), (None,) * rows) if drafts else NO_DRAFTS
         return {active.primary: own} | {role: part.truncated(rows) for role, part in small.items()}
 
     def _begin_role(self, window: VerificationWindow, role: Role) -> int:
@@ -221,7 +227,7 @@ class Exchange:
         history = active.row_histories.get("guider")
         reach = window.oldest["guider"]
         if history is not None:
-            reach = history.reach(reach, last, partial(window.name, "guider"))
+            reach = history.reach(reach, last, partial(window.key, "guider"))
         return reach == last and active.session.streams["guider"].held >= last
 
     def _extend(self, window: VerificationWindow, role: Role, draft: Draft | None = None) -> None:
@@ -236,10 +242,10 @@ class Exchange:
         stream, tail = active.session.streams[role], window.draft_tokens.get(role, [])
         end, fresh, keep = first + 1 + len(tail), first, 0
         if role in window.oldest:
-            history, name_of = active.row_histories.setdefault(role, RowHistory()), partial(window.name, role)
-            reach = history.reach(window.oldest[role], end, name_of)
+            history, key_of = active.row_histories.setdefault(role, RowHistory()), partial(window.key, role)
+            reach = history.reach(window.oldest[role], end, key_of)
             fresh = min(reach, max(stream.held, window.oldest[role]), first if draft is not None else end)
-            keep = history.kept(fresh, name_of) if fresh <= stream.held else 0
+            keep = history.kept(fresh, key_of) if fresh <= stream.held else 0
             if fresh == end:  # no new token, and every row is held
                 window.answered.add(role)
             self._take_held_rows(window, role, history, fresh)
@@ -263,7 +269,7 @@ class Exchange:
         """Take the rows before `fresh` from the history."""
         for row in window.rows[window.next :]:
             if row.position(role) < fresh:
-                part = history.get(row.name(role))
+                part = history.get(row.key(role))
                 assert part is not None
                 self._take_slice(row, role, part)
 
@@ -312,13 +318,13 @@ class Exchange:
                 self._add_slice(call.row, role, slices[0])
                 continue
             window.answered.add(role)
-            if role == window.drafter and not window.rows:
+            if role == window.drafting_role and not window.rows:
                 self._request_rows(window, [])  # no draft came
             if role in window.oldest:
                 history = window.active.row_histories.setdefault(role, RowHistory())
                 used = window.first[role] + len(window.hashes[role])  # more may have been drafted
                 for position, part in zip(range(call.start, used), slices):  # noqa: B905
-                    history.add(window.name(role, position), part)
+                    history.add(window.key(role, position), part)
             if role in window.required:
                 for row in window.rows[window.next :]:
                     at = row.position(role) - call.start
@@ -328,7 +334,7 @@ class Exchange:
     def _take_slice(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
         """Store the slice of an extend, or request a wider one if the row has been widened."""
         if self._too_narrow(row, role):
-            row.await_wider()  # the row was widened before the role was extended again
+            row.enter_widening()  # the row was widened before the role was extended again
             self._widen(row, role, part)
         else:
             self._add_slice(row, role, part)
@@ -337,7 +343,7 @@ class Exchange:
         if (crossing := row.crossing.get(role)) is not None:
             history, window = row.window.active.row_histories[role], row.window
             for number in range(crossing.rows):
-                earlier = history.get(window.name(role, crossing.boundaries.first - 1 + number))
+                earlier = history.get(window.key(role, crossing.boundaries.first - 1 + number))
                 assert earlier is not None
                 crossing.sums[number] = earlier.logsumexp
         row.slices[role] = part

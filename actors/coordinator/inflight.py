@@ -173,7 +173,7 @@ class Lookups:
         for number, (row, count) in enumerate(zip(self.rows, self._counts, strict=True)):
             if count:
                 position = row.position(self.role) if self._positions is None else self._positions[number]
-                yield row, row.window.name(self.role, position), count
+                yield row, row.window.key(self.role, position), count
 
     def take(self, values: NDArray[Any], call_id: int | None = None) -> None:
         """Store the values of one call, or of all."""

@@ -57,14 +57,14 @@ class DecodeLoop:
             secret,
             locate,
             on_message=self._take_message,
-            on_lost=self._leave_lost,
-            on_found=lambda replica: self._rebind(),
-            on_stopping=lambda replica: self._rebind(),
+            on_lost=self._restart_sessions_of_lost_replica,
+            on_found=lambda replica: self._move_sessions_to_staying_replicas(),
+            on_stopping=lambda replica: self._move_sessions_to_staying_replicas(),
             deadlines=config.deadlines,
             tls=tls,
         )
         self._active: dict[int, ActiveSession] = {}
-        self.admission = AdmissionQueue(config, self._active.values, self._pool.candidates)
+        self.admission = AdmissionQueue(config, self._active.values, self._pool.usable_replicas)
         self._fault_handler = FaultHandler(
             self, self._exchange, self.admission, config.deadlines, self._pool.drop, self.meter
         )
@@ -219,7 +219,7 @@ class DecodeLoop:
             room = active.room(active.primary) - 1
         active.expect_rows()
         plan = self.planner.plan(active, guided, room, len(self._active))
-        self._exchange.begin(active, guided, plan.guesses, plan.drafts)
+        self._exchange.begin(active, guided, plan.text_drafts, plan.guider_drafts)
         if not guided and session.generated:
             self._read_ahead(active, GUIDED[1:] if active.alpha(LEAD_TOKENS) else roles[1:])
 
@@ -235,7 +235,7 @@ class DecodeLoop:
     def _read_ahead(self, active: ActiveSession, roles: Sequence[Role]) -> None:
         """Extend small models that take part soon, so that they need not catch up then."""
         for role in roles:
-            if (active.window is None or role != active.window.drafter) and self._bind(active, role):
+            if (active.window is None or role != active.window.drafting_role) and self._bind(active, role):
                 if active.room(role) >= 0:
                     self._exchange.extend_ahead(active, role)
 
@@ -269,7 +269,7 @@ class DecodeLoop:
             if isinstance(verdict, NoLegalToken):
                 self.fail(active, "the request's bans and biases leave no token to choose")
                 return False
-            drafted = window.drafted(row, verdict.token)
+            drafted = window.equals_draft(row, verdict.token)
             delta = active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
             active.events.emit(delta)
             active.reset_faults()
@@ -298,7 +298,7 @@ class DecodeLoop:
         self._inbox.append((replica, message))
         self.wake()
 
-    def _leave_lost(self, replica: Replica) -> None:
+    def _restart_sessions_of_lost_replica(self, replica: Replica) -> None:
         """Restart the windows of a lost replica's sessions, with another replica or once it has restarted."""
         for active in list(self._active.values()):
             lost = [role for role, bound in active.replicas.items() if bound is replica]
@@ -308,7 +308,7 @@ class DecodeLoop:
                 self._restart(active)
         self.wake()
 
-    def _rebind(self) -> None:
+    def _move_sessions_to_staying_replicas(self) -> None:
         """Replicas were found or are stopping: move sessions off stopping ones, and let waiting sessions go on."""
         for active in list(self._active.values()):
             leaving = [role for role, bound in active.replicas.items() if bound.endpoint.stopping]

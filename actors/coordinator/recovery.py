@@ -89,7 +89,7 @@ class FaultHandler:
             return
         active.expect_rows()
         self._meter.resent(role, active.session.streams[role].held - held)
-        if role == window.drafter and not window.rows:  # drafting takes many forwards: request one row instead
+        if role == window.drafting_role and not window.rows:  # drafting takes many forwards: request one row instead
             active.session.streams[role].lose(held)
             self._exchange.drop(active)
             self._exchange.begin(active, window.guided)

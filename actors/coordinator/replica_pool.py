@@ -107,19 +107,19 @@ class ReplicaPool:
 
     def pick(self, role: Role) -> Replica | None:
         """A replica for a session: of two drawn at random, the one with more free cache. None if none is connected."""
-        choice = self.candidates(role)
+        choice = self.usable_replicas(role)
         if not choice:
             return None
         return max(random.sample(choice, min(2, len(choice))), key=lambda r: r.endpoint.cache_free or 0)
 
-    def candidates(self, role: Role) -> list[Replica]:
+    def usable_replicas(self, role: Role) -> list[Replica]:
         """Connected replicas of the role; stopping ones only if there are no others."""
         connected = [r for r in self._replicas.values() if r.role == role and r.connection is not None]
         return [r for r in connected if not r.endpoint.stopping] or connected
 
     def has_staying_replica(self, role: Role) -> bool:
         """True if a connected replica of the role is not stopping."""
-        return any(not replica.endpoint.stopping for replica in self.candidates(role))
+        return any(not replica.endpoint.stopping for replica in self.usable_replicas(role))
 
     def missing_roles(self) -> tuple[Role, ...]:
         """Roles without a connected replica."""

@@ -9,7 +9,7 @@ from actors.api.generation import ROLES, Generate, Rejected, Role
 from actors.text.vocabularies import VocabularyRegistry
 
 
-def refusal(request: Generate, vocabularies: VocabularyRegistry) -> Rejected | None:
+def rejection(request: Generate, vocabularies: VocabularyRegistry) -> Rejected | None:
     """Rejection of a request that cannot be decoded; None if it can."""
     legal = vocabularies.legal(request.primary)
     sampling = request.sampling

@@ -238,8 +238,8 @@ class LogitsRow:
         self.audited: Decisions | None = None  # from slices, while whole rows are fetched
 
     @property
-    def can_be_completed(self) -> bool:
-        """True if every role that proposes candidates has answered."""
+    def candidates_known(self) -> bool:
+        """True if the slices that determine the candidates have arrived."""
         if not self.window.guided or self.k == WHOLE:
             return all(role in self.slices for role in self.window.roles)
         guider = self.proposed is not None if self.window.aligned else "guider" in self.slices
@@ -273,7 +273,7 @@ class LogitsRow:
         if joined and not self.lookups and len(self.slices) == len(self.window.roles):
             self.enter(RowStage.COMPLETE)
 
-    def await_wider(self) -> None:
+    def enter_widening(self) -> None:
         """Enter WIDENING, or AUDITING if the slices have decided the row."""
         self.enter(RowStage.WIDENING if self.audited is None else RowStage.AUDITING)
 
@@ -287,9 +287,9 @@ class LogitsRow:
         assert decisions is not None
         return decisions
 
-    def name(self, role: Role) -> tuple[int, int]:
+    def key(self, role: Role) -> tuple[int, int]:
         """Key of the row at a replica: the position of its token, and the running hash up to it."""
-        return self.window.name(role, self.position(role))
+        return self.window.key(role, self.position(role))
 
     def position(self, role: Role) -> int:
         """Position of the row's token in a role's stream."""
@@ -312,7 +312,7 @@ class LogitsRow:
     def widen(self, k: int) -> None:
         """Wait for slices of this k (WHOLE: whole rows): drop the candidates."""
         self.k = k
-        self.await_wider()
+        self.enter_widening()
         self._forget_candidates()
 
     def _forget_candidates(self) -> None:
@@ -333,14 +333,14 @@ class VerificationWindow:
     active: ActiveSession
     guided: bool  # True if the small models take part in its decisions
     required: Mapping[Role, RequiredLogits]  # by role that takes part, the primary first
-    drafter: Role | None = None  # None: no drafts, or drafts from the session's own text
-    wanted: int = 0  # drafts requested from the drafter
+    drafting_role: Role | None = None  # None: no drafts, or drafts from the session's own text
+    wanted: int = 0  # drafts requested from the drafting role
     first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
     draft_tokens: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
     hashes: dict[Role, list[int]] = field(default_factory=dict)  # up to the first row's token, and after each draft
     reads: dict[Role, Sequence[int]] = field(default_factory=dict)  # drafts that a role read before each row
     oldest: dict[Role, int] = field(default_factory=dict)  # earliest position whose row is needed, by aligned role
-    rows: list[LogitsRow] = field(default_factory=list)  # empty while the drafter drafts
+    rows: list[LogitsRow] = field(default_factory=list)  # empty while drafts are requested
     next: int = 0  # index of the row to be decided now
     answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
     scores_prompt: bool = False  # its rows score tokens of the prompt; none is chosen
@@ -350,7 +350,7 @@ class VerificationWindow:
         """True if small models with another vocabulary take part."""
         return bool(self.oldest)
 
-    def name(self, role: Role, position: int) -> tuple[int, int]:
+    def key(self, role: Role, position: int) -> tuple[int, int]:
         """Key of a row at a replica: the position of its token, and the running hash up to it."""
         after = position - self.first[role]
         stream = self.active.session.streams[role]
@@ -366,7 +366,7 @@ class VerificationWindow:
         """Number of drafts that are verified."""
         return max(0, len(self.rows) - 1)
 
-    def drafted(self, row: LogitsRow, token: int) -> bool:
+    def equals_draft(self, row: LogitsRow, token: int) -> bool:
         """True if a row's token is the draft that the next row was computed after."""
         drafts = self.draft_tokens[self.active.primary]
         return row.index < len(drafts) and drafts[row.index] == token
@@ -396,8 +396,8 @@ class VerificationWindow:
         for role, hashes in self.hashes.items():
             stream, first = self.active.session.streams[role], self.first[role]
             held = min(stream.held, first)
-            if role in self.answered or role == self.drafter:
-                # The drafter may not have computed its last token yet.
+            if role in self.answered or role == self.drafting_role:
+                # The drafting role may not have computed its last token yet.
                 certain = len(hashes) - (role not in self.answered)
                 for index in range(certain - 1, -1, -1):
                     length = first + index + 1
@@ -412,9 +412,9 @@ class VerificationWindow:
         return rows
 
 
-_LONGEST = 64  # rows that are kept at least, whatever the replica holds
+_KEPT_AT_LEAST = 64  # rows that are kept at least, whatever the replica holds
 
-NameOf = Callable[[int], tuple[int, int]]  # position -> key of the row: the position, and the running hash up to it
+KeyOf = Callable[[int], tuple[int, int]]  # position -> key of the row: the position, and the running hash up to it
 
 
 class RowHistory:
@@ -429,36 +429,36 @@ class RowHistory:
         self._first = 0  # position of the first row
         self._rows: list[tuple[int, RowSlice]] = []
 
-    def add(self, name: tuple[int, int], part: RowSlice) -> None:
+    def add(self, key: tuple[int, int], part: RowSlice) -> None:
         """Store a row. Rows behind it are dropped: the replica no longer holds them."""
-        position, prefix = name
+        position, prefix = key
         at = position - self._first
         if not 0 <= at <= len(self._rows):
             self._first, at = position, 0
         self._rows[at:] = [(prefix, part)]
-        if len(self._rows) > 2 * _LONGEST:
-            del self._rows[:-_LONGEST]
-            self._first = position + 1 - _LONGEST
+        if len(self._rows) > 2 * _KEPT_AT_LEAST:
+            del self._rows[:-_KEPT_AT_LEAST]
+            self._first = position + 1 - _KEPT_AT_LEAST
 
-    def get(self, name: tuple[int, int]) -> RowSlice | None:
+    def get(self, key: tuple[int, int]) -> RowSlice | None:
         """Slice of a row; None if it is not held."""
-        at = name[0] - self._first
+        at = key[0] - self._first
         if not 0 <= at < len(self._rows):
             return None
         prefix, part = self._rows[at]
-        return part if prefix == name[1] else None
+        return part if prefix == key[1] else None
 
-    def reach(self, oldest: int, end: int, name_of: NameOf) -> int:
+    def reach(self, oldest: int, end: int, key_of: KeyOf) -> int:
         """First position from `oldest` up to `end` whose row is not held."""
         if oldest < self._first:
             return oldest
         position = min(end, self._first + len(self._rows))
-        while position > oldest and self.get(name_of(position - 1)) is None:
+        while position > oldest and self.get(key_of(position - 1)) is None:
             position -= 1
         return max(position, oldest)
 
-    def kept(self, position: int, name_of: NameOf) -> int:
+    def kept(self, position: int, key_of: KeyOf) -> int:
         """Number of rows directly before a position that are held and should be kept."""
-        if position <= self._first or self.get(name_of(position - 1)) is None:
+        if position <= self._first or self.get(key_of(position - 1)) is None:
             return 0
         return min(KEPT_ROWS, position - self._first)

@@ -35,9 +35,9 @@ class Place:
             replicas or (UnconnectedReplica(),),
         )
         service: ServiceConfig = config(coordinator=coordinator)
-        self.waiting = AdmissionQueue(service, self.active_sessions.values, self._candidates, self.clock)
+        self.waiting = AdmissionQueue(service, self.active_sessions.values, self._usable_replicas, self.clock)
 
-    def _candidates(self, role: Role) -> Sequence[UnconnectedReplica]:
+    def _usable_replicas(self, role: Role) -> Sequence[UnconnectedReplica]:
         return [replica for replica in self.replicas if replica.role == role]
 
     def add(self, *active_sessions: ActiveSession) -> None:
@@ -60,7 +60,7 @@ class Place:
         self.waiting.park(active, "target", pause_s, lambda: again.append(active))
 
     def refused(self, client: str = "") -> Rejected | None:
-        return self.waiting.refusal(request(client=client))
+        return self.waiting.rejection(request(client=client))
 
 
 def many(count: int, client: str = "", **given: Any) -> list[ActiveSession]:
@@ -117,12 +117,12 @@ async def test_a_role_without_a_replica_blocks_no_admission() -> None:
 
 
 async def test_a_prompt_that_no_cache_holds_is_refused_by_its_numbers() -> None:
-    refusal = Place(UnconnectedReplica(cache_tokens=256)).waiting.refusal(request(257))
-    assert refusal is not None
-    assert (refusal.code, refusal.retry_after_s) == ("invalid", None)
-    assert "257" in refusal.message
-    assert "256" in refusal.message
-    assert Place(UnconnectedReplica(cache_tokens=256)).waiting.refusal(request(256)) is None
+    rejection = Place(UnconnectedReplica(cache_tokens=256)).waiting.rejection(request(257))
+    assert rejection is not None
+    assert (rejection.code, rejection.retry_after_s) == ("invalid", None)
+    assert "257" in rejection.message
+    assert "256" in rejection.message
+    assert Place(UnconnectedReplica(cache_tokens=256)).waiting.rejection(request(256)) is None
 
 
 async def test_a_full_queue_refuses_and_counts_free_places_once() -> None:
@@ -179,7 +179,7 @@ async def test_resumed_sessions_come_first_and_are_never_refused(monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(type(moved[0].session.request), "resumed", property(lambda self: self in asked))
         asked = [active.session.request for active in moved]
-        assert place.waiting.refusal(asked[0]) is None
+        assert place.waiting.rejection(asked[0]) is None
         place.add(*moved)
         for expected in (moved[1], moved[0]):
             place.end(next(iter(place.active_sessions.values())))

@@ -72,8 +72,8 @@ def test_accepted_drafts_get_longer_and_rejected_ones_stop(vocabularies: Vocabul
     for _ in range(40):
         checked(planner, good, 7, 7)
         checked(planner, bad, 2, 0)
-    assert planner.plan(good, True, FAR, 1).drafts == 7
-    plans = [planner.plan(bad, True, FAR, 1).drafts for _ in range(7)]
+    assert planner.plan(good, True, FAR, 1).guider_drafts == 7
+    plans = [planner.plan(bad, True, FAR, 1).guider_drafts for _ in range(7)]
     assert plans.count(0) >= 6
 
 
@@ -81,13 +81,16 @@ def test_a_guider_as_slow_as_its_target_drafts_less_than_a_fast_one(vocabularies
     planner = DraftPlanner(Speculation())
     fast = session_of(planner, vocabularies, guider=Replica(0.002))
     slow = session_of(planner, vocabularies, guider=Replica(0.03))
-    assert planner.plan(fast, True, FAR, 1).drafts > planner.plan(slow, True, FAR, 1).drafts == 0
+    assert planner.plan(fast, True, FAR, 1).guider_drafts > planner.plan(slow, True, FAR, 1).guider_drafts == 0
 
 
 def test_many_sessions_draft_less_than_one_where_tokens_cost_time(vocabularies: VocabularyRegistry) -> None:
     planner = DraftPlanner(Speculation())
     active = session_of(planner, vocabularies, target=Replica(0.03, per_token=0.003))
-    alone, together = planner.plan(active, True, FAR, 1).drafts, planner.plan(active, True, FAR, 32).drafts
+    alone, together = (
+        planner.plan(active, True, FAR, 1).guider_drafts,
+        planner.plan(active, True, FAR, 32).guider_drafts,
+    )
     assert alone > together
 
 
@@ -96,15 +99,17 @@ def test_request_and_configuration_bound_the_drafts(
     vocabularies: VocabularyRegistry, configured: int, asked: int | None, drafts: int
 ) -> None:
     planner = DraftPlanner(Speculation(drafts=configured, adapt=False))
-    assert planner.plan(session_of(planner, vocabularies, drafts=asked), True, FAR, 1) == DraftPlan(drafts=drafts)
+    assert planner.plan(session_of(planner, vocabularies, drafts=asked), True, FAR, 1) == DraftPlan(
+        guider_drafts=drafts
+    )
 
 
 def test_nothing_is_drafted_past_the_answers_end_or_the_last_position(vocabularies: VocabularyRegistry) -> None:
     planner = DraftPlanner(Speculation(adapt=False))
     active = session_of(planner, vocabularies, sampling=Sampling(max_tokens=4))
-    assert planner.plan(active, True, FAR, 1).drafts == 3
-    assert planner.plan(active, True, 2, 1).drafts == 2
-    assert planner.plan(active, True, 0, 1).drafts == 0
+    assert planner.plan(active, True, FAR, 1).guider_drafts == 3
+    assert planner.plan(active, True, 2, 1).guider_drafts == 2
+    assert planner.plan(active, True, 0, 1).guider_drafts == 0
 
 
 def test_a_prefill_and_self_amplifying_penalties_are_not_drafted(vocabularies: VocabularyRegistry) -> None:
@@ -121,9 +126,11 @@ def test_unguided_drafts_come_from_the_text_unless_the_guider_is_chosen(vocabula
     active = session_of(planner, vocabularies)
     active.session.streams["target"].append([50, 51, 52, 50, 51])
     active.session.streams["target"].hold(len(active.session.primary) - 1)
-    assert planner.plan(active, False, FAR, 1) == DraftPlan(guesses=(52, 50, 51))
+    assert planner.plan(active, False, FAR, 1) == DraftPlan(text_drafts=(52, 50, 51))
     assert planner.plan(session_of(planner, vocabularies), False, FAR, 1) == DraftPlan()
-    assert planner.plan(session_of(planner, vocabularies, drafter="guider"), False, FAR, 1) == DraftPlan(drafts=7)
+    assert planner.plan(session_of(planner, vocabularies, drafter="guider"), False, FAR, 1) == DraftPlan(
+        guider_drafts=7
+    )
     assert DraftPlanner(Speculation(lookup=False)).plan(active, False, FAR, 1) == DraftPlan()
 
 

@@ -39,7 +39,7 @@ def request(
 
 def refused(one: Generate, vocabularies: VocabularyRegistry) -> str:
     """Message with which a request is refused."""
-    answer = admission.refusal(one, vocabularies)
+    answer = admission.rejection(one, vocabularies)
     assert isinstance(answer, Rejected)
     assert (answer.code, answer.retry_after_s) == ("invalid", None)
     return answer.message
@@ -47,8 +47,8 @@ def refused(one: Generate, vocabularies: VocabularyRegistry) -> str:
 
 def test_a_valid_request_is_accepted(vocabularies: VocabularyRegistry) -> None:
     bias = ((5, 1.0), (FIRST, -1.0), (SECOND, 2.0))
-    assert admission.refusal(request(), vocabularies) is None
-    assert admission.refusal(request(Sampling(logit_bias=bias, stop_token_ids=(7, SECOND))), vocabularies) is None
+    assert admission.rejection(request(), vocabularies) is None
+    assert admission.rejection(request(Sampling(logit_bias=bias, stop_token_ids=(7, SECOND))), vocabularies) is None
 
 
 @pytest.mark.parametrize("stray", [-1, WIDTH - 1, WIDTH, 10**9])
@@ -77,7 +77,7 @@ def test_guidance_without_a_prompt_for_every_role_is_refused(vocabularies: Vocab
 @pytest.mark.parametrize("primary", ROLES)
 def test_without_guidance_the_primarys_prompt_is_enough(vocabularies: VocabularyRegistry, primary: Role) -> None:
     alone = request(guidance=Guidance(0.0), prompts={primary: [1]}, primary=primary)
-    assert admission.refusal(alone, vocabularies) is None
+    assert admission.rejection(alone, vocabularies) is None
     others: dict[Role, list[int]] = {role: [1] for role in ROLES if role != primary}
     assert primary in refused(replace(alone, prompts=others), vocabularies)
 
