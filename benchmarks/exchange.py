@@ -60,7 +60,7 @@ class NullModel:
     def __init__(self, role: Role, width: int, secret: bytes) -> None:
         self._role, self._incarnation = role, secrets.token_hex(8)
         engine = TailEngine(TailStream(TAIL, width, cycle=CYCLE), role)
-        settings = ReplicaSettings(max_position=1 << 20)
+        settings = ReplicaSettings(max_position=1 << 20, prefill_chunk=2_048, row_wait_s=30.0, forward_timeout_s=120.0)
         self._replica = ModelReplica(engine, role, self._incarnation, secret, settings)
 
     async def start(self) -> Endpoint:

@@ -46,11 +46,11 @@ class ReplicaSettings:
     """Limits of a replica, in seconds and tokens."""
 
     max_position: int  # most tokens of one session
-    prefill_chunk: int = 2_048  # most prompt tokens in one forward
+    prefill_chunk: int  # most prompt tokens in one forward
+    row_wait_s: float  # longest wait of a lookup for its row
+    forward_timeout_s: float  # a longer forward makes the replica unhealthy
     batching_delay_share: float = 0.5  # see BatchingDelay
     batching_delay_cap_s: float = 0.01
-    row_wait_s: float = 30.0  # longest wait of a lookup for its row
-    forward_timeout_s: float = 120.0  # a longer forward makes the replica unhealthy
 
 
 class ReplicaUnhealthy(RuntimeError):
@@ -223,7 +223,7 @@ class ModelReplica:
     def _conclude(self, chunk: Chunk, result: Result) -> tuple[Lease, Refusal] | None:
         """Answer a chunk whose forward is over, unless its session was released or taken over meanwhile.
 
-        Returns the session if it may have new rows, and the refusal for those that it does not have.
+        Returns (lease, code for lookups whose row is missing), or None if no row can be new.
         """
         scheduled = chunk.scheduled
         lease = self._leases.get(scheduled.item.session)
@@ -247,7 +247,7 @@ class ModelReplica:
             case Answer():
                 self._replies.rows(peer, call_id, [result])
             case KVMiss() | Full() if self._drafter.stop_drafting(scheduled):
-                pass
+                pass  # answered with the drafts before this one
             case KVMiss():
                 self._replies.refuse(peer, call_id, Refusal.KV_MISS, result.held)
             case Full():

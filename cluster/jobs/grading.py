@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, assert_never, get_args
 
 from cluster.demo.task import answer_in
 from cluster.jobs.math_process import MathProcesses
@@ -67,7 +67,9 @@ def extract(grader: Grader, text: str) -> str | None:
         return box
     if grader == "letter":
         return _letter(box) if box else None
-    return _words(box or final.rstrip().rpartition("\n")[2]) or None
+    if grader == "exact":
+        return _words(box or final.rstrip().rpartition("\n")[2]) or None
+    assert_never(grader)
 
 
 def is_words(gold: str) -> bool:
