@@ -1,6 +1,7 @@
 """The configuration of the whole service: the `args` of `ray_config.yaml`.
 
-It is frozen and validated once, when it is read. Defaults are written here only. An unknown key is an error.
+It is frozen and validated once, when it is read. The defaults of its keys are written here only, but for those of
+`guidance`, `sampling` and `thinking`, which are in `actors.api`. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class CoordinatorConfig(_Section):
 
 
 class KeysConfig(_Section):
-    """Where API keys are found (format: router.keys). Without a file or variable the API is unauthenticated."""
+    """The sources of API keys (format: router.keys). Without a file or variable the API is unauthenticated."""
 
     file: str | None = Field(None, min_length=1)  # on every router's node; read again when it changes
     env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # a variable in the routers' environment
@@ -235,16 +236,16 @@ class RouterConfig(_Section):
 
 
 class Deadlines(_Section):
-    """Timeouts in seconds. A wait that exceeds its timeout ends with an error."""
+    """Timeouts in seconds; the comments say what follows."""
 
     renamed_keys: ClassVar[dict[str, str]] = {"missing_s": "reconnect_timeout_s", "silent_s": "peer_timeout_s"}
 
-    model_load_s: float = Field(1_800, gt=0)
-    reconnect_timeout_s: float = Field(300, gt=0)  # a session waits so long for a lost model or coordinator
-    step_s: float = Field(60, gt=0)  # one reply of a model
+    model_load_s: float = Field(1_800, gt=0)  # then the replica does not start, and the error names its last step
+    reconnect_timeout_s: float = Field(300, gt=0)  # a session without a model or coordinator fails after this
+    step_s: float = Field(60, gt=0)  # a model that owes a row so long and finishes no forward is taken for dead
     peer_timeout_s: float = Field(15, gt=0)  # a peer that sends nothing for so long is taken for dead
-    connect_s: float = Field(5, gt=0)
-    request_s: float = Field(3_600, gt=0)
+    connect_s: float = Field(5, gt=0)  # an attempt to connect is given up and made again
+    request_s: float = Field(3_600, gt=0)  # the request ends with an error, status 504
 
 
 class ServiceConfig(_Section):

@@ -54,7 +54,7 @@ DEATH_OF_A_NODE = {"RAY_health_check_period_ms": "1000"}
 
 
 def service_config(replicas: int) -> ServiceConfig:
-    """The trio in exact mode, placed by what a node has: one replica of each role at most, the router at the head."""
+    """The batch-invariant trio, placed by what a node has: one replica of each role at most, the router at the head."""
     count = {"min": replicas, "max": replicas}
     models = {
         role: {"path": str(WEIGHTS / role), "num_cpus": 0.01, "resources": {role: 1}, "replicas": count}

@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     asked = asyncio.run(cases(config, requests(config.name, CASES, LENGTHS, options.seed)))
     with served_cluster(config) as served:
         disturbed, memory, half = asyncio.run(soak(served, asked, options, draw))
-        batch_invariant = accounts(served)
+        exact_accounts = accounts(served)
     console().print(*disturbed.failures(), sep="\n")
     slopes = memory.slopes(half)
     console().print(table(memory, slopes))
@@ -163,7 +163,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "requests": len(disturbed.records),
         "cancelled": sum(record.outcome == "cancelled" for record in disturbed.records),
         **{name: result[name] for name in ("kills", "lost", "identical", "refused")},
-        "accounting_exact": batch_invariant,
+        "accounting_exact": exact_accounts,
         "memory_flat": set(own) == set(OWN) and max(own.values()) <= FLAT_MB_PER_MIN,
         "rss_slope_mb_per_min": slopes,
     }

@@ -90,7 +90,7 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def kill_on_next_signal(self) -> None:
-        """From now on a signal, or the end of the time for stopping, kills every process."""
+        """Kill every process at the next signal, or at the end of the time for stopping."""
         self.install()
         self._received = True
         self.limit(STOP_S + END_S)
@@ -245,7 +245,7 @@ def start(stack: ExitStack, schema: ServeDeploySchema, signals: StopSignals, par
 
 
 def await_ready(service: Service, config: ServiceConfig, signals: StopSignals, parts: Board) -> None:
-    """Return once every role is served and, in a Ray of its own, HTTP answers.
+    """Return once every part is served and, in a Ray of its own, HTTP answers.
 
     Raises LaunchError if a deployment fails, or after the deadline.
     """
@@ -269,7 +269,7 @@ def await_ready(service: Service, config: ServiceConfig, signals: StopSignals, p
 
 
 def states_of(application: str, deployments: Mapping[str, DeploymentStatusOverview]) -> dict[str, str]:
-    """The state of each deployment in words, by the name of its role."""
+    """The state of each deployment in words, by the name of its part."""
     states = {part: STARTING for part in PARTS.values()}
     for name, deployment in deployments.items():
         message = deployment.message.strip()
@@ -321,7 +321,7 @@ def delete(applications: Sequence[str]) -> None:
 
 
 def adopt_orphans() -> None:
-    """On Linux, make a process whose parent ends a child of this one, so that `end_children` finds it."""
+    """Become the parent of orphaned descendants (Linux), so that `end_children` finds them."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)
 
@@ -345,7 +345,7 @@ def addresses(service: Service, config: ServiceConfig) -> str:
 
 
 def schema_of(file: Path) -> ServeDeploySchema:
-    """The Serve config in a file whose keys are sound."""
+    """Parse a file that `check` has accepted."""
     schema: ServeDeploySchema = ServeDeploySchema.model_validate(read_mapping(file))
     return schema
 
@@ -354,7 +354,7 @@ def schema_of(file: Path) -> ServeDeploySchema:
 def own_terminal(verbose: bool) -> Iterator[tuple[Console, Path | None]]:
     """A console on the standard output, while everything else that this process prints goes to a new file.
 
-    Also what native code prints, and what Ray sends from other processes. verbose: all of it stays on the terminal.
+    Output of native code and of Ray's other processes is included. verbose: all of it stays on the terminal.
     """
     if verbose:
         yield Console(), None

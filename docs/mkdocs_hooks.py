@@ -43,7 +43,7 @@ def _in_repository(link: str, file: File) -> str:
 
 
 def _in_site(path: str) -> str:
-    """Where the site has a file of the repository."""
+    """Path in the site of a file of the repository."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return ROOT_PAGES.get(path, f"repository/{path}")

@@ -45,7 +45,7 @@ class Coordinators(Protocol):
         ...
 
     async def ending(self) -> bool:
-        """Whether the service is being shut down, so that no coordinator will return."""
+        """True if the service is being shut down, so that no coordinator will return."""
         ...
 
 

@@ -65,7 +65,7 @@ def fresh_table_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def trio_engines() -> Mapping[Role, Engine]:
-    """The trio's engines in exact mode. They keep no session once a service has released it."""
+    """The trio's batch-invariant engines. They keep no session once a service has released it."""
     from tests.support.local_service import load_engines, trio_config
 
     return load_engines(trio_config())

@@ -50,7 +50,7 @@ def anchors(page: str) -> frozenset[str]:
 
 
 def codes(page: str) -> Iterator[str]:
-    """What stands in backticks outside of code blocks."""
+    """Texts in backticks outside of code blocks."""
     yield from CODE.findall(FENCE.sub("", text_of(page)))
 
 

@@ -16,7 +16,7 @@ MAX_ALPHA = 1_000.0  # far beyond any use, and far from what overflows
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """When and how strongly a session is guided.
+    """The strength of guidance over a session's tokens.
 
     alpha: strength of the guidance, from -MAX_ALPHA to MAX_ALPHA; 0 runs the target alone.
     warmup_tokens: alpha is 0 for the first so many generated tokens (published runs: 100), whatever the schedule says.

@@ -103,7 +103,7 @@ class WaitTimeEstimator:
 
 
 class AdmissionQueue:
-    """Sessions of one coordinator that wait: queued ones, resumed ones, and admitted ones that are parked.
+    """Queued and resumed sessions of one coordinator. It also decides when parked sessions go on.
 
     active_sessions: returns the admitted sessions. usable_replicas: returns the replicas that may serve a role; none if
     no replica of the role is connected.
@@ -137,7 +137,7 @@ class AdmissionQueue:
         return sum(active.state == SessionState.PARKED for active in self._active())
 
     def rejection(self, request: Generate) -> Rejected | None:
-        """Why a request cannot be queued; None if it can, or if another session makes way for it."""
+        """Return the reason to reject a request; None if it can be queued, or if another session makes way for it."""
         caches = {
             role: max((replica.welcome.cache_tokens for replica in self._usable_replicas(role)), default=None)
             for role in request.prompts

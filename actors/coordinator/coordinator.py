@@ -26,7 +26,7 @@ from actors.text.vocabularies import VocabularyRegistry
 class Coordinator:
     """Decodes sessions against the replicas that `locate` names.
 
-    Raises SpellingError when the models' tokens do not fit. Call from one event loop only.
+    Raises UnsupportedTokenizer if a model's tokenizer cannot be used. Call from one event loop only.
     """
 
     def __init__(

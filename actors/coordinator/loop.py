@@ -78,7 +78,7 @@ class DecodeLoop:
         self._deadlines_task = asyncio.get_running_loop().create_task(self._check_deadlines())
 
     def hand_over(self) -> None:
-        """Send every session to another coordinator."""
+        """End every session with `Moved`; their routers continue them on other coordinators."""
         for active in [*self._active.values(), *self.admission]:
             active.events.emit(Moved())
             self.release(active)
@@ -152,7 +152,8 @@ class DecodeLoop:
     def _after_failed_turn(self) -> None:
         """Recover from a fault of this program. The turn's replies are lost, so sessions request their rows again.
 
-        A session ends with an error if its next row was complete, as that row may be the cause, or after MAX_FAULTS.
+        A session fails if it has no window, if its next row was complete (that row may be the cause), or after
+        MAX_FAULTS.
         """
         for active in list(self._active.values()):
             if active.state == SessionState.NO_REPLICA:
@@ -208,7 +209,7 @@ class DecodeLoop:
         if session.request.only_prompt or len(session.primary) >= active.limit(active.primary):
             self.finish(active, "length")
             return
-        # The primary's last position ends an answer; a small model's last row still gives a token.
+        # The primary needs one position for the new token; a small model does not, because its last row is enough.
         room = min([active.room(role) - (role == active.primary) for role in roles])
         if guided and room < 0:
             if self._config.beyond_context == "error":
@@ -349,7 +350,7 @@ class DecodeLoop:
         self.finish(active, "error", error)
 
     def finish(self, active: ActiveSession, reason: FinishReason, error: str | None = None) -> None:
-        """End a session that none of its tokens has ended."""
+        """End a session early, for a reason other than its own last token."""
         if not active.over:
             active.events.emit(active.session.finish(reason))
             self._end(active, error)

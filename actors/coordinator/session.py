@@ -41,14 +41,14 @@ class ActiveSession:
         acceptance: Mapping[str, Acceptance],
         prompt_scoring: PromptScoring | None = None,
     ) -> None:
-        """age: nanoseconds since the epoch; older sessions go first. prompt_scoring: if the prompt is to be scored."""
+        """age: in nanoseconds; a smaller one is older and goes first. prompt_scoring: if the prompt is to be scored."""
         self.session, self.key, self.age, self.acceptance = session, key, age, acceptance
         self.events = EventQueue()
         self.text = TextIndex()
         self.epoch = 1
         self.replicas: dict[Role, Replica] = {}
         self.window: VerificationWindow | None = None
-        # By whether the window is guided: required ids of a session whose earlier tokens require none.
+        # Cache of required ids, keyed by `guided`; used only while no emitted token adds required ids.
         self.required: dict[bool, Mapping[Role, RequiredLogits]] = {}
         self.row_histories: dict[Role, RowHistory] = {}  # of small roles with another vocabulary
         self.call_ids: dict[Role, set[int]] = {}  # calls of the window that are in flight
@@ -56,7 +56,7 @@ class ActiveSession:
         self.state_since = time.monotonic()
         self.cache_waits: dict[Role, CacheWait] = {}  # while PARKED: by role whose replica has no room
         self.rows_due_since = 0.0  # when the rows in flight were requested
-        self.faults = 0  # refusals since the last token
+        self.faults = 0  # since the last token: refusals other than FULL and KV_MISS, timeouts, failed turns
         self.misses = 0  # since the last token: refusals for lack of room, and because the cache was gone
         self.prompt_scoring = prompt_scoring  # until the prompt is scored
         self.past_context = False  # a small model's positions are used up: the target goes on alone
@@ -95,33 +95,33 @@ class ActiveSession:
         self.cache_waits[role] = wait
 
     def unpark(self, role: Role) -> None:
-        """There is room in the cache of a role's replica."""
+        """Take back the wait for room in a role's cache."""
         del self.cache_waits[role]
         if not self.cache_waits:
             self.begin()
 
     def expect_rows(self, after_s: float = 0.0) -> None:
-        """The deadline of the rows in flight counts from now, or from so many seconds later."""
+        """Start the deadline of the rows in flight, now or after `after_s` seconds."""
         self.rows_due_since = time.monotonic() + after_s
 
     def count_fault(self) -> None:
-        """A model failed, or did not answer in time."""
+        """Count a failure of a model."""
         self.faults += 1
 
     def count_miss(self) -> None:
-        """A replica had no room for the session, or no longer held its cache."""
+        """Count a refusal for lack of room or for an evicted cache."""
         self.misses += 1
 
     def reset_faults(self) -> None:
-        """The session went on: earlier faults and misses no longer count."""
+        """Forget earlier faults and misses, because the session went on."""
         self.faults = self.misses = 0
 
     def end_prompt_scoring(self) -> None:
-        """Every wanted row of the prompt has been read."""
+        """Stop scoring the prompt, because every wanted row has been read."""
         self.prompt_scoring = None
 
     def stop_guidance(self) -> None:
-        """A small model's positions are used up: the target goes on alone."""
+        """Go on with the target alone, because a small model's positions are used up."""
         self.past_context = True
 
     def bind(self, role: Role, replica: Replica) -> None:
@@ -367,7 +367,7 @@ class VerificationWindow:
         return max(0, len(self.rows) - 1)
 
     def equals_draft(self, row: LogitsRow, token: int) -> bool:
-        """True if a row's token is the draft that the next row was computed after."""
+        """True if `token` equals the draft behind this row."""
         drafts = self.draft_tokens[self.active.primary]
         return row.index < len(drafts) and drafts[row.index] == token
 
@@ -407,7 +407,7 @@ class VerificationWindow:
             stream.hold(held)
 
     def dissolve(self) -> list[LogitsRow]:
-        """Give up and return the rows: rows and window refer to each other and would wait for garbage collection."""
+        """Empty the window and return its rows; this breaks the reference cycle between rows and window."""
         rows, self.rows = self.rows, []
         return rows
 

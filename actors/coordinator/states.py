@@ -16,7 +16,7 @@ class ForbiddenTransition(RuntimeError):
 
 
 class SessionState(IntEnum):
-    """Where a session stands in its coordinator."""
+    """State of a session in its coordinator."""
 
     QUEUED = 0  # in the admission queue, not admitted yet
     SCORING_PROMPT = 1  # whole rows of its prompt are requested
@@ -27,7 +27,7 @@ class SessionState(IntEnum):
 
 
 class RowStage(IntEnum):
-    """What a logits row waits for."""
+    """Stage of a logits row: the input that it still lacks."""
 
     EXTENDING = 0  # top-k slices
     LOOKING_UP = 1  # its candidates are known; logits of some are still missing in some roles

@@ -9,7 +9,7 @@ from actors.metrics import Recorder
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorLoad:
-    """How busy a coordinator is, and totals since its start."""
+    """Load of a coordinator, and totals since its start."""
 
     sessions: int
     waiting: int  # requests in the admission queue that have not started

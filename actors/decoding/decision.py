@@ -21,7 +21,7 @@ Adjust = Callable[[NDArray[np.int64], Floats], None]
 
 @dataclass(frozen=True, slots=True)
 class RowSamplingSpec:
-    """How a request samples one row. seed and position determine the noise.
+    """Sampling parameters of one row. The noise depends on seed, position and token id.
 
     adjust: changes the row's logits in place by bias, penalties and bans (`penalties.adjust`); None if there are none.
     top: number of likeliest candidates to list with log-probabilities; None for no list. explain: list those of each

@@ -1,7 +1,7 @@
 """Chooses the attention back end: the first in `BACKENDS` that supports the device and dtype, or a configured one.
 
-To add one (a fused kernel for one device), write a class with `attend` (`actors.engine.attention.AttentionBackend`)
-and add a line to `BACKENDS`.
+To add one (a fused kernel for one device), write a class with `name`, `static` and `attend`
+(`actors.engine.attention.AttentionBackend`), add a line to `BACKENDS`, and add the name to `ModelConfig.attention`.
 """
 
 from __future__ import annotations

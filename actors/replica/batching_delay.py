@@ -1,4 +1,4 @@
-"""How long a model waits for further extends before it starts a forward.
+"""The time that a model waits for further extends before it starts a forward.
 
 Coordinators that were answered together send their next extends at almost the same time. A forward that starts with
 the first of them leaves the others to the next forward: two forwards, each half full. A fixed delay would slow down a

@@ -27,7 +27,7 @@ NO_IDS: NDArray[np.int32] = np.zeros(0, I32)
 
 
 class Draft(NamedTuple):
-    """How an extend continues with drafts (`DRAFT_ITEM`)."""
+    """Parameters of the drafts that follow an extend (`DRAFT_ITEM`)."""
 
     drafts: int
     seed: int

@@ -26,7 +26,7 @@ class ProtocolError(Exception):
 
 
 class Refusal(IntEnum):
-    """Why an item was refused. The comments explain `detail` in the reply."""
+    """Reason of a refused item. The comments explain `detail` in the reply."""
 
     KV_MISS = 1  # detail: the number of tokens held; send the others again
     FULL = 2  # detail: milliseconds after which to try again

@@ -53,7 +53,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where a mode's answer differs from the target's. after: tokens that are equal; None if all are."""
+    """First difference of a mode's answer from the target's. after: tokens that are equal; None if all are."""
 
     mode: Mode
     after: int | None

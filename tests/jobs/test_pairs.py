@@ -1,4 +1,4 @@
-"""Which answers become preference pairs, and in which split."""
+"""The choice of answers for preference pairs, and their split."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def dashboard(shared_ray: SharedRay) -> str:
 
 
 def config(tmp_path: Path, concurrency: int | None, **changed: Any) -> Path:
-    """An evaluation of all modes by a service in exact mode that the job has to start."""
+    """An evaluation of all modes by a batch-invariant service that the job has to start."""
     args = trio_args() | {"batch_invariant": True, "name": OWN}
     return written(tmp_path, args, {"alpha": [0.5, 1.0], "concurrency": concurrency} | changed)
 

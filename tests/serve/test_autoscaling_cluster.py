@@ -28,7 +28,7 @@ from tests.support.trio import chat_prompts
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 FAST = {"min": 1, "max": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "look_back_s": 1.5}
-CARD = "card"  # a resource in place of a GPU: exact mode runs on CPUs
+CARD = "card"  # a resource in place of a GPU: `batch_invariant` runs on CPUs
 CACHE_TOKENS = 4_096
 QUESTIONS = 2
 LONG, SHORT = 200, 100  # tokens of an answer

@@ -27,7 +27,7 @@ def models(application: str) -> dict[Role, ActorState]:
 
 @pytest.fixture(scope="module")
 def with_gpus(shared_ray: SharedRay) -> Iterator[str]:
-    """An application whose roles ask for GPUs, beside the shared service: exact mode does without them."""
+    """An application whose roles ask for GPUs, beside the shared, batch-invariant service without."""
     args = trio_args()
     for role in ROLES:
         placed = {"label_selector": {ACCELERATOR: GPU_TYPES[role]}, "num_gpus": GPUS[role], "device": "cpu"}

@@ -45,7 +45,7 @@ def trio_args() -> dict[str, Any]:
 
 
 def shared_args() -> dict[str, Any]:
-    """The `args` of the shared service: the trio in exact mode, each role on a node of its own."""
+    """The `args` of the shared service: the batch-invariant trio, each role on a node of its own."""
     args = trio_args() | {
         "batch_invariant": True,
         "coordinator": {"max_sessions": MAX_SESSIONS},

@@ -27,7 +27,7 @@ WEIGHTS = Path(__file__).parents[2] / "cluster" / "demo" / "weights"
 
 
 def trio_config(**overrides: Any) -> ServiceConfig:
-    """The embedded trio's configuration, in exact mode unless overridden."""
+    """The embedded trio's configuration, batch-invariant unless overridden."""
     models = {role: {"path": str(WEIGHTS / role)} for role in ROLES}
     return load_config({"version": 1, "name": "demo", "batch_invariant": True, "models": models} | overrides)
 

@@ -151,13 +151,13 @@ def _end_all(host: Host, process: subprocess.Popen[bytes]) -> None:
 
 
 def _processes(host: Host) -> list[int]:
-    """What runs on a host, but for this process."""
+    """Process ids on a host, but for this process."""
     shown = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=True).stdout
     return [pid for pid in map(int, shown.split()) if pid != os.getpid()]
 
 
 def roles_apart() -> dict[str, Any]:
-    """The trio in exact mode: the target on the node labelled large, both small models on the one labelled small."""
+    """The batch-invariant trio: the target on the node labelled large, both small models on the one labelled small."""
     args = trio_args() | {
         "batch_invariant": True,
         "deadlines": {"step_s": 3, "connect_s": 2, "reconnect_timeout_s": 60},
