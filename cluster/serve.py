@@ -34,6 +34,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import DeploymentStatusOverview, ServeDeploySchema
 from rich.console import Console
 from rich.live import Live
@@ -181,8 +182,8 @@ def run(file: Path, config: ServiceConfig, signals: StopSignals) -> int:
             while True:
                 signals.check()
                 time.sleep(POLL_S)
-                if log is not None and log.stat().st_size > LOG_BYTES:
-                    os.truncate(log, 0)
+                if log is not None:
+                    limit_size(1)  # standard output, by its descriptor: the file itself may have been deleted
         except LaunchError as error:
             status = NOT_STARTED
             console.print("[bold red]error[/]", Text(str(error)), highlight=False, soft_wrap=True)
@@ -247,15 +248,20 @@ def start(stack: ExitStack, schema: ServeDeploySchema, signals: StopSignals, par
 def await_ready(service: Service, config: ServiceConfig, signals: StopSignals, parts: Board) -> None:
     """Return once every part is served and, in a Ray of its own, HTTP answers.
 
-    Raises LaunchError if a deployment fails, or after the deadline.
+    Raises LaunchError if a deployment fails, if the application is deleted or Ray ends, or after the deadline.
     """
     seconds = START_S + config.deadlines.model_load_s
     until = time.monotonic() + seconds
     states: dict[str, str] = {}
     while time.monotonic() < until:
         signals.check()
-        application = serve.status().applications[service.name]
-        states = states_of(service.name, application.deployments)
+        try:
+            application = serve.status().applications.get(service.name)
+            if application is None:
+                raise LaunchError(f"the application {service.name} was deleted while it started")
+            states = states_of(service.name, application.deployments)
+        except (RayError, RayServeException) as error:
+            raise LaunchError(f"Ray or Ray Serve ended while the service started: {error}") from error
         parts.show(states)
         if application.status == "DEPLOY_FAILED":
             reasons = [f"{name}: {words}" for name, words in states.items() if words.startswith(FAILED)]
@@ -280,7 +286,7 @@ def states_of(application: str, deployments: Mapping[str, DeploymentStatusOvervi
         elif wanting := lacking(message):
             states[PARTS[name]] = f"{STARTING}: {wanting}"
     if states["directory"] == READY:
-        with suppress(TimeoutError, RayError):
+        with suppress(TimeoutError, RayError, RayServeException, KeyError):  # KeyError: deleted meanwhile
             handle = serve.get_deployment_handle("Directory", application)
             awaited: dict[Role, str] = handle.awaited.remote().result(timeout_s=STATUS_S)
             for role, words in awaited.items():
@@ -381,10 +387,27 @@ def redirect(output: int, errors: int) -> None:
     os.dup2(errors, 2)
 
 
+def limit_size(descriptor: int) -> None:
+    """Empty an open file that has more than LOG_BYTES."""
+    if os.fstat(descriptor).st_size > LOG_BYTES:
+        os.ftruncate(descriptor, 0)
+
+
+def in_foreground(descriptor: int) -> bool:
+    """True if a file descriptor is the controlling terminal of this process, which is in its foreground group.
+
+    rich takes a pipe for a terminal where FORCE_COLOR or TTY_COMPATIBLE is set.
+    """
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:
+        return False
+
+
 @contextmanager
 def board(console: Console, *, plain: bool) -> Iterator[Board]:
     """A board on the console. plain: lines even on a terminal; a background job prints lines too."""
-    if plain or not console.is_terminal or os.tcgetpgrp(console.file.fileno()) != os.getpgrp():
+    if plain or not console.is_terminal or not in_foreground(console.file.fileno()):
         yield Board(console, None)
         return
     with Live(console=console) as live:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,11 +24,29 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger
 from rich.console import Console
 
 from cluster.launch import LOOPBACK, LaunchError, claimed_port, free_port, local_ray
-from cluster.serve import FORCED, NOT_STARTED, READY, STARTING, UNSOUND, Board, main, states_of
+from cluster.serve import (
+    FORCED,
+    NOT_STARTED,
+    READY,
+    STARTING,
+    UNSOUND,
+    Board,
+    Service,
+    StopSignals,
+    await_ready,
+    board,
+    in_foreground,
+    limit_size,
+    main,
+    own_terminal,
+    states_of,
+)
+from cluster.serve_file import read_service_config
 from tests.support.local_ray import READY_S, ROOT
 
 NOT_SCHEDULED = (
@@ -166,16 +186,89 @@ def test_states_name_failures_and_lacking_resources() -> None:
 
 def test_away_from_a_terminal_each_change_is_a_line() -> None:
     printed = io.StringIO()
-    board = Board(Console(file=printed), None)
-    board.show({"Ray": STARTING})
-    board.show({"target": STARTING, "guider": "loading 0.6 MB of weights"})
-    board.show({"target": READY, "guider": "loading 0.6 MB of weights"})
+    parts = Board(Console(file=printed), None)
+    parts.show({"Ray": STARTING})
+    parts.show({"target": STARTING, "guider": "loading 0.6 MB of weights"})
+    parts.show({"target": READY, "guider": "loading 0.6 MB of weights"})
     assert printed.getvalue().splitlines() == [
         "Ray: starting",
         "target: starting",
         "guider: loading 0.6 MB of weights",
         "target: ready",
     ]
+
+
+@contextlib.contextmanager
+def pipe_ends() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+@contextlib.contextmanager
+def terminal_ends() -> Iterator[tuple[int, int]]:
+    """A terminal that is not the controlling one of this process, as after setsid."""
+    controller, terminal = pty.openpty()
+    yield controller, terminal
+    os.close(terminal)
+    os.close(controller)
+
+
+@pytest.mark.parametrize("ends", [pipe_ends, terminal_ends])
+def test_forced_colors_do_not_redraw_lines_off_the_foreground(
+    ends: Callable[[], contextlib.AbstractContextManager[tuple[int, int]]],
+) -> None:
+    with ends() as (reader, writer):
+        assert not in_foreground(writer)
+        with open(writer, "w", encoding="utf-8", closefd=False) as file:
+            with board(Console(file=file, force_terminal=True), plain=False) as parts:
+                parts.show({"Ray": STARTING})
+        assert os.read(reader, 100).splitlines() == [b"Ray: starting"]
+
+
+def test_the_foreground_of_a_controlling_terminal_is_recognized() -> None:
+    code = "import os; os.open(os.ttyname(1), os.O_RDWR)\n"  # the first terminal of a new session controls it
+    code += "from cluster.serve import in_foreground; print('in foreground:', in_foreground(1))"
+    with terminal_ends() as (controller, terminal):
+        command = [sys.executable, "-c", code]
+        subprocess.run(command, cwd=ROOT, stdout=terminal, start_new_session=True, timeout=READY_S, check=True)
+        assert os.read(controller, 100).strip() == b"in foreground: True"
+
+
+def test_a_deleted_log_file_is_still_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.serve.LOG_BYTES", 8)
+    with own_terminal(verbose=False) as (_, log):
+        assert log is not None
+        log.unlink()
+        os.write(1, b"eight by")
+        limit_size(1)
+        size = os.fstat(1).st_size
+        os.write(1, b"t")
+        limit_size(1)
+        size_after = os.fstat(1).st_size
+    assert (size, size_after) == (8, 0)
+
+
+def test_an_application_that_is_deleted_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.serve.serve.status", lambda: SimpleNamespace(applications={}))
+    with pytest.raises(LaunchError, match="the application thinklogit was deleted while it started"):
+        await_repository_service()
+
+
+def test_a_ray_that_ends_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def status() -> None:
+        raise RayError("the controller died")
+
+    monkeypatch.setattr("cluster.serve.serve.status", status)
+    with pytest.raises(LaunchError, match="ended while the service started: the controller died"):
+        await_repository_service()
+
+
+def await_repository_service() -> None:
+    service = Service("thinklogit", f"http://{LOOPBACK}:1", joined=False)
+    parts = Board(Console(file=io.StringIO()), None)
+    await_ready(service, read_service_config(ROOT / "ray_config.yaml"), StopSignals(), parts)
 
 
 @pytest.fixture
