@@ -18,7 +18,7 @@ from actors.replica.build import Load, load_role
 from router.app import bind
 
 LOOPBACK = "127.0.0.1"
-OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through it
+OBJECT_STORE_BYTES = 80 * 2**20  # of a Ray that runs the service alone: nothing large goes through it
 # Ray's processes inherit these from the one that starts them; with ray_config.yaml they come from there.
 SETTINGS = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -45,7 +45,8 @@ def running_service(
     Raises ConfigError when the models are missing or do not fit, LaunchError when Ray or Serve do not start.
     """
     application = bind(config, load)  # refuses before anything is started
-    with local_ray(num_cpus or max(2, os.cpu_count() or 2), num_gpus, dashboard=dashboard):
+    cpus = num_cpus or max(2, os.cpu_count() or 2)
+    with local_ray(cpus, num_gpus, dashboard=dashboard, object_store_memory=OBJECT_STORE_BYTES):
         port = free_port()
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": port})
@@ -72,7 +73,6 @@ def local_ray(
                 address="local",
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
-                object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=dashboard,
                 **defaults | options,
             )

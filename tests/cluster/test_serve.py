@@ -28,7 +28,15 @@ from ray.exceptions import RayError
 from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, DeploymentStatusTrigger
 from rich.console import Console
 
-from cluster.launch import LOOPBACK, LaunchError, claimed_port, free_port, local_ray
+from cluster.launch import (
+    LOOPBACK,
+    OBJECT_STORE_BYTES,
+    LaunchError,
+    claimed_port,
+    free_port,
+    local_ray,
+    running_service,
+)
 from cluster.serve import (
     FORCED,
     NOT_STARTED,
@@ -269,6 +277,23 @@ def await_repository_service() -> None:
     service = Service("thinklogit", f"http://{LOOPBACK}:1", joined=False)
     parts = Board(Console(file=io.StringIO()), None)
     await_ready(service, read_service_config(ROOT / "ray_config.yaml"), StopSignals(), parts)
+
+
+def test_only_a_ray_for_the_service_alone_has_a_small_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    inits: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        inits.append(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("cluster.launch.ray", SimpleNamespace(init=init, shutdown=lambda: None))
+    monkeypatch.setattr("cluster.launch.SETTINGS", {})
+    monkeypatch.setattr("cluster.launch.bind", lambda config, load: None)
+    with pytest.raises(LaunchError), local_ray():  # as `make serve` calls it
+        pass
+    with pytest.raises(LaunchError), running_service(read_service_config(ROOT / "ray_config.yaml")):
+        pass
+    assert [options.get("object_store_memory") for options in inits] == [None, OBJECT_STORE_BYTES]
 
 
 @pytest.fixture
