@@ -52,7 +52,13 @@ def read_with_old_keys(file: Path) -> tuple[ServiceConfig, list[Finding]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FutureWarning)
         config = read_service_config(file)
-    return config, [Finding("warning", "config", str(each.message)) for each in caught]
+    findings_of_keys = []
+    for each in caught:
+        if issubclass(each.category, FutureWarning):
+            findings_of_keys.append(Finding("warning", "config", str(each.message)))
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno, source=each.source)
+    return config, findings_of_keys
 
 
 def show_config_error(console: Console, file: Path, error: ConfigError) -> None:

@@ -6,13 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
-from cluster.check import fetch, main
+from actors.config import ServiceConfig
+from cluster.check import fetch, main, read_with_old_keys
 from cluster.serve_file import read_service_config
 from tests.support.local_ray import ROOT
 
@@ -74,6 +76,18 @@ def test_an_old_config_key_draws_a_warning(
     path.write_text(yaml.safe_dump(file), encoding="utf-8")
     assert main([str(path)]) == 0
     assert f"warning config: the key {old} is called {new} now" in capsys.readouterr().out
+
+
+def test_only_warnings_of_old_keys_become_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(file: Path) -> ServiceConfig:
+        warnings.warn("an old key", FutureWarning, stacklevel=1)
+        warnings.warn("a file was left open", ResourceWarning, stacklevel=1)
+        return read_service_config(file)
+
+    monkeypatch.setattr("cluster.check.read_service_config", read)
+    with pytest.warns(ResourceWarning, match="a file was left open"):
+        _, found = read_with_old_keys(written(tmp_path))
+    assert [finding.message for finding in found] == ["an old key"]
 
 
 def test_a_missing_model_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
