@@ -30,6 +30,7 @@ COPY --chown=ray cluster cluster
 COPY --chown=ray ray_config.yaml ./
 
 USER ray
-ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+# VERBOSE=1: cluster.serve leaves the log lines on the standard output, where `docker logs` finds them
+ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VERBOSE=1
 EXPOSE 8000
 CMD ["python", "-m", "cluster.serve", "ray_config.yaml"]
