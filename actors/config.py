@@ -284,6 +284,15 @@ class ServiceConfig(_Section):
         return {self.name: "guided", **alone}
 
 
+def with_current_keys(stored: Any) -> Any:
+    """A stored configuration, as plain data, with the current name of each key of the release before."""
+    if not isinstance(stored, dict):
+        return stored
+    sections = (ServiceConfig, Exchange, Deadlines)
+    names = {old: new for section in sections for old, new in section.renamed_keys.items()}
+    return {names.get(key, key): with_current_keys(value) for key, value in stored.items()}
+
+
 def load_config(args: dict[str, Any]) -> ServiceConfig:
     """Read the `args` of `ray_config.yaml`. Raises ConfigError that names every key that is wrong."""
     try:

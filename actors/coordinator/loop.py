@@ -12,7 +12,7 @@ import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from actors.api.generation import Finished, FinishReason, Moved, Role
 from actors.config import ServiceConfig
@@ -306,7 +306,7 @@ class DecodeLoop:
             for role in lost:
                 del active.replicas[role]
             if lost and active.state != SessionState.NO_REPLICA:
-                self._restart(active)
+                self._continue(active, self._restart)
         self.wake()
 
     def _move_sessions_to_staying_replicas(self) -> None:
@@ -317,10 +317,18 @@ class DecodeLoop:
             for role in moving:
                 active.replicas.pop(role).outbox.released.append(active.key)
             if active.state == SessionState.NO_REPLICA:
-                self._next_window(active)
+                self._continue(active, self._next_window)
             elif moving:
-                self._restart(active)
+                self._continue(active, self._restart)
         self.wake()
+
+    def _continue(self, active: ActiveSession, step: Callable[[ActiveSession], None]) -> None:
+        """Run a session's step outside a turn. A bug that it meets ends this session, and no other."""
+        try:
+            step(active)
+        except Exception:
+            log.exception("a session cannot continue")
+            self.fail(active, "internal error while decoding")
 
     def _restart(self, active: ActiveSession) -> None:
         """Drop the window and begin another."""

@@ -44,6 +44,7 @@ class ModelShell:
         self, config: ServiceConfig, role: Role, directory: DeploymentHandle, load: Load = load_role
     ) -> None:
         """load: builds the role's engine, in a thread. It reports its progress and may start further ranks."""
+        self._heartbeats: asyncio.Task[None] | None = None  # None until the replica serves
         show_logs()
         self._role, self._directory = role, directory
         self._incarnation = secrets.token_hex(8)
@@ -109,6 +110,7 @@ class ModelShell:
         """Serve's health check. Raises if the replica cannot continue or its heartbeats have ended."""
         self._replica.check_health()
         self._engine.check_health()
+        assert self._heartbeats is not None
         if self._heartbeats.done():
             raise RuntimeError(f"{self._role}: the heartbeat has ended") from self._heartbeats.exception()
 
@@ -123,7 +125,7 @@ class ModelShell:
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: take no new sessions, wait for the others to move or end, leave the directory."""
-        if not hasattr(self, "_beat"):
+        if self._heartbeats is None:
             return  # it did not start
         self._stopping = True
         await self._send_heartbeat()

@@ -22,7 +22,7 @@ from actors.text.tokenizer import RoleTokenizer
 
 log = logging.getLogger(__name__)
 
-_VERSION = 3  # of the algorithm that builds the tables
+_VERSION = 4  # of the algorithm that builds the tables
 
 
 def align(target: RoleTokenizer, role: RoleTokenizer) -> Alignment:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Self
 
 import yaml
 
+from actors.config import with_current_keys
 from cluster.jobs.jsonl import LineFile, rows, write_file
 from cluster.jobs.sample import Key, Sample, Timing
 
@@ -197,7 +198,10 @@ def _check_config(path: Path, config: Mapping[str, Any], may_differ: Collection[
     if not path.exists():
         write_file(path, text.encode())
         return
-    found = list(_differences(_loaded(path), yaml.safe_load(text), "", may_differ))
+    stored = _loaded(path)
+    if "service" in stored:
+        stored["service"] = with_current_keys(stored["service"])
+    found = list(_differences(stored, yaml.safe_load(text), "", may_differ))
     if found:
         raise OtherRun(
             f"{path.parent} holds a run of another configuration ({'; '.join(found)}): "

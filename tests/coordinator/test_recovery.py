@@ -15,6 +15,8 @@ from actors.api.generation import ROLES, Finished, Role
 from actors.api.guidance import Guidance
 from actors.config import ServiceConfig
 from actors.coordinator.exchange import Exchange
+from actors.coordinator.session import ActiveSession
+from actors.coordinator.states import SessionState
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
@@ -125,7 +127,7 @@ async def test_sessions_that_exceed_a_cache_together_change_no_token(
 async def test_a_hanging_replica_is_dropped_and_its_sessions_resume_later(
     trio: Trio, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with local_service(trio_config(deadlines={"step_s": 0.3}), trio.engines) as service:
+    async with local_service(trio_config(deadlines={"step_s": 1.5}), trio.engines) as service:
         requests = mixed_requests(service, 3)
         expected = await alone(service, requests)
         free, hung = threading.Event(), threading.Event()
@@ -161,6 +163,36 @@ async def test_a_replica_that_dies_and_is_replaced_changes_no_token(trio: Trio, 
         trio.watched[role].clear()
         await service.start_replica(role)
         assert tokens(await running) == expected
+
+
+async def test_a_bug_met_when_a_replica_returns_ends_one_session_only(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with local_service(trio_config(), trio.engines) as service:
+        requests = [request(service.tokenizers, TEXT, sampling=LONG, seed=seed) for seed in range(2)]
+        expected = await alone(service, requests)
+        begun = trio.watched["target"].forwards
+        running = asyncio.create_task(decode_all(service.coordinators[0], requests))
+        await until(lambda: trio.watched["target"].forwards >= begun + 4)
+        loop = service.coordinators[0]._loop
+        service._endpoints.pop("guider")
+        await stop_replica(service, "guider")
+        await until(lambda: {active.state for active in loop._active.values()} == {SessionState.NO_REPLICA})
+        next_window, failed = loop._next_window, list[ActiveSession]()
+
+        def fail_once(active: ActiveSession) -> None:
+            if not failed:
+                failed.append(active)
+                raise RuntimeError("a bug")
+            next_window(active)
+
+        monkeypatch.setattr(loop, "_next_window", fail_once)
+        trio.watched["guider"].clear()
+        await service.start_replica("guider")
+        answers = await running
+    ends = [finished(answer).reason for answer in answers]
+    assert sorted(ends) == ["error", "length"]
+    assert answers[ends.index("length")].tokens == expected[ends.index("length")]
 
 
 async def test_a_role_without_replicas_ends_the_session_naming_the_role(trio: Trio) -> None:

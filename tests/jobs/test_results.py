@@ -159,6 +159,19 @@ def test_another_configuration_is_refused_with_its_differences(tmp_path: Path) -
     assert "tasks" not in str(refused.value)
 
 
+def test_a_run_stored_with_the_old_names_of_keys_is_resumed(tmp_path: Path) -> None:
+    old = {"exact": True, "exchange": {"widen_above": 0.25}, "deadlines": {"missing_s": 1.0, "silent_s": 2.0}}
+    new = {
+        "batch_invariant": True,
+        "exchange": {"max_unseen_mass": 0.25},
+        "deadlines": {"reconnect_timeout_s": 1.0, "peer_timeout_s": 2.0},
+    }
+    Results(tmp_path).writing({**CONFIG, "service": old}, PROBLEMS).close()
+    Results(tmp_path).writing({**CONFIG, "service": new}, PROBLEMS).close()
+    with pytest.raises(OtherRun, match=r"service\.batch_invariant: stored true, given false"):
+        Results(tmp_path).writing({**CONFIG, "service": {**new, "batch_invariant": False}}, PROBLEMS)
+
+
 def test_keys_that_change_no_sample_may_differ(tmp_path: Path) -> None:
     written(tmp_path).close()
     with Results(tmp_path).writing({**CONFIG, "concurrency": 9}, PROBLEMS, may_differ=("concurrency",)) as results:

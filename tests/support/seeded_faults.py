@@ -217,6 +217,13 @@ FAULTS = (
         "tests/test_directory.py",
     ),
     fault(
+        "a-stopped-model-replica-does-not-drain",
+        "actors/serve/model.py",
+        "if self._heartbeats is None:",
+        'if not hasattr(self, "_beat"):',
+        "tests/serve/test_model_shell.py",
+    ),
+    fault(
         "a-model-role-is-scaled-down-at-once",
         "actors/serve/autoscaling.py",
         "min(now, _rounded_up(needed / FEWER_AT))",
