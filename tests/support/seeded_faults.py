@@ -126,7 +126,8 @@ FAULTS = (
         "actors/coordinator/verification.py",
         "return limit < 1 and bool(decisions.outside[index] > limit)",
         "return False",
-        "tests/coordinator/test_loop.py",
+        "tests/coordinator/test_states.py",
+        "tests/benchmarks/test_fidelity.py",
     ),
     fault(
         "a-lost-cache-is-not-sent-again",
