@@ -3,8 +3,8 @@
     python -m tests.support.seeded_faults [--only NAME ...]
 
 Each fault replaces one piece of code. `tests` names the modules that are run against it, first those of the gate
-(`make test`), then those of the second tier (`make test-all`). A fault is caught when a test fails. The command exits
-with 1 unless every fault is caught, and the gate alone catches at least GATE_CATCHES.
+(`make test`), then those of the second tier (`make test-all`). A fault is caught when a test fails, or hangs for 90 s.
+The command exits with 1 unless every fault is caught, and the gate alone catches at least GATE_CATCHES.
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def copy_of_the_repository(folder: Path) -> Path:
 
 def fails(root: Path, tests: Sequence[str], tier: str) -> bool:
     """True if a test of the tier ("not slow" or "slow") among `tests` fails in the copy; False if none does."""
-    command = [sys.executable, "-m", "pytest", "-x", "-m", tier, "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", tier, "--timeout", "90", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=DEADLINE_S
