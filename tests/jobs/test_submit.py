@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from ray import serve
@@ -76,8 +77,10 @@ def submit(dashboard: str, config: Path, run: Path) -> str:
         time.sleep(1.0)
 
 
-def own_is_gone() -> bool:
-    return not {name for name in serve.status().applications if name.startswith(OWN)}
+def own_is_gone(dashboard: str) -> bool:
+    """True if no application of a job is left. Asks the dashboard: `serve.status` keeps a controller that has ended."""
+    answer = httpx.get(f"{dashboard}/api/serve/applications/", timeout=READY_S).raise_for_status()
+    return not any(name.startswith(OWN) for name in answer.json()["applications"])
 
 
 def result_of(logs: str) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def test_stopped_job_that_is_submitted_again_succeeds(dashboard: str, tmp_path: 
     result = result_of(logs)
     assert result["samples"] == result["expected"] == total
     assert (folder / "report.html").is_file()
-    wait_until(own_is_gone, "the end of the service that the job started")
+    wait_until(lambda: own_is_gone(dashboard), "the end of the service that the job started")
 
 
 @pytest.mark.slow
@@ -144,4 +147,4 @@ def test_one_evaluation_tries_several_adapters_of_the_guider(dashboard: str, tmp
     )
     assert texts["guider -"] != texts["guider dpo"], "the adapter was in the guider"
     assert texts["guided a1.5"] != texts["guided a1.5-dpo"]
-    wait_until(own_is_gone, "the end of the service that the job started")
+    wait_until(lambda: own_is_gone(dashboard), "the end of the service that the job started")
