@@ -15,9 +15,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
 from actors.engine.sizing import cache_bytes_per_token, weight_bytes
+from actors.engine.weight_files import INDEX, SINGLE, WeightsError, cached_folder, ignored_shards
 from actors.preflight import Finding, position_limit
 from actors.text.tokenizer import RoleTokenizer
-from cluster.weights import Weights, WeightsError, cached_folder, local_weights, remote_bytes
+from cluster.weights import Weights, local_weights, remote_bytes
 
 USABLE = 0.92  # share of a GPU's memory; the rest is the CUDA context, activations and rows in flight
 
@@ -149,7 +150,16 @@ def _weights(model: ModelConfig, role: Role, dtype: str) -> tuple[bool, int, str
     except WeightsError as error:
         return True, 0, "unknown", [Finding("error", role, str(error))]
     loaded = weights.stored_bytes if model.quantization else weights.bytes_as(dtype)
-    return True, loaded, weights.dtype, []
+    return True, loaded, weights.dtype, _ignored_files(folder, role)
+
+
+def _ignored_files(folder: Path, role: Role) -> list[Finding]:
+    """A warning if an index names files that are not read."""
+    ignored = ignored_shards(folder)
+    if not ignored:
+        return []
+    message = f"{folder} holds {SINGLE}, which is read alone, and {INDEX}, which names {len(ignored)} other files"
+    return [Finding("warning", role, f"{message} ({ignored[0]} the first): delete the one that is not meant")]
 
 
 def _dummy_weights(role: Role, settings: Mapping[str, Any], dtype: str) -> tuple[bool, int, str, list[Finding]]:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
 from actors.engine.sizing import ITEM_BYTES
+from actors.engine.weight_files import PATTERNS, read_headers, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.txt"]
-_HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
 _ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class WeightsError(ValueError):
-    """A checkpoint is incomplete or unreadable. The message says how to repair it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +47,10 @@ def local_weights(folder: Path) -> Weights:
     """
     parameters: Counter[str] = Counter()
     stored = 0
-    for file in _weight_files(folder):
-        header = _header(file)
-        end = max((tensor["data_offsets"][1] for tensor in header), default=0)
-        stored += end
-        for tensor in header:
-            size = 1
-            for side in tensor["shape"]:
-                size *= side
-            parameters[tensor["dtype"]] += size
+    for tensor in read_headers(weight_files(folder)).values():
+        stored += tensor.bytes
+        parameters[tensor.dtype] += tensor.count
     return Weights(stored, dict(parameters))
-
-
-def cached_folder(path: str, revision: str | None) -> Path | None:
-    """The folder of a hub model in the local cache; None if its weights are missing or incomplete."""
-    try:
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS, local_files_only=True))
-        _weight_files(folder)
-    except (LocalEntryNotFoundError, WeightsError):
-        return None
-    return folder
 
 
 def remote_bytes(path: str, revision: str | None) -> int | None:
@@ -91,33 +66,3 @@ def remote_bytes(path: str, revision: str | None) -> int | None:
 def download(path: str, revision: str | None) -> Path:
     """Download a hub model into the local cache, with the hub library's progress bars. Returns its folder."""
     return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    elif (folder / SINGLE).is_file():
-        names = {SINGLE}
-    else:
-        raise WeightsError(f"{folder} holds no {SINGLE} and no {INDEX}; only safetensors files are supported")
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
-        raise WeightsError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
-    return [folder / name for name in sorted(names)]
-
-
-def _header(file: Path) -> Iterable[Any]:
-    """The header entries of a file's tensors. Raises WeightsError for a truncated file."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        size = file.stat().st_size
-        try:
-            if not 0 < length <= min(_HEADER_LIMIT, size - 8):
-                raise ValueError("its header is longer than the file")
-            tensors = [t for name, t in json.loads(stream.read(length)).items() if name != "__metadata__"]
-            if 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0) > size:
-                raise ValueError("its tensors are longer than the file")
-        except (ValueError, KeyError) as error:
-            raise WeightsError(f"{file} is not a whole safetensors file ({error}); download it again") from error
-    return tensors

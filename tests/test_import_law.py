@@ -26,7 +26,7 @@ LAZY = {
     "actors.serve.model": {"actors.engine.parallel"},
 }
 # Modules of the engine that import no torch: its messages, errors and arithmetic on configs.
-WITHOUT_TORCH = ("actors.engine.interface", "actors.engine.errors", "actors.engine.sizing", "actors.engine.compat")
+WITHOUT_TORCH = tuple(f"actors.engine.{each}" for each in ("interface", "errors", "sizing", "compat", "weight_files"))
 MAY_USE_TORCH = (
     "actors.engine",
     "cluster.demo.train",

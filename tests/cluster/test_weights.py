@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cluster.weights import INDEX, SINGLE, WeightsError, local_weights
+from actors.engine.weight_files import INDEX, SINGLE, WeightsError
+from cluster.weights import local_weights
 
 
 def test_bytes_and_dtypes_are_read_from_the_headers(tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_loading_in_another_dtype_changes_floats_only(tmp_path: Path) -> None:
 def test_shards_add_up_and_a_missing_shard_is_named(tmp_path: Path) -> None:
     save_file({"a": np.zeros(10, np.float32)}, tmp_path / "one.safetensors")
     save_file({"b": np.zeros(20, np.float32)}, tmp_path / "two.safetensors")
-    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / INDEX).write_text(json.dumps(index))
     assert local_weights(tmp_path).stored_bytes == 120
     (tmp_path / "two.safetensors").unlink()
