@@ -1,12 +1,12 @@
-"""Refuses models that the engine would compute wrongly, by their config.json alone: no torch, no weights."""
+"""Refuses models and adapters that the engine would compute wrongly, by their config files alone: no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from actors.engine.errors import LoadError
-from actors.engine.sizing import text_config
+from actors.engine.sizing import rope_parameters, rope_type, text_config
 
 # "attention" is an older name of full attention.
 SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
@@ -28,20 +28,27 @@ def refuse_config(config: Mapping[str, Any], name: str) -> None:
     if unserved:
         why = f"its layers of type {', '.join(unserved)} keep state outside of the attention cache"
         raise LoadError(name, why, _way_out("models of full and sliding attention only"))
-    shifting = sorted(set(_rope_types(text)) & _SHIFTING_ROPES)
+    shifting = sorted({rope_type(rope) for rope in rope_parameters(text)} & _SHIFTING_ROPES)
     if shifting:
         why = f"its RoPE type {', '.join(shifting)} depends on the longest sequence of the batch"
         raise LoadError(name, why, _way_out("a fixed RoPE: default, linear, llama3 or yarn"))
 
 
+def refuse_adapter(settings: Mapping[str, Any], name: str) -> None:
+    """Raise LoadError if the adapter `name` with this adapter_config.json cannot be merged: only LoRA is served."""
+    served = (
+        "Served are LoRA adapters (peft_type LORA, DoRA included): train one, or merge this adapter into its model."
+    )
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise LoadError(name, f"its peft_type is {kind or 'missing'}", served)
+    if settings.get("alora_invocation_tokens"):
+        raise LoadError(
+            name, "it is an activated LoRA, which changes only the text after its invocation tokens", served
+        )
+    if settings.get("layer_replication"):
+        raise LoadError(name, "its layer_replication adds layers to the model", served)
+
+
 def _way_out(served: str) -> str:
     return f"Choose another model: the engine serves {served}."
-
-
-def _rope_types(text: Mapping[str, Any]) -> Iterator[str]:
-    """All RoPE types in a config, also those of layer types. `type` and `rope_scaling` are older keys."""
-    for key in ("rope_parameters", "rope_scaling"):
-        outer = text.get(key)
-        if isinstance(outer, Mapping):
-            for part in (outer, *(inner for inner in outer.values() if isinstance(inner, Mapping))):
-                yield from (str(part[kind]) for kind in ("rope_type", "type") if part.get(kind))

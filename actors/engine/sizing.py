@@ -1,11 +1,14 @@
-"""Computes the bytes of a model's KV cache and weights from its config.json alone: no torch, no weights."""
+"""Computes a model's context length and the bytes of its KV cache and weights from its config.json: no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+# RoPE types that reach `factor` times the original context. The others state the scaled context themselves.
+_SCALING_ROPES = frozenset({"linear", "yarn", "dynamic"})
 
 
 def cache_bytes_per_token(config: Mapping[str, Any], dtype: str = "auto") -> int:
@@ -40,6 +43,41 @@ def weight_bytes(config: Mapping[str, Any], dtype: str = "auto") -> int:
     tables = 1 if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) else 2
     count = vocabulary * hidden * tables + layers * (attention + 3 * hidden * (inner or 4 * hidden) * experts)
     return count * _item_bytes(config, text, dtype)
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens of context that a model is built for, as vLLM derives them; None if its config.json does not say.
+
+    YaRN and linear scaling multiply `original_max_position_embeddings`, or `max_position_embeddings` without it, by
+    their factor. llama3 and default RoPE, and the configs of Gemma 3, state the scaled context.
+    """
+    text = text_config(config)
+    stated = _first(text, *_CONTEXT_KEYS) or _first(config, *_CONTEXT_KEYS)
+    if "gemma3" in str(text.get("model_type") or config.get("model_type")):
+        return stated or None
+    return max((_scaled_context(rope, stated) for rope in rope_parameters(text)), default=stated) or None
+
+
+def rope_parameters(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The RoPE settings of a text config: one set for all layers, or one for each type of layer.
+
+    `rope_scaling` is the older key; where a config has both, transformers reads that one.
+    """
+    outer = text.get("rope_scaling") or text.get("rope_parameters")
+    if isinstance(outer, Mapping):
+        yield outer
+        yield from (inner for inner in outer.values() if isinstance(inner, Mapping))
+
+
+def rope_type(rope: Mapping[str, Any]) -> str:
+    """The type in RoPE settings; `type` is the older key."""
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _scaled_context(rope: Mapping[str, Any], stated: int) -> int:
+    if rope_type(rope) not in _SCALING_ROPES or not rope.get("factor"):
+        return stated
+    return int((rope.get("original_max_position_embeddings") or stated) * float(rope["factor"]))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

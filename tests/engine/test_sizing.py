@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.engine.sizing import cache_bytes_per_token
+from actors.engine.sizing import cache_bytes_per_token, context_length
 from actors.engine.step_engine import StepEngine
 from tests.support.tiny_models import ARCHITECTURES
 
@@ -57,3 +57,41 @@ def test_sizing_and_refusals_load_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def _rope(stated: int, **rope: Any) -> dict[str, Any]:
+    return {"max_position_embeddings": stated, "rope_parameters": rope}
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+        # YaRN: the factor times the original context, whatever max_position_embeddings says.
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 16384),
+        (_rope(32768, rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), 131072),
+        (_rope(163840, rope_type="yarn", factor=40, original_max_position_embeddings=4096), 163840),
+        (_rope(131072, rope_type="yarn", factor=32.0, original_max_position_embeddings=4096), 131072),
+        (_rope(131072, rope_type="yarn", factor=None, original_max_position_embeddings=4096), 131072),
+        # Linear scaling: factor times max_position_embeddings.
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4}}, 16384),
+        (_rope(2048, rope_type="linear", factor=2.5), 5120),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, None),
+        # Types whose configs state the scaled context.
+        (_rope(131072, rope_type="llama3", factor=8.0, original_max_position_embeddings=8192), 131072),
+        (_rope(4096, rope_type="default", rope_theta=1e4), 4096),
+        (_rope(4096, mrope_section=[1, 2, 3], type="mrope"), 4096),
+        ({"max_position_embeddings": 4096, "rope_scaling": None}, 4096),
+        # One set for each type of layer, inside a multimodal config, and Gemma 3, which states the scaled context.
+        (_rope(4096, full={"rope_type": "yarn", "factor": 2.0}, sliding={"rope_type": "default"}), 8192),
+        ({"text_config": _rope(8192, rope_type="yarn", factor=2.0)}, 16384),
+        ({"text_config": {"hidden_size": 8}, "max_position_embeddings": 512}, 512),
+        (_rope(131072, full_attention={"rope_type": "linear", "factor": 8.0}) | {"model_type": "gemma3_text"}, 131072),
+    ],
+    ids=str,
+)
+def test_the_context_is_the_one_that_rope_scaling_reaches(config: dict[str, Any], context: int | None) -> None:
+    assert context_length(config) == context
