@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -45,6 +46,7 @@ def verify_engine(engine: StepEngine, name: str) -> None:
         raise LoadError(name, why, "Choose a model in which every layer attends through transformers' interface.")
     verify_backend(engine)
     ragged = _ragged_rows(engine)
+    _refuse_non_finite(engine, ragged.values(), name)
     if engine.graphs is not None:
         _verify_graphs(engine, ragged[min(_LENGTHS)], name)
     alone = {key: _rows_alone(engine, key) for key in _LENGTHS} if engine.batch_invariant else ragged
@@ -58,6 +60,17 @@ def verify_engine(engine: StepEngine, name: str) -> None:
         if not error_size <= limit:  # a NaN is refused too
             why = f"packed sessions differ from plain forwards by {error_size:.1e}, {limit:.0e} is allowed"
             raise LoadError(name, why, "The engine would be silently wrong: choose another model.")
+
+
+def _refuse_non_finite(engine: StepEngine, rows: Iterable[Tensor], name: str) -> None:
+    """Raise LoadError for rows with NaN or infinite values, and name the first weight that has one."""
+    if all(bool(each.isfinite().all()) for each in rows):
+        return
+    if (weight := engine.non_finite_weight()) is not None:
+        why = f"its weights give logits that are not finite: {weight} holds NaN or infinite values"
+        raise LoadError(name, why, "Download the checkpoint or adapter again, or train it again.")
+    why = f"its logits are not finite in {str(engine.dtype).removeprefix('torch.')}, though its weights are"
+    raise LoadError(name, why, "Set dtype: bfloat16 or float32, whose range is larger, or choose another model.")
 
 
 @torch.inference_mode()

@@ -10,12 +10,14 @@ import inspect
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from actors.engine.attention import AttentionBackend, RaggedBatch, Span, StepAttention
 from actors.engine.batch_invariant import TILE, make_linears_batch_invariant
@@ -26,7 +28,7 @@ from actors.engine.heads import widen_head
 from actors.engine.inputs import Batch, Layout, upload
 from actors.engine.interface import CacheStats, Extend, Full, Held, KVMiss, Outcome, TopKSlices
 from actors.engine.kv_pool import KVPool
-from actors.engine.onednn_linear import use_onednn_linears
+from actors.engine.onednn_linear import OneDnnLinear, use_onednn_linears
 from actors.engine.registry import choose_backend
 from actors.engine.rows import (
     DeviceRows,
@@ -41,6 +43,8 @@ from actors.engine.sessions import SessionTable, seniority
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class StepEngine:
@@ -175,6 +179,22 @@ class StepEngine:
         finally:
             self._model.set_attn_implementation(self._attention.name)
         return logits
+
+    def non_finite_weight(self) -> str | None:
+        """Name of the first floating-point weight that holds NaN or infinite values; None if there is none.
+
+        Of a tensor-parallel model, among the weights of this rank.
+        """
+        packed = {
+            f"{name}.weight": module.packed.to_dense()
+            for name, module in self._model.named_modules()
+            if isinstance(module, OneDnnLinear)
+        }
+        for name, whole in chain(self._model.named_parameters(), packed.items()):
+            weight = whole.to_local() if isinstance(whole, DTensor) else whole
+            if weight.dtype in _FLOATS and not weight.is_meta and not bool(weight.isfinite().all()):
+                return str(name)
+        return None
 
     def close(self, session: int) -> None:
         """Drop a session's cache and its rows."""

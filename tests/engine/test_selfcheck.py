@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 
 from actors.engine.errors import LoadError
 from actors.engine.flash import FlashAttention
+from actors.engine.onednn_linear import use_onednn_linears
 from actors.engine.registry import BACKENDS, BackendEntry
 from actors.engine.selfcheck import verify_engine
 from actors.engine.step_engine import StepEngine
-from tests.support.tiny_models import ARCHITECTURES, qwen2, wide_heads
+from tests.support.tiny_models import ARCHITECTURES, llama, qwen2, wide_heads
 from tests.support.varlen import emulated_flash
 
 
@@ -55,6 +57,29 @@ def test_bits_that_depend_on_the_batch_are_refused_if_invariant(monkeypatch: pyt
     monkeypatch.setattr(engine._attention.backend, "attend", coarse)
     with pytest.raises(LoadError, match="depend on the other sessions"):
         verify_engine(engine, "tiny")
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True}])
+def test_weights_that_are_not_finite_are_named(options: dict[str, Any]) -> None:
+    model = qwen2()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(LoadError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        verify_engine(StepEngine(model, 128, **options), "tiny")
+
+
+def test_a_packed_weight_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.engine.step_engine.use_onednn_linears", partial(use_onednn_linears, smallest=1))
+    model = llama()
+    model.lm_head.weight.data[3, 5] = float("inf")
+    with pytest.raises(LoadError, match=r"lm_head\.weight holds NaN or infinite values"):
+        verify_engine(StepEngine(model, 128), "tiny")
+
+
+def test_finite_weights_whose_logits_overflow_are_refused_with_a_wider_dtype() -> None:
+    model = qwen2().half()
+    model.model.norm.weight.data.fill_(6e4)
+    with pytest.raises(LoadError, match=r"not finite in float16, though its weights are.*dtype: bfloat16"):
+        verify_engine(StepEngine(model, 128), "tiny")
 
 
 def test_a_cache_too_small_for_two_short_sequences_is_refused() -> None:
