@@ -1,9 +1,10 @@
-"""Checks a Serve config file and whether its models fit this machine, without loading a model or starting Ray.
+"""Checks a Serve config file and whether its models fit this machine, without loading weights or starting Ray.
 
     python -m cluster.check ray_config.yaml [--download]
 
-Prints the memory that each role needs, the differences between the three checkpoints, and every missing file with the
-command that fetches it. Exit status: 0 if the service can start as configured, otherwise 1.
+Prints the memory that each role needs, the differences between the three checkpoints, every missing file with the
+command that fetches it, and the tensors that a model lacks or does not take. Exit status: 0 if the service can start as
+configured, otherwise 1.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from actors.api.generation import ROLES
 from actors.config import ConfigError, RouterConfig, ServiceConfig
 from actors.preflight import Finding, findings, load_tokenizers
 from cluster.check_report import show
+from cluster.checkpoints import checkpoint_findings
 from cluster.estimate import Estimate, disk_findings, estimate, free_disk, memory_findings
 from cluster.gpus import gpu_memory
 from cluster.serve_file import listening_host, read_service_config
@@ -92,6 +94,8 @@ def examine(
         costs, missing = estimate(config, role, tokenizers[role])
         estimates.append(costs)
         found += missing
+    broken = {finding.role for finding in found if finding.severity == "error"}
+    found += checkpoint_findings(config, [costs.role for costs in estimates if costs.here and costs.role not in broken])
     gpus = gpu_memory() if any(costs.gpus for costs in estimates) else []
     found += memory_findings(estimates, gpus)
     found += disk_findings(estimates, free_disk())

@@ -17,6 +17,12 @@ class LoadError(EngineError):
         self.what, self.why, self.out = what, why, out
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type: errors of transformers have paragraphs."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class BadExtend(EngineError):
     """An extend that can never succeed, whatever other sessions do. It changed nothing."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,18 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from actors.engine.checkpoint import must_hold, refuse_tensors, verify_adapter, verify_checkpoint
 from actors.engine.compat import refuse_config
 from actors.engine.dummy import dummy_model
-from actors.engine.errors import LoadError
+from actors.engine.errors import LoadError, first_line
 from actors.engine.selfcheck import verify_engine
 from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import StepEngine
+from actors.engine.weight_files import adapter_folder, cached_folder
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -114,6 +119,26 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
     """
     began = time.monotonic()
     _report_progress(report, source, began, "config", 0)
+    config = read_config(source)
+    adapter = None if source.adapter is None else adapter_folder(source.adapter)
+    if source.adapter is not None and adapter is None:
+        out = f"Give a folder, or download it with: hf download {source.adapter}"
+        raise LoadError(f"adapter {source.adapter}", "it is neither a folder here nor an adapter on the hub", out)
+    for warning in verify_files(source, config, adapter):
+        log.warning("%s: %s", source.path, warning)
+    _report_progress(report, source, began, "weights", _bytes_on_disk(source))
+    model = _dummy(source, config) if source.load_format == "dummy" else _checkpoint(source, config)
+    if adapter is not None:
+        _report_progress(report, source, began, "adapter", 0)
+        plain = source.quantization is None and getattr(config, "quantization_config", None) is None
+        model = _with_adapter(model, adapter, source, merge=plain)
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    _report_progress(report, source, began, "loaded", size)
+    return LoadedModel(model.eval(), size)
+
+
+def read_config(source: ModelSource) -> Any:
+    """The transformers config of a source. Raises LoadError for one that is missing or that the engine cannot serve."""
     with _errors_explained(source):
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
@@ -121,15 +146,22 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
     refuse_config(config.to_dict(), source.path)
     if source.tensor_parallel > 1:
         refuse_ranks(config.to_dict(), source.tensor_parallel, source.path)
-    _report_progress(report, source, began, "weights", _bytes_on_disk(source))
-    model = _dummy(source, config) if source.load_format == "dummy" else _checkpoint(source, config)
-    if source.adapter is not None:
-        _report_progress(report, source, began, "adapter", 0)
-        plain = source.quantization is None and getattr(config, "quantization_config", None) is None
-        model = _with_adapter(model, source, merge=plain)
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    _report_progress(report, source, began, "loaded", size)
-    return LoadedModel(model.eval(), size)
+    return config
+
+
+def verify_files(source: ModelSource, config: Any, adapter: Path | None) -> list[str]:
+    """Hold the checkpoint and the adapter in a folder against the config, by their headers. Returns warnings.
+
+    A checkpoint that is not on this machine is left to the load. Raises LoadError for tensors that do not fit.
+    """
+    trusted = source.trust_remote_code
+    folder = Path(source.path) if source.local else cached_folder(source.path, source.revision)
+    found = []
+    if folder is not None and source.load_format != "dummy":
+        found += verify_checkpoint(config, folder, source.path, trust_remote_code=trusted)
+    if adapter is not None:
+        found += verify_adapter(config, adapter, source.path, trust_remote_code=trusted)
+    return found
 
 
 def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
@@ -144,9 +176,10 @@ def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
             use_safetensors=True,  # no pickles
             **placement,
             quantization_config=quantization,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
-    _refuse_missing(source, sorted(info["missing_keys"]))
+    refuse_tensors(info, source.path)
     plain: PreTrainedModel = model
     return plain
 
@@ -170,13 +203,6 @@ def _device(source: ModelSource) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device
 
 
-def _refuse_missing(source: ModelSource, missing: list[str]) -> None:
-    """Raise LoadError for missing weights: transformers only warns, and fills them with random numbers."""
-    if missing:
-        why = f"its checkpoint lacks {len(missing)} weights, {missing[0]} among them"
-        raise LoadError(source.path, why, "Restore its *.safetensors, or correct its config.json.")
-
-
 def _quantization_config(source: ModelSource) -> Any:
     if source.quantization is None:
         return None
@@ -189,20 +215,38 @@ def _quantization_config(source: ModelSource) -> Any:
         raise LoadError(f"quantization of {source.path}", str(error), out) from error
 
 
-def _with_adapter(model: PreTrainedModel, source: ModelSource, merge: bool) -> PreTrainedModel:
+def _with_adapter(model: PreTrainedModel, folder: Path, source: ModelSource, merge: bool) -> PreTrainedModel:
     """The model with its adapter, merged into plain weights, or as separate layers beside quantised ones."""
-    assert source.adapter is not None
     from peft import PeftModel  # takes seconds, and few models need it
 
-    if any(Path(source.adapter).glob("adapter_model.bin")):
-        raise LoadError(f"adapter {source.adapter}", "it is a pickle", "Save it as safetensors: save_pretrained.")
     try:
-        adapted = PeftModel.from_pretrained(model, source.adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # see _untie
+            adapted = PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         out = f"Give the folder with its adapter_config.json, made for {source.path}."
-        raise LoadError(f"adapter {source.adapter}", _first_line(error), out) from error
+        raise LoadError(f"adapter {folder}", first_line(error), out) from error
+    if merge:
+        _untie(adapted)
     plain: PreTrainedModel = adapted.merge_and_unload() if merge else adapted.get_base_model()
     return plain
+
+
+def _untie(adapted: PeftModel) -> None:
+    """Give each adapted layer weights of its own.
+
+    Merging adds to the weights in place, so an adapter on the head would change the embeddings of a model that ties
+    them. Untied, only the matrix that the adapter names changes, as in a forward through separate layers.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    holders = Counter(id(parameter) for module in adapted.modules() for parameter in module._parameters.values())
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            if holders[id(base.weight)] > 1:
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+                adapted.config.tie_word_embeddings = False
 
 
 @contextmanager
@@ -210,8 +254,10 @@ def _errors_explained(source: ModelSource) -> Iterator[None]:
     """Turn the errors of a missing, gated or unreadable model into a LoadError with a command that helps."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise LoadError(source.path, _first_line(error), _remedy(source, error)) from error
+    except LoadError:
+        raise
+    except Exception as error:  # of any model's code, whose asserts and types differ
+        raise LoadError(source.path, first_line(error), _remedy(source, error)) from error
 
 
 def _remedy(source: ModelSource, error: Exception) -> str:
@@ -222,18 +268,12 @@ def _remedy(source: ModelSource, error: Exception) -> str:
     if isinstance(error, ImportError):
         return "Install what it names into the environment of the models."
     if source.local:
-        return f"The folder {source.path} must hold config.json and its *.safetensors, whole and readable."
+        return must_hold(source.path)
     if "gated" in text or "401" in text or "403" in text:
         return f"Ask for access at https://huggingface.co/{source.path}, then: hf auth login"
     if "trust_remote_code" in text:
         return "Read its code, then set trust_remote_code: true and revision: to that commit."
     return f"Download it with: hf download {source.path}{revision}   (or correct the path)"
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text: those of transformers have paragraphs."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _bytes_on_disk(source: ModelSource) -> int:

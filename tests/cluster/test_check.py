@@ -206,3 +206,29 @@ def test_checking_loads_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(written(tmp_path))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert "were not checked" not in done.stdout
+
+
+def test_the_check_names_a_tensor_that_a_model_does_not_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tmp_path, "guider")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    changed = config | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    assert main([str(written(tmp_path, guider=folder))]) == 1
+    printed = capsys.readouterr().out
+    assert "error guider:" in printed
+    assert "its files hold model.layers.1.input_layernorm.weight" in printed
+
+
+@pytest.mark.parametrize("failure", [subprocess.CalledProcessError(1, "python", stderr="a\nno torch"), OSError("gone")])
+def test_tensors_that_cannot_be_inspected_draw_a_warning(
+    failure: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(sources: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("cluster.checkpoints.inspect_in_child", fail)
+    assert main([str(written(tmp_path))]) == 0
+    assert "the tensors of the checkpoints were not checked: " in capsys.readouterr().out

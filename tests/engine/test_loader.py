@@ -4,15 +4,16 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from actors.engine.errors import LoadError
 from actors.engine.loader import LoadProgress, ModelSource, load_engine, load_model
-from tests.support.tiny_models import Driver, qwen2, tokens
+from tests.support.tiny_models import ARCHITECTURES, Driver, qwen2, tokens
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,40 @@ def test_an_adapter_changes_the_rows_as_peft_does(source: ModelSource, tmp_path:
     assert engine.hash_seed != load_engine(source, 128).hash_seed
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning", "ignore::UserWarning:peft")
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])  # with and without tied embeddings
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        {"target_modules": ["lm_head"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+    ids=str,
+)
+def test_merging_changes_only_the_matrices_that_the_adapter_names(
+    architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    ARCHITECTURES[architecture]().save_pretrained(tmp_path / "model")
+    torch.manual_seed(1)
+    adapted = get_peft_model(ARCHITECTURES[architecture](), LoraConfig(r=4, **options))
+    for name, parameter in adapted.named_parameters():
+        if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    text = [*tokens(9), 3, 5, 3]
+    with torch.inference_mode():
+        expected = adapted.eval()(input_ids=torch.tensor([text])).logits[0]
+    source = ModelSource(str(tmp_path / "model"), device="cpu", adapter=str(tmp_path / "adapter"))
+    run = Driver(load_engine(source, 128))
+    run.extend(1, text)
+    torch.testing.assert_close(run.logits(1), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_missing_adapter_is_named(source: ModelSource, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"adapter .*adapter_config\.json"):
         load_model(dataclasses.replace(source, adapter=str(tmp_path)))
@@ -97,6 +132,21 @@ def test_a_broken_weight_file_is_named(checkpoint: Path, tmp_path: Path) -> None
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(LoadError, match="whole and readable"):
+        load_model(ModelSource(str(tmp_path)))
+
+
+def test_the_load_itself_refuses_tensors_that_no_header_showed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a hub model that is not in the cache yet."""
+    monkeypatch.setattr("actors.engine.loader.verify_checkpoint", lambda *_, **__: [])
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file(tensors | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match=r"model\.layers\.2\.mlp\.up_proj\.weight, which .* does not take"):
+        load_model(ModelSource(str(tmp_path)))
+    save_file(tensors | {"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match=r"model\.norm\.weight has shape \(2,\) in its files and \(48,\)"):
         load_model(ModelSource(str(tmp_path)))
 
 
