@@ -5,6 +5,7 @@ They read tokenizers and config.json files only. `python -m cluster.check` print
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -65,6 +66,9 @@ def require_sound(config: ServiceConfig) -> None:
 def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
     """All findings about models whose tokenizers are loaded, errors first."""
     found = [*_batch_invariance(config), *_random_weights(config)]
+    for role in ROLES:
+        found += _ids(role, tokenizers[role])
+        found += _raw_text(role, tokenizers[role])
     found += _vocabularies(tokenizers)
     for role in SMALL_ROLES:
         found += _positions(config, role, tokenizers)
@@ -110,6 +114,47 @@ def _random_weights(config: ServiceConfig) -> Iterator[Finding]:
         yield Finding("warning", role, "load_format is dummy: its weights are random, and its answers mean nothing")
         if model.quantization is not None or model.device_map is not None:
             yield Finding("error", role, "load_format dummy cannot be combined with quantization or device_map")
+
+
+def _ids(role: Role, tokenizer: RoleTokenizer) -> Iterator[Finding]:
+    """Ids in a role's files that its model has no row for, and answers that never end."""
+    if tokenizer.stray_ends:
+        shown = _shortened([json.dumps(id_) for id_ in tokenizer.stray_ends])
+        message = f"its files name eos_token_id {shown}, which is no token of its {tokenizer.width:,}; it is ignored"
+        yield Finding("warning", role, message)
+    if not tokenizer.eos_ids:
+        yield Finding(
+            "warning",
+            role,
+            "its files name no end-of-text token: its answers end only at max_tokens; set eos_token_id in "
+            "generation_config.json",
+        )
+    if beyond := sorted(tokenizer.beyond_width, key=tokenizer.beyond_width.__getitem__):
+        shown = _shortened([f"{text} ({tokenizer.beyond_width[text]})" for text in beyond])
+        yield Finding(
+            "warning",
+            role,
+            f"its tokenizer has tokens that its model of {tokenizer.width:,} rows has not: {shown}; requests that "
+            "use them are refused",
+        )
+
+
+def _raw_text(role: Role, tokenizer: RoleTokenizer) -> Iterator[Finding]:
+    """Differences between the tokens around raw text that tokenizer_config.json declares, and those that it gets."""
+    for key, declared, ids, place in (
+        ("add_bos_token", tokenizer.declared_bos, tokenizer.bos_ids, "before"),
+        ("add_eos_token", tokenizer.declared_eos, tokenizer.trailing_ids, "after"),
+    ):
+        given = _shortened(tokenizer.pieces(ids)) if ids else "nothing"
+        if declared is not None and bool(declared) != bool(ids):
+            yield Finding(
+                "note",
+                role,
+                f"declares {key}: {str(bool(declared)).lower()}, and its tokenizer.json puts {given} {place} raw text; "
+                f"the service follows tokenizer.json, as transformers 5 does",
+            )
+        elif ids and place == "after":
+            yield Finding("warning", role, f"its tokenizer.json puts {given} after raw text, and so after every prompt")
 
 
 def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from actors.api.generation import ROLES, Role
 from actors.config import ConfigError, ServiceConfig, load_config
 from actors.preflight import Finding, findings, load_tokenizers, position_limit, require_sound, session_limit
+from actors.text.tokenizer import RoleTokenizer
 from tests.support.local_ray import trio_args
 
 
@@ -78,3 +80,37 @@ def test_differences_between_guider_and_base_are_found() -> None:
     assert "reads as text, unguided: <think>" in messages["note"]
     assert "rows of 2,048 columns and its base of 2,112" in messages["note"]
     assert "it does share embeddings and head, its base does not" in messages["note"]
+
+
+def changed_tokenizer(tokenizer: RoleTokenizer, **changes: Any) -> RoleTokenizer:
+    other = copy.copy(tokenizer)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    return other
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("changes", "severity", "message"),
+    [
+        ({"stray_ends": (-1, 4096)}, "warning", "eos_token_id -1, 4096, which is no token of its 2,048"),
+        ({"eos_ids": ()}, "warning", "no end-of-text token: its answers end only at max_tokens"),
+        ({"beyond_width": {"<far>": 2048}}, "warning", "has not: <far> (2048); requests that use them are refused"),
+        ({"declared_bos": True}, "note", "declares add_bos_token: true, and its tokenizer.json puts nothing before"),
+        ({"declared_bos": False, "bos_ids": (2044,)}, "note", "declares add_bos_token: false, and its tokenizer.json"),
+        ({"declared_eos": True}, "note", "declares add_eos_token: true, and its tokenizer.json puts nothing after"),
+        ({"declared_eos": True, "trailing_ids": (2043,)}, "warning", "after raw text, and so after every prompt"),
+        ({"declared_bos": True, "bos_ids": (2044,)}, None, "raw text"),
+        ({"declared_bos": False}, None, "raw text"),
+    ],
+    ids=str,
+)
+def test_ids_that_the_files_and_the_model_disagree_on_are_named(
+    role: Role, changes: dict[str, Any], severity: str | None, message: str
+) -> None:
+    config = trio()
+    tokenizers = load_tokenizers(config)
+    plain = dict.fromkeys(("declared_bos", "declared_eos"))
+    tokenizers[role] = changed_tokenizer(tokenizers[role], **plain | changes)
+    said = [f.severity for f in findings(config, tokenizers) if f.role == role and message in f.message]
+    assert said == ([severity] if severity else [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 from tokenizers import AddedToken, Tokenizer
 
+from actors.engine.sizing import context_length
 from actors.text.chat_template import ChatTemplate, ChatTemplateError, Message
 from actors.text.token_bytes import ByteTokenizerAdapter, UnsupportedTokenizer
 
@@ -42,9 +43,12 @@ class RoleTokenizer:
     """Text to token ids and back in one model's vocabulary.
 
     text_tokens, added_tokens: content -> id. Added tokens are found in a text before it is split.
-    special_ids: added tokens that decoding skips. eos_ids: each of them ends an answer. bos_ids: tokens that precede
-    raw text. width: columns of the model's logits rows. tied: True if embeddings and head share their weights; None if
-    the config has no such key. max_position: the model's context length in tokens, or None.
+    special_ids: added tokens that decoding skips. eos_ids: each of them ends an answer. stray_ends: end ids in the
+    files that are no token of the model. bos_ids, trailing_ids: tokens that the tokenizer puts before and after raw
+    text. declared_bos, declared_eos: whether tokenizer_config.json says so; None if it does not say. width: columns of
+    the model's logits rows. beyond_width: tokens without a column, content -> id. tied: True if embeddings and head
+    share their weights; None if the config has no such key. max_position: the model's context length in tokens, or
+    None.
     """
 
     def __init__(
@@ -67,11 +71,15 @@ class RoleTokenizer:
         self.text_tokens: dict[str, int] = {text: id_ for text, id_ in plain.items() if text not in self.added_tokens}
         inner = config.get("text_config") or config
         self.width: int = inner.get("vocab_size") or config.get("vocab_size") or tokenizer.get_vocab_size()
+        self.beyond_width = {
+            text: id_ for text, id_ in (self.text_tokens | self.added_tokens).items() if id_ >= self.width
+        }
         self.tied: bool | None = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-        self.max_position: int | None = inner.get("max_position_embeddings") or inner.get("n_positions")
+        self.max_position = context_length(config)
         named = {name: _content(settings[name]) for name in _NAMED_TOKENS if settings.get(name)}
-        self.eos_ids = self._find_ends(named.get("eos_token"), generation or {}, inner, config)
-        self.bos_ids: tuple[int, ...] = tuple(self.encode("", special=True))
+        self.eos_ids, self.stray_ends = self._find_ends(named.get("eos_token"), generation or {}, inner, config)
+        self.bos_ids, self.trailing_ids = self._find_raw_text_ends()
+        self.declared_bos, self.declared_eos = (settings.get(f"add_{end}_token") for end in ("bos", "eos"))
         source = template or _template_of(settings)
         self._template = ChatTemplate(source, named) if source else None
 
@@ -178,12 +186,25 @@ class RoleTokenizer:
         """True if an id is a token. Rows may be wider than the vocabulary."""
         return self._tokenizer.id_to_token(id_) is not None
 
-    def _find_ends(self, eos_token: str | None, *configs: Mapping[str, Any]) -> tuple[int, ...]:
-        stated: Any = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), [])
-        ends = list(stated) if isinstance(stated, list) else [stated]
-        if eos_token is not None and (id_ := self._tokenizer.token_to_id(eos_token)) is not None:
-            ends.append(id_)
-        return tuple(dict.fromkeys(ends))
+    def _find_ends(self, eos_token: str | None, *configs: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+        """The end ids of the first config that names one, and of tokenizer_config.json; and those that are no token."""
+        ends: list[int] = []
+        stray: list[Any] = []
+        for config in configs:
+            stated = list(_flattened(config.get("eos_token_id")))
+            valid = [id_ for id_ in stated if type(id_) is int and 0 <= id_ < self.width]
+            stray += [id_ for id_ in stated if id_ not in valid]
+            ends = ends or valid
+        named = None if eos_token is None else self._tokenizer.token_to_id(eos_token)
+        if named is not None:
+            (ends if named < self.width else stray).append(named)
+        return tuple(dict.fromkeys(ends)), tuple(each for at, each in enumerate(stray) if each not in stray[:at])
+
+    def _find_raw_text_ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the tokenizer puts before and after raw text."""
+        plain, whole = self.encode("a"), self.encode("a", special=True)
+        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), len(whole))
+        return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 
 class TextStream:
@@ -264,6 +285,15 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _present(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _flattened(ids: Any) -> Iterator[Any]:
+    """The ids in a value of eos_token_id: one, a list, or lists in a list."""
+    if isinstance(ids, list):
+        for each in ids:
+            yield from _flattened(each)
+    elif ids is not None:
+        yield ids
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from tests.support.tokenizers import MARKS, TEMPLATE, byte_level, role_tokenizer, save, sentence_piece
@@ -120,6 +120,72 @@ def test_ends_come_from_every_file_that_names_one(tmp_path: Path) -> None:
 
 def test_the_config_names_the_end_where_generation_does_not(tmp_path: Path) -> None:
     assert loaded(tmp_path, config={"vocab_size": 999, "eos_token_id": 0}).eos_ids == (0,)
+
+
+@pytest.mark.parametrize(
+    ("stated", "ends", "stray"),
+    [
+        (None, (), ()),
+        (5, (5,), ()),
+        ([5, 7, 5], (5, 7), ()),
+        ([[5], [7, None]], (5, 7), ()),
+        (-1, (), (-1,)),
+        (999, (), (999,)),
+        ([998, 999, -1], (998,), (999, -1)),
+        ("<|end|>", (), ("<|end|>",)),
+        (True, (), (True,)),
+        ([5.5, {"id": 5}, 5], (5,), (5.5, {"id": 5})),
+        ([], (), ()),
+    ],
+    ids=str,
+)
+def test_end_ids_that_are_no_token_of_the_model_are_kept_apart(
+    tmp_path: Path, stated: Any, ends: tuple[int, ...], stray: tuple[Any, ...]
+) -> None:
+    config, generation = {"vocab_size": 999, "eos_token_id": None}, {"eos_token_id": stated}
+    tokenizer = loaded(tmp_path, config=config, generation_config=generation)
+    assert (tokenizer.eos_ids, tokenizer.stray_ends) == (ends, stray)
+
+
+def test_ends_of_config_json_replace_stray_ones_of_generation_config(tmp_path: Path) -> None:
+    config, generation = {"vocab_size": 999, "eos_token_id": 4}, {"eos_token_id": -1}
+    tokenizer = loaded(tmp_path, config=config, generation_config=generation)
+    assert (tokenizer.eos_ids, tokenizer.stray_ends) == ((4,), (-1,))
+
+
+def test_an_end_token_beyond_the_width_is_stray(tmp_path: Path) -> None:
+    built = byte_level()
+    end = built.token_to_id("<|end|>")
+    tokenizer = loaded(tmp_path, built, config={"vocab_size": end}, tokenizer_config={"eos_token": "<|end|>"})
+    assert (tokenizer.eos_ids, tokenizer.stray_ends) == ((), (end,))
+    assert tokenizer.beyond_width["<|end|>"] == end
+
+
+@pytest.mark.parametrize("declared", [True, False, None])
+@pytest.mark.parametrize("bos", ["<|begin|>", None])
+def test_raw_text_gets_the_bos_of_the_post_processor_whatever_is_declared(
+    tmp_path: Path, bos: str | None, declared: bool | None
+) -> None:
+    tokenizer = loaded(
+        tmp_path,
+        byte_level(bos=bos),
+        config={"vocab_size": 999},
+        tokenizer_config={"add_bos_token": declared, "bos_token": "<|turn|>"},
+    )
+    expected = [tokenizer.added_tokens[bos]] if bos else []
+    assert tokenizer.encode("Ada", special=True) == [*expected, *tokenizer.encode("Ada")]
+    assert (list(tokenizer.bos_ids), tokenizer.trailing_ids, tokenizer.declared_bos) == (expected, (), declared)
+
+
+def test_tokens_after_raw_text_are_not_taken_for_its_beginning() -> None:
+    built = byte_level()
+    built.post_processor = processors.TemplateProcessing(
+        single="<|turn|> $A <|end|>",
+        special_tokens=[(mark, built.token_to_id(mark)) for mark in ("<|turn|>", "<|end|>")],
+    )
+    tokenizer = role_tokenizer(built)
+    turn, end = (tokenizer.added_tokens[mark] for mark in ("<|turn|>", "<|end|>"))
+    assert (tokenizer.bos_ids, tokenizer.trailing_ids) == ((turn,), (end,))
 
 
 def test_limits_are_found_inside_a_multimodal_config(tmp_path: Path) -> None:
