@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from actors.api.generation import ROLES, Generate, Rejected, Role
@@ -29,7 +29,25 @@ def rejection(request: Generate, vocabularies: VocabularyRegistry) -> Rejected |
     needed = (request.primary,) if request.guidance.never_guides() else ROLES
     if any(role not in request.prompts for role in needed):
         return Rejected("invalid", f"the request needs a prompt for each of {', '.join(needed)}")
+    for role, tokens, field in _read_tokens(request, vocabularies):
+        width = vocabularies.width(role)
+        if min(tokens, default=0) < 0 or max(tokens, default=0) >= width:
+            beyond = sorted({i for i in tokens if not 0 <= i < width})
+            why = f"{field} has the token ids {beyond[:8]} of the {role}, whose model has rows for {width} tokens only"
+            return Rejected("invalid", why)
     return None
+
+
+def _read_tokens(request: Generate, vocabularies: VocabularyRegistry) -> Iterator[tuple[Role, Sequence[int], str]]:
+    """The tokens that the models will read whatever is sampled: role, ids, and the field that they come from."""
+    thinking = request.thinking
+    forced = vocabularies.vocabulary(request.primary, tuple(request.prompts), thinking).forced_texts
+    for role, tokens in request.prompts.items():
+        yield role, tokens, "the prompt"
+        if thinking.max_tokens is not None:
+            yield role, forced[role].end, "thinking.end"
+        if thinking.min_tokens:
+            yield role, forced[role].wait, "thinking.wait"
 
 
 def too_long(request: Generate, caches: Mapping[Role, int | None], beyond_context: str) -> Rejected | None:

@@ -84,11 +84,18 @@ def map_vocabulary(primary: Vocabulary, role: Vocabulary, encode: Callable[[str]
         pairs.append((primary.eos_ids[0], role.eos_ids[0]))
     for ours, theirs in pairs:
         to_role[ours], to_primary[theirs] = theirs, ours
-    expansions = {i: tuple(encode(token)) for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
+    added = {i: token for token, i in primary.added.items() if i < primary.width and to_role[i] < 0}
+    expansions = {i: _read_as_text(token, role.width, encode) for i, token in added.items()}
     expansions |= {i: (role.eos_ids[0],) for i in primary.eos_ids[1:] if role.eos_ids}
     folds = {primary.eos_ids[0]: role.eos_ids} if primary.eos_ids and role.eos_ids else {}
     ascending = bool(np.all(np.diff(to_role[to_role >= 0]) > 0))
     return VocabularyMap(to_role, to_primary, expansions, folds, ascending)
+
+
+def _read_as_text(token: str, width: int, encode: Callable[[str], Sequence[int]]) -> tuple[int, ...]:
+    """The ids of a token's text in a role, character by character if the role has the token and no row for it."""
+    ids = tuple(encode(token))
+    return ids if max(ids, default=0) < width else tuple(id_ for character in token for id_ in encode(character))
 
 
 def marker_fold(

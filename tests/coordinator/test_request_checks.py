@@ -98,3 +98,32 @@ def test_allowed_ids_must_exist_and_ends_among_them_are_one(vocabularies: Vocabu
     assert str(WIDTH) in refused(request(Sampling(allowed_token_ids=(5, WIDTH))), vocabularies)
     asked = admission.canonical(request(Sampling(allowed_token_ids=(SECOND, 5))), vocabularies)
     assert asked.sampling.allowed_token_ids == (5, FIRST)
+
+
+@pytest.mark.parametrize("stray", [-1, WIDTH, 10**9])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_prompt_token_without_a_row_is_refused_by_id(
+    vocabularies: VocabularyRegistry, role: Role, stray: int
+) -> None:
+    prompts = {each: [1, stray] if each == role else [1, 2] for each in ROLES}
+    message = refused(request(prompts=prompts), vocabularies)
+    assert f"the prompt has the token ids [{stray}] of the {role}" in message
+
+
+@pytest.mark.parametrize(
+    ("thinking", "field"),
+    [
+        (Thinking(end="<far>", max_tokens=5), "thinking.end"),
+        (Thinking(wait="<far>", min_tokens=5), "thinking.wait"),
+        (Thinking(end="<far>"), None),  # never forced
+    ],
+)
+def test_a_forced_token_without_a_row_is_refused_by_id(thinking: Thinking, field: str | None) -> None:
+    built = byte_level((*MARKS, "<far>"))
+    far = built.token_to_id("<far>")
+    tokenizer = RoleTokenizer(built, {"eos_token": "<|end|>"}, {"vocab_size": far})
+    assert tokenizer.beyond_width == {"<far>": far}
+    answer = admission.rejection(
+        replace(request(), thinking=thinking), VocabularyRegistry(dict.fromkeys(ROLES, tokenizer))
+    )
+    assert (answer is not None and f"{field} has the token ids [{far}]" in answer.message) is (field is not None)

@@ -49,6 +49,16 @@ def test_an_added_token_that_the_role_lacks_is_spelled() -> None:
     assert mapped(primary, role).tokens(41) == tuple(text()[letter] for letter in END)
 
 
+def test_an_added_token_without_a_row_in_the_role_is_read_as_text() -> None:
+    primary = vocabulary({"<e>": 40, END: 41}, ["<e>"])
+    role = vocabulary({"<e>": 40, END: 99}, ["<e>"], width=64)
+
+    def encode(written: str) -> list[int]:
+        return [99] if written == END else adapter(vocabulary({"<e>": 40}, ["<e>"]))(written)
+
+    assert map_vocabulary(primary, role, encode).tokens(41) == tuple(text()[letter] for letter in END)
+
+
 def test_padding_of_either_width_has_no_counterpart() -> None:
     primary, role = vocabulary({"<e>": 40}, ["<e>"], width=64), vocabulary({"<e>": 30}, ["<e>"], width=48)
     mapping = mapped(primary, role)
