@@ -18,22 +18,39 @@ How to add a grader:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, assert_never, get_args
 
 from cluster.demo.task import answer_in
+from cluster.jobs.answer_text import MARKS, argument_end, formula, marked_letters, words
 from cluster.jobs.math_process import MathProcesses
+from cluster.jobs.units import Quantity, quantity
 
 Grader: TypeAlias = Literal["math", "letter", "multihop", "exact"]
 GRADERS: tuple[Grader, ...] = get_args(Grader)
 
 _THINK_END = "</think>"
 _BOXES = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_STYLE = re.compile(r"\\(?:text|textbf|textrm|textit|mbox|mathrm|mathbf|mathsf|bold)\s*\{([^{}]*)\}")
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _WORDS = re.compile(r"\s*\\(?:text|textbf|textrm|mbox|mathrm)\s*\{[^{}\d]*\}\s*")
 _BASED = re.compile(r"\s*[0-9A-Fa-f]+\s*_\s*(?:\{\s*(\d+)\s*\}|(\d))\s*")
-_LETTER = re.compile(r"(?:option|choice|answer)?[\s:]*\(?([A-Z])\)?\s*(?:[.:)].*)?", re.IGNORECASE | re.DOTALL)
+_INTRODUCTION = r"(?:\b(?:the|my|correct|right|best|final|answer|option|choice|is)\b|[\s:=])*"
+_REASON = r"\s*(?:[.,:;)!].*|[—–].*|\s-+\s.*|--+.*|\s+is\s+(?:the\s+)?(?:correct|right|best|answer|option|choice|\s)+)?"
+_OPEN, _CLOSE = rf"[(\[{MARKS[0]}]\s*", rf"\s*[)\]{MARKS[1]}]"
+_LETTER = re.compile(
+    rf"{_INTRODUCTION}(?:(?:{_OPEN})+([A-Z])(?:{_CLOSE})+(?:{_REASON}|\s+\w.*)|(?:{_OPEN})?([A-Z]){_REASON})",
+    re.IGNORECASE | re.DOTALL,
+)
+# A second option in what follows the first: at once ("A, C"), or marked as one ("A) yes, C) no").
+_SECOND = re.compile(
+    rf"^[\s.,:;)\]{MARKS[1]}!&/—–-]*(?:(?:and|or|not)\s+)?(?:{_OPEN})?([A-Za-z])"
+    rf"(?=(?:{_CLOSE})+(?![\w^])|\s*(?:$|[.,;:&/]|and\b|or\b))"
+    r"|[(\[]([A-Z])[)\]]|(?<![\w(])([A-Z])[).:](?=\s)"
+)
+_NAME = re.compile(r"\s*[A-Za-z]{2,}\s*")
+_WHOLE = re.compile(r"[-+]?[\d.,]+")
+_DEGREES, _RADIANS = frozenset({(("degree", 1),)}), frozenset({(("rad", 1),)})
 _MATH = MathProcesses()
 
 
@@ -68,7 +85,7 @@ def extract(grader: Grader, text: str) -> str | None:
     if grader == "letter":
         return _letter(box) if box else None
     if grader == "exact":
-        return _words(box or final.rstrip().rpartition("\n")[2]) or None
+        return words(box or final.rstrip().rpartition("\n")[2]) or None
     assert_never(grader)
 
 
@@ -78,51 +95,86 @@ def is_words(gold: str) -> bool:
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the last \boxed{} of `text`; None if there is none, or if it is empty or not closed."""
+    r"""The content of the last \boxed{} of `text`; None if there is none, or if it is empty or not closed.
+
+    A \} without its \{ closes it if nothing else does: in \boxed{12 \} the backslash belongs to the answer.
+    """
     starts = [match.end() for match in _BOXES.finditer(text)]
     if not starts:
         return None
-    depth, place = 1, starts[-1]
-    while place < len(text):
-        if text[place] == "\\":
-            place += 1  # an escaped brace opens and closes nothing
-        elif text[place] in "{}":
-            depth += 1 if text[place] == "{" else -1
-            if depth == 0:
-                return text[starts[-1] : place].strip() or None
-        place += 1
+    end = argument_end(text, starts[-1])
+    if end is None:
+        end = _stray_brace(text, starts[-1])
+    return None if end is None else text[starts[-1] : end].strip() or None
+
+
+def _stray_brace(text: str, start: int) -> int | None:
+    depth = 0
+    for found in _ESCAPED.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(found[1], 0)
+        if depth < 0:
+            return found.start(1)
     return None
 
 
 def _letter(box: str) -> str | None:
-    found = _LETTER.fullmatch(_unstyled(box))
-    return found.group(1).upper() if found else None
-
-
-def _unstyled(text: str) -> str:
-    r"""`text` without \text{} and similar commands, and without the dollar signs of mathematics."""
-    previous = None
-    while text != previous:
-        previous, text = text, _STYLE.sub(r"\1", text)
-    return text.replace("$", "").strip()
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
+    text = marked_letters(box).strip("\"'“”‘’`* ")
+    found = _LETTER.fullmatch(text)
+    if not found:
+        return None
+    letter, after = (found[1], found.end(1)) if found[1] else (found[2], found.end(2))
+    others = {next(filter(None, other.groups())).upper() for other in _SECOND.finditer(text[after:])}
+    return letter.upper() if others <= {letter.upper()} else None
 
 
 def _plain(text: str) -> str:
-    return _words(_unstyled(text)).strip("(). ").casefold()
+    return words(text).strip("(). ").casefold()
+
+
+def _same_words(gold: str, given: str) -> bool:
+    gold, given = words(gold), words(given)
+    return gold == given != ""
 
 
 def _same_math(gold: str, given: str) -> bool:
-    """Words are compared as words. 52_8 differs from 52_9, although math-verify drops the base."""
+    """Words are compared as words. 52_8 differs from 52_9, although math-verify drops the base, and 12 cm from 12 m."""
     if is_words(gold):
-        return _plain(gold) == _plain(given)
-    bases = [_base(gold), _base(given)]
+        return _plain(gold) == _plain(given) != ""
+    if _NAME.fullmatch(gold) and _plain(gold) == _plain(given):
+        return True
+    formulas = formula(gold), formula(given)
+    if formulas[0] == formulas[1]:
+        return formulas[0] != ""
+    bases = [_base(text) for text in formulas]
     if None not in bases and bases[0] != bases[1]:
         return False
-    return _MATH.equal(gold, given)
+    right = quantity(formulas[0])
+    answer = quantity(formulas[1], glued=_WHOLE.fullmatch(formulas[0]) is not None)
+    right, answer = _in_radians(right, answer), _in_radians(answer, right)
+    if right.units and answer.units and right.units != answer.units:
+        return False
+    return any(_MATH.equal(*pair) for pair in dict.fromkeys(_pairs(right, answer)))
+
+
+def _pairs(right: Quantity, answer: Quantity) -> Iterator[tuple[str, str]]:
+    """The values to compare. 50 % equals 50 and .5."""
+    pairs = list(zip(right.values, answer.values, strict=True))
+    yield from pairs
+    for gold, given in pairs:
+        if right.percent != answer.percent:
+            yield (_scaled(gold, "100"), given) if right.percent else (gold, _scaled(given, "100"))
+
+
+def _in_radians(one: Quantity, other: Quantity) -> Quantity:
+    """`one` in radians if it is in degrees and `other` in radians, or without a unit and with pi."""
+    if one.units != _DEGREES or not (other.units == _RADIANS or (not other.units and r"\pi" in other.values[0])):
+        return one
+    first, second = (_scaled(value, r"180}\cdot{\pi") for value in one.values)
+    return Quantity((first, second), _RADIANS, percent=False)
+
+
+def _scaled(value: str, divisor: str) -> str:
+    return rf"\frac{{{value}}}{{{divisor}}}"
 
 
 def _base(number: str) -> int | None:
@@ -133,6 +185,6 @@ def _base(number: str) -> int | None:
 _SAME: dict[Grader, Callable[[str, str], bool]] = {
     "math": _same_math,
     "letter": lambda gold, given: _letter(gold) == given,
-    "exact": lambda gold, given: _words(gold) == given,
+    "exact": _same_words,
     "multihop": str.__eq__,
 }

@@ -20,6 +20,7 @@ import select
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -136,33 +137,29 @@ def _alive(child: _Child | None) -> _Child | None:
 
 
 def equal(gold: str, given: str) -> bool:
-    """math-verify's verdict. Call it in a process that may be killed.
-
-    Numbers are compared to six significant digits. math-verify's six decimals would equate .0000672 and .0000673.
-    """
-    from math_verify import verify
+    """math-verify's verdict, with numbers compared by `math_numbers`. Call it in a process that may be killed."""
+    from math_verify import grader, verify
     from sympy.core.random import seed
 
+    from cluster.jobs.math_numbers import equal_numbers
+
+    # Its own comparison cuts what is below 1e-15, and rounds to six decimals inside sets, intervals and equations too.
+    grader.sympy_numeric_eq = equal_numbers
     seed(0)  # sympy tests some identities at random points
-    right = parsed(gold)
-    return bool(verify(right, parsed(given), float_rounding=_decimals(right), timeout_seconds=None))
+    return bool(verify(parsed(gold), parsed(given), timeout_seconds=None))
 
 
 def parsed(answer: str) -> list[object]:
-    """math-verify's parse of LaTeX: an expression if it finds one, and the text itself as a fallback."""
+    """math-verify's parse of LaTeX: an expression if it finds one, and the text itself as a fallback.
+
+    Units must be removed before: math-verify's own rule takes variables such as the t of 5t for units.
+    """
     from math_verify import LatexExtractionConfig, parse
 
-    rules = [LatexExtractionConfig(boxed_match_priority=0)]
-    parsed: list[object] = parse(f"\\boxed{{{answer}}}", extraction_config=rules, parsing_timeout=None)
+    rules = LatexExtractionConfig(boxed_match_priority=0)
+    rules = replace(rules, normalization_config=replace(rules.normalization_config, units=False))
+    parsed: list[object] = parse(f"\\boxed{{{answer}}}", extraction_config=[rules], parsing_timeout=None)
     return parsed
-
-
-def _decimals(parsed: list[object]) -> int:
-    """The decimals that six significant digits of a number below 1 need; 6 for anything else."""
-    from sympy import Float, Rational  # a Number might also be infinite
-
-    small = [number for number in parsed if isinstance(number, Float | Rational) and 0 < abs(number) < 1]
-    return 6 + len(str(int(1 / abs(small[0])))) - 1 if small else 6
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO, cpu_s: float) -> None:

@@ -279,8 +279,8 @@ FAULTS = (
     fault(
         "spaces-in-an-exact-answer-count",
         "cluster/jobs/grading.py",
-        '"exact": lambda gold, given: _words(gold) == given,',
-        '"exact": lambda gold, given: gold == given,',
+        '"exact": _same_words,',
+        '"exact": str.__eq__,',
         "tests/jobs/test_grading.py",
     ),
 )
