@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+_KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 Name = TypeVar("Name", bound=tuple[object, ...])
 
 
 class UnreadableLine(ValueError):
-    """A complete line is no JSON object, which a killed writer cannot cause. The message names file and line."""
+    """A complete line is no JSON object, which no killed writer causes. The message names file, line and reason."""
 
 
 class LineFile:
@@ -71,7 +74,7 @@ class LineFile:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a file; none if it does not exist. Raises UnreadableLine."""
+    """The complete lines of a file that a `LineFile` wrote; none if it does not exist. Raises UnreadableLine."""
     if not path.exists():
         return
     with path.open("rb") as lines:
@@ -79,12 +82,60 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return  # still being written, or truncated by a kill
             try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise UnreadableLine(f"{path}, line {number} is not a JSON object: repair or remove it")
-            yield row
+                yield parsed_line(line)
+            except ValueError as error:
+                raise UnreadableLine(f"{path}, line {number}: {error}: repair or remove it") from None
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file that a user wrote, with the numbers of their lines from 1. Blank lines are skipped.
+
+    A byte order mark of UTF-8 is skipped, and the last line needs no end. Raises UnreadableLine, OSError.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise UnreadableLine(f"{path} is UTF-16: save it as UTF-8")
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                yield number, parsed_line(line, strict=True)
+            except ValueError as error:
+                raise UnreadableLine(f"{path}, line {number}: {error}") from None
+
+
+def parsed_line(line: bytes, *, strict: bool = False) -> dict[str, Any]:
+    r"""The JSON object in a line.
+
+    strict: refuse what only other programs write: a repeated key, and half of a surrogate pair (\ud800), which no
+    tokenizer and no file can hold. Raises ValueError with the reason.
+    """
+    try:
+        row = json.loads(line.decode(), object_pairs_hook=_once if strict else None)
+        if strict and b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"\\u{ord(half):04x} is half of a surrogate pair and stands for no character") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object but {_KINDS[type(row)]}; each line must be one object")
+    return row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {twice!r} is repeated")
+    return row
 
 
 def write_file(path: Path, content: bytes) -> None:

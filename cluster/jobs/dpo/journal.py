@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.jobs.jsonl import write_file
+from cluster.jobs.jsonl import rows, write_file
 
 FILE, PLOT = "metrics.jsonl", "training.png"
 
@@ -57,11 +57,8 @@ class Journal:
             out.write(json.dumps(asdict(line)) + "\n")
 
     def lines(self) -> list[Line]:
-        """All complete lines; a line that is being written is left out."""
-        if not self._file.is_file():
-            return []
-        text = self._file.read_text(encoding="utf-8")
-        return [Line(**json.loads(row)) for row in text.splitlines(keepends=True) if row.endswith("\n")]
+        """All complete lines; a line that is being written is left out. Raises UnreadableLine."""
+        return [Line(**row) for row in rows(self._file)]
 
     def plot(self) -> Path:
         """Plot loss, margin and accuracy over the steps into the run's folder. Returns the file."""
