@@ -96,7 +96,7 @@ _SHORTHAND: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(rf"(?<![\\A-Za-z])({'|'.join(_FUNCTIONS)})(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
-    (re.compile(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([-+]?)0*(\d+)(?![\w.])"), r"\1 \\times 10^{\2\3}"),
+    (re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?)0*(\d{1,9})(?![\w.])"), r"\1 \\times 10^{\2\3}"),
     (re.compile(r"10\^\{\+"), "10^{"),
     (re.compile(r"^\\(?:approx|simeq|sim)(?![A-Za-z])\s*"), ""),
     (

@@ -18,7 +18,7 @@ How to add a grader:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, assert_never, get_args
 
@@ -48,6 +48,7 @@ _SECOND = re.compile(
     rf"(?=(?:{_CLOSE})+(?![\w^])|\s*(?:$|[.,;:&/]|and\b|or\b))"
     r"|[(\[]([A-Z])[)\]]|(?<![\w(])([A-Z])[).:](?=\s)"
 )
+_NOTHING = re.compile(r"nan|null|none|n/?a", re.IGNORECASE)
 _NAME = re.compile(r"\s*[A-Za-z]{2,}\s*")
 _WHOLE = re.compile(r"[-+]?[\d.,]+")
 _DEGREES, _RADIANS = frozenset({(("degree", 1),)}), frozenset({(("rad", 1),)})
@@ -87,6 +88,22 @@ def extract(grader: Grader, text: str) -> str | None:
     if grader == "exact":
         return words(box or final.rstrip().rpartition("\n")[2]) or None
     assert_never(grader)
+
+
+def unanswerable(grader: Grader, gold: str, options: Collection[str] = ()) -> str | None:
+    """Why no answer can be right with this gold answer; None if one can. options: letters that the question offers."""
+    if grader == "letter" and len(options) > 1 and _letter(gold) not in (None, *options):
+        return f"the question offers only {', '.join(options)}"
+    refused = grader == "math" and (_NOTHING.fullmatch(gold) or argument_end(gold + "}", 0) != len(gold))
+    if not refused and any(grade(grader, reply, gold).right for reply in (rf"\boxed{{{gold}}}", gold)):
+        return None
+    accepted = {
+        "math": "LaTeX without a box and with balanced braces, such as \\frac{1}{2}",
+        "letter": "an option's letter, such as B or (B)",
+        "exact": "words or a number",
+        "multihop": "a name",
+    }
+    return f"no answer can be right, because grader {grader} needs {accepted[grader]}"
 
 
 def is_words(gold: str) -> bool:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from cluster.demo.task import questions
-from cluster.jobs.grading import last_box
+from cluster.jobs.grading import last_box, unanswerable
+from cluster.jobs.jsonl import UnreadableLine, numbered_rows
 from cluster.jobs.task_file import QUESTION, Columns, Demo, Hub, Task, TaskError, load_task, shipped
 
 __all__ = ["Problem", "Task", "TaskError", "check_task", "load_task", "problems", "shipped"]
 
+_LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s", re.MULTILINE)  # the options in a question
 COPY = Columns(id="id", question="problem", answer="answer")  # columns of a local copy of hub data
 
 
@@ -119,25 +124,17 @@ def _file(task: Task) -> Path:
     return task.folder / Path(task.data.file).expanduser()
 
 
-def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise TaskError(f"{path}, line {number}: not a JSON object")
-                yield row
+        for number, row in numbered_rows(path):
+            yield f"{path}, line {number}", row
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, TaskError):
-            raise
-        raise TaskError(f"{path} is not JSONL: {error}") from None
+    except UnreadableLine as error:
+        raise TaskError(f"{error}; a task's data are JSONL, one JSON object a line") from None
 
 
-def _hub_rows(hub: Hub) -> Iterable[Mapping[str, Any]]:
+def _hub_rows(hub: Hub) -> Iterator[tuple[str, Mapping[str, Any]]]:
     from datasets import load_dataset  # seconds of import, and only needed for hub data
 
     try:
@@ -148,34 +145,57 @@ def _hub_rows(hub: Hub) -> Iterable[Mapping[str, Any]]:
             f"{hub.name} cannot be loaded from the hub: {reason}\nFor a gated data set (such as GPQA), accept the "
             "conditions on its page and set HF_TOKEN. Without a network, use a folder of copies (docs/tasks.md)."
         ) from error
-    return rows
-
-
-def _from_rows(task: Task, rows: Iterable[Mapping[str, Any]]) -> Iterator[Problem]:
-    columns = task.columns
     for number, row in enumerate(rows):
-        if any(_value(task, row, number, column) != str(value) for column, value in task.where.items()):
-            continue
-        identity = _value(task, row, number, columns.id) if columns.id else str(number)
-        question = _value(task, row, number, columns.question).strip()
-        answer = _value(task, row, number, columns.answer).strip()
-        if task.boxed_answer:
-            box = last_box(answer)
-            if box is None:
-                raise TaskError(f"{task.name}, row {number}: {columns.answer} has no \\boxed{{}}")
-            answer = box
-        if columns.wrong:
-            wrong = [_value(task, row, number, column).strip() for column in columns.wrong]
-            question, answer = _lettered(task.name, identity, question, answer, wrong)
-        yield Problem(identity, question, answer, task.prompt.replace(QUESTION, question))
+        yield f"{hub.name}, split {hub.split}, row {number}", row
 
 
-def _value(task: Task, row: Mapping[str, Any], number: int, column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise TaskError(f"{task.name}, row {number}: no column {column}; its columns are {', '.join(map(str, row))}")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # some data sets store 27 as 27.0
+def _from_rows(task: Task, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Problem]:
+    """The problems of `rows`, each with its place in the data."""
+    for number, (place, row) in enumerate(rows):
+        try:
+            problem = _problem(task, row, number)
+        except _RowError as error:
+            raise TaskError(f"{task.name}, row {number}: {error} ({place})") from None
+        if problem:
+            yield problem
+
+
+class _RowError(ValueError):
+    """A row is no problem of its task. The message says why and what to do."""
+
+
+def _problem(task: Task, row: Mapping[str, Any], number: int) -> Problem | None:
+    """The problem of a row; None if the task's `where` leaves it out. Raises _RowError."""
+    columns = task.columns
+    if any(_value(row, column) != str(value) for column, value in task.where.items()):
+        return None
+    identity = _value(row, columns.id) if columns.id else str(number)
+    question = _value(row, columns.question).strip()
+    answer = _value(row, columns.answer).strip()
+    if task.boxed_answer:
+        box = last_box(answer)
+        if box is None:
+            raise _RowError(f"{columns.answer} has no \\boxed{{}}")
+        answer = box
+    if columns.wrong:
+        wrong = [_value(row, column).strip() for column in columns.wrong]
+        question, answer = _lettered(task.name, identity, question, answer, wrong)
+    elif reason := unanswerable(task.grader, answer, _LETTERED.findall(question)):
+        raise _RowError(f"{columns.answer} is {answer!r}: {reason}")
+    return Problem(identity, question, answer, task.prompt.replace(QUESTION, question))
+
+
+def _value(row: Mapping[str, Any], column: str) -> str:
+    """The text of a column. Numbers are written as decimals: 27.0 as 27, 1e-7 as 0.0000001."""
+    if column not in row:
+        raise _RowError(f"no column {column}; its columns are {', '.join(map(str, row))}")
+    value = row[column]
+    if isinstance(value, float):
+        if not isfinite(value):
+            raise _RowError(f"{column} is {value}, which is no number; text may be given in quotes")
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else format(Decimal(repr(value)), "f")
+    if not isinstance(value, str | int):
+        raise _RowError(f"{column} is {json.dumps(value, default=str)}, but must be text or a number")
     return str(value)
 
 

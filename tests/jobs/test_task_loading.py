@@ -196,7 +196,11 @@ def test_a_wrong_task_is_refused_and_the_key_is_named(tmp_path: Path, fields: di
         ([ROWS[0], ROWS[0]], {"columns": {"id": "id"}}, "ids must differ, but these are repeated: a"),
         (ROWS, {"boxed_answer": True}, "mine, row 0: answer has no \\boxed{}"),
         (ROWS, {"data": {"file": "other.jsonl"}}, "other.jsonl cannot be read: No such file"),
-        (ROWS, {"data": {"file": "mine.yaml"}}, "mine.yaml is not JSONL"),
+        (ROWS, {"data": {"file": "mine.yaml"}}, "mine.yaml, line 1: not JSON: Expecting value at column 1"),
+        ([{"question": "a", "answer": None}], {}, "mine, row 0: answer is null, but must be text or a number"),
+        ([{"question": "a", "answer": [1, 2]}], {}, "mine, row 0: answer is [1, 2], but must be text or a number"),
+        ([{"question": "a", "answer": float("nan")}], {}, "mine, row 0: answer is nan, which is no number"),
+        ([{"question": "a", "answer": float("inf")}], {}, "mine, row 0: answer is inf, which is no number"),
     ],
 )
 def test_wrong_data_are_refused_and_the_row_is_named(
@@ -205,6 +209,71 @@ def test_wrong_data_are_refused_and_the_row_is_named(
     task = load_task(write(tmp_path, rows, **fields))
     with pytest.raises(TaskError, match=re.escape(sentence)):
         problems(task)
+
+
+@pytest.mark.parametrize(
+    ("grader", "answer", "reason"),
+    [
+        ("letter", "Paris", "grader letter needs an option's letter, such as B or (B)"),
+        ("letter", "", "grader letter needs an option's letter"),
+        ("letter", 2, "grader letter needs an option's letter"),
+        ("letter", "A or C", "grader letter needs an option's letter"),
+        ("letter", "E", "the question offers only A, B"),
+        ("math", "", "grader math needs LaTeX"),
+        ("math", " . ", "grader math needs LaTeX"),
+        ("math", r"\frac{1}{", "grader math needs LaTeX without a box and with balanced braces"),
+        ("math", r"\frac{1}{2}}", "grader math needs LaTeX without a box and with balanced braces"),
+        ("math", "NaN", "grader math needs LaTeX"),
+        ("math", r"\text{ }", "grader math needs LaTeX"),
+        ("exact", "", "grader exact needs words or a number"),
+        ("exact", r"\text{}", "grader exact needs words or a number"),
+    ],
+)
+def test_a_gold_answer_that_none_can_match_is_refused_with_its_line(
+    tmp_path: Path, grader: str, answer: str | int, reason: str
+) -> None:
+    question = "Which?\nA. this\nB. that"
+    right = {"letter": "A", "math": "1", "exact": "this"}[grader]
+    rows = [{"question": question, "answer": right}, {"question": question, "answer": answer}]
+    with pytest.raises(TaskError) as refused:
+        problems(load_task(write(tmp_path, rows, grader=grader)))
+    assert f"mine, row 1: answer is {str(answer).strip()!r}: " in str(refused.value)
+    assert reason in str(refused.value)
+    assert str(refused.value).endswith(f"({tmp_path}/mine.jsonl, line 2)")
+
+
+def test_numbers_as_gold_answers_are_read_as_decimals(tmp_path: Path) -> None:
+    numbers = [27.0, 0.5, 1e-7, -2.5e-8, 1e16, 3, 6.02e23]
+    found = problems(load_task(write(tmp_path, [{"question": "a", "answer": number} for number in numbers])))
+    expected = ["27", "0.5", "0.0000001", "-0.000000025", "10000000000000000", "3", "602000000000000000000000"]
+    assert [problem.answer for problem in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b'{"question": "a", "answer": "1"}\n\n{"question": }\n', "line 3: not JSON: Expecting value at column 14"),
+        (b'{"question": "a", "answer": "1"}\r\n\r\n[1]\r\n', "line 3: not a JSON object but a list"),
+        (b'{"question": "a", "answer": "1"}\n"text"', "line 2: not a JSON object but a string"),
+        (b'{"question": "a", "answer": "1"}\n{"question": "\xff"}\n', "line 2: not UTF-8: byte 0xff at position 15"),
+        (b'{"question": "\\ud800", "answer": "1"}\n', "line 1: \\ud800 is half of a surrogate pair"),
+        (b'{"question": "a", "answer": "1", "answer": "2"}\n', "line 1: the key 'answer' is repeated"),
+        (b'{"question": "a", "answer": "1"} {"question": "b"}\n', "line 1: not JSON: Extra data at column 34"),
+        ('{"question": "a", "answer": "1"}\n'.encode("utf-16"), "mine.jsonl is UTF-16: save it as UTF-8"),
+    ],
+)
+def test_a_wrong_line_of_data_is_named_by_its_number(tmp_path: Path, data: bytes, sentence: str) -> None:
+    path = write(tmp_path, ROWS)
+    (tmp_path / "mine.jsonl").write_bytes(data)
+    with pytest.raises(TaskError, match=re.escape(sentence)):
+        problems(load_task(path))
+
+
+def test_data_may_have_a_byte_order_mark_blank_lines_and_crlf(tmp_path: Path) -> None:
+    path = write(tmp_path, ROWS)
+    lines = '{"question": "\\ud83d\\ude00?", "answer": "1"}\r\n \r\n\r\n{"question": "b\u2028c", "answer": "2"}'
+    (tmp_path / "mine.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert [problem.question for problem in problems(load_task(path))] == ["\U0001f600?", "b\u2028c"]
 
 
 def test_an_unknown_task_gets_the_nearest_name(tmp_path: Path) -> None:
