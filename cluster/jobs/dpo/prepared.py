@@ -6,14 +6,15 @@ out after a truncated one, so that the guider does not learn to end there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from actors.api.generation import Role
+from actors.config import ConfigError
 from actors.text.tokenizer import RoleTokenizer
 from cluster.jobs.dpo.training import Training
-from cluster.jobs.pairs import SPLITS, Split, column
+from cluster.jobs.pairs import KINDS, SPLITS, Split, column
 
 Side: TypeAlias = Literal["chosen", "rejected"]
 SIDES: tuple[Side, ...] = get_args(Side)
@@ -48,12 +49,16 @@ class Prepared:
 def prepare(dataset: Mapping[str, Any], tokenizers: Mapping[Role, RoleTokenizer], training: Training) -> Prepared:
     """The pairs of a saved dataset that this training uses.
 
-    tokenizers: of the guider, or of all roles for the guided objective. The roles' tokenizers must have one vocabulary.
+    dataset: of `cluster.jobs.preferences`, or in TRL's plain-text form with the columns prompt, chosen and rejected.
+    Its validation split may be named test. tokenizers: of the guider, or of all roles for the guided objective. The
+    roles' tokenizers must have one vocabulary. Raises ConfigError for a dataset in another form.
     """
     made: dict[Split, list[PairIds]] = {}
     too_long = 0
     for split in SPLITS:
-        every = list(_pairs(dataset[split], tokenizers, training))
+        rows = _split(dataset, split)
+        _check_columns(rows.column_names, split, tokenizers, training)
+        every = list(_pairs(rows, tokenizers, training))
         made[split] = [pair for pair in every if pair.tokens <= training.max_tokens]
         too_long += len(every) - len(made[split])
     return Prepared(made, too_long)
@@ -62,8 +67,45 @@ def prepare(dataset: Mapping[str, Any], tokenizers: Mapping[Role, RoleTokenizer]
 def _pairs(rows: Any, tokenizers: Mapping[Role, RoleTokenizer], training: Training) -> Iterator[PairIds]:
     guider = tokenizers["guider"]
     for row in rows:
-        if row["kind"] not in training.kinds:
+        if row.get("kind", training.kinds[0]) not in training.kinds:
             continue
-        prompts = {role: tokenizer.encode(row[column("prompt", role)]) for role, tokenizer in tokenizers.items()}
-        ends = {side: list(guider.eos_ids[:1]) if row[f"{side}_finished"] else [] for side in SIDES}
-        yield PairIds(prompts, {side: guider.encode(row[side]) + ends[side] for side in SIDES})
+        prompts = {role: tokenizer.encode(_text(row, column("prompt", role))) for role, tokenizer in tokenizers.items()}
+        ends = {side: list(guider.eos_ids[:1]) if row.get(f"{side}_finished", True) else [] for side in SIDES}
+        yield PairIds(prompts, {side: guider.encode(_text(row, side)) + ends[side] for side in SIDES})
+
+
+def _split(dataset: Any, split: Split) -> Any:
+    names = (split, "test") if split == "validation" else (split,)
+    found = [name for name in names if isinstance(dataset, Mapping) and name in dataset]
+    if not found:
+        has = f"the splits {', '.join(dataset)}" if isinstance(dataset, Mapping) else "one split without a name"
+        raise ConfigError(
+            f"pairs: the dataset has {has}, but needs train and validation (or test): save a DatasetDict of both, for "
+            "example by datasets.Dataset.train_test_split"
+        )
+    return dataset[found[0]]
+
+
+def _check_columns(
+    names: Collection[str], split: Split, tokenizers: Mapping[Role, RoleTokenizer], training: Training
+) -> None:
+    """Refuse rows without the columns that the training reads. Without the others, each answer ended by itself."""
+    needed = [*(column("prompt", role) for role in tokenizers), *SIDES]
+    if set(training.kinds) != set(KINDS):
+        needed.append("kind")
+    if missing := [name for name in needed if name not in names]:
+        raise ConfigError(
+            f"pairs: the {split} split lacks {', '.join(missing)}; its columns are {', '.join(names)}. Give the "
+            "guider's prompt and both answers as text: prompt, chosen, rejected; objective: guided also needs "
+            "target_prompt and guider_base_prompt, and kinds needs kind"
+        )
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    text = row[name]
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"pairs: {name} must be text, not {type(text).__name__}; turn messages into text with the guider's chat "
+            "template, special tokens included"
+        )
+    return text
