@@ -46,7 +46,7 @@ def test_plain_pairs_are_used_and_their_answers_are_complete(
 
 
 def test_columns_of_the_pairs_job_choose_kinds_and_ends(tokenizers: Mapping[Role, RoleTokenizer]) -> None:
-    guider = {"guider": tokenizers["guider"]}
+    guider: dict[Role, RoleTokenizer] = {"guider": tokenizers["guider"]}
     row = PLAIN | {"kind": "target_right", "chosen_finished": False, "rejected_finished": True}
     assert not prepare(splits(row), guider, training(kinds=["guider_right"])).pairs["train"]
     pair = prepare(splits(row), guider, training(kinds=["target_right"])).pairs["train"][0]
@@ -72,6 +72,7 @@ def test_columns_of_the_pairs_job_choose_kinds_and_ends(tokenizers: Mapping[Role
 def test_a_dataset_in_another_form_is_refused_by_name(
     tokenizers: Mapping[Role, RoleTokenizer], dataset: Any, changed: dict[str, Any], sentence: str
 ) -> None:
-    used = tokenizers if changed.get("objective") == "guided" else {"guider": tokenizers["guider"]}
+    alone: dict[Role, RoleTokenizer] = {"guider": tokenizers["guider"]}
+    used = tokenizers if changed.get("objective") == "guided" else alone
     with pytest.raises(ConfigError, match=sentence):
         prepare(dataset, used, training(**changed))

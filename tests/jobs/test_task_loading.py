@@ -234,7 +234,7 @@ def test_a_gold_answer_that_none_can_match_is_refused_with_its_line(
 ) -> None:
     question = "Which?\nA. this\nB. that"
     right = {"letter": "A", "math": "1", "exact": "this"}[grader]
-    rows = [{"question": question, "answer": right}, {"question": question, "answer": answer}]
+    rows: list[dict[str, Any]] = [{"question": question, "answer": each} for each in (right, answer)]
     with pytest.raises(TaskError) as refused:
         problems(load_task(write(tmp_path, rows, grader=grader)))
     assert f"mine, row 1: answer is {str(answer).strip()!r}: " in str(refused.value)
