@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from actors.api.generation import Role
+from actors.api.sampling_params import Thinking
 from actors.text.chat_template import ChatTemplateError
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from router.backend import BadRequest
-from router.schema import ChatMessage, Conversation, ToolCall
+from router.prompt_thinking import ThinkingState, continued_thinking, open_thinking
+from router.schema import CalledFunction, ChatMessage, Conversation
 
-Prompts = dict[Role, list[int]]
 Tokenizers = Mapping[Role, RoleTokenizer]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt in the ids of each role. state: of the thinking at its end. added: text that was added to open it."""
+
+    ids: dict[Role, list[int]]
+    state: ThinkingState = ThinkingState.UNMARKED
+    added: str = ""
+
 
 _RESERVED = frozenset(
     {
@@ -34,9 +46,17 @@ _RESERVED = frozenset(
 )
 
 
-def chat_prompts(request: Conversation, roles: Sequence[Role], tokenizers: Tokenizers, start: str) -> Prompts:
-    """Prompt ids of each of `roles`. start: text that opens the thinking, at the prompt's end.
+def opens_turn(conversation: Conversation) -> bool:
+    """True if a new answer begins after the prompt."""
+    return not conversation.continue_final_message and conversation.add_generation_prompt is not False
 
+
+def chat_prompt(
+    request: Conversation, roles: Sequence[Role], tokenizers: Tokenizers, thinking: Thinking, opens: bool | None = None
+) -> Prompt:
+    """The prompt of a conversation for `roles`, of which the first is the primary.
+
+    opens: open the thinking unless the templates state it; None: if a new answer begins after the prompt.
     Raises BadRequest if a template rejects the messages.
     """
     if request.continue_final_message and request.add_generation_prompt:
@@ -47,58 +67,70 @@ def chat_prompts(request: Conversation, roles: Sequence[Role], tokenizers: Token
     for name in request.chat_template_kwargs:
         if name in _RESERVED:
             raise BadRequest(f"chat_template_kwargs must not set {name}", param="chat_template_kwargs")
-    prompts: Prompts = {}
+    texts: dict[Role, str] = {}
     for role in roles:
         own = tokenizers[role]
-        template = own if own.has_chat_template else tokenizers["target"]
-        text = open_thinking(_render(template, request), start)
-        try:
-            prompts[role] = own.encode(text, special=request.add_special_tokens)
-        except TokenizerError as error:
-            raise BadRequest(str(error), param="messages") from error
-    return prompts
-
-
-def text_prompts(
-    text: str, roles: Sequence[Role], tokenizers: Tokenizers, start: str = "", special: bool = True
-) -> Prompts:
-    """Prompt ids of the same raw text for each of `roles`. special: with the tokenizer's own prefix, such as a BOS."""
+        texts[role] = _render(own if own.has_chat_template else tokenizers["target"], request)
+    state = ThinkingState.UNMARKED
+    if request.continue_final_message:
+        state = continued_thinking(_text_of(request.messages[-1]), thinking)
+    if opens_turn(request) if opens is None else opens:
+        texts, state = open_thinking(texts, thinking)
     try:
-        return {role: tokenizers[role].encode(text + start, special=special) for role in roles}
+        ids = {role: tokenizers[role].encode(text, special=request.add_special_tokens) for role, text in texts.items()}
+    except TokenizerError as error:
+        raise BadRequest(str(error), param="messages") from error
+    return Prompt(ids, state)
+
+
+def text_prompt(
+    text: str, roles: Sequence[Role], tokenizers: Tokenizers, thinking: Thinking | None = None, special: bool = True
+) -> Prompt:
+    """The prompt of the same raw text for each of `roles`. special: with the tokenizer's own prefix, such as a BOS."""
+    opened, state = _open_raw(text, roles[0], thinking)
+    try:
+        ids = {role: tokenizers[role].encode(opened, special=special) for role in roles}
     except TokenizerError as error:
         raise BadRequest(str(error), param="prompt") from error
+    return Prompt(ids, state, opened[len(text) :])
 
 
-def token_prompts(
-    ids: list[int], primary: Role, roles: Sequence[Role], tokenizers: Tokenizers, start: str = ""
-) -> Prompts:
+def token_prompt(
+    ids: list[int],
+    primary: Role,
+    roles: Sequence[Role],
+    tokenizers: Tokenizers,
+    thinking: Thinking | None = None,
+) -> Prompt:
     """A prompt given as ids of `primary`; the other roles read its text, with their own BOS if `ids` has one."""
     own = tokenizers[primary]
     for id_ in ids:
         if not 0 <= id_ < own.width:
             raise BadRequest(f"token id {id_} is outside the vocabulary of {own.width} ids", param="prompt")
     lead = own.lead(ids)
-    prompts: Prompts = {primary: ids + own.encode(start)}
     others = [role for role in roles if role != primary]
-    text = own.decode(ids[lead:], skip_special=False) + start if others else ""
+    text = own.decode(ids[lead:], skip_special=False) if others or thinking else ""
+    opened, state = _open_raw(text, primary, thinking)
+    added = opened[len(text) :]
+    prompts: dict[Role, list[int]] = {primary: ids + own.encode_continuation(added)}
     for role in others:
-        prompts[role] = tokenizers[role].encode(text, special=lead > 0)
-    return prompts
+        prompts[role] = tokenizers[role].encode(opened, special=lead > 0)
+    return Prompt(prompts, state, added)
 
 
-def open_thinking(text: str, start: str) -> str:
-    """`text` with `start` at its end exactly once: some templates open the thinking themselves."""
-    mark = start.strip()
-    if mark and text.rstrip().endswith(mark):
-        return text.rstrip()[: -len(mark)] + start
-    return text + start
+def _open_raw(text: str, primary: Role, thinking: Thinking | None) -> tuple[str, ThinkingState]:
+    """A raw text with its thinking opened. thinking: None if the request does not mark any."""
+    if thinking is None:
+        return text, ThinkingState.UNMARKED
+    opened, state = open_thinking({primary: text}, thinking)
+    return opened[primary], state
 
 
 def _render(tokenizer: RoleTokenizer, request: Conversation) -> str:
     new_turn = request.add_generation_prompt
     try:
         return tokenizer.render(
-            [_template_message(message) for message in request.messages],
+            [_openai_message(message) for message in request.messages],
             add_generation_prompt=not request.continue_final_message if new_turn is None else new_turn,
             continue_final_message=request.continue_final_message,
             **request.chat_template_kwargs,
@@ -107,26 +139,40 @@ def _render(tokenizer: RoleTokenizer, request: Conversation) -> str:
         raise BadRequest(str(error), param="messages") from error
 
 
-def _template_message(message: ChatMessage) -> dict[str, Any]:
-    """The message in the form that templates expect: text content; OpenAI's newer role "developer" becomes "system"."""
-    content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    plain: dict[str, Any] = {"role": message.role, "content": content or ""}
-    if message.role == "developer":
-        plain["role"] = "system"
-    reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
-    if message.tool_calls:
-        plain["tool_calls"] = [_template_call(call) for call in message.tool_calls]
-    optional = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": reasoning}
+def _openai_message(message: ChatMessage) -> dict[str, Any]:
+    """The message as plain data in today's form of OpenAI's API; the template's form follows from it.
+
+    The reasoning gets every name under which templates look for it.
+    """
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if isinstance(message.content, list):
+        plain["content"] = [part.model_dump() for part in message.content]
+    calls = [(call.id, call.function) for call in message.tool_calls or ()]
+    if message.function_call is not None and not calls:
+        calls = [(None, message.function_call)]
+    if calls:
+        plain["tool_calls"] = [_openai_call(id_, function) for id_, function in calls]
+    names = ("reasoning", "reasoning_content", "thinking")
+    reasoning = next((text for name in names if (text := getattr(message, name)) is not None), None)
+    optional = {"name": message.name, "tool_call_id": message.tool_call_id, **dict.fromkeys(names, reasoning)}
     return plain | {key: value for key, value in optional.items() if value is not None}
 
 
-def _template_call(call: ToolCall) -> dict[str, Any]:
-    """The tool call in the form that templates expect, with decoded arguments: many templates read them."""
+def _openai_call(id_: str | None, function: CalledFunction) -> dict[str, Any]:
+    """A tool call with its arguments as JSON text; no arguments are an empty object."""
+    arguments = function.arguments or {}
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
     try:
-        arguments = json.loads(call.function.arguments)
+        json.loads(arguments)
     except (ValueError, RecursionError):
         raise BadRequest("the arguments of a tool call must be JSON", param="messages") from None
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": call.type, "function": function}
+    called = {"type": "function", "function": {"name": function.name, "arguments": arguments}}
+    return called if id_ is None else {"id": id_, **called}
+
+
+def _text_of(message: ChatMessage) -> str:
+    """The text of a message's content."""
+    if isinstance(message.content, list):
+        return "".join(part.text for part in message.content)
+    return message.content or ""

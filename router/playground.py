@@ -60,8 +60,8 @@ def defaults(service: ServiceConfig) -> dict[str, Any]:
     return {
         "alpha": service.guidance.alpha,
         "warmup_tokens": service.guidance.warmup_tokens,
-        "temperature": service.sampling.temperature,
-        "max_tokens": service.sampling.max_tokens,
+        "temperature": service.default_sampling.temperature,
+        "max_tokens": service.default_sampling.max_tokens,
         "examples": service.router.examples,
     }
 

@@ -21,9 +21,10 @@ from actors.config import ServiceConfig
 from actors.decoding.hashing import derive_seed
 from actors.text.tokenizer import RoleTokenizer
 from router.backend import BadRequest, NotFound
-from router.chat import Prompts, Tokenizers, chat_prompts, text_prompts, token_prompts
+from router.chat import Prompt, Tokenizers, chat_prompt, opens_turn, text_prompt, token_prompt
 from router.context import Budget, context_limits, resolve_max_tokens
-from router.schema import ChatRequest, CompletionRequest, Conversation, SpeculationFields
+from router.prompt_thinking import ThinkingState
+from router.schema import ChatRequest, CompletionRequest, SpeculationFields
 
 UNSTREAMED_INTERVAL_S = 1.0  # between two messages of an answer that is not streamed: its parts are not needed early
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of a completion
@@ -109,14 +110,14 @@ class _ServedModel:
 def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str) -> Plan:
     """The sequences of a chat request. Raises BadRequest or NotFound."""
     model = _model(request, service)
-    # A continued answer has already opened its thinking, or has none.
-    default = service.thinking if opens_turn(request) else replace(service.thinking, start="")
-    thinking = _thinking(request, default)
+    thinking = _thinking(request, service.thinking)
+    # A continued answer has already opened its thinking, or has none, unless the request itself gives the mark.
+    opens = opens_turn(request) or "start" in _set_fields(request.thinking)
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    prompts = chat_prompts(request, model.roles, tokenizers, thinking.start)
-    budget = _chat_budget(request, service.sampling.max_tokens)
-    return _plan(request, service, tokenizers, request_id, model, thinking, [prompts], budget)
+    prompt = chat_prompt(request, model.roles, tokenizers, thinking, opens)
+    budget = _chat_budget(request, service.default_sampling.max_tokens)
+    return _plan(request, service, tokenizers, request_id, model, thinking, [prompt], budget)
 
 
 def plan_completion(
@@ -125,20 +126,20 @@ def plan_completion(
     """The sequences of a completion request. Raises BadRequest or NotFound."""
     model = _model(request, service)
     # Raw text has no marked thinking unless the request says how it is marked.
-    thinking = Thinking() if request.thinking is None else _thinking(request, service.thinking)
+    thinking = None if request.thinking is None else _thinking(request, service.thinking)
     prompts = [
-        text_prompts(prompt, model.roles, tokenizers, thinking.start, request.add_special_tokens)
+        text_prompt(prompt, model.roles, tokenizers, thinking, request.add_special_tokens)
         if isinstance(prompt, str)
-        else token_prompts(prompt, model.primary, model.roles, tokenizers, thinking.start)
+        else token_prompt(prompt, model.primary, model.roles, tokenizers, thinking)
         for prompt in _prompt_list(request)
     ]
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
         raise BadRequest("max_tokens: 0 leaves nothing to answer without echo or prompt_logprobs", param="max_tokens")
     if request.max_tokens == 0 and request.min_tokens:
         raise BadRequest("min_tokens asks for an answer, and max_tokens: 0 for none", param="min_tokens")
-    budget = Budget(request.max_tokens, service.sampling.max_tokens or DEFAULT_COMPLETION_TOKENS)
-    plan = _plan(request, service, tokenizers, request_id, model, thinking, prompts, budget)
-    return replace(plan, echoes=_echoes(request, tokenizers[model.primary], thinking.start))
+    budget = Budget(request.max_tokens, service.default_sampling.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    plan = _plan(request, service, tokenizers, request_id, model, thinking or Thinking(), prompts, budget)
+    return replace(plan, echoes=_echoes(request, tokenizers[model.primary], prompts))
 
 
 def _plan(
@@ -148,7 +149,7 @@ def _plan(
     request_id: str,
     model: _ServedModel,
     thinking: Thinking,
-    prompts: Sequence[Prompts],
+    prompts: Sequence[Prompt],
     budget: Budget,
 ) -> Plan:
     if request.prompt_logprobs is not None and request.stream:
@@ -169,23 +170,28 @@ def _plan(
     words = _encode_words(request.bad_words, tokenizers[model.primary])
     samplings: dict[int, Sampling] = {}  # by max_tokens; all other fields are the same
     for prompt in prompts:
-        if not all(prompt.values()):
+        if not all(prompt.ids.values()):
             raise BadRequest("the prompt is empty: there is no token to begin with", param="prompt")
-        most = max(resolve_max_tokens(prompt, bounds, budget), int(only_prompt))
+        most = max(resolve_max_tokens(prompt.ids, bounds, budget), int(only_prompt))
         if most not in samplings:
-            samplings[most] = _sampling(request, service.sampling, most, words)
+            samplings[most] = _sampling(request, service.default_sampling, most, words)
             _check_ids(samplings[most], tokenizers[model.primary].width)
         sampling = samplings[most]
+        guidance = model.guidance
+        if prompt.state is ThinkingState.CLOSED and guidance.guide == "thinking":
+            guidance = Guidance(alpha=0.0)  # there is no thinking to guide
+        ids = {model.primary: prompt.ids[model.primary]} if guidance.never_guides() else prompt.ids
+        marked = thinking if prompt.state is ThinkingState.OPEN else replace(thinking, start="")
         for _ in range(request.n):
             index = len(sequences)
             sequences.append(
                 Generate(
                     request_id=f"{unique}.{index}",
                     primary=model.primary,
-                    prompts=prompt,
+                    prompts=ids,
                     sampling=sampling,
-                    guidance=model.guidance,
-                    thinking=thinking,
+                    guidance=guidance,
+                    thinking=marked,
                     seed=derive_seed(seed, index),
                     explain=request.explain,
                     logprobs=request.candidates,
@@ -199,12 +205,12 @@ def _plan(
     return Plan(sequences, seed, request.n)
 
 
-def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, start: str) -> list[str]:
+def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, prompts: Sequence[Prompt]) -> list[str]:
     """The text of each prompt if the request sets echo, else empty."""
     if not request.echo:
         return []
-    prompts = _prompt_list(request)
-    return [(p if isinstance(p, str) else tokenizer.decode(p, skip_special=False)) + start for p in prompts]
+    texts = [p if isinstance(p, str) else tokenizer.decode(p, skip_special=False) for p in _prompt_list(request)]
+    return [text + prompt.added for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _ServedModel:
@@ -217,11 +223,6 @@ def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> 
         )
     primary = primary_role(served)
     return _ServedModel(primary, guidance, (primary,) if guidance.never_guides() else ROLES)
-
-
-def opens_turn(conversation: Conversation) -> bool:
-    """True if a new answer begins after the prompt."""
-    return not conversation.continue_final_message and conversation.add_generation_prompt is not False
 
 
 def resolve_model(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
@@ -260,7 +261,7 @@ def _encode_words(words: list[str] | None, tokenizer: RoleTokenizer) -> tuple[tu
     """Token ids of words, both at the beginning of a text and after a space."""
     if words is None:
         return None
-    spelled = (tuple(tokenizer.encode(text)) for word in words for text in (word, f" {word.lstrip()}"))
+    spelled = (tuple(tokenizer.encode_continuation(text)) for word in words for text in (word, f" {word.lstrip()}"))
     return tuple(dict.fromkeys(spelled))
 
 

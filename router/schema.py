@@ -110,8 +110,14 @@ class StreamOptions(_Body):
     continuous_usage_stats: bool = False
 
 
-class TextPart(_Body):
-    """A part of a message's content."""
+class _MessageBody(_Body):
+    """A part of a message. Clients send back what they read, with fields of their own: unknown ones are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+class TextPart(_MessageBody):
+    """A part of a message's content. Accepts a plain text, and the names of a text in OpenAI's newer API."""
 
     type: Literal["text"]
     text: str
@@ -119,44 +125,50 @@ class TextPart(_Body):
     @model_validator(mode="before")
     @classmethod
     def _only_text(cls, part: Any) -> Any:
-        """Report the unsupported kind of a part rather than its first unknown field."""
+        """Report the unsupported kind of a part rather than its first missing field."""
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("input_text", "output_text"):
+            return {**part, "type": "text"}
+        if kind == "refusal":
+            return {"type": "text", "text": part.get("refusal")}
         if isinstance(kind, str) and kind != "text":
             raise PydanticCustomError(
-                "not_text", "a part of type {kind} is not supported: models read text", {"kind": kind}
+                "not_text", "a part of type {kind} is not supported: models read text", {"kind": kind[:64]}
             )
         return part
 
 
-class CalledFunction(_Body):
-    """The function of a tool call. arguments: JSON in a string."""
+class CalledFunction(_MessageBody):
+    """The function of a tool call. arguments: JSON in a string, or an object; "" and null are no arguments."""
 
-    name: str
-    arguments: str = "{}"
+    name: ShortText
+    arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(_Body):
+class ToolCall(_MessageBody):
     """A tool call in an earlier message; templates show it to the model."""
 
-    id: str
-    type: Literal["function"] = "function"
+    id: ShortText | None = None
     function: CalledFunction
 
 
-class ChatMessage(_Body):
-    """One message. Accepts the empty fields of an answer, so that clients can send it back unchanged."""
+class ChatMessage(_MessageBody):
+    """One message. role: as the chat template takes it. reasoning: the thinking, under any of its usual names.
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    function_call: a tool call in OpenAI's older form.
+    """
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
+    name: ShortText | None = None
+    tool_call_id: ShortText | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: list[ToolCall] | None = None
+    thinking: str | None = None
+    function_call: CalledFunction | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=1_024)] | None = None
 
 
 class Conversation(_Body):

@@ -7,9 +7,9 @@ from typing import Any
 from actors.api.generation import Role
 from actors.config import ServiceConfig
 from router.backend import BadRequest
-from router.chat import Tokenizers, chat_prompts, text_prompts
+from router.chat import Tokenizers, chat_prompt, text_prompt
 from router.context import max_model_len
-from router.request_planning import opens_turn, primary_role, resolve_model
+from router.request_planning import primary_role, resolve_model
 from router.responses import Json
 from router.schema import DetokenizeRequest, TokenizeChat, TokenizeText, parse
 
@@ -20,12 +20,11 @@ def tokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
     if isinstance(body, dict) and "messages" in body:
         request = parse(TokenizeChat, body)
         name, role = _model(request.model, service)
-        start = service.thinking.start if opens_turn(request) else ""
-        ids = chat_prompts(request, (role,), tokenizers, start)[role]
+        ids = chat_prompt(request, (role,), tokenizers, service.thinking).ids[role]
     else:
         request = parse(TokenizeText, body)
         name, role = _model(request.model, service)
-        ids = text_prompts(request.prompt, (role,), tokenizers, special=request.add_special_tokens)[role]
+        ids = text_prompt(request.prompt, (role,), tokenizers, special=request.add_special_tokens).ids[role]
     return {
         "count": len(ids),
         "max_model_len": max_model_len(service, tokenizers, name),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -15,7 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Message = Mapping[str, Any]
+from actors.text.message_form import Message, MessageForm, find_form
 
 _CUT = "<|the final message ends here|> "  # its trailing space is lost if the template trims messages
 
@@ -25,14 +26,22 @@ class ChatTemplateError(ValueError):
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens that it can name (`bos_token`, `eos_token`, ...)."""
+    """One compiled template with the special tokens that it can name (`bos_token`, `eos_token`, ...).
+
+    It renders messages of the OpenAI API, which it brings into the form that the template reads.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from error
-        self._special_tokens = dict(special_tokens)
+        self._source, self._special_tokens = source, dict(special_tokens)
+
+    @cached_property
+    def form(self) -> MessageForm:
+        """The form of messages that the template reads."""
+        return find_form(self._source, self._try)
 
     def render(
         self,
@@ -44,24 +53,49 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text.
 
+        messages: content is a text, a list of text parts, or null; arguments of tool calls are JSON text.
         add_generation_prompt: open the assistant's turn. continue_final_message: leave the last message open, so that
         the model continues it. arguments: further variables of the template.
         Raises ChatTemplateError if the template refuses the messages.
         """
+        shaped = [self.form.shape(message) for message in messages]
         if continue_final_message:
-            messages = _mark_end(messages)
-        variables = {"tools": None, "documents": None, **self._special_tokens, **arguments}
-        try:
-            text = self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+            shaped = _mark_end(shaped)
+        text = self._render(shaped, add_generation_prompt, arguments)
         return _cut_at_mark(text) if continue_final_message else text
 
+    def _try(self, shaped: Sequence[Message]) -> str | None:
+        try:
+            return self._render(shaped, False, {})
+        except ChatTemplateError:
+            return None
 
-def _mark_end(messages: Sequence[Message]) -> list[Message]:
-    if not messages or not isinstance(messages[-1].get("content"), str):
+    def _render(self, shaped: Sequence[Message], add_generation_prompt: bool, arguments: Mapping[str, Any]) -> str:
+        variables = {"tools": None, "documents": None, **self._special_tokens, **arguments}
+        try:
+            return self._template.render(messages=shaped, add_generation_prompt=add_generation_prompt, **variables)
+        except (
+            TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+
+
+def _mark_end(shaped: Sequence[Message]) -> list[Message]:
+    content = shaped[-1].get("content") if shaped else None
+    if isinstance(content, list) and content:
+        return [
+            *shaped[:-1],
+            {**shaped[-1], "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + _CUT}]},
+        ]
+    if not isinstance(content, str):
         raise ChatTemplateError("continue_final_message needs a last message with text")
-    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _CUT}]
+    return [*shaped[:-1], {**shaped[-1], "content": content + _CUT}]
 
 
 def _cut_at_mark(text: str) -> str:

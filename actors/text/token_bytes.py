@@ -102,6 +102,16 @@ class ByteTokenizerAdapter:
         return {int(match[1], 16): id_ for match, id_ in found if match}
 
 
+def without_first_space(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without the space that it puts before a text; the tokenizer itself if it puts none."""
+    steps = [step and json.loads(step.__getstate__()) for step in (tokenizer.normalizer, tokenizer.pre_tokenizer)]
+    changed = [_without_steps(steps[0], "normalizers", ("Prepend",)), _without_first_space(steps[1])]
+    if changed == steps:
+        return tokenizer
+    settings = json.loads(tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps({**settings, "normalizer": changed[0], "pre_tokenizer": changed[1]}))
+
+
 def _mid_text_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of the same tokenizer for a piece from the middle of a text."""
     normalizer = _without_steps(settings["normalizer"], "normalizers", _REMOVED)
@@ -116,7 +126,8 @@ def _without_steps(step: dict[str, Any] | None, parts: str, removed: Sequence[st
     if step["type"] == "Sequence":
         kept = [part for part in (_without_steps(each, parts, removed) for each in step[parts]) if part is not None]
         return {**step, parts: kept} if kept else None
-    return {**step, "strip_accents": False} if step["type"] == "BertNormalizer" else step
+    strips = step["type"] == "BertNormalizer" and "StripAccents" in removed
+    return {**step, "strip_accents": False} if strips else step
 
 
 def _without_first_space(step: dict[str, Any] | None) -> dict[str, Any] | None:

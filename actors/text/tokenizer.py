@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,21 @@ from huggingface_hub.errors import (
 from tokenizers import AddedToken, Tokenizer
 
 from actors.engine.sizing import context_length
-from actors.text.chat_template import ChatTemplate, ChatTemplateError, Message
-from actors.text.token_bytes import ByteTokenizerAdapter, UnsupportedTokenizer
+from actors.text import template_files
+from actors.text.chat_template import ChatTemplate, ChatTemplateError
+from actors.text.message_form import Message
+from actors.text.token_bytes import ByteTokenizerAdapter, UnsupportedTokenizer, without_first_space
 
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "config.json",
     "generation_config.json",
-    "chat_template.jinja",
     "special_tokens_map.json",
+    *template_files.FILES,
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _ADDED_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _LONGEST_CHARACTER = 4  # bytes of a UTF-8 character, so at most so many tokens
 
@@ -48,7 +51,7 @@ class RoleTokenizer:
     text. declared_bos, declared_eos: whether tokenizer_config.json says so; None if it does not say. width: columns of
     the model's logits rows. beyond_width: tokens without a column, content -> id. tied: True if embeddings and head
     share their weights; None if the config has no such key. max_position: the model's context length in tokens, or
-    None.
+    None. recommended: sampling parameters by name, as generation_config.json states them.
     """
 
     def __init__(
@@ -80,8 +83,9 @@ class RoleTokenizer:
         self.eos_ids, self.stray_ends = self._find_ends(named.get("eos_token"), generation or {}, inner, config)
         self.bos_ids, self.trailing_ids = self._find_raw_text_ends()
         self.declared_bos, self.declared_eos = (settings.get(f"add_{end}_token") for end in ("bos", "eos"))
-        source = template or _template_of(settings)
-        self._template = ChatTemplate(source, named) if source else None
+        stated = generation or {}
+        self.recommended = {name: stated[name] for name in _RECOMMENDED if stated.get(name) is not None}
+        self._template = ChatTemplate(template, named) if template else None
 
     @classmethod
     def load(cls, path: str, revision: str | None = None) -> RoleTokenizer:
@@ -101,10 +105,9 @@ class RoleTokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             raise TokenizerError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
         settings = {**_json(folder / "special_tokens_map.json"), **_present(_json(folder / "tokenizer_config.json"))}
-        jinja = folder / "chat_template.jinja"
-        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else None
         generation = _json(folder / "generation_config.json")
         try:
+            template = template_files.find_template(folder, settings, _json(folder / template_files.OLDER))
             return cls(tokenizer, settings, _json(folder / "config.json"), generation, template)
         except ChatTemplateError as error:
             raise TokenizerError(f"{path}: {error}") from error
@@ -121,11 +124,15 @@ class RoleTokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of `text`. special: with the tokens that the tokenizer puts around raw text, such as a BOS."""
-        try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
-        except TypeError:  # the library's error for a str that is not UTF-8
-            raise TokenizerError("the text holds half of a surrogate pair, which is no character") from None
-        return ids
+        return _encode(self._tokenizer, text, special)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of `text` after other text: without the space that SentencePiece puts before a text's beginning."""
+        return _encode(self._continuing, text, False)
+
+    @cached_property
+    def _continuing(self) -> Tokenizer:
+        return without_first_space(self._tokenizer)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
@@ -169,6 +176,12 @@ class RoleTokenizer:
         if id_ < len(texts) and (text := texts[id_]) is not None:
             return text
         return self.decode([id_], skip_special=False).encode() if self.is_token(id_) else b""
+
+    def ids_with_byte(self, byte: int) -> list[int]:
+        """The ids of tokens whose text has this byte."""
+        texts = self._token_texts or [self.token_bytes(id_) for id_ in range(self.width)]
+        found = [id_ for id_, text in enumerate(texts) if text is not None and byte in text]
+        return found + [id_ for id_ in self.added_tokens.values() if byte in self.token_bytes(id_)]
 
     @cached_property
     def _token_texts(self) -> Sequence[bytes | None]:
@@ -251,6 +264,14 @@ class TextStream:
         return self._tokenizer.decode(held, skip_special=False)  # a bad byte changed the text of the bytes before it
 
 
+def _encode(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special).ids
+    except TypeError:  # the library's error for a str that is not UTF-8
+        raise TokenizerError("the text holds half of a surrogate pair, which is no character") from None
+    return ids
+
+
 def _folder(path: str, revision: str | None) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
@@ -310,10 +331,3 @@ def _declare_added(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != id_:
             raise TokenizerError(f"tokenizer_config.json gives {token.content!r} the id {id_}, tokenizer.json another")
-
-
-def _template_of(settings: Mapping[str, Any]) -> str | None:
-    template: str | Iterable[Mapping[str, str]] | None = settings.get("chat_template")
-    if template is None or isinstance(template, str):
-        return template
-    return {entry["name"]: entry["template"] for entry in template}.get("default")

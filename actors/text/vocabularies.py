@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from actors.api.generation import Role
 from actors.api.sampling_params import Thinking
+from actors.decoding.closing_tokens import ClosingTokens
 from actors.decoding.cross_vocab.translators import Alignment
 from actors.decoding.session import ForcedTextIds, SessionVocabulary
 from actors.decoding.vocabulary import (
@@ -35,7 +36,10 @@ def small_maps(tokenizers: Mapping[Role, RoleTokenizer]) -> dict[Role, Vocabular
     target, small = tokenizers["target"], [role for role in tokenizers if role != "target"]
     try:
         ours = vocabulary_of(target)
-        return {role: map_vocabulary(ours, vocabulary_of(tokenizers[role]), tokenizers[role].encode) for role in small}
+        return {
+            role: map_vocabulary(ours, vocabulary_of(tokenizers[role]), tokenizers[role].encode_continuation)
+            for role in small
+        }
     except VocabularyError:
         return {role: align(target, tokenizers[role]) for role in small}
 
@@ -56,6 +60,7 @@ class VocabularyRegistry:
         self.aligned = any(isinstance(mapping, Alignment) for mapping in self._small.values())  # of another family
         self.vocabulary = lru_cache(maxsize=256)(self._vocabulary)
         self.required = lru_cache(maxsize=256)(self._required)
+        self._closing_tokens = lru_cache(maxsize=64)(self._find_closing_tokens)
 
     def map(self, primary: Role, role: Role) -> VocabularyMap | Alignment:
         """The map from `primary` to `role`."""
@@ -114,14 +119,15 @@ class VocabularyRegistry:
         folds = dict(mapping.folds)
         if end and primary != role:
             vocabularies = self._vocabularies[primary], self._vocabularies[role]
-            folds |= marker_fold(*vocabularies, mapping, end, self._tokenizers[primary].encode)
+            folds |= marker_fold(*vocabularies, mapping, end, self._tokenizers[primary].encode_continuation)
         return required_logits(folds, mapping, forced)
 
     def _vocabulary(self, primary: Role, roles: tuple[Role, ...], thinking: Thinking) -> SessionVocabulary:
         """The vocabularies of sessions with these roles."""
         forced_texts = {
             role: ForcedTextIds(
-                tuple(self._tokenizers[role].encode(thinking.end)), tuple(self._tokenizers[role].encode(thinking.wait))
+                tuple(self._tokenizers[role].encode_continuation(thinking.end)),
+                tuple(self._tokenizers[role].encode_continuation(thinking.wait)),
             )
             for role in roles
         }
@@ -132,4 +138,11 @@ class VocabularyRegistry:
             eos_ids=tokenizer.eos_ids,
             added=frozenset(tokenizer.added_tokens.values()),
             text=tokenizer.stream,
+            closing_tokens=self._closing_tokens(primary, thinking.end)
+            if thinking.start and thinking.min_tokens
+            else None,
         )
+
+    def _find_closing_tokens(self, primary: Role, end: str) -> ClosingTokens:
+        tokenizer = self._tokenizers[primary]
+        return ClosingTokens(end, tokenizer.ids_with_byte(end.encode()[-1]), tokenizer.token_bytes)

@@ -3,13 +3,16 @@ from typing import Any
 import pytest
 
 from actors.api.generation import ROLES
+from actors.api.sampling_params import Thinking
 from router.backend import BadRequest
-from router.chat import chat_prompts, open_thinking, text_prompts, token_prompts
+from router.chat import chat_prompt, text_prompt, token_prompt
+from router.prompt_thinking import ThinkingState
 from router.schema import ChatRequest, parse
 from tests.support.scripted_service import tokenizers
 from tests.support.tokenizers import TEMPLATE, byte_level, role_tokenizer
 
 TOKENIZERS = tokenizers()
+PLAIN, THINK = Thinking(), Thinking(start="<think>")
 
 
 def request(*messages: dict[str, Any], **more: Any) -> ChatRequest:
@@ -25,7 +28,7 @@ def texts(prompts: Any) -> dict[str, str]:
 
 
 def test_special_tokens_match_by_role_and_never_by_id() -> None:
-    prompts = chat_prompts(request(user()), ROLES, TOKENIZERS, "<think>\n")
+    prompts = chat_prompt(request(user()), ROLES, TOKENIZERS, Thinking(start="<think>\n")).ids
     for role in ROLES:
         added = TOKENIZERS[role].added_tokens
         assert prompts[role][0] == added["<|turn|>"]
@@ -34,43 +37,43 @@ def test_special_tokens_match_by_role_and_never_by_id() -> None:
 
 
 def test_a_role_reads_an_unknown_mark_as_text() -> None:
-    prompts = chat_prompts(request(user()), ROLES, TOKENIZERS, "<think>")
+    prompts = chat_prompt(request(user()), ROLES, TOKENIZERS, THINK).ids
     assert prompts["target"][-1] == TOKENIZERS["target"].added_tokens["<think>"]
     assert prompts["guider_base"][-1] in TOKENIZERS["guider_base"].text_tokens.values()
 
 
 def test_each_role_renders_with_its_own_template() -> None:
     own = {**TOKENIZERS, "guider": role_tokenizer(template="{{ messages[0].content }} ->")}
-    prompts = chat_prompts(request(user("Ada")), ROLES, own, "")
+    prompts = chat_prompt(request(user("Ada")), ROLES, own, PLAIN).ids
     assert own["guider"].decode(prompts["guider"]) == "Ada ->"
     assert own["target"].decode(prompts["target"]).endswith("assistant\n")
 
 
-def test_thinking_is_opened_once_even_if_the_template_opens_it() -> None:
+def test_thinking_that_the_template_opens_is_left_as_it_is() -> None:
     own = {**TOKENIZERS, "guider": role_tokenizer(template=TEMPLATE + "{{ '<think>\\n' }}")}
-    prompts = chat_prompts(request(user()), ROLES, own, "<think>")
-    assert own["guider"].decode(prompts["guider"]) == own["target"].decode(prompts["target"])
-    assert open_thinking("a <think>\n", "<think>\n") == "a <think>\n"
-    assert open_thinking("a <think>", "") == "a <think>"
+    prompt = chat_prompt(request(user()), ROLES, own, THINK)
+    assert own["guider"].decode(prompt.ids["guider"]).endswith("assistant\n<think>\n")
+    assert own["target"].decode(prompt.ids["target"]).endswith("assistant\n<think>")
+    assert prompt.state is ThinkingState.OPEN
 
 
 def test_text_parts_are_joined_and_developer_becomes_system() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     message = {"role": "developer", "content": parts}
-    text = texts(chat_prompts(request(message, user()), ROLES, TOKENIZERS, ""))["target"]
+    text = texts(chat_prompt(request(message, user()), ROLES, TOKENIZERS, PLAIN).ids)["target"]
     assert text.startswith("<|turn|>system\none\ntwo<|end|>")
 
 
 def test_chat_template_kwargs_reach_the_template() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(template="{{ colour }}")}
-    prompts = chat_prompts(request(user(), chat_template_kwargs={"colour": "red"}), ["target"], own, "")
+    prompts = chat_prompt(request(user(), chat_template_kwargs={"colour": "red"}), ["target"], own, PLAIN).ids
     assert own["target"].decode(prompts["target"]) == "red"
 
 
 def test_a_template_error_is_a_bad_request_for_messages() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(template="{{ raise_exception('roles must alternate') }}")}
     with pytest.raises(BadRequest, match="roles must alternate") as caught:
-        chat_prompts(request(user()), ["target"], own, "")
+        chat_prompt(request(user()), ["target"], own, PLAIN).ids
     assert caught.value.param == "messages"
 
 
@@ -85,33 +88,33 @@ def test_tool_calls_and_results_reach_the_template() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(template=CALLED)}
     answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "tool_call_id": "1", "content": "Eve"}
-    prompts = chat_prompts(request(user(), answer, result), ["target"], own, "")
+    prompts = chat_prompt(request(user(), answer, result), ["target"], own, PLAIN).ids
     assert own["target"].decode(prompts["target"]) == "user:Hi;assistant:Ada;tool:Eve;"
 
 
 def test_tool_arguments_that_are_not_json_are_refused() -> None:
     call = CALL | {"function": {"name": "find", "arguments": "{"}}
     with pytest.raises(BadRequest, match="must be JSON"):
-        chat_prompts(request(user(), {"role": "assistant", "tool_calls": [call]}), ["target"], TOKENIZERS, "")
+        chat_prompt(request(user(), {"role": "assistant", "tool_calls": [call]}), ["target"], TOKENIZERS, PLAIN).ids
 
 
 def test_add_special_tokens_controls_the_bos() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(byte_level(bos="<|begin|>"))}
     for special in (True, False):
-        chat = chat_prompts(request(user(), add_special_tokens=special), ["target"], own, "")["target"]
-        text = text_prompts("Hi", ["target"], own, special=special)["target"]
+        chat = chat_prompt(request(user(), add_special_tokens=special), ["target"], own, PLAIN).ids["target"]
+        text = text_prompt("Hi", ["target"], own, special=special).ids["target"]
         assert [ids[0] == own["target"].bos_ids[0] for ids in (chat, text)] == [special] * 2
 
 
 def test_a_completion_gives_every_role_the_same_text() -> None:
-    prompts = text_prompts("Ada <|end|>", ROLES, TOKENIZERS)
+    prompts = text_prompt("Ada <|end|>", ROLES, TOKENIZERS).ids
     assert set(texts(prompts).values()) == {"Ada <|end|>"}
     assert prompts["target"][-1] == TOKENIZERS["target"].added_tokens["<|end|>"]
 
 
 def test_other_roles_read_the_text_of_prompt_token_ids() -> None:
     ids = TOKENIZERS["target"].encode("Ada<think>")
-    prompts = token_prompts(ids, "target", ROLES, TOKENIZERS)
+    prompts = token_prompt(ids, "target", ROLES, TOKENIZERS).ids
     assert prompts["target"] == ids
     assert prompts["guider"] == TOKENIZERS["guider"].encode("Ada<think>")
     assert set(texts(prompts).values()) == {"Ada<think>"}
@@ -124,7 +127,7 @@ def test_a_bos_of_the_primary_becomes_each_roles_own_bos() -> None:
         "guider_base": role_tokenizer(),
     }
     ids = own["target"].encode("Ada", special=True)
-    prompts = token_prompts(ids, "target", ROLES, own)  # type: ignore[arg-type]
+    prompts = token_prompt(ids, "target", ROLES, own).ids  # type: ignore[arg-type]
     assert prompts["guider"] == own["guider"].encode("Ada", special=True)
     assert prompts["guider_base"] == own["guider_base"].encode("Ada")
 
@@ -132,4 +135,4 @@ def test_a_bos_of_the_primary_becomes_each_roles_own_bos() -> None:
 @pytest.mark.parametrize("id_", [-1, 10**6])
 def test_an_id_outside_the_vocabulary_is_refused(id_: int) -> None:
     with pytest.raises(BadRequest, match=f"token id {id_}"):
-        token_prompts([1, id_], "target", ROLES, TOKENIZERS)
+        token_prompt([1, id_], "target", ROLES, TOKENIZERS)

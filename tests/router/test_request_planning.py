@@ -165,13 +165,13 @@ def test_choices_of_several_prompts_are_numbered_prompt_by_prompt() -> None:
 
 def test_bad_words_are_encoded_once_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     spelled: list[str] = []
-    encode = RoleTokenizer.encode
+    encode = RoleTokenizer.encode_continuation
 
-    def noting(tokenizer: RoleTokenizer, text: str, **how: Any) -> list[int]:
+    def noting(tokenizer: RoleTokenizer, text: str) -> list[int]:
         spelled.append(text)
-        return encode(tokenizer, text, **how)
+        return encode(tokenizer, text)
 
-    monkeypatch.setattr(RoleTokenizer, "encode", noting)
+    monkeypatch.setattr(RoleTokenizer, "encode_continuation", noting)
     completion(prompt=["Ada", "Bob", "Eve"], n=2, bad_words=["zebra"])
     assert [text for text in spelled if "zebra" in text] == ["zebra", " zebra"]
 
