@@ -74,9 +74,11 @@ def _within(name: str, value: float, low: float, high: float, above: bool = Fals
 class Thinking:
     """Markers and limits of an answer's thinking.
 
-    start: text appended to every role's prompt; with "" all text is content. end: text that ends the thinking.
+    start: text appended to every role's prompt, unless the chat template has opened or closed the thinking itself; with
+    "" all text is content. end: text that ends the thinking.
     max_tokens: after so many thinking tokens `end` is forced. min_tokens: before so many thinking tokens an end token
-    is replaced by `wait` (budget forcing, arXiv 2501.19393), and so is `end` if it is one token of the primary.
+    is replaced by `wait` (budget forcing, arXiv 2501.19393), and so is `end` if it is one token of the primary. If it
+    is several, the token that would complete it cannot be chosen.
     """
 
     start: str = ""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
 from actors.decoding.answer import AnswerText, VisibleText
+from actors.decoding.closing_tokens import ClosingTokens
 from actors.decoding.cross_vocab.translators import Alignment, translator_for
 from actors.decoding.penalties import adjust, changes_rows, lifted_ids
 from actors.decoding.stream import Stream
@@ -45,6 +46,7 @@ class SessionVocabulary:
     eos_ids: tuple[int, ...]  # of the primary; the first represents all of them
     added: frozenset[int]  # the primary's added tokens
     text: Callable[[Sequence[int], bool], TextStream]  # decodes what follows these ids; True skips special tokens
+    closing_tokens: ClosingTokens | None = None  # of thinking.end, if the thinking has a minimum
 
 
 class Session:
@@ -72,6 +74,7 @@ class Session:
         end = vocabulary.forced_texts[request.primary].end
         self._end_seen, self._tail = False, ""  # True once thinking.end was emitted, even if no thinking was open
         self._end_token = end[0] if len(end) == 1 and end[0] in vocabulary.added else None
+        self._tail_bytes = b""  # the newest bytes of the answer, for `vocabulary.closing_tokens`
 
     @property
     def primary(self) -> Stream:
@@ -91,19 +94,24 @@ class Session:
     @property
     def history_free(self) -> bool:
         """True if the next choices depend on no earlier token but through the models."""
-        return self.generated >= self.request.sampling.min_tokens and not changes_rows(self.request.sampling)
+        early = self.generated < self.request.sampling.min_tokens or self._thinking_is_too_short()
+        return not early and not changes_rows(self.request.sampling)
 
     def required_ids(self) -> set[int]:
         """Ids of the primary whose exact logits the next row needs besides the folded events."""
         return lifted_ids(self.request.sampling, self.prompt, self.output)
 
     def adjust(self, ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
-        """Apply bias, penalties and bans to the next row in place. Before min_tokens all end ids are banned."""
+        """Apply bias, penalties and bans to the next row in place.
+
+        Before min_tokens all end ids are banned, before thinking.min_tokens the ids that complete thinking.end as text.
+        """
         sampling = self.request.sampling
         early = self.generated < sampling.min_tokens
-        if early or changes_rows(sampling):
-            banned = (*self.vocabulary.eos_ids[:1], *sampling.stop_token_ids) if early else ()
-            adjust(ids, logits, sampling, self.prompt, self.output, (*banned, *self._ends_of_bad_words()))
+        banned = [*self.vocabulary.eos_ids[:1], *sampling.stop_token_ids] if early else []
+        banned += [*self._ends_of_bad_words(), *self._ends_of_short_thinking()]
+        if banned or changes_rows(sampling):
+            adjust(ids, logits, sampling, self.prompt, self.output, banned)
 
     def commit(
         self, token: int, alpha: float, changed: bool, drafted: bool = False, scores: Scores | None = None
@@ -196,9 +204,19 @@ class Session:
             if len(word) - 1 <= self.generated and tuple(tokens[max(begun, len(tokens) - len(word) + 1) :]) == word[:-1]
         ]
 
+    def _ends_of_short_thinking(self) -> set[int]:
+        """Ids that would end the thinking as text before its minimum. Its own token is not among them: `commit`
+        replaces it."""
+        closing = self.vocabulary.closing_tokens
+        if closing is None or not self._thinking_is_too_short():
+            return set()
+        return closing.after(self._tail_bytes) - {self._end_token}
+
+    def _thinking_is_too_short(self) -> bool:
+        return self._answer.thinking and self.reasoning_tokens < self.request.thinking.min_tokens
+
     def _ends_thinking_too_early(self, token: int) -> bool:
-        early = self._answer.thinking and self.reasoning_tokens < self.request.thinking.min_tokens
-        return early and (token in self.vocabulary.eos_ids or token == self._end_token)
+        return self._thinking_is_too_short() and (token in self.vocabulary.eos_ids or token == self._end_token)
 
     def _thinking_is_over_limit(self) -> bool:
         limit = self.request.thinking.max_tokens
@@ -225,6 +243,8 @@ class Session:
             self.reasoning_tokens += self._answer.thinking
             self._last_run = (token, self._last_run[1] + 1 if token == self._last_run[0] else 1)
             text = self._text.push(token)
+            if self.vocabulary.closing_tokens is not None:
+                self._tail_bytes = self.vocabulary.closing_tokens.extend(self._tail_bytes, token)
             self._watch_for_thinking_end(token, text)
             taken.append((token, text))
             shown = shown + self._visible_text(token, text)

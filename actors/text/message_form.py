@@ -18,7 +18,7 @@ Message = Mapping[str, Any]
 TryRender = Callable[[list[dict[str, Any]]], str | None]  # the text of a conversation; None if the template refuses it
 
 _FIRST, _SECOND = "alphaword", "omegaword"  # words that no template has of its own
-_DUMPED = re.compile(rf"""["']text["']: ["'](?:{_FIRST}|{_SECOND})""")  # a part printed as data
+_DUMPED = re.compile(rf"""["']text["']:\s*["'](?:{_FIRST}|{_SECOND})""")  # a part printed as data
 _CALL_ID = "call00001"  # nine characters, which Mistral's templates require
 
 
@@ -58,11 +58,10 @@ class MessageForm:
         """A message of the OpenAI API in the template's form. Its tool calls have their arguments as JSON text."""
         role = self.roles.get(message["role"], message["role"])
         shaped = {**message, "role": role}
-        if message.get("content") is not None:
+        keeps_null = self.null_content and message.get("tool_calls")
+        if message.get("content") is not None or not keeps_null:
             contents = self.contents.get(role) or self.contents.get("user") or ContentForm()
-            shaped["content"] = contents.shape(message["content"])
-        elif not (self.null_content and message.get("tool_calls")):
-            shaped["content"] = ""
+            shaped["content"] = contents.shape(message.get("content") or "")
         if message.get("tool_calls"):
             shaped["tool_calls"] = [self._shape_call(call) for call in message["tool_calls"]]
         return shaped
@@ -78,22 +77,18 @@ def find_form(source: str, render: TryRender) -> MessageForm:
     """The form that a template reads. source: its text."""
     user = _content_form(render, lambda content: [{"role": "user", "content": content}])
     question = {"role": "user", "content": user.shape("question")}
-    null_content, arguments_as_text = _tool_call_form(render, question)
-    call = _call(arguments_as_text, None if null_content else "")
-    before: dict[str, list[dict[str, Any]]] = {
-        "system": [],
-        "developer": [],
-        "assistant": [question],
-        "tool": [question, call],
-        "function": [question, call],
-    }
     contents = {"user": user}
-    for role, earlier in before.items():
-        message = {"role": role} | ({"tool_call_id": _CALL_ID, "name": "find"} if call in earlier else {})
-        after = [] if call in earlier else [question]
+    for role in ("system", "developer", "assistant"):
+        before = [question] if role == "assistant" else []
         contents[role] = _content_form(
-            render, lambda content, m=message, e=earlier, a=after: [*e, m | {"content": content}, *a]
+            render, lambda content, r=role, b=before: [*b, {"role": r, "content": content}, question]
         )
+    empty = contents["assistant"].shape("")
+    null_content, arguments_as_text = _tool_call_form(render, question, empty)
+    call = _call(arguments_as_text, None if null_content else empty)
+    for role in ("tool", "function"):
+        result = {"role": role, "tool_call_id": _CALL_ID, "name": "find"}
+        contents[role] = _content_form(render, lambda content, r=result: [question, call, r | {"content": content}])
     roles = {}
     if "developer" not in source:
         roles["developer"] = "system"  # OpenAI's newer name for it
@@ -118,9 +113,9 @@ def _shows(text: str | None, *words: str) -> bool:
     return text is not None and all(word in text for word in words) and not _DUMPED.search(text)
 
 
-def _tool_call_form(render: TryRender, question: dict[str, Any]) -> tuple[bool, bool]:
-    """(null content is read, arguments are read as text), both as the template shows them."""
-    plain = [render([question, _call(as_text, "")]) for as_text in (False, True)]
+def _tool_call_form(render: TryRender, question: dict[str, Any], empty: Any) -> tuple[bool, bool]:
+    """(null content is read, arguments are read as text), as the template shows them. empty: content without text."""
+    plain = [render([question, _call(as_text, empty)]) for as_text in (False, True)]
     null = [render([question, _call(as_text, None)]) for as_text in (False, True)]
     printed = [  # null that the template writes as the word "None" is not read
         with_null is not None and with_null.count("None") > (with_text or "").count("None")
@@ -138,7 +133,7 @@ def _shows_arguments(text: str) -> bool:
     return _FIRST in text and _SECOND in text and f"'{_FIRST}'" not in text and f'\\"{_FIRST}' not in text
 
 
-def _call(as_text: bool, content: str | None) -> dict[str, Any]:
+def _call(as_text: bool, content: Any) -> dict[str, Any]:
     arguments: Any = {_FIRST: _SECOND}
     function = {"name": "find", "arguments": json.dumps(arguments) if as_text else arguments}
     call = {"id": _CALL_ID, "type": "function", "function": function}

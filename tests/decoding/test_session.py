@@ -11,6 +11,7 @@ import pytest
 from actors.api.generation import Delta, Generate, Role, Scores
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
+from actors.decoding.closing_tokens import ClosingTokens
 from actors.decoding.hashing import extend_hashes
 from actors.decoding.session import ForcedTextIds, Session, SessionVocabulary
 from actors.decoding.stream import Stream
@@ -74,6 +75,7 @@ class Setting:
             lambda after, skip: Letters(
                 texts if skip else texts | {i: t for t, i in self.target.added.items()}, self.late
             ),
+            ClosingTokens(thinking.end, texts, lambda i: texts[i].encode()) if thinking.min_tokens else None,
         )
         prompts = {role: adapter(v)("ab") for role, v in vocabularies.items()}
         request = Generate("r", "target", prompts, sampling or Sampling(), guidance or Guidance(), thinking, 1, explain)
@@ -376,6 +378,45 @@ def test_an_early_end_of_the_thinking_becomes_wait(early: int) -> None:
     feed(session, [42])
     assert not session.finish_reason
     assert feed(session, [LETTER["c"]]).content == "c"
+
+
+def banned(session: Session) -> set[int]:
+    """The target's ids that the next row excludes."""
+    ids, logits = np.arange(60), np.zeros(60)
+    session.adjust(ids, logits)
+    return {int(i) for i in ids[np.isneginf(logits)]}
+
+
+def test_the_token_that_completes_an_early_end_is_banned() -> None:
+    session = TEXT_TARGET.session(thinking=Thinking("<think>", END, min_tokens=12, wait="bad"))
+    for before in END:
+        assert (before == ">") == bool(banned(session)), "only the last letter completes the end"
+        assert not session.history_free
+        if before != ">":
+            feed(session, before)
+    assert banned(session) == {LETTER[">"]}
+    assert banned(session) == {LETTER[">"]}, "asking changes nothing"
+    feed(session, "a")
+    assert banned(session) == set()
+    feed(session, "bab")
+    assert session.reasoning_tokens == 11
+    feed(session, END[:-1])
+    assert banned(session) == set(), "enough was thought"
+    assert session.history_free
+    assert feed(session, ">a").content == "a"
+
+
+def test_an_end_of_one_token_is_replaced_and_not_banned() -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, min_tokens=9, wait="bad"))
+    assert banned(session) == set()
+    feed(session, END[:-1])
+    assert banned(session) == {LETTER[">"]}, "the same end as text"
+
+
+def test_nothing_is_banned_without_a_minimum_of_thinking() -> None:
+    session = TEXT_TARGET.session(thinking=THINK)
+    feed(session, END[:-1])
+    assert (banned(session), session.history_free) == (set(), True)
 
 
 def test_the_end_after_enough_thinking_stands() -> None:

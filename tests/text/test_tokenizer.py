@@ -1,12 +1,14 @@
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from tests.support.tokenizers import MARKS, TEMPLATE, byte_level, role_tokenizer, save, sentence_piece
@@ -243,3 +245,86 @@ def test_a_hub_model_that_cannot_be_fetched_names_the_command(tmp_path: Path) ->
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, timeout=60)
     assert "hf download somebody/some-model --revision main" in run.stdout, run.stderr
+
+
+FIRST_SPACES = {
+    "prepended": sentence_piece,
+    "metaspace": lambda: spaced(pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "metaspace-always": lambda: spaced(pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")])),
+    "byte-level": lambda: spaced(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "none": byte_level,
+}
+
+
+def spaced(step: Any) -> Tokenizer:
+    """A vocabulary of single characters whose pre-tokenizer puts a space before a text."""
+    byte = isinstance(step, pre_tokenizers.ByteLevel)
+    letters = [*(sorted(pre_tokenizers.ByteLevel.alphabet()) if byte else map(chr, range(33, 127))), "▁", "<s>"]
+    own = Tokenizer(models.BPE({letter: i for i, letter in enumerate(dict.fromkeys(letters))}, []))
+    own.pre_tokenizer = step
+    own.decoder = decoders.ByteLevel() if byte else decoders.Metaspace()
+    own.add_tokens([AddedToken("</think>", normalized=False)])
+    return own
+
+
+@pytest.mark.parametrize("build", FIRST_SPACES.values(), ids=FIRST_SPACES)
+@pytest.mark.parametrize("text", ["Wait", "</think>", " is", "a</think>b"])
+def test_a_continuation_has_no_space_before_it(build: Any, text: str) -> None:
+    own = role_tokenizer(build())
+    before = own.encode("Ada")
+    assert own.decode(before + own.encode_continuation(text), skip_special=False) == own.decode(before) + text
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"default": TEMPLATE, "tool_use": "no"},
+        {"tool_use": TEMPLATE},
+        [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}],
+        [{"name": "chat", "template": TEMPLATE}],
+        [{"template": TEMPLATE}],
+        [{"template": "no"}, {"name": "default", "template": TEMPLATE}],
+        [TEMPLATE],
+        {"template": TEMPLATE},
+        {"name": "default", "template": TEMPLATE},
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer_config", "processor"])
+def test_a_template_is_found_in_each_form(tmp_path: Path, declared: Any, file: str) -> None:
+    folder = save(
+        tmp_path, byte_level(), config={}, **({file: {"chat_template": declared}} if file != "processor" else {})
+    )
+    if file == "processor":
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": declared}))
+    assert RoleTokenizer.load(str(folder)).render([{"role": "user", "content": "Hi"}]).startswith("<|turn|>user")
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ({"tool_use": "a", "rag": "b"}, "2 templates (tool_use, rag)"),
+        ([{"template": "a"}, {"template": "b"}], "2 templates (no names)"),
+        ([{"name": "default"}], "NoneType"),
+        ({"default": None}, "NoneType"),
+        (7, "int"),
+    ],
+)
+def test_a_template_in_another_form_is_refused_with_a_remedy(tmp_path: Path, declared: Any, words: str) -> None:
+    with pytest.raises(TokenizerError, match=re.escape(words)) as refused:
+        loaded(tmp_path, tokenizer_config={"chat_template": declared})
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_named_templates_may_lie_in_a_folder(tmp_path: Path) -> None:
+    folder = save(tmp_path, byte_level(), config={}, tokenizer_config={"chat_template": "no"})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert RoleTokenizer.load(str(folder)).render([{"role": "user", "content": "Hi"}]) == "tools"
+    (folder / "chat_template.jinja").write_text("chat")
+    assert RoleTokenizer.load(str(folder)).render([{"role": "user", "content": "Hi"}]) == "chat"
+
+
+def test_a_checkpoints_recommended_sampling_is_read(tmp_path: Path) -> None:
+    stated = {"temperature": 0.6, "top_p": 0.95, "top_k": None, "do_sample": True, "max_new_tokens": 5}
+    assert loaded(tmp_path, generation_config=stated).recommended == {"temperature": 0.6, "top_p": 0.95}
+    assert role_tokenizer().recommended == {}

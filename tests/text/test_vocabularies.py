@@ -109,6 +109,29 @@ def test_forced_texts_are_encoded_in_each_roles_own_ids() -> None:
     assert vocabulary.added == frozenset(plain().added_tokens.values())
 
 
+@pytest.mark.parametrize("text", ["</think>", "Wait", "Ada is Bob", "\n</think>", "so"])
+def test_a_forced_text_continues_the_text_before(text: str) -> None:
+    own = role_tokenizer(sentence_piece(), bos_token="<s>", eos_token="</s>")
+    ids = (
+        vocabularies(own, own).vocabulary("target", ROLES, Thinking("<think>", text, wait=text)).forced_texts["target"]
+    )
+    before = own.encode("The mentor")
+    assert own.decode([*before, *ids.end]) == own.decode([*before, *ids.wait]) == "The mentor" + text
+
+
+def test_the_tokens_that_complete_the_end_are_known_with_a_minimum() -> None:
+    built = vocabularies()
+    assert built.vocabulary("target", ROLES, Thinking("<think>", END)).closing_tokens is None
+    assert built.vocabulary("target", ROLES, Thinking("", END, min_tokens=3)).closing_tokens is None
+    closing = built.vocabulary("target", ROLES, Thinking("<think>", END, min_tokens=3)).closing_tokens
+    assert closing is not None
+    assert {plain().text_tokens[">"]} == closing.after(b"so </think")
+    assert closing.after(b"so") == set()
+    own = vocabularies(thinks(), thinks()).vocabulary("target", ROLES, Thinking("<think>", END, min_tokens=3))
+    assert own.closing_tokens is not None
+    assert own.closing_tokens.after(b"") == {thinks().added_tokens[END]}
+
+
 def test_a_small_role_alone_needs_no_other_vocabulary() -> None:
     vocabulary = vocabularies().vocabulary("guider", ("guider",), Thinking())
     assert (vocabulary.maps, set(vocabulary.forced_texts)) == ({}, {"guider"})

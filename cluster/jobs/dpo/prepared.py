@@ -71,7 +71,7 @@ def _pairs(rows: Any, tokenizers: Mapping[Role, RoleTokenizer], training: Traini
             continue
         prompts = {role: tokenizer.encode(_text(row, column("prompt", role))) for role, tokenizer in tokenizers.items()}
         ends = {side: list(guider.eos_ids[:1]) if row.get(f"{side}_finished", True) else [] for side in SIDES}
-        yield PairIds(prompts, {side: guider.encode(_text(row, side)) + ends[side] for side in SIDES})
+        yield PairIds(prompts, {side: guider.encode_continuation(_text(row, side)) + ends[side] for side in SIDES})
 
 
 def _split(dataset: Any, split: Split) -> Any:
