@@ -39,10 +39,10 @@ class TokenFormatter:
             content.append(self._entry(note.id, logprob) | {"top_logprobs": listed})
         return {"content": content}
 
-    def completion(self, notes: Sequence[Note], top: int, offset: int) -> Json:
+    def completion(self, notes: Sequence[Note], top: int, offsets: TextOffsets) -> Json:
         """`logprobs` of a completion's choice, of its prompt too if `notes` begin there.
 
-        offset: characters of the choice's earlier tokens. As in OpenAI's API, a token that is not among its `top`
+        offsets: has counted the choice's earlier tokens. As in OpenAI's API, a token that is not among its `top`
         candidates is listed in addition.
         """
         body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -51,17 +51,12 @@ class TokenFormatter:
             body["tokens"].append(self.name(note.id))
             body["token_logprobs"].append(_finite(listed[0][1]) if listed else None)
             body["top_logprobs"].append(self._by_name(listed) if listed else None)
-            body["text_offset"].append(offset)
-            offset += len(self.text(note.id))
+            body["text_offset"].append(offsets.next(note))
         return body
 
     def prompt(self, notes: Sequence[PromptNote], top: int) -> list[Json | None]:
         """vLLM's `prompt_logprobs`: per token, its own and its `top` candidates' entries by id; null for the first."""
         return [self._ranked_candidates(note, top) for note in notes]
-
-    def length(self, notes: Sequence[Note]) -> int:
-        """Characters in the text of these tokens."""
-        return sum(len(self.text(note.id)) for note in notes)
 
     def explain(self, note: TokenNote) -> Json:
         """The effect of guidance on a token; scores and candidates are empty for a forced token."""
@@ -99,6 +94,29 @@ class TokenFormatter:
 
     def _entry(self, id_: int, logprob: float) -> Json:
         return {"token": self.name(id_), "logprob": _finite(logprob), "bytes": [*self.tokenizer.token_bytes(id_)]}
+
+
+class TextOffsets:
+    """Counts the characters of one choice's text, token by token.
+
+    A token that ends within a character has no text yet: the character counts for the token that completes it.
+    """
+
+    def __init__(self, tokenizer: RoleTokenizer, echo: str = "") -> None:
+        """echo: the prompt's text if the choice's text begins with it."""
+        self._tokenizer, self._echo, self._characters = tokenizer, echo, 0
+        self._prompt = tokenizer.stream(skip_special=False)
+
+    def next(self, note: Note) -> int:
+        """Where the next token begins, in characters."""
+        offset = self._characters
+        self._characters += len(note.text if isinstance(note, TokenNote) else self._prompt_text(note))
+        return offset
+
+    def _prompt_text(self, note: PromptNote) -> str:
+        text = self._prompt.push(note.id)
+        hidden = note.id in self._tokenizer.bos_ids and not self._characters and not self._echo.startswith(text)
+        return "" if hidden else text
 
 
 def _logprob_and_candidates(note: TokenNote) -> tuple[float, Candidates]:

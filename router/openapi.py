@@ -114,12 +114,12 @@ class Choice(BaseModel):
 
 
 class Message(BaseModel):
-    """The answer. reasoning: the thinking, under both of its usual names."""
+    """The answer. reasoning: the thinking, under both of its usual names; absent without thinking."""
 
     role: Literal["assistant"]
     content: str
-    reasoning: str | None
-    reasoning_content: str | None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class MessagePart(BaseModel):

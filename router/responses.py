@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from actors.api.generation import Delta, Finished, Usage
-from router.logprobs import Note, TokenFormatter
+from router.logprobs import Note, TextOffsets, TokenFormatter
 
 Json = dict[str, Any]
 
@@ -54,18 +54,24 @@ class BodyFormat(ABC):
         whole = self._frame(self.object_type, choices) | self._prompt_logprobs(answers) | {"usage": usage}
         return whole | self._prompt_ids(0, in_choice=False)
 
-    def token_text_length(self, delta: Delta) -> int:
-        """Characters of the tokens that a part of a choice lists."""
-        return self.tokens.length(self._listed_notes(delta))
+    def offsets(self, choice: int) -> TextOffsets:
+        """Counts the characters of a choice's tokens."""
+        return TextOffsets(self.tokens.tokenizer, self.echo[choice] if self.echo else "")
 
-    def chunk(self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offset: int = 0) -> Json:
+    def chunk(
+        self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offsets: TextOffsets | None = None
+    ) -> Json:
         """One event of a stream: the next part of a choice, its end, or both.
 
-        first: True for the choice's first event. offset: characters of its tokens in earlier events.
+        first: True for the choice's first event. offsets: has counted its tokens in earlier events.
         """
         delta = delta or Delta()
         text = self._text(choice, delta, first)
-        body = text | {"index": choice, "logprobs": self._choice_logprobs(delta, offset)} | _finish_fields(end)
+        body = (
+            text
+            | {"index": choice, "logprobs": self._choice_logprobs(delta, offsets or self.offsets(choice))}
+            | _finish_fields(end)
+        )
         body |= self._token_ids(choice, delta, first)
         return self._frame(self.chunk_type, [body | self._explanation(delta)]) | self._prompt_ids(choice, False, first)
 
@@ -84,7 +90,7 @@ class BodyFormat(ABC):
         }
 
     def _whole_choice(self, index: int, answer: CompletedChoice) -> Json:
-        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, 0)}
+        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, self.offsets(index))}
         body |= self._whole_text(index, answer.delta)
         body |= self._token_ids(index, answer.delta, first=True)
         return body | _finish_fields(answer.end) | self._explanation(answer.delta)
@@ -102,17 +108,17 @@ class BodyFormat(ABC):
     def _explanation(self, delta: Delta) -> Json:
         return {"guidance": {"tokens": [self.tokens.explain(note) for note in delta.notes]}} if self.explain else {}
 
-    def _choice_logprobs(self, delta: Delta, offset: int) -> Json | None:
+    def _choice_logprobs(self, delta: Delta, offsets: TextOffsets) -> Json | None:
         if self.logprobs is None or not self._listed_notes(delta):
             return None
-        return self._logprobs(delta, self.logprobs, offset)
+        return self._logprobs(delta, self.logprobs, offsets)
 
     def _listed_notes(self, delta: Delta) -> Sequence[Note]:
         """The tokens of a choice's text, with echo including the prompt's."""
         return [*delta.prompt, *delta.notes] if self.echo else delta.notes
 
     @abstractmethod
-    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
+    def _logprobs(self, delta: Delta, top: int, offsets: TextOffsets) -> Json:
         """Log-probabilities of a choice's tokens."""
 
     @abstractmethod
@@ -134,7 +140,7 @@ class ChatFormat(BodyFormat):
     prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
     prompts_in_choices = False
 
-    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
+    def _logprobs(self, delta: Delta, top: int, offsets: TextOffsets) -> Json:
         return self.tokens.chat(delta.notes, top)
 
     def _prompt_logprobs(self, answers: Sequence[CompletedChoice]) -> Json:
@@ -144,16 +150,12 @@ class ChatFormat(BodyFormat):
 
     def _text(self, choice: int, delta: Delta, first: bool) -> Json:
         message = {"role": "assistant"} if first else {}
-        if delta.reasoning:
-            message |= {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
         if delta.content or first:
             message["content"] = delta.content
-        return {"delta": message}
+        return {"delta": message | _reasoning(delta)}
 
     def _whole_text(self, choice: int, delta: Delta) -> Json:
-        reasoning = delta.reasoning or None
-        message = {"role": "assistant", "content": delta.content}
-        return {"message": message | {"reasoning": reasoning, "reasoning_content": reasoning}}
+        return {"message": {"role": "assistant", "content": delta.content} | _reasoning(delta)}
 
 
 class CompletionFormat(BodyFormat):
@@ -162,8 +164,8 @@ class CompletionFormat(BodyFormat):
     prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
     prompts_in_choices = True
 
-    def _logprobs(self, delta: Delta, top: int, offset: int) -> Json:
-        return self.tokens.completion(self._listed_notes(delta), top, offset)
+    def _logprobs(self, delta: Delta, top: int, offsets: TextOffsets) -> Json:
+        return self.tokens.completion(self._listed_notes(delta), top, offsets)
 
     def _prompt_logprobs(self, answers: Sequence[CompletedChoice]) -> Json:
         return {}  # they are part of each choice
@@ -213,6 +215,11 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
             "acceptance": accepted / drafted if drafted else 0.0,
         },
     }
+
+
+def _reasoning(delta: Delta) -> Json:
+    """The thinking under both of its usual names; absent if there is none, since clients send back what they read."""
+    return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning} if delta.reasoning else {}
 
 
 def _finish_fields(end: Finished | None) -> Json:

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from actors.api.generation import Finished
 from router.backend import ApiError, Backend, DeadlinePassed
+from router.logprobs import TextOffsets
 from router.request_log import CLIENT_CLOSED
 from router.request_planning import Plan
 from router.responses import BodyFormat, plain_usage
@@ -73,7 +74,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        sent: dict[int, int] = {}  # by choice: characters of the tokens
+        offsets: dict[int, TextOffsets] = {}  # by choice that has begun
         ends: dict[int, Finished] = {}
         counts = [0] * len(self._plan.sequences)  # by choice: tokens
         prompts = [len(prompt) for prompt in self._plan.prompts]
@@ -83,9 +84,9 @@ class EventStream(Response):
                 chunks = []
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
-                    offset = sent.get(choice, 0)
-                    chunks.append(self._format.chunk(choice, delta, end, choice not in sent, offset))
-                    sent[choice] = offset + (self._format.token_text_length(delta) if delta else 0)
+                    first = choice not in offsets
+                    counter = offsets.setdefault(choice, self._format.offsets(choice))
+                    chunks.append(self._format.chunk(choice, delta, end, first, counter))
                     counts[choice] += len(delta.tokens) if delta else 0
                     if self._options.include_usage and self._options.continuous_usage_stats:
                         chunks[-1] |= {"usage": plain_usage(prompts[choice], counts[choice])}

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from actors.api.generation import Scores, TokenNote
-from router.logprobs import MIN_LOGPROB, TokenFormatter
+from actors.api.generation import PromptNote, Scores, TokenNote
+from router.logprobs import MIN_LOGPROB, TextOffsets, TokenFormatter
 from tests.router.test_api import CHAT, TEXT, events, post
 from tests.support.scripted_service import ScriptedBackend
-from tests.support.tokenizers import role_tokenizer, sentence_piece
+from tests.support.tokenizers import byte_level, role_tokenizer, sentence_piece
 
 TOKENIZER = role_tokenizer()
 (A,), (E,) = TOKENIZER.encode("a"), TOKENIZER.encode("e")
@@ -19,7 +19,11 @@ CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
 
 def note(id_: int, logprob: float, *guided: tuple[int, float]) -> TokenNote:
-    return TokenNote(id_, "", 1.0, False, scores=Scores(logprob, 0.0, guided))
+    return TokenNote(id_, TOKENIZER.decode([id_]), 1.0, False, scores=Scores(logprob, 0.0, guided))
+
+
+def offsets() -> TextOffsets:
+    return TextOffsets(TOKENIZER)
 
 
 def test_a_chat_token_lists_only_its_top_candidates() -> None:
@@ -36,7 +40,10 @@ def test_a_chat_token_lists_only_its_top_candidates() -> None:
 
 def test_a_completion_token_is_listed_beside_its_top_candidates() -> None:
     notes = [note(A, log(0.25), (E, log(0.5)), (A, log(0.25))), note(E, log(0.5), (E, log(0.5)))]
-    assert TokenFormatter(TOKENIZER).completion(notes, 1, 5) == {
+    counted = offsets()
+    for _ in range(5):
+        counted.next(note(A, 0.0))
+    assert TokenFormatter(TOKENIZER).completion(notes, 1, counted) == {
         "tokens": ["a", "e"],
         "token_logprobs": [log(0.25), log(0.5)],
         "top_logprobs": [{"a": log(0.25), "e": log(0.5)}, {"e": log(0.5)}],
@@ -52,18 +59,20 @@ def test_tokens_can_be_named_by_their_ids() -> None:
         [97],
         f"token_id:{A}",
     )
-    assert tokens.completion([note(A, 0.0)], 0, 0)["top_logprobs"] == [{f"token_id:{A}": 0.0}]
+    assert tokens.completion([note(A, 0.0)], 0, offsets())["top_logprobs"] == [{f"token_id:{A}": 0.0}]
 
 
 def test_a_forced_token_has_log_probability_zero() -> None:
     forced = TokenNote(A, "a", 1.0, False)
     assert TokenFormatter(TOKENIZER).chat([forced], 3)["content"][0]["logprob"] == 0.0
     assert TokenFormatter(TOKENIZER).chat([forced], 3)["content"][0]["top_logprobs"] == []
-    assert TokenFormatter(TOKENIZER).completion([forced], 3, 0)["top_logprobs"] == [{"a": 0.0}]
+    assert TokenFormatter(TOKENIZER).completion([forced], 3, offsets())["top_logprobs"] == [{"a": 0.0}]
 
 
 def test_minus_infinity_becomes_a_json_number() -> None:
-    assert TokenFormatter(TOKENIZER).completion([note(A, -float("inf"))], 0, 0)["token_logprobs"] == [MIN_LOGPROB]
+    assert TokenFormatter(TOKENIZER).completion([note(A, -float("inf"))], 0, offsets())["token_logprobs"] == [
+        MIN_LOGPROB
+    ]
 
 
 def test_token_bytes_join_to_the_text_in_every_kind_of_vocabulary() -> None:
@@ -187,3 +196,31 @@ async def test_prompt_logprobs_have_vllms_form() -> None:
     assert body["prompt_logprobs"][0] is None
     assert len(body["prompt_logprobs"][1]) == 2
     assert "prompt_logprobs" not in (await post(ScriptedBackend(), CHAT_URL, CHAT)).json()
+
+
+@pytest.mark.parametrize("build", [None, sentence_piece], ids=["byte-level", "sentence-piece"])
+@pytest.mark.parametrize("text", ["你好 a", "naïve 👩‍👧 b", " two  spaces", "a<|end|>b"])
+def test_offsets_are_places_in_the_text_also_within_characters(build: Any, text: str) -> None:
+    tokenizer = role_tokenizer(build()) if build else TOKENIZER
+    ids = tokenizer.encode(text)
+    stream, counted = tokenizer.stream(), TextOffsets(tokenizer)
+    pieces = [stream.push(id_) for id_ in ids]
+    found = [counted.next(TokenNote(id_, piece, 1.0, False)) for id_, piece in zip(ids, pieces, strict=True)]
+    assert found == [len("".join(pieces[:i])) for i in range(len(ids))]
+    assert found[-1] <= len(tokenizer.decode(ids))
+
+
+def test_offsets_of_an_echo_count_the_prompts_text_without_its_bos() -> None:
+    tokenizer = role_tokenizer(byte_level(bos="<s>"))
+    ids = tokenizer.encode("你a", special=True)
+    raw, given = TextOffsets(tokenizer, "你a"), TextOffsets(tokenizer, "<s>你a")
+    assert [raw.next(PromptNote(id_, None)) for id_ in ids] == [0, 0, 0, 0, 1]
+    assert [given.next(PromptNote(id_, None)) for id_ in ids] == [0, 3, 3, 3, 4]
+
+
+async def test_offsets_go_on_through_a_stream() -> None:
+    body = TEXT | {"logprobs": 1, "echo": True, "stream": True}
+    streamed = [event["choices"][0] for event in events(await post(ScriptedBackend(), TEXT_URL, body))]
+    offsets = [offset for choice in streamed if choice["logprobs"] for offset in choice["logprobs"]["text_offset"]]
+    assert offsets == (await choice_of(logprobs=1, echo=True))["logprobs"]["text_offset"]
+    assert offsets[:4] == [0, 1, 2, 4]

@@ -45,6 +45,13 @@ def test_thinking_is_returned_under_both_of_its_names() -> None:
     assert delta == {"reasoning": "Hm", "reasoning_content": "Hm"}
 
 
+def test_an_answer_without_thinking_has_no_field_for_it() -> None:
+    shape = ChatFormat("r", "duo", 7, TOKENS)
+    message = shape.body([CompletedChoice(Delta("", "Eve"), END)], 9)["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "Eve"}
+    assert shape.chunk(0, Delta("", "Eve"), None, first=False)["choices"][0]["delta"] == {"content": "Eve"}
+
+
 def test_the_first_chunk_of_a_choice_names_the_role() -> None:
     shape = ChatFormat("r", "duo", 7, TOKENS)
     assert shape.chunk(1, None, END, first=True)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
