@@ -7,9 +7,10 @@ It is frozen and validated once, when it is read. The defaults of its keys are w
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from actors.api.generation import ROLES, Role
 from actors.api.guidance import Guidance
@@ -248,6 +249,17 @@ class Deadlines(_Section):
     request_s: float = Field(3_600, gt=0)  # the request ends with an error, status 504
 
 
+def _sampling_tag(value: Any) -> str:
+    return _CHECKPOINT if isinstance(value, str) else _VALUES
+
+
+_CHECKPOINT, _VALUES = "checkpoint", "values"
+_SamplingOrCheckpoint = Annotated[
+    Annotated[Sampling, Tag(_VALUES)] | Annotated[Literal["checkpoint"], Tag(_CHECKPOINT)],
+    Discriminator(_sampling_tag),
+]
+
+
 class ServiceConfig(_Section):
     """The `args` of `ray_config.yaml`."""
 
@@ -260,12 +272,32 @@ class ServiceConfig(_Section):
     beyond_context: Literal["continue", "stop_guidance", "error"] = "error"
     guidance: Guidance = Guidance()
     thinking: Thinking = Thinking()
-    sampling: Sampling = Sampling()
+    sampling: _SamplingOrCheckpoint = Sampling()  # checkpoint: as the target's generation_config.json recommends
     exchange: Exchange = Exchange()
     speculation: Speculation = Speculation()
     coordinator: CoordinatorConfig = CoordinatorConfig()
     router: RouterConfig = RouterConfig()
     deadlines: Deadlines = Deadlines()
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """The sampling of requests that state none. `with_recommended_sampling` must have replaced `checkpoint`."""
+        assert isinstance(self.sampling, Sampling)
+        return self.sampling
+
+    def with_recommended_sampling(self, recommended: Mapping[str, float]) -> Self:
+        """A copy in which `sampling: checkpoint` is replaced by the checkpoint's values.
+
+        recommended: parameters by name. Raises ConfigError if one is out of range.
+        """
+        if self.sampling != _CHECKPOINT:
+            return self
+        try:
+            return self.model_copy(update={"sampling": recommended_sampling(recommended)})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"sampling: checkpoint, but its generation_config.json is wrong: {error}; write the values instead"
+            ) from error
 
     def with_target(self, path: str) -> Self:
         """A copy with another target model."""
@@ -282,6 +314,14 @@ class ServiceConfig(_Section):
         """The model names that clients use: one for the guided model, and one for each role alone."""
         alone: dict[str, Role | Literal["guided"]] = {f"{self.name}/{role.replace('_', '-')}": role for role in ROLES}
         return {self.name: "guided", **alone}
+
+
+def recommended_sampling(recommended: Mapping[str, float]) -> Sampling:
+    """Sampling with a checkpoint's values, as vLLM reads them. Raises ValueError or TypeError for wrong ones."""
+    values: dict[str, Any] = dict(recommended)
+    if "top_k" in values:
+        values["top_k"] = max(0, int(values["top_k"]))  # -1 keeps all tokens
+    return Sampling(**values)
 
 
 def with_current_keys(stored: Any) -> Any:
@@ -302,7 +342,8 @@ def load_config(args: dict[str, Any]) -> ServiceConfig:
 
 
 def _message(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "args"
+    tagged = item["loc"][:1] == ("sampling",)  # pydantic names the branch of a union
+    where = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (tagged and i == 1)) or "args"
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key; the keys are those of ray_config.yaml and actors/config.py"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actors.api.generation import ROLES, Role
-from actors.config import ConfigError, ServiceConfig
+from actors.config import ConfigError, ServiceConfig, recommended_sampling
 from actors.decoding.cross_vocab.translators import Alignment
 from actors.text.chat_template import ChatTemplateError
 from actors.text.token_bytes import UnsupportedTokenizer
@@ -65,10 +65,11 @@ def require_sound(config: ServiceConfig) -> None:
 
 def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
     """All findings about models whose tokenizers are loaded, errors first."""
-    found = [*_batch_invariance(config), *_random_weights(config)]
+    found = [*_batch_invariance(config), *_random_weights(config), *_sampling(config, tokenizers["target"])]
     for role in ROLES:
         found += _ids(role, tokenizers[role])
         found += _raw_text(role, tokenizers[role])
+    found += _thinking(config, tokenizers)
     found += _vocabularies(tokenizers)
     for role in SMALL_ROLES:
         found += _positions(config, role, tokenizers)
@@ -155,6 +156,51 @@ def _raw_text(role: Role, tokenizer: RoleTokenizer) -> Iterator[Finding]:
             )
         elif ids and place == "after":
             yield Finding("warning", role, f"its tokenizer.json puts {given} after raw text, and so after every prompt")
+
+
+def _sampling(config: ServiceConfig, target: RoleTokenizer) -> Iterator[Finding]:
+    """The sampling that the target's checkpoint recommends, if the configured one is another."""
+    try:
+        recommended = recommended_sampling(target.recommended)
+        configured = config.with_recommended_sampling(target.recommended).default_sampling
+    except (TypeError, ValueError) as error:
+        severity: Literal["error", "warning"] = "error" if config.sampling == "checkpoint" else "warning"
+        yield Finding(severity, "target", f"recommends a sampling in generation_config.json that is wrong: {error}")
+        return
+    names = [name for name in target.recommended if getattr(recommended, name) != getattr(configured, name)]
+    if names:
+        values = [f"{name} {getattr(recommended, name):g} (here {getattr(configured, name):g})" for name in names]
+        yield Finding(
+            "note",
+            "target",
+            f"recommends another sampling in generation_config.json: {', '.join(values)}; `sampling: checkpoint` takes "
+            "the recommended values",
+        )
+
+
+def _thinking(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+    """Chat templates that open the thinking in another form than the configuration."""
+    start, end = config.thinking.start, config.thinking.end
+    mark = start.strip() or end.strip().replace("/", "", 1)
+    for role, tokenizer in tokenizers.items():
+        text = _rendered(tokenizer) if tokenizer.has_chat_template else None
+        if not mark or text is None or not text.rstrip().endswith(mark):
+            continue
+        opening = text[text.rindex(mark) :]
+        if not start:
+            yield Finding(
+                "warning",
+                role,
+                f"opens the thinking in its chat template with {opening!r}, but thinking.start is empty, so thinking "
+                f"is returned as content, and the other models do not open it: set thinking.start to {opening!r}",
+            )
+        elif not start.endswith(opening):
+            yield Finding(
+                "note",
+                role,
+                f"opens the thinking in its chat template with {opening!r}, while thinking.start is {start!r}; its "
+                f"template stays as it is: set thinking.start to {opening!r}, so that the other models read the same",
+            )
 
 
 def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:

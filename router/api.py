@@ -53,8 +53,10 @@ def create_app(
     """The HTTP application of a service.
 
     tokenizers: of all three roles. backend: decodes. recorder: collects the metrics.
-    Raises ConfigError if API keys are configured and cannot be read.
+    Raises ConfigError if API keys are configured and cannot be read, or if the sampling of the target's checkpoint is
+    configured and is wrong.
     """
+    service = service.with_recommended_sampling(tokenizers["target"].recommended)
     recorder = Recorder() if recorder is None else recorder
     endpoints = Endpoints(service, tokenizers, backend)
     app = FastAPI(title=service.name, responses=openapi.ERRORS, openapi_url=None, redirect_slashes=False)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from actors.api.sampling_params import Sampling
 from actors.config import ConfigError, ServiceConfig, load_config
 
 MODELS = {role: {"path": f"models/{role}"} for role in ("target", "guider", "guider_base")}
@@ -200,3 +201,23 @@ def test_settings_that_tensor_parallel_does_not_support_are_refused(settings: di
     assert said in refusal(args)
     args["models"]["target"]["tensor_parallel"] = 1
     load_config(args)
+
+
+def test_the_checkpoints_sampling_can_be_configured() -> None:
+    config = load_config(with_value("sampling", "checkpoint"))
+    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": -1}
+    assert config.with_recommended_sampling(recommended).default_sampling == Sampling(temperature=0.6, top_p=0.95)
+    assert config.with_recommended_sampling({}).default_sampling == Sampling()
+    fixed = load_config(with_value("sampling.temperature", 0.3))
+    assert fixed.with_recommended_sampling(recommended).default_sampling.temperature == 0.3
+
+
+@pytest.mark.parametrize("recommended", [{"top_p": 2}, {"temperature": "warm"}, {"top_k": "many"}])
+def test_a_wrong_sampling_of_the_checkpoint_is_an_error_with_a_remedy(recommended: dict[str, Any]) -> None:
+    config = load_config(with_value("sampling", "checkpoint"))
+    with pytest.raises(ConfigError, match=r"generation_config\.json.*write the values"):
+        config.with_recommended_sampling(recommended)
+
+
+def test_another_word_for_the_sampling_is_refused_by_name() -> None:
+    assert refusal(with_value("sampling", "model")).startswith("sampling: ")

@@ -10,6 +10,7 @@ import pytest
 from actors.api.generation import ROLES, Role
 from actors.config import ConfigError, ServiceConfig, load_config
 from actors.preflight import Finding, findings, load_tokenizers, position_limit, require_sound, session_limit
+from actors.text.chat_template import ChatTemplate
 from actors.text.tokenizer import RoleTokenizer
 from tests.support.local_ray import trio_args
 
@@ -82,11 +83,12 @@ def test_differences_between_guider_and_base_are_found() -> None:
     assert "it does share embeddings and head, its base does not" in messages["note"]
 
 
-def changed_tokenizer(tokenizer: RoleTokenizer, **changes: Any) -> RoleTokenizer:
-    other = copy.copy(tokenizer)
-    for name, value in changes.items():
-        setattr(other, name, value)
-    return other
+def changed_tokenizers(config: ServiceConfig, role: Role, **changes: Any) -> dict[Role, RoleTokenizer]:
+    """The configured tokenizers, of which one role's has other attributes."""
+    tokenizers = load_tokenizers(config)
+    changed = copy.copy(tokenizers[role])
+    vars(changed).update(changes)
+    return {**tokenizers, role: changed}
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -109,8 +111,41 @@ def test_ids_that_the_files_and_the_model_disagree_on_are_named(
     role: Role, changes: dict[str, Any], severity: str | None, message: str
 ) -> None:
     config = trio()
-    tokenizers = load_tokenizers(config)
     plain = dict.fromkeys(("declared_bos", "declared_eos"))
-    tokenizers[role] = changed_tokenizer(tokenizers[role], **plain | changes)
+    tokenizers = changed_tokenizers(config, role, **plain | changes)
     said = [f.severity for f in findings(config, tokenizers) if f.role == role and message in f.message]
     assert said == ([severity] if severity else [])
+
+
+def found_with(config: ServiceConfig, role: Role, **changes: Any) -> list[Finding]:
+    """Findings that appear when a role's tokenizer changes."""
+    plain = findings(config, load_tokenizers(config))
+    return [found for found in findings(config, changed_tokenizers(config, role, **changes)) if found not in plain]
+
+
+def test_another_sampling_that_the_target_recommends_is_a_note() -> None:
+    recommended = {"temperature": 0.6, "top_p": 1.0, "top_k": 20}
+    (found,) = found_with(trio(), "target", recommended=recommended)
+    assert (found.severity, found.role) == ("note", "target")
+    assert "temperature 0.6 (here 1), top_k 20 (here 0); `sampling: checkpoint`" in found.message
+    assert found_with(trio(sampling="checkpoint"), "target", recommended=recommended) == []
+    assert found_with(trio(sampling={"temperature": 0.6, "top_k": 20}), "target", recommended=recommended) == []
+    assert found_with(trio(), "guider", recommended=recommended) == []
+
+
+def test_a_wrong_sampling_of_the_target_is_an_error_where_it_is_used() -> None:
+    (unused,) = found_with(trio(), "target", recommended={"top_p": 7})
+    (used,) = found_with(trio(sampling="checkpoint"), "target", recommended={"top_p": 7})
+    assert (unused.severity, used.severity) == ("warning", "error")
+    assert "top_p must be above 0" in used.message
+
+
+@pytest.mark.parametrize(
+    ("start", "severity"), [("", "warning"), ("<think>", "note"), ("<think>\n", None), ("\n<think>\n", None)]
+)
+def test_a_template_that_opens_the_thinking_in_another_form_is_named(start: str, severity: str | None) -> None:
+    template = ChatTemplate("{{ messages[0].content }}{{ '<think>\n' }}", {})
+    found = found_with(trio(thinking={"start": start}), "guider", _template=template)
+    said = [finding for finding in found if "opens the thinking" in finding.message]
+    assert [finding.severity for finding in said] == ([severity] if severity else [])
+    assert all(repr("<think>\n") in finding.message for finding in said)
