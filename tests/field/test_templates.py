@@ -22,7 +22,8 @@ from tests.support.tokenizers import role_tokenizer
 HERE = Path(__file__).parent
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}:{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %};{% endfor %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %};"
+    "{% endfor %}"
 )
 FIELDS = ("chat_template_kwargs", "continue_final_message")
 

@@ -73,7 +73,7 @@ def test_chat_template_kwargs_reach_the_template() -> None:
 def test_a_template_error_is_a_bad_request_for_messages() -> None:
     own = {**TOKENIZERS, "target": role_tokenizer(template="{{ raise_exception('roles must alternate') }}")}
     with pytest.raises(BadRequest, match="roles must alternate") as caught:
-        chat_prompt(request(user()), ["target"], own, PLAIN).ids
+        chat_prompt(request(user()), ["target"], own, PLAIN)
     assert caught.value.param == "messages"
 
 
@@ -95,7 +95,7 @@ def test_tool_calls_and_results_reach_the_template() -> None:
 def test_tool_arguments_that_are_not_json_are_refused() -> None:
     call = CALL | {"function": {"name": "find", "arguments": "{"}}
     with pytest.raises(BadRequest, match="must be JSON"):
-        chat_prompt(request(user(), {"role": "assistant", "tool_calls": [call]}), ["target"], TOKENIZERS, PLAIN).ids
+        chat_prompt(request(user(), {"role": "assistant", "tool_calls": [call]}), ["target"], TOKENIZERS, PLAIN)
 
 
 def test_add_special_tokens_controls_the_bos() -> None:

@@ -165,3 +165,81 @@ async def test_langchain_reads_answers_streams_and_batches(url: str, langchain: 
     assert await langchain.OpenAI(**usual).ainvoke("Who is it?") == SAID
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
         await model.bind_tools([{"type": "function", "function": {"name": "f", "parameters": {}}}]).ainvoke("Who?")
+
+
+AND: Any = {"role": "user", "content": "And?"}
+HISTORY = [f"assistant\n{SAID}<|end|>", "user\nAnd?"]
+CALL: Any = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"who": "Ada"}'}}
+
+
+def read_by_the_target(backend: ScriptedBackend) -> str:
+    """The prompt of the newest request."""
+    return tokenizers()["target"].decode(backend.requests[-1].prompts["target"], skip_special=False)
+
+
+def assert_read(backend: ScriptedBackend) -> None:
+    """The target reads the earlier answer and the next question, once each."""
+    prompt = read_by_the_target(backend)
+    assert [prompt.count(turn) for turn in HISTORY] == [1, 1]
+
+
+@pytest.mark.parametrize("thought", ["So Eve", ""])
+async def test_the_official_client_sends_answers_back(url: str, backend: ScriptedBackend, thought: str) -> None:
+    backend.thought = thought
+    async with openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=0) as api:
+        create = api.chat.completions.create
+        whole = (await create(model="duo", messages=ASK)).choices[0].message
+        parsed = (await api.chat.completions.parse(model="duo", messages=ASK)).choices[0].message
+        async with api.chat.completions.stream(model="duo", messages=ASK) as stream:
+            streamed = (await stream.get_final_completion()).choices[0].message
+        for message in (whole, whole.model_dump(), whole.to_dict(), parsed, parsed.model_dump(), streamed.model_dump()):
+            answer: Any = message
+            await create(model="duo", messages=[*ASK, answer, AND])
+            assert_read(backend)
+            chunks = await create(model="duo", messages=[*ASK, answer, AND], stream=True)
+            assert "".join([chunk.choices[0].delta.content or "" async for chunk in chunks]) == SAID
+            assert_read(backend)
+
+
+async def test_the_official_client_sends_tool_calls_and_results_back(url: str, backend: ScriptedBackend) -> None:
+    result: Any = {"role": "tool", "tool_call_id": "call_1", "content": SAID}
+    async with openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=0) as api:
+        for calls in ([CALL], [{"index": 0, **CALL, "function": {"name": "find", "arguments": ""}}]):
+            asked: Any = {"role": "assistant", "content": None, "refusal": None, "tool_calls": calls}
+            await api.chat.completions.create(model="duo", messages=[*ASK, asked, result])
+            assert f"tool\n{SAID}<|end|>" in read_by_the_target(backend)
+
+
+@pytest.mark.parametrize("thought", ["So Eve", ""])
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
+async def test_litellm_sends_answers_back(
+    url: str, backend: ScriptedBackend, litellm: Any, provider: str, thought: str
+) -> None:
+    backend.thought = thought
+    usual: Any = {"model": f"{provider}/duo", "api_base": url, "api_key": "none", "num_retries": 0}
+    whole: Any = await litellm.acompletion(**usual, messages=ASK)
+    stream: Any = await litellm.acompletion(**usual, messages=ASK, stream=True)
+    streamed: Any = litellm.stream_chunk_builder([chunk async for chunk in stream], messages=ASK)
+    for message in (answer.choices[0].message for answer in (whole, streamed)):
+        for form in (message, message.model_dump()):
+            await litellm.acompletion(**usual, messages=[*ASK, form, AND])
+            assert_read(backend)
+
+
+@pytest.mark.parametrize("thought", ["So Eve", ""])
+async def test_langchain_sends_answers_back(url: str, backend: ScriptedBackend, langchain: Any, thought: str) -> None:
+    backend.thought = thought
+    model = langchain.ChatOpenAI(base_url=url, api_key="none", model="duo", max_retries=0)
+    asked = [("system", "Be brief."), ("human", "Who is it?")]
+    whole = await model.ainvoke(asked)
+    chunks = [chunk async for chunk in model.astream(asked)]
+    streamed = chunks[0]
+    for chunk in chunks[1:]:
+        streamed = streamed + chunk
+    for answer in (whole, streamed):
+        assert (await model.ainvoke([*asked, answer, ("human", "And?")])).content == SAID
+        assert_read(backend)
+    messages = importlib.import_module("langchain_core.messages")
+    call = messages.AIMessage("", tool_calls=[{"name": "find", "args": {"who": "Ada"}, "id": "call_1"}])
+    await model.ainvoke([*asked, call, messages.ToolMessage(SAID, tool_call_id="call_1")])
+    assert f"tool\n{SAID}<|end|>" in read_by_the_target(backend)

@@ -259,3 +259,46 @@ def test_the_name_of_a_verified_key_is_the_client() -> None:
 def test_every_sequence_carries_the_client() -> None:
     plan = chat(n=3).for_client("ada")
     assert [sequence.client for sequence in plan.sequences] == ["ada"] * 3
+
+
+CLOSED = "{{ messages[0].content }}{{ '<think></think>' if enable_thinking is defined else '' }}"
+
+
+def closed(**more: Any) -> Generate:
+    """The sequence of a chat whose templates state that there is no thinking."""
+    own = {**TOKENIZERS, "target": role_tokenizer(template=CLOSED), "guider": role_tokenizer(template=CLOSED)}
+    body = {"model": "duo", "messages": HI, "chat_template_kwargs": {"enable_thinking": False}}
+    return first(plan_chat(parse(ChatRequest, body | more), config(**DEFAULTS), own, "r"))
+
+
+def test_an_answer_after_closed_thinking_begins_with_content() -> None:
+    sequence = closed()
+    assert (sequence.thinking.start, set(sequence.prompts)) == ("", set(ROLES))
+    assert TOKENIZERS["target"].decode(sequence.prompts["target"]) == "Hi<think></think>"
+
+
+def test_guidance_of_the_thinking_alone_is_off_after_closed_thinking() -> None:
+    sequence = closed(guidance={"guide": "thinking"})
+    assert sequence.guidance.never_guides()
+    assert set(sequence.prompts) == {"target"}
+
+
+@pytest.mark.parametrize("prompt", ["Hi<think>\n", TOKENIZERS["target"].encode("Hi<think>\n")], ids=["text", "ids"])
+def test_a_raw_prompt_that_opens_the_thinking_is_left_as_it_is(prompt: Any) -> None:
+    plan = completion(config(**DEFAULTS), prompt=prompt, thinking={"max_tokens": 9, "min_tokens": 0}, echo=True)
+    assert TOKENIZERS["target"].decode(plan.sequences[0].prompts["target"]) == "Hi<think>\n"
+    assert (plan.sequences[0].thinking.start, plan.echo) == ("<think>\n", ["Hi<think>\n"])
+
+
+def test_each_raw_prompt_has_its_own_state_of_thinking() -> None:
+    prompts = ["Hi", "Hi<think></think>"]
+    plan = completion(config(**DEFAULTS), prompt=prompts, thinking={"max_tokens": 9, "min_tokens": 0}, echo=True)
+    assert [sequence.thinking.start for sequence in plan.sequences] == ["<think>\n", ""]
+    assert plan.echo == ["Hi<think>\n", "Hi<think></think>"]
+
+
+def test_a_continued_thought_stays_thinking() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nSo"}]
+    sequence = first(chat(config(**DEFAULTS), messages=messages, continue_final_message=True))
+    assert sequence.thinking.start == "<think>\n"
+    assert TOKENIZERS["target"].decode(sequence.prompts["target"]).endswith("<think>\nSo")
