@@ -179,7 +179,7 @@ def test_decoding_defaults_are_taken_from_the_file() -> None:
     }
     config = load_config(args)
     assert config.guidance.alpha_at(200) == 0.25
-    assert config.sampling.stop == ("END",)
+    assert config.default_sampling.stop == ("END",)
     assert config.thinking.end == "</think>"
     assert ServiceConfig.model_validate(config.model_dump()) == config
 

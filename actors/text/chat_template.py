@@ -58,7 +58,7 @@ class ChatTemplate:
         the model continues it. arguments: further variables of the template.
         Raises ChatTemplateError if the template refuses the messages.
         """
-        shaped = [self.form.shape(message) for message in messages]
+        shaped: list[Message] = [self.form.shape(message) for message in messages]
         if continue_final_message:
             shaped = _mark_end(shaped)
         text = self._render(shaped, add_generation_prompt, arguments)

@@ -75,20 +75,17 @@ class MessageForm:
 
 def find_form(source: str, render: TryRender) -> MessageForm:
     """The form that a template reads. source: its text."""
-    user = _content_form(render, lambda content: [{"role": "user", "content": content}])
+    user = _content_form(render, [], {"role": "user"}, [])
     question = {"role": "user", "content": user.shape("question")}
-    contents = {"user": user}
-    for role in ("system", "developer", "assistant"):
-        before = [question] if role == "assistant" else []
-        contents[role] = _content_form(
-            render, lambda content, r=role, b=before: [*b, {"role": r, "content": content}, question]
-        )
+    contents = {"user": user, "assistant": _content_form(render, [question], {"role": "assistant"}, [question])}
+    for role in ("system", "developer"):
+        contents[role] = _content_form(render, [], {"role": role}, [question])
     empty = contents["assistant"].shape("")
     null_content, arguments_as_text = _tool_call_form(render, question, empty)
     call = _call(arguments_as_text, None if null_content else empty)
     for role in ("tool", "function"):
         result = {"role": role, "tool_call_id": _CALL_ID, "name": "find"}
-        contents[role] = _content_form(render, lambda content, r=result: [question, call, r | {"content": content}])
+        contents[role] = _content_form(render, [question, call], result, [])
     roles = {}
     if "developer" not in source:
         roles["developer"] = "system"  # OpenAI's newer name for it
@@ -100,12 +97,18 @@ def find_form(source: str, render: TryRender) -> MessageForm:
 _HIDDEN = ContentForm(text=False)
 
 
-def _content_form(render: TryRender, conversation: Callable[[Any], list[dict[str, Any]]]) -> ContentForm:
-    """The forms of content that appear in the rendered conversation."""
+def _content_form(
+    render: TryRender, before: list[dict[str, Any]], message: dict[str, Any], after: list[dict[str, Any]]
+) -> ContentForm:
+    """The forms of a message's content that appear in the rendered conversation."""
+
+    def text_of(content: Any) -> str | None:
+        return render([*before, {**message, "content": content}, *after])
+
     return ContentForm(
-        text=_FIRST in (render(conversation(_FIRST)) or ""),
-        part=_shows(render(conversation(_parts(_FIRST))), _FIRST),
-        parts=_shows(render(conversation(_parts(_FIRST, _SECOND))), _FIRST, _SECOND),
+        text=_FIRST in (text_of(_FIRST) or ""),
+        part=_shows(text_of(_parts(_FIRST)), _FIRST),
+        parts=_shows(text_of(_parts(_FIRST, _SECOND)), _FIRST, _SECOND),
     )
 
 
