@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -55,7 +56,9 @@ def codes(page: str) -> Iterator[str]:
 
 
 def keys(section: object) -> set[str]:
-    return set(getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", {}))
+    """The keys of a section, of any member if it is a union."""
+    own = set(getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", {}))
+    return own.union(*map(keys, get_args(section)))
 
 
 @pytest.mark.parametrize("page", PAGES)
