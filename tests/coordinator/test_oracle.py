@@ -180,15 +180,20 @@ async def test_a_guider_with_other_ids_for_its_special_tokens_guides_alike(
         assert await answers_of(service, requests, 16) == expected
 
 
-async def test_a_guider_reads_its_own_token_for_the_end_of_thinking(
-    trio_engines: Mapping[Role, Engine], tmp_path: Path
-) -> None:
-    shutil.copytree(WEIGHTS / "target", tmp_path / "target")
-    file = tmp_path / "target" / "tokenizer.json"
+def target_without_marks(folder: Path) -> Path:
+    """A copy of the target to which the marks of thinking are text."""
+    shutil.copytree(WEIGHTS / "target", folder / "target")
+    file = folder / "target" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if "think" not in token["content"]]
     file.write_text(json.dumps(tokenizer))
-    changed, engines = with_folder("target", tmp_path / "target", trio_engines)
+    return folder / "target"
+
+
+async def test_a_guider_reads_its_own_token_for_the_end_of_thinking(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    changed, engines = with_folder("target", target_without_marks(tmp_path), trio_engines)
     with watched(engines) as trio:
         async with local_service(changed, trio.engines) as service:
             end = {role: service.tokenizers[role].encode("</think>") for role in ROLES}
@@ -203,3 +208,18 @@ async def test_a_guider_reads_its_own_token_for_the_end_of_thinking(
                 read = [extend.tokens for extend in trio.watched[role].extends]
                 assert any(list(extended[-len(end[role]) :]) == end[role] for extended in read)
                 assert sum(end["guider"][0] in extended for extended in read) == (role != "target")
+
+
+async def test_thinking_that_ends_by_several_tokens_reaches_its_minimum(
+    trio_engines: Mapping[Role, Engine], tmp_path: Path
+) -> None:
+    changed, engines = with_folder("target", target_without_marks(tmp_path), trio_engines)
+    async with local_service(changed, engines) as service:
+        lengths = []
+        for least in (0, 120):
+            thinking, sampling = Thinking(start="<think>", min_tokens=least), Sampling(max_tokens=160)
+            one = request(service.tokenizers, chat_prompts(1)[0], thinking=thinking, sampling=sampling)
+            answers = [await decode(service.coordinators[0], replace(one, drafts=drafts)) for drafts in (0, 4)]
+            assert answers[0].tokens == answers[1].tokens
+            lengths.append(finished(answers[0]).usage.reasoning_tokens)
+    assert lengths[0] < 120 <= lengths[1]
