@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from actors.api.generation import Delta, Role
 from actors.config import ServiceConfig
 from actors.metrics import Recorder
 from actors.text.tokenizer import RoleTokenizer
 from router import openapi
+from router.addresses import advice
 from router.auth import add_access_checks, error_response
-from router.backend import ApiError, Backend, BadRequest, TooLarge
+from router.backend import ApiError, Backend, BadRequest, NotFound, TooLarge
+from router.body import read_json
 from router.chat import Tokenizers
 from router.context import max_model_len
 from router.logprobs import TokenFormatter
 from router.metrics_endpoint import Exposition
 from router.playground import playground
-from router.request_log import CLIENT_CLOSED, RequestRecord
+from router.request_id import RequestId
+from router.request_log import CLIENT_CLOSED, RequestRecord, request_path
 from router.request_planning import Plan, client_id, plan_chat, plan_completion, resolve_model
 from router.responses import BodyFormat, ChatFormat, CompletedChoice, CompletionFormat, Json
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
@@ -76,6 +75,7 @@ def create_app(
     app.add_exception_handler(ApiError, _handle_api_error)
     app.add_exception_handler(ClientGone, _client_closed)
     app.add_exception_handler(HTTPException, _handle_routing_error)
+    app.add_middleware(TrailingSlash)  # innermost: open addresses are compared as they are written
     add_access_checks(app, service.router, recorder)
     app.add_middleware(RequestId)  # added last, so it receives a request first
     return app
@@ -141,7 +141,7 @@ class Endpoints:
 
     async def _run_tokenizer(self, request: Request, convert: Convert) -> Response:
         with api_errors(request.scope["request_id"]):
-            body = await _read_json(request, self.service.router.max_request_bytes)
+            body = await read_json(request, self.service.router.max_request_bytes)
             return JSONResponse(await asyncio.to_thread(convert, body, self.service, self.tokenizers))
 
     async def _answer(self, request: Request, kind: type[R], planner: Planner[R], form: type[BodyFormat]) -> Response:
@@ -149,8 +149,9 @@ class Endpoints:
         record: RequestRecord = request.scope["record"]
         with api_errors(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
-                body = parse(kind, await _read_json(request, self.service.router.max_request_bytes))
-                record.model = body.model if body.model in self.service.served_names else None
+                body = parse(kind, await read_json(request, self.service.router.max_request_bytes))
+                name = body.model or self.service.name
+                record.model = name if name in self.service.served_names else None
                 # Tokenising a long prompt takes long; in a thread it does not delay other streams.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
                 plan = plan.for_client(client_id(record.key, request.headers.get("authorization"), body.user))
@@ -162,7 +163,7 @@ class Endpoints:
                 prompts = plan.prompts if body.return_token_ids else None
                 tokens = TokenFormatter(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
                 wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo, prompts
-                bodies = form(request_id, body.model, plan.seed, tokens, *wanted)
+                bodies = form(request_id, name, plan.seed, tokens, *wanted)
                 if body.stream:
                     options = body.stream_options or StreamOptions()
                     idle_s = self.service.router.keep_alive_s
@@ -176,50 +177,24 @@ class Endpoints:
             "object": "model",
             "created": self.started,
             "owned_by": self.service.name,
+            "root": name,
+            "parent": None,
             "max_model_len": max_model_len(self.service, self.tokenizers, name),
+            "permission": [{"id": f"modelperm-{name}", "created": self.started, **openapi.PERMISSION}],
         }
 
 
-class RequestId:
-    """Middleware that keeps the client's X-Request-Id, or creates one, and returns it with every response."""
+class TrailingSlash:
+    """Middleware that serves an address with a slash at its end like the one without. A redirect would name a host."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its id in `scope["request_id"]`."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex
-        scope["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
-
-        await self.app(scope, receive, send_with_id)
-
-
-async def _read_json(request: Request, most: int) -> Any:
-    too_large = TooLarge(f"the body is larger than the {most} bytes that this service reads", code="request_too_large")
-    stated = request.headers.get("content-length", "")
-    if stated.isdigit() and int(stated) > most:
-        raise too_large
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise too_large
-    try:
-        value = json.loads(body.decode())
-        if b"\\ud" in body.lower():  # JSON strings may contain half of a surrogate pair, text may not
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    return value
+        """Pass the request on without the slash; "/" itself stays."""
+        if scope["type"] == "http" and request_path(scope).strip("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/")}
+        await self.app(scope, receive, send)
 
 
 def _require_size(plan: Plan, most: int | None) -> None:
@@ -249,11 +224,14 @@ async def _handle_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _client_closed(request: Request, error: Exception) -> Response:
-    log.info("%s: the client disconnected; its generations are cancelled", request.scope["request_id"])
+    log.info("%a: the client disconnected; its generations are cancelled", request.scope["request_id"])
     return Response(status_code=CLIENT_CLOSED)  # the client does not receive it
 
 
 async def _handle_routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    error_body = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
-    return JSONResponse(error_body.body(request.scope["request_id"]), error.status_code, headers=error.headers)
+    found = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == NotFound.status:
+        return error_response(request.scope, NotFound(f"{found}; {advice(request_path(request.scope))}"))
+    body = BadRequest(found).body(request.scope["request_id"])
+    return JSONResponse(body, error.status_code, headers=error.headers)

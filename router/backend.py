@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from actors.api.generation import CoordinatorEvent, Event, Generate, Rejected, Role
 
+MAX_MESSAGE, MAX_PARAM = 1_000, 200  # characters of an error
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -49,9 +51,18 @@ class Coordinators(Protocol):
         ...
 
 
+def shorten(text: str, most: int) -> str:
+    """`text` in at most about `most` characters, without its middle, and without halves of surrogate pairs."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}...({len(text):,} characters)...{text[-most // 4 :]}"
+
+
 class ApiError(Exception):
     """An error response in OpenAI's form. param: the request's field at fault.
 
+    Both are shortened: they may repeat text of the client.
     retry_after_s: seconds after which a retry makes sense; None if it does not.
     """
 
@@ -67,7 +78,9 @@ class ApiError(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.message, self.param, self.code, self.retry_after_s = message, param, code, retry_after_s
+        self.message = shorten(message, MAX_MESSAGE)
+        self.param = None if param is None else shorten(param, MAX_PARAM)
+        self.code, self.retry_after_s = code, retry_after_s
         self.token_ids_so_far: list[list[int]] = []  # token ids by choice; empty if no token was generated
 
     @property
@@ -119,6 +132,13 @@ class TooLarge(ApiError):
     """The request exceeds a size limit of the service."""
 
     status = 413
+    type = "invalid_request_error"
+
+
+class UnsupportedMedia(ApiError):
+    """The body is of a type or an encoding that the service does not read."""
+
+    status = 415
     type = "invalid_request_error"
 
 

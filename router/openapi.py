@@ -16,7 +16,6 @@ from pydantic.json_schema import models_json_schema
 from router.schema import (
     IGNORED,
     NOT_SERVED,
-    NULL_IS_DEFAULT,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -25,6 +24,20 @@ from router.schema import (
 )
 
 VERSION = "0.1.0"  # as in pyproject.toml, which is not part of an installed service
+
+# The same for every model, as in vLLM.
+PERMISSION = {
+    "object": "model_permission",
+    "allow_create_engine": False,
+    "allow_sampling": True,
+    "allow_logprobs": True,
+    "allow_search_indices": False,
+    "allow_view": True,
+    "allow_fine_tuning": False,
+    "organization": "*",
+    "group": None,
+    "is_blocking": False,
+}
 
 _OPENAPI = "3.2.0"  # the first version that describes events of a stream
 
@@ -120,6 +133,10 @@ class Message(BaseModel):
     content: str
     reasoning: str | None = None
     reasoning_content: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
 
 class MessagePart(BaseModel):
@@ -209,14 +226,34 @@ class DetokenizedBody(BaseModel):
     prompt: str
 
 
+class ModelPermission(BaseModel):
+    """What a client may do with a model; the same for every model."""
+
+    id: str
+    object: Literal["model_permission"]
+    created: int
+    allow_create_engine: bool
+    allow_sampling: bool
+    allow_logprobs: bool
+    allow_search_indices: bool
+    allow_view: bool
+    allow_fine_tuning: bool
+    organization: str
+    group: str | None
+    is_blocking: bool
+
+
 class ModelCard(BaseModel):
-    """One served model."""
+    """One served model. root: its own name, not the path of its files."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: str | None
     max_model_len: int
+    permission: list[ModelPermission]
 
 
 class ModelList(BaseModel):
@@ -279,9 +316,10 @@ def document(app: FastAPI, names: Iterable[str]) -> Json:
     schemas: Json = spec["components"]["schemas"]
     schemas |= shared["$defs"]
     for body in _REQUESTS:
-        fields, sampled = schemas[body.__name__]["properties"], body in _SAMPLED
+        schema, sampled = schemas[body.__name__], body in _SAMPLED
+        fields = schema["properties"]
         fields["model"] = {"enum": list(names)}
-        for name in fields.keys() & (NULL_IS_DEFAULT if sampled else NULL_IS_DEFAULT | {"model"}):
+        for name in fields.keys() - set(schema.get("required", ())):
             fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
         for name in IGNORED if sampled else ():
             fields.setdefault(name, {"description": "Accepted, without effect."})

@@ -19,11 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.api.generation import Delta, Event, Finished, Generate
 from actors.config import KeysConfig
 from actors.metrics import Recorder
-from router.backend import Backend, Status
+from router.backend import Backend, Status, shorten
 
 log = logging.getLogger(__name__)
 
 COUNTED_PREFIX = "/v1/"  # only requests below this address are counted: no probes
+MAX_PATH = 300  # characters of a path in a line
 CLIENT_CLOSED = 499  # status recorded for a client that disconnected before the answer's end; it is not sent
 
 
@@ -101,7 +102,7 @@ class RequestRecord:
             "request_id": self.request_id,
             "key": self.key,
             "method": self.method,
-            "path": self.path,
+            "path": shorten(self.path, MAX_PATH),
             "model": self.model,
             "status": self.status,
             "error": self.error,

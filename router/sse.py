@@ -53,7 +53,7 @@ class EventStream(Response):
             await while_connected(receive, self._send_all(scope, _detect_disconnect(send)))
         except ClientGone:
             scope["record"].status = CLIENT_CLOSED
-            log.info("%s: the client disconnected; its generations are cancelled", request_id)
+            log.info("%a: the client disconnected; its generations are cancelled", request_id)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         request_id: str = scope["request_id"]
@@ -124,5 +124,5 @@ def api_errors(request_id: str) -> Iterator[None]:
     except ClientDisconnect:
         raise ClientGone from None
     except Exception as error:
-        log.exception("%s failed", request_id)
+        log.exception("%a failed", request_id)
         raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error
