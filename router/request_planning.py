@@ -110,7 +110,12 @@ class _ServedModel:
 def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str) -> Plan:
     """The sequences of a chat request. Raises BadRequest or NotFound."""
     model = _model(request, service)
-    thinking = _thinking(request, service.thinking)
+    default = service.thinking
+    if request.reasoning_effort == "none":
+        default = replace(default, start="")
+        switch = {"enable_thinking": False} | request.chat_template_kwargs  # many templates have this one
+        request = request.model_copy(update={"chat_template_kwargs": switch})
+    thinking = _thinking(request, default)
     # A continued answer has already opened its thinking, or has none, unless the request itself gives the mark.
     opens = opens_turn(request) or "start" in _set_fields(request.thinking)
     if request.top_logprobs and not request.logprobs:
@@ -155,6 +160,8 @@ def _plan(
     if request.prompt_logprobs is not None and request.stream:
         raise BadRequest("prompt_logprobs come with whole answers alone: leave out stream", param="prompt_logprobs")
     only_prompt = budget.requested == 0 and isinstance(request, CompletionRequest)
+    if budget.requested is not None and budget.requested < 1 and not only_prompt:
+        raise BadRequest(f"{budget.param} must be at least 1, not {budget.requested}", param=budget.param)
     _check_count(len(prompts) * request.n, service)
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options are for stream: true alone", param="stream_options")
@@ -164,7 +171,8 @@ def _plan(
     seed = (
         request.seed if request.seed is not None else secrets.randbits(53)
     )  # 53 bits: exact as a JSON number in every client
-    unique = f"{request_id}.{secrets.token_hex(4)}"  # clients may repeat their request id
+    # Clients may repeat their request id, and it may have any characters; this one is for logs.
+    unique = f"{ascii(request_id)[1:-1]}.{secrets.token_hex(4)}"
     speculation = request.speculation or SpeculationFields()
     sequences: list[Generate] = []
     words = _encode_words(request.bad_words, tokenizers[model.primary])
@@ -225,8 +233,10 @@ def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> 
     return _ServedModel(primary, guidance, (primary,) if guidance.never_guides() else ROLES)
 
 
-def resolve_model(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
-    """The role behind a served name, or "guided". Raises NotFound."""
+def resolve_model(service: ServiceConfig, name: str | None) -> Role | Literal["guided"]:
+    """The role behind a served name, or "guided", also without a name. Raises NotFound."""
+    if not name:
+        return "guided"
     if name not in service.served_names:
         served = ", ".join(service.served_names)
         raise NotFound(f"there is no model {name!r}; served are {served}", param="model", code="model_not_found")
@@ -300,10 +310,14 @@ def _tuple(values: list[Any] | None) -> tuple[Any, ...] | None:
 
 
 def _parse_logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple(sorted((int(id_), number) for id_, number in bias.items()))
-    except ValueError:
-        raise BadRequest("logit_bias must map token ids, as strings, to numbers", param="logit_bias") from None
+    ids: dict[int, float] = {}
+    for key, number in bias.items():
+        try:
+            ids[int(key)] = number
+        except ValueError:
+            message = f"logit_bias: {key!r} is not a token id; it maps token ids, as strings, to numbers"
+            raise BadRequest(message, param="logit_bias") from None
+    return tuple(sorted(ids.items()))
 
 
 def _check_ids(sampling: Sampling, width: int) -> None:
@@ -327,11 +341,6 @@ def _check_count(sequences: int, service: ServiceConfig) -> None:
 
 def _chat_budget(request: ChatRequest, default: int | None) -> Budget:
     old, new = request.max_tokens, request.max_completion_tokens
-    if old is not None and new is not None and old != new:
-        raise BadRequest(
-            f"max_tokens ({old}) is the older name of max_completion_tokens ({new}): give one of them",
-            param="max_completion_tokens",
-        )
     return Budget(old, default) if new is None else Budget(new, default, "max_completion_tokens")
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from router.backend import BadRequest
 
 # Fields of the OpenAI API that are accepted and have no effect.
-IGNORED = ("metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
+IGNORED = (
+    *("metadata", "store", "safety_identifier", "service_tier"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    "prediction",  # a text that only makes OpenAI's service faster
+)
 
 # Fields that are known but not supported, with the values that are accepted because they request nothing.
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
@@ -28,11 +32,10 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
+    "moderation": (None,),
     "include_reasoning": (None, True),
     "thinking_token_budget": (None, -1),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "documents": (None, []),
     "chat_template": (None,),
@@ -62,6 +65,9 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "return_mm_kwargs": (None, True),
 }
 
+# Fields that request nothing if the other field of the pair is "none": templates get no tools either way.
+DECLINED = {"tools": "tool_choice", "functions": "function_call"}
+
 MAX_LOGPROBS = 20  # candidates of one token, as in the OpenAI API and vLLM
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
@@ -69,18 +75,21 @@ MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 # The coordinator processes these at every token of a session; the bounds keep one client from delaying all others.
 ShortText = Annotated[str, Field(max_length=1_024)]
 FewIds = Annotated[list[int], Field(max_length=1_024)]
+Count = Annotated[int, Field(lt=2**63)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    """Converts as vLLM does: 5.0 and "5" to 5, "true" to true; never a number to a text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class GuidanceFields(_Body):
     """Overrides the service's guidance. explain: return an explanation of each token."""
 
     alpha: float | None = None
-    warmup_tokens: int | None = None
-    schedule: list[Annotated[tuple[int, float], Field(strict=False)]] | None = Field(None, max_length=256)  # pairs
+    warmup_tokens: Count | None = None
+    schedule: list[tuple[Count, float]] | None = Field(None, max_length=256)
     guide: Literal["always", "thinking"] | None = None
     explain: bool = False
 
@@ -90,8 +99,8 @@ class ThinkingFields(_Body):
 
     start: ShortText = ""
     end: ShortText = ""
-    max_tokens: int | None = None
-    min_tokens: int = 0
+    max_tokens: Count | None = None
+    min_tokens: Count = 0
     wait: ShortText = ""
 
 
@@ -182,7 +191,7 @@ class Conversation(_Body):
 
 
 class _Request(_Body):
-    model: str
+    model: str | None = None  # the service's own name
     user: str | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
@@ -194,13 +203,13 @@ class _Request(_Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=1_024)] | None = None
-    min_tokens: int | None = None
-    max_tokens: int | None = None
+    min_tokens: Count | None = None
+    max_tokens: Count | None = None
     stop: ShortText | Annotated[list[ShortText], Field(max_length=64)] | None = None
     stop_token_ids: FewIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    stop_on_repeat: int | None = None
+    stop_on_repeat: Count | None = None
     allowed_token_ids: FewIds | None = None
     bad_words: list[ShortText] | None = Field(None, max_length=1_024)
     skip_special_tokens: bool | None = None
@@ -220,10 +229,19 @@ class _Request(_Body):
         return self.guidance is not None and self.guidance.explain
 
 
+def _no_effort(effort: Any) -> Any:
+    if effort != "none":
+        raise PydanticCustomError(
+            "unsupported", 'only "none" is supported; bound the thinking with thinking.max_tokens'
+        )
+    return effort
+
+
 class ChatRequest(Conversation, _Request):
     """The body of POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Count | None = None
+    reasoning_effort: Annotated[Literal["none"] | None, BeforeValidator(_no_effort)] = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -241,7 +259,7 @@ class ChatRequest(Conversation, _Request):
 class CompletionRequest(_Request):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
     add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
@@ -283,40 +301,28 @@ class DetokenizeRequest(_Body):
 
 R = TypeVar("R", bound=_Body)
 
-# Fields whose type excludes null, but where null means the default.
-NULL_IS_DEFAULT = frozenset(
-    {
-        "n",
-        "stream",
-        "echo",
-        "chat_template_kwargs",
-        "continue_final_message",
-        "add_special_tokens",
-        "spaces_between_special_tokens",
-        "return_token_ids",
-        "return_token_strs",
-    }
-)
-
 
 def parse(kind: type[R], body: Any) -> R:
-    """The request in a decoded JSON body. Raises BadRequest that names a field at fault."""
+    """The request in a decoded JSON body; at its top level null means the default, also for unknown fields.
+
+    Raises BadRequest that names a field at fault.
+    """
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
+    given = {name: value for name, value in body.items() if value is not None and name not in _declined(body)}
     for name, neutral in NOT_SERVED.items():
-        given = name in body and name not in kind.model_fields
-        if given and not any(_equal_with_type(body[name], value) for value in neutral):
+        served = name not in given or name in kind.model_fields
+        if not served and not any(_equal_with_type(given[name], value) for value in neutral):
             raise BadRequest(f"{name} is not supported by this service; leave it out", param=name, code="unsupported")
     passed = {*IGNORED, *NOT_SERVED} - kind.model_fields.keys()
-    kept = {
-        name: value
-        for name, value in body.items()
-        if name not in passed and not (value is None and name in NULL_IS_DEFAULT)
-    }
     try:
-        return kind.model_validate(kept)
+        return kind.model_validate({name: value for name, value in given.items() if name not in passed})
     except ValidationError as error:
-        raise _bad_request(error) from None
+        raise _bad_request(error, body) from None
+
+
+def _declined(body: dict[str, Any]) -> set[str]:
+    return {name for name, choice in DECLINED.items() if body.get(choice) == "none"}
 
 
 def _equal_with_type(value: Any, neutral: Any) -> bool:
@@ -324,13 +330,30 @@ def _equal_with_type(value: Any, neutral: Any) -> bool:
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
-def _bad_request(error: ValidationError) -> BadRequest:
+def _bad_request(error: ValidationError, body: dict[str, Any]) -> BadRequest:
+    """The error of one field. A union reports an error for every member; the client meant the one that fits best."""
     items = error.errors(include_url=False, include_context=False, include_input=False)
-    # A union reports an error for every member; the deepest one belongs to the member that the client meant.
-    item = max(items, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
-    location = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "constrained-")))
+    places = {id(item): _path(item, body) for item in items}
+
+    def fits(item: ErrorDetails) -> tuple[bool, int, bool]:
+        return item["type"] == "extra_forbidden", len(places[id(item)]), not item["type"].endswith("_type")
+
+    item = max(items, key=fits)
+    path = places[id(item)]
+    location = ".".join(path)
     if item["type"] == "extra_forbidden":
         return BadRequest(f"{location} is not a field of this request", param=location, code="unknown_field")
     if item["type"] == "missing":
         return BadRequest(f"{location} is missing", param=location, code="missing_field")
-    return BadRequest(f"{location}: {item['msg']}", param=location)
+    messages = dict.fromkeys(each["msg"] for each in items if places[id(each)] == path and fits(each) == fits(item))
+    return BadRequest(f"{location}: {' or '.join(messages)}", param=location)
+
+
+def _path(item: ErrorDetails, body: Any) -> list[str]:
+    """The keys and indices in the body that lead to an error, without pydantic's names of a union's members."""
+    path, value = [], body
+    for part in item["loc"]:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            path.append(str(part))
+            value = value[part]
+    return [*path, str(item["loc"][-1])] if item["type"] == "missing" else path

@@ -44,5 +44,5 @@ def detokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Jso
 
 
 def _model(requested: str | None, service: ServiceConfig) -> tuple[str, Role]:
-    name = service.name if requested is None else requested
+    name = requested or service.name
     return name, primary_role(resolve_model(service, name))

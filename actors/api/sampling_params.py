@@ -67,7 +67,8 @@ class Sampling:
 def _within(name: str, value: float, low: float, high: float, above: bool = False) -> None:
     inside = (low < value if above else low <= value) and value <= high and not math.isnan(value)
     if not inside:
-        raise ValueError(f"{name} must be {'above' if above else 'at least'} {low} and at most {high}, not {value}")
+        top = "" if high == math.inf else f" and at most {high}"
+        raise ValueError(f"{name} must be {'above' if above else 'at least'} {low}{top}, not {value}")
 
 
 @dataclass(frozen=True, slots=True)

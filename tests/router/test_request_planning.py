@@ -114,7 +114,7 @@ def test_every_sampling_field_arrives() -> None:
         ({"stop": [""]}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
-        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
     ],

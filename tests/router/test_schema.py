@@ -34,10 +34,12 @@ def test_an_unknown_field_outside_messages_is_refused_by_name(more: dict[str, An
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
-        ({"stream": 1}, "stream"),
+        ({"stream": 2}, "stream"),
+        ({"user": 7}, "user"),
+        ({"stop": 7}, "stop"),
         ({"seed": 1.5}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"messages": []}, "messages"),
