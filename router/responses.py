@@ -13,6 +13,11 @@ from router.logprobs import Note, TextOffsets, TokenFormatter
 
 Json = dict[str, Any]
 
+# Keys that vLLM's answers always have. Here they are null unless the request asks for what they hold.
+_ANSWER_KEYS = ("service_tier", "system_fingerprint", "kv_transfer_params", "ec_transfer_params", "metrics")
+_CHOICE_KEYS = ("token_ids", "routed_experts")
+_MESSAGE_KEYS = ("refusal", "annotations", "audio", "function_call")
+
 
 @dataclass(frozen=True, slots=True)
 class CompletedChoice:
@@ -46,13 +51,15 @@ class BodyFormat(ABC):
     object_type: ClassVar[str]
     chunk_type: ClassVar[str]
     prompts_in_choices: ClassVar[bool]
+    answer_keys: ClassVar[tuple[str, ...]]  # of whole answers, null without a value
+    choice_keys: ClassVar[tuple[str, ...]]  # of their choices, likewise
 
     def body(self, answers: Sequence[CompletedChoice], prompt_tokens: int) -> Json:
         """The body of a response that is not streamed."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
         whole = self._frame(self.object_type, choices) | self._prompt_logprobs(answers) | {"usage": usage}
-        return whole | self._prompt_ids(0, in_choice=False)
+        return _with_keys(whole | self._prompt_ids(0, in_choice=False), self.answer_keys)
 
     def offsets(self, choice: int) -> TextOffsets:
         """Counts the characters of a choice's tokens."""
@@ -93,7 +100,7 @@ class BodyFormat(ABC):
         body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, self.offsets(index))}
         body |= self._whole_text(index, answer.delta)
         body |= self._token_ids(index, answer.delta, first=True)
-        return body | _finish_fields(answer.end) | self._explanation(answer.delta)
+        return _with_keys(body | _finish_fields(answer.end) | self._explanation(answer.delta), self.choice_keys)
 
     def _token_ids(self, choice: int, delta: Delta, first: bool) -> Json:
         if self.prompts is None:
@@ -139,6 +146,8 @@ class ChatFormat(BodyFormat):
 
     prefix, object_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
     prompts_in_choices = False
+    answer_keys = (*_ANSWER_KEYS, "prompt_logprobs", "prompt_token_ids", "prompt_text")
+    choice_keys = _CHOICE_KEYS
 
     def _logprobs(self, delta: Delta, top: int, offsets: TextOffsets) -> Json:
         return self.tokens.chat(delta.notes, top)
@@ -155,7 +164,8 @@ class ChatFormat(BodyFormat):
         return {"delta": message | _reasoning(delta)}
 
     def _whole_text(self, choice: int, delta: Delta) -> Json:
-        return {"message": {"role": "assistant", "content": delta.content} | _reasoning(delta)}
+        message = {"role": "assistant", "content": delta.content} | _reasoning(delta)
+        return {"message": _with_keys(message, _MESSAGE_KEYS)}
 
 
 class CompletionFormat(BodyFormat):
@@ -163,6 +173,8 @@ class CompletionFormat(BodyFormat):
 
     prefix, object_type, chunk_type = "cmpl", "text_completion", "text_completion"
     prompts_in_choices = True
+    answer_keys = _ANSWER_KEYS
+    choice_keys = (*_CHOICE_KEYS, "prompt_logprobs", "prompt_token_ids")
 
     def _logprobs(self, delta: Delta, top: int, offsets: TextOffsets) -> Json:
         return self.tokens.completion(self._listed_notes(delta), top, offsets)
@@ -215,6 +227,10 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
             "acceptance": accepted / drafted if drafted else 0.0,
         },
     }
+
+
+def _with_keys(body: Json, keys: Sequence[str]) -> Json:
+    return body | dict.fromkeys(key for key in keys if key not in body)
 
 
 def _reasoning(delta: Delta) -> Json:
