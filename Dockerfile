@@ -31,6 +31,8 @@ COPY --chown=ray ray_config.yaml ./
 
 USER ray
 # VERBOSE=1: cluster.serve leaves the log lines on the standard output, where `docker logs` finds them
-ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VERBOSE=1
+# the callback of Serve's proxy, which every node of a cluster may start: see router/proxy.py
+ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VERBOSE=1 \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=router.proxy:middleware
 EXPOSE 8000
 CMD ["python", "-m", "cluster.serve", "ray_config.yaml"]

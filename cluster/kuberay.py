@@ -22,6 +22,7 @@ import yaml
 
 from actors.api.generation import ROLES
 from actors.config import ConfigError, Replicas, ServiceConfig
+from cluster.launch import PROXY_HOOK
 from cluster.serve_file import read_mapping, read_service_config
 
 SERVE_FILE = Path(__file__).parent / "serve_cluster.yaml"
@@ -173,7 +174,7 @@ def _container(name: str, image: str, resources: dict[str, str]) -> dict[str, An
     return {
         "name": name,
         "image": image,
-        "env": [{"name": "HF_TOKEN", "valueFrom": token}],
+        "env": [{"name": "HF_TOKEN", "valueFrom": token}, *({"name": k, "value": v} for k, v in PROXY_HOOK.items())],
         "resources": {"requests": resources, "limits": resources},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [{"name": "weights", "mountPath": HUB_CACHE}],

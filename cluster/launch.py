@@ -7,9 +7,10 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 
@@ -20,7 +21,13 @@ from router.app import bind
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20  # of a Ray that runs the service alone: nothing large goes through it
 # Ray's processes inherit these from the one that starts them; with ray_config.yaml they come from there.
-SETTINGS = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
+PROXY_HOOK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "router.proxy:middleware"}  # of every node with a proxy
+SETTINGS = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    **PROXY_HOOK,
+}
 
 
 class LaunchError(RuntimeError):
@@ -121,11 +128,24 @@ def claimed_port(host: str, port: int) -> Iterator[None]:
         except OSError as error:
             way_out = "set another http_options.host or http_options.port in the Serve config file"
             if error.errno == errno.EADDRINUSE:
-                raise LaunchError(f"port {port} of {host} is taken: stop what listens on it, or {way_out}") from error
+                holder = _listener(port)
+                raise LaunchError(f"port {port} of {host} is taken: {holder}; stop it, or {way_out}") from error
             raise LaunchError(f"port {port} of {host} cannot be used ({error.strerror}): {way_out}") from error
         claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         yield
+
+
+def _listener(port: int) -> str:
+    """The process that listens on a TCP port, and its address, as far as this user may see it."""
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                address = f"{connection.laddr.ip}:{port}"
+                if connection.pid is None:
+                    return f"a process of another user listens on {address}"
+                return f"{psutil.Process(connection.pid).name()}, process {connection.pid}, listens on {address}"
+    return "a process that cannot be seen from here listens on it"
 
 
 def free_port() -> int:
