@@ -12,7 +12,9 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
+from actors.api.generation import ROLES, Event, Generate
 from router.api import create_app
 from tests.support.scripted_service import ScriptedBackend, config, serving, tokenizers
 
@@ -39,6 +41,13 @@ def litellm() -> Any:
 def langchain() -> Any:
     """The package, likewise."""
     return imported("langchain_openai")
+
+
+@pytest.fixture(scope="module")
+def instructor() -> Any:
+    """The package, likewise; it wants older versions of its dependencies than are pinned, and works with these."""
+    pytest.importorskip("instructor")
+    return imported("instructor")
 
 
 def imported(name: str) -> Any:
@@ -243,3 +252,34 @@ async def test_langchain_sends_answers_back(url: str, backend: ScriptedBackend, 
     call = messages.AIMessage("", tool_calls=[{"name": "find", "args": {"who": "Ada"}, "id": "call_1"}])
     await model.ainvoke([*asked, call, messages.ToolMessage(SAID, tool_call_id="call_1")])
     assert f"tool\n{SAID}<|end|>" in read_by_the_target(backend)
+
+
+class Person(BaseModel):
+    """What instructor reads from an answer."""
+
+    name: str
+    age: int
+
+
+class CorrectedBackend(ScriptedBackend):
+    """A backend whose first answer lacks a field."""
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        fields = '"name": "Eve"' if not self.requests else '"name": "Eve", "age": 7'
+        self.text = f"```json {{{fields}}} ```"
+        async for event in super().generate(request):
+            yield event
+
+
+async def test_instructor_asks_again_and_sends_answers_back(instructor: Any) -> None:
+    backend = CorrectedBackend(thought="So Eve")
+    roomy = config(models=dict.fromkeys(ROLES, {"max_position": 4_096}))  # its instructions are long
+    async with serving(create_app(roomy, tokenizers(), backend)) as url:
+        async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0) as api:
+            model = instructor.from_openai(api, mode=instructor.Mode.MD_JSON)
+            asked = {"model": "duo", "response_model": Person, "max_retries": 1}
+            person, answer = await model.chat.completions.create_with_completion(messages=ASK, **asked)
+            assert (person.name, person.age, len(backend.requests)) == ("Eve", 7, 2)
+            history = [*ASK, answer.choices[0].message.model_dump(), {"role": "user", "content": "And who is that?"}]
+            again = await model.chat.completions.create(messages=history, **asked)
+    assert again.age == 7
