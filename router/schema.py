@@ -351,9 +351,11 @@ def _bad_request(error: ValidationError, body: dict[str, Any]) -> BadRequest:
 
 def _path(item: ErrorDetails, body: Any) -> list[str]:
     """The keys and indices in the body that lead to an error, without pydantic's names of a union's members."""
-    path, value = [], body
+    path: list[str] = []
+    value = body
     for part in item["loc"]:
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+        keys: Any = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        if part in keys:
             path.append(str(part))
             value = value[part]
     return [*path, str(item["loc"][-1])] if item["type"] == "missing" else path

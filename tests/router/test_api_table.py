@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from router.addresses import NOT_OFFERED
 from router.schema import IGNORED, NOT_SERVED, ChatRequest, CompletionRequest
 from tests.support.scripted_service import ScriptedBackend, client
 
@@ -21,7 +22,7 @@ ADDRESSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OWN_FIELDS = {"guidance", "thinking", "speculation", "stop_on_repeat"}
 NOT_VLLM_FIELDS = {  # also refused, but fields of OpenAI or of older versions of vLLM
-    *("best_of", "functions", "function_call", "modalities", "audio", "prediction", "verbosity", "web_search_options"),
+    *("best_of", "functions", "function_call", "modalities", "audio", "moderation", "verbosity", "web_search_options"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 }
 
@@ -78,3 +79,37 @@ def test_a_row_with_a_difference_has_a_note() -> None:
 def test_the_page_lists_the_other_fields() -> None:
     paragraph = PAGE.read_text(encoding="utf-8").split("Of OpenAI's own fields")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", paragraph)) == {*IGNORED, *OWN_FIELDS}
+    refused = PAGE.read_text(encoding="utf-8").split("Refused, unless they ask for nothing:")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", refused)) - {"medium"} == NOT_VLLM_FIELDS
+
+
+def other_addresses() -> dict[str, str]:
+    """The table of addresses that are not offered: what to use instead, by address."""
+    table = PAGE.read_text(encoding="utf-8").split("| address | instead |\n|---|---|\n")[1].split("\n\n")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return {address: instead for addresses, instead in cells for address in re.findall(r"`(\S+)`", addresses)}
+
+
+def test_the_page_lists_the_addresses_that_are_not_offered() -> None:
+    assert other_addresses() == NOT_OFFERED
+
+
+@pytest.mark.parametrize("address", other_addresses())
+async def test_an_address_that_is_not_offered_says_what_to_use(address: str) -> None:
+    async with client(ScriptedBackend()) as http:
+        for path in (address, f"{address}/", f"{address}/some-id/cancel"):
+            for method in ("GET", "POST"):
+                response = await http.request(method, path, json={})
+                assert response.status_code == 404, path
+                instead = next(NOT_OFFERED[a] for a in sorted(NOT_OFFERED, reverse=True) if path.startswith(a))
+                assert response.json()["error"]["message"].endswith(f"; {instead}")
+
+
+async def test_advice_names_addresses_that_exist() -> None:
+    async with client(ScriptedBackend()) as http:
+        described = (await http.get("/openapi.json")).json()["paths"]
+    offered = {(method.upper(), path) for path, item in described.items() for method in item}
+    offered |= {("GET", "/metrics"), ("GET", "/openapi.json")}  # of no client of the API
+    named = {pair for instead in NOT_OFFERED.values() for pair in re.findall(r"(GET|POST) (/[\w/.]+)", instead)}
+    assert named
+    assert named <= offered

@@ -273,7 +273,7 @@ class CorrectedBackend(ScriptedBackend):
 
 async def test_instructor_asks_again_and_sends_answers_back(instructor: Any) -> None:
     backend = CorrectedBackend(thought="So Eve")
-    roomy = config(models=dict.fromkeys(ROLES, {"max_position": 4_096}))  # its instructions are long
+    roomy = config(models={role: {"max_position": 4_096} for role in ROLES})  # its instructions are long
     async with serving(create_app(roomy, tokenizers(), backend)) as url:
         async with openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0) as api:
             model = instructor.from_openai(api, mode=instructor.Mode.MD_JSON)
