@@ -146,6 +146,13 @@ def test_a_port_with_another_listener_is_refused(host: str, options: list[int]) 
                 pass
 
 
+def test_a_taken_port_is_reported_with_its_process() -> None:
+    with listener(LOOPBACK) as port:
+        holder = rf"{re.escape(psutil.Process().name())}, process {os.getpid()}, listens on {LOOPBACK}:{port}"
+        with pytest.raises(LaunchError, match=holder), claimed_port(LOOPBACK, port):
+            pass
+
+
 def test_a_claimed_port_admits_the_proxy_and_no_second_claim() -> None:
     port = free_port()
     with claimed_port(LOOPBACK, port):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from actors.config import ConfigError
 from actors.metrics import COMMON
 from router.app import DIRECTORY_CPUS, MODEL_NAMES, build
 from tests.cluster.test_grafana import EXPORTED
+from tests.router.test_proxy import JAVA, ask, request
 from tests.support.local_ray import APPLICATION, MAX_SESSIONS, READY_S, SharedRay, trio_args, wait_until
 from tests.support.oracle import WEIGHTS, Case, Oracle, choice_seed
 from tests.support.trio import chat_prompts
@@ -117,6 +119,16 @@ def test_client_that_disconnects_frees_its_session(client: httpx.Client) -> None
         next(lines)
         assert coordinator.load.remote().result(timeout_s=READY_S).sessions == 1
     wait_until(lambda: coordinator.load.remote().result(timeout_s=READY_S).sessions == 0, "the end of the session")
+
+
+async def test_the_proxy_serves_java_and_odd_headers_with_one_id(shared_ray: SharedRay) -> None:
+    port, body = httpx.URL(shared_ray.url).port, json.dumps({"prompt": "Who", "max_tokens": 2}).encode()
+    assert port is not None
+    for header in (JAVA, b"serve_multiplexed_model_id: \xff", b"x-session-id: \xff", b"X-Request-Id: \xff a/b"):
+        answers = await ask(port, request(header, body=body), request(body=body), answers=2)
+        assert [answer.status for answer in answers] == [200, 200], header
+        assert [len(answer.request_ids) for answer in answers] == [1, 1], header
+    assert answers[0].request_ids == [b"\xff a/b"]
 
 
 def test_misspelt_argument_is_refused_by_name() -> None:
