@@ -21,7 +21,7 @@ from actors.config import ConfigError
 from actors.metrics import COMMON
 from router.app import DIRECTORY_CPUS, MODEL_NAMES, build
 from tests.cluster.test_grafana import EXPORTED
-from tests.router.test_proxy import JAVA, ask, request
+from tests.router.test_proxy import JAVA, exchange, request
 from tests.support.local_ray import APPLICATION, MAX_SESSIONS, READY_S, SharedRay, trio_args, wait_until
 from tests.support.oracle import WEIGHTS, Case, Oracle, choice_seed
 from tests.support.trio import chat_prompts
@@ -125,7 +125,7 @@ async def test_the_proxy_serves_java_and_odd_headers_with_one_id(shared_ray: Sha
     port, body = httpx.URL(shared_ray.url).port, json.dumps({"prompt": "Who", "max_tokens": 2}).encode()
     assert port is not None
     for header in (JAVA, b"serve_multiplexed_model_id: \xff", b"x-session-id: \xff", b"X-Request-Id: \xff a/b"):
-        answers = await ask(port, request(header, body=body), request(body=body), answers=2)
+        answers = await exchange(port, request(header, body=body), request(body=body), answers=2)
         assert [answer.status for answer in answers] == [200, 200], header
         assert [len(answer.request_ids) for answer in answers] == [1, 1], header
     assert answers[0].request_ids == [b"\xff a/b"]

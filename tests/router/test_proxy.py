@@ -64,7 +64,7 @@ async def read(reader: asyncio.StreamReader) -> Answer:
         return Answer(head, body)
 
 
-async def ask(port: int, *pieces: bytes, answers: int = 1) -> list[Answer]:
+async def exchange(port: int, *pieces: bytes, answers: int = 1) -> list[Answer]:
     """Send bytes over one connection, piece by piece; the responses."""
     reader, writer = await asyncio.open_connection(LOOPBACK, port)
     try:
@@ -118,7 +118,7 @@ async def port(backend: ScriptedBackend) -> AsyncIterator[int]:
 
 
 async def test_java_can_post_and_keep_its_connection(port: int, backend: ScriptedBackend) -> None:
-    first, second = await ask(port, request(JAVA), request(), answers=2)
+    first, second = await exchange(port, request(JAVA), request(), answers=2)
     assert (first.status, second.status) == (200, 200)
     assert json.loads(first.body)["choices"][0]["text"] == "It is Eve ."
     assert len(backend.requests) == 2
@@ -127,12 +127,12 @@ async def test_java_can_post_and_keep_its_connection(port: int, backend: Scripte
 @pytest.mark.parametrize("size", [1, 7, 64, 300])
 async def test_an_offer_of_an_upgrade_may_arrive_in_pieces(size: int, port: int) -> None:
     sent = request(JAVA)
-    (answer,) = await ask(port, *(sent[at : at + size] for at in range(0, len(sent), size)))
+    (answer,) = await exchange(port, *(sent[at : at + size] for at in range(0, len(sent), size)))
     assert answer.status == 200
 
 
 async def test_offers_of_pipelined_requests_are_all_declined(port: int, backend: ScriptedBackend) -> None:
-    answers = await ask(port, request(JAVA) * 3 + request() + request(JAVA), answers=5)
+    answers = await exchange(port, request(JAVA) * 3 + request() + request(JAVA), answers=5)
     assert [answer.status for answer in answers] == [200] * 5
     assert len(backend.requests) == 5
 
@@ -142,30 +142,30 @@ async def test_a_chunked_body_survives_any_declined_upgrade(offer: bytes, port: 
     head = b"POST /v1/completions HTTP/1.1\r\nHost: service\r\nContent-Type: application/json\r\n"
     head += b"Transfer-Encoding: chunked\r\nConnection: upgrade\r\nUpgrade: " + offer + b"\r\n\r\n"
     chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
-    (answer,) = await ask(port, head, chunks)
+    (answer,) = await exchange(port, head, chunks)
     assert answer.status == 200
 
 
 async def test_an_offer_without_a_body_is_declined(port: int) -> None:
     get = b"GET /v1/models HTTP/1.1\r\nHost: service\r\n" + JAVA + b"\r\n"
-    first, second = await ask(port, get, get, answers=2)
+    first, second = await exchange(port, get, get, answers=2)
     assert (first.status, second.status) == (200, 200)
 
 
 async def test_a_stream_reaches_a_client_that_offers_an_upgrade(port: int) -> None:
-    (answer,) = await ask(port, request(JAVA, body=json.dumps({"prompt": "Hi", "stream": True}).encode()))
+    (answer,) = await exchange(port, request(JAVA, body=json.dumps({"prompt": "Hi", "stream": True}).encode()))
     assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
 async def test_a_request_to_close_is_kept_beside_an_offer(port: int) -> None:
     offer = b"Connection: close, Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\nUpgrade: h2c"
-    (answer,) = await ask(port, request(offer))
+    (answer,) = await exchange(port, request(offer))
     assert (b"connection", b"close") in answer.fields
 
 
 @pytest.mark.parametrize("bad", [b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", b"\x00\x01\r\n\r\n", b"POST /\r\n\r\n"])
 async def test_bytes_that_are_no_request_get_one_error(bad: bytes, port: int) -> None:
-    (answer,) = await ask(port, bad)
+    (answer,) = await exchange(port, bad)
     assert 400 <= answer.status < 500
 
 
@@ -175,7 +175,7 @@ async def test_bytes_that_are_no_request_get_one_error(bad: bytes, port: int) ->
 )
 async def test_a_response_has_one_request_id_the_clients(given: bytes, port: int) -> None:
     for body, status in ((BODY, 200), (b"{", 400)):
-        (answer,) = await ask(port, request(b"X-Request-ID: " + given, body=body))
+        (answer,) = await exchange(port, request(b"X-Request-ID: " + given, body=body))
         assert (answer.status, answer.request_ids) == (status, [given])
     text = json.loads(answer.body)["error"]["request_id"]
     assert text.encode() == given or text.encode("latin-1") == given
@@ -183,26 +183,26 @@ async def test_a_response_has_one_request_id_the_clients(given: bytes, port: int
 
 @pytest.mark.parametrize("character", [b"x", b"\xfe", "\u00eb".encode(), "\u6f22".encode()])
 async def test_a_long_request_id_is_cut(character: bytes, port: int) -> None:
-    (answer,) = await ask(port, request(b"X-Request-Id: " + character * 5_000))
+    (answer,) = await exchange(port, request(b"X-Request-Id: " + character * 5_000))
     assert answer.request_ids == [character * 256]
 
 
 @pytest.mark.parametrize("blank", [b"", b"X-Request-Id:", b"X-Request-Id:   "])
 async def test_a_request_without_an_id_gets_one(blank: bytes, port: int) -> None:
-    (answer,) = await ask(port, request(*filter(None, [blank]), body=b"{"))
+    (answer,) = await exchange(port, request(*filter(None, [blank]), body=b"{"))
     (created,) = answer.request_ids
     assert re.fullmatch(rb"[0-9a-f]{32}", created)
     assert json.loads(answer.body)["error"]["request_id"] == created.decode()
 
 
 async def test_of_two_request_ids_the_first_counts(port: int) -> None:
-    (answer,) = await ask(port, request(b"X-Request-Id: a", b"x-request-id: b"))
+    (answer,) = await exchange(port, request(b"X-Request-Id: a", b"x-request-id: b"))
     assert answer.request_ids == [b"a"]
 
 
 @pytest.mark.parametrize("name", READ_BY_SERVE)
 async def test_a_header_that_is_not_utf8_is_served(name: bytes, port: int) -> None:
-    (answer,) = await ask(port, request(name + b": \xff\xfe\x80"))
+    (answer,) = await exchange(port, request(name + b": \xff\xfe\x80"))
     assert answer.status == 200
 
 
