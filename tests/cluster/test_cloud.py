@@ -24,6 +24,7 @@ from actors.api.generation import ROLES, Role
 from actors.config import ModelConfig, ServiceConfig
 from cluster import drain, kuberay
 from cluster.estimate import Estimate, memory_findings
+from cluster.launch import PROXY_HOOK
 from cluster.serve_file import read_service_config
 from tests.support.local_ray import ROOT, wait_until
 
@@ -230,7 +231,8 @@ def test_the_kubernetes_file_requires_a_token_and_holds_no_secret() -> None:
     assert cluster["authOptions"]["secretName"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
-        assert [entry for entry in container["env"] if "value" in entry] == []
+        stated = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+        assert stated == PROXY_HOOK  # everything else comes from secrets
 
 
 @pytest.mark.parametrize(
