@@ -37,10 +37,10 @@ class Corpus:
     held_out: str
 
 
-def corpora(size: int = SIZE) -> dict[str, Corpus]:
-    """All kinds by name, of `size` characters each."""
+def corpora(size: int = SIZE, pages: bool = True) -> dict[str, Corpus]:
+    """All kinds by name, of `size` characters each. pages: with those of this repository, which change often."""
     kinds: dict[str, Callable[[], Iterator[str]]] = {
-        "english": english,
+        "english": english if pages else docstrings,
         "code": code,
         "reasoning": lambda: reasoning(random.Random(1)),
         "math": lambda: mathematics(random.Random(2)),
@@ -61,9 +61,14 @@ def mixture(
 
 
 def english() -> Iterator[str]:
-    """Pages of this repository, and docstrings of the standard library in the order of its modules."""
+    """Pages of this repository, and docstrings of the standard library."""
     for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))):
         yield from re.split(r"\n(?=#)", page.read_text(encoding="utf-8"))
+    yield from docstrings()
+
+
+def docstrings() -> Iterator[str]:
+    """Docstrings of the standard library in the order of its modules."""
     for source in _modules():
         yield from _docstrings(source)
 

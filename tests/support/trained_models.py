@@ -20,8 +20,8 @@ KINDS = ("grouped", "single", "large", "pieces", "bytes")
 
 @cache
 def texts() -> dict[str, Corpus]:
-    """The local texts by kind."""
-    return corpora(60_000)
+    """The local texts by kind, without this repository's pages: no edit of a page changes what is drawn from them."""
+    return corpora(60_000, pages=False)
 
 
 @cache
