@@ -151,7 +151,8 @@ async def test_a_client_disconnect_counts_as_499() -> None:
         left.set()
 
     path = "/v1/chat/completions"
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
     async with asyncio.timeout(5):
         await app(scope, receive, send)
     assert [labels for metric, labels, _ in recorder if metric.name == "thinklogit_requests"] == [("duo", "", "499")]

@@ -53,7 +53,11 @@ def test_thinking_is_returned_under_both_of_its_names() -> None:
 def test_an_answer_without_thinking_has_no_field_for_it() -> None:
     shape = ChatFormat("r", "duo", 7, TOKENS)
     message = shape.body([CompletedChoice(Delta("", "Eve"), END)], 9)["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": "Eve"}
+    assert {key: value for key, value in message.items() if value is not None} == {
+        "role": "assistant",
+        "content": "Eve",
+    }
+    assert not message.keys() & {"reasoning", "reasoning_content"}
     assert shape.chunk(0, Delta("", "Eve"), None, first=False)["choices"][0]["delta"] == {"content": "Eve"}
 
 
