@@ -115,7 +115,8 @@ class TextOffsets:
 
     def _prompt_text(self, note: PromptNote) -> str:
         text = self._prompt.push(note.id)
-        hidden = note.id in self._tokenizer.bos_ids and not self._characters and not self._echo.startswith(text)
+        around = note.id in (*self._tokenizer.bos_ids, *self._tokenizer.trailing_ids)
+        hidden = around and not self._echo.startswith(text, self._characters)
         return "" if hidden else text
 
 
