@@ -17,7 +17,7 @@ from actors.api.sampling_params import Thinking
 from actors.text.chat_template import ChatTemplateError
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from router.backend import BadRequest
-from router.prompt_thinking import ThinkingState, continued_thinking, open_thinking
+from router.prompt_thinking import ThinkingState, close_thinking, continued_thinking, open_thinking
 from router.schema import CalledFunction, ChatMessage, Conversation
 
 Tokenizers = Mapping[Role, RoleTokenizer]
@@ -52,11 +52,17 @@ def opens_turn(conversation: Conversation) -> bool:
 
 
 def chat_prompt(
-    request: Conversation, roles: Sequence[Role], tokenizers: Tokenizers, thinking: Thinking, opens: bool | None = None
+    request: Conversation,
+    roles: Sequence[Role],
+    tokenizers: Tokenizers,
+    thinking: Thinking,
+    opens: bool | None = None,
+    closes: bool = False,
 ) -> Prompt:
     """The prompt of a conversation for `roles`, of which the first is the primary.
 
-    opens: open the thinking unless the templates state it; None: if a new answer begins after the prompt.
+    opens: open the thinking unless the templates state it; None: if a new answer begins after the prompt. closes: in
+    place of this, close the thinking that a template has opened.
     Raises BadRequest if a template rejects the messages.
     """
     if request.continue_final_message and request.add_generation_prompt:
@@ -75,7 +81,7 @@ def chat_prompt(
     if request.continue_final_message:
         state = continued_thinking(_text_of(request.messages[-1]), thinking)
     if opens_turn(request) if opens is None else opens:
-        texts, state = open_thinking(texts, thinking)
+        texts, state = (close_thinking if closes else open_thinking)(texts, thinking)
     try:
         ids = {role: tokenizers[role].encode(text, special=request.add_special_tokens) for role, text in texts.items()}
     except TokenizerError as error:

@@ -46,10 +46,7 @@ def open_thinking(texts: Mapping[Role, str], thinking: Thinking) -> tuple[dict[R
     stated = {role: stated_thinking(text, thinking) for role, text in texts.items()}
     primarys = next(iter(stated.values()))
     if ThinkingState.CLOSED in (stated.values() if primarys is ThinkingState.UNMARKED else (primarys,)):
-        role = next(role for role, state in stated.items() if state is ThinkingState.CLOSED)
-        closing = texts[role][texts[role].rindex(thinking.end.strip()) :]
-        closed = {role: text + closing if stated[role] is ThinkingState.OPEN else text for role, text in texts.items()}
-        return closed, ThinkingState.CLOSED
+        return close_thinking(texts, thinking)
     if not thinking.start:
         return dict(texts), ThinkingState.UNMARKED
     opened = {
@@ -57,6 +54,18 @@ def open_thinking(texts: Mapping[Role, str], thinking: Thinking) -> tuple[dict[R
         for role, text in texts.items()
     }
     return opened, ThinkingState.OPEN
+
+
+def close_thinking(texts: Mapping[Role, str], thinking: Thinking) -> tuple[dict[Role, str], ThinkingState]:
+    """The roles' texts without thinking that is open at their ends, and the state that it is closed.
+
+    It is closed as the first role's template does that closes it by itself; otherwise with `thinking.end`.
+    """
+    stated = {role: stated_thinking(text, thinking) for role, text in texts.items()}
+    closed = next((texts[role] for role, state in stated.items() if state is ThinkingState.CLOSED), None)
+    closing = thinking.end if closed is None else closed[closed.rindex(thinking.end.strip()) :]
+    ended = {role: text + closing if stated[role] is ThinkingState.OPEN else text for role, text in texts.items()}
+    return ended, ThinkingState.CLOSED
 
 
 def _without_closed_block(text: str, thinking: Thinking) -> str:

@@ -110,17 +110,16 @@ class _ServedModel:
 def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str) -> Plan:
     """The sequences of a chat request. Raises BadRequest or NotFound."""
     model = _model(request, service)
-    default = service.thinking
+    thinking, marks = _thinking(request, service.thinking), "start" in _set_fields(request.thinking)
+    closes = request.reasoning_effort == "none" and not marks
     if request.reasoning_effort == "none":
-        default = replace(default, start="")
         switch = {"enable_thinking": False} | request.chat_template_kwargs  # many templates have this one
         request = request.model_copy(update={"chat_template_kwargs": switch})
-    thinking = _thinking(request, default)
     # A continued answer has already opened its thinking, or has none, unless the request itself gives the mark.
-    opens = opens_turn(request) or "start" in _set_fields(request.thinking)
+    opens = opens_turn(request) or marks
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    prompt = chat_prompt(request, model.roles, tokenizers, thinking, opens)
+    prompt = chat_prompt(request, model.roles, tokenizers, thinking, opens, closes)
     budget = _chat_budget(request, service.default_sampling.max_tokens)
     return _plan(request, service, tokenizers, request_id, model, thinking, [prompt], budget)
 

@@ -122,7 +122,7 @@ class StreamOptions(_Body):
 class _MessageBody(_Body):
     """A part of a message. Clients send back what they read, with fields of their own: unknown ones are ignored."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class TextPart(_MessageBody):

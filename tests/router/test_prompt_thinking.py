@@ -6,7 +6,7 @@ import pytest
 
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Thinking
-from router.prompt_thinking import ThinkingState, continued_thinking, open_thinking, stated_thinking
+from router.prompt_thinking import ThinkingState, close_thinking, continued_thinking, open_thinking, stated_thinking
 
 OPEN, CLOSED, UNMARKED = ThinkingState.OPEN, ThinkingState.CLOSED, ThinkingState.UNMARKED
 THINK = Thinking(start="<think>")
@@ -67,6 +67,16 @@ def test_a_small_role_that_is_closed_keeps_a_silent_primary_closed() -> None:
 def test_a_primary_that_opens_by_itself_opens_closed_roles() -> None:
     texts, state = opened("t<think>\n", "g\n" + BLOCK, "b</think>")
     assert (texts, state) == (["t<think>\n", "g\n<think>", "b<think>"], OPEN)
+
+
+def test_thinking_that_is_not_wanted_is_closed_where_a_template_opens_it() -> None:
+    every: dict[Role, str] = {"target": "t<think>\n", "guider": "g", "guider_base": "b<think>"}
+    assert close_thinking(every, THINK) == (
+        {"target": "t<think>\n</think>", "guider": "g", "guider_base": "b<think></think>"},
+        CLOSED,
+    )
+    every["guider"] += BLOCK
+    assert close_thinking(every, THINK)[0]["target"] == "t<think>\n</think>\n\n"
 
 
 def test_without_a_start_no_prompt_changes() -> None:
