@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from math import log
 from typing import Any
 
@@ -216,6 +217,14 @@ def test_offsets_of_an_echo_count_the_prompts_text_without_its_bos() -> None:
     raw, given = TextOffsets(tokenizer, "你a"), TextOffsets(tokenizer, "<s>你a")
     assert [raw.next(PromptNote(id_, None)) for id_ in ids] == [0, 0, 0, 0, 1]
     assert [given.next(PromptNote(id_, None)) for id_ in ids] == [0, 3, 3, 3, 4]
+
+
+def test_offsets_of_an_echo_do_not_count_an_end_token_after_the_prompt() -> None:
+    tokenizer = copy.copy(TOKENIZER)
+    tokenizer.trailing_ids = tokenizer.eos_ids[:1]
+    counted = TextOffsets(tokenizer, "Hi")
+    notes = [PromptNote(id_, None) for id_ in (*tokenizer.encode("Hi"), *tokenizer.trailing_ids)]
+    assert [counted.next(note) for note in (*notes, TokenNote(3, "!", 1.0, False))][-2:] == [2, 2]
 
 
 async def test_offsets_go_on_through_a_stream() -> None:
