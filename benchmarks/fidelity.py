@@ -1,6 +1,6 @@
 """Compares decisions from top-k slices with those from whole rows, and counts the bytes of both.
 
-    python -m benchmarks.fidelity [--rows 40] [--questions 5] [--save]
+    python -m benchmarks.fidelity [--rows 40] [--questions 5] [--real] [--save]
 
 Rows are decided by the service's own exchange and decisions and compared with plain arithmetic on whole rows: the
 embedded trio's (k = 8, 16 and 128) while it answers questions, and rows of 152,064 tokens with tails of several
@@ -32,6 +32,7 @@ from actors.decoding.decision import Decisions
 from actors.preflight import load_tokenizers
 from actors.replica.engine_thread import Engine
 from actors.text.tokenizer import RoleTokenizer
+from benchmarks import real_rows
 from benchmarks.lockstep import Lockstep
 from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.synthetic_models import guided_request, wide_config
@@ -84,9 +85,9 @@ class Tally:
         return cls([], [], [], [])
 
     def add(self, decided: Decisions, whole: Floats, temperature: float, widened: bool, size: int) -> None:
-        ids = decided.ids[0]
-        self.agree.append(bool(ids[np.argmax(decided.logits[0])] == np.argmax(whole)))
-        self.distance.append(distance(ids, decided.logits[0], whole, temperature) if temperature else 0.0)
+        ids, logits = decided.ids[0], decided.filtered[0] * (temperature or 1.0)
+        self.agree.append(bool(ids[np.argmax(logits)] == np.argmax(whole)))
+        self.distance.append(distance(ids, logits, whole, temperature) if temperature else 0.0)
         self.widened.append(widened)
         self.bytes.append(size)
 
@@ -281,7 +282,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=40, help="rows of each tail and temperature (40)")
     parser.add_argument("--questions", type=int, default=5, help="questions of each hop count to the trio (5)")
+    parser.add_argument("--real", action="store_true", help="rows of models that `python -m cluster.real` fetched")
     options = parser.parse_args()
+    if options.real:
+        found = real_rows.measure(options.rows)
+        console().print(real_rows.table(found))
+        publish("fidelity_real", [asdict(case) for case in found], options.save)
+        return
     asked = [question for hops in (2, 3, 4, 5) for question in questions("held_out", hops, options.questions)]
     cases, sizes = measure(options.rows, asked)
     console().print(table(cases))

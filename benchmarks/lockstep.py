@@ -31,7 +31,7 @@ from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.columns import extend_items
 from actors.wire.framing import HEADER, MAC_BYTES
 from actors.wire.link import Limits
-from actors.wire.messages import Extend, Lookup, Message, Welcome, Widen, decode, encode
+from actors.wire.messages import WHOLE, Extend, Lookup, Message, Welcome, Widen, decode, encode
 from actors.wire.replies import Answer, Replies
 
 _ORDER: tuple[Role, ...] = ("guider", "guider_base", "target")  # the small models answer first
@@ -132,7 +132,7 @@ class Lockstep:
     def step(self, active: ActiveSession) -> Step:
         """Decode one token of a session."""
         before = self._bytes()
-        self._exchange.begin(active, guided=True)
+        self._exchange.begin(active, guided=bool(active.alpha()))
         self._settle()
         assert active.window is not None
         (row,) = active.window.rows
@@ -158,6 +158,15 @@ class Lockstep:
         active.session.commit(step.chosen.token, active.alpha(), step.chosen.changed)
         active.window.settle()
         self._exchange.drop(active)
+
+    def whole_decisions(self, active: ActiveSession) -> Decisions:
+        """The decisions of the held row from whole rows, before its step is committed."""
+        assert active.window is not None
+        (row,) = active.window.rows
+        if row.k != WHOLE:
+            self._exchange.widen(row, WHOLE)
+            self._settle()
+        return self._judge(active.window).decisions
 
     def close(self, active: ActiveSession) -> None:
         """Forget a session at the models."""
@@ -187,6 +196,7 @@ class Lockstep:
     def _settle(self) -> None:
         """Deliver messages until the row in flight is complete."""
         while True:
+            self._exchange.look_up_crossing_rows()
             silent = True
             for role in _ORDER:
                 replica = self._replicas[role]
