@@ -32,17 +32,23 @@ class RowBank:
         ranks = np.stack([shared.permutation(width) for _ in range(size)])
         self.logits = (own.normal(0, 0.5, ranks.shape) - exponent * np.log1p(ranks)).astype(np.float32)
         self.order = np.argsort(-self.logits, axis=-1, kind="stable").astype(np.int32)
-        peak = self.logits.max(-1, keepdims=True)
-        self.logsumexp = (peak[:, 0] + np.log(np.exp((self.logits - peak).astype(np.float64)).sum(-1))).astype(
-            np.float32
-        )
+        self.logsumexp = log_sums(self.logits)
+        self._sums = {1.0: self.logsumexp}  # by temperature
         self._heads: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}  # by k
 
-    def slices(self, rows: Sequence[int], k: int) -> TopKSlices:
+    def slices(self, rows: Sequence[int], k: int, temperatures: Sequence[float] | None = None) -> TopKSlices:
         """Rows of the bank, reduced to k."""
         index = np.asarray(rows, np.int64)
         ids, logits = self._head(k)
-        return TopKSlices(ids[index], logits[index], self.logsumexp[index])
+        heats = [1.0] * len(index) if temperatures is None else temperatures
+        tempered = [self._tempered_sums(heat)[row] for heat, row in zip(heats, index.tolist(), strict=True)]
+        return TopKSlices(ids[index], logits[index], self.logsumexp[index], np.array(tempered, np.float32))
+
+    def _tempered_sums(self, temperature: float) -> NDArray[np.float32]:
+        """The logsumexp [size] of every row's logits over a temperature."""
+        if temperature not in self._sums:
+            self._sums[temperature] = log_sums(self.logits / temperature)
+        return self._sums[temperature]
 
     def _head(self, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The k likeliest ids [size, k] of every row, ascending, and their logits."""
@@ -50,6 +56,13 @@ class RowBank:
             ids = np.sort(self.order[:, :k], axis=1)
             self._heads[k] = ids, np.take_along_axis(self.logits, ids, 1)
         return self._heads[k]
+
+
+def log_sums(logits: NDArray[Any]) -> NDArray[np.float32]:
+    """The logsumexp [size] of rows [size, width]."""
+    peak = logits.max(-1, keepdims=True)
+    sums: NDArray[np.float32] = (peak[:, 0] + np.log(np.exp((logits - peak).astype(np.float64)).sum(-1))).astype("f4")
+    return sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +83,9 @@ class NullRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
-        return self.bank.slices(self._numbers(rows), k)
+    def slices(self, k: int, rows: Sequence[int] | None = None, temperature: float = 1.0) -> TopKSlices:
+        numbers = self._numbers(rows)
+        return self.bank.slices(numbers, k, [temperature] * len(numbers))
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         taken: NDArray[np.float32] = self.bank.logits[self._numbers(rows)]
@@ -150,9 +164,9 @@ class NullEngine:
         values: NDArray[np.float32] = self._bank.logits.take(np.repeat(numbers * self.width, counts) + ids)
         return values
 
-    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
+    def reduce(self, sessions: Sequence[int], k: int, temperatures: Sequence[float] | None = None) -> TopKSlices:
         """The slices of the rows that the last extends of `sessions` gave, in their order."""
-        return self._bank.slices(self._numbers(sessions), k)
+        return self._bank.slices(self._numbers(sessions), k, temperatures)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
         """The whole rows [R, width] that the last extends of `sessions` gave, in their order."""

@@ -50,7 +50,14 @@ class WholeRow:
 
     @cached_property
     def logsumexp(self) -> np.float32:
-        wide = self.logits.astype(np.float64)
+        return self._log_sum(1.0)
+
+    def tempered(self, temperature: float) -> np.float32:
+        """The logsumexp of the logits over a temperature."""
+        return self.logsumexp if temperature == 1 else self._log_sum(temperature)
+
+    def _log_sum(self, temperature: float) -> np.float32:
+        wide = self.logits.astype(np.float64) / temperature
         return np.float32(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
 
     def head(self, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -130,8 +137,9 @@ class TailRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
-        return side_by_side([self.row(row) for row in self._rows(rows)], k)
+    def slices(self, k: int, rows: Sequence[int] | None = None, temperature: float = 1.0) -> TopKSlices:
+        found = [self.row(row) for row in self._rows(rows)]
+        return side_by_side(found, k, [temperature] * len(found))
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         return np.stack([self.row(row).logits for row in self._rows(rows)])
@@ -144,13 +152,15 @@ class TailRows:
         return range(len(self.hashes)) if rows is None else rows
 
 
-def side_by_side(rows: Sequence[WholeRow], k: int) -> TopKSlices:
+def side_by_side(rows: Sequence[WholeRow], k: int, temperatures: Sequence[float] | None = None) -> TopKSlices:
     """The slices of some rows."""
+    heats = [1.0] * len(rows) if temperatures is None else temperatures
     heads = [row.head(k) for row in rows]
     return TopKSlices(
         np.array([ids for ids, _ in heads], np.int32).reshape(len(rows), -1),
         np.array([logits for _, logits in heads], np.float32).reshape(len(rows), -1),
         np.array([row.logsumexp for row in rows], np.float32),
+        np.array([row.tempered(heat) for row, heat in zip(rows, heats, strict=True)], np.float32),
     )
 
 
@@ -202,9 +212,9 @@ class TailEngine:
             values[mine] = row.logits[ids[mine]]
         return values
 
-    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
+    def reduce(self, sessions: Sequence[int], k: int, temperatures: Sequence[float] | None = None) -> TopKSlices:
         """The slices of the last rows of `sessions`, in their order."""
-        return side_by_side([self._last(session) for session in sessions], k)
+        return side_by_side([self._last(session) for session in sessions], k, temperatures)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
         """The whole last rows [R, width] of `sessions`, in their order."""

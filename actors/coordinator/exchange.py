@@ -157,7 +157,8 @@ class Exchange:
         active = row.window.active
         position, prefix = row.key(role)
         call_id = self._calls.issue(InflightCall("widen", row.window, role, row=row, before=before))
-        item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
+        temperature = self._temperature(row.window, role)
+        item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k, temperature)
         active.replicas[role].outbox.widens.append(item)
 
     def _request_drafts(self, window: VerificationWindow) -> None:
@@ -260,9 +261,8 @@ class Exchange:
         rows = end - fresh
         call_id = self._calls.issue(InflightCall("extend", window, role, required=needed, start=fresh))
         prefix = stream.hash_before(position)
-        item = ExtendItem(
-            call_id, active.key, active.age, prefix, active.epoch, position, tokens, rows, k, ids, draft, keep
-        )
+        requested = rows, k, ids, draft, keep, self._temperature(window, role)
+        item = ExtendItem(call_id, active.key, active.age, prefix, active.epoch, position, tokens, *requested)
         active.replicas[role].outbox.extends.append(item)
 
     def _take_held_rows(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
@@ -272,6 +272,13 @@ class Exchange:
                 part = history.get(row.key(role))
                 assert part is not None
                 self._take_slice(row, role, part)
+
+    @staticmethod
+    def _temperature(window: VerificationWindow, role: Role) -> float:
+        """Temperature of a role's tempered logsumexp, from which the primary's rows are filtered."""
+        active = window.active
+        sampled = role == active.primary and not window.scores_prompt
+        return (active.session.request.sampling.temperature or 1.0) if sampled else 1.0
 
     def _width(self, window: VerificationWindow, role: Role) -> int:
         """Width of the slices that a role's extend returns."""

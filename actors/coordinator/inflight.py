@@ -198,7 +198,8 @@ def read_rows(
     width: logits in a whole row of this model.
     """
     ids = rows_ids(message, width)
-    sums, ours, reader = message.logsumexp.tolist(), dict[tuple[int, bool], NDArray[Any]](), _ColumnCursor(message)
+    sums, tempered = message.logsumexp.tolist(), message.tempered.tolist()
+    ours, reader = dict[tuple[int, bool], NDArray[Any]](), _ColumnCursor(message)
     for call, (_, rows, k, required_ids) in zip(calls, message.items.tolist(), strict=True):
         at = reader.next(rows, max(k, 0), width if k == WHOLE else k, required_ids)
         if call is None:
@@ -220,7 +221,7 @@ def read_rows(
                 mine = theirs[at.ids + row * k : at.ids + (row + 1) * k]
                 logits = message.logits[at.logits + row * k : at.logits + (row + 1) * k]
             events = folded[row] if call.before is None else call.before.folded
-            slices.append(RowSlice(mine, logits, events, sums[at.rows + row]))
+            slices.append(RowSlice(mine, logits, events, sums[at.rows + row], tempered[at.rows + row]))
         yield call, slices
 
 

@@ -89,8 +89,9 @@ class Verifier:
         return self._chosen(row, decisions, index)
 
     def _unseen(self, decisions: Decisions, index: int) -> bool:
+        """True if an id outside the candidates could be chosen, with more than the allowed probability."""
         limit = self._config.max_unseen_mass
-        return limit < 1 and bool(decisions.outside[index] > limit)
+        return limit < 1 and bool(decisions.outside[index] > limit and not decisions.settled[index])
 
     def _wider(self, row: LogitsRow) -> NeedsWiderTopK:
         """Next width of the row: one wider slice, then the whole row. It depends on the row alone, like its token."""

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 _NOISE = 1e-7  # a probability below this is lost in the float32 logsumexp
 _GREEDY_TEMPERATURE = 0.3  # the outside mass of a greedy row is estimated at this temperature
-_LOG_IDS = np.log(1 << 18)  # more ids than any vocabulary in use
 _FAR = 1e9  # beyond every logit
+# Nats by which a logit and a mass outside a guided row's candidates may exceed their estimates. Guidance raises single
+# ids by much more than the mean, so the margin of a logit is wide.
+_LOGIT_MARGIN, _MASS_MARGIN = 3.0, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,31 +56,100 @@ def outside_estimate(
     guider: RoleLogits | None = None,
     guider_base: RoleLogits | None = None,
     *,
-    temperature: Floats | float = 1.0,
-    ceiling: Floats | float = 0.0,
+    temperature: Floats,
+    tempered: Floats,
+    ceiling: Floats,
 ) -> Floats:
     """Estimate, for each row [B], the probability mass of softmax(combined / temperature) outside the candidates.
 
-    temperature: [B] or one number. ceiling: [B] or one number, an upper bound on the target's logits outside the
-    candidates. The target's mass outside is known exactly. We use the larger of two estimators of the factor by which
+    temperature: [B]. tempered: [B], the target's logsumexp of logits / temperature (of greedy rows it is not read).
+    ceiling: [B], an upper bound on the target's logits outside the candidates. So the target's mass outside is known
+    exactly; below a temperature of .3 it is bounded. We use the larger of two estimators of the factor by which
     guidance raises it:
     1. the ratio of the guider's and the guider base's mass outside, exact if their difference is the same everywhere;
     2. the factor at the quarter of the candidates with the lowest guider logits, most of which only the target
        proposed.
     The result is an indicator, not a bound: audits compare it with full rows.
     """
-    heat = np.broadcast_to(np.maximum(temperature, _GREEDY_TEMPERATURE), alpha.shape)
-    limit = np.minimum(ceiling, _FAR)
-    outside = _log_uncovered(target)
-    # Above temperature 1 the mass outside spreads over at most a whole vocabulary. Below 1 it weighs at most as much
-    # as if every logit outside were at the ceiling.
-    log_outside = np.where(heat > 1, outside / heat + (1 - 1 / heat) * _LOG_IDS, outside + (1 / heat - 1) * limit)
-    if guider is not None and guider_base is not None:
-        ratio = alpha * (_log_uncovered(guider) - _log_uncovered(guider_base)) / heat
-        lift = _lift_of_lowest_quarter(alpha, target, guider, guider_base, heat)
-        log_outside = log_outside + np.where(np.isnan(lift), ratio, np.maximum(ratio, lift))
+    heat = np.maximum(temperature, _GREEDY_TEMPERATURE)
+    cooler = temperature < _GREEDY_TEMPERATURE
+    log_outside = _log_target_outside(target, heat, cooler, tempered, ceiling)
+    log_outside = log_outside + _log_lift(alpha, heat, target, guider, guider_base)
     log_inside = _log_sum(combined / heat[:, None], target.inside)
     return np.asarray(1.0 / (1.0 + np.exp(np.clip(log_inside - log_outside, -700, 700))))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutsideBounds:
+    """Bounds on what the ids outside the candidates of B rows can contribute to softmax(logits / temperature).
+
+    ceiling [B]: none of their logits is higher (nats). least, most [B]: the log of the sum of exp(logit / temperature)
+    over them lies between. Decoding by one model: exact but for float32. Guided: estimates, like `outside_estimate`.
+    """
+
+    ceiling: Floats
+    least: Floats
+    most: Floats
+
+
+def outside_bounds(
+    alpha: Floats,
+    target: RoleLogits,
+    guider: RoleLogits | None = None,
+    guider_base: RoleLogits | None = None,
+    *,
+    temperature: Floats,
+    tempered: Floats,
+    ceiling: Floats,
+    adjusted: NDArray[np.bool_],
+) -> OutsideBounds:
+    """The bounds of B rows. Arguments as of `outside_estimate`.
+
+    adjusted: [B], True if penalties or bans may lower logits outside the candidates, which nothing raises. `least` and
+    `most` of greedy rows mean nothing. The choice of a guided greedy row hangs on a single id, of which an estimate of
+    mass says too little: its ceiling is infinite.
+    """
+    greedy = temperature == 0
+    if guider is None or guider_base is None:
+        heat = np.where(greedy, 1.0, temperature)
+        outside, slack = _at_temperature(target, heat, tempered), np.spacing(tempered.astype(np.float32))
+        fewest = outside.uncovered - slack
+        known = ~adjusted & (fewest > 0)
+        least = np.where(known, np.log(np.where(known, fewest, 1.0)) + tempered, -np.inf)
+        most = _log_uncovered(outside, slack)
+        return OutsideBounds(np.minimum(ceiling, most * heat), least, most)  # at most all of it is one id's
+    heat = np.where(greedy, 1.0, temperature)
+    lift = _log_lift(alpha, heat, target, guider, guider_base)
+    most = _log_target_outside(target, heat, greedy, tempered, ceiling) + lift
+    highest = np.minimum(ceiling + np.maximum(lift * heat, 0.0), most * heat) + _LOGIT_MARGIN
+    return OutsideBounds(np.where(greedy, np.inf, highest), np.full(len(alpha), -np.inf), most + _MASS_MARGIN / heat)
+
+
+def _at_temperature(target: RoleLogits, heat: Floats, tempered: Floats) -> RoleLogits:
+    return RoleLogits(target.logits / heat[:, None], target.inside, tempered)
+
+
+def _log_target_outside(
+    target: RoleLogits, heat: Floats, unknown: NDArray[np.bool_], tempered: Floats, ceiling: Floats
+) -> Floats:
+    """[B]: log of the sum of exp(logit / heat) of the target outside the candidates.
+
+    Where `tempered` is `unknown` at this heat, an upper bound for heat below 1: exp(logit / heat) is exp(logit) *
+    exp(logit * (1 / heat - 1)), and no logit is above the ceiling.
+    """
+    known = _at_temperature(target, np.where(unknown, 1.0, heat), np.where(unknown, target.logsumexp, tempered))
+    return _log_uncovered(known) + np.where(unknown, (1 / heat - 1) * np.minimum(ceiling, _FAR), 0.0)
+
+
+def _log_lift(
+    alpha: Floats, heat: Floats, target: RoleLogits, guider: RoleLogits | None, guider_base: RoleLogits | None
+) -> Floats:
+    """[B]: estimated log of the factor by which guidance raises the target's mass outside the candidates, 0 without."""
+    if guider is None or guider_base is None:
+        return np.zeros(len(alpha))
+    ratio = alpha * (_log_uncovered(guider) - _log_uncovered(guider_base)) / heat
+    lowest = _lift_of_lowest_quarter(alpha, target, guider, guider_base, heat)
+    return np.where(np.isnan(lowest), ratio, np.maximum(ratio, lowest))
 
 
 def log_total(
@@ -126,9 +197,9 @@ def _log_sum(logits: Floats, where: NDArray[np.bool_]) -> Floats:
     return np.asarray(top + np.log(np.maximum(np.cumsum(weights, 1)[:, -1], np.finfo(np.float64).tiny)))
 
 
-def _log_uncovered(rows: RoleLogits) -> Floats:
-    """[B]: log of the sum of exp(logits) outside the candidates."""
-    return np.asarray(np.log(np.maximum(rows.uncovered, _NOISE)) + rows.logsumexp)
+def _log_uncovered(rows: RoleLogits, slack: Floats | float = 0.0) -> Floats:
+    """[B]: log of the sum of exp(logits) outside the candidates. slack: probability to add to it."""
+    return np.asarray(np.log(np.maximum(rows.uncovered + slack, _NOISE)) + rows.logsumexp)
 
 
 def total_variation(z: Floats, other: Floats, temperature: NDArray[Any]) -> Floats:

@@ -29,6 +29,7 @@ class RowSlice:
     logits: NDArray[Any]  # [k]
     folded: NDArray[Any]  # [g], logits of the required events
     logsumexp: float
+    tempered: float = 0.0  # logsumexp of the logits over the request's temperature; read of the primary's rows only
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +50,8 @@ class CandidateBlock:
     """The candidates of B rows, W at most for each, and every role's logits at them.
 
     ids [B, W]: each row's candidates, ascending, then PADDING. inside [B, W]: False in the padding. logsumexp: by role
-    [B]. ceiling [B]: the lowest logit of the target's slice, so an upper bound on its logits outside of it.
+    [B]. tempered [B]: the target's `RowSlice.tempered`. ceiling [B]: the lowest logit of the target's slice, so an
+    upper bound on its logits outside of it.
     """
 
     def __init__(self, rows: Sequence[RowProposal]) -> None:
@@ -74,6 +76,7 @@ class CandidateBlock:
             self._mark_answered(role)
             if role in first.slices:
                 self._store_slices(role, [row.slices[role] for row in rows])
+        self.tempered = np.array([row.slices[self._roles[0]].tempered for row in rows])
         proposed = [row.slices[self._roles[0]].logits for row in rows]
         self.ceiling = _stacked(proposed).min(1) if len(proposed[0]) else np.full(len(rows), np.inf)
 

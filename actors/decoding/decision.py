@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 
 from actors.api.generation import EXPLAINED, Role, Scores
 from actors.api.sampling_params import Sampling
-from actors.decoding.arithmetic import Floats, RoleLogits, combine, outside_estimate, total_variation
+from actors.decoding.arithmetic import (
+    Floats,
+    RoleLogits,
+    combine,
+    outside_bounds,
+    outside_estimate,
+    total_variation,
+)
 from actors.decoding.candidates import CandidateBlock
-from actors.decoding.sampling import choose_with_noise, noise_of
+from actors.decoding.sampling import choose_filtered, filter_logits, noise_of
 from actors.decoding.scoring import CandidateLogprobs
 
 Adjust = Callable[[NDArray[np.int64], Floats], None]
@@ -44,10 +51,11 @@ class Decisions:
     tokens: NDArray[Any]  # [B]
     target_tokens: NDArray[Any]  # [B], the target's own choice with the same noise
     outside: Floats  # [B], estimated probability mass outside the candidates
+    settled: NDArray[np.bool_]  # [B], True if greed, top_p, top_k or min_p keep no id outside, whatever its logit
     uncovered: Floats  # [B], the largest mass that a single model has outside the candidates, exact
     no_legal_token: NDArray[np.bool_]  # [B], True if no candidate may be chosen
     ids: NDArray[Any]  # [B, W]
-    logits: Floats  # [B, W], combined and adjusted
+    filtered: Floats  # [B, W], combined, adjusted, over temperature; -inf where filtered
     inside: NDArray[np.bool_]  # [B, W], False in the padding
     scores: Sequence[Scores | None]  # by row, those of its token if the request wants them
 
@@ -89,39 +97,47 @@ def decide(
     no_legal_token: NDArray[np.bool_] = np.logical_not(np.any(np.isfinite(logits), axis=1))
     if no_legal_token.any():
         logits[no_legal_token] = own[no_legal_token] = 0.0  # a placeholder: the caller widens the row or gives up
-    temperature = np.array([spec.sampling.temperature for spec in specs])
-    estimate = outside_estimate(logits, alpha, *models, temperature=temperature, ceiling=block.ceiling[at])
+    parameters = [spec.sampling for spec in specs]
+    temperature = np.array([each.temperature for each in parameters])
+    tempered, ceiling = block.tempered[at], block.ceiling[at]
+    estimate = outside_estimate(logits, alpha, *models, temperature=temperature, tempered=tempered, ceiling=ceiling)
     outside = np.where(no_legal_token, 1.0, estimate)
     uncovered = np.max([model.uncovered for model in models], axis=0)
-    tokens, target_tokens = _choose(specs, ids, logits, own, guided)
+    adjusted = np.array([spec.adjust is not None for spec in specs])
+
+    def filter_row(z: Floats, *used: RoleLogits) -> tuple[Floats, NDArray[np.bool_]]:
+        bounds = outside_bounds(
+            alpha, *used, temperature=temperature, tempered=tempered, ceiling=ceiling, adjusted=adjusted
+        )
+        return filter_logits(z, parameters, bounds)
+
+    filtered, settled = filter_row(logits, *models)
+    seeds = np.array([spec.seed for spec in specs], np.uint64)
+    positions = np.array([spec.position for spec in specs], np.uint64)
+    noise = noise_of(ids, parameters, seeds, positions)
+    tokens = target_tokens = choose_filtered(noise, ids, filtered, parameters)
+    if guided:
+        target_tokens = choose_filtered(noise, ids, filter_row(own, models[0])[0], parameters)
     scores = [
         None
         if scored is None or spec.top is None
         else scored.scores(row, int(tokens[row]), spec.top, EXPLAINED if spec.explain else 0)
         for row, spec in enumerate(specs)
     ]
-    return Decisions(tokens, target_tokens, outside, uncovered, no_legal_token, ids, logits, inside, scores)
+    settled &= ~no_legal_token
+    return Decisions(tokens, target_tokens, outside, settled, uncovered, no_legal_token, ids, filtered, inside, scores)
 
 
 def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[float, bool]:
     """Compare one row's decision from slices with that from full rows, as an audit does.
 
-    Returns the total variation distance of the two distributions, and True if the tokens differ.
+    Returns the total variation distance of the two distributions that the token is drawn from, and True if the tokens
+    differ. A greedy distribution has one token.
     """
+    differs = bool(sliced.tokens[0] != whole.tokens[0])
+    if not sampling.temperature:
+        return float(differs), differs
     inside = sliced.inside[0]
-    spread = np.full(whole.logits.shape, -np.inf)
-    spread[0, np.searchsorted(whole.ids[0], sliced.ids[0, inside])] = sliced.logits[0, inside]
-    distance = total_variation(spread, whole.logits, np.array([sampling.temperature or 1.0]))
-    return float(distance[0]), bool(sliced.tokens[0] != whole.tokens[0])
-
-
-def _choose(
-    specs: Sequence[RowSamplingSpec], ids: NDArray[Any], logits: Floats, own: Floats, guided: bool
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The combined choice [B] and the target's own [B], with the same noise."""
-    parameters = [spec.sampling for spec in specs]
-    seeds = np.array([spec.seed for spec in specs], np.uint64)
-    positions = np.array([spec.position for spec in specs], np.uint64)
-    noise = noise_of(ids, parameters, seeds, positions)
-    tokens = choose_with_noise(noise, ids, logits, parameters)
-    return tokens, choose_with_noise(noise, ids, own, parameters) if guided else tokens
+    spread = np.full(whole.filtered.shape, -np.inf)
+    spread[0, np.searchsorted(whole.ids[0], sliced.ids[0, inside])] = sliced.filtered[0, inside]
+    return float(total_variation(spread, whole.filtered, np.ones(1))[0]), differs

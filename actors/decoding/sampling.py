@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.sampling_params import Sampling
+from actors.decoding.arithmetic import OutsideBounds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[Any]
@@ -44,43 +45,75 @@ def gumbel(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
     return noise
 
 
-def filter_logits(logits: Floats, parameters: Sequence[Sampling]) -> Floats:
+def filter_logits(
+    logits: Floats, parameters: Sequence[Sampling], outside: OutsideBounds | None = None
+) -> tuple[Floats, NDArray[np.bool_]]:
     """Apply temperature, then min_p, top_k and top_p to each row: [B, W] -> [B, W], -inf for filtered ids.
 
     Greedy rows (temperature 0) pass unchanged. Of equal logits the lowest id ranks first.
+    outside: bounds on the ids that are not in `logits`; None: there are none.
+    Also returns settled [B]: True if the whole row would keep the same ids, so that the same one would be chosen.
     """
     temperature = np.array([p.temperature or 1.0 for p in parameters])
     scaled: Floats = logits / temperature[:, None]
-    width = logits.shape[1]
-    active = [p.temperature > 0 and (p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < width) for p in parameters]
-    if any(active):
-        filtered = [p for p, is_active in zip(parameters, active, strict=True) if is_active]
-        top_k = np.array([p.top_k or np.iinfo(np.int64).max for p in filtered])
-        top_p, min_p = np.array([p.top_p for p in filtered]), np.array([p.min_p for p in filtered])
-        scaled[active] = _filter(scaled[active], top_k, top_p, min_p)
-    return scaled
+    sampled = np.array([p.temperature > 0 for p in parameters])
+    if outside is None:
+        settled, ceiling = np.ones(len(logits), np.bool_), np.full(len(logits), -np.inf)
+    else:
+        ceiling = outside.ceiling / temperature
+        settled = ~sampled & (np.max(scaled, 1) > ceiling)
+    limits = [p.top_p < 1 or p.min_p > 0 or p.top_k > 0 for p in parameters]
+    active = sampled & np.array(limits)
+    if active.any():
+        chosen = [p for p, is_active in zip(parameters, active, strict=True) if is_active]
+        top_k = np.array([p.top_k or np.iinfo(np.int64).max for p in chosen])
+        filters = top_k, np.array([p.top_p for p in chosen]), np.array([p.min_p for p in chosen])
+        none = np.full(len(chosen), -np.inf)
+        bounds = (none, none) if outside is None else (outside.least[active], outside.most[active])
+        scaled[active], settled[active] = _filter(scaled[active], *filters, ceiling[active], *bounds)
+    return scaled, settled
 
 
-def _filter(scaled: Floats, top_k: Ints, top_p: Floats, min_p: Floats) -> Floats:
+def _filter(
+    scaled: Floats, top_k: Ints, top_p: Floats, min_p: Floats, ceiling: Floats, least: Floats, most: Floats
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Filter rows [B, W] of logits over temperature. ceiling, least, most [B]: `OutsideBounds` over temperature.
+
+    Example: top_p .9, weights 60, 30, 4, and outside at least 1, at most 6, none heavier than 4. The whole row weighs
+    95 to 100, so its nucleus reaches to a weight of 85.5 to 90 and holds the ids of 60 and 30 in both cases: settled.
+    With at most 10 outside it reaches to 93.6, and may hold the id of 4 or one outside: not settled.
+    """
     order = np.argsort(-scaled, axis=1, kind="stable")
     ranked = np.take_along_axis(scaled, order, 1)
-    weights = np.exp(ranked - ranked[:, :1])
+    top = ranked[:, :1]
+    weights = np.exp(ranked - top)
     rank = np.arange(scaled.shape[1])
+    known = ranked > ceiling[:, None]  # these rank before every id outside
+    # min_p or top_k leave nothing outside: then top_p, which comes after them, needs no id outside either.
+    closed = (np.count_nonzero(known, 1) >= top_k) | (top[:, 0] + np.log(np.maximum(min_p, 1e-300)) > ceiling)
     keep = (rank < top_k[:, None]) & (weights >= min_p[:, None])
     weights = np.where(keep, weights, 0.0)
     cumulative = np.cumsum(weights, 1)
     before = cumulative - weights
+    inside = cumulative[:, -1]
+    cut_before = (top_k < np.iinfo(np.int64).max) | (min_p > 0)  # they may filter ids outside, which then weigh nothing
+    totals = [
+        inside + np.where(closed | none, 0.0, np.exp(np.minimum(bound - top[:, 0], 700.0)))
+        for bound, none in ((least, cut_before), (most, False))
+    ]
     # The first token always stays; others stay while the mass before them is below top_p of what min_p and top_k kept.
-    keep &= (before < top_p[:, None] * cumulative[:, -1:]) | (rank == 0)
-    kept = np.where(keep, ranked, -np.inf)
+    kept = [keep & ((before < (top_p * total)[:, None]) | (rank == 0)) for total in totals]
+    within = np.cumsum(np.where(known, weights, 0.0), 1)[:, -1] >= top_p * totals[1]
+    settled = closed | ((top_p < 1) & within & np.all(kept[0] == kept[1], axis=1))
     out = np.empty_like(scaled)
-    np.put_along_axis(out, order, kept, 1)
-    return out
+    np.put_along_axis(out, order, np.where(kept[0], ranked, -np.inf), 1)
+    return out, settled
 
 
 def choose(ids: Ints, logits: Floats, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Ints:
     """The chosen id of each row, [B]. ids, logits: [B, W]. Ties go to the lowest id; each row needs a finite logit."""
-    return choose_with_noise(noise_of(ids, parameters, seeds, positions), ids, logits, parameters)
+    filtered, _ = filter_logits(logits, parameters)
+    return choose_filtered(noise_of(ids, parameters, seeds, positions), ids, filtered, parameters)
 
 
 def noise_of(ids: Ints, parameters: Sequence[Sampling], seeds: Ints, positions: Ints) -> Floats | None:
@@ -88,13 +121,10 @@ def noise_of(ids: Ints, parameters: Sequence[Sampling], seeds: Ints, positions: 
     return gumbel(seeds, positions, ids) if any(p.temperature > 0 for p in parameters) else None
 
 
-def choose_with_noise(noise: Floats | None, ids: Ints, logits: Floats, parameters: Sequence[Sampling]) -> Ints:
-    """`choose` with noise that `noise_of` computed before."""
-    scores = filter_logits(logits, parameters)
+def choose_filtered(noise: Floats | None, ids: Ints, filtered: Floats, parameters: Sequence[Sampling]) -> Ints:
+    """The chosen id of each row, [B], from `noise_of` and `filter_logits` [B, W]. Greedy rows get no noise."""
+    scores = filtered
     if noise is not None:
-        sampled = [p.temperature > 0 for p in parameters]
-        if all(sampled):
-            scores += noise  # filtered ids stay at -inf
-        else:
-            scores[sampled] += noise[sampled]
+        sampled = np.array([p.temperature > 0 for p in parameters])
+        scores = filtered + (noise if sampled.all() else np.where(sampled[:, None], noise, 0.0))
     return np.asarray(np.take_along_axis(ids, np.argmax(scores, 1)[:, None], 1)[:, 0])

@@ -75,6 +75,7 @@ class TopKSlices:
     ids: NDArray[np.int32]  # [R, k], ascending
     logits: NDArray[np.float32]  # [R, k]
     logsumexp: NDArray[np.float32]  # [R], over the whole row
+    tempered: NDArray[np.float32]  # [R], over the whole row's logits divided by its temperature
 
 
 class HeldRows(Protocol):
@@ -87,7 +88,7 @@ class HeldRows(Protocol):
     def index(self, position: int, prefix: int) -> int | None:
         """Index of the row at `position` whose tokens, its own included, have this running hash; None if not held."""
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices: ...
+    def slices(self, k: int, rows: Sequence[int] | None = None, temperature: float = 1.0) -> TopKSlices: ...
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]: ...
 
 
@@ -120,8 +121,11 @@ class Engine(Protocol):
     def values(self, rows: Sequence[tuple[Any, int]], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
         """The logits [N] at ids [N]. rows: pairs of a result of `rows` and a row's index; counts: ids of each row."""
 
-    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
-        """The slices of the rows of the last extends of `sessions`, in their order."""
+    def reduce(self, sessions: Sequence[int], k: int, temperatures: Sequence[float] | None = None) -> TopKSlices:
+        """The slices of the rows of the last extends of `sessions`, in their order.
+
+        temperatures: of each row's `TopKSlices.tempered`; None for 1.
+        """
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]: ...
     def close(self, session: int) -> None: ...

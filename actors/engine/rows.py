@@ -53,9 +53,10 @@ class DeviceRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
+    def slices(self, k: int, rows: Sequence[int] | None = None, temperature: float = 1.0) -> TopKSlices:
         """The top-k slices of `rows` (all if None). k = 0 gives only the logsumexp, k > V the full row."""
-        return reduce_rows(self._select(rows), k, self.batch_invariant)
+        selected = self._select(rows)
+        return reduce_rows(selected, k, self.batch_invariant, [temperature] * len(selected))
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """The full logits [m, V] of `rows` (all if None), read-only."""
@@ -119,22 +120,36 @@ def _take(block: Tensor, flat: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 @torch.inference_mode()
-def reduce_rows(logits: Tensor, k: int, batch_invariant: bool) -> TopKSlices:
+def reduce_rows(
+    logits: Tensor, k: int, batch_invariant: bool, temperatures: Sequence[float] | None = None
+) -> TopKSlices:
     """Reduce logits [R, V] to top-k slices on their device, and copy the result to the host at once.
+
+    temperatures: [R], of each row's tempered logsumexp; None for 1.
 
     If batch_invariant, each logsumexp runs over a copy of its row: vectorised kernels treat the last lanes of a
     *tensor* differently, so that a row's bits would depend on the rows around it. Top-k compares and does not round.
     """
-    if batch_invariant:
-        sums = torch.stack([row.clone().logsumexp(-1) for row in logits]) if len(logits) else logits.new_zeros(0)
-    else:
-        sums = logits.logsumexp(-1)
+    sums = log_sums(logits, batch_invariant)
+    tempered = sums
+    if temperatures is not None and any(temperature != 1 for temperature in temperatures):
+        places = [place for place, temperature in enumerate(temperatures) if temperature != 1]
+        heat = torch.tensor([temperatures[place] for place in places], dtype=logits.dtype).to(logits.device)
+        tempered = sums.clone()
+        tempered[places] = log_sums(logits[places] / heat[:, None], batch_invariant)
     k = min(k, logits.shape[-1])
     if logits.device.type == "cpu":
         values, ids = top_k(logits, k)
-        return TopKSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums))
+        return TopKSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums), _to_host(tempered))
     values, ids = top_k_on_device(logits, k)
-    return unpack_slices(_to_host(pack_slices(ids, values, sums)), len(logits), k)
+    return unpack_slices(_to_host(pack_slices(ids, values, sums, tempered)), len(logits), k)
+
+
+def log_sums(logits: Tensor, batch_invariant: bool) -> Tensor:
+    """The logsumexp [R] of logits [R, V]."""
+    if not batch_invariant:
+        return logits.logsumexp(-1)
+    return torch.stack([row.clone().logsumexp(-1) for row in logits]) if len(logits) else logits.new_zeros(0)
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -170,16 +185,17 @@ def top_k_on_device(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, ids), ids
 
 
-def pack_slices(ids: Tensor, values: Tensor, sums: Tensor) -> Tensor:
-    """Pack ids and values [R, k] and sums [R] into one int32 tensor, because one copy to the host is cheaper."""
-    parts = (ids.to(torch.int32), values.contiguous().view(torch.int32), sums.view(torch.int32))
+def pack_slices(ids: Tensor, values: Tensor, sums: Tensor, tempered: Tensor) -> Tensor:
+    """Pack ids and values [R, k] and two kinds of sums [R] into one int32 tensor: one copy to the host is cheaper."""
+    parts = (ids.to(torch.int32), *(part.contiguous().view(torch.int32) for part in (values, sums, tempered)))
     return torch.cat([part.flatten() for part in parts])
 
 
 def unpack_slices(packed: NDArray[np.int32], rows: int, k: int) -> TopKSlices:
     """The inverse of `pack_slices`, as views."""
-    ids, values, sums = np.split(packed, [rows * k, 2 * rows * k])
-    return TopKSlices(ids.reshape(rows, k), values.view(np.float32).reshape(rows, k), sums.view(np.float32))
+    ids, values, sums, tempered = np.split(packed, [rows * k, 2 * rows * k, 2 * rows * k + rows])
+    logits, *both = (part.view(np.float32) for part in (values, sums, tempered))
+    return TopKSlices(ids.reshape(rows, k), logits.reshape(rows, k), *both)
 
 
 @dataclass(slots=True)

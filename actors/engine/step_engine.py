@@ -160,9 +160,9 @@ class StepEngine:
     ) -> NDArray[np.float32]:
         return values_at([held.places[row] for held, row in rows], counts, ids)
 
-    def reduce(self, sessions: Sequence[int], k: int) -> TopKSlices:
+    def reduce(self, sessions: Sequence[int], k: int, temperatures: Sequence[float] | None = None) -> TopKSlices:
         """The slices of the rows of the last extends of `sessions`, in order. Raises RowGone if one has none."""
-        return reduce_rows(self._fresh_rows(sessions), k, self.batch_invariant)
+        return reduce_rows(self._fresh_rows(sessions), k, self.batch_invariant, temperatures)
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
         """The full rows [R, V] of the last extends of `sessions`, in order. Raises RowGone if one has none."""

@@ -46,11 +46,11 @@ def answer_all(engine: Engine, done: Sequence[ScheduledExtend]) -> list[Answer |
 def _answer(engine: Engine, k: int, draws: bool, group: Sequence[ScheduledExtend]) -> Iterator[Answer | SampledDraft]:
     sessions = [scheduled.item.session for scheduled in group]
     wide = min(DRAFT_WIDTH, engine.width) if draws and k <= 0 else max(k, 0)
-    slices = engine.reduce(sessions, wide)
+    temperatures = [scheduled.item.temperature for scheduled in group for _ in range(scheduled.item.rows)]
+    slices = engine.reduce(sessions, wide, temperatures)
     ids, logits = (slices.ids, slices.logits) if wide == k else (slices.ids[:, :0], slices.logits[:, :0])
-    reduced = Reduced(
-        k, slices.logsumexp, ids, engine.whole(sessions) if k == WHOLE else logits, _required(engine, group)
-    )
+    whole = engine.whole(sessions) if k == WHOLE else logits
+    reduced = Reduced(k, slices.logsumexp, slices.tempered, ids, whole, _required(engine, group))
     tokens = _draw(slices.ids, slices.logits, group) if draws else [None] * len(group)
     first = required = 0
     for scheduled, token in zip(group, tokens, strict=True):
@@ -106,7 +106,7 @@ def ids_in_range(ids: NDArray[np.int32], width: int) -> bool:
 def _empty_answer(k: int) -> Answer:
     """The answer to an extend that requests no rows."""
     none = _NO_VALUES.reshape(-1)
-    return Answer(Reduced(k, none, _NO_VALUES.astype(np.int32), _NO_VALUES, none), 0, 0, 0, 0)
+    return Answer(Reduced(k, none, none, _NO_VALUES.astype(np.int32), _NO_VALUES, none), 0, 0, 0, 0)
 
 
 MAX_DRAFTS = 8

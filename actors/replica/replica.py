@@ -319,6 +319,8 @@ class ModelReplica:
         if end > self._settings.max_position:
             return f"{end} tokens are more than the {self._settings.max_position} of this model"
         rows = item.rows + (item.draft.drafts if item.draft else 0)
+        if not item.temperature > 0:
+            return f"temperature {item.temperature:g} of a tempered logsumexp is not above 0"
         if item.draft and (why := invalid_draft(item.rows, item.draft)):
             return why
         if answer_bytes(rows, width_of(item.k, width), len(item.required_ids), width) > self._answer_limit:

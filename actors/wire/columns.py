@@ -51,10 +51,14 @@ class ExtendItem(NamedTuple):
     required_ids: NDArray[np.int32]
     draft: Draft | None = None
     keep: int = 0
+    temperature: float = 1.0
 
 
 class RowRequest(NamedTuple):
-    """An item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`."""
+    """An item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`.
+
+    temperature: of a widened row's tempered logsumexp.
+    """
 
     call_id: int
     session: int
@@ -62,13 +66,14 @@ class RowRequest(NamedTuple):
     epoch: int
     position: int
     size: int
+    temperature: float = 1.0
 
 
 def pack_extends(items: Sequence[ExtendItem], released: Sequence[int]) -> Extend:
     """An `Extend` of these items. released: sessions that are over."""
     table = [
-        (call_id, session, age, prefix, epoch, position, len(tokens), rows, k, len(ids), keep)
-        for call_id, session, age, prefix, epoch, position, tokens, rows, k, ids, _, keep in items
+        (call_id, session, age, prefix, epoch, position, len(tokens), rows, k, len(ids), keep, temperature)
+        for call_id, session, age, prefix, epoch, position, tokens, rows, k, ids, _, keep, temperature in items
     ]
     drafting = [(place, *item.draft) for place, item in enumerate(items) if item.draft is not None]
     return Extend(
@@ -86,15 +91,13 @@ def extend_items(message: Extend) -> list[ExtendItem]:
     items = []
     token = required = 0
     for place, row in enumerate(message.items.tolist()):
-        call_id, session, age, prefix, epoch, position, count, rows, k, ids, keep = row
+        call_id, session, age, prefix, epoch, position, count, rows, k, ids, keep, temperature = row
         if min(count, rows, ids, keep) < 0:
             raise ProtocolError("Extend.items has a negative count")
         tokens = all_tokens[token : token + count]
         required_ids = all_ids[required : required + ids] if ids else NO_IDS
-        draft = drafts.get(place)
-        items.append(
-            ExtendItem(call_id, session, age, prefix, epoch, position, tokens, rows, k, required_ids, draft, keep)
-        )
+        flat = tokens, rows, k, required_ids, drafts.get(place), keep, temperature
+        items.append(ExtendItem(call_id, session, age, prefix, epoch, position, *flat))
         token, required = token + count, required + ids
     if token != len(all_tokens) or required != len(all_ids):
         raise ProtocolError(
@@ -111,16 +114,16 @@ def _drafts(message: Extend) -> dict[int, Draft]:
     return drafts
 
 
-def pack_lookups(items: Sequence[tuple[int, ...]], ids: NDArray[Any], width: int) -> Lookup:
-    """A `Lookup` of items (fields of LOOKUP_ITEM), with the flat ids of all: per item in the order of their pages."""
-    table = np.array(items, LOOKUP_ITEM)
+def pack_lookups(items: Sequence[tuple[float, ...]], ids: NDArray[Any], width: int) -> Lookup:
+    """A `Lookup` of items (`RowRequest`), with the flat ids of all: per item in the order of their pages."""
+    table = np.array([item[: len(LOOKUP_ITEM.descr)] for item in items], LOOKUP_ITEM)
     return Lookup(table, *split_ids(ids, table["ids"], width))
 
 
 def lookup_items(message: Lookup, width: int) -> tuple[list[RowRequest], NDArray[np.int32]]:
     """The items of a `Lookup` and the flat ids of all. Raises ProtocolError if counts and columns do not fit."""
     ids = _joined(message, message.items["ids"], width)
-    return list(map(RowRequest._make, message.items.tolist())), ids
+    return [RowRequest(*item) for item in message.items.tolist()], ids
 
 
 def widen_items(message: Widen) -> list[RowRequest]:

@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL = 4
+PROTOCOL = 5
 WHOLE = -1  # as `k`: send whole rows instead of slices
 
 
@@ -49,6 +49,7 @@ EXTEND_ITEM = np.dtype(
         ("k", "<i4"),  # logits per slice; 0: only the logsumexp; WHOLE: whole rows
         ("required_ids", "<i4"),  # number of this item's ids in the flat `required_ids`: requested for each row
         ("keep", "<i4"),  # rows directly before `position` that the model keeps
+        ("temperature", "<f4"),  # of `Rows.tempered`, above 0
     ]
 )
 DRAFT_ITEM = np.dtype(
@@ -80,6 +81,7 @@ WIDEN_ITEM = np.dtype(
         ("epoch", "<u4"),
         ("position", "<i4"),
         ("k", "<i4"),
+        ("temperature", "<f4"),  # of `Rows.tempered`, above 0
     ]
 )
 ROWS_ITEM = np.dtype(
@@ -186,15 +188,17 @@ class Widen:
 class Rows:
     """The rows of items of `Extend` or `Widen`. Rows in one message come from one forward.
 
-    `logsumexp` has one value per row. `ids` and `logits` have k per row, ids ascending; a whole row has no ids and
-    `width` logits. `required` has the logits at `Extend.required_ids`, row after row. `ids` and `pages` are the ids of
-    all slices, encoded by `actors.wire.ids`. `packed` is the number of tokens in the forward, `micros` its duration in
-    microseconds; both are 0 if no forward was needed.
+    `logsumexp` has one value per row, and `tempered` the logsumexp of its logits over the item's temperature. `ids`
+    and `logits` have k per row, ids ascending; a whole row has no ids and `width` logits. `required` has the logits at
+    `Extend.required_ids`, row after row. `ids` and `pages` are the ids of all slices, encoded by `actors.wire.ids`.
+    `packed` is the number of tokens in the forward, `micros` its duration in microseconds; both are 0 if no forward was
+    needed.
     """
 
     tag: ClassVar[int] = 8
     items: Array = column(ROWS_ITEM)
     logsumexp: Array = column(F32)
+    tempered: Array = column(F32)
     ids: Array = column(U16)
     pages: Array = column(U16)
     logits: Array = column(F32)

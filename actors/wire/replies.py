@@ -34,6 +34,7 @@ class Reduced(NamedTuple):
 
     k: int
     logsumexp: NDArray[np.float32]  # [R]
+    tempered: NDArray[np.float32]  # [R], the logsumexp of the logits over the requested temperature
     ids: NDArray[np.int32]  # [R, k], ascending
     logits: NDArray[np.float32]  # [R, k]
     required: NDArray[np.float32]  # flat: logits at the required ids, item after item, row after row
@@ -137,7 +138,7 @@ def answer_bytes(rows: int, k: int, required_ids: int, width: int) -> int:
 @lru_cache(256)
 def _row_bytes(k: int, required_ids: int, width: int) -> int:
     ids = max(k, 0) + page_counts(width)
-    return F32.itemsize * (1 + required_ids + (width if k == WHOLE else max(k, 0))) + U16.itemsize * ids
+    return F32.itemsize * (2 + required_ids + (width if k == WHOLE else max(k, 0))) + U16.itemsize * ids
 
 
 class _AnswerRun:
@@ -178,6 +179,7 @@ def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed:
     return Rows(
         columns,
         _flat([run.reduced.logsumexp[run.first : run.last] for run in runs]),
+        _flat([run.reduced.tempered[run.first : run.last] for run in runs]),
         *split_ids(ids, np.repeat(np.maximum(columns["k"], 0), columns["rows"]), width),
         _flat([run.reduced.logits[run.first : run.last] for run in runs]),
         _flat([run.reduced.required[run.required : run.required_end] for run in runs]),

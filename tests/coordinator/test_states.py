@@ -28,7 +28,7 @@ from actors.coordinator.states import (
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
-from tests.support.trio import GREEDY, LONG, TEXT, chat_prompts, decode_all, request, tokens
+from tests.support.trio import GREEDY, LONG, SAMPLED, TEXT, chat_prompts, decode_all, request, tokens
 from tests.support.watched import Trio, until, watched
 
 Edge = tuple[str, str]  # names: members of both enumerations are equal where their values are
@@ -136,7 +136,7 @@ async def test_a_guided_answer_looks_up_each_row_once(trio_engines: Mapping[Role
 
 async def test_uncertain_rows_are_widened(trio_engines: Mapping[Role, Engine], seen: set[Edge]) -> None:
     async with local_service(trio_config(exchange={"k": 8, "max_unseen_mass": 0}), trio_engines) as service:
-        await decode(service.coordinators[0], asked(service))
+        await decode(service.coordinators[0], request(service.tokenizers, TEXT, sampling=SAMPLED))
     assert {(COMPLETE, WIDENING), (WIDENING, LOOKING_UP)} <= seen
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.decoding.arithmetic import Floats, RoleLogits, combine, outside_estimate, total_variation
+from actors.decoding.arithmetic import Floats, RoleLogits, combine, outside_bounds, outside_estimate, total_variation
 
 WIDTH = 400
 
@@ -92,12 +93,24 @@ def test_padding_and_other_rows_change_no_bit_of_the_estimates(temperature: floa
         assert thin.uncovered.tobytes() == thick.uncovered.tobytes()
     combined, combined_wide = combined_of(narrow, alpha), combined_of(wide, alpha)
     assert combined_wide[:, :33].tobytes() == combined.tobytes()
-    estimate = outside_estimate(combined, alpha, *narrow, temperature=temperature)
-    assert outside_estimate(combined_wide, alpha, *wide, temperature=temperature).tobytes() == estimate.tobytes()
+    known_rows = at(rows[0], temperature, 1.0)
+    estimate = outside_estimate(combined, alpha, *narrow, **known_rows)
+    assert outside_estimate(combined_wide, alpha, *wide, **known_rows).tobytes() == estimate.tobytes()
     for row in range(4):
         one = slice(row, row + 1)
         alone = [real(known.logits[one], known.logsumexp[one]) for known in narrow]
-        assert outside_estimate(combined[one], alpha[one], *alone, temperature=temperature)[0] == estimate[row]
+        part = {name: values[one] for name, values in known_rows.items()}
+        assert outside_estimate(combined[one], alpha[one], *alone, **part)[0] == estimate[row]
+
+
+def at(rows: Floats, temperature: float = 1.0, ceiling: float | Floats = np.inf) -> dict[str, Any]:
+    """What is known of the target's whole rows [B, V] at one temperature."""
+    count = len(rows)
+    return {
+        "temperature": np.full(count, temperature),
+        "tempered": logsumexp(rows / (temperature or 1.0)),
+        "ceiling": np.broadcast_to(np.asarray(ceiling, np.float64), count),
+    }
 
 
 def padded(rows: RoleLogits, by: int) -> RoleLogits:
@@ -109,9 +122,9 @@ def padded(rows: RoleLogits, by: int) -> RoleLogits:
 
 def test_nothing_is_outside_when_everything_is_covered() -> None:
     rows = [covered(whole_rows(4, seed), np.arange(WIDTH)) for seed in (1, 2, 3)]
-    alpha = np.full(4, 1.0)
-    assert (outside_estimate(combined_of(rows, alpha), alpha, *rows) < 1e-3).all()
-    assert (outside_estimate(rows[0].logits, alpha, rows[0]) < 1e-6).all()
+    alpha, known = np.full(4, 1.0), at(whole_rows(4, 1))
+    assert (outside_estimate(combined_of(rows, alpha), alpha, *rows, **known) < 1e-3).all()
+    assert (outside_estimate(rows[0].logits, alpha, rows[0], **known) < 1e-6).all()
 
 
 def outside_truth(z: Floats, places: np.ndarray, temperature: float = 1.0) -> Floats:
@@ -120,30 +133,41 @@ def outside_truth(z: Floats, places: np.ndarray, temperature: float = 1.0) -> Fl
     return np.asarray(1 - np.exp(z[:, places] - logsumexp(z)[:, None]).sum(1))
 
 
-def test_for_the_target_alone_the_estimate_is_the_truth() -> None:
-    rows = whole_rows(6, 9)
-    known = covered(rows, np.arange(0, WIDTH, 5))
-    estimate = outside_estimate(known.logits, np.zeros(6), known)
-    np.testing.assert_allclose(estimate, known.uncovered, rtol=1e-9)
-
-
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.5, 4.0])
-def test_without_guidance_the_estimate_bounds_the_truth(temperature: float) -> None:
-    rows = np.sort(whole_rows(6, 13))[:, ::-1]
-    places = np.arange(40)  # its slice: nothing outside is above its lowest
-    known, ceiling = covered(rows, places), rows[:, 39]
-    estimate = outside_estimate(known.logits, np.zeros(6), known, temperature=np.full(6, temperature), ceiling=ceiling)
-    assert (estimate >= outside_truth(rows, places, temperature) - 1e-9).all()
+def test_for_the_target_alone_the_estimate_is_the_truth(temperature: float) -> None:
+    rows, places = whole_rows(6, 9), np.arange(0, WIDTH, 5)
+    known = covered(rows, places)
+    estimate = outside_estimate(known.logits, np.zeros(6), known, **at(rows, temperature))
+    np.testing.assert_allclose(estimate, outside_truth(rows, places, temperature), rtol=1e-9)
 
 
-def test_colder_rows_have_less_outside_and_greedy_ones_use_a_floor() -> None:
+def test_below_a_floor_of_the_temperature_the_estimate_bounds_the_truth() -> None:
     rows = np.sort(whole_rows(5, 14))[:, ::-1]
-    known, ceiling = covered(rows, np.arange(30)), rows[:, 29]
-    greedy, cold, warm = (
-        outside_estimate(known.logits, np.zeros(5), known, temperature=t, ceiling=ceiling) for t in (0.0, 0.3, 1.0)
-    )
-    assert (cold < warm).all()
+    places, known = np.arange(30), covered(rows, np.arange(30))
+    estimates = [
+        outside_estimate(known.logits, np.zeros(5), known, **at(rows, t, rows[:, 29])) for t in (0.0, 0.2, 0.3, 1.0)
+    ]
+    greedy, cold, floor, warm = estimates
+    assert (floor < warm).all()
     assert greedy.tolist() == cold.tolist()
+    assert (cold >= outside_truth(rows, places, 0.3) - 1e-9).all()
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.6, 1.0, 1.5])
+def test_bounds_of_one_model_hold_and_are_as_narrow_as_float32(temperature: float) -> None:
+    rows = np.sort(whole_rows(6, 13))[:, ::-1]
+    known = covered(rows, np.arange(40))
+    truth = logsumexp(rows[:, 40:] / temperature)
+    for adjusted in (False, True):
+        facts = at(rows, temperature, rows[:, 39])
+        bounds = outside_bounds(np.zeros(6), known, **facts, adjusted=np.full(6, adjusted))
+        assert (bounds.ceiling >= rows[:, 40]).all()
+        assert (bounds.least <= truth).all()
+        assert (bounds.most >= truth).all()
+        assert np.isneginf(bounds.least).all() == (adjusted or temperature < 0.6)
+        total = facts["tempered"]
+        widest = 1e-7 if not adjusted else 1.0
+        assert (np.exp(bounds.most - total) - np.exp(bounds.least - total) <= 1e-5 + widest).all()
 
 
 def test_the_estimate_bounds_rows_that_the_guider_lifts_outside() -> None:
@@ -153,7 +177,7 @@ def test_the_estimate_bounds_rows_that_the_guider_lifts_outside() -> None:
     guider[:, 10:] += 1.0
     alpha, places = np.full(4, 1.0), np.arange(50)
     rows = [covered(z, places) for z in (target, guider, base)]
-    guided = outside_estimate(combined_of(rows, alpha), alpha, *rows)
+    guided = outside_estimate(combined_of(rows, alpha), alpha, *rows, **at(target))
     assert (guided >= outside_truth(target + guider - base, places) - 1e-9).all()
 
 
@@ -165,7 +189,7 @@ def test_the_estimate_bounds_the_truth_if_guidance_shifts_all_outside(shift: flo
     guider[:, places] = whole_rows(3, 12)[:, places]
     z = target + alpha[:, None] * (guider - base)
     known = [covered(rows, places) for rows in (target, guider, base)]
-    estimate = outside_estimate(z[:, places], alpha, *known)
+    estimate = outside_estimate(z[:, places], alpha, *known, **at(target))
     assert (estimate >= outside_truth(z, places) - 1e-9).all()
 
 
@@ -175,14 +199,16 @@ def test_the_estimate_stays_a_probability_in_extreme_rows() -> None:
         alpha = np.array([strength])
         for temperature in (0.0, 1.0, 100.0):
             combined = combine(rows, rows, rows, alpha)
-            estimate = outside_estimate(combined, alpha, rows, rows, rows, temperature=temperature, ceiling=np.inf)
+            known = at(rows.logits, temperature)
+            estimate = outside_estimate(combined, alpha, rows, rows, rows, **known)
             assert 0 <= estimate[0] <= 1
 
 
 def test_without_logits_of_a_role_all_its_mass_is_outside() -> None:
     target, nothing = covered(whole_rows(1, 1), np.arange(4)), real(np.full((1, 4), np.nan), np.zeros(1))
     alpha = np.ones(1)
-    estimate = outside_estimate(combine(target, nothing, nothing, alpha), alpha, target, nothing, nothing)
+    combined = combine(target, nothing, nothing, alpha)
+    estimate = outside_estimate(combined, alpha, target, nothing, nothing, **at(whole_rows(1, 1)))
     assert nothing.uncovered.tolist() == [1.0]
     np.testing.assert_allclose(estimate, target.uncovered)
 

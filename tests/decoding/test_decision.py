@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -26,12 +27,14 @@ Rows = list[tuple[NDArray[np.float32], RowSamplingSpec]]
 def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> CandidateBlock:
     """A block of full rows [3, V] with top-k slices; k None: all ids."""
     proposals = []
-    for whole, _ in rows:
+    for whole, spec in rows:
+        temperature = spec.sampling.temperature or 1.0
         slices: dict[Role, RowSlice] = {}
         for role, z in zip(ROLES, whole, strict=True):
             width = 0 if role == "guider_base" else k or VOCABULARY
             at = np.sort(np.argsort(-z, kind="stable")[:width])
-            slices[role] = RowSlice(at, z[at], np.zeros(0), float(np.logaddexp.reduce(z.astype(np.float64))))
+            sums = [np.float32(np.logaddexp.reduce(z.astype(np.float64) / heat)) for heat in (1.0, temperature)]
+            slices[role] = RowSlice(at, z[at], np.zeros(0), *map(float, sums))
         proposals.append(RowProposal(dict.fromkeys(roles, NOTHING), {role: slices[role] for role in roles}))
     block = CandidateBlock(proposals)
     for role in roles:
@@ -147,7 +150,7 @@ def test_slices_differ_from_full_rows_by_the_mass_outside() -> None:
     sliced, complete = decided(many, 20), decided(many, None)
     for i in range(6):
         distance, differs = compare(sliced.row(i), complete.row(i), Sampling())
-        p = np.exp(complete.logits[i] - complete.logits[i].max())
+        p = np.exp(complete.filtered[i] - complete.filtered[i].max())
         p /= p.sum()
         inside = sliced.ids[i][sliced.inside[i]]
         assert distance == pytest.approx(1 - p[inside].sum())  # the proportions among the candidates are equal
@@ -158,3 +161,78 @@ def test_slices_of_all_ids_equal_full_rows() -> None:
     many = rows(4, Sampling())
     once, again = decided(many, None), decided(many, None)
     assert [compare(once.row(i), again.row(i), Sampling()) for i in range(4)] == [(0.0, False)] * 4
+
+
+FILTERS = [
+    Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    for temperature, top_p, top_k, min_p in itertools.product(
+        (0.0, 0.2, 0.6, 1.0, 1.4), (1.0, 0.95, 0.5), (0, 3, 200), (0.0, 0.1)
+    )
+]
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0, 6.0])
+def test_settled_rows_of_one_model_draw_as_whole_rows_do(spread: float) -> None:
+    settled = 0
+    for sampling in FILTERS:
+        many = rows(8, sampling, spread)
+        sliced, whole = decided(many, 40, guided=False), decided(many, None, guided=False)
+        for i in np.flatnonzero(sliced.settled).tolist():
+            distance, differs = compare(sliced.row(i), whole.row(i), sampling)
+            assert distance == pytest.approx(0.0, abs=1e-9)
+            assert not differs
+        settled += int(np.count_nonzero(sliced.settled))
+    assert settled > 8 * len(FILTERS) // 3
+
+
+def test_a_row_of_one_model_is_settled_if_its_nucleus_fits_at_temperature_one() -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.95)
+    many = [row for spread in (2.0, 3.0, 4.0) for row in rows(20, sampling, spread)]
+    sliced, whole = decided(many, 40, guided=False), decided(many, None, guided=False)
+    fits = np.isfinite(whole.filtered).sum(1) < 40
+    assert sliced.settled.tolist() == fits.tolist()
+    assert 10 < fits.sum() < 40
+
+
+@pytest.mark.parametrize(
+    ("sampling", "settled"),
+    [
+        (Sampling(temperature=0.0), True),
+        (Sampling(temperature=1.0, top_k=7), True),
+        (Sampling(temperature=1.0, top_k=8), False),  # the eighth may tie with an id outside
+        (Sampling(temperature=1.0, min_p=0.6), True),
+        (Sampling(temperature=1.0, min_p=0.4), False),
+        (Sampling(temperature=1.0, top_p=0.3), True),
+        (Sampling(temperature=1.0, top_p=0.9), False),
+        (Sampling(temperature=1.0, top_p=0.9, top_k=7), True),  # top_p takes its share of what top_k keeps
+        (Sampling(temperature=1.0), False),
+    ],
+)
+def test_filters_decide_whether_a_flat_row_needs_ids_outside(sampling: Sampling, settled: bool) -> None:
+    """Eight candidates of weights 1 to .5, and 292 ids outside whose weights are .4 to .5."""
+    z = np.log(np.concatenate([np.linspace(1.0, 0.5, 8), np.linspace(0.5, 0.4, VOCABULARY - 8)])).astype(np.float32)
+    row = (np.stack([z, z, z]), RowSamplingSpec(0.0, sampling, 1, 1, None))
+    if sampling.top_p == 0.3:  # a steep row instead
+        row[0][0][0] = np.log(200.0)
+    decisions = decided([row], 8, guided=False)
+    assert decisions.settled.tolist() == [settled]
+
+
+def test_penalties_do_not_settle_a_nucleus_whose_whole_mass_is_unknown() -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.95)
+    plain = rows(20, sampling, 3.0)
+    lowered = [changed(row, adjust=lambda ids, logits: None) for row in plain]
+    before, after = decided(plain, 40, guided=False).settled, decided(lowered, 40, guided=False).settled
+    assert not (after & ~before).any()
+    assert after.sum() < before.sum()
+
+
+def test_company_changes_no_bit_of_what_is_kept_and_settled() -> None:
+    many = rows(9, Sampling(temperature=0.9, top_p=0.95))
+    for guided in (False, True):
+        together = decided(many, 20, guided)
+        for i, row in enumerate(many):
+            alone = decided([row], 20, guided)
+            assert alone.settled[0] == together.settled[i]
+            inside = alone.inside[0]
+            assert alone.filtered[0, inside].tobytes() == together.filtered[i, together.inside[i]].tobytes()

@@ -36,6 +36,13 @@ def padded(ids: Ints, logits: Floats, width: int) -> tuple[Ints, Floats]:
     return np.pad(ids, extra, constant_values=SPAN), np.pad(logits, extra, constant_values=-np.inf)
 
 
+def kept_logits(logits: Floats, parameters: list[Sampling]) -> Floats:
+    """The filtered logits of rows that are whole, all of which are settled."""
+    filtered, settled = filter_logits(logits, parameters)
+    assert settled.all()
+    return filtered
+
+
 def plain_uniform(seed: int, position: int, token: int) -> float:
     """The definition in Python's integers: H(H(seed, position), id), 52 bits of it, in the middle of its interval."""
     bits = prefix_hash(prefix_hash(seed, position), token)
@@ -94,7 +101,7 @@ def test_ties_go_to_the_lowest_id() -> None:
     logits = np.array([[1.0, 5.0, 5.0, 5.0]])
     zero = np.zeros(1, np.uint64)
     assert choose(ids, logits, [Sampling(temperature=0)], zero, zero)[0] == 8
-    kept = filter_logits(logits, [Sampling(temperature=1, top_k=2)])
+    kept = kept_logits(logits, [Sampling(temperature=1, top_k=2)])
     assert np.isfinite(kept).tolist() == [[False, True, True, False]]
     assert choose(ids, logits, [Sampling(temperature=1, top_k=1)], zero, zero)[0] == 8
 
@@ -103,17 +110,17 @@ def test_ties_go_to_the_lowest_id() -> None:
 def test_padding_and_company_change_no_bit(seed: int) -> None:
     ids, logits = rows(len(FILTERS), 41, seed)
     seeds, positions = np.arange(len(FILTERS), dtype=np.uint64), np.full(len(FILTERS), 17, np.uint64)
-    together = filter_logits(logits, FILTERS)
+    together = kept_logits(logits, FILTERS)
     tokens = choose(ids, logits, FILTERS, seeds, positions)
     for width in (41, 42, 48, 64, 128, 333):
         wide_ids, wide = padded(ids, logits, width)
-        filtered = filter_logits(wide, FILTERS)
+        filtered = kept_logits(wide, FILTERS)
         assert filtered[:, :41].tobytes() == together.tobytes()
         assert np.isneginf(filtered[:, 41:]).all()
         assert choose(wide_ids, wide, FILTERS, seeds, positions).tolist() == tokens.tolist()
     for i in range(len(FILTERS)):
         one = slice(i, i + 1)
-        assert filter_logits(logits[one], FILTERS[one]).tobytes() == together[one].tobytes()
+        assert kept_logits(logits[one], FILTERS[one]).tobytes() == together[one].tobytes()
         assert choose(ids[one], logits[one], FILTERS[one], seeds[one], positions[one])[0] == tokens[i]
 
 
@@ -143,21 +150,21 @@ def test_filters_agree_with_a_plain_reference(top_k: int, top_p: float, min_p: f
     _, logits = rows(6, 50, seed=top_k + 1)
     logits = np.round(logits, 1)  # ties
     sampling = Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
-    kept = np.isfinite(filter_logits(logits, [sampling] * 6))
+    kept = np.isfinite(kept_logits(logits, [sampling] * 6))
     for row in range(6):
         assert set(np.flatnonzero(kept[row])) == reference_filter(logits[row].tolist(), sampling)
 
 
 def test_what_survives_keeps_its_scaled_logit() -> None:
     _, logits = rows(1, 30)
-    out = filter_logits(logits, [Sampling(temperature=0.5, top_p=0.8)])
+    out = kept_logits(logits, [Sampling(temperature=0.5, top_p=0.8)])
     kept = np.isfinite(out)
     assert (out[kept] == (logits / 0.5)[kept]).all()
 
 
 def test_banned_tokens_take_no_part_in_any_filter() -> None:
     logits = np.array([[9.0, -np.inf, 1.0, 0.5, -np.inf]])
-    kept = np.isfinite(filter_logits(logits, [Sampling(temperature=1, top_k=2)]))
+    kept = np.isfinite(kept_logits(logits, [Sampling(temperature=1, top_k=2)]))
     assert kept.tolist() == [[True, False, True, False, False]]
 
 

@@ -66,12 +66,16 @@ def test_slices_are_in_id_order_and_carry_the_logsumexp_of_the_whole_row() -> No
 def test_slices_are_copied_to_the_host_at_once(rows: int, k: int) -> None:
     logits = torch.randn(rows, 50, generator=torch.Generator().manual_seed(1))
     values, ids = top_k_on_device(logits, k)
-    packed = pack_slices(ids, values, logits.logsumexp(-1))
-    assert packed.shape == (rows * (2 * k + 1),)
-    one, other = unpack_slices(packed.numpy(), rows, k), reduce_rows(logits, k, batch_invariant=False)
+    packed = pack_slices(ids, values, logits.logsumexp(-1), (logits / 0.6).logsumexp(-1))
+    assert packed.shape == (rows * (2 * k + 2),)
+    one, other = (
+        unpack_slices(packed.numpy(), rows, k),
+        reduce_rows(logits, k, batch_invariant=False, temperatures=[0.6] * rows),
+    )
     assert np.array_equal(one.ids, other.ids)
     assert np.array_equal(one.logits, other.logits)
     assert np.array_equal(one.logsumexp, other.logsumexp)
+    assert np.allclose(one.tempered, other.tempered, rtol=1e-6)
 
 
 def test_k_zero_gives_only_the_logsumexp_and_a_large_k_the_whole_row() -> None:
@@ -83,9 +87,13 @@ def test_k_zero_gives_only_the_logsumexp_and_a_large_k_the_whole_row() -> None:
 
 def test_an_invariant_reduction_has_the_same_bits_in_any_batch() -> None:
     logits = torch.randn(9, 509, generator=torch.Generator().manual_seed(2))
-    together = reduce_rows(logits, 16, batch_invariant=True)
+    heats = [1.0, 0.6, 0.7] * 3
+    together = reduce_rows(logits, 16, True, heats)
+    exact = torch.stack([(row.double() / heat).logsumexp(-1) for row, heat in zip(logits, heats, strict=True)])
+    np.testing.assert_allclose(together.tempered, exact.numpy(), rtol=1e-6)
     for row in range(9):
-        single = reduce_rows(logits[row : row + 1], 16, batch_invariant=True)
+        single = reduce_rows(logits[row : row + 1], 16, True, heats[row : row + 1])
+        assert single.tempered[0].tobytes() == together.tempered[row].tobytes()
         assert single.logsumexp[0].tobytes() == together.logsumexp[row].tobytes()
         assert np.array_equal(single.ids[0], together.ids[row])
 

@@ -174,7 +174,7 @@ async def test_a_draft_without_item_or_a_second_of_one_closes_the_connection(pla
     async with stage() as s:
         c = await s.coordinator()
         drafting = np.array([(place, 1, SEED, 0, 0.0, 1.0) for place in places], DRAFT_ITEM)
-        item = np.array([(1, 1, 0, c.hash_of([]), 1, 0, 1, 1, 0, 0, 0)], EXTEND_ITEM)
+        item = np.array([(1, 1, 0, c.hash_of([]), 1, 0, 1, 1, 0, 0, 0, 1)], EXTEND_ITEM)
         frame: Message = Extend(item, np.array([1]), drafting=drafting)
         c.connection.send(frame)
         assert await asyncio.wait_for(c.ended, 10) is not None

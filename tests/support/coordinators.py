@@ -86,6 +86,7 @@ class Answered:
     """The rows of one item."""
 
     logsumexp: list[float]
+    tempered: list[float]
     ids: NDArray[np.int32]  # [R, k]
     logits: NDArray[np.float32]  # [R, k] or [R, width]
     required: NDArray[np.float32]  # [R, know]
@@ -131,11 +132,25 @@ class Coordinator:
         age: int = 0,
         call_id: int | None = None,
         draft: tuple[int, int, int, float, float] | None = None,
+        temperature: float = 1.0,
     ) -> asyncio.Future[Reply]:
         """Extend a session that holds the tokens `before`. draft: drafts, seed, position, temperature and top_p."""
         call_id, reply = self._expect(call_id)
         prefix = self.hash_of(before)
-        item = (call_id, session, age, prefix, epoch, len(before), len(tokens), rows, k, len(required_ids), 0)
+        item = (
+            call_id,
+            session,
+            age,
+            prefix,
+            epoch,
+            len(before),
+            len(tokens),
+            rows,
+            k,
+            len(required_ids),
+            0,
+            temperature,
+        )
         drafting = np.array([] if draft is None else [(0, *draft)], DRAFT_ITEM)
         items = np.array([item], EXTEND_ITEM)
         self.connection.send(Extend(items, np.array(tokens), np.array(required_ids), drafting=drafting))
@@ -150,10 +165,10 @@ class Coordinator:
         self.connection.send(pack_lookups([item], np.array(ids, np.int64), WIDTH))
         return reply
 
-    def widen(self, session: int, tokens: Sequence[int], k: int) -> asyncio.Future[Reply]:
+    def widen(self, session: int, tokens: Sequence[int], k: int, temperature: float = 1.0) -> asyncio.Future[Reply]:
         """Widen the row of the last of all the session's `tokens`."""
         call_id, reply = self._expect()
-        item = (call_id, session, self.hash_of(tokens), 1, len(tokens) - 1, k)
+        item = (call_id, session, self.hash_of(tokens), 1, len(tokens) - 1, k, temperature)
         self.connection.send(Widen(np.array([item], WIDEN_ITEM)))
         return reply
 
@@ -192,6 +207,7 @@ class Coordinator:
             slots, values = (0, WIDTH) if k == WHOLE else (k, k)
             answer = Answered(
                 message.logsumexp[row : row + rows].tolist(),
+                message.tempered[row : row + rows].tolist(),
                 ids[slot : slot + rows * slots].reshape(rows, slots),
                 message.logits[value : value + rows * values].reshape(rows, values),
                 message.required[required : required + rows * required_ids].reshape(rows, required_ids),

@@ -81,8 +81,8 @@ FAULTS = (
     fault(
         "top-p-drops-the-token-that-reaches-it",
         "actors/decoding/sampling.py",
-        "(before < top_p[:, None]",
-        "(cumulative < top_p[:, None]",
+        "(before < (top_p * total)[:, None])",
+        "(cumulative < (top_p * total)[:, None])",
         "tests/decoding",
     ),
     fault(
@@ -124,7 +124,7 @@ FAULTS = (
     fault(
         "rows-are-never-widened",
         "actors/coordinator/verification.py",
-        "return limit < 1 and bool(decisions.outside[index] > limit)",
+        "return limit < 1 and bool(decisions.outside[index] > limit and not decisions.settled[index])",
         "return False",
         "tests/coordinator/test_states.py",
         "tests/benchmarks/test_fidelity.py",

@@ -41,6 +41,7 @@ def answer(rows: int, k: int, required_ids: int = 0, width: int = 10) -> Answer:
     reduced = Reduced(
         k,
         np.arange(rows, dtype=np.float32),
+        -np.arange(rows, dtype=np.float32),
         np.ones((rows, ids), np.int32),
         np.full((rows, width if k == WHOLE else k), 2, np.float32),
         np.full(rows * required_ids, 3, np.float32),
@@ -49,10 +50,13 @@ def answer(rows: int, k: int, required_ids: int = 0, width: int = 10) -> Answer:
 
 
 def test_items_of_an_extend_have_their_part_of_the_flat_columns() -> None:
-    items = np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 8, 0, 3), (2, 3, 3, 7, 4, 0, 1, 0, WHOLE, 2, 0)], EXTEND_ITEM)
+    items = np.array(
+        [(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 8, 0, 3, 0.5), (2, 3, 3, 7, 4, 0, 1, 0, WHOLE, 2, 0, 1)], EXTEND_ITEM
+    )
     first, second = extend_items(Extend(items, np.array([10, 11, 12]), np.array([5, 6])))
     assert (first.tokens, first.required_ids.tolist(), first.prefix, first.k) == ([10, 11], [], 2**64 - 1, 8)
     assert (first.keep, second.keep) == (3, 0)
+    assert (first.temperature, second.temperature) == (0.5, 1)
     assert (second.tokens, second.required_ids.tolist(), second.rows, second.k) == ([12], [5, 6], 0, WHOLE)
     assert list(extend_items(Extend())) == []
 
@@ -61,7 +65,7 @@ def test_items_of_lookups_and_widenings_name_their_row() -> None:
     (lookup,), ids = lookup_items(pack_lookups([(1, 2, 3, 4, 5, 2)], np.array([8, 70_000]), WIDTH), WIDTH)
     assert (lookup.session, lookup.row, lookup.epoch, lookup.position, lookup.size) == (2, 3, 4, 5, 2)
     assert ids.tolist() == [8, 70_000]
-    (widen,) = widen_items(Widen(np.array([(1, 2, 3, 4, 5, 64)], WIDEN_ITEM)))
+    (widen,) = widen_items(Widen(np.array([(1, 2, 3, 4, 5, 64, 0.5)], WIDEN_ITEM)))
     assert (widen.row, widen.size) == (3, 64)
 
 
@@ -107,19 +111,28 @@ def test_rows_too_long_for_one_frame_are_sent_in_several() -> None:
 @pytest.mark.parametrize(("rows", "k", "required_ids"), [(3, 4, 2), (2, WHOLE, 0), (1, 0, 0), (0, 4, 1)])
 def test_the_size_of_an_answer_is_known_in_advance(rows: int, k: int, required_ids: int) -> None:
     message = pack_rows([(1, [answer(rows, k, required_ids)])], 10)
-    columns = (message.items, message.logsumexp, message.ids, message.pages, message.logits, message.required)
+    columns = (
+        message.items,
+        message.logsumexp,
+        message.tempered,
+        message.ids,
+        message.pages,
+        message.logits,
+        message.required,
+    )
     assert answer_bytes(rows, k, required_ids, 10) == sum(column.nbytes for column in columns)
 
 
 def test_rows_of_one_and_of_several_reductions_survive_packing() -> None:
     ids = np.sort(np.random.default_rng(0).integers(0, WIDTH, (6, 4)), 1).astype(np.int32)
     sums, values = np.arange(6, dtype=np.float32), np.arange(24, dtype=np.float32).reshape(6, 4)
-    one = Reduced(4, sums, ids, values, np.arange(8, dtype=np.float32))
-    other = Reduced(4, sums + 10, ids[::-1], values + 100, np.zeros(0, np.float32))
+    one = Reduced(4, sums, -sums, ids, values, np.arange(8, dtype=np.float32))
+    other = Reduced(4, sums + 10, -sums, ids[::-1], values + 100, np.zeros(0, np.float32))
     first, second, last = Answer(one, 0, 2, 0, 2), Answer(one, 2, 1, 4, 2), Answer(one, 5, 1, 6, 2)
     message = pack_rows([(1, [first]), (2, [second]), (3, [last]), (4, [Answer(other, 0, 1, 0, 0)] * 2)], WIDTH)
     assert message.items.tolist() == [(1, 2, 4, 2), (2, 1, 4, 2), (3, 1, 4, 2), (4, 2, 4, 0)]
     assert message.logsumexp.tolist() == [0, 1, 2, 5, 10, 10]
+    assert message.tempered.tolist() == [0, -1, -2, -5, 0, 0]
     taken = np.concatenate([ids[:3], ids[5:], ids[5:], ids[5:]])
     assert rows_ids(message, WIDTH).tolist() == taken.reshape(-1).tolist()
     assert (

@@ -29,7 +29,7 @@ EXAMPLES: list[Message] = [
     Hello(1, b"nonce", "incarnation", "peer"),
     Welcome("target", "abc", 152_064, 2**64 - 1, 65_536, 4_096, True),
     Extend(
-        np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 128, 1, 2)], EXTEND_ITEM),
+        np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 128, 1, 2, 0.5)], EXTEND_ITEM),
         np.array([7, 8], "<i4"),
         np.array([9], "<i4"),
         np.array([2**63], "<u8"),
@@ -37,6 +37,7 @@ EXAMPLES: list[Message] = [
     Rows(
         np.array([(1, 1, 2, 0)], ROWS_ITEM),
         np.array([0.5], "<f4"),
+        np.array([0.7], "<f4"),
         np.array([3, 1], "<u2"),
         np.array([1, 1], "<u2"),
         np.ones(2, "<f4"),
