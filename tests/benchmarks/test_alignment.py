@@ -37,7 +37,7 @@ CONTEXTS: tuple[list[int], ...] = ([], [0], [0, 1], [5, 1], [1, 5], [UNKNOWN, 4]
 
 @cache
 def texts() -> dict[str, Corpus]:
-    return corpora(40_000)
+    return corpora(40_000, pages=False)
 
 
 @cache
