@@ -34,11 +34,12 @@ pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark
 
 CACHE = 128  # four units: eviction happens
 ALONE = {
+    "cache_stats",
     "check",
     "check_batch",
     "check_extend",
     "check_health",
-    "cache_stats",
+    "non_finite_weight",
     "reduce",
     "rows",
     "shared",
