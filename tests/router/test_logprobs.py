@@ -223,8 +223,8 @@ def test_offsets_of_an_echo_do_not_count_an_end_token_after_the_prompt() -> None
     tokenizer = copy.copy(TOKENIZER)
     tokenizer.trailing_ids = tokenizer.eos_ids[:1]
     counted = TextOffsets(tokenizer, "Hi")
-    notes = [PromptNote(id_, None) for id_ in (*tokenizer.encode("Hi"), *tokenizer.trailing_ids)]
-    assert [counted.next(note) for note in (*notes, TokenNote(3, "!", 1.0, False))][-2:] == [2, 2]
+    prompt = [counted.next(PromptNote(id_, None)) for id_ in (*tokenizer.encode("Hi"), *tokenizer.trailing_ids)]
+    assert [prompt[-1], counted.next(TokenNote(3, "!", 1.0, False))] == [2, 2]
 
 
 async def test_offsets_go_on_through_a_stream() -> None:
