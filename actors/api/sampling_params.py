@@ -41,6 +41,11 @@ class Sampling:
     bad_words: tuple[tuple[int, ...], ...] = ()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
+    @property
+    def filters(self) -> bool:
+        """True if top_k, top_p or min_p may leave tokens out."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0, 100)
         _within("top_k", self.top_k, 0, math.inf)

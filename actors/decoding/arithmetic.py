@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 _NOISE = 1e-7  # a probability below this is lost in the float32 logsumexp
-_GREEDY_TEMPERATURE = 0.3  # the outside mass of a greedy row is estimated at this temperature
+_COLDEST = 0.3  # the outside mass of a row below this temperature, such as a greedy one, is estimated at it
 _FAR = 1e9  # beyond every logit
 # Nats by which a logit and a mass outside a guided row's candidates may exceed their estimates. Guidance raises single
 # ids by much more than the mean, so the margin of a logit is wide.
@@ -49,8 +49,22 @@ def combine(target: RoleLogits, guider: RoleLogits, guider_base: RoleLogits, alp
     return np.where(target.inside, combined, -np.inf)
 
 
-def outside_estimate(
-    combined: Floats,
+@dataclass(frozen=True, slots=True, eq=False)
+class OutsideMass:
+    """What the ids outside the candidates of B rows weigh in softmax(combined / heat). See `outside_mass`."""
+
+    heat: Floats  # [B], the temperature, at least .3
+    log_mass: Floats  # [B], log of the sum of exp(combined / heat) over the ids outside
+    log_lift: Floats  # [B], log of the factor by which guidance raises it
+    target: RoleLogits  # its logits over the temperature
+
+    def share(self, combined: Floats) -> Floats:
+        """The probability mass [B] outside. combined: [B, W]."""
+        log_inside = _log_sum(combined / self.heat[:, None], self.target.inside)
+        return np.asarray(1.0 / (1.0 + np.exp(np.clip(log_inside - self.log_mass, -700, 700))))
+
+
+def outside_mass(
     alpha: Floats,
     target: RoleLogits,
     guider: RoleLogits | None = None,
@@ -59,24 +73,30 @@ def outside_estimate(
     temperature: Floats,
     tempered: Floats,
     ceiling: Floats,
-) -> Floats:
-    """Estimate, for each row [B], the probability mass of softmax(combined / temperature) outside the candidates.
+) -> OutsideMass:
+    """Estimate, for each row [B], what the ids outside the candidates weigh.
 
-    temperature: [B]. tempered: [B], the target's logsumexp of logits / temperature (of greedy rows it is not read).
+    temperature: [B]. tempered: [B], the target's logsumexp of logits / temperature, or of logits in greedy rows.
     ceiling: [B], an upper bound on the target's logits outside the candidates. So the target's mass outside is known
-    exactly; below a temperature of .3 it is bounded. We use the larger of two estimators of the factor by which
-    guidance raises it:
+    exactly; below a temperature of .3 it is bounded by that at .3. We use the larger of two estimators of the factor by
+    which guidance raises it:
     1. the ratio of the guider's and the guider base's mass outside, exact if their difference is the same everywhere;
     2. the factor at the quarter of the candidates with the lowest guider logits, most of which only the target
        proposed.
     The result is an indicator, not a bound: audits compare it with full rows.
     """
-    heat = np.maximum(temperature, _GREEDY_TEMPERATURE)
-    cooler = temperature < _GREEDY_TEMPERATURE
-    log_outside = _log_target_outside(target, heat, cooler, tempered, ceiling)
-    log_outside = log_outside + _log_lift(alpha, heat, target, guider, guider_base)
-    log_inside = _log_sum(combined / heat[:, None], target.inside)
-    return np.asarray(1.0 / (1.0 + np.exp(np.clip(log_inside - log_outside, -700, 700))))
+    heat, cold = np.maximum(temperature, _COLDEST), temperature < _COLDEST
+    at_temperature = _over_temperature(target, temperature, tempered)
+    log_mass = _log_uncovered(at_temperature)
+    if cold.any():  # exp(logit / heat) is exp(logit) * exp(logit * (1 / heat - 1)), and no logit is above the ceiling
+        bound = _log_uncovered(target) + (1 / heat - 1) * np.minimum(ceiling, _FAR)
+        log_mass = np.where(cold, bound, log_mass)
+    if guider is None or guider_base is None:
+        return OutsideMass(heat, log_mass, np.zeros(len(alpha)), at_temperature)
+    ratio = alpha * (_log_uncovered(guider) - _log_uncovered(guider_base)) / heat
+    lowest = _lift_of_lowest_quarter(alpha, target, guider, guider_base, heat)
+    lift = np.where(np.isnan(lowest), ratio, np.maximum(ratio, lowest))
+    return OutsideMass(heat, log_mass + lift, lift, at_temperature)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +104,7 @@ class OutsideBounds:
     """Bounds on what the ids outside the candidates of B rows can contribute to softmax(logits / temperature).
 
     ceiling [B]: none of their logits is higher (nats). least, most [B]: the log of the sum of exp(logit / temperature)
-    over them lies between. Decoding by one model: exact but for float32. Guided: estimates, like `outside_estimate`.
+    over them lies between; of greedy rows it means nothing.
     """
 
     ceiling: Floats
@@ -92,64 +112,38 @@ class OutsideBounds:
     most: Floats
 
 
-def outside_bounds(
-    alpha: Floats,
-    target: RoleLogits,
-    guider: RoleLogits | None = None,
-    guider_base: RoleLogits | None = None,
-    *,
-    temperature: Floats,
-    tempered: Floats,
-    ceiling: Floats,
-    adjusted: NDArray[np.bool_],
+def bounds_of_one_model(
+    mass: OutsideMass, temperature: Floats, ceiling: Floats, adjusted: NDArray[np.bool_]
 ) -> OutsideBounds:
-    """The bounds of B rows. Arguments as of `outside_estimate`.
+    """The bounds for rows that the target decides alone, exact but for the rounding of its logsumexp to float32.
 
-    adjusted: [B], True if penalties or bans may lower logits outside the candidates, which nothing raises. `least` and
-    `most` of greedy rows mean nothing. The choice of a guided greedy row hangs on a single id, of which an estimate of
-    mass says too little: its ceiling is infinite.
+    adjusted: [B], True if penalties or bans may lower logits outside the candidates. Nothing raises these.
     """
-    greedy = temperature == 0
-    if guider is None or guider_base is None:
-        heat = np.where(greedy, 1.0, temperature)
-        outside, slack = _at_temperature(target, heat, tempered), np.spacing(tempered.astype(np.float32))
-        fewest = outside.uncovered - slack
-        known = ~adjusted & (fewest > 0)
-        least = np.where(known, np.log(np.where(known, fewest, 1.0)) + tempered, -np.inf)
-        most = _log_uncovered(outside, slack)
-        return OutsideBounds(np.minimum(ceiling, most * heat), least, most)  # at most all of it is one id's
-    heat = np.where(greedy, 1.0, temperature)
-    lift = _log_lift(alpha, heat, target, guider, guider_base)
-    most = _log_target_outside(target, heat, greedy, tempered, ceiling) + lift
-    highest = np.minimum(ceiling + np.maximum(lift * heat, 0.0), most * heat) + _LOGIT_MARGIN
-    return OutsideBounds(np.where(greedy, np.inf, highest), np.full(len(alpha), -np.inf), most + _MASS_MARGIN / heat)
+    outside, heat = mass.target, np.where(temperature > 0, temperature, 1.0)
+    slack = np.spacing(outside.logsumexp.astype(np.float32))
+    fewest = outside.uncovered - slack
+    known = ~adjusted & (fewest > 0)
+    least = np.where(known, np.log(np.where(known, fewest, 1.0)) + outside.logsumexp, -np.inf)
+    most = _log_uncovered(outside, slack)
+    return OutsideBounds(np.minimum(ceiling, most * heat), least, most)  # at most all of it is one id's
 
 
-def _at_temperature(target: RoleLogits, heat: Floats, tempered: Floats) -> RoleLogits:
-    return RoleLogits(target.logits / heat[:, None], target.inside, tempered)
+def guided_bounds(mass: OutsideMass, temperature: Floats, ceiling: Floats) -> OutsideBounds:
+    """Bounds for guided rows: the estimates, with margins.
 
-
-def _log_target_outside(
-    target: RoleLogits, heat: Floats, unknown: NDArray[np.bool_], tempered: Floats, ceiling: Floats
-) -> Floats:
-    """[B]: log of the sum of exp(logit / heat) of the target outside the candidates.
-
-    Where `tempered` is `unknown` at this heat, an upper bound for heat below 1: exp(logit / heat) is exp(logit) *
-    exp(logit * (1 / heat - 1)), and no logit is above the ceiling.
+    The choice of a row near temperature 0 hangs on a single id, of which an estimate of mass says too little: there the
+    ceiling is infinite.
     """
-    known = _at_temperature(target, np.where(unknown, 1.0, heat), np.where(unknown, target.logsumexp, tempered))
-    return _log_uncovered(known) + np.where(unknown, (1 / heat - 1) * np.minimum(ceiling, _FAR), 0.0)
+    lifted = ceiling + np.maximum(mass.log_lift * mass.heat, 0.0)
+    highest = np.minimum(lifted, mass.log_mass * mass.heat) + _LOGIT_MARGIN  # at most all of the mass is one id's
+    most = mass.log_mass + _MASS_MARGIN / mass.heat
+    return OutsideBounds(np.where(temperature < _COLDEST, np.inf, highest), np.full(len(most), -np.inf), most)
 
 
-def _log_lift(
-    alpha: Floats, heat: Floats, target: RoleLogits, guider: RoleLogits | None, guider_base: RoleLogits | None
-) -> Floats:
-    """[B]: estimated log of the factor by which guidance raises the target's mass outside the candidates, 0 without."""
-    if guider is None or guider_base is None:
-        return np.zeros(len(alpha))
-    ratio = alpha * (_log_uncovered(guider) - _log_uncovered(guider_base)) / heat
-    lowest = _lift_of_lowest_quarter(alpha, target, guider, guider_base, heat)
-    return np.where(np.isnan(lowest), ratio, np.maximum(ratio, lowest))
+def _over_temperature(target: RoleLogits, temperature: Floats, tempered: Floats) -> RoleLogits:
+    """A role's logits over the temperature, of greedy rows over 1."""
+    heat = np.where(temperature > 0, temperature, 1.0)
+    return target if (heat == 1).all() else RoleLogits(target.logits / heat[:, None], target.inside, tempered)
 
 
 def log_total(

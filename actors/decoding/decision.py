@@ -14,9 +14,10 @@ from actors.api.sampling_params import Sampling
 from actors.decoding.arithmetic import (
     Floats,
     RoleLogits,
+    bounds_of_one_model,
     combine,
-    outside_bounds,
-    outside_estimate,
+    guided_bounds,
+    outside_mass,
     total_variation,
 )
 from actors.decoding.candidates import CandidateBlock
@@ -99,32 +100,30 @@ def decide(
         logits[no_legal_token] = own[no_legal_token] = 0.0  # a placeholder: the caller widens the row or gives up
     parameters = [spec.sampling for spec in specs]
     temperature = np.array([each.temperature for each in parameters])
-    tempered, ceiling = block.tempered[at], block.ceiling[at]
-    estimate = outside_estimate(logits, alpha, *models, temperature=temperature, tempered=tempered, ceiling=ceiling)
-    outside = np.where(no_legal_token, 1.0, estimate)
+    ceiling = block.ceiling[at]
+    mass = outside_mass(alpha, *models, temperature=temperature, tempered=block.tempered[at], ceiling=ceiling)
+    outside = np.where(no_legal_token, 1.0, mass.share(logits))
     uncovered = np.max([model.uncovered for model in models], axis=0)
-    adjusted = np.array([spec.adjust is not None for spec in specs])
-
-    def filter_row(z: Floats, *used: RoleLogits) -> tuple[Floats, NDArray[np.bool_]]:
-        bounds = outside_bounds(
-            alpha, *used, temperature=temperature, tempered=tempered, ceiling=ceiling, adjusted=adjusted
-        )
-        return filter_logits(z, parameters, bounds)
-
-    filtered, settled = filter_row(logits, *models)
+    own_bounds = bounds = None
+    if any(each.filters for each in parameters) or not guided:
+        adjusted = np.array([spec.adjust is not None for spec in specs])
+        own_bounds = bounds = bounds_of_one_model(mass, temperature, ceiling, adjusted)
+        if guided:
+            bounds = guided_bounds(mass, temperature, ceiling)
+    filtered, settled = filter_logits(logits, parameters, bounds)
     seeds = np.array([spec.seed for spec in specs], np.uint64)
     positions = np.array([spec.position for spec in specs], np.uint64)
     noise = noise_of(ids, parameters, seeds, positions)
     tokens = target_tokens = choose_filtered(noise, ids, filtered, parameters)
     if guided:
-        target_tokens = choose_filtered(noise, ids, filter_row(own, models[0])[0], parameters)
+        target_tokens = choose_filtered(noise, ids, filter_logits(own, parameters, own_bounds)[0], parameters)
     scores = [
         None
         if scored is None or spec.top is None
         else scored.scores(row, int(tokens[row]), spec.top, EXPLAINED if spec.explain else 0)
         for row, spec in enumerate(specs)
     ]
-    settled &= ~no_legal_token
+    settled = settled & ~no_legal_token if bounds is not None else np.zeros(len(specs), np.bool_)
     return Decisions(tokens, target_tokens, outside, settled, uncovered, no_legal_token, ids, filtered, inside, scores)
 
 

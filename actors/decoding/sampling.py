@@ -62,10 +62,9 @@ def filter_logits(
     else:
         ceiling = outside.ceiling / temperature
         settled = ~sampled & (np.max(scaled, 1) > ceiling)
-    limits = [p.top_p < 1 or p.min_p > 0 or p.top_k > 0 for p in parameters]
-    active = sampled & np.array(limits)
+    active = np.array([p.filters for p in parameters])
     if active.any():
-        chosen = [p for p, is_active in zip(parameters, active, strict=True) if is_active]
+        chosen = [p for p in parameters if p.filters]
         top_k = np.array([p.top_k or np.iinfo(np.int64).max for p in chosen])
         filters = top_k, np.array([p.top_p for p in chosen]), np.array([p.min_p for p in chosen])
         none = np.full(len(chosen), -np.inf)

@@ -31,7 +31,8 @@ def test_rows_of_one_model_are_widened_only_if_their_nucleus_exceeds_the_slice(
     trio_engines: Mapping[Role, Engine], temperature: float
 ) -> None:
     case = measured(trio_engines, Sampling(temperature=temperature, top_p=0.95), guided=False)
-    assert (case.rows, case.agreement, case.tv_worst) == (40, 1.0, pytest.approx(0.0, abs=1e-6))
+    assert (case.rows, case.agreement) == (40, 1.0)
+    assert case.tv_worst < 1e-6
     assert case.exceeding <= case.widened <= case.exceeding + 0.05
     assert case.whole <= case.widened
 

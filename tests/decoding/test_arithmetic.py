@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.decoding.arithmetic import Floats, RoleLogits, combine, outside_bounds, outside_estimate, total_variation
+from actors.decoding.arithmetic import (
+    Floats,
+    RoleLogits,
+    bounds_of_one_model,
+    combine,
+    outside_mass,
+    total_variation,
+)
 
 WIDTH = 400
 
@@ -113,6 +120,11 @@ def at(rows: Floats, temperature: float = 1.0, ceiling: float | Floats = np.inf)
     }
 
 
+def outside_estimate(combined: Floats, alpha: Floats, *models: RoleLogits, **known: Any) -> Floats:
+    """The estimated mass [B] outside the candidates."""
+    return outside_mass(alpha, *models, **known).share(combined)
+
+
 def padded(rows: RoleLogits, by: int) -> RoleLogits:
     """The same rows with padding, NaN there."""
     around = ((0, 0), (0, by))
@@ -160,7 +172,8 @@ def test_bounds_of_one_model_hold_and_are_as_narrow_as_float32(temperature: floa
     truth = logsumexp(rows[:, 40:] / temperature)
     for adjusted in (False, True):
         facts = at(rows, temperature, rows[:, 39])
-        bounds = outside_bounds(np.zeros(6), known, **facts, adjusted=np.full(6, adjusted))
+        mass = outside_mass(np.zeros(6), known, **facts)
+        bounds = bounds_of_one_model(mass, facts["temperature"], facts["ceiling"], np.full(6, adjusted))
         assert (bounds.ceiling >= rows[:, 40]).all()
         assert (bounds.least <= truth).all()
         assert (bounds.most >= truth).all()
