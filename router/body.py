@@ -100,17 +100,32 @@ def _decode(body: bytes) -> Any:
 
 def _require_whole_characters(value: Any) -> None:
     """Raise BadRequest that names the first string with half of a surrogate pair."""
-    pending = [("", value)]
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+        return
+    except UnicodeEncodeError:
+        pass
+    # Paths are linked, (path above, key), and written for one string only: all of them would not fit in memory.
+    pending: list[tuple[Any, Any]] = [((), value)]
     while pending:
-        where, item = pending.pop()
+        path, item = pending.pop()
         if isinstance(item, str):
             if half := next((character for character in item if "\ud800" <= character <= "\udfff"), None):
+                where = _written(path)
                 raise BadRequest(
                     f"{where or 'the body'} has {ascii(half)[1:-1]}, half of a character: surrogates come in pairs",
                     param=where or None,
                 )
         elif isinstance(item, dict):
-            inner = [(f"{where}.{key}" if where else key, key, each) for key, each in item.items()]
-            pending += [pair for at, key, each in reversed(inner) for pair in ((at, each), (at, key))]
+            for key in reversed(item):
+                pending += [((path, key), item[key]), ((path, key), key)]
         elif isinstance(item, list):
-            pending += [(f"{where}.{index}", each) for index, each in reversed([*enumerate(item)])]
+            pending += [((path, index), item[index]) for index in reversed(range(len(item)))]
+
+
+def _written(path: Any) -> str:
+    keys = []
+    while path:
+        path, key = path
+        keys.append(str(key))
+    return ".".join(reversed(keys))

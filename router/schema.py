@@ -69,6 +69,8 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
 DECLINED = {"tools": "tool_choice", "functions": "function_call"}
 
 MAX_LOGPROBS = 20  # candidates of one token, as in the OpenAI API and vLLM
+_MOST_ERRORS = 1_000  # of a body that are compared to find the one to name
+MAX_BIASES = 1_024  # ids in logit_bias
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
 
@@ -76,6 +78,15 @@ MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 ShortText = Annotated[str, Field(max_length=1_024)]
 FewIds = Annotated[list[int], Field(max_length=1_024)]
 Count = Annotated[int, Field(lt=2**63)]
+
+
+def _few(items: Any) -> Any:
+    """Refuse a long object before each of its values is checked."""
+    if isinstance(items, dict) and len(items) > MAX_BIASES:
+        raise PydanticCustomError(
+            "too_long", "at most {most} items, not {count}", {"most": MAX_BIASES, "count": len(items)}
+        )
+    return items
 
 
 class _Body(BaseModel):
@@ -170,20 +181,20 @@ class ChatMessage(_MessageBody):
     """
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: ShortText | None = None
     tool_call_id: ShortText | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     thinking: str | None = None
     function_call: CalledFunction | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=1_024)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=1_024, fail_fast=True)] | None = None
 
 
 class Conversation(_Body):
     """Messages, and options for rendering them with the chat template."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -202,7 +213,7 @@ class _Request(_Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1_024)] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = None
     min_tokens: Count | None = None
     max_tokens: Count | None = None
     stop: ShortText | Annotated[list[ShortText], Field(max_length=64)] | None = None
@@ -259,7 +270,12 @@ class ChatRequest(Conversation, _Request):
 class CompletionRequest(_Request):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[StrictInt], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[StrictInt], Field(fail_fast=True)]], Field(fail_fast=True)]
+    )
     add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
@@ -295,7 +311,7 @@ class TokenizeChat(Conversation):
 class DetokenizeRequest(_Body):
     """The body of POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[int] = Field(fail_fast=True)
     model: str | None = None
 
 
@@ -318,7 +334,7 @@ def parse(kind: type[R], body: Any) -> R:
     try:
         return kind.model_validate({name: value for name, value in given.items() if name not in passed})
     except ValidationError as error:
-        raise _bad_request(error, body) from None
+        raise _bad_request(error, given) from None
 
 
 def _declined(body: dict[str, Any]) -> set[str]:
@@ -332,7 +348,7 @@ def _equal_with_type(value: Any, neutral: Any) -> bool:
 
 def _bad_request(error: ValidationError, body: dict[str, Any]) -> BadRequest:
     """The error of one field. A union reports an error for every member; the client meant the one that fits best."""
-    items = error.errors(include_url=False, include_context=False, include_input=False)
+    items = error.errors(include_url=False, include_context=False, include_input=False)[:_MOST_ERRORS]
     places = {id(item): _path(item, body) for item in items}
 
     def fits(item: ErrorDetails) -> tuple[bool, int, bool]:
@@ -354,8 +370,8 @@ def _path(item: ErrorDetails, body: Any) -> list[str]:
     path: list[str] = []
     value = body
     for part in item["loc"]:
-        keys: Any = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-        if part in keys:
+        at_index = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if at_index or (isinstance(value, dict) and part in value):
             path.append(str(part))
             value = value[part]
     return [*path, str(item["loc"][-1])] if item["type"] == "missing" else path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,27 @@ async def test_an_error_repeats_little_of_a_request(fields: dict[str, Any]) -> N
     assert response.status_code in (400, 404), response.text[:500]
     assert len(response.content) < MOST
     assert sum(len(name) + len(value) for name, value in response.headers.raw) < MOST
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"messages": [1] * 100_000}, "messages.0"),
+        ({"messages": [{"role": "user", "content": [1] * 100_000}]}, "messages.0.content.0"),
+        ({"logit_bias": {str(id_): "x" for id_ in range(100_000)}}, "logit_bias"),
+        ({"metadata": {"k" * 100_000: ["\U0001f600", *[0] * 100_000]}, "n": 0}, "n"),
+        ({"metadata": {"k" * 100_000: [*[0] * 100_000, "\ud83d"]}}, None),
+    ],
+    ids=["messages", "parts", "biases", "a whole character", "half of a character"],
+)
+async def test_faults_of_a_long_body_are_found_in_linear_time_and_memory(
+    fields: dict[str, Any], named: str | None
+) -> None:
+    began = time.process_time()
+    response = await send({"fields": fields})
+    assert time.process_time() - began < 10  # about one second; squared it would be minutes, or 10 GB
+    assert response.status_code == 400
+    assert named in (None, response.json()["error"]["param"])
 
 
 async def test_a_long_address_is_repeated_in_part(caplog: pytest.LogCaptureFixture) -> None:
