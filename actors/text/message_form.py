@@ -19,6 +19,7 @@ TryRender = Callable[[list[dict[str, Any]]], str | None]  # the text of a conver
 
 _FIRST, _SECOND = "alphaword", "omegaword"  # words that no template has of its own
 _DUMPED = re.compile(rf"""["']text["']:\s*["'](?:{_FIRST}|{_SECOND})""")  # a part printed as data
+_ARGUMENTS = {_FIRST: _SECOND}
 _CALL_ID = "call00001"  # nine characters, which Mistral's templates require
 
 
@@ -46,22 +47,27 @@ class MessageForm:
 
     contents: by role; other roles are read like `user`. null_content: true if the template reads null beside tool
     calls; otherwise it gets "". arguments_as_text: true if it reads the arguments of a tool call as JSON text,
-    otherwise as an object. roles: roles that it knows under another name.
+    otherwise as an object. roles: roles that it knows under another name. null_for_empty: true if it shows tool calls
+    beside null and not beside "".
     """
 
     contents: Mapping[str, ContentForm] = field(default_factory=dict)
     null_content: bool = True
     arguments_as_text: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
+    null_for_empty: bool = False
 
     def shape(self, message: Message) -> dict[str, Any]:
         """A message of the OpenAI API in the template's form. Its tool calls have their arguments as JSON text."""
         role = self.roles.get(message["role"], message["role"])
         shaped = {**message, "role": role}
+        content = message.get("content")
         keeps_null = self.null_content and message.get("tool_calls")
-        if message.get("content") is not None or not keeps_null:
+        if keeps_null and (content is None or (content in ("", []) and self.null_for_empty)):
+            shaped["content"] = None
+        else:
             contents = self.contents.get(role) or self.contents.get("user") or ContentForm()
-            shaped["content"] = contents.shape(message.get("content") or "")
+            shaped["content"] = contents.shape(content or "")
         if message.get("tool_calls"):
             shaped["tool_calls"] = [self._shape_call(call) for call in message["tool_calls"]]
         return shaped
@@ -82,7 +88,8 @@ def find_form(source: str, render: TryRender) -> MessageForm:
         contents[role] = _content_form(render, [], {"role": role}, [question])
     empty = contents["assistant"].shape("")
     null_content, arguments_as_text = _tool_call_form(render, question, empty)
-    call = _call(arguments_as_text, None if null_content else empty)
+    # Without the words, which are looked for in the results.
+    call = _call(arguments_as_text, None if null_content else empty, {})
     for role in ("tool", "function"):
         result = {"role": role, "tool_call_id": _CALL_ID, "name": "find"}
         contents[role] = _content_form(render, [question, call], result, [])
@@ -91,7 +98,9 @@ def find_form(source: str, render: TryRender) -> MessageForm:
         roles["developer"] = "system"  # OpenAI's newer name for it
     if contents["function"] == _HIDDEN:
         roles["function"] = "tool"  # OpenAI's older name for it
-    return MessageForm(contents, null_content, arguments_as_text, roles)
+    beside_null, beside_empty = (_shows_call(render, question, arguments_as_text, each) for each in (None, empty))
+    null_for_empty = null_content and beside_null and not beside_empty
+    return MessageForm(contents, null_content, arguments_as_text, roles, null_for_empty)
 
 
 _HIDDEN = ContentForm(text=False)
@@ -131,13 +140,17 @@ def _tool_call_form(render: TryRender, question: dict[str, Any], empty: Any) -> 
     return null[False] is not None and not printed[False], False
 
 
+def _shows_call(render: TryRender, question: dict[str, Any], as_text: bool, content: Any) -> bool:
+    text = render([question, _call(as_text, content)])
+    return text is not None and _shows_arguments(text)
+
+
 def _shows_arguments(text: str) -> bool:
     """True if the arguments are neither Python's form of an object nor JSON text within JSON."""
     return _FIRST in text and _SECOND in text and f"'{_FIRST}'" not in text and f'\\"{_FIRST}' not in text
 
 
-def _call(as_text: bool, content: Any) -> dict[str, Any]:
-    arguments: Any = {_FIRST: _SECOND}
+def _call(as_text: bool, content: Any, arguments: Mapping[str, str] = _ARGUMENTS) -> dict[str, Any]:
     function = {"name": "find", "arguments": json.dumps(arguments) if as_text else arguments}
     call = {"id": _CALL_ID, "type": "function", "function": function}
     return {"role": "assistant", "content": content, "tool_calls": [call]}
