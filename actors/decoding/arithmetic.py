@@ -120,7 +120,7 @@ def bounds_of_one_model(
     adjusted: [B], True if penalties or bans may lower logits outside the candidates. Nothing raises these.
     """
     outside, heat = mass.target, np.where(temperature > 0, temperature, 1.0)
-    slack = np.spacing(outside.logsumexp.astype(np.float32))
+    slack = np.spacing(np.abs(outside.logsumexp).astype(np.float32))
     fewest = outside.uncovered - slack
     known = ~adjusted & (fewest > 0)
     least = np.where(known, np.log(np.where(known, fewest, 1.0)) + outside.logsumexp, -np.inf)

@@ -183,6 +183,18 @@ def test_bounds_of_one_model_hold_and_are_as_narrow_as_float32(temperature: floa
         assert (np.exp(bounds.most - total) - np.exp(bounds.least - total) <= 1e-5 + widest).all()
 
 
+@pytest.mark.parametrize("level", [-1_000.0, 1_000.0])
+def test_bounds_allow_for_the_float32_of_a_row_of_any_level(level: float) -> None:
+    rows = np.zeros((200, WIDTH)) + level + np.linspace(0, 1e-3, 200)[:, None]  # GPT-2's logits are negative
+    facts = at(rows, 0.6, rows[:, 0])
+    facts["tempered"] = facts["tempered"].astype(np.float32).astype(np.float64)
+    mass = outside_mass(np.zeros(200), covered(rows, np.arange(40)), **facts)
+    bounds = bounds_of_one_model(mass, facts["temperature"], facts["ceiling"], np.zeros(200, np.bool_))
+    truth = logsumexp(rows[:, 40:] / 0.6)
+    assert (bounds.least <= truth).all()
+    assert (bounds.most >= truth).all()
+
+
 def test_the_estimate_bounds_rows_that_the_guider_lifts_outside() -> None:
     target, base = whole_rows(4, 15), whole_rows(4, 16)
     guider = base.copy()
