@@ -30,10 +30,13 @@ _UPRIGHT = (
     *("text", "textbf", "textrm", "textit", "textsf", "texttt", "textsc", "textsl", "textmd", "textup", "textnormal"),
     *("mbox", "hbox", "mathrm"),
 )
+_LETTER_FONT = re.compile(
+    r"\\(?:mathbb|mathcal|mathfrak|mathscr|operatorname)\s*(?:\{\s*)?([A-Za-z])(?![A-Za-z])(?:\s*\})?"
+)
 _DECLARATIONS = re.compile(
     r"\\(?:(?:display|text|script|scriptscript)style|bf(?:series)?|rm(?:family)?|it(?:shape)?|sf(?:family)?"
     r"|tt(?:family)?|sc(?:shape)?|em|mdseries|upshape|boldmath|[lL]arge|LARGE|[hH]uge|small|normalsize|tiny"
-    r"|centering|noindent|nonumber|notag|protect|relax|limits|nolimits|strut|mathstrut|allowbreak|[bB]igg?[lrm]?)(?![A-Za-z])\s*"
+    r"|centering|newline|linebreak|par|hfill|noindent|nonumber|notag|protect|relax|limits|nolimits|strut|mathstrut|allowbreak|[bB]igg?[lrm]?)(?![A-Za-z])\s*"
 )
 _UNBRACED = re.compile(rf"\\(?:{'|'.join((*_SHOW_LAST, *_UPRIGHT))})(?![A-Za-z])\s*([A-Za-z\d])(?![A-Za-z])")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?(?![A-Za-z])\s*(?:\[[^\[\]{}]*\]\s*)?(?=\{)")
@@ -42,7 +45,7 @@ _SPACES = re.compile(_SPACE)
 _INVISIBLE = r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
 _NO_SPACES = re.compile(rf"(?<!\\)\\!\s*|\\negthinspace(?![A-Za-z])|{_INVISIBLE}")
 _START = re.compile(rf"\s+|{_SPACE}|\\\\")
-_END = re.compile(rf"(?:\s|{_SPACE}|(?<!\\)(?<!\\right)[.,;:]|\\\\|(?<!\\)\\)\Z")
+_END = re.compile(rf"(?:\s|{_SPACE}|(?<!\\)(?<!\\right)[.,;:。，；：]|\\\\|(?<!\\)\\)\Z")
 _LONGEST_END = 16  # characters that one match of _END has at most
 _NESTED = 20  # wrappers around an answer; deeper ones stay
 _DOLLARS = re.compile(r"\$\$(.*)\$\$|\$([^$]*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
@@ -59,7 +62,16 @@ _SIGNS = str.maketrans(
         **dict.fromkeys("∅⌀", r"\emptyset "),
         **dict.fromkeys("≤⩽", r"\le "),
         **dict.fromkeys("≥⩾", r"\ge "),
-        **{"÷": r"\div ", "∗": "*", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ "},
+        **{
+            "÷": r"\div ",
+            "∗": "*",
+            "±": r"\pm ",
+            "∓": r"\mp ",
+            "∞": r"\infty ",
+            "°": r"^\circ ",
+            "º": r"^\circ ",
+            "˚": r"^\circ ",
+        },
         **{"≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∈": r"\in ", "∉": r"\notin ", "∖": r"\setminus "},
         **{"∪": r"\cup ", "∩": r"\cap ", "⊂": r"\subset ", "⊆": r"\subseteq ", "∧": r"\wedge ", "∨": r"\vee "},
         **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
@@ -87,7 +99,10 @@ _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _SEPARATOR = r"(?:\\[,;: ]|~|\s|\{,\})"
 _GROUPED = re.compile(rf"(?<![\d.])(?<!\d\s)\d{{1,3}}({_SEPARATOR})\d{{3}}(?:\1\d{{3}})*(?!\d)")
 _GROUPED_DECIMALS = re.compile(rf"(?<=\d\.)\d{{3}}(?:({_SEPARATOR})\d{{3}})*{_SEPARATOR}\d{{1,3}}(?!\d)")
-_COMMAS = re.compile(r"((?:.*=|\\approx)?\s*[-+]?\s*(?:\\?\$|[€£¥₹])?\s*)(\d{1,3}(?:,\d{3})+(?:\.\d+)?)")
+_COMMAS = re.compile(
+    r"((?:.*=|\\approx)?\s*[-+]?\s*(?:\\?\$|[€£¥₹])?\s*)(\d{1,3}(?:,\d{3})+(?:\.\d+)?)(\s*(?:[A-Za-z]|\\pi))?"
+)
+_COMMAS_IN_BRACES = re.compile(r"(?:(?<=\\frac)|(?<=\\sqrt)|(?<=\}))\{\s*(\d{1,3}(?:,\d{3})+)\s*\}")
 
 _FUNCTIONS = ("arcsin", "arccos", "arctan", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp")
 _SHORTHAND: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -98,6 +113,12 @@ _SHORTHAND: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?)0*(\d{1,9})(?![\w.])"), r"\1 \\times 10^{\2\3}"),
     (re.compile(r"10\^\{\+"), "10^{"),
+    (re.compile(r"\^\s*(\\frac\{[^{}]*\}\{[^{}]*\})"), r"^{\1}"),
+    (re.compile(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"^([^{}]*)\\choose(?![A-Za-z])([^{}]*)$"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<![A-Za-z])([ap])\.\s?m\.?(?![A-Za-z])", re.IGNORECASE), r"\1m"),
+    (re.compile(r"^([-+]?\s*)(?:\\text\s*\{\s*infinity\s*\}|infinity)$", re.IGNORECASE), r"\1\\infty"),
+    (re.compile(r"^=\s*"), ""),
     (re.compile(r"^\\(?:approx|simeq|sim)(?![A-Za-z])\s*"), ""),
     (
         re.compile(
@@ -155,7 +176,8 @@ def words(text: str) -> str:
 
 def marked_letters(text: str) -> str:
     """The words of an answer without braces. A letter with a font or braces of its own gets `MARKS`."""
-    text = _unstyled(unicodedata.normalize("NFKC", text), _marked, _marked)
+    text = _LETTER_FONT.sub(rf"{MARKS[0]}\1{MARKS[1]}", unicodedata.normalize("NFKC", text))
+    text = _unstyled(re.sub(r"\\checkmark(?![A-Za-z])|\\(?=[{}])", " ", text), _marked, _marked)
     return _spelled(re.sub(r"\{\s*([A-Za-z])\s*\}", rf"{MARKS[0]}\1{MARKS[1]}", text).replace("{", "").replace("}", ""))
 
 
@@ -164,7 +186,7 @@ def formula(text: str) -> str:
 
     \text{}, \mbox{} and \mathrm{} become \text{}, or nothing around a number or a variable.
     """
-    text = _from_unicode(text).replace("...", r"\ldots ").replace("{:}", ":")
+    text = _from_unicode(text).replace("...", r"\ldots ").replace("{:}", ":").replace(r"\text{,}", "{,}")
     text = _without_grouping(_unstyled(text, str, _upright))
     text = " ".join(_without_grouping(_SPACES.sub(" ", text)).split())
     for pattern, replacement in _SHORTHAND:
@@ -293,8 +315,9 @@ def _with_braced_roots(text: str) -> str:
 def _without_grouping(text: str) -> str:
     text = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
     text = _GROUPED_DECIMALS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+    text = _COMMAS_IN_BRACES.sub(lambda found: found[0].replace(",", ""), text)
     whole = _COMMAS.fullmatch(text)
-    return whole[1] + whole[2].replace(",", "") if whole else text
+    return whole[1] + whole[2].replace(",", "") + (whole[3] or "") if whole else text
 
 
 def _fraction(found: re.Match[str]) -> str:

@@ -35,16 +35,22 @@ _BOXES = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _WORDS = re.compile(r"\s*\\(?:text|textbf|textrm|mbox|mathrm)\s*\{[^{}\d]*\}\s*")
 _BASED = re.compile(r"\s*[0-9A-Fa-f]+\s*_\s*(?:\{\s*(\d+)\s*\}|(\d))\s*")
-_INTRODUCTION = r"(?:\b(?:the|my|correct|right|best|final|answer|option|choice|is)\b|[\s:=])*"
-_REASON = r"\s*(?:[.,:;)!].*|[—–].*|\s-+\s.*|--+.*|\s+is\s+(?:the\s+)?(?:correct|right|best|answer|option|choice|\s)+)?"
-_OPEN, _CLOSE = rf"[(\[{MARKS[0]}]\s*", rf"\s*[)\]{MARKS[1]}]"
+_INTRODUCTION = (
+    r"(?:\b(?:the|my|correct|right|best|final|answer|option|choice|is)\b|\bI\s+(?:choose|pick|select|think)(?:\s+it)?\b"
+    r"|[\s:=✓✔✅☑]|答案|选项|选择|[选是为])*"
+)
+_REASON = (
+    r"\s*(?:[.,:;)!].*|[—–].*|\s-+\s.*|--+.*|\s+is\s+(?:the\s+)?(?:correct|right|best|answer|option|choice|\s)+"
+    r"|\s*[✓✔✅☑]|\s+\((?!\s*(?:or|and)\b).*|\s+(?:because|since|only)\b.*)?"
+)
+_OPEN, _CLOSE = rf"[(\[【{MARKS[0]}]\s*", rf"\s*[)\]】{MARKS[1]}]"
 _LETTER = re.compile(
     rf"{_INTRODUCTION}(?:(?:{_OPEN})+([A-Z])(?:{_CLOSE})+(?:{_REASON}|\s+\w.*)|(?:{_OPEN})?([A-Z]){_REASON})",
     re.IGNORECASE | re.DOTALL,
 )
 # A second option in what follows the first: at once ("A, C"), or marked as one ("A) yes, C) no").
 _SECOND = re.compile(
-    rf"^[\s.,:;)\]{MARKS[1]}!&/—–-]*(?:(?:and|or|not)\s+)?(?:{_OPEN})?([A-Za-z])"
+    rf"^[\s.,:;)\]{MARKS[1]}!&/—–-]*(?:(?:and|or|not)\s+)?(?!I\s*(?:,|and|or)\s*I|[A-Z]\s+(?:and|or)\s+[A-Z]\s+only)(?:{_OPEN})?([A-Za-z])"
     rf"(?=(?:{_CLOSE})+(?![\w^])|\s*(?:$|[.,;:&/]|and\b|or\b))"
     r"|[(\[]([A-Z])[)\]]|(?<![\w(])([A-Z])[).:](?=\s)"
 )
@@ -52,6 +58,7 @@ _NOTHING = re.compile(r"nan|null|none|n/?a", re.IGNORECASE)
 _NAME = re.compile(r"\s*[A-Za-z]{2,}\s*")
 _WHOLE = re.compile(r"[-+]?[\d.,]+")
 _DEGREES, _RADIANS = frozenset({(("degree", 1),)}), frozenset({(("rad", 1),)})
+_RADIAN_VALUE = re.compile(r"\\(?:pi|arc(?:sin|cos|tan))(?![A-Za-z])")
 _MATH = MathProcesses()
 
 
@@ -183,8 +190,10 @@ def _pairs(right: Quantity, answer: Quantity) -> Iterator[tuple[str, str]]:
 
 
 def _in_radians(one: Quantity, other: Quantity) -> Quantity:
-    """`one` in radians if it is in degrees and `other` in radians, or without a unit and with pi."""
-    if one.units != _DEGREES or not (other.units == _RADIANS or (not other.units and r"\pi" in other.values[0])):
+    """`one` in radians if it is in degrees and `other` in radians, or without a unit and with pi or an arcus."""
+    if one.units != _DEGREES or not (
+        other.units == _RADIANS or (not other.units and _RADIAN_VALUE.search(other.values[0]))
+    ):
         return one
     first, second = (_scaled(value, r"180}\cdot{\pi") for value in one.values)
     return Quantity((first, second), _RADIANS, percent=False)

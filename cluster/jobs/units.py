@@ -23,6 +23,7 @@ dollar usd USD $; cent ¢; euro EUR €; £ GBP; yen JPY ¥; rupee INR ₹
 degree deg; rad radian; degC; degF; K kelvin
 N newton; J joule; kJ kilojoule; W watt; kW kilowatt; V volt; A amp ampere; Hz hertz; Pa pascal; kPa; mol mole
 mph; kmh kph
+am; pm
 """
 _UNITS = {
     spelling: entry.split()[0]
@@ -52,7 +53,7 @@ _RATIO = rf"\\frac\s*\{{\s*{_GROUP}\s*\}}\s*\{{\s*{_GROUP}\s*\}}"
 _GROUPS = re.compile(rf"\s*(?:{_RATIO}|{_GROUP})(?:(?:\s|\\cdot(?![A-Za-z])|/)*(?:{_RATIO}|{_GROUP}))*")
 _WORD = rf"(?:sq\.|cu\.|[A-Za-z]+){_EXPONENT}"
 _BARE = re.compile(rf"(?<=[\d)}}\s])\s*({_WORD}(?:(?:\s*/\s*|\s+){_WORD})*)\Z")
-_NUMBER = re.compile(r"[-+]?\s*(?:\\(?:frac|sqrt|pi|times|cdot|left|right)(?![A-Za-z])|[\d.,{}()^/\s\[\]]|(?<=\{)-)+")
+_NUMBER = re.compile(r"[-+]?\s*(?:\\(?:frac|sqrt|pi|times|cdot|left|right)(?![A-Za-z])|[\d.,:{}()^/\s\[\]]|(?<=\{)-)+")
 
 
 @dataclass(frozen=True, slots=True)
