@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, model_validator
@@ -174,8 +175,21 @@ class ToolCall(_MessageBody):
     function: CalledFunction
 
 
+def _thinking_texts(part: dict[str, Any]) -> Iterator[str]:
+    """The texts of a part of thinking: one, or Mistral's list of parts."""
+    for value in (part.get("thinking"), part.get("reasoning"), part.get("text")):
+        for each in value if isinstance(value, list) else [value]:
+            text = each.get("text") if isinstance(each, dict) else each
+            if isinstance(text, str):
+                yield text
+
+
+_THINKING_PARTS = ("thinking", "reasoning", "redacted_thinking")
+
+
 class ChatMessage(_MessageBody):
-    """One message. role: as the chat template takes it. reasoning: the thinking, under any of its usual names.
+    """One message. role: as the chat template takes it. reasoning: the thinking, under any of its usual names, or in
+    parts of its content.
 
     function_call: a tool call in OpenAI's older form.
     """
@@ -189,6 +203,20 @@ class ChatMessage(_MessageBody):
     thinking: str | None = None
     function_call: CalledFunction | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=1_024, fail_fast=True)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _thinking_apart(cls, message: Any) -> Any:
+        """Move the thinking from the parts of an assistant's content, where Mistral's and Anthropic's SDKs have it."""
+        content = message.get("content") if isinstance(message, dict) and message.get("role") == "assistant" else None
+        if not isinstance(content, list):
+            return message
+        apart = [part for part in content if isinstance(part, dict) and part.get("type") in _THINKING_PARTS]
+        if not apart:
+            return message
+        texts = [text for part in apart for text in _thinking_texts(part)]
+        rest = [part for part in content if not isinstance(part, dict) or part.get("type") not in _THINKING_PARTS]
+        return ({"reasoning": "".join(texts)} if texts else {}) | message | {"content": rest}
 
 
 class Conversation(_Body):

@@ -50,7 +50,9 @@ _LETTER = re.compile(
 )
 # A second option in what follows the first: at once ("A, C"), or marked as one ("A) yes, C) no").
 _SECOND = re.compile(
-    rf"^[\s.,:;)\]{MARKS[1]}!&/—–-]*(?:(?:and|or|not)\s+)?(?!I\s*(?:,|and|or)\s*I|[A-Z]\s+(?:and|or)\s+[A-Z]\s+only)(?:{_OPEN})?([A-Za-z])"
+    rf"^[\s.,:;)\]{MARKS[1]}!&/—–-]*(?:(?:and|or|not)\s+)?"
+    r"(?!I\s*(?:,|and|or)\s*I|[A-Z]\s+(?:and|or)\s+[A-Z]\s+only)"  # an option's own text: "C. I and II only"
+    rf"(?:{_OPEN})?([A-Za-z])"
     rf"(?=(?:{_CLOSE})+(?![\w^])|\s*(?:$|[.,;:&/]|and\b|or\b))"
     r"|[(\[]([A-Z])[)\]]|(?<![\w(])([A-Z])[).:](?=\s)"
 )
