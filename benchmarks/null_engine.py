@@ -83,9 +83,8 @@ class NullRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None, temperature: float = 1.0) -> TopKSlices:
-        numbers = self._numbers(rows)
-        return self.bank.slices(numbers, k, [temperature] * len(numbers))
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
+        return self.bank.slices(self._numbers(rows), k)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         taken: NDArray[np.float32] = self.bank.logits[self._numbers(rows)]

@@ -137,9 +137,8 @@ class TailRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None, temperature: float = 1.0) -> TopKSlices:
-        found = [self.row(row) for row in self._rows(rows)]
-        return side_by_side(found, k, [temperature] * len(found))
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
+        return side_by_side([self.row(row) for row in self._rows(rows)], k)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         return np.stack([self.row(row).logits for row in self._rows(rows)])

@@ -157,8 +157,7 @@ class Exchange:
         active = row.window.active
         position, prefix = row.key(role)
         call_id = self._calls.issue(InflightCall("widen", row.window, role, row=row, before=before))
-        temperature = self._temperature(row.window, role)
-        item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k, temperature)
+        item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
         active.replicas[role].outbox.widens.append(item)
 
     def _request_drafts(self, window: VerificationWindow) -> None:
@@ -259,9 +258,11 @@ class Exchange:
         k = self._width(window, role)
         ids = needed.ids if needed is not None else NO_IDS
         rows = end - fresh
-        call_id = self._calls.issue(InflightCall("extend", window, role, required=needed, start=fresh))
+        heat = self._temperature(window, role)
+        call = InflightCall("extend", window, role, required=needed, start=fresh, temperature=heat)
+        call_id = self._calls.issue(call)
         prefix = stream.hash_before(position)
-        requested = rows, k, ids, draft, keep, self._temperature(window, role)
+        requested = rows, k, ids, draft, keep, heat
         item = ExtendItem(call_id, active.key, active.age, prefix, active.epoch, position, tokens, *requested)
         active.replicas[role].outbox.extends.append(item)
 

@@ -33,6 +33,7 @@ class InflightCall:
     before: RowSlice | None = None  # of a widening: the narrower slice
     lookups: Lookups | None = None  # the lookups that were sent together with this one
     start: int = 0  # of an extend: the position of its first row
+    temperature: float = 1.0  # of an extend: of the tempered logsumexp
     call_id: int = 0
 
 
@@ -198,7 +199,7 @@ def read_rows(
     width: logits in a whole row of this model.
     """
     ids = rows_ids(message, width)
-    sums, tempered = message.logsumexp.tolist(), message.tempered.tolist()
+    sums = message.logsumexp.tolist()
     ours, reader = dict[tuple[int, bool], NDArray[Any]](), _ColumnCursor(message)
     for call, (_, rows, k, required_ids) in zip(calls, message.items.tolist(), strict=True):
         at = reader.next(rows, max(k, 0), width if k == WHOLE else k, required_ids)
@@ -213,6 +214,9 @@ def read_rows(
         theirs = ours[key]
         values = message.required[at.required].reshape(rows, required_ids)
         folded = call.required.fold(values) if call.required is not None else values
+        tempered = message.tempered[at.rows : at.rows + rows].astype(np.float64)
+        if call.required is not None:
+            tempered = call.required.fold_sums(tempered, values, call.temperature)
         slices = []
         for row in range(rows):
             if k == WHOLE:
@@ -220,8 +224,10 @@ def read_rows(
             else:
                 mine = theirs[at.ids + row * k : at.ids + (row + 1) * k]
                 logits = message.logits[at.logits + row * k : at.logits + (row + 1) * k]
-            events = folded[row] if call.before is None else call.before.folded
-            slices.append(RowSlice(mine, logits, events, sums[at.rows + row], tempered[at.rows + row]))
+            events, sum_ = folded[row], float(tempered[row])
+            if call.before is not None:  # a wider slice has no more than the first of both
+                events, sum_ = call.before.folded, call.before.tempered
+            slices.append(RowSlice(mine, logits, events, sums[at.rows + row], sum_))
         yield call, slices
 
 

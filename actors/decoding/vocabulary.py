@@ -154,6 +154,20 @@ class RequiredLogits:
         folded: NDArray[np.float64] = np.logaddexp.reduceat(values.astype(np.float64), self.starts, axis=1)
         return folded
 
+    def fold_sums(self, sums: NDArray[Any], values: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+        """The logsumexp [rows] of logits over a temperature, with each group as one event.
+
+        sums [rows]: with every id by itself. values [rows, n]: the logits at `ids`. Example: two end ids of probability
+        .3 are one event of .6, which at temperature .5 weighs .36 and not twice .09.
+        """
+        if temperature == 1 or len(self.ids) == len(self.events):
+            return sums.astype(np.float64)
+        one_by_one, together = (
+            np.exp(logits / temperature - sums[:, None]).sum(1) for logits in (values, self.fold(values))
+        )
+        folded: NDArray[np.float64] = sums + np.log(np.maximum(1.0 - one_by_one, 0.0) + together)
+        return folded
+
 
 NO_REQUIRED_LOGITS = RequiredLogits(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 

@@ -53,10 +53,9 @@ class DeviceRows:
         row = position - self.position
         return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
 
-    def slices(self, k: int, rows: Sequence[int] | None = None, temperature: float = 1.0) -> TopKSlices:
+    def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
         """The top-k slices of `rows` (all if None). k = 0 gives only the logsumexp, k > V the full row."""
-        selected = self._select(rows)
-        return reduce_rows(selected, k, self.batch_invariant, [temperature] * len(selected))
+        return reduce_rows(self._select(rows), k, self.batch_invariant)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """The full logits [m, V] of `rows` (all if None), read-only."""

@@ -90,7 +90,7 @@ class LookupService:
         items = widen_items(message)
         for item in items:
             lease = self._leases.get(item.session)
-            if self._refused(peer, item, lease, invalid=item.size < WHOLE or not item.temperature > 0):
+            if self._refused(peer, item, lease, invalid=item.size < WHOLE):
                 continue
             row = self._find(item)
             if row is not None:
@@ -141,7 +141,7 @@ class LookupService:
 
     def _widen(self, peer: Recipient, item: RowRequest, held: HeldRows, row: int) -> None:
         k = width_of(item.size, self._engine.width)
-        slices = held.slices(max(k, 0), [row], item.temperature)
+        slices = held.slices(max(k, 0), [row])
         logits = held.whole([row]) if k == WHOLE else slices.logits
         reduced = Reduced(k, slices.logsumexp, slices.tempered, slices.ids, logits, logits[0, :0])
         self._replies.rows(peer, item.call_id, [Answer(reduced, 0, 1, 0, 0)])

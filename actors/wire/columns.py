@@ -55,10 +55,7 @@ class ExtendItem(NamedTuple):
 
 
 class RowRequest(NamedTuple):
-    """An item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`.
-
-    temperature: of a widened row's tempered logsumexp.
-    """
+    """An item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`."""
 
     call_id: int
     session: int
@@ -66,7 +63,6 @@ class RowRequest(NamedTuple):
     epoch: int
     position: int
     size: int
-    temperature: float = 1.0
 
 
 def pack_extends(items: Sequence[ExtendItem], released: Sequence[int]) -> Extend:
@@ -114,16 +110,16 @@ def _drafts(message: Extend) -> dict[int, Draft]:
     return drafts
 
 
-def pack_lookups(items: Sequence[tuple[float, ...]], ids: NDArray[Any], width: int) -> Lookup:
+def pack_lookups(items: Sequence[tuple[int, ...]], ids: NDArray[Any], width: int) -> Lookup:
     """A `Lookup` of items (`RowRequest`), with the flat ids of all: per item in the order of their pages."""
-    table = np.array([item[: len(LOOKUP_ITEM.descr)] for item in items], LOOKUP_ITEM)
+    table = np.array(items, LOOKUP_ITEM)
     return Lookup(table, *split_ids(ids, table["ids"], width))
 
 
 def lookup_items(message: Lookup, width: int) -> tuple[list[RowRequest], NDArray[np.int32]]:
     """The items of a `Lookup` and the flat ids of all. Raises ProtocolError if counts and columns do not fit."""
     ids = _joined(message, message.items["ids"], width)
-    return [RowRequest(*item) for item in message.items.tolist()], ids
+    return list(map(RowRequest._make, message.items.tolist())), ids
 
 
 def widen_items(message: Widen) -> list[RowRequest]:

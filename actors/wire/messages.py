@@ -81,7 +81,6 @@ WIDEN_ITEM = np.dtype(
         ("epoch", "<u4"),
         ("position", "<i4"),
         ("k", "<i4"),
-        ("temperature", "<f4"),  # of `Rows.tempered`, above 0
     ]
 )
 ROWS_ITEM = np.dtype(
@@ -188,7 +187,7 @@ class Widen:
 class Rows:
     """The rows of items of `Extend` or `Widen`. Rows in one message come from one forward.
 
-    `logsumexp` has one value per row, and `tempered` the logsumexp of its logits over the item's temperature. `ids`
+    `logsumexp` has one value per row, and `tempered` the logsumexp of its logits over `Extend`'s temperature. `ids`
     and `logits` have k per row, ids ascending; a whole row has no ids and `width` logits. `required` has the logits at
     `Extend.required_ids`, row after row. `ids` and `pages` are the ids of all slices, encoded by `actors.wire.ids`.
     `packed` is the number of tokens in the forward, `micros` its duration in microseconds; both are 0 if no forward was

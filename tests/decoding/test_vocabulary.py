@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from actors.decoding.vocabulary import (
+    RequiredLogits,
     Vocabulary,
     VocabularyError,
     VocabularyMap,
@@ -186,3 +187,13 @@ def test_without_end_tokens_there_is_nothing_to_fold() -> None:
     assert self_map(plain).folds == {}
     assert mapped(plain, plain).folds == {}
     assert required_logits({}, self_map(plain)).ids.tolist() == []
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_the_mass_of_a_row_counts_a_folded_event_as_one_id(temperature: float) -> None:
+    row = np.log(np.array([0.3, 0.3, 0.3, 0.1]))  # ids 0 and 2 are one event
+    required = RequiredLogits(np.array([0, 2, 3], np.int32), np.array([0, 2]), np.array([0, 3]))
+    sums = np.logaddexp.reduce(row / temperature)[None]
+    together = np.log(np.array([0.6, 0.3, 0.1])) / temperature
+    folded = required.fold_sums(sums, row[None, [0, 2, 3]], temperature)
+    np.testing.assert_allclose(folded, np.logaddexp.reduce(together), atol=1e-12)

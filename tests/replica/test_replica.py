@@ -136,17 +136,14 @@ async def test_rows_have_the_logsumexp_at_the_temperature_of_their_item() -> Non
     async with stage() as s:
         c = await s.coordinator()
         extended = await rows_of(c.ask(1, [1, 2], rows=2, temperature=0.5))
-        widened = await rows_of(c.widen(1, [1, 2], 32, 0.5))
         held = s.engine.rows(1)
         assert held is not None
         exact = np.logaddexp.reduce(held.whole().astype(np.float64) / 0.5, axis=1)
         np.testing.assert_allclose(extended.tempered, exact, rtol=1e-6)
-        np.testing.assert_allclose(widened.tempered, exact[1:], rtol=1e-6)
         plain = await rows_of(c.ask(3, [1]))
         assert plain.tempered == plain.logsumexp
         for temperature in (0.0, -1.0, float("nan")):
             assert await c.ask(2, [1], temperature=temperature) == No(Refusal.BAD_ITEM)
-            assert await c.widen(1, [1], 32, temperature) == No(Refusal.BAD_ITEM)
 
 
 async def test_a_lookup_waits_for_its_row_and_is_answered_after_the_rows() -> None:

@@ -165,10 +165,10 @@ class Coordinator:
         self.connection.send(pack_lookups([item], np.array(ids, np.int64), WIDTH))
         return reply
 
-    def widen(self, session: int, tokens: Sequence[int], k: int, temperature: float = 1.0) -> asyncio.Future[Reply]:
+    def widen(self, session: int, tokens: Sequence[int], k: int) -> asyncio.Future[Reply]:
         """Widen the row of the last of all the session's `tokens`."""
         call_id, reply = self._expect()
-        item = (call_id, session, self.hash_of(tokens), 1, len(tokens) - 1, k, temperature)
+        item = (call_id, session, self.hash_of(tokens), 1, len(tokens) - 1, k)
         self.connection.send(Widen(np.array([item], WIDEN_ITEM)))
         return reply
 

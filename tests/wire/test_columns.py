@@ -65,7 +65,7 @@ def test_items_of_lookups_and_widenings_name_their_row() -> None:
     (lookup,), ids = lookup_items(pack_lookups([(1, 2, 3, 4, 5, 2)], np.array([8, 70_000]), WIDTH), WIDTH)
     assert (lookup.session, lookup.row, lookup.epoch, lookup.position, lookup.size) == (2, 3, 4, 5, 2)
     assert ids.tolist() == [8, 70_000]
-    (widen,) = widen_items(Widen(np.array([(1, 2, 3, 4, 5, 64, 0.5)], WIDEN_ITEM)))
+    (widen,) = widen_items(Widen(np.array([(1, 2, 3, 4, 5, 64)], WIDEN_ITEM)))
     assert (widen.row, widen.size) == (3, 64)
 
 
