@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -132,15 +132,17 @@ def requests(tokenizers: Mapping[Role, RoleTokenizer], sampling: Sampling, guide
         )
 
 
-def decoded_rows(lockstep: Lockstep, asked: Iterator[Generate]) -> Iterator[Row]:
+def decoded_rows(lockstep: Lockstep, asked: Iterator[Generate]) -> Generator[Row, None, None]:
     """The rows of sessions that are decoded one after another."""
     for request in asked:
         active = lockstep.open(request)
-        while not active.over:
-            step = lockstep.step(active)
-            yield step, lockstep.whole_decisions(active)
-            lockstep.commit(active, step)
-        lockstep.close(active)
+        try:
+            while not active.over:
+                step = lockstep.step(active)
+                yield step, lockstep.whole_decisions(active)
+                lockstep.commit(active, step)
+        finally:  # the caller may stop within a session
+            lockstep.close(active)
 
 
 def summary(family: str, guided: bool, sampling: Sampling, rows: Iterable[Row]) -> RealRows:

@@ -23,7 +23,10 @@ def measured(engines: Mapping[Role, Engine], sampling: Sampling, guided: bool) -
     config = trio_config(exchange={"k": 8, "audit_every": 0})
     tokenizers = load_tokenizers(config)
     rows = decoded_rows(Lockstep(config, tokenizers, engines), requests(tokenizers, sampling, guided))
-    return summary("same", guided, sampling, islice(rows, 40))
+    case = summary("same", guided, sampling, islice(rows, 40))
+    rows.close()
+    assert [engine.cache_stats().sessions for engine in engines.values()] == [0, 0, 0]
+    return case
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
