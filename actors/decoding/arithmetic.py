@@ -89,7 +89,7 @@ def outside_mass(
     at_temperature = _over_temperature(target, temperature, tempered)
     log_mass = _log_uncovered(at_temperature)
     if cold.any():  # exp(logit / heat) is exp(logit) * exp(logit * (1 / heat - 1)), and no logit is above the ceiling
-        bound = _log_uncovered(target) + (1 / heat - 1) * np.minimum(ceiling, _FAR)
+        bound = _log_uncovered(target) + (1 / heat - 1) * np.clip(ceiling, -_FAR, _FAR)
         log_mass = np.where(cold, bound, log_mass)
     if guider is None or guider_base is None:
         return OutsideMass(heat, log_mass, np.zeros(len(alpha)), at_temperature)

@@ -137,14 +137,18 @@ def _header(file: Path) -> dict[str, TensorHeader]:
                 raise ValueError("its header is longer than the file")
             stream.seek(8)
             header: Mapping[str, Any] = json.loads(stream.read(length))
-            tensors = {name: _tensor(entry) for name, entry in header.items() if name != "__metadata__"}
+            data = size - 8 - length
+            tensors = {name: _tensor(entry, data) for name, entry in header.items() if name != "__metadata__"}
             if 8 + length + sum(tensor.bytes for tensor in tensors.values()) > size:
                 raise ValueError("its tensors are longer than the file")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{file} is not a whole safetensors file ({error}); download it again") from error
     return tensors
 
 
-def _tensor(entry: Mapping[str, Any]) -> TensorHeader:
+def _tensor(entry: Mapping[str, Any], data: int) -> TensorHeader:
+    """A tensor's entry in a header. data: bytes behind the header. Raises ValueError or TypeError."""
     start, end = entry["data_offsets"]
+    if not 0 <= start <= end <= data or not all(type(size) is int and size >= 0 for size in entry["shape"]):
+        raise ValueError(f"a tensor of shape {entry['shape']} at bytes {start} to {end} of {data}")
     return TensorHeader(entry["dtype"], tuple(entry["shape"]), end - start)

@@ -109,8 +109,13 @@ class RoleTokenizer:
         try:
             template = template_files.find_template(folder, settings, _json(folder / template_files.OLDER))
             return cls(tokenizer, settings, _json(folder / "config.json"), generation, template)
+        except TokenizerError:
+            raise
         except ChatTemplateError as error:
             raise TokenizerError(f"{path}: {error}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            what = "config.json, generation_config.json or tokenizer_config.json holds a value of another kind"
+            raise TokenizerError(f"{path}: {what} than transformers writes ({error}); download it again") from error
 
     @cached_property
     def adapter(self) -> ByteTokenizerAdapter:

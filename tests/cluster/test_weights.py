@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,24 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / SINGLE).write_bytes(whole[:length])
         with pytest.raises(WeightsError, match="not a whole safetensors file"):
             local_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [1], "data_offsets": [8, 4]},
+        {"shape": [1], "data_offsets": [0, 1_000]},
+        {"shape": [-1], "data_offsets": [0, 4]},
+        {"shape": ["x"], "data_offsets": [0, 4]},
+        "[" * 100_000,
+    ],
+    ids=["backwards", "beyond the file", "negative", "no number", "nested"],
+)
+def test_a_header_that_cannot_be_is_refused(tmp_path: Path, entry: Any) -> None:
+    text = entry if isinstance(entry, str) else json.dumps({"a": {"dtype": "F32"} | entry})
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(8))
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        local_weights(tmp_path)
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:

@@ -231,9 +231,11 @@ def test_each_refusal_of_a_tokenizer_names_a_remedy(tmp_path: Path, monkeypatch:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match="not a tokenizer"):
         RoleTokenizer.load(str(tmp_path))
-    (save(tmp_path, byte_level()) / "config.json").write_text("{")
-    with pytest.raises(TokenizerError, match="download it again"):
-        RoleTokenizer.load(str(tmp_path))
+    broken = ("{", '{"max_position_embeddings": "long"}', '{"rope_scaling": {"type": "yarn", "factor": "x"}}')
+    for config in (*broken, '{"vocab_size": "many"}'):
+        (save(tmp_path, byte_level()) / "config.json").write_text(config)
+        with pytest.raises(TokenizerError, match="download it again"):
+            RoleTokenizer.load(str(tmp_path))
 
 
 def test_a_hub_model_that_cannot_be_fetched_names_the_command(tmp_path: Path) -> None:
