@@ -142,7 +142,7 @@ class Exchange(_Section):
 
     mode: Literal["topk", "full"] = "topk"
     k: int = Field(128, ge=1)  # logits per slice
-    max_unseen_mass: float = Field(0.0005, ge=0, le=1)  # widen a row above this estimated unseen mass; 1: never
+    max_unseen_mass: float = Field(0.0005, ge=0, le=1)  # widen an unsettled row above this unseen mass; 1: never
     widen_factor: int = Field(8, ge=2)  # the first widening multiplies k by this; the second requests the whole row
     audit_every: int = Field(1_000, ge=0)  # compare one guided row in so many with the whole rows; 0: none
 

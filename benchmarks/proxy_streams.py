@@ -1,4 +1,4 @@
-"""What the callback of Serve's HTTP proxy costs: tokens/s of streams through the proxy's HTTP server, with and without.
+"""Measures tokens/s of streams through the HTTP server of Serve's proxy, with and without the proxy's callback.
 
     python -m benchmarks.proxy_streams [--streams 16] [--tokens 1000] [--rounds 9]
 

@@ -73,7 +73,7 @@ NOT_OFFERED: dict[str, str] = {
 
 
 def advice(path: str) -> str:
-    """What to use instead of an address that does not exist."""
+    """Advice that names the address to use instead of one that does not exist."""
     parts = path.split("/")
     for length in range(len(parts), 1, -1):
         if (above := "/".join(parts[:length])) in NOT_OFFERED:

@@ -227,7 +227,7 @@ class DetokenizedBody(BaseModel):
 
 
 class ModelPermission(BaseModel):
-    """What a client may do with a model; the same for every model."""
+    """Permissions of clients on a model; the same for every model."""
 
     id: str
     object: Literal["model_permission"]

@@ -51,7 +51,7 @@ def combine(target: RoleLogits, guider: RoleLogits, guider_base: RoleLogits, alp
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutsideMass:
-    """What the ids outside the candidates of B rows weigh in softmax(combined / heat). See `outside_mass`."""
+    """Estimated weight of the ids outside the candidates of B rows in softmax(combined / heat), from `outside_mass`."""
 
     heat: Floats  # [B], the temperature, at least .3
     log_mass: Floats  # [B], log of the sum of exp(combined / heat) over the ids outside

@@ -97,8 +97,8 @@ def _filter(
     inside = cumulative[:, -1]
     cut_before = (top_k < np.iinfo(np.int64).max) | (min_p > 0)  # they may filter ids outside, which then weigh nothing
     totals = [
-        inside + np.where(closed | none, 0.0, np.exp(np.minimum(bound - top[:, 0], 700.0)))
-        for bound, none in ((least, cut_before), (most, False))
+        inside + np.where(closed | absent, 0.0, np.exp(np.minimum(bound - top[:, 0], 700.0)))
+        for bound, absent in ((least, cut_before), (most, False))
     ]
     # The first token always stays; others stay while the mass before them is below top_p of what min_p and top_k kept.
     kept = [keep & ((before < (top_p * total)[:, None]) | (rank == 0)) for total in totals]

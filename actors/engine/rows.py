@@ -132,10 +132,8 @@ def reduce_rows(
     sums = log_sums(logits, batch_invariant)
     tempered = sums
     if temperatures is not None and any(temperature != 1 for temperature in temperatures):
-        places = [place for place, temperature in enumerate(temperatures) if temperature != 1]
-        heat = torch.tensor([temperatures[place] for place in places], dtype=logits.dtype).to(logits.device)
-        tempered = sums.clone()
-        tempered[places] = log_sums(logits[places] / heat[:, None], batch_invariant)
+        heat = torch.tensor(temperatures, dtype=logits.dtype).to(logits.device)
+        tempered = log_sums(logits / heat[:, None], batch_invariant)
     k = min(k, logits.shape[-1])
     if logits.device.type == "cpu":
         values, ids = top_k(logits, k)

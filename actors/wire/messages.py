@@ -187,11 +187,11 @@ class Widen:
 class Rows:
     """The rows of items of `Extend` or `Widen`. Rows in one message come from one forward.
 
-    `logsumexp` has one value per row, and `tempered` the logsumexp of its logits over `Extend`'s temperature. `ids`
-    and `logits` have k per row, ids ascending; a whole row has no ids and `width` logits. `required` has the logits at
-    `Extend.required_ids`, row after row. `ids` and `pages` are the ids of all slices, encoded by `actors.wire.ids`.
-    `packed` is the number of tokens in the forward, `micros` its duration in microseconds; both are 0 if no forward was
-    needed.
+    `logsumexp` has one value per row. `tempered` has the logsumexp of its logits over the temperature of the `Extend`;
+    for a `Widen` it repeats the plain one. `ids` and `logits` have k per row, ids ascending; a whole row has no ids and
+    `width` logits. `required` has the logits at `Extend.required_ids`, row after row. `ids` and `pages` are the ids of
+    all slices, encoded by `actors.wire.ids`. `packed` is the number of tokens in the forward, `micros` its duration in
+    microseconds; both are 0 if no forward was needed.
     """
 
     tag: ClassVar[int] = 8

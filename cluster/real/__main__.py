@@ -49,7 +49,7 @@ def fetch_one(model: RealModel, root: Path, console: Console, accepted: bool) ->
 
         folder = fetch(model, root, convert_gguf)
         console.print(f"Fetched in {time.monotonic() - began:.0f} s: {folder}")
-    except RealModelError as error:
+    except (RealModelError, OSError) as error:  # such as a full disk
         console.print(f"[bold red]error[/] {model.title}: ", end="")
         console.print(str(error), markup=False)
 

@@ -111,7 +111,7 @@ def test_padding_and_other_rows_change_no_bit_of_the_estimates(temperature: floa
 
 
 def at(rows: Floats, temperature: float = 1.0, ceiling: float | Floats = np.inf) -> dict[str, Any]:
-    """What is known of the target's whole rows [B, V] at one temperature."""
+    """Temperature, logsumexp and ceiling of the target's whole rows [B, V]."""
     count = len(rows)
     return {
         "temperature": np.full(count, temperature),

@@ -153,7 +153,7 @@ def adapter_of(report: dict[str, Any], folder: Path) -> Path:
 
 
 def checked(config: ServiceConfig, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
-    """What `cluster.check` finds about the guider, in this process; the other roles are sound."""
+    """Findings of `cluster.check` about the guider, in this process; the other roles are sound."""
 
     def inspect_guider(sources: dict[str, Any]) -> dict[str, Any]:
         guider = {role: fields for role, fields in sources.items() if role == "guider"}

@@ -255,7 +255,7 @@ async def test_langchain_sends_answers_back(url: str, backend: ScriptedBackend, 
 
 
 class Person(BaseModel):
-    """What instructor reads from an answer."""
+    """The fields that instructor reads from an answer."""
 
     name: str
     age: int

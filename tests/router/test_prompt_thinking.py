@@ -1,4 +1,4 @@
-"""What the ends of the roles' prompts say about thinking, and how they are made to agree."""
+"""The state of thinking at the ends of the roles' prompts is read, and made the same for all roles."""
 
 from __future__ import annotations
 
