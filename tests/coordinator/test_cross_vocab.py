@@ -107,8 +107,8 @@ async def test_drafts_of_another_family_change_no_token(folder: Path, engines: M
         decoded = await decode_all(service.coordinators[0], drafts(requests))
         assert tokens(decoded) == expected
         assert sum(finished(answer).usage.drafted_tokens for answer in decoded) > 0
-        for engine in engines.values():
-            engine.check()
+        for replica in service.replicas.values():
+            await replica.check_cache()
 
 
 async def test_other_sessions_change_no_token(folder: Path, engines: Mapping[Role, Engine]) -> None:

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 from ray import serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from benchmarks.effect import ADAPTER, MODES
@@ -79,8 +79,8 @@ def submit(dashboard: str, config: Path, run: Path) -> str:
 
 def own_is_gone(dashboard: str) -> bool:
     """True if no application of a job is left. Asks the dashboard: `serve.status` keeps a controller that has ended."""
-    answer = httpx.get(f"{dashboard}/api/serve/applications/", timeout=READY_S).raise_for_status()
-    return not any(name.startswith(OWN) for name in answer.json()["applications"])
+    details = ServeSubmissionClient(dashboard).get_serve_details()  # sends the cluster's token
+    return not any(name.startswith(OWN) for name in details["applications"])
 
 
 def result_of(logs: str) -> dict[str, Any]:
