@@ -137,7 +137,8 @@ def test_one_evaluation_tries_several_adapters_of_the_guider(dashboard: str, tmp
     adapters = {"plain": None, "dpo": str(ADAPTER)}
     path = config(tmp_path, None, modes=["target", "guider", "guided"], alpha=[1.5], adapters=adapters)
     job = submit(dashboard, path, folder)
-    wait_until(lambda: client.get_job_status(job).is_terminal(), "the end of the job")
+    twice = 2 * READY_S  # the job starts a service for each of the two sets of adapters
+    wait_until(lambda: client.get_job_status(job).is_terminal(), "the end of the job", twice)
     assert client.get_job_status(job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
     texts: dict[str, list[str]] = {}
     for sample in Results(folder).samples():
