@@ -18,23 +18,24 @@ from actors.engine.errors import BadExtend
 from actors.engine.interface import BLOCK, CacheStats, Extend, Full, Held, KVMiss, Outcome, TopKSlices
 
 PUBLISHED_WIDTH = 152_064  # of the published target
+BANK_ROWS = 8
+_EXPONENT = 2.2  # logits of a tail fall like rank^-exponent
+_SEED = 0  # of the rankings, and of the noise of each role
 
 
 class RowBank:
-    """`size` rows [width] whose tails fall like rank^-exponent, with their order and logsumexp.
+    """Rows [R, width] of logits, with their order and logsumexp. A running hash chooses one of them."""
 
-    Rows of one `seed` share their ranking but for noise that is `role`'s own, so the heads of three roles overlap.
-    """
-
-    def __init__(self, width: int, role: str, *, size: int = 8, exponent: float = 2.2, seed: int = 0) -> None:
-        shared = np.random.default_rng(seed)
-        own = np.random.default_rng([seed, *role.encode()])
-        ranks = np.stack([shared.permutation(width) for _ in range(size)])
-        self.logits = (own.normal(0, 0.5, ranks.shape) - exponent * np.log1p(ranks)).astype(np.float32)
-        self.order = np.argsort(-self.logits, axis=-1, kind="stable").astype(np.int32)
-        self.logsumexp = log_sums(self.logits)
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self.logits = logits
+        self.order = np.argsort(-logits, axis=-1, kind="stable").astype(np.int32)
+        self.logsumexp = log_sums(logits)
         self._sums = {1.0: self.logsumexp}  # by temperature
         self._heads: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}  # by k
+
+    def number(self, prefix: int) -> int:
+        """The number of the row after tokens with this running hash."""
+        return prefix % len(self.logits)
 
     def slices(self, rows: Sequence[int], k: int, temperatures: Sequence[float] | None = None) -> TopKSlices:
         """Rows of the bank, reduced to k."""
@@ -63,6 +64,24 @@ def log_sums(logits: NDArray[Any]) -> NDArray[np.float32]:
     peak = logits.max(-1, keepdims=True)
     sums: NDArray[np.float32] = (peak[:, 0] + np.log(np.exp((logits - peak).astype(np.float64)).sum(-1))).astype("f4")
     return sums
+
+
+def shared_ranks(width: int) -> NDArray[np.int64]:
+    """The rank [BANK_ROWS, width] of every id in each row of a bank, 0 for the likeliest; the same for all roles."""
+    shared = np.random.default_rng(_SEED)
+    return np.stack([shared.permutation(width) for _ in range(BANK_ROWS)])
+
+
+def tail_logits(ranks: NDArray[np.int64], role: str) -> NDArray[np.float32]:
+    """The logits [R, width] of ids with these ranks, with noise of the role's own: the heads of three roles overlap."""
+    own = np.random.default_rng([_SEED, *role.encode()])
+    logits: NDArray[np.float32] = (own.normal(0, 0.5, ranks.shape) - _EXPONENT * np.log1p(ranks)).astype(np.float32)
+    return logits
+
+
+def tail_bank(width: int, role: str) -> RowBank:
+    """The rows of one role."""
+    return RowBank(tail_logits(shared_ranks(width), role))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +116,7 @@ class NullRows:
 
     def number(self, row: int) -> int:
         """The number of its row in the bank."""
-        return self.hashes[row] % len(self.bank.logits)
+        return self.bank.number(self.hashes[row])
 
     def fresh_numbers(self) -> list[int]:
         """Numbers of the last extend's rows in the bank."""
@@ -108,14 +127,23 @@ class NullRows:
 
 
 class NullEngine:
-    """An engine (`actors.replica.engine_thread.Engine`) without a model. cache_tokens: of all sessions together."""
+    """An engine (`actors.replica.engine_thread.Engine`) without a model.
+
+    cache_tokens: of all sessions together. bank: its rows; None for a tail without peaks.
+    """
 
     batch_invariant = True
 
-    def __init__(self, width: int = PUBLISHED_WIDTH, role: str = "target", cache_tokens: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        width: int = PUBLISHED_WIDTH,
+        role: str = "target",
+        cache_tokens: int = 1 << 20,
+        bank: RowBank | None = None,
+    ) -> None:
         self.width = width
         self.hash_seed = derive_seed(width, *role.encode())
-        self._bank = RowBank(width, role)
+        self._bank = tail_bank(width, role) if bank is None else bank
         self._cache_tokens = cache_tokens
         self._used = 0
         self._hashes: dict[int, list[int]] = {}  # by session, after 0, 1, 2 ... tokens

@@ -5,7 +5,7 @@ from actors.decoding.hashing import extend_hashes
 from actors.engine.errors import BadExtend
 from actors.engine.interface import Extend, Full, Held, KVMiss
 from actors.replica.engine_thread import Engine
-from benchmarks.null_engine import NullEngine, RowBank
+from benchmarks.null_engine import NullEngine, tail_bank
 
 
 def extend(engine: NullEngine, session: int, tokens: list[int], before: list[int], rows: int = 1) -> Extend:
@@ -52,6 +52,6 @@ def test_a_cache_misses_rewinds_fills_and_closes_like_an_engines() -> None:
 
 
 def test_the_heads_of_two_roles_overlap_and_differ() -> None:
-    target, guider = RowBank(5_000, "target"), RowBank(5_000, "guider")
+    target, guider = tail_bank(5_000, "target"), tail_bank(5_000, "guider")
     shared = len(set(target.order[0, :128]) & set(guider.order[0, :128]))
     assert 32 < shared < 128
