@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,28 +11,14 @@ from benchmarks.processes import ProcessWorker, thread_environment
 from benchmarks.shapes import SHAPES, spread
 from benchmarks.tasks import first, tasks
 from benchmarks.workers import Mode, Service, service
+from tests.support.workers import LocalWorker, launch_here
 
 PLAN = Plan(SHAPES["tiny"], (3,), context=6, tokens=8)
 
 
-class HereWorker:
-    """A worker in this process."""
-
-    def __init__(self, thing: Any) -> None:
-        self._thing = thing
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        result = getattr(self._thing, method)(*arguments)
-        return await result if hasattr(result, "__await__") else result
-
-
-async def here(factory: Any, *arguments: Any) -> HereWorker:
-    return HereWorker(factory(*arguments))
-
-
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Service]:
-    async with service(PLAN.shape, PLAN.config(tmp_path), PLAN.agreement, 1, here) as running:
+    async with service(PLAN.shape, PLAN.config(tmp_path), PLAN.agreement, 1, launch_here) as running:
         yield running
 
 
@@ -57,7 +42,7 @@ async def test_service_and_baselines_decode_the_same_tokens(served: Service, mix
 async def test_a_result_has_every_figure_the_benchmark_promises(served: Service, mixed: list[Task]) -> None:
     bench, rounds = Bench(PLAN), Rounds(3, [mixed] * 2, PLAN.agreement)
     bench.add_service(served)
-    bench.add_baselines(HereWorker(Baselines(PLAN.shape, PLAN.agreement, 1)))
+    bench.add_baselines(LocalWorker(Baselines(PLAN.shape, PLAN.agreement, 1)))
     await bench.warm(rounds)
     assert not rounds.rates
     assert not rounds.phases
