@@ -23,10 +23,12 @@ from actors.api.generation import Role
 from actors.config import ServiceConfig
 from actors.directory import Endpoint
 from actors.replica.build import load_role, serve_role
+from actors.replica.engine_thread import Engine
 from actors.replica.process import SPIN, collect_rarely, on_temporary_thread
 from actors.replica.stats import ReplicaStats
 from actors.text.tokenizer import RoleTokenizer
 from benchmarks.shapes import Shape
+from benchmarks.timed_engine import TimedEngine, TimedShape
 
 LauncherName: TypeAlias = Literal["processes", "ray"]
 STOP_S = 10.0
@@ -55,19 +57,9 @@ class ModelWorker:
         threads: int,
         host: str = "127.0.0.1",
     ) -> None:
-        import torch
-
-        torch.set_num_threads(threads if role == "target" else max(1, threads // 2))
         self._role, self._incarnation = role, secrets.token_hex(8)
-        model = config.models.role(role)
-        if shape.target is None:
-            engine = load_role(config, role)
-        else:
-            from actors.engine.step_engine import StepEngine
-            from benchmarks.agreement import agreeing_model
-
-            engine = on_temporary_thread(lambda: StepEngine(agreeing_model(shape, role, agreement), model.cache_tokens))
-        tokenizer = RoleTokenizer.load(model.path)
+        engine = build_engine(shape, role, agreement, config, threads)
+        tokenizer = RoleTokenizer.load(config.models.role(role).path)
         self._replica = serve_role(
             config, role, engine, tokenizer, incarnation=self._incarnation, secret=secret, host=host
         )
@@ -85,6 +77,22 @@ class ModelWorker:
     async def stop(self) -> None:
         """Close every connection."""
         await self._replica.stop()
+
+
+def build_engine(shape: Shape, role: Role, agreement: float, config: ServiceConfig, threads: int) -> Engine:
+    """The engine of a role: a simulated one, the trio's, or one with dummy weights of the shape."""
+    cache_tokens = config.models.role(role).cache_tokens
+    if isinstance(shape, TimedShape):
+        return TimedEngine(shape, role, agreement, cache_tokens)
+    import torch
+
+    torch.set_num_threads(threads if role == "target" else max(1, threads // 2))
+    if shape.target is None:
+        return load_role(config, role)
+    from actors.engine.step_engine import StepEngine
+    from benchmarks.agreement import agreeing_model
+
+    return on_temporary_thread(lambda: StepEngine(agreeing_model(shape, role, agreement), cache_tokens))
 
 
 @asynccontextmanager
