@@ -103,6 +103,7 @@ class Rounds:
     phases: dict[Mode, list[Phases]] = field(default_factory=dict)
     drafted: int = 0  # while guided
     accepted: int = 0
+    hidden: int = 0  # of the drafted, those made while an earlier window was verified
 
     def took(self, name: str, decoded: Decoded) -> None:
         self.rates.setdefault(name, []).append(decoded.tokens / decoded.seconds)
@@ -112,6 +113,7 @@ class Rounds:
         if mode == "guided":
             self.drafted += served.drafted
             self.accepted += served.accepted
+            self.hidden += served.hidden
 
     def result(self) -> dict[str, Any]:
         """The benchmark's JSON object. Without speculation the guided rate is the plain one."""
@@ -119,7 +121,7 @@ class Rounds:
         if "guided" not in rates:
             rates["guided"] = rates.pop("guided_plain")
         ratios = {
-            name: round(median(a / b for a, b in zip(rates[over], rates[under], strict=True)), 3)
+            name: median_ratio(rates[over], rates[under])
             for name, (over, under) in RATIOS.items()
             if over in rates and under in rates
         }
@@ -136,6 +138,11 @@ class Rounds:
         spent = {mode: _middle(all_).result() for mode, all_ in self.phases.items()}
         rates = {name: [round(rate, 2) for rate in all_] for name, all_ in self.rates.items()}
         return {"sessions": self.sessions, "agreement": self.agreement, "phases": spent, "rates": rates}
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median of the rounds' ratios of two variants' rates."""
+    return round(median(a / b for a, b in zip(over, under, strict=True)), 3)
 
 
 def _middle(phases: Sequence[Phases]) -> Phases:

@@ -16,6 +16,7 @@ from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
 from actors.coordinator.coordinator import Coordinator
 from actors.directory import Endpoint
+from actors.metrics import Counter, Recorder
 from actors.preflight import load_tokenizers
 from actors.replica.process import collect_rarely
 from actors.replica.stats import ReplicaStats
@@ -27,6 +28,7 @@ from tests.support.local_service import decode
 
 Mode: TypeAlias = Literal["guided", "guided_plain", "target", "target_drafted"]
 PLAIN: tuple[Mode, ...] = ("guided_plain", "target")
+HIDDEN_DRAFTS = "thinklogit_hidden_drafts"  # a counter of coordinators that draft while they verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The answers of a service, the seconds and the shares of time."""
+    """The answers of a service, the seconds, counts of drafts and the shares of time."""
 
     decoded: Decoded
     drafted: int
     accepted: int
+    hidden: int  # of the drafted, those made while an earlier window was verified
     phases: Phases
 
 
@@ -73,6 +76,7 @@ class Service:
     async def run(self, mode: Mode, tasks: Sequence[Task], temperature: float) -> Served:
         """Decode all tasks at once. Raises Unfinished."""
         before, turns_s = await self._stats(), self.coordinator.load().turns_s
+        hidden = hidden_drafts(self.coordinator.measured())
         began = time.perf_counter()
         requests = [request(mode, task, number, temperature) for number, task in enumerate(tasks)]
         answers = await asyncio.gather(*(decode(self.coordinator, each) for each in requests))
@@ -83,6 +87,7 @@ class Service:
             Decoded([answer.tokens for answer in answers], seconds),
             sum(usage.drafted_tokens for usage in usages),
             sum(usage.accepted_tokens for usage in usages),
+            hidden_drafts(self.coordinator.measured()) - hidden,
             phases,
         )
 
@@ -128,6 +133,12 @@ def request(mode: Mode, task: Task, number: int, temperature: float) -> Generate
         drafts=0 if mode in PLAIN else None,
         drafter="guider" if mode == "target_drafted" else "auto",
     )
+
+
+def hidden_drafts(recorder: Recorder) -> int:
+    """Drafts that were made while an earlier window was verified; 0 from a coordinator that makes none."""
+    counters = (series for metric, _, series in recorder if metric.name == HIDDEN_DRAFTS)
+    return sum(int(series.value) for series in counters if isinstance(series, Counter))
 
 
 def _usage(end: Any) -> Usage:
