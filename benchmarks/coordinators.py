@@ -9,7 +9,11 @@ each load of the sweep. Rates are medians over the rounds, in tokens a second fr
 median of the rounds' ratios to one coordinator. coordinator_busy: the share of the time that the turns of the busiest
 coordinator took. target_busy: that the target's forwards took. Where the target is always busy another coordinator can
 gain nothing, and on few cores they contend. pays_from: the least load of the sweep from which on two coordinators are
-at least 1.02 times as fast as one; null if there is none. The last line is a JSON object.
+at least 1.02 times as fast as one; null if there is none.
+
+Shapes h200-32b and h200-7b are a simulation of GPUs (`benchmarks.timed_engine`): models take time and compute nothing,
+so that the coordinators have the cores to themselves. An empty `--sweep` measures `--sessions` alone. The last line is
+a JSON object.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from benchmarks.processes import Launch, ModelWorker, Worker, launcher
 from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import SHAPES, Shape, cache_tokens, service_config
 from benchmarks.tasks import first, tasks
+from benchmarks.timed_engine import SIMULATION, TIMED_SHAPES
 from benchmarks.workers import request
 from tests.support.local_service import decode
 
@@ -188,6 +193,8 @@ def result(plan: Plan, points: Sequence[Point]) -> dict[str, Any]:
     gains = {load: by[load, 2].over(by[load, 1]) for load in sorted(plan.sweep)}
     paying = [load for load in gains if all(gains[later] >= PAYS for later in gains if later >= load)]
     return {
+        "shape": plan.shape.name,
+        "simulation": plan.shape.simulated,
         "spread": [figures_of(plan.sessions, count) for count in plan.coordinators],
         "sweep": [figures_of(load, count) for load in plan.sweep for count in (1, 2)],
         "pays_from": min(paying, default=None),
@@ -201,10 +208,11 @@ def run(plan: Plan) -> list[Point]:
         return loop.run(measure(plan, lambda: bar.advance(task)))
 
 
-def table(points: Sequence[Point]) -> Table:
+def table(plan: Plan, points: Sequence[Point]) -> Table:
     """Every figure."""
     rows = [point.result() for point in points]
-    shown = Table(*rows[0], title="guided sessions over coordinators")
+    title = "guided sessions over coordinators" + (f", {SIMULATION}" if plan.shape.simulated else "")
+    shown = Table(*rows[0], title=title)
     for row in rows:
         shown.add_row(*map(str, row.values()))
     return shown
@@ -212,7 +220,7 @@ def table(points: Sequence[Point]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="trio")
+    parser.add_argument("--shape", choices=(*SHAPES, *TIMED_SHAPES), default="trio")
     parser.add_argument("--sessions", type=int, default=SESSIONS, help="spread over the coordinators (64)")
     parser.add_argument("--coordinators", type=int, nargs="+", default=list(COORDINATORS), help="how many (1 2 4)")
     parser.add_argument("--sweep", type=int, nargs="*", default=list(SWEEP), help="sessions over 1 and 2 (16 .. 256)")
@@ -221,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the target; small models get half (1)")
     options = parser.parse_args(argv)
     plan = Plan(
-        SHAPES[options.shape],
+        (SHAPES | TIMED_SHAPES)[options.shape],
         options.sessions,
         tuple(options.coordinators),
         tuple(options.sweep),
@@ -230,10 +238,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.threads,
     )
     points = run(plan)
-    console().print(table(points))
+    console().print(table(plan, points))
     rates = [point.result() | {"rates": [round(rate, 1) for rate in point.rates]} for point in points]
     settings = {key: value for key, value in vars(options).items() if key != "save"}
-    publish("coordinators", result(plan, points), options.save, [settings, *rates])
+    publish(f"coordinators-{options.shape}", result(plan, points), options.save, [settings, *rates])
 
 
 if __name__ == "__main__":

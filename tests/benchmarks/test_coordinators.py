@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.coordinators import Plan, Point, result
+import pytest
+
+from benchmarks.coordinators import Plan, Point, result, table
 from benchmarks.shapes import SHAPES
+from benchmarks.timed_engine import SIMULATION, TIMED_SHAPES
 
 
 def measured(plan: Plan, gains: dict[int, float]) -> Sequence[Point]:
@@ -44,3 +47,12 @@ def test_a_second_coordinator_pays_from_its_first_lasting_gain() -> None:
 
 def test_a_second_coordinator_that_never_gains_never_pays() -> None:
     assert result(PLAN, measured(PLAN, dict.fromkeys((16, 64, 128, 256), 1.01)))["pays_from"] is None
+
+
+@pytest.mark.parametrize(("shape", "simulated"), [("trio", False), ("h200-7b", True)])
+def test_figures_of_simulated_models_are_marked(shape: str, simulated: bool) -> None:
+    plan = Plan((SHAPES | TIMED_SHAPES)[shape], sessions=16, coordinators=(1,), sweep=())
+    points = measured(plan, {})
+    shown = result(plan, points)
+    assert (shown["shape"], shown["simulation"], shown["pays_from"]) == (shape, simulated, None)
+    assert (SIMULATION in str(table(plan, points).title)) is simulated
