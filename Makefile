@@ -11,26 +11,26 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## every target with its description
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: help demo dpo serve test test-all test-long lint bench format train docs clean
+.PHONY: help kernels demo dpo serve test test-all test-long lint bench format train docs clean
 
-demo: .venv/ready ## the embedded trio, asked over HTTP in all four modes
+demo: kernels ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo $(ARGS)
 
-dpo: .venv/ready ## pairs from the embedded trio, a guider trained on them, and what that is worth
+dpo: kernels ## pairs from the embedded trio, a guider trained on them, and what that is worth
 	$(BIN)/python -m cluster.demo.dpo $(ARGS)
 
-serve: .venv/ready ## the service of CONFIG=ray_config.yaml, until Ctrl-C; VERBOSE=1 shows Ray's log lines
+serve: kernels ## the service of CONFIG=ray_config.yaml, until Ctrl-C; VERBOSE=1 shows Ray's log lines
 	@$(BIN)/python -m cluster.serve $(CONFIG)
 
 # One thread a process: the trio is so small that more would only wait for each other.
 test test-all test-long: export OMP_NUM_THREADS = 1
-test: .venv/ready ## what a change must pass, in JOBS=2 processes
+test: kernels ## what a change must pass, in JOBS=2 processes
 	$(PYTEST) -m "not slow"
 
-test-all: .venv/ready ## every test, those that are marked slow too; before a release
+test-all: kernels ## every test, those that are marked slow too; before a release
 	$(PYTEST)
 
-test-long: .venv/ready ## 2,000 generated requests to each operation of the API
+test-long: kernels ## 2,000 generated requests to each operation of the API
 	API_CASES=2000 $(PYTEST) tests/router/test_openapi.py
 
 lint: .venv/ready ## format, lint rules and types, checked
@@ -68,3 +68,7 @@ clean: ## remove .venv
 	@# a client whose pins of its dependencies are older than ours; its test is skipped without
 	-$(BIN)/pip install --quiet --no-deps instructor==1.17.0 docstring-parser==0.18.0
 	touch $@
+
+# numba compiles the decoding kernels when their source has changed: many processes at a time would each do it
+kernels: .venv/ready
+	@$(BIN)/python -m actors.decoding.warmup

@@ -27,7 +27,7 @@ from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
 from actors.coordinator.session import ActiveSession
-from actors.decoding.arithmetic import Floats
+from actors.decoding.candidates import Floats
 from actors.decoding.decision import Decisions
 from actors.preflight import load_tokenizers
 from actors.replica.engine_thread import Engine
@@ -85,7 +85,8 @@ class Tally:
         return cls([], [], [], [])
 
     def add(self, decided: Decisions, whole: Floats, temperature: float, widened: bool, size: int) -> None:
-        ids, logits = decided.ids[0], decided.filtered[0] * (temperature or 1.0)
+        count = int(decided.counts[0])
+        ids, logits = decided.ids[0, :count], decided.filtered[0, :count] * (temperature or 1.0)
         self.agree.append(bool(ids[np.argmax(logits)] == np.argmax(whole)))
         self.distance.append(distance(ids, logits, whole, temperature) if temperature else 0.0)
         self.widened.append(widened)

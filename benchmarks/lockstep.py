@@ -18,7 +18,7 @@ from actors.coordinator.exchange import Exchange
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.verification import Chosen, NeedsWiderTopK, RowDecision, Verifier
-from actors.decoding.arithmetic import Floats
+from actors.decoding.candidates import Floats
 from actors.decoding.decision import Decisions
 from actors.decoding.session import Session
 from actors.directory import Endpoint

@@ -58,7 +58,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(scope="session", autouse=True)
 def fresh_table_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads vocabulary tables that another version of the code left on this machine."""
+    from actors.decoding.compiling import cache_folder
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_CACHE_DIR", str(cache_folder()))  # of compiled kernels, which the source names
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -18,6 +18,7 @@ from actors.coordinator.replica_pool import Locate
 from actors.coordinator.session import ActiveSession
 from actors.coordinator.stats import CoordinatorLoad
 from actors.decoding.session import Session
+from actors.decoding.warmup import compile_kernels
 from actors.metrics import Recorder
 from actors.text.tokenizer import RoleTokenizer
 from actors.text.vocabularies import VocabularyRegistry
@@ -43,7 +44,8 @@ class Coordinator:
         self._leaving = False
 
     async def start(self) -> None:
-        """Connect to the replicas in the directory, and decode."""
+        """Compile the kernels, connect to the replicas in the directory, and decode. Raises UnsupportedProcessor."""
+        await asyncio.to_thread(compile_kernels)
         await self._loop.start()
 
     async def stop(self) -> None:

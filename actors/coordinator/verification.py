@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from actors.api.generation import Scores
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.session import LogitsRow, VerificationWindow
@@ -134,7 +132,7 @@ class Verifier:
 def _too_few(row: LogitsRow, decisions: Decisions, index: int) -> bool:
     """True if the request wants log-probabilities of more candidates than the row has."""
     wanted = row.window.active.session.request.logprobs
-    return wanted is not None and int(np.count_nonzero(decisions.inside[index])) < wanted
+    return wanted is not None and int(decisions.counts[index]) < wanted
 
 
 def _sampling_specs(window: VerificationWindow) -> list[tuple[LogitsRow, RowSamplingSpec]]:
@@ -146,8 +144,9 @@ def _sampling_specs(window: VerificationWindow) -> list[tuple[LogitsRow, RowSamp
         alpha = window.active.alpha(ahead)
         if not row.complete or bool(alpha) != window.guided or (ahead and not plain):
             break
-        adjust = None if plain else session.adjust
+        adjustments = None if plain else session.adjustments()
         position = len(session.primary) + ahead
-        spec = RowSamplingSpec(alpha, request.sampling, request.seed, position, adjust, request.top, request.explain)
+        flat = position, adjustments, request.top, request.explain
+        spec = RowSamplingSpec(alpha, request.sampling, request.seed, *flat)
         found.append((row, spec))
     return found

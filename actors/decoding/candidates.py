@@ -14,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
+from actors.decoding import kernels
+from actors.decoding.kernels import PADDING
 from actors.decoding.vocabulary import RequiredLogits
+
+__all__ = ["PADDING", "CandidateBlock", "RowProposal", "RowSlice", "group_into_blocks"]
 
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]
-PADDING = 1 << 32  # above every id, so that it sorts last
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,92 +52,72 @@ class RowProposal:
 class CandidateBlock:
     """The candidates of B rows, W at most for each, and every role's logits at them.
 
-    ids [B, W]: each row's candidates, ascending, then PADDING. inside [B, W]: False in the padding. logsumexp: by role
-    [B]. tempered [B]: the target's `RowSlice.tempered`. ceiling [B]: the lowest logit of the target's slice, so an
-    upper bound on its logits outside of it.
+    ids [B, W]: each row's candidates, ascending, then PADDING. counts [B]: their number. sums [R, B]: logsumexp by
+    role, the primary first. tempered [B]: the target's `RowSlice.tempered`. ceiling [B]: the lowest logit of the
+    target's slice, so an upper bound on its logits outside of it.
     """
 
     def __init__(self, rows: Sequence[RowProposal]) -> None:
         """rows: of equal `shape`."""
         first = rows[0]
-        self._roles = tuple(first.required)
-        columns: list[Ids] = []
-        self._columns: dict[tuple[str, Role], slice] = {}
+        self._roles = {role: number for number, role in enumerate(first.required)}
+        primary = next(iter(self._roles))
+        parts = [[row.slices.get(role, _NO_SLICE) for row in rows] for role in self._roles]
+        slices, slice_ends = _side_by_side([[part.ids for part in of_role] for of_role in parts], np.int64)
+        slice_logits, _ = _side_by_side([[part.logits for part in of_role] for of_role in parts], np.float64)
+        events, self._event_ends = _side_by_side(
+            [[row.required[role].events for row in rows] for role in self._roles], np.int64
+        )
+        shape = len(rows), max(1, slices.shape[1] + events.shape[1])
+        self.ids, self.counts = np.empty(shape, np.int64), np.empty(len(rows), np.int64)
+        self._known = np.empty(shape, np.uint8)
+        self._logits = np.empty((len(self._roles), *shape))
+        self._event_places = np.empty(events.shape, np.int64)
+        result = self.ids, self.counts, self._known, self._logits, self._event_places
+        kernels.merge(slices, slice_logits, slice_ends, events, self._event_ends, *result)
+        self.sums = np.zeros((len(self._roles), len(rows)))
         for role in self._roles:
-            parts = [("events", [row.required[role].events for row in rows])]
             if role in first.slices:
-                parts.append(("slice", [row.slices[role].ids for row in rows]))
-            for kind, arrays in parts:
-                begin = sum(column.shape[1] for column in columns)
-                columns.append(_stacked(arrays))
-                self._columns[kind, role] = slice(begin, begin + columns[-1].shape[1])
-        self.ids, self.inside, self._places = rank_ids(np.concatenate(columns, axis=1))
-        self._lacking = {role: self._all_candidates() for role in self._roles}
-        self._values = {role: np.full((len(rows), self.width + 1), np.nan) for role in self._roles}
-        self.logsumexp = {role: np.zeros(len(rows)) for role in self._roles}
-        for role in self._roles:
-            self._mark_answered(role)
-            if role in first.slices:
-                self._store_slices(role, [row.slices[role] for row in rows])
-        self.tempered = np.array([row.slices[self._roles[0]].tempered for row in rows])
-        proposed = [row.slices[self._roles[0]].logits for row in rows]
-        self.ceiling = _stacked(proposed).min(1) if len(proposed[0]) else np.full(len(rows), np.inf)
+                for number, row in enumerate(rows):
+                    self._store(self._roles[role], number, row.slices[role])
+        self.tempered = np.array([row.slices[primary].tempered for row in rows])
+        proposed = slice_logits[:, : slice_ends[0]]
+        self.ceiling = proposed.min(1) if proposed.shape[1] else np.full(len(rows), np.inf)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def width(self) -> int:
-        """W, the number of columns."""
-        return int(self.ids.shape[1])
+    def logits(self) -> Floats:
+        """Logits [R, B, W] by role; NaN while a lookup is missing and where the role has no such id."""
+        return self._logits
 
     def values(self, role: Role) -> Floats:
-        """Logits [B, W] of a role; NaN while a lookup is missing and where the role has no such id."""
-        return self._values[role][:, :-1]
+        """Logits [B, W] of a role."""
+        return self.logits[self._roles[role]]
 
     def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
-        """Store the answer of a role that proposes no candidates, if it came after the block was made."""
-        self.logsumexp[role][row] = part.logsumexp
-        self._values[role][row, self._places[row, self._columns["events", role]]] = part.folded
+        """Store the sums and events of a role's answer. A folded event replaces the logit of its first id."""
+        self._store(self._roles[role], row, part)
 
     def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
         """Rows [n], places [n] and the role's ids [n] of the candidates whose logits must be looked up in a role.
 
-        theirs: by id of the primary the role's id, -1 where the role has none.
+        theirs: by id of the primary the role's id, -1 where the role has none. Within a row the ids are ascending.
         """
-        rows, places = np.nonzero(self._lacking[role])
-        ids = theirs[self.ids[rows, places]]
-        if len(ids) and ids.min() < 0:
-            exists = ids >= 0
-            rows, places, ids = rows[exists], places[exists], ids[exists]
-        return rows, places, ids
+        rows, places, ids = (np.empty(self.ids.size, np.int64) for _ in range(3))
+        found = kernels.missing(self.ids, self.counts, self._known, self._roles[role], theirs, rows, places, ids)
+        return rows[:found], places[:found], ids[:found]
+
+    def _store(self, number: int, row: int, part: RowSlice) -> None:
+        self.sums[number, row] = part.logsumexp
+        if len(part.folded):
+            end = self._event_ends[number]
+            self._logits[number, row, self._event_places[row, end - len(part.folded) : end]] = part.folded
 
     def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
         """Store the logits of a lookup."""
-        self._values[role][rows, places] = values
-
-    def _all_candidates(self) -> NDArray[np.bool_]:
-        lacking: NDArray[np.bool_] = np.zeros((len(self.ids), self.width + 1), np.bool_)
-        lacking[:, :-1] = self.inside
-        return lacking
-
-    def _mark_answered(self, role: Role) -> None:
-        """Mark the candidates that a role's own answer holds, so that they are not looked up."""
-        for kind in ("events", "slice"):
-            if (kind, role) in self._columns:
-                np.put_along_axis(self._lacking[role], self._places[:, self._columns[kind, role]], False, 1)
-
-    def _store_slices(self, role: Role, parts: Sequence[RowSlice]) -> None:
-        """Store slices first, then events: a folded event overwrites the logit of its first id."""
-        out = self._values[role]
-        if ("slice", role) in self._columns:
-            logits = _stacked([part.logits for part in parts])
-            np.put_along_axis(out, self._places[:, self._columns["slice", role]], logits, 1)
-        if parts[0].folded.size:
-            folded = _stacked([part.folded for part in parts])
-            np.put_along_axis(out, self._places[:, self._columns["events", role]], folded, 1)
-        self.logsumexp[role][:] = [part.logsumexp for part in parts]
-        out[:, -1] = np.nan
+        self._logits[self._roles[role]][rows, places] = values
 
 
 def group_into_blocks(
@@ -148,30 +131,11 @@ def group_into_blocks(
     return [(make(indices), indices) for indices in shapes.values()]
 
 
-def rank_ids(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
-    """Sort and deduplicate the ids of each row.
-
-    together [B, N], -1 for no id -> ids [B, W] ascending, then PADDING; inside [B, W], False in the padding; places
-    [B, N], the column of each given id, W for -1. Example: [[7, 3, -1, 7]] -> [[3, 7]], [[True, True]], [[1, 0, 2, 1]].
-    """
-    keyed = np.where(together < 0, PADDING, together)
-    order = np.argsort(keyed, axis=1)
-    ranked = np.take_along_axis(keyed, order, 1)
-    first = np.ones(ranked.shape, np.bool_)
-    np.not_equal(ranked[:, 1:], ranked[:, :-1], out=first[:, 1:])
-    real = ranked < PADDING
-    standing = np.cumsum(first & real, 1) - 1
-    width = max(int(standing.max(initial=0)) + 1, 1)
-    standing = np.where(real, standing, width)
-    ids = np.full((len(together), width + 1), PADDING, np.int64)
-    np.put_along_axis(ids, standing, ranked, 1)
-    places = np.empty_like(order)
-    np.put_along_axis(places, order, standing, 1)
-    return ids[:, :width], ids[:, :width] < PADDING, places
+_NO_SLICE = RowSlice(np.zeros(0, np.int64), np.zeros(0), np.zeros(0), 0.0)
 
 
-def _stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """B arrays [n] -> [B, n]."""
-    if len(arrays) == 1:
-        return arrays[0][None]
-    return np.concatenate(arrays).reshape(len(arrays), -1)
+def _side_by_side(by_role: Sequence[Sequence[NDArray[Any]]], dtype: type) -> tuple[NDArray[Any], Ids]:
+    """R times B arrays [n_r] -> [B, sum of n_r], and the column [R] at which each role's part ends."""
+    stacked = [np.concatenate(arrays).reshape(len(arrays), -1) for arrays in by_role]
+    ends = np.cumsum([part.shape[1] for part in stacked])
+    return np.concatenate(stacked, axis=1, dtype=dtype, casting="unsafe"), ends

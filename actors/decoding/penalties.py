@@ -1,21 +1,41 @@
-"""Adjusts a row by a request's bias, penalties and bans, before any filter."""
+"""What a request's bias, penalties and bans change in a row, before any filter, as columns for `kernels.decide`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.sampling_params import Sampling
+from actors.decoding.kernels import RowAdjustments, no_adjustments
 
 Ids = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Adjustments:
+    """What one row's request adds to its logits, and which ids it forbids. Ids are ascending.
+
+    biases [n]: added to the logits of bias_ids [n]. seen_counts [m]: how often each of seen_ids [m] is in the output,
+    0 for ids of the prompt. banned: ids that are never chosen. allowed: if there are any, no other id is chosen. legal:
+    one bit for each id of the vocabulary, as int32 words; without words every id is legal.
+    """
+
+    bias_ids: Ids
+    biases: NDArray[np.float64]
+    seen_ids: Ids
+    seen_counts: Ids
+    banned: Ids
+    allowed: Ids
+    legal: NDArray[np.int32]
+
+
 def changes_rows(sampling: Sampling) -> bool:
-    """True if `adjust` can change a row with these parameters."""
+    """True if rows can be changed with these parameters."""
     return bool(
         sampling.logit_bias
         or sampling.repetition_penalty != 1
@@ -36,43 +56,51 @@ def lifted_ids(sampling: Sampling, prompt: Collection[int], output: Counter[int]
     return lifted
 
 
-def adjust(
-    ids: Ids,
-    logits: NDArray[Any],
-    sampling: Sampling,
-    prompt: Collection[int],
-    output: Counter[int],
-    banned: Iterable[int] = (),
-) -> None:
-    """Change one row in place, as vLLM does: ids [W] ascending, logits [W].
+def adjustments(
+    sampling: Sampling, prompt: Collection[int], output: Mapping[int, int], banned: Iterable[int] = ()
+) -> Adjustments:
+    """The adjustments of a request's next row.
 
-    1. logit_bias is added.
-    2. The repetition penalty divides positive logits of ids in prompt and output and multiplies negative ones.
-    3. Frequency and presence penalties are subtracted from ids in the output.
-    4. `banned` ids become -inf, and so do all others than allowed_token_ids if there are any.
+    output: how often each id was generated. banned: ids that this row alone excludes.
     """
-    _add(ids, logits, dict(sampling.logit_bias))
+    biases = dict(sorted(sampling.logit_bias))
+    seen: dict[int, int] = {}
     if sampling.repetition_penalty != 1:
-        at = _places(ids, {*prompt, *output})
-        seen, penalty = logits[at], sampling.repetition_penalty
-        logits[at] = np.where(seen > 0, seen / penalty, seen * penalty)
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        present, often = sampling.presence_penalty, sampling.frequency_penalty
-        _add(ids, logits, {token: -present - often * count for token, count in output.items()})
-    logits[_places(ids, banned)] = -np.inf
-    if sampling.allowed_token_ids:
-        logits[~np.isin(ids, sampling.allowed_token_ids)] = -np.inf
+        seen = dict.fromkeys(prompt, 0)
+    if seen or sampling.presence_penalty or sampling.frequency_penalty:
+        seen = dict(sorted((seen | dict(output)).items()))
+    return Adjustments(
+        _ids(biases),
+        np.array(list(biases.values()), np.float64),
+        _ids(seen),
+        _ids(seen.values()),
+        _ids(sorted(set(banned))),
+        _ids(sorted(set(sampling.allowed_token_ids))),
+        _EVERY_ID,
+    )
 
 
-def _places(ids: Ids, wanted: Iterable[int]) -> NDArray[np.intp]:
-    """Indices into `ids` of the wanted ids that it holds."""
-    sought = np.array(sorted(set(wanted)), np.int64)
-    place = np.searchsorted(ids, sought)
-    within = place < len(ids)  # a row may have no candidate at all
-    found: NDArray[np.intp] = place[within][ids[place[within]] == sought[within]]
-    return found
+def adjustment_columns(rows: Sequence[Adjustments | None]) -> RowAdjustments:
+    """The adjustments of n rows as columns; None for a row without any."""
+    present = [each for each in rows if each is not None]
+    if not present:
+        return no_adjustments(len(rows))
+    sizes = np.array([_sizes(each) for each in rows])
+    offsets = np.zeros((sizes.shape[1], len(rows) + 1), np.int64)
+    np.cumsum(sizes.T, axis=1, out=offsets[:, 1:])
+    columns = [np.concatenate([getattr(each, name) for each in present]) for name in Adjustments.__slots__]
+    return RowAdjustments(offsets, *columns)
 
 
-def _add(ids: Ids, logits: NDArray[Any], addends: dict[int, float]) -> None:
-    at = _places(ids, addends)
-    logits[at] += [addends[int(token)] for token in ids[at]]
+_EVERY_ID = np.zeros(0, np.int32)
+
+
+def _sizes(row: Adjustments | None) -> tuple[int, ...]:
+    """Lengths of the columns in the order of `RowAdjustments.offsets`."""
+    if row is None:
+        return (0,) * 5
+    return tuple(len(each) for each in (row.bias_ids, row.seen_ids, row.banned, row.allowed, row.legal))
+
+
+def _ids(tokens: Iterable[int] | Any) -> Ids:
+    return np.array(list(tokens), np.int64)

@@ -6,34 +6,51 @@ They follow from the guidance formula alone, before temperature, filters, penalt
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from actors.api.generation import Candidates, Scores
-from actors.decoding.arithmetic import Floats, RoleLogits, log_total
-from actors.decoding.candidates import Ids
+from actors.decoding import kernels
+from actors.decoding.candidates import Floats, Ids
+
+_SORTED_FROM = 256  # from so many likeliest candidates on, sorting all is faster than inserting one by one
 
 
-class CandidateLogprobs:
-    """Log-probabilities of the candidates of B rows in the combined distribution and in each model alone."""
+def scores_of(
+    ids: Ids,
+    counts: Ids,
+    logits: Floats,
+    sums: Floats,
+    row: int,
+    rule: int,
+    alpha: float,
+    token: int,
+    top: int,
+    alone: int,
+) -> Scores:
+    """Scores of a row's token, with its `top` likeliest candidates and the `alone` likeliest of each model.
 
-    def __init__(self, ids: Ids, combined: Floats, alpha: Floats, target: RoleLogits, *small: RoleLogits) -> None:
-        """ids, combined: [B, W], candidates and combined logits. small: guider and guider base if they take part."""
-        self._ids = ids
-        self._guided = combined - log_total(combined, alpha, target, *small)[:, None]
-        self._target = target.logits - target.logsumexp[:, None]
-        self._guider = small[0].logits - small[0].logsumexp[:, None] if small else None
+    ids, counts, logits, sums, rule: as in `kernels.decide`.
+    """
+    count = int(counts[row])
+    names = ids[row, :count]
+    logprobs = combined_logprobs(logits, sums, row, count, rule, alpha)
+    target = logits[0, row, :count] - sums[0, row]
+    guider = logits[1, row, :count] - sums[1, row] if rule == kernels.GUIDED else None
+    at = int(np.searchsorted(names, token))
+    logprob = float(logprobs[at]) if at < count else -np.inf
+    return Scores(
+        logprob,
+        logprob - float(target[at]) if at < count else 0.0,
+        likeliest(names, logprobs, top),
+        likeliest(names, target, alone),
+        likeliest(names, guider, alone) if guider is not None else (),
+    )
 
-    def scores(self, row: int, token: int, top: int, alone: int) -> Scores:
-        """Scores of a row's token, with its `top` likeliest candidates and the `alone` likeliest of each model."""
-        at = int(np.searchsorted(self._ids[row], token))
-        logprob = float(self._guided[row, at])
-        return Scores(
-            logprob,
-            logprob - float(self._target[row, at]),
-            likeliest(self._ids[row], self._guided[row], top),
-            likeliest(self._ids[row], self._target[row], alone),
-            likeliest(self._ids[row], self._guider[row], alone) if self._guider is not None else (),
-        )
+
+def combined_logprobs(logits: Floats, sums: Floats, row: int, count: int, rule: int, alpha: float) -> Floats:
+    """Log-probabilities [count] of a row's candidates. logits [R, B, W], sums [R, B]: as in `kernels.decide`."""
+    combined = np.empty(count)
+    total = kernels.log_total(rule, logits, row, count, sums, alpha, combined)
+    return combined - total
 
 
 def likeliest(ids: Ids, logprobs: Floats, count: int) -> Candidates:
@@ -41,14 +58,10 @@ def likeliest(ids: Ids, logprobs: Floats, count: int) -> Candidates:
 
     Entries with NaN or -inf are no candidates.
     """
-    if not count:
-        return ()
-    ranked = np.where(np.isnan(logprobs), -np.inf, logprobs)
-    if count < len(ranked):
-        least = np.partition(ranked, -count)[-count]
-        places: NDArray[np.intp] = np.nonzero(ranked >= least)[0]
+    if count < _SORTED_FROM:
+        places = np.empty(count, np.int64)
+        places = places[: kernels.likeliest(logprobs, len(logprobs), count, places)]
     else:
-        places = np.arange(len(ranked))
-    order = places[np.argsort(-ranked[places], kind="stable")][:count]
-    pairs = zip(ids[order].tolist(), ranked[order].tolist(), strict=True)
-    return tuple((id_, logprob) for id_, logprob in pairs if logprob > -np.inf)
+        places = np.argsort(np.where(np.isnan(logprobs), np.inf, -logprobs), kind="stable")[:count]
+        places = places[logprobs[places] > -np.inf]
+    return tuple(zip(ids[places].tolist(), logprobs[places].tolist(), strict=True))

@@ -10,14 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from actors.api.generation import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
 from actors.decoding.answer import AnswerText, VisibleText
 from actors.decoding.closing_tokens import ClosingTokens
 from actors.decoding.cross_vocab.translators import Alignment, translator_for
-from actors.decoding.penalties import adjust, changes_rows, lifted_ids
+from actors.decoding.penalties import Adjustments, adjustments, changes_rows, lifted_ids
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
 
@@ -101,8 +98,8 @@ class Session:
         """Ids of the primary whose exact logits the next row needs besides the folded events."""
         return lifted_ids(self.request.sampling, self.prompt, self.output)
 
-    def adjust(self, ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
-        """Apply bias, penalties and bans to the next row in place.
+    def adjustments(self) -> Adjustments | None:
+        """The bias, penalties and bans of the next row; None if there are none.
 
         Before min_tokens all end ids are banned, before thinking.min_tokens the ids that complete thinking.end as text.
         """
@@ -110,8 +107,9 @@ class Session:
         early = self.generated < sampling.min_tokens
         banned = [*self.vocabulary.eos_ids[:1], *sampling.stop_token_ids] if early else []
         banned += [*self._ends_of_bad_words(), *self._ends_of_short_thinking()]
-        if banned or changes_rows(sampling):
-            adjust(ids, logits, sampling, self.prompt, self.output, banned)
+        if not banned and not changes_rows(sampling):
+            return None
+        return adjustments(sampling, self.prompt, self.output, banned)
 
     def commit(
         self, token: int, alpha: float, changed: bool, drafted: bool = False, scores: Scores | None = None

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.sampling_params import Sampling
-from actors.decoding.sampling import choose as choose_tokens
+from actors.decoding.decision import choose as choose_tokens
 from actors.engine.errors import EngineError
 from actors.engine.interface import Engine
 from actors.replica.scheduler import Chunk, ScheduledExtend
@@ -69,9 +69,7 @@ def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[S
         parameters.append(scheduled.sampling)
         seeds.append(scheduled.item.draft.seed)
         positions.append(scheduled.item.draft.position + len(scheduled.drafted))
-    tokens: list[int] = choose_tokens(
-        ids, logits.astype(np.float64), parameters, np.array(seeds, np.uint64), np.array(positions)
-    ).tolist()
+    tokens: list[int] = choose_tokens(ids, logits.astype(np.float64), parameters, seeds, positions).tolist()
     return tokens
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from actors.decoding.warmup import compile_kernels
 from actors.engine.errors import EngineError
 from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.engine.interface import Extend as EngineExtend
@@ -103,7 +104,8 @@ class ModelReplica:
         self._meter = ReplicaMeter(role)
 
     async def start(self) -> tuple[str, int]:
-        """Start to listen and to work. Returns (host, port) for coordinators."""
+        """Compile the kernels, listen, and work. Returns (host, port) for coordinators. Raises UnsupportedProcessor."""
+        await asyncio.to_thread(compile_kernels)
         self._thread.start()
         return self._host, await self._server.start(self._host)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.decoding.arithmetic import (
+from tests.decoding.formulas import (
     Floats,
     RoleLogits,
     bounds_of_one_model,

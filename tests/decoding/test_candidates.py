@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.api.generation import Role
-from actors.decoding.candidates import PADDING, CandidateBlock, RowProposal, RowSlice, group_into_blocks, rank_ids
+from actors.decoding.candidates import PADDING, CandidateBlock, RowProposal, RowSlice, group_into_blocks
 from actors.decoding.vocabulary import RequiredLogits
 
 IDS = 200
@@ -75,8 +75,8 @@ def test_candidates_are_all_proposed_ids_in_order(seed: int) -> None:
     found = each(rows)
     assert sorted(found) == list(range(len(rows)))
     for number, (block, at) in found.items():
-        assert block.ids[at, block.inside[at]].tolist() == proposed(rows[number])
-        assert (block.ids[at, ~block.inside[at]] == PADDING).all()
+        assert block.ids[at, : block.counts[at]].tolist() == proposed(rows[number])
+        assert (block.ids[at, block.counts[at] :] == PADDING).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -86,7 +86,8 @@ def test_values_are_the_received_logits_and_nan_elsewhere(seed: int) -> None:
         for role in rows[number].required:
             assert table(block, at, role) == received(rows[number], role)
             if role in rows[number].slices:
-                assert block.logsumexp[role][at] == rows[number].slices[role].logsumexp
+                of_role = list(rows[number].required).index(role)
+                assert block.sums[of_role, at] == rows[number].slices[role].logsumexp
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -94,10 +95,10 @@ def test_other_rows_change_neither_candidates_nor_values(seed: int) -> None:
     rows = many(seed, 23)
     for number, (block, at) in each(rows).items():
         alone = CandidateBlock([rows[number]])
-        width = alone.width
-        assert block.ids[at, :width].tolist() == alone.ids[0].tolist()
+        width = int(alone.counts[0])
+        assert block.ids[at, :width].tolist() == alone.ids[0, :width].tolist()
         for role in rows[number].required:
-            assert block.values(role)[at, :width].tobytes() == alone.values(role)[0].tobytes()
+            assert block.values(role)[at, :width].tobytes() == alone.values(role)[0, :width].tobytes()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -135,7 +136,7 @@ def test_a_late_answer_of_the_base_leaves_the_same_values() -> None:
         block.missing_logits("guider_base", EVERY_ID)[2].tolist()
         == at_once.missing_logits("guider_base", EVERY_ID)[2].tolist()
     )
-    assert block.logsumexp["guider_base"][0] == base.logsumexp
+    assert block.sums[2, 0] == base.logsumexp
 
 
 def test_folded_events_stand_above_the_slice() -> None:
@@ -154,9 +155,14 @@ def test_nothing_outside_a_slice_is_above_its_lowest_logit() -> None:
     assert CandidateBlock([empty]).ids.tolist() == [[PADDING]]
 
 
-def test_ranking_puts_equal_ids_in_one_place_even_at_the_largest() -> None:
+def test_equal_ids_have_one_place_even_at_the_largest() -> None:
     largest = np.iinfo(np.int32).max
-    ids, inside, places = rank_ids(np.array([[largest, 0, -1, largest], [1, 0, 1, 5]]))
-    assert ids.tolist() == [[0, largest, PADDING], [0, 1, 5]]
-    assert inside.tolist() == [[True, True, False], [True] * 3]
-    assert places.tolist() == [[1, 0, 3, 1], [1, 0, 1, 2]]
+    required: dict[Role, RequiredLogits] = {"target": needed([0]), "guider": needed([])}
+    slices: dict[Role, RowSlice] = {
+        "target": RowSlice(np.array([largest, 0, -1]), np.array([1.0, 2.0, 9.0]), np.array([2.5]), 0.0),
+        "guider": RowSlice(np.array([5, largest]), np.array([3.0, 4.0]), np.zeros(0), 0.0),
+    }
+    block = CandidateBlock([RowProposal(required, slices)])
+    assert table(block, 0, "target") == {0: 2.5, largest: 1.0}
+    assert table(block, 0, "guider") == {5: 3.0, largest: 4.0}
+    assert block.ids[0, :3].tolist() == [0, 5, largest]

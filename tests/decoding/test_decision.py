@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,8 @@ from numpy.typing import NDArray
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import CandidateBlock, RowProposal, RowSlice
-from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
-from actors.decoding.penalties import adjust
-from actors.decoding.sampling import choose
+from actors.decoding.decision import Decisions, RowSamplingSpec, choose, compare, decide
+from actors.decoding.penalties import adjustments
 from actors.decoding.vocabulary import RequiredLogits
 
 VOCABULARY = 300
@@ -123,22 +121,16 @@ def test_penalties_apply_to_both_choices() -> None:
     (row,) = rows(1, Sampling(temperature=0))
     first = decided([row], None)
     banned = [int(first.tokens[0]), int(first.target_tokens[0])]
-
-    def ban(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
-        adjust(ids, logits, row[1].sampling, (), Counter(), banned)
-
-    second = decided([changed(row, adjust=ban)], None)
+    second = decided([changed(row, adjustments=adjustments(row[1].sampling, (), {}, banned))], None)
     assert second.tokens[0] not in banned
     assert second.target_tokens[0] not in banned
 
 
 def test_a_row_without_a_legal_token_leaves_other_rows_alone() -> None:
-    def ban_all(ids: NDArray[np.int64], logits: NDArray[np.float64]) -> None:
-        logits[:] = -np.inf
-
+    all_banned = adjustments(Sampling(), (), {}, range(VOCABULARY))
     many = rows(3, Sampling(temperature=1.0, top_p=0.9))
     free = decided(many, 8)
-    many[1] = changed(many[1], adjust=ban_all)
+    many[1] = changed(many[1], adjustments=all_banned)
     decisions = decided(many, 8)
     assert decisions.no_legal_token.tolist() == [False, True, False]
     assert decisions.tokens[[0, 2]].tolist() == free.tokens[[0, 2]].tolist()
@@ -152,7 +144,7 @@ def test_slices_differ_from_full_rows_by_the_mass_outside() -> None:
         distance, differs = compare(sliced.row(i), complete.row(i), Sampling())
         p = np.exp(complete.filtered[i] - complete.filtered[i].max())
         p /= p.sum()
-        inside = sliced.ids[i][sliced.inside[i]]
+        inside = sliced.ids[i, : sliced.counts[i]]
         assert distance == pytest.approx(1 - p[inside].sum())  # the proportions among the candidates are equal
         assert differs == (sliced.tokens[i] != complete.tokens[i])
 
@@ -221,7 +213,7 @@ def test_filters_decide_whether_a_flat_row_needs_ids_outside(sampling: Sampling,
 def test_penalties_do_not_settle_a_nucleus_whose_whole_mass_is_unknown() -> None:
     sampling = Sampling(temperature=1.0, top_p=0.95)
     plain = rows(20, sampling, 3.0)
-    lowered = [changed(row, adjust=lambda ids, logits: None) for row in plain]
+    lowered = [changed(row, adjustments=adjustments(sampling, (), {})) for row in plain]
     before, after = decided(plain, 40, guided=False).settled, decided(lowered, 40, guided=False).settled
     assert not (after & ~before).any()
     assert after.sum() < before.sum()
@@ -234,5 +226,5 @@ def test_company_changes_no_bit_of_what_is_kept_and_settled() -> None:
         for i, row in enumerate(many):
             alone = decided([row], 20, guided)
             assert alone.settled[0] == together.settled[i]
-            inside = alone.inside[0]
-            assert alone.filtered[0, inside].tobytes() == together.filtered[i, together.inside[i]].tobytes()
+            count = int(alone.counts[0])
+            assert alone.filtered[0, :count].tobytes() == together.filtered[i, :count].tobytes()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from actors.api.sampling_params import Sampling
-from actors.decoding.penalties import adjust, changes_rows, lifted_ids
+from actors.decoding.penalties import adjustments, changes_rows, lifted_ids
+from tests.decoding.compiled import adjust
 
 IDS = np.array([2, 5, 9, 30, 31, 77])
 LOGITS = np.array([1.5, -2.0, 0.0, 4.0, -0.5, 3.0])
@@ -45,14 +47,15 @@ def reference(sampling: Sampling, banned: tuple[int, ...] = ()) -> list[float]:
 @pytest.mark.parametrize("banned", [(), (30,), (2, 77, 8)])
 def test_adjusting_agrees_with_a_plain_reference(sampling: Sampling, banned: tuple[int, ...]) -> None:
     logits = LOGITS.copy()
-    adjust(IDS, logits, sampling, PROMPT, OUTPUT, banned)
+    adjust(IDS, logits, sampling, adjustments(sampling, PROMPT, OUTPUT, banned))
     np.testing.assert_allclose(logits, reference(sampling, banned), rtol=1e-15)
 
 
 def test_ids_that_are_no_candidates_are_passed_over() -> None:
     for ids in (IDS[:1], IDS[:0]):
         logits = LOGITS[: len(ids)].copy()
-        adjust(ids, logits, Sampling(logit_bias=((6, 1.0), (9_999, 1.0))), (), Counter(), banned=(3, 8_888))
+        sampling = Sampling(logit_bias=((6, 1.0), (9_999, 1.0)))
+        adjust(ids, logits, sampling, adjustments(sampling, (), {}, banned=(3, 8_888)))
         assert logits.tolist() == LOGITS[: len(ids)].tolist()
 
 
@@ -73,3 +76,12 @@ def test_ids_raised_by_the_request_are_required() -> None:
     assert lifted_ids(Sampling(frequency_penalty=-1), PROMPT, OUTPUT) == set(OUTPUT)
     assert lifted_ids(Sampling(repetition_penalty=0.5), PROMPT, OUTPUT) == {*PROMPT, *OUTPUT}
     assert lifted_ids(Sampling(repetition_penalty=2, presence_penalty=2), PROMPT, OUTPUT) == set()
+
+
+def test_only_ids_whose_bit_is_set_are_legal_where_a_row_has_bits() -> None:
+    words = np.zeros(2, np.int32)
+    for legal in (5, 31, 9):
+        words[legal >> 5] |= np.array(1 << (legal & 31), np.uint32).view(np.int32)
+    logits = LOGITS.copy()
+    adjust(IDS, logits, Sampling(), replace(adjustments(Sampling(), (), {}), legal=words))
+    assert IDS[np.isfinite(logits)].tolist() == [5, 9, 31]

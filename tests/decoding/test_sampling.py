@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from actors.api.sampling_params import Sampling
+from actors.decoding.decision import choose
 from actors.decoding.hashing import derive_seed, prefix_hash
-from actors.decoding.sampling import Floats, Ints, choose, filter_logits, gumbel, uniform
+from tests.decoding.compiled import Floats, Ints, filter_logits, gumbel, uniform
 
 SPAN = 1 << 32
 FILTERS = [
@@ -49,14 +50,14 @@ def plain_uniform(seed: int, position: int, token: int) -> float:
     return ((bits >> 12) + 0.5) / 2**52
 
 
-def test_noise_is_the_same_in_python_integers_and_in_numpy() -> None:
+def test_noise_is_the_same_in_python_integers_and_compiled() -> None:
     draw = np.random.default_rng(3)
     seeds = [0, 1, 2**64 - 1, *(derive_seed(i) for i in range(20))]
     positions = draw.integers(0, 2**20, len(seeds)).tolist()
     ids = draw.integers(0, 152_064, (len(seeds), 9))
-    numpy_noise = uniform(np.array(seeds, np.uint64), np.array(positions, np.uint64), ids)
+    compiled_noise = uniform(np.array(seeds, np.uint64), np.array(positions, np.uint64), ids)
     for i, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
-        assert numpy_noise[i].tolist() == [plain_uniform(seed, position, int(token)) for token in ids[i]]
+        assert compiled_noise[i].tolist() == [plain_uniform(seed, position, int(token)) for token in ids[i]]
 
 
 def test_uniforms_stay_strictly_inside_so_that_noise_is_finite() -> None:

@@ -16,6 +16,7 @@ from actors.decoding.hashing import extend_hashes
 from actors.decoding.session import ForcedTextIds, Session, SessionVocabulary
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import Vocabulary, map_vocabulary
+from tests.decoding.compiled import adjust
 from tests.support.letter_vocabularies import adapter, text, vocabulary
 
 END = "</think>"
@@ -205,7 +206,7 @@ def test_no_token_completes_a_bad_word() -> None:
     for said, banned in (("", {c}), ("a", {b, c}), ("b", {c}), ("a", {b, c})):
         feed(session, said)
         ids, logits = np.array(sorted((a, b, c))), np.zeros(3)
-        session.adjust(ids, logits)
+        adjust(ids, logits, session.request.sampling, session.adjustments())
         assert set(ids[np.isneginf(logits)]) == banned
 
 
@@ -213,7 +214,7 @@ def test_nothing_but_what_is_allowed_may_be_chosen() -> None:
     a, b, c = (LETTER[letter] for letter in "abc")
     session = Setting().session(sampling=Sampling(allowed_token_ids=(c, a)))
     ids, logits = np.array(sorted((a, b, c))), np.zeros(3)
-    session.adjust(ids, logits)
+    adjust(ids, logits, session.request.sampling, session.adjustments())
     assert set(ids[np.isneginf(logits)]) == {b}
 
 
@@ -263,7 +264,7 @@ def test_nothing_may_end_the_answer_before_min_tokens() -> None:
     ids = np.array([1, 3, 40])
     for expected in ([0, -np.inf, -np.inf], [0, -np.inf, -np.inf], [0, 0, 0]):
         logits = np.zeros(3)
-        session.adjust(ids, logits)
+        adjust(ids, logits, session.request.sampling, session.adjustments())
         assert logits.tolist() == expected
         feed(session, "a")
 
@@ -383,7 +384,7 @@ def test_an_early_end_of_the_thinking_becomes_wait(early: int) -> None:
 def banned(session: Session) -> set[int]:
     """The target's ids that the next row excludes."""
     ids, logits = np.arange(60), np.zeros(60)
-    session.adjust(ids, logits)
+    adjust(ids, logits, session.request.sampling, session.adjustments())
     return {int(i) for i in ids[np.isneginf(logits)]}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors.api.sampling_params import Sampling
-from actors.decoding.sampling import choose
+from actors.decoding.decision import choose
 from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, Drafted, Extend, Message, Refusal, Rows
 from tests.support.coordinators import WIDTH, Coordinator, No, Reply, rows_of, stage, within
 

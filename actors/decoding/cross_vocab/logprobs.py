@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
-from actors.decoding.candidates import CandidateBlock, Floats, Ids, RowProposal, RowSlice
+from actors.decoding.candidates import PADDING, CandidateBlock, Floats, Ids, RowProposal, RowSlice
 from actors.decoding.cross_vocab.retokenizer import CrossedBoundaries
 from actors.decoding.cross_vocab.tables import Tables
 
@@ -249,15 +249,15 @@ class CrossVocabBlock(CandidateBlock):
     ) -> None:
         """rows: of equal shape, the guider's proposals in the target's ids. inputs: by small role, one for each row."""
         super().__init__(rows)
-        self._events = {
-            role: TokenEventLogprobs(tables[role], self.ids, self.inside, each) for role, each in inputs.items()
-        }
-        for role in inputs:
-            self.logsumexp[role] = np.zeros(len(rows))
+        inside = self.ids < PADDING
+        self._events = {role: TokenEventLogprobs(tables[role], self.ids, inside, each) for role, each in inputs.items()}
 
-    def values(self, role: Role) -> Floats:
-        """Logits [B, W] of the target, log-probabilities of a small role's events."""
-        return self._events[role].masses() if role in self._events else super().values(role)
+    @property
+    def logits(self) -> Floats:
+        """Logits [0, B, W] of the target; log-probabilities [1:, B, W] of the small roles' events, whose sums are 0."""
+        for role, events in self._events.items():
+            self._logits[self._roles[role]] = events.masses()
+        return self._logits
 
     def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
         if role in self._events:

@@ -1,0 +1,69 @@
+"""Calls of single kernels for whole arrays, as tests want them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.api.sampling_params import Sampling
+from actors.decoding import kernels
+from actors.decoding.compiling import kernel
+from actors.decoding.decision import spec_columns
+from actors.decoding.penalties import Adjustments, adjustment_columns
+
+Floats = NDArray[np.float64]
+Ints = NDArray[Any]
+
+
+@kernel
+def _noise(seeds: Any, positions: Any, ids: Any, gumbel: bool, out: Any) -> None:
+    for row in range(len(ids)):
+        key = kernels.noise_key(seeds[row], positions[row])
+        for place in range(ids.shape[1]):
+            one = ids[row, place]
+            out[row, place] = kernels.gumbel(key, one) if gumbel else kernels.uniform(key, one)
+
+
+def uniform(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
+    """Uniform noise [B, W] of (seed [B], position [B], id [B, W])."""
+    out = np.empty(ids.shape)
+    _noise(seeds.astype(np.uint64), positions.astype(np.uint64), ids.astype(np.int64), False, out)
+    return out
+
+
+def gumbel(seeds: Ints, positions: Ints, ids: Ints) -> Floats:
+    """Standard Gumbel noise [B, W] of (seed [B], position [B], id [B, W])."""
+    out = np.empty(ids.shape)
+    _noise(seeds.astype(np.uint64), positions.astype(np.uint64), ids.astype(np.int64), True, out)
+    return out
+
+
+@kernel
+def _filter(logits: Any, specs: Any, settled: Any) -> None:
+    work, none = np.empty(logits.shape[1]), -np.inf
+    for row in range(len(logits)):
+        settled[row] = kernels.filter_row(logits[row], logits.shape[1], specs[row], none, none, none, work)
+
+
+def filter_logits(logits: Floats, parameters: Sequence[Sampling]) -> tuple[Floats, NDArray[np.bool_]]:
+    """Filtered logits [B, W] over temperature of whole rows, and settled [B]."""
+    out, settled = logits.copy(), np.empty(len(logits), np.bool_)
+    _filter(out, _specs(parameters), settled)
+    return out, settled
+
+
+@kernel
+def _adjust(ids: Any, logits: Any, specs: Any, extra: Any) -> None:
+    kernels.adjust_row(ids, logits, len(ids), specs[0], extra, 0)
+
+
+def adjust(ids: Ints, logits: Floats, sampling: Sampling, adjustments: Adjustments | None) -> None:
+    """Adjust one row in place: ids [W] ascending, logits [W]."""
+    _adjust(ids.astype(np.int64), logits, _specs([sampling]), adjustment_columns([adjustments]))
+
+
+def _specs(parameters: Sequence[Sampling]) -> NDArray[np.void]:
+    return spec_columns([(kernels.ALONE, 0.0, sampling, 0, 0) for sampling in parameters])
