@@ -196,7 +196,7 @@ class Lockstep:
     def _settle(self) -> None:
         """Deliver messages until the row in flight is complete."""
         while True:
-            self._exchange.look_up_crossing_rows()
+            self._exchange.request()
             silent = True
             for role in _ORDER:
                 replica = self._replicas[role]

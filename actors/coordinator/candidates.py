@@ -1,7 +1,6 @@
-"""Joins the top-k slices of a row into its candidates, and looks up the logits that a role's slice lacks.
+"""Joins the top-k slices of rows into their candidates, and looks up the logits that a role's slice lacks.
 
-Once target and guider have answered, each role is sent one lookup of the candidates that it did not propose. Rows of
-equal shape are joined together.
+Once target and guider have answered, each role is sent one lookup of the candidates that it did not propose.
 """
 
 from __future__ import annotations
@@ -14,116 +13,153 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
-from actors.coordinator.inflight import InflightCall, InflightCalls, Lookups
+from actors.coordinator.frames import RowFrame, column
+from actors.coordinator.inflight import CallBatch, InflightCalls, Lookups, Sink, sort_within_rows
 from actors.coordinator.session import LogitsRow, VerificationWindow
-from actors.decoding.candidates import Floats, Ids, RowSlice, group_into_blocks
-from actors.decoding.cross_vocab.logprobs import CrossingRows, CrossVocabBlock, RoleRowInput, proposed_tokens
+from actors.decoding.candidates import PADDING, Floats, Ids
+from actors.decoding.cross_vocab.logprobs import CrossingRows, RoleRowInput, TokenEventLogprobs, proposed_tokens
 from actors.text.vocabularies import VocabularyRegistry
-from actors.wire.columns import RowRequest
-from actors.wire.messages import WHOLE
+from actors.wire.messages import LOOKUP_ITEM, WHOLE
 
 GUIDED: tuple[Role, ...] = ("target", "guider", "guider_base")  # the base proposes no candidates
 SMALL: tuple[Role, ...] = GUIDED[1:]
+Frame = RowFrame[LogitsRow]
 
 
 class CandidateCompleter:
     """Joins candidates, and looks up missing logits. k: width of slices before any widening."""
 
-    def __init__(self, k: int, vocabularies: VocabularyRegistry, call_ids: InflightCalls) -> None:
-        self._k, self._vocabularies, self._calls = k, vocabularies, call_ids
+    def __init__(self, k: int, vocabularies: VocabularyRegistry, calls: InflightCalls[VerificationWindow]) -> None:
+        self._k, self._vocabularies, self._calls = k, vocabularies, calls
 
-    def advance(self, rows: Iterable[LogitsRow]) -> None:
-        """Join the candidates of those of the rows that have been answered."""
-        unjoined = [row for row in rows if row.block is None]
-        self._propose(unjoined)
-        self._join([row for row in unjoined if row.candidates_known])
+    def advance(self, frame: Frame) -> Ids:
+        """Request what the rows of a frame still lack. Returns the rows that have become complete."""
+        shape = frame.shape
+        if shape.aligned and shape.k != WHOLE:
+            self._propose(frame)
+        if len(found := frame.proposed()):
+            frame.merge(found)
+            if shape.aligned:
+                self._look_up_events(frame, found)
+            elif shape.guided and shape.k != WHOLE:
+                for role in GUIDED:
+                    self._look_up_plain(frame, role, found)
+        complete = frame.complete()
+        if shape.aligned:
+            self._store_events(frame, complete)
+        return complete
 
     def look_up_crossing_rows(self, windows: Iterable[VerificationWindow]) -> None:
         """Look up boundary-crossing tokens in earlier rows of the small models."""
-        waiting = [row for window in windows for row in window.rows[window.next :] if row.crossing]
-        for role in SMALL:
-            pending = [(row, each) for row in waiting if (each := row.crossing.get(role)) is not None and each.rows]
-            if not pending:
-                continue
-            offsets = np.cumsum([0] + [each.rows for _, each in pending]).tolist()
-            at = np.concatenate([each.at + offset for (_, each), offset in zip(pending, offsets, strict=False)])
-            rows = [row for row, each in pending for _ in range(each.rows)]
-            positions = [each.boundaries.first - 1 + number for _, each in pending for number in range(each.rows)]
-            values = CrossingRows.share_values([each for _, each in pending])
-            lookups = Lookups(role, rows, at, np.arange(len(at)), partial(_fill_crossing, values), positions)
-            self._look_up(lookups, np.concatenate([each.ids for _, each in pending]))
+        frames: dict[Frame, list[LogitsRow]] = {}
+        for window in windows:
+            for row in window.rows[window.next :]:
+                if row.crossing:
+                    frames.setdefault(row.frame, []).append(row)
+        for frame, waiting in frames.items():
+            for role in SMALL:
+                pending = [(row, each) for row in waiting if (each := row.crossing.get(role)) is not None and each.rows]
+                if not pending:
+                    continue
+                offsets = np.cumsum([0] + [each.rows for _, each in pending]).tolist()
+                at = np.concatenate([each.at + offset for (_, each), offset in zip(pending, offsets, strict=False)])
+                rows = [row for row, each in pending for _ in range(each.rows)]
+                positions = [each.boundaries.first - 1 + number for _, each in pending for number in range(each.rows)]
+                values = CrossingRows.share_values([each for _, each in pending])
+                places, ids = np.arange(len(at)), np.concatenate([each.ids for _, each in pending])
+                keys = [row.window.key(role, position) for row, position in zip(rows, positions, strict=True)]
+                self._look_up(frame, role, rows, keys, at, places, ids, partial(_fill_crossing, values))
 
-    def _propose(self, rows: Sequence[LogitsRow]) -> None:
-        """Make the proposals of a guider with another vocabulary whose slice and crossing rows have arrived."""
+    def _propose(self, frame: Frame) -> None:
+        """Store the proposals of a guider with another vocabulary whose slice and crossing rows have arrived."""
         ready: dict[int, list[LogitsRow]] = {}
-        for row in rows:
-            if row.window.aligned and row.k != WHOLE and row.proposed is None and "guider" in row.slices:
+        for row in frame.owners:
+            if row is not None and "guider" in row.slices and not frame.has("guider", row.at):
                 if (crossing := row.crossing.get("guider")) is None or crossing.complete:
                     ready.setdefault(len(row.slices["guider"].ids), []).append(row)
         for members in ready.values():
             inputs = [RoleRowInput(row.slices["guider"], row.crossing.get("guider")) for row in members]
             ids = proposed_tokens(self._vocabularies.alignment("guider").tables, inputs, self._k)
-            unknown, nothing = np.full(ids.shape[1], np.nan), np.zeros(0)
-            for row, proposed in zip(members, ids, strict=True):
-                row.proposed = RowSlice(proposed, unknown, nothing, 0.0)
+            at, none = column([row.at for row in members]), np.zeros(len(members))
+            frame.block.store("guider", at, ids, np.full(ids.shape, np.nan), np.zeros((len(at), 0)), none, none)
+            frame.receive("guider", at)
 
-    def _join(self, rows: Sequence[LogitsRow]) -> None:
-        """Join these rows into blocks, and send each role lookups of the candidates that it lacks."""
-        plain = [row for row in rows if not row.window.aligned]
-        self._take_blocks(plain, group_into_blocks([row.proposal() for row in plain]))
-        aligned = [row for row in rows if row.window.aligned]
-        offered = [row.proposal() for row in aligned]
-
-        def make(indices: list[int]) -> CrossVocabBlock:
-            inputs = {
-                role: [
-                    RoleRowInput(aligned[index].slices.get(role), aligned[index].crossing.get(role))
-                    for index in indices
-                ]
-                for role in SMALL
-            }
-            tables = {role: self._vocabularies.alignment(role).tables for role in SMALL}
-            return CrossVocabBlock([offered[index] for index in indices], tables, inputs)
-
-        self._take_blocks(aligned, group_into_blocks(offered, make))
-
-    def _take_blocks(self, rows: Sequence[LogitsRow], made: Sequence[tuple[Any, list[int]]]) -> None:
-        for block, indices in made:
-            members = [rows[index] for index in indices]
-            for at, row in enumerate(members):
-                row.join(block, at)
-            window = members[0].window
-            if not window.guided or members[0].k == WHOLE:
-                continue
-            for role in GUIDED:
-                if window.aligned and role != "target":
-                    at_rows, places, ids = block.missing_logits(role, _NO_MAP)
-                    ascending = False
-                else:
-                    theirs = self._vocabularies.plain_map(window.active.primary, role)
-                    at_rows, places, ids = block.missing_logits(role, theirs.to_role)
-                    ascending = theirs.ascending
-                self._look_up(Lookups(role, members, at_rows, places, partial(block.fill, role)), ids, ascending)
-
-    def _look_up(self, lookups: Lookups, ids: Ids, ascending: bool = True) -> None:
-        """Send lookups of these ids, row after row. ascending: the ids are sorted within each row."""
+    def _look_up_plain(self, frame: Frame, role: Role, found: Ids) -> None:
+        theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_role
+        rows, places, ids = frame.block.missing_logits(role, found, theirs)
         if not len(ids):
             return
-        if not ascending:
-            ids = lookups.sort(ids)
-        for replica, part, its_ids in lookups.by_replica(ids):
-            outbox = replica.outbox
-            for row, (position, prefix), count in part.counted():
-                active = row.window.active
-                call_id = self._calls.issue(InflightCall("lookup", row.window, part.role, row=row, lookups=part))
-                part.call_ids.append(call_id)
-                row.lookup_sent()
-                outbox.lookups.append(RowRequest(call_id, active.key, prefix, active.epoch, position, count))
-            outbox.ids.append(its_ids)
+        begins = np.flatnonzero(np.diff(rows, prepend=-1))
+        owners = frame.owners_of(rows[begins])
+        at = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(rows)))
+        keys = [row.key(role) for row in owners]
+        self._look_up(frame, role, owners, keys, at, places, ids, partial(frame.block.fill, role))
+
+    def _look_up_events(self, frame: Frame, found: Ids) -> None:
+        """Find the events of candidates in small models with another vocabulary, and look up their logits."""
+        if frame.shape.k != WHOLE:
+            self._look_up_plain(frame, "target", found)
+        owners, ids = frame.owners_of(found), frame.block.ids[found]
+        for role in SMALL:
+            inputs = [RoleRowInput(row.slices.get(role), row.crossing.get(role)) for row in owners]
+            events = TokenEventLogprobs(self._vocabularies.alignment(role).tables, ids, ids < PADDING, inputs)
+            for number, row in enumerate(owners):
+                row.events[role] = events, number
+            rows, places, tokens = events.missing_logits()
+            if frame.shape.k == WHOLE or not len(tokens):
+                continue
+            places, tokens = sort_within_rows(rows, places, tokens)
+            asked = np.unique(rows)
+            members = [owners[number] for number in asked.tolist()]
+            keys = [row.key(role) for row in members]
+            at = np.searchsorted(asked, rows)
+            self._look_up(frame, role, members, keys, at, places, tokens, partial(_fill_events, events))
+
+    @staticmethod
+    def _store_events(frame: Frame, complete: Ids) -> None:
+        """Store the small models' log-probabilities of complete rows; the logsumexp of such a row is 0."""
+        for row in frame.owners_of(complete):
+            for role, (events, number) in row.events.items():
+                frame.block.logits[frame.block.roles[role], row.at] = events.masses()[number]
+
+    def _look_up(
+        self,
+        frame: Frame,
+        role: Role,
+        owners: Sequence[LogitsRow],
+        keys: Sequence[tuple[int, int]],
+        at: Ids,
+        places: Ids,
+        ids: Ids,
+        sink: Sink,
+    ) -> None:
+        """Send one lookup for each owner. at [n]: by id the owner's index, ascending. keys: of the rows."""
+        replicas = [row.window.active.replicas[role] for row in owners]
+        for replica in dict.fromkeys(replicas):
+            part, numbers, its_places, its_ids = list(range(len(owners))), at, places, ids
+            if any(each is not replica for each in replicas):
+                part = [index for index, each in enumerate(replicas) if each is replica]
+                taken = np.isin(at, part)
+                numbers, its_places, its_ids = np.searchsorted(part, at[taken]), places[taken], ids[taken]
+            members, counts = [owners[index] for index in part], np.bincount(numbers, minlength=len(part))
+            rows = column([row.at for row in members])
+            lookups = Lookups(frame, rows, rows[numbers], its_places, np.cumsum(counts).tolist(), sink)
+            first = self._calls.issue(CallBatch("lookup", role, [row.window for row in members], lookups))
+            items = np.empty(len(part), LOOKUP_ITEM)
+            items["call_id"] = np.arange(first, first + len(part))
+            items["session"] = [row.window.active.key for row in members]
+            items["row"] = [keys[index][1] for index in part]
+            items["epoch"] = [row.window.active.epoch for row in members]
+            items["position"] = [keys[index][0] for index in part]
+            items["ids"] = counts
+            np.add.at(frame.lookups, rows, 1)
+            replica.outbox.lookups.append(items)
+            replica.outbox.ids.append(its_ids)
 
 
-_NO_MAP = np.zeros(0, np.int64)
-
-
-def _fill_crossing(values: Floats, at: Ids, places: Ids, news: NDArray[Any]) -> None:
+def _fill_crossing(values: Floats, rows: Ids, places: Ids, news: NDArray[Any]) -> None:
     values[places] = news
+
+
+def _fill_events(events: TokenEventLogprobs, rows: Ids, places: Ids, news: NDArray[Any]) -> None:
+    events.fill(places, news)

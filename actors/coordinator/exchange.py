@@ -1,27 +1,88 @@
 """Sends extend, lookup and widen requests to replicas and collects their logits, for many sessions at once.
 
-Candidates are joined in `actors.coordinator.candidates`. A row's candidates do not depend on the order of arrival.
+Candidates are joined in `actors.coordinator.candidates`. A row's candidates do not depend on the order of arrival. What
+a turn begins is requested together, by `request`: rows of one shape share a frame, and calls to one role a batch.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.config import Exchange as ExchangeConfig
-from actors.coordinator.candidates import GUIDED, CandidateCompleter
-from actors.coordinator.inflight import Fault, InflightCall, InflightCalls, read_rows
+from actors.coordinator.candidates import GUIDED, CandidateCompleter, Frame
+from actors.coordinator.frames import FrameShape, RowFrame, column
+from actors.coordinator.inflight import CallBatch, InflightCalls
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, LogitsRow, RowHistory, VerificationWindow
-from actors.decoding.candidates import RowSlice
+from actors.coordinator.states import RowStage
+from actors.decoding.candidates import Ids, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
-from actors.decoding.cross_vocab.translators import NO_DRAFTS, Alignment, DraftTranslation
+from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.vocabulary import RequiredLogits, VocabularyMap
+from actors.decoding.kernels import ALL, ONLY_REQUIRED, ONLY_SLICES, SentRows, locate_rows
+from actors.decoding.vocabulary import RequiredLogits
 from actors.text.vocabularies import VocabularyRegistry
-from actors.wire.columns import NO_IDS, Draft, ExtendItem, RowRequest, drafted_items
-from actors.wire.messages import WHOLE, Drafted, Message, Refused, Rows, Values
+from actors.wire.columns import NO_IDS, Draft, ExtendColumns, RowRequest, drafted_items, rows_ids
+from actors.wire.ids import page_counts
+from actors.wire.messages import (
+    EXTEND_ITEM,
+    WHOLE,
+    Drafted,
+    Message,
+    ProtocolError,
+    Refusal,
+    Refused,
+    Rows,
+    Values,
+)
+
+Batch = CallBatch[VerificationWindow]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A refusal of a session's item by a replica."""
+
+    active: ActiveSession
+    role: Role
+    code: Refusal
+    detail: int
+
+    def pause(self) -> float:
+        """Seconds to wait before the item is sent again, with jitter. The first cache misses are repaired at once."""
+        misses = self.active.misses
+        pauses: dict[Refusal, float] = {
+            Refusal.FULL: self.detail / 1000,
+            Refusal.FAILED: min(2.0, 0.05 * 2.0**self.active.faults),
+            Refusal.KV_MISS: min(1.0, 0.01 * 2.0 ** min(misses, 10)) if misses > 2 else 0.0,
+        }
+        return pauses.get(self.code, 0.0) * random.uniform(0.5, 1.0)
+
+
+class PendingExtend(NamedTuple):
+    """An extend that the next `request` sends: `tokens` from `position` of the role's stream on.
+
+    start: position of the first row whose logits are requested. temperature: of their tempered logsumexp.
+    """
+
+    window: VerificationWindow
+    position: int
+    tokens: list[int]
+    rows: int
+    k: int
+    required_ids: NDArray[np.int32]
+    draft: Draft | None
+    keep: int
+    start: int
+    temperature: float
 
 
 class Exchange:
@@ -29,14 +90,32 @@ class Exchange:
 
     def __init__(self, config: ExchangeConfig, vocabularies: VocabularyRegistry) -> None:
         self._config, self._vocabularies = config, vocabularies
-        self._touched: dict[LogitsRow, None] = {}
-        self._crossing_pending: dict[
-            VerificationWindow, None
-        ] = {}  # windows whose lookups of earlier rows are not sent yet
-        self._calls = InflightCalls(self._touch)
+        self._touched: dict[Frame, None] = {}
+        self._unplaced: list[VerificationWindow] = []  # windows whose rows have no frame yet
+        self._widened: list[LogitsRow] = []  # rows whose wider slices are not requested yet
+        self._extends: dict[Role, list[PendingExtend]] = {}
+        # windows whose lookups of earlier rows are not sent yet
+        self._crossing_pending: dict[VerificationWindow, None] = {}
+        self._calls: InflightCalls[VerificationWindow] = InflightCalls()
         self._completer = CandidateCompleter(config.k, vocabularies, self._calls)
 
     # -- requests --------------------------------------------------------------------------------------------------
+
+    def request(self) -> None:
+        """Put what was begun since the last call into the outboxes of the replicas. Call before these are sent."""
+        self._place()
+        self._place_widened()
+        crossing, self._crossing_pending = self._crossing_pending, {}
+        self._completer.look_up_crossing_rows(window for window in crossing if window.active.window is window)
+        extends, self._extends = self._extends, {}
+        for role, pending in extends.items():
+            by_replica: dict[Replica, list[PendingExtend]] = {}
+            for each in pending:
+                if each.window.active.window is each.window:  # else it has ended
+                    by_replica.setdefault(each.window.active.replicas[role], []).append(each)
+            for replica, members in by_replica.items():
+                first = self._calls.issue(CallBatch("extend", role, [each.window for each in members], members))
+                replica.outbox.extends.append(_extend_columns(first, role, members))
 
     def begin(
         self, active: ActiveSession, guided: bool, text_drafts: Sequence[int] = (), guider_drafts: int = 0
@@ -72,6 +151,7 @@ class Exchange:
             window.draft_tokens[role] = stream.tokens[ends[0] : ends[-1]]
             window.hashes[role] = [stream.hash_before(end) for end in range(first + 1, ends[-1] + 1)]
         window.rows = [LogitsRow(window, index, WHOLE) for index in range(len(reads[active.primary]))]
+        self._unplaced.append(window)
         for role in window.roles:
             self._extend(window, role)
 
@@ -89,63 +169,102 @@ class Exchange:
 
     def extend_again(self, active: ActiveSession, role: Role, held: int) -> None:
         """Request a role's rows of the window again. held: tokens that its replica holds."""
+        self._place()
         window = active.window
         assert window is not None
         stream = active.session.streams[role]
         stream.lose(min(held, len(stream) - 1))
         active.row_histories.pop(role, None)
-        self._calls.forget(active, role)
+        self._calls.forget(window, role)
         window.answered.discard(role)
         for row in window.rows[window.next :]:
-            row.extend_again(role)
-            self._touched[row] = None
+            row.lose(role)
+            self._touched[row.frame] = None
         for other in window.roles:
-            self._calls.forget(active, other, lookups_only=True)
+            self._calls.forget(window, other, lookups_only=True)
         self._extend(window, role)
         if window.aligned:
             self._crossing_pending[window] = None
-
-    def look_up_crossing_rows(self) -> None:
-        """Look up tokens in earlier rows for windows begun since the last call. Call before the outboxes are sent."""
-        pending, self._crossing_pending = self._crossing_pending, {}
-        self._completer.look_up_crossing_rows(window for window in pending if window.active.window is window)
 
     def extend_ahead(self, active: ActiveSession, role: Role) -> None:
         """Extend a role by tokens whose rows are not needed. No reply is awaited: lost tokens are sent again later."""
         stream = active.session.streams[role]
         if tokens := stream.tokens[stream.held :]:
             prefix, call_id = stream.hash_before(stream.held), self._calls.unawaited_id()
-            item = ExtendItem(
-                call_id,
-                active.key,
-                active.age,
-                prefix,
-                active.epoch,
-                stream.held,
-                tokens,
-                rows=0,
-                k=0,
-                required_ids=NO_IDS,
-            )
+            row = call_id, active.key, active.age, prefix, active.epoch, stream.held, len(tokens), 0, 0, 0, 0, 1.0
+            columns = ExtendColumns(np.array([row], EXTEND_ITEM), tokens, [], {})
             active.row_histories.pop(role, None)
-            active.replicas[role].outbox.extends.append(item)
+            active.replicas[role].outbox.extends.append(columns)
             stream.hold(len(stream))
 
     def widen(self, row: LogitsRow, k: int) -> None:
         """Request wider slices of a row (WHOLE: the whole row of every role)."""
         row.widen(k)
-        for role in row.window.roles:
-            if self._too_narrow(row, role):
-                self._widen(row, role, row.slices.pop(role))
+        self._widened.append(row)
 
     def drop(self, active: ActiveSession) -> None:
         """Forget the session's window and its calls in flight."""
-        for role in list(active.call_ids):
-            self._calls.forget(active, role)
-        if active.window is not None:
-            for row in active.window.dissolve():
-                self._touched.pop(row, None)
+        window = active.window
+        if window is not None:
+            self._calls.forget(window)
+            window.dissolve()
             active.window = None
+
+    def _place(self) -> None:
+        """Put the rows of windows that were begun into frames, those of one shape into one."""
+        unplaced, self._unplaced = self._unplaced, []
+        shapes: dict[tuple[object, ...], tuple[FrameShape, list[LogitsRow]]] = {}
+        for window in unplaced:
+            if window.rows:
+                shape = window.shape(window.rows[0].k)
+                shapes.setdefault(shape.key, (shape, []))[1].extend(window.rows)
+        for shape, rows in shapes.values():
+            self._frame(rows, shape, RowStage.EXTENDING)
+
+    def _frame(self, rows: Sequence[LogitsRow], shape: FrameShape, stage: RowStage) -> Frame:
+        """Put rows into a frame."""
+        widths = {role: self._slice_width(shape, role) for role in shape.required}
+        proposing: Sequence[Role] = tuple(shape.required)
+        if shape.scores_prompt:
+            proposing = ()
+        elif shape.guided and shape.k != WHOLE:
+            proposing = GUIDED[:2]
+        elif shape.aligned:
+            proposing = GUIDED[:1]
+        frame = RowFrame(rows, shape, widths, proposing, stage)
+        for at, row in enumerate(rows):
+            row.place(frame, at)
+        return frame
+
+    def _slice_width(self, shape: FrameShape, role: Role) -> int:
+        """The most ids that a role proposes for a row, in ids of the primary."""
+        if shape.aligned and role != shape.primary:  # tokens of the guider's slice, and of boundary-crossing tokens
+            return shape.k + self._config.k if role == "guider" and shape.k != WHOLE else 0
+        if shape.k == WHOLE:
+            return self._vocabularies.width(role)
+        return 0 if role == "guider_base" and shape.guided else min(shape.k, self._vocabularies.width(role))
+
+    def _place_widened(self) -> None:
+        """Move widened rows into frames of their new width, and request the wider slices."""
+        widened, self._widened = self._widened, []
+        shapes: dict[tuple[object, ...], tuple[FrameShape, RowStage, list[LogitsRow]]] = {}
+        for row in widened:
+            if row in row.window.rows:  # else the window has ended
+                shape, stage = row.window.shape(row.k), RowStage(row.frame.stage[row.at])
+                shapes.setdefault((stage, *shape.key), (shape, stage, []))[2].append(row)
+        for shape, stage, rows in shapes.values():
+            narrow = [(row.frame, row.at) for row in rows]
+            frame = self._frame(rows, shape, stage)
+            for row, (before, at) in zip(rows, narrow, strict=True):
+                frame.block.copy_required(row.at, before.block, at)
+                before.abandon(at)
+            for role in shape.required:
+                if self._too_narrow(rows[0], role):
+                    for row in rows:
+                        row.slices.pop(role, None)
+                    self._request_wider(rows, role)
+                else:
+                    frame.receive(role, np.arange(len(rows)))
 
     def _too_narrow(self, row: LogitsRow, role: Role) -> bool:
         """True if the row is decided by more than the slice that a role's extend returns."""
@@ -153,12 +272,12 @@ class Exchange:
             return False
         return row.k == WHOLE or not (role == "guider_base" and row.window.guided)
 
-    def _widen(self, row: LogitsRow, role: Role, before: RowSlice) -> None:
-        active = row.window.active
-        position, prefix = row.key(role)
-        call_id = self._calls.issue(InflightCall("widen", row.window, role, row=row, before=before))
-        item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
-        active.replicas[role].outbox.widens.append(item)
+    def _request_wider(self, rows: Sequence[LogitsRow], role: Role) -> None:
+        first = self._calls.issue(CallBatch("widen", role, [row.window for row in rows], list(rows)))
+        for call_id, row in enumerate(rows, first):
+            active, (position, prefix) = row.window.active, row.key(role)
+            item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
+            active.replicas[role].outbox.widens.append(item)
 
     def _request_drafts(self, window: VerificationWindow) -> None:
         """Let the guider append the session's newest tokens, and draft behind them."""
@@ -174,16 +293,19 @@ class Exchange:
     def _request_rows(self, window: VerificationWindow, drafts: Sequence[int], drafted: Sequence[int] = ()) -> None:
         """Request the rows behind the drafts."""
         k = WHOLE if self._config.mode == "full" else self._config.k
-        ahead = self._translate_drafts(window, drafts, drafted)
+        ahead = dict.fromkeys(window.roles, NO_DRAFTS)
+        if drafts or window.oldest or window.drafting_role is not None:
+            ahead = self._translate_drafts(window, drafts, drafted)
         window.rows = [LogitsRow(window, index, k) for index in range(len(ahead[window.active.primary].ends))]
         for role, part in ahead.items():
             begun = self._begin_role(window, role)
             window.draft_tokens[role], window.reads[role] = list(part.tokens), part.ends
-            window.hashes[role] = [begun, *extend_hashes(begun, part.tokens)]
+            window.hashes[role] = [begun, *extend_hashes(begun, part.tokens)] if part.tokens else [begun]
             if role in window.oldest:
                 for row, boundaries in zip(window.rows, part.boundaries_by_row, strict=True):
                     if boundaries is not None:
                         row.crossing[role] = CrossingRows(boundaries)
+        self._unplaced.append(window)
         for role in window.roles:
             if role != window.drafting_role:
                 self._extend(window, role)
@@ -259,20 +381,18 @@ class Exchange:
         ids = needed.ids if needed is not None else NO_IDS
         rows = end - fresh
         heat = self._temperature(window, role)
-        call = InflightCall("extend", window, role, required=needed, start=fresh, temperature=heat)
-        call_id = self._calls.issue(call)
-        prefix = stream.hash_before(position)
-        requested = rows, k, ids, draft, keep, heat
-        item = ExtendItem(call_id, active.key, active.age, prefix, active.epoch, position, tokens, *requested)
-        active.replicas[role].outbox.extends.append(item)
+        requested = position, tokens, rows, k, ids, draft, keep, fresh, heat
+        self._extends.setdefault(role, []).append(PendingExtend(window, *requested))
 
     def _take_held_rows(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
         """Take the rows before `fresh` from the history."""
-        for row in window.rows[window.next :]:
-            if row.position(role) < fresh:
-                part = history.get(row.key(role))
-                assert part is not None
-                self._take_slice(row, role, part)
+        held = [row for row in window.rows[window.next :] if row.position(role) < fresh]
+        if held:
+            self._place()
+        for row in held:
+            part = history.get(row.key(role))
+            assert part is not None
+            self._take_slice(row, role, part)
 
     @staticmethod
     def _temperature(window: VerificationWindow, role: Role) -> float:
@@ -298,56 +418,123 @@ class Exchange:
             if isinstance(message, Rows):
                 self._take_rows(message, replica)
             elif isinstance(message, Values):
-                self._calls.take_values(message)
+                self._take_values(message)
             elif isinstance(message, Drafted):
                 self._take_drafts(message)
             elif isinstance(message, Refused):
-                faults += self._calls.take_refusals(message)
+                faults += self._take_refusals(message)
         return faults
 
     def advance(self) -> list[VerificationWindow]:
         """Request what touched rows still lack. Returns the windows among theirs whose next row is complete."""
         touched, self._touched = list(self._touched), {}
-        self._completer.advance(row for row in touched if not row.window.scores_prompt)
-        for row in touched:
-            row.complete_if_answered()
-        return [window for window in dict.fromkeys(row.window for row in touched) if window.ready()]
+        windows: dict[VerificationWindow, None] = {}
+        for frame in touched:
+            for row in frame.owners_of(self._completer.advance(frame)):
+                windows[row.window] = None
+        return [window for window in windows if window.ready()]
 
     def _take_rows(self, message: Rows, replica: Replica) -> None:
+        """Store the rows of extends and widenings, those of one frame together."""
         replica.forward_time.observe(message.packed, message.micros / 1e6)
-        calls = [self._calls.get(call_id) for call_id in message.items["call_id"].tolist()]
-        for call, slices in read_rows(message, calls, replica.welcome.width, self._map):
-            if call is None:
+        columns = _RowColumns(message, replica.welcome.width)
+        for begin, end, batch, number in self._calls.find(message.items["call_id"].tolist()):
+            if batch is None:
                 continue
-            self._calls.complete(call)
-            window, role = call.window, call.role
-            if call.kind == "widen":
-                assert call.row is not None
-                self._add_slice(call.row, role, slices[0])
-                continue
+            members = [number + at for at in range(end - begin) if batch.alive[number + at]]
+            if batch.kind == "widen":
+                targets = [(batch.details[each], int(columns.first_row[begin + each - number])) for each in members]
+                self._take_wider(columns, batch.role, targets)
+            else:
+                self._take_extended(columns, batch, [(each, begin + each - number) for each in members])
+            for each in members:
+                self._calls.end(batch, each)
+
+    def _take_extended(self, columns: _RowColumns, batch: Batch, calls: Sequence[tuple[int, int]]) -> None:
+        """Store the rows of extends. calls: number in the batch, and item in the message."""
+        role = batch.role
+        frames: dict[Frame, list[tuple[LogitsRow, int, float]]] = {}
+        for number, item in calls:
+            window, sent = batch.callers[number], batch.details[number]
             window.answered.add(role)
             if role == window.drafting_role and not window.rows:
                 self._request_rows(window, [])  # no draft came
+            self._place()
             if role in window.oldest:
-                history = window.active.row_histories.setdefault(role, RowHistory())
-                used = window.first[role] + len(window.hashes[role])  # more may have been drafted
-                for position, part in zip(range(call.start, used), slices):  # noqa: B905
-                    history.add(window.key(role, position), part)
-            if role in window.required:
-                for row in window.rows[window.next :]:
-                    at = row.position(role) - call.start
-                    if 0 <= at < len(slices):  # drafts may have been cut
-                        self._take_slice(row, role, slices[at])
+                self._take_aligned(columns, window, role, item, sent.start)
+                continue
+            if role not in window.required:
+                continue
+            first, reads = window.first[role] - sent.start, window.reads[role]
+            count, source = int(columns.rows[item]), int(columns.first_row[item])
+            for row in window.rows[window.next :]:
+                at = first + reads[row.index]
+                if 0 <= at < count:  # drafts may have been cut
+                    frames.setdefault(row.frame, []).append((row, source + at, sent.temperature))
+        for frame, members in frames.items():
+            self._store(columns, frame, role, members)
+
+    def _store(
+        self, columns: _RowColumns, frame: Frame, role: Role, members: Sequence[tuple[LogitsRow, int, float]]
+    ) -> None:
+        """Store slices of a role in a frame. members: row, its number among the message's rows, temperature."""
+        rows, sources, temperatures = zip(*members, strict=True)
+        at, too_narrow = column([row.at for row in rows]), self._too_narrow(rows[0], role)
+        part = ONLY_REQUIRED if too_narrow else ALL
+        theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
+        frame.block.store_rows(
+            role, at, columns.sent, column(sources), part, theirs, np.array(temperatures, np.float64)
+        )
+        if too_narrow:  # the rows were widened before the role was extended again
+            for row in rows:
+                row.widen(row.k)
+            self._request_wider(rows, role)
+            return
+        frame.receive(role, at)
+        late = at[frame.stage[at] == RowStage.LOOKING_UP]
+        if len(late):
+            frame.block.add_events(role, late)
+        self._touched[frame] = None
+
+    def _take_wider(self, columns: _RowColumns, role: Role, targets: Sequence[tuple[LogitsRow, int]]) -> None:
+        """Store wider slices. targets: row, and its number among the message's rows."""
+        frames: dict[Frame, list[tuple[LogitsRow, int]]] = {}
+        for row, source in targets:
+            if role in row.window.oldest:
+                self._add_aligned(row, role, columns.slice(source))
+            else:
+                frames.setdefault(row.frame, []).append((row, source))
+        for frame, members in frames.items():
+            at, source = column([row.at for row, _ in members]), column([source for _, source in members])
+            theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
+            frame.block.store_rows(role, at, columns.sent, source, ONLY_SLICES, theirs, np.ones(len(at)))
+            frame.receive(role, at)
+            self._touched[frame] = None
+
+    def _take_aligned(
+        self, columns: _RowColumns, window: VerificationWindow, role: Role, item: int, start: int
+    ) -> None:
+        """Store the rows of an extend of a small model with another vocabulary, in its own ids."""
+        first, count = int(columns.first_row[item]), int(columns.rows[item])
+        slices = [columns.slice(first + number) for number in range(count)]
+        history = window.active.row_histories.setdefault(role, RowHistory())
+        used = window.first[role] + len(window.hashes[role])  # more may have been drafted
+        for position, part in zip(range(start, used), slices):  # noqa: B905
+            history.add(window.key(role, position), part)
+        for row in window.rows[window.next :]:
+            at = row.position(role) - start
+            if 0 <= at < count:  # drafts may have been cut
+                self._take_slice(row, role, slices[at])
 
     def _take_slice(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
-        """Store the slice of an extend, or request a wider one if the row has been widened."""
+        """Store the slice of a role with another vocabulary, or request a wider one if the row has been widened."""
         if self._too_narrow(row, role):
-            row.enter_widening()  # the row was widened before the role was extended again
-            self._widen(row, role, part)
+            row.widen(row.k)  # the row was widened before the role was extended again
+            self._request_wider([row], role)
         else:
-            self._add_slice(row, role, part)
+            self._add_aligned(row, role, part)
 
-    def _add_slice(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
+    def _add_aligned(self, row: LogitsRow, role: Role, part: RowSlice) -> None:
         if (crossing := row.crossing.get(role)) is not None:
             history, window = row.window.active.row_histories[role], row.window
             for number in range(crossing.rows):
@@ -355,19 +542,119 @@ class Exchange:
                 assert earlier is not None
                 crossing.sums[number] = earlier.logsumexp
         row.slices[role] = part
-        if row.block is not None:
-            row.block.add_slice(role, row.at, part)
-        self._touch(row)
+        if role in row.events:  # the candidates were known before
+            events, number = row.events[role]
+            events.add_slice(number, part)
+        if role == "guider_base" or row.k == WHOLE:  # a guider's slice counts once its proposals are stored
+            row.frame.receive(role, row.at)
+        self._touched[row.frame] = None
 
-    def _touch(self, row: LogitsRow) -> None:
-        self._touched[row] = None
+    def _take_values(self, message: Values) -> None:
+        """Store the replies to lookups."""
+        ends = np.cumsum(message.items["values"]).tolist()
+        for begin, end, batch, number in self._calls.find(message.items["call_id"].tolist()):
+            if batch is None or batch.kind != "lookup":
+                continue
+            calls = [(number, number + end - begin)]
+            if 0 in batch.alive[number : number + end - begin]:
+                calls = [(each, each + 1) for each in range(number, number + end - begin) if batch.alive[each]]
+            for first, last in calls:
+                before = begin + first - number
+                values = message.values[ends[before - 1] if before else 0 : ends[begin + last - number - 1]]
+                batch.details.take(values, first, last)
+                for each in range(first, last):
+                    self._calls.end(batch, each)
+            self._touched[batch.details.frame] = None
+
+    def _take_refusals(self, message: Refused) -> list[Fault]:
+        """Remove refused calls. Returns one fault for each session and role.
+
+        A row whose lookup was refused stays incomplete: the fault makes it be extended again.
+        """
+        faults: dict[tuple[int, Role], Fault] = {}
+        codes, details = message.items["code"].tolist(), message.items["detail"].tolist()
+        for begin, end, batch, number in self._calls.find(message.items["call_id"].tolist()):
+            for at in range(begin, end):
+                if batch is None or not batch.alive[number + at - begin]:
+                    continue
+                active = batch.callers[number + at - begin].active
+                self._calls.end(batch, number + at - begin)
+                # The refusal of an extend is the cause of those of the lookups that waited for it.
+                if batch.kind == "extend" or (active.key, batch.role) not in faults:
+                    faults[active.key, batch.role] = Fault(active, batch.role, Refusal(codes[at]), details[at])
+        return list(faults.values())
 
     def _take_drafts(self, message: Drafted) -> None:
-        for call_id, tokens in drafted_items(message):
-            call = self._calls.get(call_id)
-            if call is not None and not call.window.rows:
-                window = call.window
-                self._request_rows(window, window.active.session.translators["guider"].drafts_in_target(tokens), tokens)
+        drafted = drafted_items(message)
+        for begin, end, batch, number in self._calls.find([call_id for call_id, _ in drafted]):
+            for at in range(begin, end):
+                if batch is None or not batch.alive[number + at - begin]:
+                    continue
+                window, tokens = batch.callers[number + at - begin], drafted[at][1]
+                if not window.rows:
+                    drafts = window.active.session.translators["guider"].drafts_in_target(tokens)
+                    self._request_rows(window, drafts, tokens)
 
-    def _map(self, active: ActiveSession, role: Role) -> VocabularyMap | Alignment:
-        return self._vocabularies.map(active.primary, role)
+
+def _extend_columns(first: int, role: Role, members: Sequence[PendingExtend]) -> ExtendColumns:
+    """The items of extends for one replica. first: id of the first call."""
+    sessions = [each.window.active for each in members]
+    streams = [active.session.streams[role] for active in sessions]
+    items = np.empty(len(members), EXTEND_ITEM)
+    items["call_id"] = np.arange(first, first + len(members))
+    items["session"] = [active.key for active in sessions]
+    items["age"] = [active.age for active in sessions]
+    items["prefix"] = [stream.hash_before(each.position) for stream, each in zip(streams, members, strict=True)]
+    items["epoch"] = [active.epoch for active in sessions]
+    items["position"] = [each.position for each in members]
+    items["tokens"] = [len(each.tokens) for each in members]
+    items["rows"] = [each.rows for each in members]
+    items["k"] = [each.k for each in members]
+    items["required_ids"] = [len(each.required_ids) for each in members]
+    items["keep"] = [each.keep for each in members]
+    items["temperature"] = [each.temperature for each in members]
+    return ExtendColumns(
+        items,
+        [token for each in members for token in each.tokens],
+        [each.required_ids for each in members],
+        {place: each.draft for place, each in enumerate(members) if each.draft is not None},
+    )
+
+
+class _RowColumns:
+    """The rows of a message by number. width: logits in a whole row of this model."""
+
+    def __init__(self, message: Rows, width: int) -> None:
+        items = message.items
+        self.rows = np.ascontiguousarray(items["rows"])
+        self.first_row = np.cumsum(self.rows) - self.rows
+        ks, required = np.ascontiguousarray(items["k"]), np.ascontiguousarray(items["required_ids"])
+        if len(items) and min(self.rows.min(), required.min()) < 0:
+            raise ProtocolError("Rows.items has a negative count")
+        starts, pages = np.empty((int(self.rows.sum()), 4), np.int64), page_counts(width)
+        lengths = locate_rows(self.rows, ks, required, width, starts)
+        columns = [_read_only(each) for each in (message.ids, message.pages, message.logits)]
+        columns += [_read_only(each) for each in (message.logsumexp, message.tempered, message.required)]
+        expected = lengths[0], len(starts) * pages, lengths[1], len(starts), len(starts), lengths[2]
+        if tuple(map(len, columns)) != expected:
+            raise ProtocolError("the columns of Rows do not fit its items")
+        self.sent = SentRows(starts, columns[0], columns[1], pages, *columns[2:])
+        self._message, self._width = message, width
+        self._ids: Ids | None = None  # joined when they are needed
+
+    def slice(self, source: int) -> RowSlice:
+        """One row in the model's own ids."""
+        k, id_at, logit_at, _ = self.sent.starts[source].tolist()
+        if self._ids is None:
+            self._ids = rows_ids(self._message, self._width)
+        ids = np.arange(self._width) if k == WHOLE else self._ids[id_at : id_at + k]
+        logits = self.sent.logits[logit_at : logit_at + len(ids)]
+        return RowSlice(ids, logits, np.zeros(0), float(self.sent.logsumexp[source]))
+
+
+def _read_only(values: NDArray[Any]) -> NDArray[Any]:
+    """The same values, as kernels take them: arrays of messages cannot be written to."""
+    if values.flags.writeable:
+        values = values.view()
+        values.flags.writeable = False
+    return values

@@ -185,7 +185,7 @@ class DecodeLoop:
             self._fault_handler.handle(fault)
 
     def _send(self) -> None:
-        self._exchange.look_up_crossing_rows()
+        self._exchange.request()
         self._pool.flush()
 
     def _admit(self) -> None:

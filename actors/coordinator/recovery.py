@@ -13,8 +13,8 @@ from typing import Protocol
 from actors.api.generation import Role
 from actors.config import Deadlines
 from actors.coordinator.admission import AdmissionQueue
-from actors.coordinator.exchange import Exchange
-from actors.coordinator.inflight import Fault
+from actors.coordinator.exchange import Exchange, Fault
+from actors.coordinator.inflight import owing
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
@@ -79,7 +79,8 @@ class FaultHandler:
     def drop_silent_replicas(self, active_sessions: Iterable[ActiveSession]) -> None:
         """Give up replicas that have owed a row for `deadlines.step_s` seconds and finished no forward in that time."""
         for active in active_sessions:
-            if any(active.call_ids.values()) and time.monotonic() - active.rows_due_since > self._deadlines.step_s:
+            owed = active.window is not None and owing(active.window)
+            if owed and time.monotonic() - active.rows_due_since > self._deadlines.step_s:
                 self._drop_silent(active)
 
     def _resend(self, window: VerificationWindow, role: Role, held: int) -> None:
@@ -99,8 +100,9 @@ class FaultHandler:
 
     def _drop_silent(self, active: ActiveSession) -> None:
         limit, now = self._deadlines.step_s, time.monotonic()
-        owing = [active.replicas[role] for role, owed in active.call_ids.items() if owed]
-        silent = [replica for replica in owing if now - replica.progress_at > limit]
+        assert active.window is not None
+        late = [active.replicas[role] for role in owing(active.window)]
+        silent = [replica for replica in late if now - replica.progress_at > limit]
         if silent:
             active.count_fault()
         if active.faults > MAX_FAULTS:

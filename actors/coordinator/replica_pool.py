@@ -20,7 +20,7 @@ from actors.api.generation import ROLES, Role
 from actors.config import Deadlines
 from actors.directory import HEARTBEAT_S, Endpoint
 from actors.wire.client import Connection
-from actors.wire.columns import ExtendItem, RowRequest, pack_extends, pack_lookups
+from actors.wire.columns import ExtendColumns, RowRequest, pack_extends, pack_lookups
 from actors.wire.errors import WireError
 from actors.wire.link import Limits
 from actors.wire.messages import WIDEN_ITEM, Message, Welcome, Widen
@@ -197,9 +197,9 @@ class ReplicaPool:
 class Outbox:
     """Items for one replica that a turn of the decode loop collects."""
 
-    extends: list[ExtendItem] = field(default_factory=list)
+    extends: list[ExtendColumns] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
-    lookups: list[RowRequest] = field(default_factory=list)
+    lookups: list[NDArray[Any]] = field(default_factory=list)  # LOOKUP_ITEM
     ids: list[NDArray[Any]] = field(default_factory=list)  # of the lookups, one after another
     widens: list[RowRequest] = field(default_factory=list)
 
@@ -209,7 +209,7 @@ class Outbox:
         if self.extends or self.released:
             messages.append(pack_extends(self.extends, self.released))
         if self.lookups:
-            messages.append(pack_lookups(self.lookups, np.concatenate(self.ids), width))
+            messages.append(pack_lookups(np.concatenate(self.lookups), np.concatenate(self.ids), width))
         if self.widens:
             messages.append(Widen(np.array(self.widens, WIDEN_ITEM)))
         if messages:

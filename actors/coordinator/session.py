@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from actors.api.generation import Generate, PromptNote, Role
+from actors.coordinator.frames import FrameShape, RowFrame
+from actors.coordinator.inflight import CallBatch
 from actors.coordinator.output import EventQueue
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.states import ROW_TRANSITIONS, SESSION_TRANSITIONS, RowStage, SessionState, transition
-from actors.decoding.candidates import CandidateBlock, RowProposal, RowSlice
-from actors.decoding.cross_vocab.logprobs import CrossingRows
+from actors.coordinator.states import SESSION_TRANSITIONS, RowStage, SessionState, transition
+from actors.decoding.candidates import RowSlice
+from actors.decoding.cross_vocab.logprobs import CrossingRows, TokenEventLogprobs
 from actors.decoding.cross_vocab.retokenizer import KEPT_ROWS
 from actors.decoding.decision import Decisions
 from actors.decoding.prompt import prompt_notes, spread
@@ -19,7 +21,6 @@ from actors.decoding.session import Session
 from actors.decoding.speculation import Acceptance, TextIndex
 from actors.decoding.vocabulary import RequiredLogits
 from actors.text.vocabularies import VocabularyRegistry
-from actors.wire.messages import WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,6 @@ class ActiveSession:
         # Cache of required ids, keyed by `guided`; used only while no emitted token adds required ids.
         self.required: dict[bool, Mapping[Role, RequiredLogits]] = {}
         self.row_histories: dict[Role, RowHistory] = {}  # of small roles with another vocabulary
-        self.call_ids: dict[Role, set[int]] = {}  # calls of the window that are in flight
         self.state = SessionState.QUEUED
         self.state_since = time.monotonic()
         self.cache_waits: dict[Role, CacheWait] = {}  # while PARKED: by role whose replica has no room
@@ -195,8 +195,8 @@ class PromptScoring:
         """Log-probabilities of the tokens that follow the complete rows of a window."""
         active, request = window.active, self._request
         rows = {
-            role: spread([row.slices[role] for row in window.rows], window.required[role], self._width)
-            for role in window.roles
+            role: spread([row.frame.block.slice(role, row.at) for row in window.rows], required, self._width)
+            for role, required in window.required.items()
         }
         begin = active.session.scored
         tokens = request.prompts[active.primary][begin : begin + len(window.rows)]
@@ -209,73 +209,41 @@ class PromptScoring:
 
 
 class LogitsRow:
-    """One row of logits of a window, from the request of its slices to its decision."""
+    """One row of logits of a window: row `at` of `frame`, from the request of its slices to its decision."""
 
-    __slots__ = (
-        "at",
-        "audited",
-        "block",
-        "crossing",
-        "index",
-        "k",
-        "lookups",
-        "proposed",
-        "slices",
-        "stage",
-        "window",
-    )
+    __slots__ = ("at", "audited", "crossing", "events", "frame", "index", "k", "slices", "window")
 
     def __init__(self, window: VerificationWindow, index: int, k: int) -> None:
         self.window, self.index = window, index
-        self.stage = RowStage.EXTENDING
         self.k = k  # width of its slices; WHOLE: whole rows
-        self.slices: dict[Role, RowSlice] = {}
-        self.crossing: dict[Role, CrossingRows] = {}  # of small roles with another vocabulary
-        self.proposed: RowSlice | None = None  # of a guider with another vocabulary, in the target's ids
-        self.block: CandidateBlock | None = None  # once its candidates are known
-        self.at = 0  # its row in the block
-        self.lookups = 0  # in flight
+        self.frame: RowFrame[LogitsRow]
+        self.at = -1  # until it has a frame
+        aligned = window.aligned
+        # Of small roles with another vocabulary: slices in their ids, earlier rows, and the candidates' events with
+        # the number of this row.
+        self.slices: dict[Role, RowSlice] = {} if aligned else _NO_SLICES
+        self.crossing: dict[Role, CrossingRows] = {} if aligned else _NO_CROSSING
+        self.events: dict[Role, tuple[TokenEventLogprobs, int]] = {} if aligned else _NO_EVENTS
         self.audited: Decisions | None = None  # from slices, while whole rows are fetched
-
-    @property
-    def candidates_known(self) -> bool:
-        """True if the slices that determine the candidates have arrived."""
-        if not self.window.guided or self.k == WHOLE:
-            return all(role in self.slices for role in self.window.roles)
-        guider = self.proposed is not None if self.window.aligned else "guider" in self.slices
-        return guider and "target" in self.slices
 
     @property
     def complete(self) -> bool:
         """True if every slice and every lookup has been answered."""
-        return self.stage == RowStage.COMPLETE
+        return self.at >= 0 and bool(self.frame.stage[self.at] == RowStage.COMPLETE)
 
-    def enter(self, stage: RowStage) -> None:
-        """Change the stage. Raises ForbiddenTransition."""
-        self.stage = transition(ROW_TRANSITIONS, self.stage, stage)
+    def place(self, frame: RowFrame[LogitsRow], at: int) -> None:
+        """Become row `at` of a frame."""
+        self.frame, self.at = frame, at
 
-    def join(self, block: CandidateBlock, at: int) -> None:
-        """Become row `at` of a block: the candidates are known."""
-        self.enter(RowStage.LOOKING_UP)
-        self.block, self.at = block, at
+    def lose(self, role: Role) -> None:
+        """Wait for a role that computes the row again: drop its slice and the candidates."""
+        self.slices.pop(role, None)
+        self.frame.lose(role, self.at)
 
-    def lookup_sent(self) -> None:
-        """Count a lookup in flight."""
-        self.lookups += 1
-
-    def lookup_answered(self) -> None:
-        """Count a lookup that was answered or refused."""
-        self.lookups -= 1
-
-    def complete_if_answered(self) -> None:
-        """Enter COMPLETE if every slice and every lookup has been answered."""
-        joined = self.stage == RowStage.LOOKING_UP or (self.window.scores_prompt and not self.complete)
-        if joined and not self.lookups and len(self.slices) == len(self.window.roles):
-            self.enter(RowStage.COMPLETE)
-
-    def enter_widening(self) -> None:
-        """Enter WIDENING, or AUDITING if the slices have decided the row."""
-        self.enter(RowStage.WIDENING if self.audited is None else RowStage.AUDITING)
+    def widen(self, k: int) -> None:
+        """Wait for slices of this k (WHOLE: whole rows)."""
+        self.k = k
+        self.frame.enter(self.at, RowStage.WIDENING if self.audited is None else RowStage.AUDITING)
 
     def begin_audit(self, decisions: Decisions) -> None:
         """Keep what the slices decided until whole rows have been fetched."""
@@ -295,31 +263,12 @@ class LogitsRow:
         """Position of the row's token in a role's stream."""
         return self.window.first[role] + self.window.reads[role][self.index]
 
-    def proposal(self) -> RowProposal:
-        """The row's required ids and slices, from which a block is made."""
-        slices: Mapping[Role, RowSlice] = self.slices
-        if self.window.aligned:  # slices of small models are in other ids; a block takes their event probabilities
-            offered: dict[Role, RowSlice] = {"target": slices["target"]}
-            slices = offered if self.proposed is None else offered | {"guider": self.proposed}
-        return RowProposal(self.window.required, slices)
 
-    def extend_again(self, role: Role) -> None:
-        """Wait for a role that computes the row again: drop its slice and the candidates."""
-        self.slices.pop(role, None)
-        self.enter(RowStage.EXTENDING)
-        self._forget_candidates()
-
-    def widen(self, k: int) -> None:
-        """Wait for slices of this k (WHOLE: whole rows): drop the candidates."""
-        self.k = k
-        self.enter_widening()
-        self._forget_candidates()
-
-    def _forget_candidates(self) -> None:
-        self.block, self.proposed, self.lookups = None, None, 0
+_NO_SLICES: dict[Role, RowSlice] = {}
+_NO_CROSSING: dict[Role, CrossingRows] = {}
+_NO_EVENTS: dict[Role, tuple[TokenEventLogprobs, int]] = {}
 
 
-@dataclass(slots=True, eq=False)
 class VerificationWindow:
     """The rows in flight of a session: that of its newest token, and one for each draft token.
 
@@ -330,20 +279,49 @@ class VerificationWindow:
     ends, and the next one begins with token 9 at position 21.
     """
 
-    active: ActiveSession
-    guided: bool  # True if the small models take part in its decisions
-    required: Mapping[Role, RequiredLogits]  # by role that takes part, the primary first
-    drafting_role: Role | None = None  # None: no drafts, or drafts from the session's own text
-    wanted: int = 0  # drafts requested from the drafting role
-    first: dict[Role, int] = field(default_factory=dict)  # position of the first row's token in each role's stream
-    draft_tokens: dict[Role, list[int]] = field(default_factory=dict)  # the drafts in each role's ids
-    hashes: dict[Role, list[int]] = field(default_factory=dict)  # up to the first row's token, and after each draft
-    reads: dict[Role, Sequence[int]] = field(default_factory=dict)  # drafts that a role read before each row
-    oldest: dict[Role, int] = field(default_factory=dict)  # earliest position whose row is needed, by aligned role
-    rows: list[LogitsRow] = field(default_factory=list)  # empty while drafts are requested
-    next: int = 0  # index of the row to be decided now
-    answered: set[Role] = field(default_factory=set)  # roles whose replicas hold all tokens of the window
-    scores_prompt: bool = False  # its rows score tokens of the prompt; none is chosen
+    __slots__ = (
+        "active",
+        "answered",
+        "calls",
+        "draft_tokens",
+        "drafting_role",
+        "first",
+        "guided",
+        "hashes",
+        "next",
+        "oldest",
+        "reads",
+        "required",
+        "rows",
+        "scores_prompt",
+        "wanted",
+    )
+
+    def __init__(
+        self,
+        active: ActiveSession,
+        guided: bool,
+        required: Mapping[Role, RequiredLogits],
+        drafting_role: Role | None = None,
+        wanted: int = 0,
+        scores_prompt: bool = False,
+    ) -> None:
+        """wanted: drafts requested from the drafting role."""
+        self.active = active
+        self.guided = guided  # True if the small models take part in its decisions
+        self.required = required  # by role that takes part, the primary first
+        self.drafting_role = drafting_role  # None: no drafts, or drafts from the session's own text
+        self.wanted = wanted
+        self.scores_prompt = scores_prompt  # its rows score tokens of the prompt; none is chosen
+        self.first: dict[Role, int] = {}  # position of the first row's token in each role's stream
+        self.draft_tokens: dict[Role, list[int]] = {}  # the drafts in each role's ids
+        self.hashes: dict[Role, list[int]] = {}  # up to the first row's token, and after each draft
+        self.reads: dict[Role, Sequence[int]] = {}  # drafts that a role read before each row
+        self.oldest: dict[Role, int] = {}  # earliest position whose row is needed, by aligned role
+        self.rows: list[LogitsRow] = []  # empty while drafts are requested
+        self.next = 0  # index of the row to be decided now
+        self.answered: set[Role] = set()  # roles whose replicas hold all tokens of the window
+        self.calls: list[tuple[CallBatch[VerificationWindow], int]] = []  # those sent for it: batch, and number
 
     @property
     def aligned(self) -> bool:
@@ -406,10 +384,16 @@ class VerificationWindow:
                         break
             stream.hold(held)
 
-    def dissolve(self) -> list[LogitsRow]:
-        """Empty the window and return its rows; this breaks the reference cycle between rows and window."""
+    def shape(self, k: int) -> FrameShape:
+        """Shape of a frame for the window's rows of width k."""
+        return FrameShape(self.required, self.guided, self.aligned, self.scores_prompt, k)
+
+    def dissolve(self) -> None:
+        """Drop the rows, which breaks the reference cycle between them and the window."""
         rows, self.rows = self.rows, []
-        return rows
+        for row in rows:
+            if row.at >= 0:
+                row.frame.abandon(row.at)
 
 
 _KEPT_AT_LEAST = 64  # rows that are kept at least, whatever the replica holds

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class ForbiddenTransition(RuntimeError):
     """A state was to follow one that it must not follow: a fault of this program."""
@@ -72,3 +75,15 @@ def transition(table: bytes, before: State, after: State) -> State:
     if not table[before] >> after & 1:
         raise ForbiddenTransition(f"{before.name} -> {after.name}")
     return after
+
+
+def transition_rows(stages: NDArray[np.uint8], at: NDArray[np.int64], after: RowStage) -> None:
+    """Enter `after` with the rows `at` of a column of stages. Raises ForbiddenTransition, and changes nothing then."""
+    allowed = _ROW_COLUMN[stages[at]] >> after & 1
+    if not allowed.all():
+        before = RowStage(stages[at[np.flatnonzero(allowed == 0)[0]]])
+        raise ForbiddenTransition(f"{before.name} -> {after.name}")
+    stages[at] = after
+
+
+_ROW_COLUMN = np.frombuffer(ROW_TRANSITIONS, np.uint8)

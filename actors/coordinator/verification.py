@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from actors.api.generation import Scores
 from actors.config import Exchange as ExchangeConfig
+from actors.coordinator.frames import RowFrame
 from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
-from actors.decoding.candidates import CandidateBlock
 from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
 from actors.wire.messages import WHOLE
 
@@ -58,15 +58,14 @@ class Verifier:
     def verify(self, windows: Sequence[VerificationWindow]) -> list[list[RowDecision]]:
         """Decide each window's next rows: all complete ones, or only the first if its token affects the later ones."""
         wanted = [_sampling_specs(window) for window in windows]
-        groups: dict[CandidateBlock, list[tuple[LogitsRow, RowSamplingSpec]]] = {}
+        groups: dict[RowFrame[LogitsRow], list[tuple[LogitsRow, RowSamplingSpec]]] = {}
         for each in wanted:
             for row, spec in each:
-                assert row.block is not None
-                groups.setdefault(row.block, []).append((row, spec))
+                groups.setdefault(row.frame, []).append((row, spec))
         decided: dict[LogitsRow, RowDecision] = {}
-        for block, members in groups.items():
-            window, specs = members[0][0].window, [spec for _, spec in members]
-            decisions = decide(block, [row.at for row, _ in members], specs, window.active.primary, window.guided)
+        for frame, members in groups.items():
+            specs = [spec for _, spec in members]
+            decisions = decide(frame.block, [row.at for row, _ in members], specs, members[0][0].window.guided)
             for index, (row, spec) in enumerate(members):
                 decided[row] = RowDecision(decisions, index, spec.alpha)
         return [[decided[row] for row, _ in each] for each in wanted]

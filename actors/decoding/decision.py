@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.api.generation import EXPLAINED, Role, Scores
+from actors.api.generation import EXPLAINED, Scores
 from actors.api.sampling_params import Sampling
 from actors.decoding import kernels
 from actors.decoding.candidates import CandidateBlock, Floats, Ids
@@ -83,10 +83,8 @@ class Decisions:
         return Decisions(*(getattr(self, field.name)[index : index + 1] for field in fields(self)))
 
 
-def decide(
-    block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], primary: Role, guided: bool
-) -> Decisions:
-    """Choose the tokens of n rows of a block, all guided or all decoded by `primary` alone.
+def decide(block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], guided: bool) -> Decisions:
+    """Choose the tokens of n rows of a block, all guided or all decoded by the primary alone.
 
     rows: indices into the block; specs: one for each. Example of one row, alpha 1, greedy:
 
@@ -116,7 +114,7 @@ def decide(
 
 
 def choose(
-    ids: Ids, logits: Floats, parameters: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]
+    ids: Ids, logits: Floats, parameters: Sequence[Sampling], seeds: Iterable[Any], positions: Iterable[Any]
 ) -> Ids:
     """The chosen id of each row, [B], from all of its ids and logits [B, W], by temperature, filters and noise.
 
@@ -129,7 +127,7 @@ def choose(
     return chosen
 
 
-def spec_columns(rows: Sequence[tuple[int, float, Sampling, int, int]]) -> NDArray[np.void]:
+def spec_columns(rows: Iterable[tuple[int, float, Sampling, int, int]]) -> NDArray[np.void]:
     """`kernels.SPEC` [n] from the rule, alpha, sampling parameters, seed and position of each row."""
     table = []
     for rule, alpha, s, seed, position in rows:
@@ -155,5 +153,5 @@ def compare(sliced: Decisions, whole: Decisions, sampling: Sampling) -> tuple[fl
 
 
 def _softmax(logits: Floats) -> Floats:
-    weights: Floats = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    weights = np.exp(logits - logits.max())
+    return np.asarray(weights / weights.sum())

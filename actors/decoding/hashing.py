@@ -21,7 +21,10 @@ def mix64(x: int) -> int:
 
 def prefix_hash(previous: int, token: int) -> int:
     """The 64-bit running hash of a token sequence after one more token. It starts from the model's hash seed."""
-    return mix64(previous + (token + 1) * _GOLDEN)
+    x = (previous + (token + 1) * _GOLDEN) & MASK  # `mix64`, without the call
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
 
 
 def extend_hashes(start: int, tokens: Sequence[int]) -> list[int]:

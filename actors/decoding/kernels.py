@@ -151,12 +151,132 @@ def _ascending(ids: Any, order: Any) -> int:
     return found
 
 
+class SentRows(NamedTuple):
+    """The rows of one message of a model, as flat columns, in the encoding of `actors.wire.ids`.
+
+    starts [R, 4]: of each row its k (-1: a whole row, without ids), and where its ids, logits and required logits
+    begin. page_counts: `pages` values for each row.
+    """
+
+    starts: Ints
+    low: NDArray[np.uint16]
+    page_counts: NDArray[np.uint16]
+    pages: int
+    logits: NDArray[np.float32]
+    logsumexp: NDArray[np.float32]
+    tempered: NDArray[np.float32]
+    required: NDArray[np.float32]
+
+
+@kernel
+def locate_rows(rows: Any, ks: Any, required: Any, width: int, starts: Any) -> Any:
+    """Fill `starts` [R, 4] of `SentRows` from the rows, k and required logits of each item.
+
+    Returns the numbers of ids, logits and required logits of all rows.
+    """
+    row = ids = logits = values = 0
+    for item in range(len(rows)):
+        for _ in range(rows[item]):
+            starts[row, 0], starts[row, 1], starts[row, 2], starts[row, 3] = ks[item], ids, logits, values
+            ids += max(ks[item], 0)
+            logits += width if ks[item] < 0 else ks[item]
+            values += required[item]
+            row += 1
+    return ids, logits, values
+
+
+ALL, ONLY_REQUIRED, ONLY_SLICES = 0, 1, 2
+
+
+@kernel
+def store_rows(
+    sent: Any,
+    source: Any,
+    at: Any,
+    part: int,
+    theirs: Any,
+    temperatures: Any,
+    groups: Any,
+    role: int,
+    columns: Any,
+    slices: Any,
+    slice_logits: Any,
+    folded: Any,
+    sums: Any,
+    tempered: Any,
+    ceiling: Any,
+) -> None:
+    """Store rows that a role has sent. sent: `SentRows`. source [n]: numbers of rows in it; at [n]: rows of the block.
+
+    part: ALL, or ONLY_REQUIRED: no slices, or ONLY_SLICES: neither required nor tempered values. theirs: by the role's
+    id the primary's, -1 for none. groups [g]: where the ids of each required event begin, the number of ids behind
+    them: the logits of an event's ids are folded by logsumexp. columns: the first column in `slices` and in `folded`.
+    The other arrays are the block's, as in `merge`. Raises ValueError if the ids contradict their counts.
+    """
+    events, starts = len(groups) - 1, sent.starts
+    for number in range(len(source)):
+        row, into = source[number], at[number]
+        k, id_at, logit_at, value_at = starts[row, 0], starts[row, 1], starts[row, 2], starts[row, 3]
+        sums[role, into] = sent.logsumexp[row]
+        if part != ONLY_REQUIRED:
+            lowest = np.inf
+            if k < 0:
+                for place in range(len(theirs)):
+                    slices[into, columns[0] + place] = theirs[place]
+                    slice_logits[into, columns[0] + place] = sent.logits[logit_at + place]
+                    lowest = min(lowest, sent.logits[logit_at + place])
+            else:
+                page, left, first = -1, 0, row * sent.pages
+                if sent.page_counts[first : first + sent.pages].sum() > k:
+                    raise ValueError("the ids of a row contradict their counts or the width of the model")
+                for place in range(k):
+                    while left == 0 and page < sent.pages:
+                        page += 1
+                        left = k if page == sent.pages else np.int64(sent.page_counts[first + page])
+                    left -= 1
+                    id_ = (page << 16) + np.int64(sent.low[id_at + place])
+                    if id_ >= len(theirs):
+                        raise ValueError("the ids of a row contradict their counts or the width of the model")
+                    slices[into, columns[0] + place] = theirs[id_]
+                    slice_logits[into, columns[0] + place] = sent.logits[logit_at + place]
+                    lowest = min(lowest, sent.logits[logit_at + place])
+            if role == 0:
+                ceiling[into] = lowest
+        if part == ONLY_SLICES:
+            continue
+        heat, sum_ = temperatures[number], np.float64(sent.tempered[row])
+        one_by_one = together = 0.0
+        for event in range(events):
+            total = np.float64(sent.required[value_at + groups[event]])
+            for place in range(groups[event] + 1, groups[event + 1]):
+                total = _log_add(total, np.float64(sent.required[value_at + place]))
+            folded[into, columns[1] + event] = total
+            together += math.exp(total / heat - sum_)
+            for place in range(groups[event], groups[event + 1]):
+                one_by_one += math.exp(np.float64(sent.required[value_at + place]) / heat - sum_)
+        if role == 0:
+            # Two end ids of probability .3 are one event of .6, which at temperature .5 weighs .36 and not twice .09.
+            if heat != 1 and groups[events] > events:
+                sum_ += math.log(max(1.0 - one_by_one, 0.0) + together)
+            tempered[into] = sum_
+
+
+@kernel
+def _log_add(x: float, y: float) -> float:
+    """Log of exp(x) + exp(y)."""
+    if x == y:
+        return x + math.log(2.0)
+    return max(x, y) + math.log1p(math.exp(-abs(x - y)))
+
+
 @kernel
 def merge(
+    at: Any,
     slices: Any,
     slice_logits: Any,
     slice_ends: Any,
     events: Any,
+    folded: Any,
     event_ends: Any,
     ids: Any,
     counts: Any,
@@ -164,21 +284,21 @@ def merge(
     logits: Any,
     places: Any,
 ) -> None:
-    """Merge the ids that a row's roles propose and those whose logits are required into its candidates.
+    """Merge the ids that roles propose in the rows `at` [n], and those that are required, into the rows' candidates.
 
     slices, slice_logits [B, K]: the slices of all roles side by side, that of role r up to column slice_ends[r]; -1
-    stands for no id. events [B, E]: required ids, those of role r up to column event_ends[r]. Results: ids [B, W],
-    counts [B]: the candidates, ascending, each once, then PADDING. logits [R, B, W]: those of the slices, else NaN.
-    known [B, W]: bit r is set if the answer of role r holds the logit, so that it need not be looked up. places
-    [B, E]: the places of the events.
+    stands for no id. events [E]: required ids, those of role r up to column event_ends[r]; folded [B, E]: their logits,
+    NaN until they are known. A folded logit replaces that of a slice. Results: ids [B, W], counts [B]: the candidates,
+    ascending, each once, then PADDING. logits [R, B, W]: NaN where unknown. known [B, W]: bit r is set if the answer of
+    role r holds the logit, so that it need not be looked up. places [B, E]: the places of the events.
 
     Example: slices [3, 7 | 7, 9], events [8]: ids [3, 7, 8, 9], places [2].
     """
     roles = len(slice_ends)
-    order, required = np.empty(slices.shape[1], np.int64), np.empty(events.shape[1], np.int64)
+    order, required = np.empty(slices.shape[1], np.int64), np.empty(len(events), np.int64)
     next_, last = np.empty(roles, np.int64), np.empty(roles, np.int64)
-    logits[:] = np.nan
-    for row in range(len(ids)):
+    others = _ascending(events, required)
+    for row in at:
         begin = 0
         for role in range(roles):
             end = slice_ends[role]
@@ -186,25 +306,30 @@ def merge(
             last[role] = begin + _ascending(slices[row, begin:end], order[begin:end])
             order[begin:end] += begin
             begin = end
-        others, e, count = _ascending(events[row], required), 0, 0
+        e = count = 0
         while True:
             id_ = PADDING
             for role in range(roles):
                 if next_[role] < last[role]:
                     id_ = min(id_, slices[row, order[next_[role]]])
             if e < others:
-                id_ = min(id_, events[row, required[e]])
+                id_ = min(id_, events[required[e]])
             if id_ == PADDING:
                 break
             ids[row, count], known[row, count] = id_, 0
             for role in range(roles):
+                logits[role, row, count] = np.nan
                 while next_[role] < last[role] and slices[row, order[next_[role]]] == id_:
                     logits[role, row, count] = slice_logits[row, order[next_[role]]]
                     known[row, count] |= 1 << role
                     next_[role] += 1
-            while e < others and events[row, required[e]] == id_:
-                places[row, required[e]] = count
-                known[row, count] |= 1 << np.searchsorted(event_ends, required[e], side="right")
+            while e < others and events[required[e]] == id_:
+                column = required[e]
+                role = np.searchsorted(event_ends, column, side="right")
+                places[row, column] = count
+                known[row, count] |= 1 << role
+                if not math.isnan(folded[row, column]):
+                    logits[role, row, count] = folded[row, column]
                 e += 1
             count += 1
         counts[row] = count
@@ -212,13 +337,16 @@ def merge(
 
 
 @kernel
-def missing(ids: Any, counts: Any, known: Any, role: int, theirs: Any, rows: Any, places: Any, wanted: Any) -> int:
-    """The candidates whose logits must be looked up in a role: their rows, places and the role's ids [n]. Returns n.
+def missing(
+    at: Any, ids: Any, counts: Any, known: Any, role: int, theirs: Any, rows: Any, places: Any, wanted: Any
+) -> int:
+    """The candidates of rows `at` whose logits must be looked up in a role: their rows, places and the role's ids.
 
-    theirs: by id of the primary the role's id, -1 for none. A row's ids are ascending in the role's numbering.
+    theirs: by id of the primary the role's id, -1 for none. A row's ids are ascending in the role's numbering. Returns
+    the number of candidates found.
     """
     found = 0
-    for row in range(len(ids)):
+    for row in at:
         begin = found
         ascending = True
         for place in range(counts[row]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.decoding.hashing import extend_hashes
+from actors.decoding.hashing import extend_hashes, prefix_hash
 
 
 class Stream:
@@ -22,7 +22,10 @@ class Stream:
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add tokens at the end."""
-        self._hashes += extend_hashes(self.hash_before(len(self.tokens)), tokens)
+        if len(tokens) == 1:
+            self._hashes.append(prefix_hash(self.hash_before(len(self.tokens)), tokens[0]))
+        else:
+            self._hashes += extend_hashes(self.hash_before(len(self.tokens)), tokens)
         self.tokens += tokens
 
     def replace_tail(self, length: int, tokens: Sequence[int]) -> None:

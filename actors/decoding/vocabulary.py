@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,7 +136,7 @@ def _first_ids(ids: list[int]) -> str:
     return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "") if ids else "none"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class RequiredLogits:
     """One role's ids whose exact logits every row of a session needs besides its top-k.
 
@@ -147,26 +147,10 @@ class RequiredLogits:
     starts: Ids  # [g], index of each group's first id
     events: Ids  # [g], the primary id of each group
 
-    def fold(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """[rows, n] logits at `ids` -> [rows, g]: each group's logsumexp."""
-        if len(self.ids) == len(self.events):
-            return values.astype(np.float64)
-        folded: NDArray[np.float64] = np.logaddexp.reduceat(values.astype(np.float64), self.starts, axis=1)
-        return folded
-
-    def fold_sums(self, sums: NDArray[Any], values: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-        """The logsumexp [rows] of logits over a temperature, with each group as one event.
-
-        sums [rows]: with every id by itself. values [rows, n]: the logits at `ids`. Example: two end ids of probability
-        .3 are one event of .6, which at temperature .5 weighs .36 and not twice .09.
-        """
-        if temperature == 1 or len(self.ids) == len(self.events):
-            return sums.astype(np.float64)
-        one_by_one, together = (
-            np.exp(logits / temperature - sums[:, None]).sum(1) for logits in (values, self.fold(values))
-        )
-        folded: NDArray[np.float64] = sums + np.log(np.maximum(1.0 - one_by_one, 0.0) + together)
-        return folded
+    @cached_property
+    def groups(self) -> Ids:
+        """Where the ids of each group begin, [g + 1], the number of all ids last."""
+        return np.append(self.starts, len(self.ids)).astype(np.int64)
 
 
 NO_REQUIRED_LOGITS = RequiredLogits(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))

@@ -11,11 +11,12 @@ from functools import cache
 
 import numpy as np
 
-from actors.api.generation import ROLES, Role
+from actors.api.generation import ROLES
 from actors.api.sampling_params import Sampling
-from actors.decoding.candidates import CandidateBlock, RowProposal, RowSlice
+from actors.decoding.candidates import CandidateBlock
 from actors.decoding.compiling import cache_folder, cache_misses, check_processor
 from actors.decoding.decision import RowSamplingSpec, choose, decide
+from actors.decoding.kernels import ALL, SentRows, locate_rows
 from actors.decoding.penalties import adjustments
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS
 
@@ -27,18 +28,25 @@ def compile_kernels() -> None:
     Raises UnsupportedProcessor.
     """
     check_processor()
-    ids, logits, nothing = np.array([0, 2, 3]), np.array([2.0, 1.0, 0.5], np.float32), np.zeros(0)
-    part, empty = RowSlice(ids, logits, nothing, 3.0, 3.0), RowSlice(ids[:0], logits[:0], nothing, 3.0)
-    slices: dict[Role, RowSlice] = {"target": part, "guider": part, "guider_base": empty}
+    at, ids, logits = np.array([0]), np.array([[0, 2, 3]]), np.array([[2.0, 1.0, 0.5]])
     sampling = Sampling(temperature=0.5, top_p=0.9, logit_bias=((2, 1.0),))
     spec = RowSamplingSpec(1.0, sampling, 1, 1, adjustments(sampling, (), {}), top=2)
     for roles in (ROLES, ROLES[:1]):
-        required = dict.fromkeys(roles, NO_REQUIRED_LOGITS)
-        block = CandidateBlock([RowProposal(required, {role: slices[role] for role in roles})])
-        rows, places, _ = block.missing_logits(roles[-1], np.arange(4))
+        block = CandidateBlock(1, dict.fromkeys(roles, NO_REQUIRED_LOGITS), dict.fromkeys(roles, 3))
+        for role in roles:
+            block.store(role, at, ids, logits, np.zeros((1, 0)), np.full(1, 3.0), np.full(1, 3.0))
+        block.merge(at)
+        rows, places, _ = block.missing_logits(roles[-1], at, np.arange(4))
         block.fill(roles[-1], rows, places, np.ones(len(rows), np.float32))
-        decide(block, [0], [spec], "target", guided=len(roles) > 1)
-    choose(ids[None], logits[None].astype(np.float64), [sampling], [1], [1])
+        decide(block, [0], [spec], guided=len(roles) > 1)
+    rows, none = np.array([1], np.int32), np.zeros(0, np.float32)
+    starts = np.empty((1, 4), np.int64)
+    locate_rows(rows, rows, 0 * rows, 4, starts)
+    sent = SentRows(starts, np.zeros(1, np.uint16), np.zeros(0, np.uint16), 0, *[np.zeros(1, np.float32)] * 3, none)
+    for column in (sent.low, sent.page_counts, sent.logits, sent.logsumexp, sent.tempered, sent.required):
+        column.flags.writeable = False  # as those of messages
+    block.store_rows(ROLES[0], at, sent, at, ALL, np.arange(4), np.ones(1))
+    choose(ids, logits, [sampling], [1], [1])
 
 
 if __name__ == "__main__":

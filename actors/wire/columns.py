@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from actors.wire.messages import (
     DRAFT_ITEM,
     EXTEND_ITEM,
     I32,
-    LOOKUP_ITEM,
     Drafted,
     Extend,
     Lookup,
@@ -65,17 +63,27 @@ class RowRequest(NamedTuple):
     size: int
 
 
-def pack_extends(items: Sequence[ExtendItem], released: Sequence[int]) -> Extend:
-    """An `Extend` of these items. released: sessions that are over."""
-    table = [
-        (call_id, session, age, prefix, epoch, position, len(tokens), rows, k, len(ids), keep, temperature)
-        for call_id, session, age, prefix, epoch, position, tokens, rows, k, ids, _, keep, temperature in items
-    ]
-    drafting = [(place, *item.draft) for place, item in enumerate(items) if item.draft is not None]
+class ExtendColumns(NamedTuple):
+    """Items of an `Extend` as columns. drafting: by index of an item, the parameters of its drafts."""
+
+    items: NDArray[Any]  # EXTEND_ITEM
+    tokens: list[int]  # of all items, one after another
+    required_ids: list[NDArray[np.int32]]  # by item
+    drafting: dict[int, Draft]
+
+
+def pack_extends(parts: Sequence[ExtendColumns], released: Sequence[int]) -> Extend:
+    """An `Extend` of the items of all parts. released: sessions that are over."""
+    tokens: list[int] = []
+    drafting, begin = [], 0
+    for part in parts:
+        tokens += part.tokens
+        drafting += [(begin + place, *draft) for place, draft in part.drafting.items()]
+        begin += len(part.items)
     return Extend(
-        np.array(table, EXTEND_ITEM),
-        np.array(list(chain.from_iterable([item.tokens for item in items])), I32),
-        np.concatenate([NO_IDS, *(item.required_ids for item in items)]),
+        np.concatenate([part.items for part in parts]) if parts else np.zeros(0, EXTEND_ITEM),
+        np.array(tokens, I32),
+        np.concatenate([NO_IDS, *(ids for part in parts for ids in part.required_ids if len(ids))]),
         np.array(released, "<u8"),
         np.array(drafting, DRAFT_ITEM),
     )
@@ -110,10 +118,9 @@ def _drafts(message: Extend) -> dict[int, Draft]:
     return drafts
 
 
-def pack_lookups(items: Sequence[tuple[int, ...]], ids: NDArray[Any], width: int) -> Lookup:
-    """A `Lookup` of items (`RowRequest`), with the flat ids of all: per item in the order of their pages."""
-    table = np.array(items, LOOKUP_ITEM)
-    return Lookup(table, *split_ids(ids, table["ids"], width))
+def pack_lookups(items: NDArray[Any], ids: NDArray[Any], width: int) -> Lookup:
+    """A `Lookup` of items (`LOOKUP_ITEM`), with the flat ids of all: per item in the order of their pages."""
+    return Lookup(items, *split_ids(ids, items["ids"], width))
 
 
 def lookup_items(message: Lookup, width: int) -> tuple[list[RowRequest], NDArray[np.int32]]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from actors.api.generation import ROLES, Generate, Role
 from actors.api.guidance import Guidance
+from actors.coordinator import frames as frames_module
 from actors.coordinator import session as session_module
 from actors.coordinator.states import (
     ROW_TRANSITIONS,
@@ -24,6 +26,7 @@ from actors.coordinator.states import (
     RowStage,
     SessionState,
     transition,
+    transition_rows,
 )
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
@@ -79,6 +82,15 @@ def test_a_column_of_states_is_checked_as_single_states_are(states: type[IntEnum
     assert valid.tolist() == [allowed(table, *pair) for pair in pairs]
 
 
+def test_a_forbidden_transition_in_a_column_changes_no_row() -> None:
+    stages = np.array([RowStage.EXTENDING, RowStage.COMPLETE, RowStage.LOOKING_UP], np.uint8)
+    with pytest.raises(ForbiddenTransition, match="COMPLETE -> LOOKING_UP"):
+        transition_rows(stages, np.array([0, 1]), RowStage.LOOKING_UP)
+    assert stages.tolist() == [RowStage.EXTENDING, RowStage.COMPLETE, RowStage.LOOKING_UP]
+    transition_rows(stages, np.array([2]), RowStage.COMPLETE)
+    assert stages.tolist() == [RowStage.EXTENDING, RowStage.COMPLETE, RowStage.COMPLETE]
+
+
 def test_every_state_is_reached_and_only_finished_is_final() -> None:
     for states, table in MACHINES:
         reached, frontier = {states(0)}, [states(0)]
@@ -112,7 +124,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[Edge]:
         edges.add((before.name, after.name))
         return transition(table, before, after)
 
+    def applied_to_rows(stages: NDArray[np.uint8], at: NDArray[np.int64], after: RowStage) -> None:
+        before = [RowStage(stages[row]).name for row in at.tolist()]
+        transition_rows(stages, at, after)
+        edges.update((name, after.name) for name in before)
+
     monkeypatch.setattr(session_module, "transition", applied)
+    monkeypatch.setattr(frames_module, "transition", applied)
+    monkeypatch.setattr(frames_module, "transition_rows", applied_to_rows)
     return edges
 
 

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from actors.api.sampling_params import Sampling
 from actors.decoding import kernels
+from actors.decoding.candidates import CandidateBlock
 from actors.decoding.compiling import kernel
 from actors.decoding.decision import spec_columns
 from actors.decoding.penalties import Adjustments, adjustment_columns
+from actors.decoding.vocabulary import RequiredLogits
 
 Floats = NDArray[np.float64]
 Ints = NDArray[Any]
@@ -67,3 +69,23 @@ def adjust(ids: Ints, logits: Floats, sampling: Sampling, adjustments: Adjustmen
 
 def _specs(parameters: Sequence[Sampling]) -> NDArray[np.void]:
     return spec_columns([(kernels.ALONE, 0.0, sampling, 0, 0) for sampling in parameters])
+
+
+def stored(
+    required: RequiredLogits, values: NDArray[Any], tempered: NDArray[Any], temperatures: Floats
+) -> CandidateBlock:
+    """A block of rows of one model as they arrive: values [B, n] at the required ids, and their tempered logsumexp."""
+    rows, width = values.shape
+    starts = np.zeros((rows, 4), np.int64)
+    starts[:, 3] = np.arange(rows) * width
+    sums = tempered.astype(np.float32)
+    sent = kernels.SentRows(starts, *_NO_IDS, 0, _NO_LOGITS, sums, sums, values.astype(np.float32).reshape(-1))
+    for column in (*sent[1:3], *sent[4:]):
+        column.flags.writeable = False
+    block = CandidateBlock(rows, {"target": required}, {"target": 0})
+    at = np.arange(rows)
+    block.store_rows("target", at, sent, at, kernels.ALL, np.arange(1_000), temperatures)
+    return block
+
+
+_NO_IDS, _NO_LOGITS = (np.zeros(0, np.uint16), np.zeros(0, np.uint16)), np.zeros(0, np.float32)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.api.generation import Role
 from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import PADDING, CandidateBlock
 from actors.decoding.decision import RowSamplingSpec, spec_columns
@@ -359,16 +358,16 @@ class FormulaDecisions:
 
 
 def decide(
-    block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], primary: Role, guided: bool
+    block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], guided: bool
 ) -> FormulaDecisions:
-    """The decisions of some rows of a block, all guided or all decoded by `primary` alone."""
+    """The decisions of some rows of a block, all guided or all decoded by the primary alone."""
     at = list(rows)
     ids = block.ids[at]
     inside = ids < PADDING
     alpha = np.array([spec.alpha for spec in specs])
     models = [
-        RoleLogits(block.values(role)[at], inside, block.sums[number][at])
-        for number, role in enumerate((primary, "guider", "guider_base") if guided else (primary,))
+        RoleLogits(np.where(inside, block.logits[number][at], np.nan), inside, block.sums[number][at])
+        for number in range(3 if guided else 1)
     ]
     own = np.where(inside, models[0].logits, -np.inf)
     logits = combine(models[0], models[1], models[2], alpha) if guided else own.copy()

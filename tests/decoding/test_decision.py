@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
-from actors.decoding.candidates import CandidateBlock, RowProposal, RowSlice
+from actors.decoding.candidates import CandidateBlock
 from actors.decoding.decision import Decisions, RowSamplingSpec, choose, compare, decide
 from actors.decoding.penalties import adjustments
 from actors.decoding.vocabulary import RequiredLogits
@@ -24,21 +24,19 @@ Rows = list[tuple[NDArray[np.float32], RowSamplingSpec]]
 
 def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> CandidateBlock:
     """A block of full rows [3, V] with top-k slices; k None: all ids."""
-    proposals = []
-    for whole, spec in rows:
-        temperature = spec.sampling.temperature or 1.0
-        slices: dict[Role, RowSlice] = {}
-        for role, z in zip(ROLES, whole, strict=True):
-            width = 0 if role == "guider_base" else k or VOCABULARY
-            at = np.sort(np.argsort(-z, kind="stable")[:width])
-            sums = [np.float32(np.logaddexp.reduce(z.astype(np.float64) / heat)) for heat in (1.0, temperature)]
-            slices[role] = RowSlice(at, z[at], np.zeros(0), *map(float, sums))
-        proposals.append(RowProposal(dict.fromkeys(roles, NOTHING), {role: slices[role] for role in roles}))
-    block = CandidateBlock(proposals)
-    for role in roles:
-        at_rows, places, ids = block.missing_logits(role, np.arange(VOCABULARY))
-        table = np.stack([whole[ROLES.index(role)] for whole, _ in rows])
-        block.fill(role, at_rows, places, table[at_rows, ids])
+    widths = {role: 0 if role == "guider_base" else k or VOCABULARY for role in roles}
+    block = CandidateBlock(len(rows), dict.fromkeys(roles, NOTHING), widths)
+    every = np.arange(len(rows))
+    for number, role in enumerate(roles):
+        logits = np.stack([whole[number] for whole, _ in rows])
+        at = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, : widths[role]], axis=1)
+        heats = np.array([[1.0, spec.sampling.temperature or 1.0] for _, spec in rows])
+        sums = np.logaddexp.reduce(logits.astype(np.float64)[:, None] / heats[:, :, None], axis=2).astype(np.float32)
+        block.store(role, every, at, np.take_along_axis(logits, at, 1), np.zeros((len(rows), 0)), *sums.T)
+    block.merge(every)
+    for number, role in enumerate(roles):
+        at_rows, places, ids = block.missing_logits(role, every, np.arange(VOCABULARY))
+        block.fill(role, at_rows, places, np.stack([whole[number] for whole, _ in rows])[at_rows, ids])
     return block
 
 
@@ -46,7 +44,7 @@ def decided(rows: Rows, k: int | None, guided: bool = True) -> Decisions:
     """Decide all rows of a block."""
     roles: tuple[Role, ...] = ROLES if guided else ("target",)
     specs = [spec for _, spec in rows]
-    return decide(block_of(rows, k, roles), range(len(rows)), specs, "target", guided)
+    return decide(block_of(rows, k, roles), range(len(rows)), specs, guided)
 
 
 def rows(count: int, sampling: Sampling, spread: float = 3.0) -> Rows:
@@ -98,8 +96,8 @@ def test_other_rows_change_no_decision_and_no_bit_of_its_estimates(k: int | None
 def test_some_rows_of_a_block_are_decided_as_all_of_them_are() -> None:
     many = rows(7, Sampling(temperature=1.0))
     block, specs = block_of(many, 20), [spec for _, spec in many]
-    whole = decide(block, range(7), specs, "target", guided=True)
-    some = decide(block, [5, 2], [specs[5], specs[2]], "target", guided=True)
+    whole = decide(block, range(7), specs, guided=True)
+    some = decide(block, [5, 2], [specs[5], specs[2]], guided=True)
     assert some.tokens.tolist() == whole.tokens[[5, 2]].tolist()
     assert some.outside.tobytes() == whole.outside[[5, 2]].tobytes()
     assert whole.row(3).tokens.tolist() == [whole.tokens[3]]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from actors.decoding.vocabulary import (
-    RequiredLogits,
     Vocabulary,
     VocabularyError,
     VocabularyMap,
@@ -155,25 +154,6 @@ def test_a_marker_whose_first_token_the_role_lacks_is_not_folded() -> None:
     assert folded_marker(primary, role) == {}
 
 
-def test_folding_adds_probabilities() -> None:
-    mapping = VocabularyMap(np.arange(6), np.arange(6), {}, {5: (5, 2, 3), 1: (1,)})
-    groups = required_logits(mapping.folds, mapping)
-    logits = np.random.default_rng(0).normal(0, 30, (4, 6)).astype(np.float32)
-    folded = groups.fold(logits[:, groups.ids])
-    assert groups.events.tolist() == [5, 1]
-    np.testing.assert_array_equal(folded[:, 1], logits[:, 1].astype(np.float64))
-    top = logits.max(1).astype(np.float64)
-    summed = np.log(np.exp(logits[:, [5, 2, 3]] - top[:, None]).astype(np.float64).sum(1)) + top
-    np.testing.assert_allclose(folded[:, 0], summed, rtol=1e-5)
-
-
-def test_a_rows_fold_is_the_same_in_any_batch() -> None:
-    groups = required_logits({8: (8, 3, 4, 5), 1: (1, 2)}, VocabularyMap(np.arange(9), np.arange(9)), [6])
-    logits = np.random.default_rng(1).normal(0, 5, (50, len(groups.ids))).astype(np.float32)
-    together = groups.fold(logits)
-    assert all(groups.fold(logits[i : i + 1]).tobytes() == together[i : i + 1].tobytes() for i in range(50))
-
-
 def test_forced_ids_are_required_once_and_only_if_the_role_has_them() -> None:
     mapping = VocabularyMap(np.array([0, -1, 4, 3, 2]), np.arange(5), {}, {3: (3, 1)})
     groups = required_logits(mapping.folds, mapping, [4, 2, 1, 3, 2])
@@ -187,13 +167,3 @@ def test_without_end_tokens_there_is_nothing_to_fold() -> None:
     assert self_map(plain).folds == {}
     assert mapped(plain, plain).folds == {}
     assert required_logits({}, self_map(plain)).ids.tolist() == []
-
-
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
-def test_the_mass_of_a_row_counts_a_folded_event_as_one_id(temperature: float) -> None:
-    row = np.log(np.array([0.3, 0.3, 0.3, 0.1]))  # ids 0 and 2 are one event
-    required = RequiredLogits(np.array([0, 2, 3], np.int32), np.array([0, 2]), np.array([0, 3]))
-    sums = np.logaddexp.reduce(row / temperature)[None]
-    together = np.log(np.array([0.6, 0.3, 0.1])) / temperature
-    folded = required.fold_sums(sums, row[None, [0, 2, 3]], temperature)
-    np.testing.assert_allclose(folded, np.logaddexp.reduce(together), atol=1e-12)

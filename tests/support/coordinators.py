@@ -22,6 +22,7 @@ from actors.wire.link import Limits
 from actors.wire.messages import (
     DRAFT_ITEM,
     EXTEND_ITEM,
+    LOOKUP_ITEM,
     WHOLE,
     WIDEN_ITEM,
     Drafted,
@@ -162,7 +163,7 @@ class Coordinator:
         """Look up the row of the last of all the session's `tokens`."""
         call_id, reply = self._expect()
         item = (call_id, session, self.hash_of(tokens), epoch, len(tokens) - 1, len(ids))
-        self.connection.send(pack_lookups([item], np.array(ids, np.int64), WIDTH))
+        self.connection.send(pack_lookups(np.array([item], LOOKUP_ITEM), np.array(ids, np.int64), WIDTH))
         return reply
 
     def widen(self, session: int, tokens: Sequence[int], k: int) -> asyncio.Future[Reply]:

@@ -62,7 +62,9 @@ def test_items_of_an_extend_have_their_part_of_the_flat_columns() -> None:
 
 
 def test_items_of_lookups_and_widenings_name_their_row() -> None:
-    (lookup,), ids = lookup_items(pack_lookups([(1, 2, 3, 4, 5, 2)], np.array([8, 70_000]), WIDTH), WIDTH)
+    (lookup,), ids = lookup_items(
+        pack_lookups(np.array([(1, 2, 3, 4, 5, 2)], LOOKUP_ITEM), np.array([8, 70_000]), WIDTH), WIDTH
+    )
     assert (lookup.session, lookup.row, lookup.epoch, lookup.position, lookup.size) == (2, 3, 4, 5, 2)
     assert ids.tolist() == [8, 70_000]
     (widen,) = widen_items(Widen(np.array([(1, 2, 3, 4, 5, 64)], WIDEN_ITEM)))

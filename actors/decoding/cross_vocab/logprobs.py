@@ -11,15 +11,14 @@ newest row, after "b", weighs 0.1 / (0.1 + 0.3) = 0.25, and the target's token "
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.api.generation import Role
-from actors.decoding.candidates import PADDING, CandidateBlock, Floats, Ids, RowProposal, RowSlice
+from actors.decoding.candidates import Floats, Ids, RowSlice
 from actors.decoding.cross_vocab.retokenizer import CrossedBoundaries
 from actors.decoding.cross_vocab.tables import Tables
 
@@ -239,39 +238,3 @@ def _add_probabilities(masses: Floats, more: Floats) -> None:
     """Add probabilities in place. masses, more: [W] log-probabilities, -inf for none; masses may be NaN for none."""
     present = np.flatnonzero(more > -np.inf)
     masses[present] = np.logaddexp(np.where(np.isnan(masses[present]), -np.inf, masses[present]), more[present])
-
-
-class CrossVocabBlock(CandidateBlock):
-    """Candidates of B rows whose small models have other vocabularies: their values are log-probabilities of events."""
-
-    def __init__(
-        self, rows: Sequence[RowProposal], tables: Mapping[Role, Tables], inputs: Mapping[Role, Sequence[RoleRowInput]]
-    ) -> None:
-        """rows: of equal shape, the guider's proposals in the target's ids. inputs: by small role, one for each row."""
-        super().__init__(rows)
-        inside = self.ids < PADDING
-        self._events = {role: TokenEventLogprobs(tables[role], self.ids, inside, each) for role, each in inputs.items()}
-
-    @property
-    def logits(self) -> Floats:
-        """Logits [0, B, W] of the target; log-probabilities [1:, B, W] of the small roles' events, whose sums are 0."""
-        for role, events in self._events.items():
-            self._logits[self._roles[role]] = events.masses()
-        return self._logits
-
-    def add_slice(self, role: Role, row: int, part: RowSlice) -> None:
-        if role in self._events:
-            self._events[role].add_slice(row, part)
-        else:
-            super().add_slice(role, row, part)
-
-    def missing_logits(self, role: Role, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
-        if role in self._events:
-            return self._events[role].missing_logits()
-        return super().missing_logits(role, theirs)
-
-    def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
-        if role in self._events:
-            self._events[role].fill(places, values)
-        else:
-            super().fill(role, rows, places, values)
