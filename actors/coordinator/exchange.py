@@ -499,13 +499,13 @@ class Exchange:
     def _take_wider(self, columns: _RowColumns, role: Role, targets: Sequence[tuple[LogitsRow, int]]) -> None:
         """Store wider slices. targets: row, and its number among the message's rows."""
         frames: dict[Frame, list[tuple[LogitsRow, int]]] = {}
-        for row, source in targets:
+        for row, number in targets:
             if role in row.window.oldest:
-                self._add_aligned(row, role, columns.slice(source))
+                self._add_aligned(row, role, columns.slice(number))
             else:
-                frames.setdefault(row.frame, []).append((row, source))
+                frames.setdefault(row.frame, []).append((row, number))
         for frame, members in frames.items():
-            at, source = column([row.at for row, _ in members]), column([source for _, source in members])
+            at, source = column([row.at for row, _ in members]), column([number for _, number in members])
             theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
             frame.block.store_rows(role, at, columns.sent, source, ONLY_SLICES, theirs, np.ones(len(at)))
             frame.receive(role, at)

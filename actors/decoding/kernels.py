@@ -226,7 +226,8 @@ def store_rows(
                     slice_logits[into, columns[0] + place] = sent.logits[logit_at + place]
                     lowest = min(lowest, sent.logits[logit_at + place])
             else:
-                page, left, first = -1, 0, row * sent.pages
+                page, first = -1, row * sent.pages
+                left: Any = 0  # ids on this page that are still to come
                 if sent.page_counts[first : first + sent.pages].sum() > k:
                     raise ValueError("the ids of a row contradict their counts or the width of the model")
                 for place in range(k):
@@ -247,7 +248,7 @@ def store_rows(
         heat, sum_ = temperatures[number], np.float64(sent.tempered[row])
         one_by_one = together = 0.0
         for event in range(events):
-            total = np.float64(sent.required[value_at + groups[event]])
+            total: Any = np.float64(sent.required[value_at + groups[event]])
             for place in range(groups[event] + 1, groups[event + 1]):
                 total = _log_add(total, np.float64(sent.required[value_at + place]))
             folded[into, columns[1] + event] = total
@@ -569,7 +570,7 @@ def filter_row(z: Any, count: int, spec: Any, ceiling: float, least: float, most
 
 
 @kernel
-def _choose(ids: Any, filtered: Any, count: int, sampled: bool, key: Any) -> int:
+def _choose(ids: Any, filtered: Any, count: int, sampled: bool, key: Any) -> Any:
     """The id with the highest sum of filtered logit and noise (Gumbel-max). Ties go to the lowest id."""
     best, chosen = -np.inf, ids[0]
     for place in range(count):
@@ -702,7 +703,7 @@ def choose(ids: Any, logits: Any, specs: Any, out: Any) -> None:
 
 
 @kernel
-def log_total(rule: int, logits: Any, row: int, count: int, sums: Any, alpha: float, combined: Any) -> float:
+def log_total(rule: int, logits: Any, row: int, count: int, sums: Any, alpha: float, combined: Any) -> Any:
     """Log of the sum of exp(combined) over the whole vocabulary (nats); stores a row's combined logits in [W].
 
     Alone it is exactly the primary's logsumexp. With guidance the target's mass outside the candidates is scaled by the

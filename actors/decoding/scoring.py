@@ -50,7 +50,7 @@ def combined_logprobs(logits: Floats, sums: Floats, row: int, count: int, rule: 
     """Log-probabilities [count] of a row's candidates. logits [R, B, W], sums [R, B]: as in `kernels.decide`."""
     combined = np.empty(count)
     total = kernels.log_total(rule, logits, row, count, sums, alpha, combined)
-    return combined - total
+    return np.asarray(combined - total)
 
 
 def likeliest(ids: Ids, logprobs: Floats, count: int) -> Candidates:

@@ -42,7 +42,8 @@ def compile_kernels() -> None:
     rows, none = np.array([1], np.int32), np.zeros(0, np.float32)
     starts = np.empty((1, 4), np.int64)
     locate_rows(rows, rows, 0 * rows, 4, starts)
-    sent = SentRows(starts, np.zeros(1, np.uint16), np.zeros(0, np.uint16), 0, *[np.zeros(1, np.float32)] * 3, none)
+    one, two, three = np.zeros((3, 1), np.float32)
+    sent = SentRows(starts, np.zeros(1, np.uint16), np.zeros(0, np.uint16), 0, one, two, three, none)
     for column in (sent.low, sent.page_counts, sent.logits, sent.logsumexp, sent.tempered, sent.required):
         column.flags.writeable = False  # as those of messages
     block.store_rows(ROLES[0], at, sent, at, ALL, np.arange(4), np.ones(1))
