@@ -69,6 +69,6 @@ clean: ## remove .venv
 	-$(BIN)/pip install --quiet --no-deps instructor==1.17.0 docstring-parser==0.18.0
 	touch $@
 
-# numba compiles the decoding kernels when their source has changed: many processes at a time would each do it
-kernels: .venv/ready
+# Once, before many processes start at a time and would each do it.
+kernels: .venv/ready ## compile the decoding kernels, if their source has changed
 	@$(BIN)/python -m actors.decoding.warmup
