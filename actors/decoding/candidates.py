@@ -60,7 +60,7 @@ class CandidateBlock:
         shape = rows, max(1, self._slices.shape[1] + len(self._events))
         self.ids, self.counts = np.empty(shape, np.int64), np.zeros(rows, np.int64)
         self.logits = np.empty((len(self.roles), *shape))
-        self._known = np.empty(shape, np.uint8)
+        self._held_by = np.empty(shape, np.uint8)
         self._event_places = np.empty(self._folded.shape, np.int64)
 
     def __len__(self) -> int:
@@ -143,7 +143,7 @@ class CandidateBlock:
             self._event_ends,
             self.ids,
             self.counts,
-            self._known,
+            self._held_by,
             self.logits,
             self._event_places,
         )
@@ -162,7 +162,7 @@ class CandidateBlock:
         """
         rows, places, ids = (np.empty(int(self.counts[at].sum()), np.int64) for _ in range(3))
         number = self.roles[role]
-        found = kernels.missing(at, self.ids, self.counts, self._known, number, theirs, rows, places, ids)
+        found = kernels.missing(at, self.ids, self.counts, self._held_by, number, theirs, rows, places, ids)
         return rows[:found], places[:found], ids[:found]
 
     def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
