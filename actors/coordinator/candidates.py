@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
-from actors.coordinator.frames import RowFrame, column
+from actors.coordinator.frames import RowFrame, row_numbers
 from actors.coordinator.inflight import CallBatch, InflightCalls, Lookups, Sink, sort_within_rows
 from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.decoding.candidates import PADDING, Floats, Ids
@@ -80,7 +80,7 @@ class CandidateCompleter:
         for members in ready.values():
             inputs = [RoleRowInput(row.slices["guider"], row.crossing.get("guider")) for row in members]
             ids = proposed_tokens(self._vocabularies.alignment("guider").tables, inputs, self._k)
-            at, none = column([row.at for row in members]), np.zeros(len(members))
+            at, none = row_numbers([row.at for row in members]), np.zeros(len(members))
             frame.block.store("guider", at, ids, np.full(ids.shape, np.nan), np.zeros((len(at), 0)), none, none)
             frame.receive("guider", at)
 
@@ -142,7 +142,7 @@ class CandidateCompleter:
                 taken = np.isin(at, part)
                 numbers, its_places, its_ids = np.searchsorted(part, at[taken]), places[taken], ids[taken]
             members, counts = [owners[index] for index in part], np.bincount(numbers, minlength=len(part))
-            rows = column([row.at for row in members])
+            rows = row_numbers([row.at for row in members])
             lookups = Lookups(frame, rows, rows[numbers], its_places, np.cumsum(counts).tolist(), sink)
             first = self._calls.issue(CallBatch("lookup", role, [row.window for row in members], lookups))
             items = np.empty(len(part), LOOKUP_ITEM)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from actors.api.generation import Role
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.candidates import GUIDED, CandidateCompleter, Frame
-from actors.coordinator.frames import FrameShape, RowFrame, column
+from actors.coordinator.frames import FrameShape, RowFrame, row_numbers
 from actors.coordinator.inflight import CallBatch, InflightCalls
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, LogitsRow, RowHistory, VerificationWindow
@@ -479,11 +479,11 @@ class Exchange:
     ) -> None:
         """Store slices of a role in a frame. members: row, its number among the message's rows, temperature."""
         rows, sources, temperatures = zip(*members, strict=True)
-        at, too_narrow = column([row.at for row in rows]), self._too_narrow(rows[0], role)
+        at, too_narrow = row_numbers([row.at for row in rows]), self._too_narrow(rows[0], role)
         part = ONLY_REQUIRED if too_narrow else ALL
         theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
         frame.block.store_rows(
-            role, at, columns.sent, column(sources), part, theirs, np.array(temperatures, np.float64)
+            role, at, columns.sent, row_numbers(sources), part, theirs, np.array(temperatures, np.float64)
         )
         if too_narrow:  # the rows were widened before the role was extended again
             for row in rows:
@@ -505,7 +505,7 @@ class Exchange:
             else:
                 frames.setdefault(row.frame, []).append((row, number))
         for frame, members in frames.items():
-            at, source = column([row.at for row, _ in members]), column([number for _, number in members])
+            at, source = row_numbers([row.at for row, _ in members]), row_numbers([number for _, number in members])
             theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
             frame.block.store_rows(role, at, columns.sent, source, ONLY_SLICES, theirs, np.ones(len(at)))
             frame.receive(role, at)

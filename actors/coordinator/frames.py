@@ -22,7 +22,7 @@ Owner = TypeVar("Owner")
 
 @dataclass(frozen=True, slots=True)
 class FrameShape:
-    """What all rows of a frame have in common.
+    """The properties that all rows of a frame share.
 
     required: by role that takes part, the primary first. k: width of slices; WHOLE: whole rows. aligned: small models
     with another vocabulary take part. scores_prompt: the rows score tokens of a prompt, without candidates.
@@ -103,9 +103,9 @@ class RowFrame(Generic[Owner]):
 
     def proposed(self) -> Ids:
         """The rows whose candidates can be found now."""
-        waiting = (self.stage != RowStage.LOOKING_UP) & (self.stage != RowStage.COMPLETE)
         if not self._proposing:
             return np.zeros(0, np.int64)
+        waiting = (self.stage != RowStage.LOOKING_UP) & (self.stage != RowStage.COMPLETE)
         return np.flatnonzero(waiting & (self.arrived & self._proposing == self._proposing))
 
     def merge(self, at: Ids) -> None:
@@ -122,6 +122,6 @@ class RowFrame(Generic[Owner]):
         return ready
 
 
-def column(values: Sequence[int]) -> NDArray[np.int64]:
+def row_numbers(values: Sequence[int]) -> NDArray[np.int64]:
     """Row numbers as an index."""
     return np.array(values, np.int64)

@@ -12,6 +12,7 @@ Here the key is the source itself and the versions of what compiles it. The fold
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -36,6 +37,8 @@ from numba.core.caching import _CacheLocator  # noqa: E402
 
 config.reload_config()  # numba may have been imported before
 
+log = logging.getLogger(__name__)
+
 F = TypeVar("F", bound=Callable[..., Any])
 _kernels: list[Any] = []
 _NEEDED = ("avx2", "bmi2", "fma")
@@ -46,11 +49,15 @@ class UnsupportedProcessor(RuntimeError):
 
 
 class SourceKeyedLocator(_CacheLocator):  # type: ignore[misc]  # numba has no types
-    """Finds the cache folder of a kernel by the contents of its module, wherever the module lies."""
+    """Finds the cache folder of a kernel by the contents of its module, wherever the module lies.
+
+    The contents of `kernels.py` always count: a kernel of another module has those that it calls compiled into it.
+    """
 
     def __init__(self, source: bytes, line: int) -> None:
         versions = sys.version, numba.__version__, llvmlite.__version__, np.__version__
-        self._stamp = hashlib.sha256(source + repr(versions).encode()).hexdigest()
+        called = Path(__file__).with_name("kernels.py").read_bytes()
+        self._stamp = hashlib.sha256(source + called + repr(versions).encode()).hexdigest()
         self._line = line
 
     @classmethod
@@ -63,7 +70,8 @@ class SourceKeyedLocator(_CacheLocator):  # type: ignore[misc]  # numba has no t
     def ensure_cache_path(self) -> None:
         try:
             super().ensure_cache_path()
-        except OSError:
+        except OSError as error:
+            log.warning("every process compiles the kernels anew: %s cannot be written (%s)", cache_folder(), error)
             os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="thinklogit-kernels-")
 
     def get_cache_path(self) -> str:

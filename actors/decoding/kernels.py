@@ -57,7 +57,7 @@ DECISION = np.dtype(
 
 
 class RowAdjustments(NamedTuple):
-    """What a request adds to, or forbids in, each of n rows, as flat columns.
+    """Biases, penalties and bans of n rows, as flat columns.
 
     offsets [5, n + 1]: where a row's part of each column begins and ends, in the order of the columns below. Ids within
     a row are ascending. seen: ids of prompt and output, with how often each is in the output. allowed: if a row has

@@ -1,4 +1,4 @@
-"""What a request's bias, penalties and bans change in a row, before any filter, as columns for `kernels.decide`."""
+"""Turns a request's bias, penalties and bans into columns for `kernels.decide`, before any filter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adjustments:
-    """What one row's request adds to its logits, and which ids it forbids. Ids are ascending.
+    """Biases, penalties and bans of one row. Ids are ascending.
 
     biases [n]: added to the logits of bias_ids [n]. seen_counts [m]: how often each of seen_ids [m] is in the output,
     0 for ids of the prompt. banned: ids that are never chosen. allowed: if there are any, no other id is chosen. legal:

@@ -345,7 +345,7 @@ def rank_ids(together: Ids) -> tuple[Ids, NDArray[np.bool_], Ids]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FormulaDecisions:
-    """What `kernels.decide` finds for B rows, and the log-probabilities [B, W] of the combined distribution."""
+    """The outcomes of `kernels.decide` for B rows, and the log-probabilities [B, W] of the combined distribution."""
 
     tokens: Ids
     target_tokens: Ids

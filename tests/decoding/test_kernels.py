@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
-from actors.decoding import kernels
+from actors.decoding import compiling, kernels
 from actors.decoding.candidates import PADDING, CandidateBlock, Floats
 from actors.decoding.compiling import UnsupportedProcessor, cache_misses, check_processor
 from actors.decoding.decision import RowSamplingSpec, decide
@@ -110,6 +110,13 @@ def test_compiled_kernels_are_reused_from_another_folder(tmp_path: Path) -> None
         [sys.executable, "-c", script], env=environment, cwd=moved, capture_output=True, text=True, timeout=120
     )
     assert told.stdout.split() == ["0"], told.stderr
+
+
+def test_a_kernel_that_calls_changed_ones_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = compiling.SourceKeyedLocator(b"caller", 1).get_source_stamp()
+    (tmp_path / "kernels.py").write_text("changed", encoding="utf-8")
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiling.py"))
+    assert compiling.SourceKeyedLocator(b"caller", 1).get_source_stamp() != before
 
 
 def test_decoding_compiles_nothing_after_the_warm_up() -> None:
