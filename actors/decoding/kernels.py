@@ -89,6 +89,7 @@ _NOISE = 1e-7  # a probability below this is lost in the float32 logsumexp
 _COLDEST = 0.3  # the outside mass of a row below this temperature, such as a greedy one, is estimated at it
 _FAR = 1e9  # beyond every logit
 _TINY = np.finfo(np.float64).tiny
+_SURELY = 1 + 1e-9  # 1, and more than the rounding of a few operations
 # Nats by which a logit and a mass outside a guided row's candidates may exceed their estimates. Guidance raises single
 # ids by much more than the mean, so the margin of a logit is wide.
 _LOGIT_MARGIN, _MASS_MARGIN = 3.0, 1.0
@@ -571,13 +572,25 @@ def filter_row(z: Any, count: int, spec: Any, ceiling: float, least: float, most
 
 @kernel
 def _choose(ids: Any, filtered: Any, count: int, sampled: bool, key: Any) -> Any:
-    """The id with the highest sum of filtered logit and noise (Gumbel-max). Ties go to the lowest id."""
+    """The id with the highest sum of filtered logit and noise (Gumbel-max). Ties go to the lowest id.
+
+    Most ids are passed over without a logarithm: an id that lies d > 0 nats below the best score so far wins only if
+    its noise u is so close to 1 that 1 - u < exp(-d), and exp(-d) < 1 / (1 + d + d^2 / 2 + d^3 / 6).
+    """
     best, chosen = -np.inf, ids[0]
     for place in range(count):
-        if filtered[place] > -np.inf:
-            score = filtered[place] + gumbel(key, ids[place]) if sampled else filtered[place]
-            if score > best:
-                best, chosen = score, ids[place]
+        z = filtered[place]
+        if z == -np.inf:
+            continue
+        if not sampled:
+            score = z
+        else:
+            u, d = uniform(key, ids[place]), best - z
+            if d > 0 and (1.0 - u) * (1.0 + d * (1.0 + d * (0.5 + d / 6.0))) > _SURELY:
+                continue
+            score = z - math.log(-math.log(u))
+        if score > best:
+            best, chosen = score, ids[place]
     return chosen
 
 
