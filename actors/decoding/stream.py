@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.decoding.hashing import extend_hashes, prefix_hash
+from actors.decoding.hashing import extend_hashes
 
 
 class Stream:
-    """One role's token ids with the running hash after each. held: tokens that its replica has in the KV cache."""
+    """One role's token ids, with the running hash after each. held: tokens that its replica has in the KV cache.
+
+    Hashes are computed when they are asked for.
+    """
+
+    __slots__ = ("_hashes", "_seed", "held", "tokens")
 
     def __init__(self, hash_seed: int, tokens: Sequence[int]) -> None:
         self._seed = hash_seed
-        self.tokens: list[int] = []
-        self._hashes: list[int] = []
+        self.tokens: list[int] = list(tokens)
+        self._hashes: list[int] = []  # of the first tokens
         self.held = 0
-        self.append(tokens)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add tokens at the end."""
-        if len(tokens) == 1:
-            self._hashes.append(prefix_hash(self.hash_before(len(self.tokens)), tokens[0]))
-        else:
-            self._hashes += extend_hashes(self.hash_before(len(self.tokens)), tokens)
         self.tokens += tokens
 
     def replace_tail(self, length: int, tokens: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class Stream:
         keep = len(self.tokens) - length
         del self.tokens[keep:], self._hashes[keep:]
         self.held = min(self.held, keep)
-        self.append(tokens)
+        self.tokens += tokens
 
     def hold(self, tokens: int) -> None:
         """The replica holds the first `tokens` tokens."""
@@ -45,10 +45,14 @@ class Stream:
 
     def hash_before(self, position: int) -> int:
         """The running hash of the tokens before `position`."""
-        return self._hashes[position - 1] if position else self._seed
+        if not position:
+            return self._seed
+        known = len(self._hashes)
+        if position > known:
+            self._hashes += extend_hashes(self._hashes[-1] if known else self._seed, self.tokens[known:position])
+        return self._hashes[position - 1]
 
     def reseed(self, hash_seed: int) -> None:
         """Restart for another model of this role, which holds no token and starts its hashes from `hash_seed`."""
-        tokens, self.tokens, self._hashes = self.tokens, [], []
         self._seed, self.held = hash_seed, 0
-        self.append(tokens)
+        self._hashes = []
