@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from actors.api.generation import CoordinatorEvent, Delta
+from actors.decoding.session import AnswerPart
 
 COALESCE_S = 0.05  # least seconds between two messages of a stream, except before the first and the last
 MESSAGES_PER_S = 500  # of one coordinator: router and proxy need about a millisecond for a message
@@ -20,20 +21,20 @@ def coalesce_s(streams: int) -> float:
 
 
 class EventQueue:
-    """A queue of events for one reader, which joins consecutive deltas."""
+    """A queue of events for one reader, which joins consecutive parts of the answer into one delta."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._events: list[CoordinatorEvent] = []
+        self._events: list[CoordinatorEvent | AnswerPart] = []
         self._filled = asyncio.Event()
         self._ended = asyncio.Event()  # the last event is in the queue
         self._sent_at = float("-inf")
 
-    def emit(self, event: CoordinatorEvent) -> None:
-        """Append an event. Any event but a delta is the last one."""
+    def emit(self, event: CoordinatorEvent | AnswerPart) -> None:
+        """Append an event. Any event but a part of the answer is the last one."""
         self._events.append(event)
         self._filled.set()
-        if not isinstance(event, Delta):
+        if not isinstance(event, AnswerPart | Delta):
             self._ended.set()
 
     async def batch(self, streams: int = 1, interval_s: float = 0.0) -> list[CoordinatorEvent]:
@@ -54,12 +55,12 @@ class EventQueue:
         return _joined(events)
 
 
-def _joined(events: list[CoordinatorEvent]) -> list[CoordinatorEvent]:
-    """Join each run of deltas into one. All at once: adding deltas one by one would copy the run each time."""
+def _joined(events: Sequence[CoordinatorEvent | AnswerPart]) -> list[CoordinatorEvent]:
+    """Join each run of parts into one delta. All at once: adding them one by one would copy the run each time."""
     joined: list[CoordinatorEvent] = []
-    run: list[Delta] = []
+    run: list[AnswerPart | Delta] = []
     for event in events:
-        if isinstance(event, Delta):
+        if isinstance(event, AnswerPart | Delta):
             run.append(event)
             continue
         if run:
@@ -69,13 +70,11 @@ def _joined(events: list[CoordinatorEvent]) -> list[CoordinatorEvent]:
     return [*joined, _one(run)] if run else joined
 
 
-def _one(run: list[Delta]) -> Delta:
-    if len(run) == 1:
-        return run[0]
+def _one(run: Sequence[AnswerPart | Delta]) -> Delta:
     return Delta(
-        "".join(delta.reasoning for delta in run),
-        "".join(delta.content for delta in run),
-        [token for delta in run for token in delta.tokens],
-        [note for delta in run for note in delta.notes],
-        prompt=[note for delta in run for note in delta.prompt],
+        "".join([part.reasoning for part in run]),
+        "".join([part.content for part in run]),
+        [token for part in run for token in part.tokens],
+        [note for part in run for note in part.notes],
+        prompt=[note for part in run if isinstance(part, Delta) for note in part.prompt],
     )

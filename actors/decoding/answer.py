@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class VisibleText:
+class VisibleText(NamedTuple):
     """Text that no later token can change, the stop text if one was found, and whether the thinking just ended."""
 
     reasoning: str = ""
@@ -15,7 +14,8 @@ class VisibleText:
     stop: str | None = None
     closed: bool = False
 
-    def __add__(self, later: VisibleText) -> VisibleText:
+    def then(self, later: VisibleText) -> VisibleText:
+        """This text, and a later one behind it."""
         return VisibleText(
             self.reasoning + later.reasoning,
             self.content + later.content,
@@ -43,6 +43,8 @@ class AnswerText:
 
     def push(self, text: str) -> VisibleText:
         """Add text; return the text that can be shown. No more text may be pushed after a stop text."""
+        if self._end is None and not (self._stops or self._held):
+            return VisibleText("", text)
         self._held += text
         at, marker = self._first_marker()
         if marker is None:
@@ -53,7 +55,7 @@ class AnswerText:
             return VisibleText(shown.reasoning, shown.content, marker)
         thought = self._held[:at]
         self._held, self._end = self._held[at + len(marker) :], None
-        return VisibleText(reasoning=thought, closed=True) + self.push("")
+        return VisibleText(reasoning=thought, closed=True).then(self.push(""))
 
     def close_thinking(self) -> VisibleText:
         """End the thinking at a token that is its end marker; return the text held back."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from actors.api.generation import Delta, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
+from actors.api.generation import EXPLAINED, FinishReason, Generate, Resume, Role, Scores, Tally, TokenNote, Usage
 from actors.decoding.answer import AnswerText, VisibleText
 from actors.decoding.closing_tokens import ClosingTokens
 from actors.decoding.cross_vocab.translators import Alignment, translator_for
@@ -46,15 +46,35 @@ class SessionVocabulary:
     closing_tokens: ClosingTokens | None = None  # of thinking.end, if the thinking has a minimum
 
 
+class AnswerPart(NamedTuple):
+    """What one step adds to an answer: the text to show, the tokens, and their notes if the request wants them."""
+
+    reasoning: str
+    content: str
+    tokens: Sequence[int] = ()
+    notes: Sequence[TokenNote] = ()
+
+
 class Session:
     """One sequence: `commit` takes a chosen token and returns the text to show, until `finish_reason` is set."""
 
     def __init__(self, request: Generate, vocabulary: SessionVocabulary, hash_seeds: Mapping[Role, int]) -> None:
         self.request, self.vocabulary = request, vocabulary
         self.streams = {role: Stream(hash_seeds[role], tokens) for role, tokens in request.prompts.items()}
+        self.primary = self.streams[request.primary]  # of the role whose vocabulary the answer is in
         self.translators = {
             role: translator_for(mapping, self.streams[role]) for role, mapping in vocabulary.maps.items()
         }
+        self._translators = tuple(self.translators.values())
+        self.retokenizes = any(isinstance(mapping, Alignment) for mapping in vocabulary.maps.values())
+        sampling = request.sampling
+        self._changes_rows = changes_rows(sampling)
+        # Numbers of candidates to list for each token, of the distribution and of each model; None for no list.
+        self.listed = None if request.top is None else (request.top, EXPLAINED if request.explain else 0)
+        # True if a penalty makes emitted tokens likelier, so that each one becomes a required id of the next row.
+        self.lifts_own_output = (
+            sampling.presence_penalty < 0 or sampling.frequency_penalty < 0 or sampling.repetition_penalty < 1
+        )
         self.prompt = frozenset(self.primary.tokens)
         self.choices: list[int] = []  # chosen tokens; with the request they determine the whole state
         self.output: Counter[int] = Counter()
@@ -65,38 +85,27 @@ class Session:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._last_run = (-1, 0)
-        self._text = vocabulary.text(self.primary.tokens, request.sampling.skip_special_tokens)
+        self._text = vocabulary.text(self.primary.tokens, sampling.skip_special_tokens)
         thinking_end = request.thinking.end if request.thinking.start else None
-        self._answer = AnswerText(thinking_end, request.sampling.stop, request.sampling.include_stop_str_in_output)
+        self._answer = AnswerText(thinking_end, sampling.stop, sampling.include_stop_str_in_output)
         end = vocabulary.forced_texts[request.primary].end
         self._end_seen, self._tail = False, ""  # True once thinking.end was emitted, even if no thinking was open
         self._end_token = end[0] if len(end) == 1 and end[0] in vocabulary.added else None
         self._tail_bytes = b""  # the newest bytes of the answer, for `vocabulary.closing_tokens`
-
-    @property
-    def primary(self) -> Stream:
-        """The token stream of the role whose vocabulary the answer is in."""
-        return self.streams[self.request.primary]
 
     def alpha(self, ahead: int = 0) -> float:
         """Alpha for the next token, or for the one `ahead` tokens later if the thinking does not end before."""
         return self.request.guidance.alpha_at(self.generated + ahead, self._end_seen)
 
     @property
-    def lifts_own_output(self) -> bool:
-        """True if a penalty makes emitted tokens likelier, so that each one becomes a required id of the next row."""
-        sampling = self.request.sampling
-        return sampling.presence_penalty < 0 or sampling.frequency_penalty < 0 or sampling.repetition_penalty < 1
-
-    @property
     def history_free(self) -> bool:
         """True if the next choices depend on no earlier token but through the models."""
         early = self.generated < self.request.sampling.min_tokens or self._thinking_is_too_short()
-        return not early and not changes_rows(self.request.sampling)
+        return not (early or self._changes_rows)
 
     def required_ids(self) -> set[int]:
         """Ids of the primary whose exact logits the next row needs besides the folded events."""
-        return lifted_ids(self.request.sampling, self.prompt, self.output)
+        return lifted_ids(self.request.sampling, self.prompt, self.output) if self._changes_rows else set()
 
     def adjustments(self) -> Adjustments | None:
         """The bias, penalties and bans of the next row; None if there are none.
@@ -113,7 +122,7 @@ class Session:
 
     def commit(
         self, token: int, alpha: float, changed: bool, drafted: bool = False, scores: Scores | None = None
-    ) -> Delta:
+    ) -> AnswerPart:
         """Append the chosen token; return the text to show. Sets `finish_reason` when the answer is over.
 
         drafted, scores: go into the token's note if the request wants notes. An end of the thinking before
@@ -126,28 +135,28 @@ class Session:
         if early:
             taken, shown = self._append_forced({role: s.wait for role, s in self.vocabulary.forced_texts.items()})
         else:
-            for translator in self.translators.values():
+            for translator in self._translators:
                 translator.append(token)
             taken, shown = self._append((token,))
         if self.finish_reason is None and self._thinking_is_over_limit():
             forced, closing = self._append_forced({role: s.end for role, s in self.vocabulary.forced_texts.items()})
-            taken, shown = taken + forced, shown + closing
+            taken, shown = taken + forced, shown.then(closing)
         notes: list[TokenNote] = []
-        if self.request.top is not None:
+        if self.listed is not None:
             notes = [TokenNote(i, text, alpha, changed=False) for i, text in taken]
             if not early:  # forced tokens are not chosen
                 notes[0] = replace(notes[0], changed=changed, drafted=drafted, scores=scores)
-        return Delta(shown.reasoning, shown.content, [i for i, _ in taken], notes)
+        return AnswerPart(shown.reasoning, shown.content, [i for i, _ in taken], notes)
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> Delta:
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> AnswerPart:
         """End the answer; return the text held back."""
         self.finish_reason, self.stop_reason = reason, stop_reason
         shown = self._answer.push(self._text.flush())
         if shown.stop is not None:
             self.finish_reason, self.stop_reason = "stop", shown.stop
         else:
-            shown = shown + self._answer.flush()
-        return Delta(shown.reasoning, shown.content)
+            shown = shown.then(self._answer.flush())
+        return AnswerPart(shown.reasoning, shown.content)
 
     def replay(self, resume: Resume) -> None:
         """Bring a new session to the state at which another coordinator left it. Its text was sent before."""
@@ -233,26 +242,29 @@ class Session:
         The streams of the other roles hold them already.
         """
         taken: list[tuple[int, str]] = []
-        shown = VisibleText()
+        shown: VisibleText | None = None
+        closing = self.vocabulary.closing_tokens
         for token in ids:
-            self.primary.append((token,))
+            self.primary.tokens.append(token)
             self.output[token] += 1
             self.generated += 1
             self.reasoning_tokens += self._answer.thinking
             self._last_run = (token, self._last_run[1] + 1 if token == self._last_run[0] else 1)
             text = self._text.push(token)
-            if self.vocabulary.closing_tokens is not None:
-                self._tail_bytes = self.vocabulary.closing_tokens.extend(self._tail_bytes, token)
-            self._watch_for_thinking_end(token, text)
+            if closing is not None:
+                self._tail_bytes = closing.extend(self._tail_bytes, token)
+            if not self._end_seen:
+                self._watch_for_thinking_end(token, text)
             taken.append((token, text))
-            shown = shown + self._visible_text(token, text)
+            visible = self._visible_text(token, text)
+            shown = visible if shown is None else shown.then(visible)
             if self.finish_reason is not None:
                 break
-        return taken, shown
+        return taken, shown or VisibleText()
 
     def _watch_for_thinking_end(self, token: int, text: str) -> None:
         end = self.request.thinking.end
-        if end and not self._end_seen:
+        if end:
             self._tail = (self._tail + text)[-len(end) - len(text) :]
             self._end_seen = token == self._end_token or end in self._tail
 
@@ -262,18 +274,18 @@ class Session:
         ends = token in self.vocabulary.eos_ids and not sampling.ignore_eos
         if ends or token in sampling.stop_token_ids:
             kept = self._answer.push(text) if sampling.include_stop_str_in_output else VisibleText()
-            return kept + self._end("stop", None if ends else token)
+            return kept.then(self._end("stop", None if ends else token))
         shown = self._answer.push(text)
         if token == self._end_token and self._answer.thinking:
-            shown = shown + self._answer.close_thinking()
+            shown = shown.then(self._answer.close_thinking())
         elif shown.closed:
             self._retokenize_end()
         if shown.stop is not None:
             self.finish_reason, self.stop_reason = "stop", shown.stop
         elif sampling.stop_on_repeat and self._last_run[1] >= sampling.stop_on_repeat:
-            shown = shown + self._end("stop", "repeat")
+            shown = shown.then(self._end("stop", "repeat"))
         elif sampling.max_tokens is not None and self.generated >= sampling.max_tokens:
-            shown = shown + self._end("length")
+            shown = shown.then(self._end("length"))
         return shown
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> VisibleText:

@@ -15,10 +15,10 @@ def run(
     """All text shown of an answer in pieces, flushed unless it was stopped."""
     answer, shown = AnswerText(end, stops, include_stop), VisibleText()
     for piece in pieces:
-        shown = shown + answer.push(piece)
+        shown = shown.then(answer.push(piece))
         if shown.stop is not None:
             return shown
-    return shown + answer.flush()
+    return shown.then(answer.flush())
 
 
 def cuts(text: str) -> list[list[str]]:

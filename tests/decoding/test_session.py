@@ -88,8 +88,8 @@ def feed(session: Session, tokens: Sequence[int] | str, alpha: float = 1.0) -> D
     total = Delta()
     for token in [LETTER[c] for c in tokens] if isinstance(tokens, str) else tokens:
         assert session.finish_reason is None
-        delta = session.commit(token, alpha, changed=False)
-        total = total + delta
+        part = session.commit(token, alpha, changed=False)
+        total = total + Delta(part.reasoning, part.content, list(part.tokens), list(part.notes))
     return total
 
 
