@@ -127,6 +127,7 @@ class Lockstep:
         session = Session(request, vocabulary, seeds)
         active = ActiveSession(session, self._sessions, self._sessions, self._planner.acceptance())
         active.replicas.update((role, self._replicas[role]) for role in roles)
+        self._exchange.admit(active)
         return active
 
     def step(self, active: ActiveSession) -> Step:
@@ -146,7 +147,7 @@ class Lockstep:
             verdict = self._verifier.verdict(row, final)
         assert isinstance(verdict, Chosen), verdict
         sizes = narrow_bytes, self._bytes() - before
-        return Step(narrow.decisions, final.decisions, verdict, final is not narrow, *sizes)
+        return Step(narrow.rows.decisions, final.rows.decisions, verdict, final is not narrow, *sizes)
 
     def _judge(self, window: VerificationWindow) -> RowDecision:
         ((row_decisions,),) = self._verifier.verify([window])
@@ -166,10 +167,11 @@ class Lockstep:
         if row.k != WHOLE:
             self._exchange.widen(row, WHOLE)
             self._settle()
-        return self._judge(active.window).decisions
+        return self._judge(active.window).rows.decisions
 
     def close(self, active: ActiveSession) -> None:
-        """Forget a session at the models."""
+        """Forget a session, here and at the models."""
+        self._exchange.release(active)
         for role in active.replicas:
             self._engines[role].close(active.key)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.coordinator.frames import RowFrame, row_numbers
-from actors.coordinator.inflight import CallBatch, InflightCalls, Lookups, Sink, sort_within_rows
+from actors.coordinator.inflight import InflightCalls, Lookups, Sink
 from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.decoding.candidates import PADDING, Floats, Ids
 from actors.decoding.cross_vocab.logprobs import CrossingRows, RoleRowInput, TokenEventLogprobs, proposed_tokens
@@ -29,7 +29,7 @@ Frame = RowFrame[LogitsRow]
 class CandidateCompleter:
     """Joins candidates, and looks up missing logits. k: width of slices before any widening."""
 
-    def __init__(self, k: int, vocabularies: VocabularyRegistry, calls: InflightCalls[VerificationWindow]) -> None:
+    def __init__(self, k: int, vocabularies: VocabularyRegistry, calls: InflightCalls) -> None:
         self._k, self._vocabularies, self._calls = k, vocabularies, calls
 
     def advance(self, frame: Frame) -> Ids:
@@ -68,7 +68,8 @@ class CandidateCompleter:
                 values = CrossingRows.share_values([each for _, each in pending])
                 places, ids = np.arange(len(at)), np.concatenate([each.ids for _, each in pending])
                 keys = [row.window.key(role, position) for row, position in zip(rows, positions, strict=True)]
-                self._look_up(frame, role, rows, keys, at, places, ids, partial(_fill_crossing, values))
+                asked = row_numbers([row.at for row in rows])
+                self._look_up(frame, role, asked, at, places, ids, partial(_fill_crossing, values), keys)
 
     def _propose(self, frame: Frame) -> None:
         """Store the proposals of a guider with another vocabulary whose slice and crossing rows have arrived."""
@@ -90,10 +91,8 @@ class CandidateCompleter:
         if not len(ids):
             return
         begins = np.flatnonzero(np.diff(rows, prepend=-1))
-        owners = frame.owners_of(rows[begins])
         at = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(rows)))
-        keys = [row.key(role) for row in owners]
-        self._look_up(frame, role, owners, keys, at, places, ids, partial(frame.block.fill, role))
+        self._look_up(frame, role, rows[begins], at, places, ids, partial(frame.block.fill, role))
 
     def _look_up_events(self, frame: Frame, found: Ids) -> None:
         """Find the events of candidates in small models with another vocabulary, and look up their logits."""
@@ -108,12 +107,11 @@ class CandidateCompleter:
             rows, places, tokens = events.missing_logits()
             if frame.shape.k == WHOLE or not len(tokens):
                 continue
-            places, tokens = sort_within_rows(rows, places, tokens)
-            asked = np.unique(rows)
-            members = [owners[number] for number in asked.tolist()]
-            keys = [row.key(role) for row in members]
-            at = np.searchsorted(asked, rows)
-            self._look_up(frame, role, members, keys, at, places, tokens, partial(_fill_events, events))
+            order = np.argsort((rows << 32) + tokens, kind="stable")  # by id within each row
+            places, tokens = places[order], tokens[order]
+            asked, at = np.unique(rows, return_inverse=True)
+            members = row_numbers([owners[number].at for number in asked.tolist()])
+            self._look_up(frame, role, members, at, places, tokens, partial(_fill_events, events))
 
     @staticmethod
     def _store_events(frame: Frame, complete: Ids) -> None:
@@ -126,35 +124,42 @@ class CandidateCompleter:
         self,
         frame: Frame,
         role: Role,
-        owners: Sequence[LogitsRow],
-        keys: Sequence[tuple[int, int]],
+        asked: Ids,
         at: Ids,
         places: Ids,
         ids: Ids,
         sink: Sink,
+        keys: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """Send one lookup for each owner. at [n]: by id the owner's index, ascending. keys: of the rows."""
-        replicas = [row.window.active.replicas[role] for row in owners]
-        for replica in dict.fromkeys(replicas):
-            part, numbers, its_places, its_ids = list(range(len(owners))), at, places, ids
-            if any(each is not replica for each in replicas):
-                part = [index for index, each in enumerate(replicas) if each is replica]
+        """Send one lookup for each row of `asked` [m].
+
+        at [n]: by id the index of its lookup, ascending. places, ids [n]. keys: of earlier rows that are read instead.
+        """
+        number = frame.block.roles[role]
+        replicas = frame.keys.replicas[number][asked]
+        for replica in dict.fromkeys(replicas.tolist()):
+            part, numbers, its_places, its_ids = slice(None), at, places, ids
+            if (replicas != replica).any():
+                part = np.flatnonzero(replicas == replica)
                 taken = np.isin(at, part)
                 numbers, its_places, its_ids = np.searchsorted(part, at[taken]), places[taken], ids[taken]
-            members, counts = [owners[index] for index in part], np.bincount(numbers, minlength=len(part))
-            rows = row_numbers([row.at for row in members])
-            lookups = Lookups(frame, rows, rows[numbers], its_places, np.cumsum(counts).tolist(), sink)
-            first = self._calls.issue(CallBatch("lookup", role, [row.window for row in members], lookups))
-            items = np.empty(len(part), LOOKUP_ITEM)
-            items["call_id"] = np.arange(first, first + len(part))
-            items["session"] = [row.window.active.key for row in members]
-            items["row"] = [keys[index][1] for index in part]
-            items["epoch"] = [row.window.active.epoch for row in members]
-            items["position"] = [keys[index][0] for index in part]
-            items["ids"] = counts
-            np.add.at(frame.lookups, rows, 1)
-            replica.outbox.lookups.append(items)
-            replica.outbox.ids.append(its_ids)
+            rows = asked[part]
+            counts = np.bincount(numbers, minlength=len(rows))
+            calls = Lookups(role, frame, rows, rows[numbers], its_places, np.cumsum(counts), sink)
+            first, sessions = self._calls.ask(calls), frame.keys.sessions[rows]
+            items = np.empty(len(rows), LOOKUP_ITEM)
+            items["call_id"] = np.arange(first, first + len(rows))
+            items["session"], items["epoch"], items["ids"] = sessions["key"], sessions["epoch"], counts
+            if keys is None:
+                items["row"], items["position"] = frame.keys.prefixes[number][rows], frame.keys.positions[number][rows]
+            else:
+                items["position"], items["row"] = np.array(keys, np.uint64)[part].T
+            frame.ask(role, rows)
+            owner = frame.owners[int(rows[0])]
+            assert owner is not None
+            outbox = owner.window.active.replicas[role].outbox
+            outbox.lookups.append(items)
+            outbox.ids.append(its_ids)
 
 
 def _fill_crossing(values: Floats, rows: Ids, places: Ids, news: NDArray[Any]) -> None:

@@ -26,6 +26,9 @@ class DraftPlan:
     text_drafts: tuple[int, ...] = ()
 
 
+NO_DRAFTS = DraftPlan()
+
+
 class DraftPlanner:
     """Plans the drafts of one coordinator's sessions, and learns from how many are accepted."""
 
@@ -47,25 +50,25 @@ class DraftPlanner:
 
         room: tokens that may follow before a model's positions end. batch: sessions that are decoded together.
         """
-        source, most = self.drafter(active, guided), self._most(active, room)
-        if most < 1 or self._behind(active, source):
-            return DraftPlan()
+        most = self._most(active, room)
+        if most < 1:
+            return NO_DRAFTS
+        source = self.drafter(active, guided)
+        if self._behind(active, source):
+            return NO_DRAFTS
         if source == "guider":
             return DraftPlan(guider_drafts=self._length(active, source, guided, most, batch))
         if not self._config.lookup:
-            return DraftPlan()
+            return NO_DRAFTS
         found = active.text.drafts(active.session.primary.tokens, most)
         if not found:
-            return DraftPlan()
+            return NO_DRAFTS
         length = self._length(active, source, guided, len(found), batch)
         return DraftPlan(text_drafts=tuple(found[:length]))
 
     def learn(self, window: VerificationWindow) -> None:
-        """Update the acceptance rates, of the session and of new ones, from a window that ended."""
-        drafts = window.drafts
-        if not drafts:
-            return
-        active, kept = window.active, window.next - 1
+        """Update the acceptance rates, of the session and of new ones, from a window with drafts that ended."""
+        drafts, active, kept = window.drafts, window.active, window.next - 1
         active.session.count_drafts(drafts, kept)
         self._meter.drafted_tokens.add(drafts)
         self._meter.accepted_tokens.add(kept)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 from actors.api.generation import Role
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.candidates import GUIDED, CandidateCompleter, Frame
-from actors.coordinator.frames import FrameShape, RowFrame, row_numbers
-from actors.coordinator.inflight import CallBatch, InflightCalls
+from actors.coordinator.frames import FrameShape, RowFrame, RowKeys, row_numbers
+from actors.coordinator.inflight import Calls, ExtendCalls, InflightCalls, Lookups, Widenings
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, LogitsRow, RowHistory, VerificationWindow
 from actors.coordinator.states import RowStage
+from actors.coordinator.table import SessionTable
 from actors.decoding.candidates import Ids, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
+from actors.decoding.decision import spec_columns
 from actors.decoding.hashing import extend_hashes
-from actors.decoding.kernels import ALL, ONLY_REQUIRED, ONLY_SLICES, SentRows, locate_rows
+from actors.decoding.kernels import ALL, ALONE, ONLY_REQUIRED, ONLY_SLICES, SentRows, locate_rows
 from actors.decoding.vocabulary import RequiredLogits
 from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.columns import NO_IDS, Draft, ExtendColumns, RowRequest, drafted_items, rows_ids
@@ -44,7 +46,7 @@ from actors.wire.messages import (
     Values,
 )
 
-Batch = CallBatch[VerificationWindow]
+_SHAPES = 256  # required logits that are kept, by what they depend on
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Fault:
 
 
 class PendingExtend(NamedTuple):
-    """An extend that the next `request` sends: `tokens` from `position` of the role's stream on.
+    """An extend that is sent for itself: `tokens` from `position` of the role's stream on.
 
     start: position of the first row whose logits are requested. temperature: of their tempered logsumexp.
     """
@@ -90,14 +92,29 @@ class Exchange:
 
     def __init__(self, config: ExchangeConfig, vocabularies: VocabularyRegistry) -> None:
         self._config, self._vocabularies = config, vocabularies
+        self._table = SessionTable()
         self._touched: dict[Frame, None] = {}
         self._unplaced: list[VerificationWindow] = []  # windows whose rows have no frame yet
         self._widened: list[LogitsRow] = []  # rows whose wider slices are not requested yet
         self._extends: dict[Role, list[PendingExtend]] = {}
         # windows whose lookups of earlier rows are not sent yet
         self._crossing_pending: dict[VerificationWindow, None] = {}
-        self._calls: InflightCalls[VerificationWindow] = InflightCalls()
+        self._calls = InflightCalls()
+        self._required_by_role = lru_cache(_SHAPES)(self._shared_required)
         self._completer = CandidateCompleter(config.k, vocabularies, self._calls)
+
+    def admit(self, active: ActiveSession) -> None:
+        """Give an admitted session its slot. Call before its first window."""
+        request = active.session.request
+        spec = spec_columns([(ALONE, 0.0, request.sampling, request.seed, 0)])
+        active.slot = self._table.add(active.key, active.age, active.epoch, spec)
+
+    def release(self, active: ActiveSession) -> None:
+        """Forget a session."""
+        self.drop(active)
+        if active.slot >= 0:
+            self._table.remove(active.slot)
+            active.slot = -1
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -114,7 +131,7 @@ class Exchange:
                 if each.window.active.window is each.window:  # else it has ended
                     by_replica.setdefault(each.window.active.replicas[role], []).append(each)
             for replica, members in by_replica.items():
-                first = self._calls.issue(CallBatch("extend", role, [each.window for each in members], members))
+                first = self._calls.extend(ExtendCalls(role, [each.window for each in members], members))
                 replica.outbox.extends.append(_extend_columns(first, role, members))
 
     def begin(
@@ -129,13 +146,14 @@ class Exchange:
         window = active.window = VerificationWindow(
             active, guided, required, "guider" if guider_drafts else None, guider_drafts
         )
-        if guided:
+        if guided and active.session.retokenizes:
             needed = {role: translator.oldest_needed_row() for role, translator in active.session.translators.items()}
             window.oldest = {role: oldest for role, oldest in needed.items() if oldest is not None}
         if (
             guider_drafts and window.aligned and not self._ready_to_draft(window)
         ):  # request the missing rows without drafts first
             window.drafting_role, guider_drafts = None, 0
+            window.awaited = dict.fromkeys(required)
         if guider_drafts:
             self._request_drafts(window)
         else:
@@ -144,12 +162,13 @@ class Exchange:
     def read_prompt(self, active: ActiveSession, guided: bool, reads: Mapping[Role, Sequence[int]]) -> None:
         """Request whole rows inside the prompt. reads: number of its tokens that each role has read at each row."""
         window = active.window = VerificationWindow(active, guided, self._required(active, guided), scores_prompt=True)
+        streams = active.session.streams
+        window.reads = {role: [end - reads[role][0] for end in reads[role]] for role in window.roles}
+        window.draft_tokens = {role: streams[role].tokens[reads[role][0] : reads[role][-1]] for role in window.roles}
         for role in window.roles:
-            stream, ends = active.session.streams[role], reads[role]
-            first = window.first[role] = ends[0] - 1
-            window.reads[role] = [end - ends[0] for end in ends]
-            window.draft_tokens[role] = stream.tokens[ends[0] : ends[-1]]
-            window.hashes[role] = [stream.hash_before(end) for end in range(first + 1, ends[-1] + 1)]
+            first, last = reads[role][0] - 1, reads[role][-1]
+            window.first[role] = first
+            window.hashes[role] = [streams[role].hash_before(end) for end in range(first + 1, last + 1)]
         window.rows = [LogitsRow(window, index, WHOLE) for index in range(len(reads[active.primary]))]
         self._unplaced.append(window)
         for role in window.roles:
@@ -158,14 +177,15 @@ class Exchange:
     def _required(self, active: ActiveSession, guided: bool) -> Mapping[Role, RequiredLogits]:
         """Required ids of the rows in the session's next window, by role."""
         lifted = active.session.required_ids()
-        if not lifted and guided in active.required:
-            return active.required[guided]
-        forced = tuple(sorted(lifted & self._vocabularies.legal(active.primary)))
-        end, roles = active.session.request.thinking.end, GUIDED if guided else (active.primary,)
-        required = {role: self._vocabularies.required(active.primary, role, end, forced) for role in roles}
-        if not lifted:
-            active.required[guided] = required
-        return required
+        forced = tuple(sorted(lifted & self._vocabularies.legal(active.primary))) if lifted else ()
+        return self._required_by_role(active.primary, guided, active.session.request.thinking.end, forced)
+
+    def _shared_required(
+        self, primary: Role, guided: bool, end: str, forced: tuple[int, ...]
+    ) -> Mapping[Role, RequiredLogits]:
+        """Required ids by role; rows of one frame have the same. end: text that ends the thinking. forced: more ids."""
+        roles = GUIDED if guided else (primary,)
+        return {role: self._vocabularies.required(primary, role, end, forced) for role in roles}
 
     def extend_again(self, active: ActiveSession, role: Role, held: int) -> None:
         """Request a role's rows of the window again. held: tokens that its replica holds."""
@@ -175,13 +195,12 @@ class Exchange:
         stream = active.session.streams[role]
         stream.lose(min(held, len(stream) - 1))
         active.row_histories.pop(role, None)
-        self._calls.forget(window, role)
-        window.answered.discard(role)
+        self._calls.forget_extend(window, role)
+        window.awaited[role] = None
         for row in window.rows[window.next :]:
+            self._calls.forget_rows(row.frame, row.at, widenings_to=role)
             row.lose(role)
             self._touched[row.frame] = None
-        for other in window.roles:
-            self._calls.forget(window, other, lookups_only=True)
         self._extend(window, role)
         if window.aligned:
             self._crossing_pending[window] = None
@@ -192,7 +211,7 @@ class Exchange:
         if tokens := stream.tokens[stream.held :]:
             prefix, call_id = stream.hash_before(stream.held), self._calls.unawaited_id()
             row = call_id, active.key, active.age, prefix, active.epoch, stream.held, len(tokens), 0, 0, 0, 0, 1.0
-            columns = ExtendColumns(np.array([row], EXTEND_ITEM), tokens, [], {})
+            columns = ExtendColumns(np.array([row], EXTEND_ITEM), tokens, NO_IDS, {})
             active.row_histories.pop(role, None)
             active.replicas[role].outbox.extends.append(columns)
             stream.hold(len(stream))
@@ -206,20 +225,28 @@ class Exchange:
         """Forget the session's window and its calls in flight."""
         window = active.window
         if window is not None:
-            self._calls.forget(window)
+            for role in window.awaited:
+                self._calls.forget_extend(window, role)
+            for row in window.rows:
+                if row.at >= 0 and row.frame.calls and not row.complete:
+                    self._calls.forget_rows(row.frame, row.at)
             window.dissolve()
             active.window = None
 
     def _place(self) -> None:
-        """Put the rows of windows that were begun into frames, those of one shape into one."""
+        """Put the rows of windows that were begun into frames, those of one shape into one, and extend them."""
         unplaced, self._unplaced = self._unplaced, []
-        shapes: dict[tuple[object, ...], tuple[FrameShape, list[LogitsRow]]] = {}
+        shapes: dict[tuple[object, ...], list[VerificationWindow]] = {}
         for window in unplaced:
             if window.rows:
-                shape = window.shape(window.rows[0].k)
-                shapes.setdefault(shape.key, (shape, []))[1].extend(window.rows)
-        for shape, rows in shapes.values():
-            self._frame(rows, shape, RowStage.EXTENDING)
+                key = window.guided, window.scores_prompt, window.aligned, window.rows[0].k, id(window.required)
+                shapes.setdefault(key, []).append(window)
+        for windows in shapes.values():
+            shape = windows[0].shape(windows[0].rows[0].k)
+            frame = self._frame([row for window in windows for row in window.rows], shape, RowStage.EXTENDING)
+            if not (shape.aligned or shape.scores_prompt):  # these need more than the newest rows
+                for role in shape.required:
+                    self._extend_frame(frame, role, [each for each in windows if each.drafting_role != role])
 
     def _frame(self, rows: Sequence[LogitsRow], shape: FrameShape, stage: RowStage) -> Frame:
         """Put rows into a frame."""
@@ -231,10 +258,61 @@ class Exchange:
             proposing = GUIDED[:2]
         elif shape.aligned:
             proposing = GUIDED[:1]
-        frame = RowFrame(rows, shape, widths, proposing, stage)
+        frame = RowFrame(rows, shape, self._keys(rows, tuple(shape.required)), widths, proposing, stage)
         for at, row in enumerate(rows):
             row.place(frame, at)
         return frame
+
+    def _keys(self, rows: Sequence[LogitsRow], roles: Sequence[Role]) -> RowKeys:
+        windows = [row.window for row in rows]
+        actives = [window.active for window in windows]
+        indices = [row.index for row in rows]
+        replicas = [[active.replicas[role].number for active in actives] for role in roles]
+        reads = [[window.reads[role][index] for window, index in zip(windows, indices, strict=True)] for role in roles]
+        firsts = [[window.first[role] for window in windows] for role in roles]
+        prefixes = [
+            [window.hashes[role][read] for window, read in zip(windows, of_role, strict=True)]
+            for role, of_role in zip(roles, reads, strict=True)
+        ]
+        return RowKeys(
+            self._table.rows[[active.slot for active in actives]],
+            np.array(replicas, np.int64),
+            np.array(firsts, np.int64) + np.array(reads, np.int64),
+            np.array(prefixes, np.uint64),
+        )
+
+    def _extend_frame(self, frame: Frame, role: Role, windows: Sequence[VerificationWindow]) -> None:
+        """Send a role the newest tokens of windows, and the drafts behind them, and request all rows of the windows.
+
+        Example: the stream has 21 tokens, of which the replica holds 19, and the drafts are [7, 8]. Tokens 19 and 20,
+        then 7 and 8, are sent from position 19 on; the rows of the last three tokens (positions 20, 21, 22) are
+        requested.
+        """
+        by_replica: dict[Replica, list[VerificationWindow]] = {}
+        for window in windows:
+            by_replica.setdefault(window.active.replicas[role], []).append(window)
+        ids, k, keys = frame.shape.required[role].ids, self._width(windows[0], role) if windows else 0, frame.keys
+        for replica, members in by_replica.items():
+            streams = [window.active.session.streams[role] for window in members]
+            firsts = [window.first[role] for window in members]
+            held = [min(stream.held, first) for stream, first in zip(streams, firsts, strict=True)]
+            parts = [
+                stream.tokens[begin : first + 1] + list(window.draft_tokens[role])
+                for stream, begin, first, window in zip(streams, held, firsts, members, strict=True)
+            ]
+            rows = row_numbers([window.rows[0].at for window in members])
+            counts = row_numbers([len(window.rows) for window in members])
+            first_call = self._calls.extend(ExtendCalls(role, members, (), frame, rows, counts))
+            items = np.zeros(len(members), EXTEND_ITEM)
+            items["call_id"] = np.arange(first_call, first_call + len(members))
+            sessions = keys.sessions[rows]
+            items["session"], items["age"], items["epoch"] = sessions["key"], sessions["age"], sessions["epoch"]
+            items["prefix"] = [stream.hash_before(begin) for stream, begin in zip(streams, held, strict=True)]
+            items["position"], items["tokens"], items["rows"] = held, [len(part) for part in parts], counts
+            items["k"], items["required_ids"] = k, len(ids)
+            items["temperature"] = _heats(sessions["spec"]["temperature"]) if role == frame.shape.primary else 1.0
+            tokens = [token for part in parts for token in part]
+            replica.outbox.extends.append(ExtendColumns(items, tokens, np.tile(ids, len(members)), {}))
 
     def _slice_width(self, shape: FrameShape, role: Role) -> int:
         """The most ids that a role proposes for a row, in ids of the primary."""
@@ -251,7 +329,8 @@ class Exchange:
         for row in widened:
             if row in row.window.rows:  # else the window has ended
                 shape, stage = row.window.shape(row.k), RowStage(row.frame.stage[row.at])
-                shapes.setdefault((stage, *shape.key), (shape, stage, []))[2].append(row)
+                key = stage, shape.guided, shape.aligned, shape.k, id(shape.required)
+                shapes.setdefault(key, (shape, stage, []))[2].append(row)
         for shape, stage, rows in shapes.values():
             narrow = [(row.frame, row.at) for row in rows]
             frame = self._frame(rows, shape, stage)
@@ -273,7 +352,9 @@ class Exchange:
         return row.k == WHOLE or not (role == "guider_base" and row.window.guided)
 
     def _request_wider(self, rows: Sequence[LogitsRow], role: Role) -> None:
-        first = self._calls.issue(CallBatch("widen", role, [row.window for row in rows], list(rows)))
+        """Request the wider slices of rows of one frame."""
+        at, frame = row_numbers([row.at for row in rows]), rows[0].frame
+        first = self._calls.ask(Widenings(role, frame, at, list(rows)))
         for call_id, row in enumerate(rows, first):
             active, (position, prefix) = row.window.active, row.key(role)
             item = RowRequest(call_id, active.key, prefix, active.epoch, position, row.k)
@@ -293,23 +374,27 @@ class Exchange:
     def _request_rows(self, window: VerificationWindow, drafts: Sequence[int], drafted: Sequence[int] = ()) -> None:
         """Request the rows behind the drafts."""
         k = WHOLE if self._config.mode == "full" else self._config.k
-        ahead = dict.fromkeys(window.roles, NO_DRAFTS)
-        if drafts or window.oldest or window.drafting_role is not None:
-            ahead = self._translate_drafts(window, drafts, drafted)
+        self._unplaced.append(window)
+        if not (drafts or window.oldest or window.drafting_role):
+            for role in window.required:
+                window.hashes[role] = (self._begin_role(window, role),)
+            window.rows = [LogitsRow(window, 0, k)]
+            return
+        ahead = self._translate_drafts(window, drafts, drafted)
         window.rows = [LogitsRow(window, index, k) for index in range(len(ahead[window.active.primary].ends))]
+        window.draft_tokens = {role: part.tokens for role, part in ahead.items()}
+        window.reads = {role: part.ends for role, part in ahead.items()}
         for role, part in ahead.items():
             begun = self._begin_role(window, role)
-            window.draft_tokens[role], window.reads[role] = list(part.tokens), part.ends
-            window.hashes[role] = [begun, *extend_hashes(begun, part.tokens)] if part.tokens else [begun]
+            window.hashes[role] = [begun, *extend_hashes(begun, part.tokens)]
             if role in window.oldest:
                 for row, boundaries in zip(window.rows, part.boundaries_by_row, strict=True):
                     if boundaries is not None:
                         row.crossing[role] = CrossingRows(boundaries)
-        self._unplaced.append(window)
-        for role in window.roles:
-            if role != window.drafting_role:
-                self._extend(window, role)
         if window.aligned:
+            for role in window.roles:
+                if role != window.drafting_role:
+                    self._extend(window, role)
             self._crossing_pending[window] = None
 
     def _translate_drafts(
@@ -353,15 +438,13 @@ class Exchange:
         return reach == last and active.session.streams["guider"].held >= last
 
     def _extend(self, window: VerificationWindow, role: Role, draft: Draft | None = None) -> None:
-        """Send a role the session's newest tokens and the drafts behind them, and request the window's rows.
+        """Send one role of one window its newest tokens, as `_extend_frame`, but with parameters of its own.
 
-        Example: the stream has 21 tokens, of which the replica holds 19, and the drafts are [7, 8]. Tokens 19 and 20,
-        then 7 and 8, are sent from position 19 on; the rows of the last three tokens (positions 20, 21, 22) are
-        requested. A role with another vocabulary also needs earlier rows, from window.oldest on: rows that its history
-        holds are taken from there, and `fresh` is the first position whose row is requested.
+        A role with another vocabulary also needs earlier rows, from window.oldest on: rows that its history holds are
+        taken from there, and `fresh` is the first position whose row is requested.
         """
         active, needed, first = window.active, window.required.get(role), window.first[role]
-        stream, tail = active.session.streams[role], window.draft_tokens.get(role, [])
+        stream, tail = active.session.streams[role], window.draft_tokens[role]
         end, fresh, keep = first + 1 + len(tail), first, 0
         if role in window.oldest:
             history, key_of = active.row_histories.setdefault(role, RowHistory()), partial(window.key, role)
@@ -369,11 +452,11 @@ class Exchange:
             fresh = min(reach, max(stream.held, window.oldest[role]), first if draft is not None else end)
             keep = history.kept(fresh, key_of) if fresh <= stream.held else 0
             if fresh == end:  # no new token, and every row is held
-                window.answered.add(role)
+                window.awaited.pop(role, None)
             self._take_held_rows(window, role, history, fresh)
             if fresh == end:
                 return
-        else:
+        elif active.row_histories:
             active.row_histories.pop(role, None)  # the replica keeps none of these rows
         position = min(stream.held, fresh)
         tokens = [*stream.tokens[position : first + 1], *tail]
@@ -438,25 +521,62 @@ class Exchange:
         """Store the rows of extends and widenings, those of one frame together."""
         replica.forward_time.observe(message.packed, message.micros / 1e6)
         columns = _RowColumns(message, replica.welcome.width)
-        for begin, end, batch, number in self._calls.find(message.items["call_id"].tolist()):
-            if batch is None:
-                continue
-            members = [number + at for at in range(end - begin) if batch.alive[number + at]]
-            if batch.kind == "widen":
-                targets = [(batch.details[each], int(columns.first_row[begin + each - number])) for each in members]
-                self._take_wider(columns, batch.role, targets)
-            else:
-                self._take_extended(columns, batch, [(each, begin + each - number) for each in members])
-            for each in members:
-                self._calls.end(batch, each)
+        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
+            numbers = calls.among(begin, end)
+            if isinstance(calls, Widenings):
+                firsts = columns.first_row[item : item + end - begin]
+                targets = [(calls.owners[each], int(firsts[each - begin])) for each in numbers]
+                self._take_wider(columns, calls.role, targets)
+            elif isinstance(calls, ExtendCalls):
+                if calls.frame is not None:
+                    self._take_frame(columns, calls, numbers, item - begin)
+                else:
+                    self._take_extended(columns, calls, [(each, item + each - begin) for each in numbers])
+            self._calls.end(calls, slice(begin, end))
 
-    def _take_extended(self, columns: _RowColumns, batch: Batch, calls: Sequence[tuple[int, int]]) -> None:
-        """Store the rows of extends. calls: number in the batch, and item in the message."""
-        role = batch.role
+    def _take_frame(
+        self, columns: _RowColumns, calls: ExtendCalls[VerificationWindow], numbers: Sequence[int], ahead: int
+    ) -> None:
+        """Store the rows of extends of whole windows. ahead: item of a call in the message, less its number."""
+        role, frame = calls.role, calls.frame
+        assert frame is not None
+        assert calls.rows is not None
+        assert calls.counts is not None
+        if not numbers:
+            return
+        for number in numbers:
+            del calls.windows[number].awaited[role]
+        taken = np.array(numbers)
+        items = taken + ahead
+        counts = calls.counts[taken]
+        if (columns.rows[items] != counts).any():
+            raise ProtocolError(f"the {role} model sent another number of rows than was requested")
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # number in its window
+        at = np.repeat(calls.rows[taken], counts) + within
+        source = np.repeat(columns.first_row[items], counts) + within
+        heats = frame.keys.sessions["spec"]["temperature"][at]
+        heats = _heats(heats) if role == frame.shape.primary else np.ones(len(at))
+        theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
+        frame.block.store_rows(role, at, columns.sent, source, ALL, theirs, heats)
+        self._received(frame, role, at)
+
+    def _received(self, frame: Frame, role: Role, at: Ids) -> None:
+        """A role's slices of these rows are stored, perhaps after their candidates were found."""
+        frame.receive(role, at)
+        late = at[frame.stage[at] == RowStage.LOOKING_UP]
+        if len(late):
+            frame.block.add_events(role, late)
+        self._touched[frame] = None
+
+    def _take_extended(
+        self, columns: _RowColumns, calls: ExtendCalls[VerificationWindow], answered: Sequence[tuple[int, int]]
+    ) -> None:
+        """Store the rows of other extends. answered: number of the call, and item in the message."""
+        role = calls.role
         frames: dict[Frame, list[tuple[LogitsRow, int, float]]] = {}
-        for number, item in calls:
-            window, sent = batch.callers[number], batch.details[number]
-            window.answered.add(role)
+        for number, item in answered:
+            window, sent = calls.windows[number], calls.details[number]
+            window.awaited.pop(role, None)
             if role == window.drafting_role and not window.rows:
                 self._request_rows(window, [])  # no draft came
             self._place()
@@ -490,11 +610,7 @@ class Exchange:
                 row.widen(row.k)
             self._request_wider(rows, role)
             return
-        frame.receive(role, at)
-        late = at[frame.stage[at] == RowStage.LOOKING_UP]
-        if len(late):
-            frame.block.add_events(role, late)
-        self._touched[frame] = None
+        self._received(frame, role, at)
 
     def _take_wider(self, columns: _RowColumns, role: Role, targets: Sequence[tuple[LogitsRow, int]]) -> None:
         """Store wider slices. targets: row, and its number among the message's rows."""
@@ -551,20 +667,18 @@ class Exchange:
 
     def _take_values(self, message: Values) -> None:
         """Store the replies to lookups."""
-        ends = np.cumsum(message.items["values"]).tolist()
-        for begin, end, batch, number in self._calls.find(message.items["call_id"].tolist()):
-            if batch is None or batch.kind != "lookup":
+        ends = np.cumsum(message.items["values"])
+        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
+            if not isinstance(calls, Lookups):
                 continue
-            calls = [(number, number + end - begin)]
-            if 0 in batch.alive[number : number + end - begin]:
-                calls = [(each, each + 1) for each in range(number, number + end - begin) if batch.alive[each]]
-            for first, last in calls:
-                before = begin + first - number
-                values = message.values[ends[before - 1] if before else 0 : ends[begin + last - number - 1]]
-                batch.details.take(values, first, last)
-                for each in range(first, last):
-                    self._calls.end(batch, each)
-            self._touched[batch.details.frame] = None
+            numbers = calls.among(begin, end)
+            runs = [(begin, end)] if len(numbers) == end - begin else [(each, each + 1) for each in numbers]
+            for first, last in runs:
+                before = item + first - begin
+                part = slice(int(ends[before - 1]) if before else 0, int(ends[before + last - first - 1]))
+                calls.take(message.values[part], first, last)
+            self._touched[calls.frame] = None
+            self._calls.end(calls, slice(begin, end))
 
     def _take_refusals(self, message: Refused) -> list[Fault]:
         """Remove refused calls. Returns one fault for each session and role.
@@ -573,27 +687,42 @@ class Exchange:
         """
         faults: dict[tuple[int, Role], Fault] = {}
         codes, details = message.items["code"].tolist(), message.items["detail"].tolist()
-        for begin, end, batch, number in self._calls.find(message.items["call_id"].tolist()):
-            for at in range(begin, end):
-                if batch is None or not batch.alive[number + at - begin]:
-                    continue
-                active = batch.callers[number + at - begin].active
-                self._calls.end(batch, number + at - begin)
+        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
+            for number in calls.among(begin, end):
+                at = item + number - begin
+                active = self._end_refused(calls, number)
                 # The refusal of an extend is the cause of those of the lookups that waited for it.
-                if batch.kind == "extend" or (active.key, batch.role) not in faults:
-                    faults[active.key, batch.role] = Fault(active, batch.role, Refusal(codes[at]), details[at])
+                if isinstance(calls, ExtendCalls) or (active.key, calls.role) not in faults:
+                    faults[active.key, calls.role] = Fault(active, calls.role, Refusal(codes[at]), details[at])
         return list(faults.values())
+
+    def _end_refused(self, calls: Calls, number: int) -> ActiveSession:
+        """Remove a refused call. Returns the session that it was sent for."""
+        self._calls.end(calls, number)
+        if isinstance(calls, ExtendCalls):
+            window: VerificationWindow = calls.windows[number]
+            window.awaited[calls.role] = None
+            return window.active
+        assert isinstance(calls, Lookups | Widenings)
+        row = calls.frame.owners[int(calls.rows[number])]
+        assert row is not None
+        active: ActiveSession = row.window.active
+        return active
 
     def _take_drafts(self, message: Drafted) -> None:
         drafted = drafted_items(message)
-        for begin, end, batch, number in self._calls.find([call_id for call_id, _ in drafted]):
-            for at in range(begin, end):
-                if batch is None or not batch.alive[number + at - begin]:
-                    continue
-                window, tokens = batch.callers[number + at - begin], drafted[at][1]
+        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
+            for number in calls.among(begin, end):
+                assert isinstance(calls, ExtendCalls)
+                window, tokens = calls.windows[number], drafted[item + number - begin][1]
                 if not window.rows:
                     drafts = window.active.session.translators["guider"].drafts_in_target(tokens)
                     self._request_rows(window, drafts, tokens)
+
+
+def _heats(temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The temperatures of the primary's tempered logsumexp, from which its rows are filtered."""
+    return np.where(temperatures > 0, temperatures, 1.0)
 
 
 def _extend_columns(first: int, role: Role, members: Sequence[PendingExtend]) -> ExtendColumns:
@@ -616,7 +745,7 @@ def _extend_columns(first: int, role: Role, members: Sequence[PendingExtend]) ->
     return ExtendColumns(
         items,
         [token for each in members for token in each.tokens],
-        [each.required_ids for each in members],
+        np.concatenate([NO_IDS, *(each.required_ids for each in members)]),
         {place: each.draft for place, each in enumerate(members) if each.draft is not None},
     )
 

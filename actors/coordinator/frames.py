@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from actors.api.generation import Role
 from actors.coordinator.states import ROW_TRANSITIONS, RowStage, transition, transition_rows
 from actors.decoding.candidates import CandidateBlock, Ids
+from actors.decoding.kernels import ALONE, GUIDED
 from actors.decoding.vocabulary import RequiredLogits
 
 Owner = TypeVar("Owner")
@@ -39,24 +40,38 @@ class FrameShape:
         """The role in whose ids the rows are decided."""
         return next(iter(self.required))
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Key by which rows are grouped. Required logits are compared by identity: sessions share them."""
-        required = tuple((role, id(needed)) for role, needed in self.required.items())
-        return self.guided, self.aligned, self.scores_prompt, self.k, required
+
+class RowKeys(NamedTuple):
+    """To which session each row [n] belongs, and by which keys the replicas of R roles know it."""
+
+    sessions: NDArray[np.void]  # [n], `table.SESSION`
+    replicas: Ids  # [R, n], `Replica.number`
+    positions: Ids  # [R, n], of the row's own token in each role's stream
+    prefixes: NDArray[np.uint64]  # [R, n], running hash up to that token
+
+
+class Waiting(Protocol):
+    """Calls of one kind to one role, for rows of a frame."""
+
+    role: Role
+    rows: Ids  # [calls], the row that waits for each
+    alive: NDArray[np.bool_]  # [calls], in flight and not forgotten
 
 
 class RowFrame(Generic[Owner]):
     """Rows [n] in flight, with their slices and candidates in `block`.
 
-    owners: by row the object to which it belongs, None if it waits for nothing any more. stage [n]: `RowStage`. arrived
-    [n]: bit r is set if role r has sent its slice. lookups [n]: those in flight.
+    owners: by row the object to which it belongs, None if it waits for nothing any more. specs [n]: `kernels.SPEC`
+    without alpha. stage [n]: `RowStage`. arrived
+    [n]: bit r is set if role r has sent its slice. lookups [R, n]: those in flight. calls: those in flight for rows,
+    lookups and widenings.
     """
 
     def __init__(
         self,
         owners: Sequence[Owner],
         shape: FrameShape,
+        keys: RowKeys,
         widths: Mapping[Role, int],
         proposing: Sequence[Role],
         stage: RowStage,
@@ -64,11 +79,15 @@ class RowFrame(Generic[Owner]):
         """widths: most ids in a role's slice. proposing: the roles whose slices determine the candidates, if any."""
         count, required = len(owners), shape.required
         self.owners: list[Owner | None] = list(owners)
-        self.shape = shape
+        self.shape, self.keys = shape, keys
+        self.specs = keys.sessions["spec"]
+        self.specs["rule"] = GUIDED if shape.guided else ALONE
+        self.specs["position"] = keys.positions[0] + 1  # a row decides the token behind the primary's own
         self.block = CandidateBlock(count, required, widths)
         self.stage = np.full(count, stage, np.uint8)
         self.arrived = np.zeros(count, np.uint8)
-        self.lookups = np.zeros(count, np.int32)
+        self.lookups = np.zeros((len(required), count), np.int32)
+        self.calls: list[Waiting] = []  # kept by `inflight.InflightCalls`
         self._bits = {role: 1 << number for number, role in enumerate(required)}
         self._proposing = sum(self._bits[role] for role in proposing)
         self._all = (1 << len(required)) - 1
@@ -77,17 +96,26 @@ class RowFrame(Generic[Owner]):
         """A role's slices of these rows are stored."""
         self.arrived[at] |= self._bits[role]
 
+    def ask(self, role: Role, at: Ids) -> None:
+        """Lookups in a role were sent for these rows, which may occur several times."""
+        np.add.at(self.lookups[self.block.roles[role]], at, 1)
+
+    def take_answers(self, role: Role, at: Ids) -> None:
+        """Lookups in a role for these rows were answered."""
+        np.subtract.at(self.lookups[self.block.roles[role]], at, 1)
+
     def lose(self, role: Role, at: int) -> None:
         """A role computes this row again, so its slice is waited for, and the candidates are not known."""
         self.arrived[at] &= ~self._bits[role] & 0xFF
-        self.lookups[at] = 0
+        self.lookups[:, at] = 0
         self.enter(at, RowStage.EXTENDING)
 
     def abandon(self, at: int) -> None:
         """The row waits for nothing and never becomes complete, because its window has ended or it is widened."""
         self.owners[at] = None
-        self.arrived[at] = self.lookups[at] = 0
-        self.stage[at] = RowStage.EXTENDING
+        if self.stage[at] != RowStage.COMPLETE:
+            self.lookups[:, at] = self.arrived[at] = 0
+            self.stage[at] = RowStage.EXTENDING
 
     def has(self, role: Role, at: int) -> bool:
         """True if a role's slice of this row has arrived."""
@@ -99,7 +127,8 @@ class RowFrame(Generic[Owner]):
 
     def owners_of(self, at: Ids) -> list[Owner]:
         """The owners of rows that still wait for something."""
-        return [owner for owner in (self.owners[row] for row in at.tolist()) if owner is not None]
+        owners = self.owners
+        return [owner for owner in [owners[row] for row in at.tolist()] if owner is not None]
 
     def proposed(self) -> Ids:
         """The rows whose candidates can be found now."""
@@ -116,7 +145,7 @@ class RowFrame(Generic[Owner]):
     def complete(self) -> Ids:
         """Enter COMPLETE with every row that has all slices and lookups, and return these rows."""
         before = RowStage.LOOKING_UP if self._proposing else RowStage.EXTENDING
-        ready = np.flatnonzero((self.stage == before) & (self.lookups == 0) & (self.arrived == self._all))
+        ready = np.flatnonzero((self.stage == before) & (self.arrived == self._all) & ~self.lookups.any(0))
         if len(ready):
             transition_rows(self.stage, ready, RowStage.COMPLETE)
         return ready

@@ -1,113 +1,68 @@
-"""Calls to model replicas that are in flight, in batches of consecutive ids, and the lookups among them."""
+"""Calls to model replicas that are in flight, in batches of consecutive ids: extends of windows, and calls for rows."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from itertools import pairwise
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.coordinator.frames import RowFrame
 from actors.decoding.candidates import Ids
 
-Kind = Literal["extend", "lookup", "widen"]
+
+class Calls:
+    """Items of one kind that were sent to one replica of a role, with consecutive ids."""
+
+    __slots__ = ("alive", "first_id", "role")
+
+    def __init__(self, role: Role, count: int) -> None:
+        self.role, self.first_id = role, 0
+        self.alive = np.ones(count, np.bool_)  # in flight and not forgotten
+
+    def __len__(self) -> int:
+        return len(self.alive)
+
+    def among(self, first: int, end: int) -> list[int]:
+        """The numbers of the calls in flight from `first` to before `end`."""
+        alive = self.alive[first:end]
+        return list(range(first, end)) if alive.all() else (first + np.flatnonzero(alive)).tolist()
 
 
 class Caller(Protocol):
-    """A window, which lists its calls in flight: for each one its batch, and its number there."""
+    """A window. awaited: by role whose rows it awaits the extend in flight, None while that must be sent again."""
 
-    calls: list[tuple[Any, int]]
+    awaited: dict[Role, tuple[Any, int] | None]
 
 
 W = TypeVar("W", bound=Caller)
 
 
-class CallBatch(Generic[W]):
-    """Items of one kind for one role, with consecutive ids. details: what the replies are read with, by number."""
+class ExtendCalls(Calls, Generic[W]):
+    """Extends of windows.
 
-    __slots__ = ("_left", "alive", "callers", "details", "first_id", "kind", "role")
+    frame: that of all their rows, if each row of a window is that of one more of its drafts; rows [n] is then the first
+    row of each window there, and counts [n] their number. details: what the replies are read with otherwise, by number.
+    """
 
-    def __init__(self, kind: Kind, role: Role, callers: Sequence[W], details: Any) -> None:
-        self.kind, self.role, self.callers, self.details = kind, role, callers, details
-        self.first_id = 0
-        self.alive = bytearray(b"\1" * len(callers))  # in flight and not forgotten
-        self._left = len(callers)
+    __slots__ = ("counts", "details", "frame", "rows", "windows")
 
-    def __len__(self) -> int:
-        return len(self.callers)
-
-    def end(self, number: int) -> bool:
-        """A call is answered, refused or forgotten. Returns True if none of the batch is in flight any more."""
-        self._left -= self.alive[number]
-        self.alive[number] = 0
-        return not self._left
-
-
-class InflightCalls(Generic[W]):
-    """The calls in flight. Ids rise with every call."""
-
-    def __init__(self) -> None:
-        self._next = 1
-        self._firsts: list[int] = []  # first ids of the batches, ascending
-        self._batches: dict[int, CallBatch[W]] = {}  # by first id
-
-    def unawaited_id(self) -> int:
-        """An id for a call whose reply is not awaited."""
-        self._next += 1
-        return self._next - 1
-
-    def issue(self, batch: CallBatch[W]) -> int:
-        """Register the calls of a batch. Returns the id of the first."""
-        first = batch.first_id = self._next
-        self._next += len(batch)
-        self._firsts.append(first)
-        self._batches[first] = batch
-        for number, caller in enumerate(batch.callers):
-            caller.calls.append((batch, number))
-        return first
-
-    def find(self, call_ids: Sequence[int]) -> Iterator[tuple[int, int, CallBatch[W] | None, int]]:
-        """Split ids into runs of one batch: begin and end in `call_ids`, the batch, and the number of the first call.
-
-        The numbers of a run are consecutive. The batch is None for calls that are unknown.
-        """
-        begin = 0
-        while begin < len(call_ids):
-            at = bisect.bisect_right(self._firsts, call_ids[begin]) - 1
-            batch = self._batches[self._firsts[at]] if at >= 0 else None
-            number = call_ids[begin] - batch.first_id if batch is not None else 0
-            if batch is None or number >= len(batch):
-                yield begin, begin + 1, None, 0
-                begin += 1
-                continue
-            end = begin + 1
-            while end < len(call_ids) and call_ids[end] == call_ids[end - 1] + 1 and number + end - begin < len(batch):
-                end += 1
-            yield begin, end, batch, number
-            begin = end
-
-    def end(self, batch: CallBatch[W], number: int) -> None:
-        """Remove a call that was answered or refused."""
-        if batch.end(number) and self._batches.pop(batch.first_id, None) is not None:
-            del self._firsts[bisect.bisect_left(self._firsts, batch.first_id)]
-
-    def forget(self, caller: W, role: Role | None = None, lookups_only: bool = False) -> None:
-        """Forget a window's calls to a role, or to every role. Their replies will be ignored."""
-        kept = []
-        for batch, number in caller.calls:
-            if (role is None or batch.role == role) and (not lookups_only or batch.kind == "lookup"):
-                self.end(batch, number)
-            elif batch.alive[number]:
-                kept.append((batch, number))
-        caller.calls = kept
-
-
-def owing(caller: Caller) -> set[Role]:
-    """The roles that owe a window an answer."""
-    return {batch.role for batch, number in caller.calls if batch.alive[number]}
+    def __init__(
+        self,
+        role: Role,
+        windows: Sequence[W],
+        details: Sequence[Any] = (),
+        frame: RowFrame[Any] | None = None,
+        rows: Ids | None = None,
+        counts: Ids | None = None,
+    ) -> None:
+        super().__init__(role, len(windows))
+        self.windows, self.details, self.frame = windows, details, frame
+        self.rows, self.counts = rows, counts
 
 
 class Sink(Protocol):
@@ -116,29 +71,114 @@ class Sink(Protocol):
     def __call__(self, rows: Ids, places: Ids, values: Any, /) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Lookups:
-    """Lookups that are sent to one replica together, and where their logits are stored.
+class RowCalls(Calls):
+    """Calls for rows of a frame: rows [calls] is the row that waits for each."""
 
-    waiting [calls]: by call the row of `frame` that waits for it. rows, places [n]: of each id, call after call. ends:
-    by call the number of ids up to its last.
+    __slots__ = ("frame", "rows")
+
+    def __init__(self, role: Role, frame: RowFrame[Any], rows: Ids) -> None:
+        super().__init__(role, len(rows))
+        self.frame, self.rows = frame, rows
+
+
+class Widenings(RowCalls):
+    """Requests for wider slices. owners: by call the object that the row belongs to."""
+
+    __slots__ = ("owners",)
+
+    def __init__(self, role: Role, frame: RowFrame[Any], rows: Ids, owners: Sequence[Any]) -> None:
+        super().__init__(role, frame, rows)
+        self.owners = owners
+
+
+class Lookups(RowCalls):
+    """Lookups, and where their logits are stored.
+
+    at, places [n]: of each id, call after call. ends [calls]: number of ids up to the last of each call.
     """
 
-    frame: RowFrame[Any]
-    waiting: Ids
-    rows: Ids
-    places: Ids
-    ends: Sequence[int]
-    sink: Sink
+    __slots__ = ("_at", "_ends", "_places", "_sink")
 
-    def take(self, values: Any, first: int, end: int) -> None:
+    def __init__(
+        self, role: Role, frame: RowFrame[Any], rows: Ids, at: Ids, places: Ids, ends: Ids, sink: Sink
+    ) -> None:
+        super().__init__(role, frame, rows)
+        self._at, self._places, self._ends, self._sink = at, places, ends, sink
+
+    def take(self, values: NDArray[Any], first: int, end: int) -> None:
         """Store the values of the calls from `first` to before `end`."""
-        part = slice(self.ends[first - 1] if first else 0, self.ends[end - 1])
-        self.sink(self.rows[part], self.places[part], values)
-        np.subtract.at(self.frame.lookups, self.waiting[first:end], 1)
+        part = slice(int(self._ends[first - 1]) if first else 0, int(self._ends[end - 1]))
+        self._sink(self._at[part], self._places[part], values)
+        self.frame.take_answers(self.role, self.rows[first:end])
 
 
-def sort_within_rows(rows: Ids, places: Ids, ids: Ids) -> tuple[Ids, Ids]:
-    """Places and ids, sorted by id within each row."""
-    order = np.argsort((rows << 32) + ids, kind="stable")
-    return places[order], ids[order]
+class InflightCalls:
+    """The calls in flight. Ids rise with every call."""
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._firsts: list[int] = []  # first ids of the batches, ascending
+        self._batches: dict[int, Calls] = {}  # by first id
+
+    def unawaited_id(self) -> int:
+        """An id for a call whose reply is not awaited."""
+        self._next += 1
+        return self._next - 1
+
+    def extend(self, calls: ExtendCalls[Any]) -> int:
+        """Register extends. Returns the id of the first."""
+        for number, window in enumerate(calls.windows):
+            window.awaited[calls.role] = calls, number
+        return self._issue(calls)
+
+    def ask(self, calls: RowCalls) -> int:
+        """Register calls for rows. Returns the id of the first."""
+        calls.frame.calls.append(calls)
+        return self._issue(calls)
+
+    def _issue(self, calls: Calls) -> int:
+        first = calls.first_id = self._next
+        self._next += len(calls)
+        self._firsts.append(first)
+        self._batches[first] = calls
+        return first
+
+    def find(self, call_ids: NDArray[np.uint64]) -> Iterator[tuple[int, Calls, int, int]]:
+        """Split ids into runs of one batch: begin in `call_ids`, the batch, and its first and last but one number.
+
+        Unknown ids are left out: their calls were forgotten.
+        """
+        ids = call_ids.astype(np.int64)
+        cuts = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
+        for begin, stop in pairwise(cuts):
+            while begin < stop:
+                wanted = int(ids[begin])
+                at = bisect.bisect_right(self._firsts, wanted)
+                calls = self._batches[self._firsts[at - 1]] if at else None
+                if calls is not None and wanted < calls.first_id + len(calls):
+                    number = wanted - calls.first_id
+                    end = min(number + stop - begin, len(calls))
+                    yield begin, calls, number, end
+                    begin += end - number
+                else:
+                    begin += min(self._firsts[at], int(ids[stop - 1]) + 1) - wanted if at < len(self._firsts) else stop
+
+    def end(self, calls: Calls, numbers: slice | int) -> None:
+        """Remove calls that were answered or refused, or that nobody waits for any more."""
+        calls.alive[numbers] = False
+        if not calls.alive.any() and self._batches.pop(calls.first_id, None) is not None:
+            del self._firsts[bisect.bisect_left(self._firsts, calls.first_id)]
+            if isinstance(calls, RowCalls):
+                calls.frame.calls.remove(calls)
+
+    def forget_extend(self, window: Caller, role: Role) -> None:
+        """Forget the extend of a role that a window awaits. Its reply will be ignored."""
+        if call := window.awaited.get(role):
+            self.end(*call)
+
+    def forget_rows(self, frame: RowFrame[Any], at: int, widenings_to: Role | None = None) -> None:
+        """Forget the lookups of a row; and its widenings, of one role or of all. Their replies will be ignored."""
+        for calls in list(frame.calls):
+            if widenings_to is None or calls.role == widenings_to or isinstance(calls, Lookups):
+                for number in np.flatnonzero(calls.alive & (calls.rows == at)).tolist():
+                    self.end(calls, number)

@@ -123,7 +123,7 @@ class DecodeLoop:
         if not active.over:
             active.session.finish("abort")
         active.enter(SessionState.FINISHED)
-        self._exchange.drop(active)
+        self._exchange.release(active)
         self._active.pop(active.key, None)
         self.admission.remove(active)
         for replica in active.replicas.values():
@@ -191,6 +191,7 @@ class DecodeLoop:
     def _admit(self) -> None:
         for active in self.admission.admit(self._needed_roles):
             self._active[active.key] = active
+            self._exchange.admit(active)
             self._next_window(active)
 
     def _next_window(self, active: ActiveSession) -> None:
@@ -198,7 +199,8 @@ class DecodeLoop:
         session = active.session
         guided = bool(active.alpha())
         roles = self._needed_roles(active)
-        if not all([self._bind(active, role) for role in roles]):
+        unbound = [role for role in roles if role not in active.replicas]
+        if unbound and not all([self._bind(active, role) for role in unbound]):
             active.enter(SessionState.NO_REPLICA)
             return
         active.begin()
@@ -242,10 +244,10 @@ class DecodeLoop:
 
     def _bind(self, active: ActiveSession, role: Role) -> bool:
         """Bind the session to a replica of the role. Returns False if none is connected."""
+        replica = active.replicas.get(role) or self._pool.pick(role)
+        if replica is None:
+            return False
         if role not in active.replicas:
-            replica = self._pool.pick(role)
-            if replica is None:
-                return False
             self.meter.resent(role, active.session.streams[role].held)  # if it was bound to another replica before
             active.bind(role, replica)
         return True
@@ -271,8 +273,9 @@ class DecodeLoop:
                 self.fail(active, "the request's bans and biases leave no token to choose")
                 return False
             drafted = window.equals_draft(row, verdict.token)
-            delta = active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
-            active.events.emit(delta)
+            active.events.emit(
+                active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
+            )
             active.reset_faults()
             window.advance()
             if active.over or not window.goes_on():
@@ -283,7 +286,8 @@ class DecodeLoop:
     def _close(self, window: VerificationWindow) -> None:
         """End a window: update the draft planner, then end the session or begin its next window."""
         active = window.active
-        self.planner.learn(window)
+        if window.drafts:
+            self.planner.learn(window)
         window.settle()
         self._exchange.drop(active)
         if active.over:

@@ -14,7 +14,6 @@ from actors.api.generation import Role
 from actors.config import Deadlines
 from actors.coordinator.admission import AdmissionQueue
 from actors.coordinator.exchange import Exchange, Fault
-from actors.coordinator.inflight import owing
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
@@ -79,7 +78,7 @@ class FaultHandler:
     def drop_silent_replicas(self, active_sessions: Iterable[ActiveSession]) -> None:
         """Give up replicas that have owed a row for `deadlines.step_s` seconds and finished no forward in that time."""
         for active in active_sessions:
-            owed = active.window is not None and owing(active.window)
+            owed = active.window is not None and active.window.owing()
             if owed and time.monotonic() - active.rows_due_since > self._deadlines.step_s:
                 self._drop_silent(active)
 
@@ -101,7 +100,7 @@ class FaultHandler:
     def _drop_silent(self, active: ActiveSession) -> None:
         limit, now = self._deadlines.step_s, time.monotonic()
         assert active.window is not None
-        late = [active.replicas[role] for role in owing(active.window)]
+        late = [active.replicas[role] for role in active.window.owing()]
         silent = [replica for replica in late if now - replica.progress_at > limit]
         if silent:
             active.count_fault()

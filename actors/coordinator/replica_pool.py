@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import itertools
 import logging
 import math
 import random
@@ -30,11 +31,15 @@ log = logging.getLogger(__name__)
 Locate = Callable[[], Awaitable[Sequence[Endpoint]]]
 
 
+_NUMBERS = itertools.count()
+
+
 class Replica:
     """One model replica, and the coordinator's connection to it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        self.number = next(_NUMBERS)  # of this coordinator's replicas, no two have the same
         self.outbox = Outbox()
         self.forward_time = ForwardTimeModel()
         self.connection: Connection | None = None

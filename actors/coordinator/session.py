@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.api.generation import Generate, PromptNote, Role
+from actors.api.generation import ROLES, Generate, PromptNote, Role
 from actors.coordinator.frames import FrameShape, RowFrame
-from actors.coordinator.inflight import CallBatch
+from actors.coordinator.inflight import ExtendCalls
 from actors.coordinator.output import EventQueue
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.states import SESSION_TRANSITIONS, RowStage, SessionState, transition
@@ -47,10 +47,10 @@ class ActiveSession:
         self.events = EventQueue()
         self.text = TextIndex()
         self.epoch = 1
+        self.slot = -1  # in the session table, while it is admitted
         self.replicas: dict[Role, Replica] = {}
+        self._limits: dict[Role, int] = {}
         self.window: VerificationWindow | None = None
-        # Cache of required ids, keyed by `guided`; used only while no emitted token adds required ids.
-        self.required: dict[bool, Mapping[Role, RequiredLogits]] = {}
         self.row_histories: dict[Role, RowHistory] = {}  # of small roles with another vocabulary
         self.state = SessionState.QUEUED
         self.state_since = time.monotonic()
@@ -86,8 +86,9 @@ class ActiveSession:
 
     def begin(self) -> None:
         """Enter the state in which rows are requested: of its prompt while that is scored, else of its answer."""
-        scoring = self.prompt_scoring is not None
-        self.enter(SessionState.SCORING_PROMPT if scoring else SessionState.DECODING)
+        state = SessionState.DECODING if self.prompt_scoring is None else SessionState.SCORING_PROMPT
+        if state != self.state:
+            self.enter(state)
 
     def park(self, role: Role, wait: CacheWait) -> None:
         """Wait for room in the cache of a role's replica."""
@@ -127,16 +128,17 @@ class ActiveSession:
     def bind(self, role: Role, replica: Replica) -> None:
         """Use this replica for the role. It holds none of the session's tokens yet."""
         self.replicas[role] = replica
+        self._limits[role] = replica.welcome.max_position
         self.session.streams[role].reseed(replica.welcome.hash_seed)
         self.row_histories.pop(role, None)
 
     def limit(self, role: Role) -> int:
         """Number of positions that a role's model can compute for one session."""
-        return self.replicas[role].welcome.max_position
+        return self._limits[role]
 
     def room(self, role: Role) -> int:
         """Number of tokens that a role can read after the session's newest token."""
-        return self.limit(role) - len(self.session.streams[role])
+        return self._limits[role] - len(self.session.streams[role].tokens)
 
     def alpha(self, ahead: int = 0) -> float:
         """Alpha of the next token, or of the token `ahead` places later if thinking does not end before it."""
@@ -213,23 +215,27 @@ class LogitsRow:
 
     __slots__ = ("at", "audited", "crossing", "events", "frame", "index", "k", "slices", "window")
 
+    # Of small roles with another vocabulary: slices in their ids, earlier rows, and the candidates' events with the
+    # number of this row.
+    slices: dict[Role, RowSlice]
+    crossing: dict[Role, CrossingRows]
+    events: dict[Role, tuple[TokenEventLogprobs, int]]
+
     def __init__(self, window: VerificationWindow, index: int, k: int) -> None:
         self.window, self.index = window, index
         self.k = k  # width of its slices; WHOLE: whole rows
         self.frame: RowFrame[LogitsRow]
         self.at = -1  # until it has a frame
-        aligned = window.aligned
-        # Of small roles with another vocabulary: slices in their ids, earlier rows, and the candidates' events with
-        # the number of this row.
-        self.slices: dict[Role, RowSlice] = {} if aligned else _NO_SLICES
-        self.crossing: dict[Role, CrossingRows] = {} if aligned else _NO_CROSSING
-        self.events: dict[Role, tuple[TokenEventLogprobs, int]] = {} if aligned else _NO_EVENTS
         self.audited: Decisions | None = None  # from slices, while whole rows are fetched
+        if window.oldest:
+            self.slices, self.crossing, self.events = {}, {}, {}
+        else:
+            self.slices, self.crossing, self.events = _NO_SLICES, _NO_CROSSING, _NO_EVENTS
 
     @property
     def complete(self) -> bool:
         """True if every slice and every lookup has been answered."""
-        return self.at >= 0 and bool(self.frame.stage[self.at] == RowStage.COMPLETE)
+        return self.at >= 0 and bool(self.frame.stage[self.at] == _COMPLETE)
 
     def place(self, frame: RowFrame[LogitsRow], at: int) -> None:
         """Become row `at` of a frame."""
@@ -264,9 +270,15 @@ class LogitsRow:
         return self.window.first[role] + self.window.reads[role][self.index]
 
 
+_COMPLETE = int(RowStage.COMPLETE)
 _NO_SLICES: dict[Role, RowSlice] = {}
 _NO_CROSSING: dict[Role, CrossingRows] = {}
 _NO_EVENTS: dict[Role, tuple[TokenEventLogprobs, int]] = {}
+
+
+_NO_DRAFT_TOKENS: Mapping[Role, Sequence[int]] = dict.fromkeys(ROLES, ())
+_ONE_ROW: Mapping[Role, Sequence[int]] = dict.fromkeys(ROLES, (0,))
+_NO_OLDEST: Mapping[Role, int] = {}
 
 
 class VerificationWindow:
@@ -281,8 +293,7 @@ class VerificationWindow:
 
     __slots__ = (
         "active",
-        "answered",
-        "calls",
+        "awaited",
         "draft_tokens",
         "drafting_role",
         "first",
@@ -314,14 +325,16 @@ class VerificationWindow:
         self.wanted = wanted
         self.scores_prompt = scores_prompt  # its rows score tokens of the prompt; none is chosen
         self.first: dict[Role, int] = {}  # position of the first row's token in each role's stream
-        self.draft_tokens: dict[Role, list[int]] = {}  # the drafts in each role's ids
-        self.hashes: dict[Role, list[int]] = {}  # up to the first row's token, and after each draft
-        self.reads: dict[Role, Sequence[int]] = {}  # drafts that a role read before each row
-        self.oldest: dict[Role, int] = {}  # earliest position whose row is needed, by aligned role
+        self.draft_tokens: Mapping[Role, Sequence[int]] = _NO_DRAFT_TOKENS  # the drafts in each role's ids
+        self.hashes: dict[Role, Sequence[int]] = {}  # up to the first row's token, and after each draft
+        self.reads: Mapping[Role, Sequence[int]] = _ONE_ROW  # drafts that a role read before each row
+        self.oldest: Mapping[Role, int] = _NO_OLDEST  # earliest position whose row is needed, by aligned role
         self.rows: list[LogitsRow] = []  # empty while drafts are requested
         self.next = 0  # index of the row to be decided now
-        self.answered: set[Role] = set()  # roles whose replicas hold all tokens of the window
-        self.calls: list[tuple[CallBatch[VerificationWindow], int]] = []  # those sent for it: batch, and number
+        # By role whose replica does not hold all tokens of the window: the extend in flight, None before it is sent.
+        self.awaited: dict[Role, tuple[ExtendCalls[VerificationWindow], int] | None] = dict.fromkeys(required)
+        if drafting_role is not None:
+            self.awaited[drafting_role] = None
 
     @property
     def aligned(self) -> bool:
@@ -349,6 +362,13 @@ class VerificationWindow:
         drafts = self.draft_tokens[self.active.primary]
         return row.index < len(drafts) and drafts[row.index] == token
 
+    def owing(self) -> set[Role]:
+        """The roles that owe an answer: to an extend, or to a call for a row."""
+        roles = {role for role, call in self.awaited.items() if call is not None}
+        placed = [row for row in self.rows[self.next :] if row.at >= 0]
+        calls = [(calls, row.at) for row in placed for calls in row.frame.calls]
+        return roles | {each.role for each, at in calls if (each.alive & (each.rows == at)).any()}
+
     def advance(self) -> None:
         """Go on to the next row: the one before has become a token."""
         self.next += 1
@@ -371,13 +391,14 @@ class VerificationWindow:
 
     def settle(self) -> None:
         """End the window: for each role, find how many of the session's tokens its replica holds."""
+        streams = self.active.session.streams
         for role, hashes in self.hashes.items():
-            stream, first = self.active.session.streams[role], self.first[role]
+            stream, first = streams[role], self.first[role]
             held = min(stream.held, first)
-            if role in self.answered or role == self.drafting_role:
+            answered = role not in self.awaited
+            if answered or role == self.drafting_role:
                 # The drafting role may not have computed its last token yet.
-                certain = len(hashes) - (role not in self.answered)
-                for index in range(certain - 1, -1, -1):
+                for index in range(len(hashes) - 1 - (not answered), -1, -1):
                     length = first + index + 1
                     if length <= len(stream) and stream.hash_before(length) == hashes[index]:
                         held = length
@@ -390,7 +411,7 @@ class VerificationWindow:
 
     def dissolve(self) -> None:
         """Drop the rows, which breaks the reference cycle between them and the window."""
-        rows, self.rows = self.rows, []
+        rows, self.rows, self.awaited = self.rows, [], {}
         for row in rows:
             if row.at >= 0:
                 row.frame.abandon(row.at)

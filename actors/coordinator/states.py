@@ -47,12 +47,12 @@ def _table(allowed: Mapping[State, Sequence[State]]) -> bytes:
 
 
 _S, _R = SessionState, RowStage
-# A state follows itself where a session begins its next window, or where one more role is waited for.
+# A state follows itself where one more role is waited for.
 SESSION_TRANSITIONS = _table(
     {
         _S.QUEUED: (_S.SCORING_PROMPT, _S.DECODING, _S.NO_REPLICA, _S.FINISHED),
-        _S.SCORING_PROMPT: (_S.SCORING_PROMPT, _S.DECODING, _S.PARKED, _S.NO_REPLICA, _S.FINISHED),
-        _S.DECODING: (_S.DECODING, _S.PARKED, _S.NO_REPLICA, _S.FINISHED),
+        _S.SCORING_PROMPT: (_S.DECODING, _S.PARKED, _S.NO_REPLICA, _S.FINISHED),
+        _S.DECODING: (_S.PARKED, _S.NO_REPLICA, _S.FINISHED),
         _S.PARKED: (_S.PARKED, _S.SCORING_PROMPT, _S.DECODING, _S.NO_REPLICA, _S.FINISHED),
         _S.NO_REPLICA: (_S.NO_REPLICA, _S.SCORING_PROMPT, _S.DECODING, _S.FINISHED),
         _S.FINISHED: (),

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from actors.api.generation import Scores
 from actors.config import Exchange as ExchangeConfig
-from actors.coordinator.frames import RowFrame
+from actors.coordinator.frames import RowFrame, row_numbers
 from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
-from actors.decoding.decision import Decisions, RowSamplingSpec, compare, decide
+from actors.decoding.decision import Decisions, compare, decide
 from actors.wire.messages import WHOLE
 
 
-@dataclass(frozen=True, slots=True)
-class RowDecision:
-    """One row of `decisions`, and the alpha with which it was decided."""
+class DecidedRows:
+    """Decisions of rows of one frame, and what they mean for each row.
 
-    decisions: Decisions
+    undecided: the row cannot be decided from what is known, if that is not the whole row.
+    """
+
+    __slots__ = ("changed", "decisions", "tokens", "uncovered", "undecided")
+
+    def __init__(self, decisions: Decisions, max_unseen_mass: float) -> None:
+        outcomes = decisions.outcomes
+        self.decisions = decisions
+        self.tokens: list[int] = outcomes["token"].tolist()
+        self.changed: list[bool] = (outcomes["token"] != outcomes["target_token"]).tolist()
+        self.uncovered: list[float] = np.maximum(outcomes["uncovered"], 0.0).tolist()
+        undecided = outcomes["no_legal_token"]
+        if max_unseen_mass < 1:
+            undecided = undecided | ((outcomes["outside"] > max_unseen_mass) & ~outcomes["settled"])
+        self.undecided: list[bool] = undecided.tolist()
+
+
+class RowDecision(NamedTuple):
+    """Row `index` of decided rows, and the alpha with which it was decided."""
+
+    rows: DecidedRows
     index: int
     alpha: float
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
+class Chosen(NamedTuple):
     """The token of a row. changed: the target alone would have chosen another. scores: if the request wants them."""
 
     token: int
@@ -32,8 +53,7 @@ class Chosen:
     scores: Scores | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NeedsWiderTopK:
+class NeedsWiderTopK(NamedTuple):
     """The row cannot be decided before slices of this k have arrived (WHOLE: whole rows)."""
 
     k: int
@@ -57,38 +77,40 @@ class Verifier:
 
     def verify(self, windows: Sequence[VerificationWindow]) -> list[list[RowDecision]]:
         """Decide each window's next rows: all complete ones, or only the first if its token affects the later ones."""
-        wanted = [_sampling_specs(window) for window in windows]
-        groups: dict[RowFrame[LogitsRow], list[tuple[LogitsRow, RowSamplingSpec]]] = {}
-        for each in wanted:
-            for row, spec in each:
-                groups.setdefault(row.frame, []).append((row, spec))
-        decided: dict[LogitsRow, RowDecision] = {}
+        found: list[list[RowDecision]] = [[] for _ in windows]
+        groups: dict[RowFrame[LogitsRow], list[tuple[int, LogitsRow, float]]] = {}
+        for number, window in enumerate(windows):
+            for row, alpha in _decidable(window):
+                groups.setdefault(row.frame, []).append((number, row, alpha))
         for frame, members in groups.items():
-            specs = [spec for _, spec in members]
-            decisions = decide(frame.block, [row.at for row, _ in members], specs, members[0][0].window.guided)
-            for index, (row, spec) in enumerate(members):
-                decided[row] = RowDecision(decisions, index, spec.alpha)
-        return [[decided[row] for row, _ in each] for each in wanted]
+            at = row_numbers([row.at for _, row, _ in members])
+            specs = frame.specs[at]
+            specs["alpha"] = [alpha for _, _, alpha in members]
+            sessions = [row.window.active.session for _, row, _ in members]
+            adjustments = [None if each.history_free else each.adjustments() for each in sessions]
+            listed = [each.listed for each in sessions]
+            decisions = decide(
+                frame.block, at, specs, adjustments if any(adjustments) else (), listed if any(listed) else ()
+            )
+            rows = DecidedRows(decisions, self._config.max_unseen_mass)
+            for index, (number, _, alpha) in enumerate(members):
+                found[number].append(RowDecision(rows, index, alpha))
+        return found
 
     def verdict(self, row: LogitsRow, decided: RowDecision) -> Verdict:
         """Outcome of a decided row, once the rows before it have become tokens."""
-        decisions, index = decided.decisions, decided.index
+        rows, index, alpha = decided
         if row.audited is not None:
             return self._audit(row, decided)
         if row.k != WHOLE:
-            if decisions.no_legal_token[index] or self._unseen(decisions, index) or _too_few(row, decisions, index):
+            if rows.undecided[index] or _too_few(row, rows.decisions, index):
                 return self._wider(row)
-            if decided.alpha and self._audit_due():
-                row.begin_audit(decisions.row(index))
+            if alpha and self._audit_due():
+                row.begin_audit(rows.decisions.row(index))
                 return NeedsWiderTopK(WHOLE)
-        elif decisions.no_legal_token[index]:
+        elif rows.decisions.no_legal_token[index]:
             return NoLegalToken()
-        return self._chosen(row, decisions, index)
-
-    def _unseen(self, decisions: Decisions, index: int) -> bool:
-        """True if an id outside the candidates could be chosen, with more than the allowed probability."""
-        limit = self._config.max_unseen_mass
-        return limit < 1 and bool(decisions.outside[index] > limit and not decisions.settled[index])
+        return self._chosen(row, rows, index)
 
     def _wider(self, row: LogitsRow) -> NeedsWiderTopK:
         """Next width of the row: one wider slice, then the whole row. It depends on the row alone, like its token."""
@@ -110,22 +132,21 @@ class Verifier:
     def _audit(self, row: LogitsRow, decided: RowDecision) -> Chosen:
         """Compare the slices' decision with that of whole rows. The slices' token stands: an audit only measures."""
         sliced = row.end_audit()
-        whole = decided.decisions.row(decided.index)
+        whole = decided.rows.decisions.row(decided.index)
         distance, differs = compare(sliced, whole, row.window.active.session.request.sampling)
         self._meter.audited_rows.add()
         self._meter.audits_differing.add(differs)
         self.audited_variation += distance
-        return self._chosen(row, sliced, 0)
+        return self._chosen(row, DecidedRows(sliced, 1.0), 0)
 
-    def _chosen(self, row: LogitsRow, decisions: Decisions, index: int) -> Chosen:
+    def _chosen(self, row: LogitsRow, rows: DecidedRows, index: int) -> Chosen:
         self._meter.decided_tokens.add()
         if row.window.guided:
-            uncovered = max(0.0, float(decisions.uncovered[index]))
+            uncovered = rows.uncovered[index]
             row.window.active.session.count_uncovered(uncovered)
             self._meter.uncovered_mass.add(uncovered)
             self._meter.guided_rows.add()
-        token = decisions.tokens[index]
-        return Chosen(int(token), bool(token != decisions.target_tokens[index]), decisions.scores[index])
+        return Chosen(rows.tokens[index], rows.changed[index], rows.decisions.scores[index])
 
 
 def _too_few(row: LogitsRow, decisions: Decisions, index: int) -> bool:
@@ -134,18 +155,11 @@ def _too_few(row: LogitsRow, decisions: Decisions, index: int) -> bool:
     return wanted is not None and int(decisions.counts[index]) < wanted
 
 
-def _sampling_specs(window: VerificationWindow) -> list[tuple[LogitsRow, RowSamplingSpec]]:
-    """Sampling specs of a window's next rows, as far as they can be decided together."""
-    session = window.active.session
-    request, plain = session.request, session.history_free
-    found: list[tuple[LogitsRow, RowSamplingSpec]] = []
+def _decidable(window: VerificationWindow) -> Iterator[tuple[LogitsRow, float]]:
+    """A window's next rows, as far as they can be decided together, each with its alpha."""
+    active = window.active
     for ahead, row in enumerate(window.rows[window.next :]):
-        alpha = window.active.alpha(ahead)
-        if not row.complete or bool(alpha) != window.guided or (ahead and not plain):
-            break
-        adjustments = None if plain else session.adjustments()
-        position = len(session.primary) + ahead
-        flat = position, adjustments, request.top, request.explain
-        spec = RowSamplingSpec(alpha, request.sampling, request.seed, *flat)
-        found.append((row, spec))
-    return found
+        alpha = active.alpha(ahead)
+        if not row.complete or bool(alpha) != window.guided or (ahead and not active.session.history_free):
+            return
+        yield row, alpha

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.api.generation import EXPLAINED, Scores
+from actors.api.generation import Scores
 from actors.api.sampling_params import Sampling
 from actors.decoding import kernels
 from actors.decoding.candidates import CandidateBlock, Floats, Ids
@@ -17,32 +17,25 @@ from actors.decoding.penalties import Adjustments, adjustment_columns
 from actors.decoding.scoring import scores_of
 
 
-@dataclass(frozen=True, slots=True)
-class RowSamplingSpec:
-    """Sampling parameters of one row. The noise depends on seed, position and token id.
-
-    adjustments: the request's bias, penalties and bans for this row; None if there are none. top: number of likeliest
-    candidates to list with log-probabilities; None for no list. explain: list those of each model, too.
-    """
-
-    alpha: float
-    sampling: Sampling
-    seed: int
-    position: int
-    adjustments: Adjustments | None
-    top: int | None = None
-    explain: bool = False
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
-    """The tokens chosen for n rows, with W places for candidates each."""
+    """The tokens chosen for the rows `at` [n] of a block, with W places for candidates each."""
 
+    block: CandidateBlock
+    at: Ids
     outcomes: NDArray[np.void]  # [n], `kernels.DECISION`
-    ids: Ids  # [n, W], the candidates, then PADDING
     filtered: Floats  # [n, W], combined, adjusted, over temperature; -inf where filtered
-    counts: Ids  # [n], number of candidates
     scores: Sequence[Scores | None]  # by row, those of its token if the request wants them
+
+    @property
+    def ids(self) -> Ids:
+        """The candidates [n, W], then PADDING."""
+        return self.block.ids[self.at]
+
+    @property
+    def counts(self) -> Ids:
+        """The number of candidates [n]."""
+        return self.block.counts[self.at]
 
     @property
     def tokens(self) -> Ids:
@@ -80,13 +73,22 @@ class Decisions:
 
     def row(self, index: int) -> Decisions:
         """The decision of one row."""
-        return Decisions(*(getattr(self, field.name)[index : index + 1] for field in fields(self)))
+        one = slice(index, index + 1)
+        return Decisions(self.block, self.at[one], self.outcomes[one], self.filtered[one], self.scores[one])
 
 
-def decide(block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], guided: bool) -> Decisions:
-    """Choose the tokens of n rows of a block, all guided or all decoded by the primary alone.
+def decide(
+    block: CandidateBlock,
+    at: Ids,
+    specs: NDArray[np.void],
+    adjustments: Sequence[Adjustments | None] = (),
+    listed: Sequence[tuple[int, int] | None] = (),
+) -> Decisions:
+    """Choose the tokens of the rows `at` [n] of a block.
 
-    rows: indices into the block; specs: one for each. Example of one row, alpha 1, greedy:
+    specs [n]: `kernels.SPEC`. adjustments: by row the request's bias, penalties and bans; empty if no row has any.
+    listed: by row the numbers of likeliest candidates to list with log-probabilities, of the distribution and of each
+    model; None for no list, empty if no row has one. Example of one row, alpha 1, greedy:
 
         candidates   z_target  z_guider  z_base     z     adjusted (token 9 is banned)
         3               2.0       1.0      1.5     1.5     1.5   -> the chosen token is 3
@@ -95,22 +97,19 @@ def decide(block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSampli
 
     The target alone would choose 3, too. Log-probabilities are those before the adjustments.
     """
-    at = np.array(rows, np.int64)
-    rule = kernels.GUIDED if guided else kernels.ALONE
-    columns = spec_columns([(rule, each.alpha, each.sampling, each.seed, each.position) for each in specs])
-    adjustments = [each.adjustments for each in specs]
-    columns["adjusted"] = [each is not None for each in adjustments]
     outcomes, filtered = np.empty(len(at), kernels.DECISION), np.empty((len(at), block.ids.shape[1]))
+    if adjustments:
+        specs["adjusted"] = [each is not None for each in adjustments]
+    extra = adjustment_columns(adjustments) if adjustments else kernels.no_adjustments(len(at))
     given = block.ids, block.counts, block.logits, block.sums
-    extra = adjustment_columns(adjustments)
-    kernels.decide(*given, block.tempered, block.ceiling, at, columns, extra, outcomes, filtered)
-    scores = [
-        None
-        if each.top is None
-        else scores_of(*given, row, rule, each.alpha, int(outcome), each.top, EXPLAINED if each.explain else 0)
-        for row, each, outcome in zip(rows, specs, outcomes["token"], strict=True)
-    ]
-    return Decisions(outcomes, block.ids[at], filtered, block.counts[at], scores)
+    kernels.decide(*given, block.tempered, block.ceiling, at, specs, extra, outcomes, filtered)
+    scores: list[Scores | None] = [None] * len(at)
+    for number, each in enumerate(listed):
+        if each is not None:
+            spec = specs[number]
+            how = int(spec["rule"]), float(spec["alpha"]), int(outcomes["token"][number])
+            scores[number] = scores_of(*given, int(at[number]), *how, *each)
+    return Decisions(block, at, outcomes, filtered, scores)
 
 
 def choose(

@@ -15,8 +15,8 @@ from actors.api.generation import ROLES
 from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import CandidateBlock
 from actors.decoding.compiling import cache_folder, cache_misses, check_processor
-from actors.decoding.decision import RowSamplingSpec, choose, decide
-from actors.decoding.kernels import ALL, SentRows, locate_rows
+from actors.decoding.decision import choose, decide, spec_columns
+from actors.decoding.kernels import ALL, ALONE, GUIDED, SentRows, locate_rows
 from actors.decoding.penalties import adjustments
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS
 
@@ -30,7 +30,7 @@ def compile_kernels() -> None:
     check_processor()
     at, ids, logits = np.array([0]), np.array([[0, 2, 3]]), np.array([[2.0, 1.0, 0.5]])
     sampling = Sampling(temperature=0.5, top_p=0.9, logit_bias=((2, 1.0),))
-    spec = RowSamplingSpec(1.0, sampling, 1, 1, adjustments(sampling, (), {}), top=2)
+    extra = adjustments(sampling, (), {})
     for roles in (ROLES, ROLES[:1]):
         block = CandidateBlock(1, dict.fromkeys(roles, NO_REQUIRED_LOGITS), dict.fromkeys(roles, 3))
         for role in roles:
@@ -38,7 +38,8 @@ def compile_kernels() -> None:
         block.merge(at)
         rows, places, _ = block.missing_logits(roles[-1], at, np.arange(4))
         block.fill(roles[-1], rows, places, np.ones(len(rows), np.float32))
-        decide(block, [0], [spec], guided=len(roles) > 1)
+        rule = GUIDED if len(roles) > 1 else ALONE
+        decide(block, at, spec_columns([(rule, 1.0, sampling, 1, 1)]), [extra], [(2, 1)])
     rows, none = np.array([1], np.int32), np.zeros(0, np.float32)
     starts = np.empty((1, 4), np.int64)
     locate_rows(rows, rows, 0 * rows, 4, starts)

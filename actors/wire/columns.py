@@ -68,7 +68,7 @@ class ExtendColumns(NamedTuple):
 
     items: NDArray[Any]  # EXTEND_ITEM
     tokens: list[int]  # of all items, one after another
-    required_ids: list[NDArray[np.int32]]  # by item
+    required_ids: NDArray[np.int32]  # of all items, one after another
     drafting: dict[int, Draft]
 
 
@@ -83,7 +83,7 @@ def pack_extends(parts: Sequence[ExtendColumns], released: Sequence[int]) -> Ext
     return Extend(
         np.concatenate([part.items for part in parts]) if parts else np.zeros(0, EXTEND_ITEM),
         np.array(tokens, I32),
-        np.concatenate([NO_IDS, *(ids for part in parts for ids in part.required_ids if len(ids))]),
+        np.concatenate([NO_IDS, *(part.required_ids for part in parts)]),
         np.array(released, "<u8"),
         np.array(drafting, DRAFT_ITEM),
     )

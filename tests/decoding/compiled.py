@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,32 @@ from actors.api.sampling_params import Sampling
 from actors.decoding import kernels
 from actors.decoding.candidates import CandidateBlock
 from actors.decoding.compiling import kernel
-from actors.decoding.decision import spec_columns
+from actors.decoding.decision import Decisions, decide, spec_columns
 from actors.decoding.penalties import Adjustments, adjustment_columns
 from actors.decoding.vocabulary import RequiredLogits
 
 Floats = NDArray[np.float64]
 Ints = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSamplingSpec:
+    """Sampling parameters of one row."""
+
+    alpha: float
+    sampling: Sampling
+    seed: int
+    position: int
+    adjustments: Adjustments | None
+
+
+def decide_rows(
+    block: CandidateBlock, rows: Sequence[int], specs: Sequence[RowSamplingSpec], guided: bool
+) -> Decisions:
+    """Decide some rows of a block, all guided or all decoded by the primary alone."""
+    rule = kernels.GUIDED if guided else kernels.ALONE
+    columns = spec_columns([(rule, each.alpha, each.sampling, each.seed, each.position) for each in specs])
+    return decide(block, np.array(rows), columns, [each.adjustments for each in specs])
 
 
 @kernel

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import PADDING, CandidateBlock
-from actors.decoding.decision import RowSamplingSpec, spec_columns
+from actors.decoding.decision import spec_columns
 from actors.decoding.kernels import adjust_row
 from actors.decoding.penalties import adjustment_columns
+from tests.decoding.compiled import RowSamplingSpec
 
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]

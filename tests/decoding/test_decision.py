@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import CandidateBlock
-from actors.decoding.decision import Decisions, RowSamplingSpec, choose, compare, decide
+from actors.decoding.decision import Decisions, choose, compare
 from actors.decoding.penalties import adjustments
 from actors.decoding.vocabulary import RequiredLogits
+from tests.decoding.compiled import RowSamplingSpec, decide_rows
 
 VOCABULARY = 300
 NOTHING = RequiredLogits(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -44,7 +45,7 @@ def decided(rows: Rows, k: int | None, guided: bool = True) -> Decisions:
     """Decide all rows of a block."""
     roles: tuple[Role, ...] = ROLES if guided else ("target",)
     specs = [spec for _, spec in rows]
-    return decide(block_of(rows, k, roles), range(len(rows)), specs, guided)
+    return decide_rows(block_of(rows, k, roles), range(len(rows)), specs, guided)
 
 
 def rows(count: int, sampling: Sampling, spread: float = 3.0) -> Rows:
@@ -96,8 +97,8 @@ def test_other_rows_change_no_decision_and_no_bit_of_its_estimates(k: int | None
 def test_some_rows_of_a_block_are_decided_as_all_of_them_are() -> None:
     many = rows(7, Sampling(temperature=1.0))
     block, specs = block_of(many, 20), [spec for _, spec in many]
-    whole = decide(block, range(7), specs, guided=True)
-    some = decide(block, [5, 2], [specs[5], specs[2]], guided=True)
+    whole = decide_rows(block, range(7), specs, guided=True)
+    some = decide_rows(block, [5, 2], [specs[5], specs[2]], guided=True)
     assert some.tokens.tolist() == whole.tokens[[5, 2]].tolist()
     assert some.outside.tobytes() == whole.outside[[5, 2]].tobytes()
     assert whole.row(3).tokens.tolist() == [whole.tokens[3]]

@@ -18,14 +18,13 @@ from actors.api.sampling_params import Sampling
 from actors.decoding import compiling, kernels
 from actors.decoding.candidates import PADDING, CandidateBlock, Floats
 from actors.decoding.compiling import UnsupportedProcessor, cache_misses, check_processor
-from actors.decoding.decision import RowSamplingSpec, decide
 from actors.decoding.penalties import Adjustments, adjustments
 from actors.decoding.scoring import combined_logprobs
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS, RequiredLogits, VocabularyMap, required_logits
 from actors.decoding.warmup import compile_kernels
 from actors.wire.ids import join_ids
 from tests.decoding import formulas
-from tests.decoding.compiled import stored
+from tests.decoding.compiled import RowSamplingSpec, decide_rows, stored
 from tests.decoding.formulas import rank_ids
 from tests.decoding.test_decision import Rows, block_of, decided, rows
 
@@ -60,7 +59,7 @@ def cases(spread: float, guided: bool) -> Iterator[tuple[CandidateBlock, list[Ro
 def test_decisions_are_those_of_the_formulas(spread: float, guided: bool) -> None:
     for block, specs in cases(spread, guided):
         numbers = range(len(specs))
-        found = decide(block, numbers, specs, guided)
+        found = decide_rows(block, numbers, specs, guided)
         expected = formulas.decide(block, numbers, specs, guided)
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.target_tokens.tolist() == expected.target_tokens.tolist()
@@ -80,7 +79,7 @@ def test_a_missing_counterpart_gets_the_neutral_delta() -> None:
     block, specs = block_of(many, 40), [spec for _, spec in many]
     block.logits[1, :, 3:60:4] = np.nan
     block.logits[2, :, 5:60:7] = np.nan
-    found = decide(block, range(6), specs, guided=True)
+    found = decide_rows(block, range(6), specs, guided=True)
     expected = formulas.decide(block, range(6), specs, guided=True)
     assert found.tokens.tolist() == expected.tokens.tolist()
     np.testing.assert_allclose(found.filtered, expected.filtered, rtol=1e-14)
