@@ -74,6 +74,7 @@ METRICS = {
         Metric("thinklogit_audits_differing", "counter", "Audited rows for which the slices gave another token"),
         Metric("thinklogit_drafted_tokens", "counter", "Drafted tokens that were verified"),
         Metric("thinklogit_accepted_tokens", "counter", "Drafted tokens that were accepted"),
+        Metric("thinklogit_hidden_drafts", "counter", "Drafted tokens that were drafted while others were verified"),
         # Capacity.
         Metric(
             "thinklogit_sessions",

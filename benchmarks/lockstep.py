@@ -84,7 +84,7 @@ class _Neighbour(Replica):
     def __init__(self, role: Role, engine: Engine) -> None:
         super().__init__(Endpoint(role, "", 0, incarnation=role))
         cache = engine.cache_stats().tokens_total
-        self._welcome = Welcome(role, role, engine.width, engine.hash_seed, cache, cache, engine.batch_invariant)
+        self._welcome = Welcome(role, role, engine.width, engine.hash_seed, cache, cache, engine.batch_invariant, "")
 
     @property
     def welcome(self) -> Welcome:

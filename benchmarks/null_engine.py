@@ -133,6 +133,7 @@ class NullEngine:
     """
 
     batch_invariant = True
+    devices: Sequence[str] = ()
 
     def __init__(
         self,

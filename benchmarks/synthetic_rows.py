@@ -167,6 +167,7 @@ class TailEngine:
     """An engine (`actors.replica.engine_thread.Engine`) that plays one role of a stream; one row an extend."""
 
     batch_invariant = True
+    devices: Sequence[str] = ()
 
     def __init__(self, stream: TailStream, role: Role, cache_tokens: int = 1 << 20) -> None:
         self._stream, self._role, self._cache_tokens = stream, role, cache_tokens

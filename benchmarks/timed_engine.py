@@ -171,6 +171,7 @@ class TimedEngine(NullEngine):
         self.hash_seed = derive_seed(shape.common)  # of all roles, whose running hashes must be the same
         self._times, self._timer = shape.times[role], timer or Timer()
         self._device = shape.device_locks.get(role) or nullcontext()
+        self.devices = ("shared" if role in shape.device_locks else role,)
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
         """Take the tokens of every extend, and return when a GPU would. An extend that is refused takes no time."""

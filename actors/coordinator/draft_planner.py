@@ -20,10 +20,14 @@ _FEW = 8  # a model that must read more tokens than this prefills: nothing is dr
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """The drafts of the next window: a number to request from the guider, or tokens (in the primary's ids)."""
+    """The drafts of the next window: a number to request from the guider, or tokens (in the primary's ids).
+
+    to_hide: number that the guider drafts behind them while they are verified.
+    """
 
     guider_drafts: int = 0
     text_drafts: tuple[int, ...] = ()
+    to_hide: int = 0
 
 
 NO_DRAFTS = DraftPlan()
@@ -57,7 +61,9 @@ class DraftPlanner:
         if self._behind(active, source):
             return NO_DRAFTS
         if source == "guider":
-            return DraftPlan(guider_drafts=self._length(active, source, guided, most, batch))
+            length = self._length(active, source, guided, most, batch)
+            after = self._most(active, room, length + 1) if guided and length else 0
+            return DraftPlan(length, to_hide=self._to_hide(active, after, batch))
         if not self._config.lookup:
             return NO_DRAFTS
         found = active.text.drafts(active.session.primary.tokens, most)
@@ -70,25 +76,46 @@ class DraftPlanner:
         """Update the acceptance rates, of the session and of new ones, from a window with drafts that ended."""
         drafts, active, kept = window.drafts, window.active, window.next - 1
         active.session.count_drafts(drafts, kept)
+        if window.hidden:
+            self._meter.hidden_drafts.add(drafts)
         self._meter.drafted_tokens.add(drafts)
         self._meter.accepted_tokens.add(kept)
         source: Source = "guider" if window.drafting_role == "guider" else "text"
         active.acceptance[source].record(kept if active.over else drafts, kept)
         self._expected[source] += _SMOOTHING * (active.acceptance[source].rate - self._expected[source])
 
-    def _most(self, active: ActiveSession, room: int) -> int:
+    def _most(self, active: ActiveSession, room: int, ahead: int = 0) -> int:
+        """Drafts that a window may have at most, once so many more tokens are chosen."""
         session, configured = active.session, self._config.drafts
         wanted = session.request.drafts
         most = configured if wanted is None else min(wanted, configured)
         limit = session.request.sampling.max_tokens
         left = room if limit is None else min(room, limit - session.generated - 1)
-        return 0 if session.lifts_own_output else min(most, left)
+        return 0 if session.lifts_own_output else min(most, left - ahead)
 
     @staticmethod
     def _behind(active: ActiveSession, source: Source) -> bool:
         """True if a model must first read many tokens."""
         roles = {active.primary, *(("guider",) if source == "guider" else ())}
         return any(len(active.session.streams[role]) - active.session.streams[role].held > _FEW for role in roles)
+
+    def _to_hide(self, active: ActiveSession, most: int, batch: int) -> int:
+        """Drafts that the guider makes, at most so many, while others are verified; none where it shares its device."""
+        if most < 1:
+            return 0
+        devices = {role: replica.devices for role, replica in active.replicas.items()}
+        guider = devices.pop("guider")
+        if not guider or any(not each or each & guider for each in devices.values()):
+            return 0
+        if not self._config.adapt:
+            return most
+
+        def seconds(drafts: int) -> float:
+            verifying = active.replicas[active.primary].forward_time.seconds(batch * (drafts + 1))
+            # One more than the drafts: the guider reads the token before them meanwhile.
+            return max(verifying, (drafts + 1) * active.replicas["guider"].forward_time.seconds(batch))
+
+        return best_length(active.acceptance["guider"].rate, most, seconds)
 
     def _length(self, active: ActiveSession, source: Source, guided: bool, most: int, batch: int) -> int:
         if not self._config.adapt:

@@ -16,19 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
+from actors.api.sampling_params import Sampling
 from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.candidates import GUIDED, CandidateCompleter, Frame
 from actors.coordinator.frames import FrameShape, RowFrame, RowKeys, row_numbers
 from actors.coordinator.inflight import Calls, ExtendCalls, InflightCalls, Lookups, Widenings
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import ActiveSession, LogitsRow, RowHistory, VerificationWindow
+from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, VerificationWindow
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SessionTable
 from actors.decoding.candidates import Ids, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
-from actors.decoding.decision import spec_columns
-from actors.decoding.hashing import extend_hashes
+from actors.decoding.decision import choose, spec_columns
+from actors.decoding.hashing import extend_hashes, prefix_hash
 from actors.decoding.kernels import ALL, ALONE, ONLY_REQUIRED, ONLY_SLICES, SentRows, locate_rows
 from actors.decoding.vocabulary import RequiredLogits
 from actors.text.vocabularies import VocabularyRegistry
@@ -72,11 +73,13 @@ class Fault:
 class PendingExtend(NamedTuple):
     """An extend that is sent for itself: `tokens` from `position` of the role's stream on.
 
-    start: position of the first row whose logits are requested. temperature: of their tempered logsumexp.
+    prefix: running hash of the tokens before. start: position of the first row whose logits are requested.
+    temperature: of their tempered logsumexp.
     """
 
-    window: VerificationWindow
+    window: VerificationWindow | HiddenDrafts
     position: int
+    prefix: int
     tokens: list[int]
     rows: int
     k: int
@@ -112,6 +115,7 @@ class Exchange:
     def release(self, active: ActiveSession) -> None:
         """Forget a session."""
         self.drop(active)
+        self._forget_hidden(active)
         if active.slot >= 0:
             self._table.remove(active.slot)
             active.slot = -1
@@ -128,24 +132,32 @@ class Exchange:
         for role, pending in extends.items():
             by_replica: dict[Replica, list[PendingExtend]] = {}
             for each in pending:
-                if each.window.active.window is each.window:  # else it has ended
+                if each.window.current:  # else it has ended
                     by_replica.setdefault(each.window.active.replicas[role], []).append(each)
             for replica, members in by_replica.items():
                 first = self._calls.extend(ExtendCalls(role, [each.window for each in members], members))
-                replica.outbox.extends.append(_extend_columns(first, role, members))
+                replica.outbox.extends.append(_extend_columns(first, members))
 
     def begin(
-        self, active: ActiveSession, guided: bool, text_drafts: Sequence[int] = (), guider_drafts: int = 0
+        self,
+        active: ActiveSession,
+        guided: bool,
+        text_drafts: Sequence[int] = (),
+        guider_drafts: int = 0,
+        to_hide: int = 0,
     ) -> None:
         """Begin the session's next window. The session is bound to a replica of every role that takes part.
 
         text_drafts: drafts from the session's own text, in the primary's ids. guider_drafts: number to request from
-        the guider instead.
+        the guider instead; if it has made drafts already, these are taken. to_hide: number that it drafts for the
+        window after this one meanwhile.
         """
         required = self._required(active, guided)
         window = active.window = VerificationWindow(
-            active, guided, required, "guider" if guider_drafts else None, guider_drafts
+            active, guided, required, "guider" if guider_drafts else None, guider_drafts, to_hide=to_hide
         )
+        if active.hidden_drafts is not None and self._take_hidden(window, active.hidden_drafts):
+            return
         if guided and active.session.retokenizes:
             needed = {role: translator.oldest_needed_row() for role, translator in active.session.translators.items()}
             window.oldest = {role: oldest for role, oldest in needed.items() if oldest is not None}
@@ -232,6 +244,52 @@ class Exchange:
                     self._calls.forget_rows(row.frame, row.at)
             window.dissolve()
             active.window = None
+
+    def _forget_hidden(self, active: ActiveSession) -> None:
+        hidden, active.hidden_drafts = active.hidden_drafts, None
+        if hidden is not None:
+            self._calls.forget_extend(hidden, "guider")
+
+    def _take_hidden(self, window: VerificationWindow, hidden: HiddenDrafts) -> bool:
+        """Begin a window with the drafts that the guider has made, or is making, if they fit. Else forget them."""
+        active = window.active
+        if window.drafting_role is None or not hidden.fit():
+            self._forget_hidden(active)
+            return False
+        active.hidden_drafts = None
+        window.hidden, window.wanted = True, hidden.wanted
+        window.hashes["guider"] = [self._begin_role(window, "guider")]
+        if call := hidden.awaited["guider"]:
+            calls, number = window.awaited["guider"] = call
+            calls.windows[number] = window
+        if hidden.drafted is not None:
+            self._draft(window, hidden.drafted)
+        if hidden.rows is not None:
+            sent, columns, item = hidden.rows
+            self._take_extended(columns, ExtendCalls("guider", [window], [sent]), [(0, item)])
+        return True
+
+    def _draft_on(self, window: VerificationWindow, sent: PendingExtend, columns: _RowColumns, item: int) -> None:
+        """Let the guider draft behind a window that the other roles verify, as if they accepted all of its drafts.
+
+        sent, columns, item: the rows of the window's drafts, from the last of which the next token is guessed.
+        """
+        active, drafts, draft = window.active, window.drafts, sent.draft
+        session, rows = active.session, int(columns.rows[item])
+        if not window.to_hide or window.aligned or draft is None or rows != drafts + 1 or active.hidden_drafts:
+            return
+        last = columns.slice(int(columns.first_row[item]) + rows - 1)
+        noise, how = draft.position + drafts, Sampling(temperature=draft.temperature, top_p=draft.top_p)
+        token = int(choose(last.ids[None], last.logits[None], [how], [draft.seed], [noise])[0])
+        guess = session.translators["guider"].drafts_in_target([token])
+        if not guess or guess[0] in session.vocabulary.eos_ids:
+            return
+        first, before = window.first["guider"] + rows, window.hashes["guider"][drafts]
+        hidden = HiddenDrafts(active, first, prefix_hash(before, token), window.to_hide)
+        active.hidden_drafts = hidden
+        draft = draft._replace(drafts=window.to_hide, position=noise + 1)
+        extend = sent._replace(window=hidden, position=first, prefix=before, tokens=[token], draft=draft)
+        self._extends.setdefault("guider", []).append(extend._replace(keep=rows, start=first))
 
     def _place(self) -> None:
         """Put the rows of windows that were begun into frames, those of one shape into one, and extend them."""
@@ -464,7 +522,7 @@ class Exchange:
         ids = needed.ids if needed is not None else NO_IDS
         rows = end - fresh
         heat = self._temperature(window, role)
-        requested = position, tokens, rows, k, ids, draft, keep, fresh, heat
+        requested = position, stream.hash_before(position), tokens, rows, k, ids, draft, keep, fresh, heat
         self._extends.setdefault(role, []).append(PendingExtend(window, *requested))
 
     def _take_held_rows(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
@@ -577,9 +635,14 @@ class Exchange:
         for number, item in answered:
             window, sent = calls.windows[number], calls.details[number]
             window.awaited.pop(role, None)
+            if isinstance(window, HiddenDrafts):
+                window.awaited[role], window.rows = None, (sent, columns, item)
+                continue
             if role == window.drafting_role and not window.rows:
                 self._request_rows(window, [])  # no draft came
             self._place()
+            if role == window.drafting_role:
+                self._draft_on(window, sent, columns, item)
             if role in window.oldest:
                 self._take_aligned(columns, window, role, item, sent.start)
                 continue
@@ -691,17 +754,22 @@ class Exchange:
             for number in calls.among(begin, end):
                 at = item + number - begin
                 active = self._end_refused(calls, number)
+                if active is None:
+                    continue
                 # The refusal of an extend is the cause of those of the lookups that waited for it.
                 if isinstance(calls, ExtendCalls) or (active.key, calls.role) not in faults:
                     faults[active.key, calls.role] = Fault(active, calls.role, Refusal(codes[at]), details[at])
         return list(faults.values())
 
-    def _end_refused(self, calls: Calls, number: int) -> ActiveSession:
-        """Remove a refused call. Returns the session that it was sent for."""
+    def _end_refused(self, calls: Calls, number: int) -> ActiveSession | None:
+        """Remove a refused call. Returns the session that waits for it, None if it made hidden drafts."""
         self._calls.end(calls, number)
         if isinstance(calls, ExtendCalls):
-            window: VerificationWindow = calls.windows[number]
+            window: VerificationWindow | HiddenDrafts = calls.windows[number]
             window.awaited[calls.role] = None
+            if isinstance(window, HiddenDrafts):
+                window.active.hidden_drafts = None
+                return None
             return window.active
         assert isinstance(calls, Lookups | Widenings)
         row = calls.frame.owners[int(calls.rows[number])]
@@ -715,9 +783,15 @@ class Exchange:
             for number in calls.among(begin, end):
                 assert isinstance(calls, ExtendCalls)
                 window, tokens = calls.windows[number], drafted[item + number - begin][1]
-                if not window.rows:
-                    drafts = window.active.session.translators["guider"].drafts_in_target(tokens)
-                    self._request_rows(window, drafts, tokens)
+                if isinstance(window, HiddenDrafts):
+                    window.drafted = tokens
+                elif not window.rows:
+                    self._draft(window, tokens)
+
+    def _draft(self, window: VerificationWindow, tokens: Sequence[int]) -> None:
+        """Verify drafts of the guider, in its ids."""
+        drafts = window.active.session.translators["guider"].drafts_in_target(tokens)
+        self._request_rows(window, drafts, tokens)
 
 
 def _heats(temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -725,15 +799,14 @@ def _heats(temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(temperatures > 0, temperatures, 1.0)
 
 
-def _extend_columns(first: int, role: Role, members: Sequence[PendingExtend]) -> ExtendColumns:
+def _extend_columns(first: int, members: Sequence[PendingExtend]) -> ExtendColumns:
     """The items of extends for one replica. first: id of the first call."""
     sessions = [each.window.active for each in members]
-    streams = [active.session.streams[role] for active in sessions]
     items = np.empty(len(members), EXTEND_ITEM)
     items["call_id"] = np.arange(first, first + len(members))
     items["session"] = [active.key for active in sessions]
     items["age"] = [active.age for active in sessions]
-    items["prefix"] = [stream.hash_before(each.position) for stream, each in zip(streams, members, strict=True)]
+    items["prefix"] = [each.prefix for each in members]
     items["epoch"] = [active.epoch for active in sessions]
     items["position"] = [each.position for each in members]
     items["tokens"] = [len(each.tokens) for each in members]

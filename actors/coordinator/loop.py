@@ -222,7 +222,7 @@ class DecodeLoop:
             room = active.room(active.primary) - 1
         active.expect_rows()
         plan = self.planner.plan(active, guided, room, len(self._active))
-        self._exchange.begin(active, guided, plan.text_drafts, plan.guider_drafts)
+        self._exchange.begin(active, guided, plan.text_drafts, plan.guider_drafts, plan.to_hide)
         if not guided and session.generated:
             self._read_ahead(active, GUIDED[1:] if active.alpha(LEAD_TOKENS) else roles[1:])
 

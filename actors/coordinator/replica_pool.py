@@ -51,6 +51,11 @@ class Replica:
         return self.endpoint.role
 
     @property
+    def devices(self) -> frozenset[str]:
+        """Names of the hardware that its model computes on, each unique in the world. Empty if it is not known."""
+        return frozenset(self.welcome.devices.split())
+
+    @property
     def welcome(self) -> Welcome:
         """Description of the model that the replica sent when it was connected."""
         assert self.connection is not None

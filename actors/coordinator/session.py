@@ -51,6 +51,7 @@ class ActiveSession:
         self.replicas: dict[Role, Replica] = {}
         self._limits: dict[Role, int] = {}
         self.window: VerificationWindow | None = None
+        self.hidden_drafts: HiddenDrafts | None = None
         self.row_histories: dict[Role, RowHistory] = {}  # of small roles with another vocabulary
         self.state = SessionState.QUEUED
         self.state_since = time.monotonic()
@@ -299,12 +300,14 @@ class VerificationWindow:
         "first",
         "guided",
         "hashes",
+        "hidden",
         "next",
         "oldest",
         "reads",
         "required",
         "rows",
         "scores_prompt",
+        "to_hide",
         "wanted",
     )
 
@@ -316,13 +319,15 @@ class VerificationWindow:
         drafting_role: Role | None = None,
         wanted: int = 0,
         scores_prompt: bool = False,
+        to_hide: int = 0,
     ) -> None:
-        """wanted: drafts requested from the drafting role."""
+        """wanted: drafts requested from the drafting role. to_hide: drafts that it makes behind them meanwhile."""
         self.active = active
         self.guided = guided  # True if the small models take part in its decisions
         self.required = required  # by role that takes part, the primary first
         self.drafting_role = drafting_role  # None: no drafts, or drafts from the session's own text
-        self.wanted = wanted
+        self.wanted, self.to_hide = wanted, to_hide
+        self.hidden = False  # True if its drafts were made while the window before it was verified
         self.scores_prompt = scores_prompt  # its rows score tokens of the prompt; none is chosen
         self.first: dict[Role, int] = {}  # position of the first row's token in each role's stream
         self.draft_tokens: Mapping[Role, Sequence[int]] = _NO_DRAFT_TOKENS  # the drafts in each role's ids
@@ -335,6 +340,11 @@ class VerificationWindow:
         self.awaited: dict[Role, tuple[ExtendCalls[VerificationWindow], int] | None] = dict.fromkeys(required)
         if drafting_role is not None:
             self.awaited[drafting_role] = None
+
+    @property
+    def current(self) -> bool:
+        """True while the session waits for this window."""
+        return self.active.window is self
 
     @property
     def aligned(self) -> bool:
@@ -415,6 +425,36 @@ class VerificationWindow:
         for row in rows:
             if row.at >= 0:
                 row.frame.abandon(row.at)
+
+
+class HiddenDrafts:
+    """Drafts that the guider makes while a window is verified, as if its drafts and `token` after them were accepted.
+
+    Example: the window's drafts are [7, 8], and the guider's own choice after them is 9. While the other roles verify
+    7 and 8, the guider reads 9 and drafts [4, 5] behind it. If 7, 8 and 9 are chosen, the next window begins with the
+    drafts [4, 5]. Otherwise they are forgotten, and what the guider reads next replaces them in its cache.
+    """
+
+    __slots__ = ("active", "awaited", "drafted", "first", "prefix", "replica", "rows", "wanted")
+
+    def __init__(self, active: ActiveSession, first: int, prefix: int, wanted: int) -> None:
+        """first: position of the token in the guider's stream. prefix: running hash up to it."""
+        self.active, self.first, self.prefix, self.wanted = active, first, prefix, wanted
+        self.replica = active.replicas["guider"]
+        self.awaited: dict[Role, tuple[Any, int] | None] = {"guider": None}
+        self.drafted: Sequence[int] | None = None  # until they have arrived
+        self.rows: tuple[Any, ...] | None = None  # their rows, as they have arrived: how they were sent, and where
+
+    @property
+    def current(self) -> bool:
+        """True until the next window begins."""
+        return self.active.hidden_drafts is self
+
+    def fit(self) -> bool:
+        """True if the session's tokens are those that were assumed, and its guider is the same."""
+        stream = self.active.session.streams["guider"]
+        same = self.active.replicas.get("guider") is self.replica
+        return same and len(stream) == self.first + 1 and stream.hash_before(len(stream)) == self.prefix
 
 
 _KEPT_AT_LEAST = 64  # rows that are kept at least, whatever the replica holds

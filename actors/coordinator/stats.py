@@ -33,6 +33,7 @@ class CoordinatorMeter:
         self.audits_differing = recorder.counter("thinklogit_audits_differing")
         self.drafted_tokens = recorder.counter("thinklogit_drafted_tokens")
         self.accepted_tokens = recorder.counter("thinklogit_accepted_tokens")
+        self.hidden_drafts = recorder.counter("thinklogit_hidden_drafts")
 
     def load(self, sessions: int, waiting: int, parked: int) -> CoordinatorLoad:
         """The load, with the totals of these metrics."""

@@ -101,6 +101,7 @@ class Engine(Protocol):
     width: int  # logits in a row
     hash_seed: int
     batch_invariant: bool
+    devices: Sequence[str]  # names of the hardware that it computes on (`actors.engine.devices`); none if unknown
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]: ...
     def check_extend(self, extend: Extend) -> None:

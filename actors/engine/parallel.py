@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from actors.engine.devices import device_name
 from actors.engine.digest import model_digest
 from actors.engine.errors import EngineError, LoadError
 from actors.engine.interface import Extend, Outcome
@@ -138,6 +139,8 @@ def load_parallel(
         followers.broadcast("build")
         options = _options(recipe, loaded.model)
         engine = ParallelEngine(followers, loaded.model, recipe.cache_tokens, **options)
+        others = [followers.store.get(_device_key(rank)).decode() for rank in range(1, recipe.ranks)]
+        engine.devices = [*engine.devices, *others]
         verify_engine(engine, recipe.source.path)
     except BaseException as error:
         followers.stop()
@@ -158,6 +161,7 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         kind = device_kind(recipe.source.device, recipe.source.path)
         join_group(store, rank, recipe.ranks, kind, rendezvous.step_s)
         model = load_model(recipe.source).model
+        store.set(_device_key(rank), device_name(model.device))
         pipe.send_bytes(msgpack.packb(""))  # loaded; the following steps are collective
         if operations.get() is None:
             return
@@ -182,6 +186,10 @@ def apply_operation(engine: StepEngine, message: bytes) -> None:
         arguments = [[Extend(*values) for values in arguments[0]]]
     with contextlib.suppress(ValueError):  # refused on every rank alike
         getattr(engine, operation)(*arguments)
+
+
+def _device_key(rank: int) -> str:
+    return f"device of rank {rank}"
 
 
 def _options(recipe: Recipe, model: Any) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from actors.engine.attention import AttentionBackend, RaggedBatch, Span, StepAttention
 from actors.engine.batch_invariant import TILE, make_linears_batch_invariant
+from actors.engine.devices import device_name
 from actors.engine.digest import model_digest
 from actors.engine.errors import BadExtend, LoadError, RowGone, StepFailed
 from actors.engine.graphs import CapturedRunner, GraphBuckets, PlainRunner
@@ -98,6 +99,7 @@ class StepEngine:
         self.heads = int(model.config.get_text_config().num_attention_heads)  # of queries
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
+        self.devices: Sequence[str] = (device_name(model.device),)
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
         """Run one forward for all extends that can run now, at most one of each session; return outcomes in order.

@@ -86,6 +86,7 @@ class ModelReplica:
             cache_tokens=engine.cache_stats().tokens_total,
             max_position=settings.max_position,
             batch_invariant=engine.batch_invariant,
+            devices=" ".join(engine.devices),
         )
         self._server = Server(secret, welcome, self._on_message, self._on_closed, tls=tls, limits=limits)
         self._thread = ForwardThread(f"engine-{role}")

@@ -143,6 +143,7 @@ class Welcome:
     cache_tokens: int
     max_position: int  # most tokens per session
     batch_invariant: bool
+    devices: str  # names of the hardware that the model computes on, with spaces between; empty if unknown
 
 
 @dataclass(frozen=True, slots=True, eq=False)

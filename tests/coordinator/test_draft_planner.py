@@ -26,8 +26,8 @@ TOKENS = [20, 21, 22, 23]
 class Replica:
     """The part of a replica that the planner reads."""
 
-    def __init__(self, seconds: float, per_token: float = 0.0) -> None:
-        self.forward_time = ForwardTimeModel()
+    def __init__(self, seconds: float, per_token: float = 0.0, device: str = "cpu") -> None:
+        self.forward_time, self.devices = ForwardTimeModel(), frozenset({device})
         for tokens in range(1, 129):
             self.forward_time.observe(tokens, seconds + per_token * tokens)
 
@@ -43,6 +43,7 @@ def session_of(
     *,
     target: Replica | None = None,
     guider: Replica | None = None,
+    base: Replica | None = None,
     sampling: Sampling | None = None,
     **request: Any,
 ) -> ActiveSession:
@@ -53,7 +54,8 @@ def session_of(
     active = ActiveSession(session, 1, 1, planner.acceptance())
     for stream in session.streams.values():
         stream.hold(len(stream) - 1)
-    replicas = {"target": target or Replica(0.03), "guider": guider or Replica(0.002), "guider_base": Replica(0.002)}
+    small, large = Replica(0.002), Replica(0.03)
+    replicas = {"target": target or large, "guider": guider or small, "guider_base": base or small}
     active.replicas = cast(Any, replicas)
     return active
 
@@ -102,6 +104,23 @@ def test_request_and_configuration_bound_the_drafts(
     assert planner.plan(session_of(planner, vocabularies, drafts=asked), True, FAR, 1) == DraftPlan(
         guider_drafts=drafts
     )
+
+
+@pytest.mark.parametrize(
+    ("devices", "hidden"),
+    [(("a", "b", "c"), True), (("a", "b", "a"), True), (("a", "a", "b"), False), (("a", "b", "b"), False)],
+)
+def test_the_guider_drafts_on_while_others_verify_where_it_has_its_device_for_itself(
+    vocabularies: VocabularyRegistry, devices: tuple[str, str, str], hidden: bool
+) -> None:
+    planner = DraftPlanner(Speculation())
+    target, guider, base = (Replica(s, device=name) for s, name in zip((0.03, 0.002, 0.002), devices, strict=True))
+    active = session_of(planner, vocabularies, target=target, guider=guider, base=base)
+    plan = planner.plan(active, True, FAR, 1)
+    assert plan.guider_drafts > 0
+    assert (plan.to_hide > 0) == hidden
+    assert planner.plan(active, True, plan.guider_drafts + 1, 1).to_hide == 0  # no room for another window
+    assert planner.plan(active, False, FAR, 1).to_hide == 0
 
 
 def test_nothing_is_drafted_past_the_answers_end_or_the_last_position(vocabularies: VocabularyRegistry) -> None:

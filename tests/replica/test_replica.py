@@ -292,7 +292,7 @@ async def test_rows_over_the_frame_limit_are_refused_and_others_are_split() -> N
         Extend(np.array([(1, 1, 0, 0, 1, 0, 1, 1, 4, 0, -1, 1)], EXTEND_ITEM), np.array([1])),
         Lookup(np.array([(1, 1, 0, 1, 0, 3)], LOOKUP_ITEM), np.array([1, 2])),
         Lookup(np.array([(1, 1, 0, 1, 0, 2**31 - 1), (1, 1, 0, 1, 0, 2**31 - 1), (1, 1, 0, 1, 0, 2)], LOOKUP_ITEM)),
-        Welcome("guider", "", 1, 1, 1, 1, False),
+        Welcome("guider", "", 1, 1, 1, 1, False, ""),
     ],
     ids=[
         "fewer tokens",

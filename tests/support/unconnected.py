@@ -37,7 +37,7 @@ class UnconnectedReplica(Replica):
     def __init__(self, role: Role = "target", cache_tokens: int = 1_024, max_position: int = 4_096) -> None:
         super().__init__(Endpoint(role, "", 0, incarnation=f"{role}-{next(_keys)}", cache_free=cache_tokens))
         self._welcome = Welcome(
-            role, self.endpoint.incarnation, 400, 1, cache_tokens, max_position, batch_invariant=True
+            role, self.endpoint.incarnation, 400, 1, cache_tokens, max_position, batch_invariant=True, devices=""
         )
 
     @property

@@ -27,7 +27,7 @@ from actors.wire.messages import (
 
 EXAMPLES: list[Message] = [
     Hello(1, b"nonce", "incarnation", "peer"),
-    Welcome("target", "abc", 152_064, 2**64 - 1, 65_536, 4_096, True),
+    Welcome("target", "abc", 152_064, 2**64 - 1, 65_536, 4_096, True, "gpu-1 gpu-2"),
     Extend(
         np.array([(1, 2, 3, 2**64 - 1, 4, 5, 2, 1, 128, 1, 2, 0.5)], EXTEND_ITEM),
         np.array([7, 8], "<i4"),
