@@ -16,7 +16,7 @@ from actors.api.generation import Role
 from actors.coordinator.frames import RowFrame, row_numbers
 from actors.coordinator.inflight import InflightCalls, Lookups, Sink
 from actors.coordinator.session import LogitsRow, VerificationWindow
-from actors.decoding.candidates import PADDING, Floats, Ids
+from actors.decoding.candidates import PADDING, Floats, Ids, MissingLogits
 from actors.decoding.cross_vocab.logprobs import CrossingRows, RoleRowInput, TokenEventLogprobs, proposed_tokens
 from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import LOOKUP_ITEM, WHOLE
@@ -61,15 +61,14 @@ class CandidateCompleter:
                 pending = [(row, each) for row in waiting if (each := row.crossing.get(role)) is not None and each.rows]
                 if not pending:
                     continue
-                offsets = np.cumsum([0] + [each.rows for _, each in pending]).tolist()
-                at = np.concatenate([each.at + offset for (_, each), offset in zip(pending, offsets, strict=False)])
                 rows = [row for row, each in pending for _ in range(each.rows)]
                 positions = [each.boundaries.first - 1 + number for _, each in pending for number in range(each.rows)]
+                counts = np.concatenate([np.bincount(each.at, minlength=each.rows) for _, each in pending])
+                ids = np.concatenate([each.ids for _, each in pending])
                 values = CrossingRows.share_values([each for _, each in pending])
-                places, ids = np.arange(len(at)), np.concatenate([each.ids for _, each in pending])
                 keys = [row.window.key(role, position) for row, position in zip(rows, positions, strict=True)]
-                asked = row_numbers([row.at for row in rows])
-                self._look_up(frame, role, asked, at, places, ids, partial(_fill_crossing, values), keys)
+                asked = MissingLogits(row_numbers([row.at for row in rows]), counts, np.arange(len(ids)), ids)
+                self._look_up(frame, role, asked, partial(_fill_crossing, values), keys)
 
     def _propose(self, frame: Frame) -> None:
         """Store the proposals of a guider with another vocabulary whose slice and crossing rows have arrived."""
@@ -87,12 +86,7 @@ class CandidateCompleter:
 
     def _look_up_plain(self, frame: Frame, role: Role, found: Ids) -> None:
         theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_role
-        rows, places, ids = frame.block.missing_logits(role, found, theirs)
-        if not len(ids):
-            return
-        begins = np.flatnonzero(np.diff(rows, prepend=-1))
-        at = np.repeat(np.arange(len(begins)), np.diff(begins, append=len(rows)))
-        self._look_up(frame, role, rows[begins], at, places, ids, partial(frame.block.fill, role))
+        self._look_up(frame, role, frame.block.missing_logits(role, found, theirs), partial(frame.block.fill, role))
 
     def _look_up_events(self, frame: Frame, found: Ids) -> None:
         """Find the events of candidates in small models with another vocabulary, and look up their logits."""
@@ -108,10 +102,10 @@ class CandidateCompleter:
             if frame.shape.k == WHOLE or not len(tokens):
                 continue
             order = np.argsort((rows << 32) + tokens, kind="stable")  # by id within each row
-            places, tokens = places[order], tokens[order]
-            asked, at = np.unique(rows, return_inverse=True)
-            members = row_numbers([owners[number].at for number in asked.tolist()])
-            self._look_up(frame, role, members, at, places, tokens, partial(_fill_events, events))
+            numbers, counts = np.unique(rows, return_counts=True)
+            members = row_numbers([owners[number].at for number in numbers.tolist()])
+            asked = MissingLogits(members, counts, places[order], tokens[order])
+            self._look_up(frame, role, asked, partial(_fill_events, events))
 
     @staticmethod
     def _store_events(frame: Frame, complete: Ids) -> None:
@@ -124,47 +118,39 @@ class CandidateCompleter:
         self,
         frame: Frame,
         role: Role,
-        asked: Ids,
-        at: Ids,
-        places: Ids,
-        ids: Ids,
+        missing: MissingLogits,
         sink: Sink,
         keys: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """Send one lookup for each row of `asked` [m].
-
-        at [n]: by id the index of its lookup, ascending. places, ids [n]. keys: of earlier rows that are read instead.
-        """
+        """Send one lookup for each row of `missing`. keys: of earlier rows that are read instead."""
         number = frame.block.roles[role]
-        replicas = frame.keys.replicas[number][asked]
+        replicas = frame.keys.replicas[number][missing.rows]
         for replica in dict.fromkeys(replicas.tolist()):
-            part, numbers, its_places, its_ids = slice(None), at, places, ids
-            if (replicas != replica).any():
-                part = np.flatnonzero(replicas == replica)
-                taken = np.isin(at, part)
-                numbers, its_places, its_ids = np.searchsorted(part, at[taken]), places[taken], ids[taken]
-            rows = asked[part]
-            counts = np.bincount(numbers, minlength=len(rows))
-            calls = Lookups(role, frame, rows, rows[numbers], its_places, np.cumsum(counts), sink)
-            first, sessions = self._calls.ask(calls), frame.keys.sessions[rows]
+            rows, counts, places, ids = missing
+            here = replicas == replica
+            if not here.all():
+                taken = np.repeat(here, counts)
+                rows, counts, places, ids = rows[here], counts[here], places[taken], ids[taken]
+            first = self._calls.ask(Lookups(role, frame, rows, counts, places, sink))
+            sessions = frame.keys.sessions[rows]
             items = np.empty(len(rows), LOOKUP_ITEM)
             items["call_id"] = np.arange(first, first + len(rows))
             items["session"], items["epoch"], items["ids"] = sessions["key"], sessions["epoch"], counts
             if keys is None:
                 items["row"], items["position"] = frame.keys.prefixes[number][rows], frame.keys.positions[number][rows]
             else:
-                items["position"], items["row"] = np.array(keys, np.uint64)[part].T
+                items["position"], items["row"] = np.array(keys, np.uint64)[here].T
             frame.ask(role, rows)
             owner = frame.owners[int(rows[0])]
             assert owner is not None
             outbox = owner.window.active.replicas[role].outbox
             outbox.lookups.append(items)
-            outbox.ids.append(its_ids)
+            outbox.ids.append(ids)
 
 
-def _fill_crossing(values: Floats, rows: Ids, places: Ids, news: NDArray[Any]) -> None:
+def _fill_crossing(values: Floats, rows: Ids, counts: Ids, places: Ids, news: NDArray[Any]) -> None:
     values[places] = news
 
 
-def _fill_events(events: TokenEventLogprobs, rows: Ids, places: Ids, news: NDArray[Any]) -> None:
+def _fill_events(events: TokenEventLogprobs, rows: Ids, counts: Ids, places: Ids, news: NDArray[Any]) -> None:
     events.fill(places, news)

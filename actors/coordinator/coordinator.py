@@ -127,12 +127,11 @@ class Coordinator:
 
     async def _next_events(self, active: ActiveSession, deadline: float, interval_s: float) -> list[CoordinatorEvent]:
         """The next events; an empty delta if there are none for long."""
-        alive = time.monotonic() + self._config.deadlines.peer_timeout_s / 3
-        try:
-            async with asyncio.timeout(max(0.0, min(alive, deadline) - time.monotonic())):
-                return await active.events.batch(self._loop.sessions, interval_s)
-        except TimeoutError:
-            if time.monotonic() < deadline:
-                return [Delta()]
-            self._loop.fail(active, f"not finished within {self._config.deadlines.request_s:.0f} s")
-            return await active.events.batch()
+        now = time.monotonic()
+        limit_s = min(self._config.deadlines.peer_timeout_s / 3, max(0.0, deadline - now))
+        if events := await active.events.batch(self._loop.sessions, interval_s, limit_s):
+            return events
+        if time.monotonic() < deadline:
+            return [Delta()]
+        self._loop.fail(active, f"not finished within {self._config.deadlines.request_s:.0f} s")
+        return await active.events.batch()

@@ -25,7 +25,7 @@ from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, VerificationWindow
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SessionTable
-from actors.decoding.candidates import Ids, RowSlice
+from actors.decoding.candidates import Ids, RowSlice, read_only
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
 from actors.decoding.decision import choose, spec_columns
@@ -510,7 +510,7 @@ class Exchange:
             fresh = min(reach, max(stream.held, window.oldest[role]), first if draft is not None else end)
             keep = history.kept(fresh, key_of) if fresh <= stream.held else 0
             if fresh == end:  # no new token, and every row is held
-                window.awaited.pop(role, None)
+                window.take_answer(role)
             self._take_held_rows(window, role, history, fresh)
             if fresh == end:
                 return
@@ -603,7 +603,7 @@ class Exchange:
         if not numbers:
             return
         for number in numbers:
-            del calls.windows[number].awaited[role]
+            calls.windows[number].take_answer(role)
         taken = np.array(numbers)
         items = taken + ahead
         counts = calls.counts[taken]
@@ -627,17 +627,17 @@ class Exchange:
         self._touched[frame] = None
 
     def _take_extended(
-        self, columns: _RowColumns, calls: ExtendCalls[VerificationWindow], answered: Sequence[tuple[int, int]]
+        self, columns: _RowColumns, calls: ExtendCalls[Any], answered: Sequence[tuple[int, int]]
     ) -> None:
         """Store the rows of other extends. answered: number of the call, and item in the message."""
         role = calls.role
         frames: dict[Frame, list[tuple[LogitsRow, int, float]]] = {}
         for number, item in answered:
             window, sent = calls.windows[number], calls.details[number]
-            window.awaited.pop(role, None)
             if isinstance(window, HiddenDrafts):
                 window.awaited[role], window.rows = None, (sent, columns, item)
                 continue
+            window.take_answer(role)
             if role == window.drafting_role and not window.rows:
                 self._request_rows(window, [])  # no draft came
             self._place()
@@ -835,8 +835,8 @@ class _RowColumns:
             raise ProtocolError("Rows.items has a negative count")
         starts, pages = np.empty((int(self.rows.sum()), 4), np.int64), page_counts(width)
         lengths = locate_rows(self.rows, ks, required, width, starts)
-        columns = [_read_only(each) for each in (message.ids, message.pages, message.logits)]
-        columns += [_read_only(each) for each in (message.logsumexp, message.tempered, message.required)]
+        columns = [read_only(each) for each in (message.ids, message.pages, message.logits)]
+        columns += [read_only(each) for each in (message.logsumexp, message.tempered, message.required)]
         expected = lengths[0], len(starts) * pages, lengths[1], len(starts), len(starts), lengths[2]
         if tuple(map(len, columns)) != expected:
             raise ProtocolError("the columns of Rows do not fit its items")
@@ -852,11 +852,3 @@ class _RowColumns:
         ids = np.arange(self._width) if k == WHOLE else self._ids[id_at : id_at + k]
         logits = self.sent.logits[logit_at : logit_at + len(ids)]
         return RowSlice(ids, logits, np.zeros(0), float(self.sent.logsumexp[source]))
-
-
-def _read_only(values: NDArray[Any]) -> NDArray[Any]:
-    """The same values, as kernels take them: arrays of messages cannot be written to."""
-    if values.flags.writeable:
-        values = values.view()
-        values.flags.writeable = False
-    return values

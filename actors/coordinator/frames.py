@@ -113,7 +113,7 @@ class RowFrame(Generic[Owner]):
     def abandon(self, at: int) -> None:
         """The row waits for nothing and never becomes complete, because its window has ended or it is widened."""
         self.owners[at] = None
-        if self.stage[at] != RowStage.COMPLETE:
+        if self.stage.item(at) != RowStage.COMPLETE:
             self.lookups[:, at] = self.arrived[at] = 0
             self.stage[at] = RowStage.EXTENDING
 

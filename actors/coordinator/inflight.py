@@ -66,9 +66,9 @@ class ExtendCalls(Calls, Generic[W]):
 
 
 class Sink(Protocol):
-    """Stores the logits of a lookup at (rows, places)."""
+    """Stores the logits of lookups: for rows [n] counts [n] values each, at places."""
 
-    def __call__(self, rows: Ids, places: Ids, values: Any, /) -> None: ...
+    def __call__(self, rows: Ids, counts: Ids, places: Ids, values: Any, /) -> None: ...
 
 
 class RowCalls(Calls):
@@ -92,24 +92,20 @@ class Widenings(RowCalls):
 
 
 class Lookups(RowCalls):
-    """Lookups, and where their logits are stored.
+    """Lookups of `counts` [calls] ids each, whose logits are stored at `places`, call after call."""
 
-    at, places [n]: of each id, call after call. ends [calls]: number of ids up to the last of each call.
-    """
+    __slots__ = ("_counts", "_ends", "_places", "_sink")
 
-    __slots__ = ("_at", "_ends", "_places", "_sink")
-
-    def __init__(
-        self, role: Role, frame: RowFrame[Any], rows: Ids, at: Ids, places: Ids, ends: Ids, sink: Sink
-    ) -> None:
+    def __init__(self, role: Role, frame: RowFrame[Any], rows: Ids, counts: Ids, places: Ids, sink: Sink) -> None:
         super().__init__(role, frame, rows)
-        self._at, self._places, self._ends, self._sink = at, places, ends, sink
+        self._counts, self._ends = counts, np.cumsum(counts)
+        self._places, self._sink = places, sink
 
     def take(self, values: NDArray[Any], first: int, end: int) -> None:
         """Store the values of the calls from `first` to before `end`."""
-        part = slice(int(self._ends[first - 1]) if first else 0, int(self._ends[end - 1]))
-        self._sink(self._at[part], self._places[part], values)
-        self.frame.take_answers(self.role, self.rows[first:end])
+        part, calls = slice(int(self._ends[first] - self._counts[first]), int(self._ends[end - 1])), slice(first, end)
+        self._sink(self.rows[calls], self._counts[calls], self._places[part], values)
+        self.frame.take_answers(self.role, self.rows[calls])
 
 
 class InflightCalls:
@@ -178,7 +174,7 @@ class InflightCalls:
 
     def forget_rows(self, frame: RowFrame[Any], at: int, widenings_to: Role | None = None) -> None:
         """Forget the lookups of a row; and its widenings, of one role or of all. Their replies will be ignored."""
-        for calls in list(frame.calls):
+        for calls in [each for each in frame.calls if isinstance(each, RowCalls)]:
             if widenings_to is None or calls.role == widenings_to or isinstance(calls, Lookups):
                 for number in np.flatnonzero(calls.alive & (calls.rows == at)).tolist():
                     self.end(calls, number)

@@ -189,7 +189,7 @@ class DecodeLoop:
         self._pool.flush()
 
     def _admit(self) -> None:
-        for active in self.admission.admit(self._needed_roles):
+        for active in self.admission.admit(lambda active: self._needed_roles(active, bool(active.alpha()))):
             self._active[active.key] = active
             self._exchange.admit(active)
             self._next_window(active)
@@ -198,7 +198,7 @@ class DecodeLoop:
         """Begin the session's next window, or wait for a replica, or end the session where positions are used up."""
         session = active.session
         guided = bool(active.alpha())
-        roles = self._needed_roles(active)
+        roles = self._needed_roles(active, guided)
         unbound = [role for role in roles if role not in active.replicas]
         if unbound and not all([self._bind(active, role) for role in unbound]):
             active.enter(SessionState.NO_REPLICA)
@@ -226,11 +226,11 @@ class DecodeLoop:
         if not guided and session.generated:
             self._read_ahead(active, GUIDED[1:] if active.alpha(LEAD_TOKENS) else roles[1:])
 
-    def _needed_roles(self, active: ActiveSession) -> tuple[Role, ...]:
+    def _needed_roles(self, active: ActiveSession, guided: bool) -> tuple[Role, ...]:
         """Roles that take part in the session's next window."""
         if active.prompt_scoring is not None:
             return active.prompt_scoring.roles
-        if active.alpha():
+        if guided:
             return GUIDED
         drafted = self.planner.drafter(active, guided=False) == "guider"
         return (active.primary, "guider") if drafted else (active.primary,)
@@ -261,8 +261,8 @@ class DecodeLoop:
     def _commit_rows(self, window: VerificationWindow, row_decisions: Sequence[RowDecision]) -> bool:
         """Commit the tokens of a window's decided rows, in order. True if the next row is complete but not decided."""
         active = window.active
-        for one in row_decisions:
-            if one.alpha != active.alpha():
+        for number, one in enumerate(row_decisions):
+            if number and one.alpha != active.alpha():
                 return True  # thinking has just ended and alpha changed: decide the row again
             row = window.rows[window.next]
             verdict = self._verifier.verdict(row, one)
@@ -288,7 +288,8 @@ class DecodeLoop:
         active = window.active
         if window.drafts:
             self.planner.learn(window)
-        window.settle()
+        if window.drafts or window.drafting_role is not None:
+            window.settle()
         self._exchange.drop(active)
         if active.over:
             self._end(active)

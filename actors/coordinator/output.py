@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,39 +19,70 @@ def coalesce_s(streams: int) -> float:
     return min(max(COALESCE_S, streams / MESSAGES_PER_S), MOST_S)
 
 
+_PARTS = (AnswerPart, Delta)
+
+
 class EventQueue:
     """A queue of events for one reader, which joins consecutive parts of the answer into one delta."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._events: list[CoordinatorEvent | AnswerPart] = []
-        self._filled = asyncio.Event()
-        self._ended = asyncio.Event()  # the last event is in the queue
+        self._ended = False  # the last event is in the queue
         self._sent_at = float("-inf")
+        self._reader: asyncio.Future[None] | None = None  # resolved when events may be read, or when it waited enough
+        self._pausing = False  # True while the reader waits, whatever is in the queue
 
     def emit(self, event: CoordinatorEvent | AnswerPart) -> None:
         """Append an event. Any event but a part of the answer is the last one."""
         self._events.append(event)
-        self._filled.set()
-        if not isinstance(event, AnswerPart | Delta):
-            self._ended.set()
+        if not isinstance(event, _PARTS):
+            self._ended, self._pausing = True, False
+        if self._reader is not None and not self._pausing:
+            self._wake()
 
-    async def batch(self, streams: int = 1, interval_s: float = 0.0) -> list[CoordinatorEvent]:
+    async def batch(
+        self, streams: int = 1, interval_s: float = 0.0, limit_s: float | None = None
+    ) -> list[CoordinatorEvent]:
         """Wait for the next events. The first and the last are returned at once.
 
         Between them, batches are `coalesce_s(streams)` or `interval_s` seconds apart, whichever is longer. streams:
-        number of open streams, this one included. A cancelled call loses no event.
+        number of open streams, this one included. Empty after `limit_s` seconds without a batch. A cancelled call loses
+        no event.
         """
-        await self._filled.wait()
         pause = self._sent_at + max(coalesce_s(streams), interval_s) - self._clock()
-        if pause > 0 and not self._ended.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._ended.wait()
-        self._sent_at = self._clock()
-        self._filled.clear()
+        self._pausing = pause > 0 and not self._ended
+        if self._pausing or not self._events:
+            await self._wait(pause, limit_s)
+        if self._pausing:
+            return []
         events, self._events = self._events, []
+        if events:
+            self._sent_at = self._clock()
         return _joined(events)
+
+    async def _wait(self, pause: float, limit_s: float | None) -> None:
+        """Wait for `pause` seconds and for an event, but at most `limit_s` seconds."""
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_future()
+        timers = [loop.call_later(pause, self._pause_over)] if self._pausing else []
+        if limit_s is not None:
+            timers.append(loop.call_later(limit_s, self._wake))
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+            for timer in timers:
+                timer.cancel()
+
+    def _pause_over(self) -> None:
+        self._pausing = False
+        if self._events:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 def _joined(events: Sequence[CoordinatorEvent | AnswerPart]) -> list[CoordinatorEvent]:
@@ -60,7 +90,7 @@ def _joined(events: Sequence[CoordinatorEvent | AnswerPart]) -> list[Coordinator
     joined: list[CoordinatorEvent] = []
     run: list[AnswerPart | Delta] = []
     for event in events:
-        if isinstance(event, AnswerPart | Delta):
+        if isinstance(event, _PARTS):
             run.append(event)
             continue
         if run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from actors.api.generation import ROLES, Generate, PromptNote, Role
 from actors.coordinator.frames import FrameShape, RowFrame
@@ -236,7 +237,7 @@ class LogitsRow:
     @property
     def complete(self) -> bool:
         """True if every slice and every lookup has been answered."""
-        return self.at >= 0 and bool(self.frame.stage[self.at] == _COMPLETE)
+        return self.at >= 0 and self.frame.stage.item(self.at) == RowStage.COMPLETE
 
     def place(self, frame: RowFrame[LogitsRow], at: int) -> None:
         """Become row `at` of a frame."""
@@ -271,7 +272,6 @@ class LogitsRow:
         return self.window.first[role] + self.window.reads[role][self.index]
 
 
-_COMPLETE = int(RowStage.COMPLETE)
 _NO_SLICES: dict[Role, RowSlice] = {}
 _NO_CROSSING: dict[Role, CrossingRows] = {}
 _NO_EVENTS: dict[Role, tuple[TokenEventLogprobs, int]] = {}
@@ -399,13 +399,20 @@ class VerificationWindow:
                 return False
         return True
 
+    def take_answer(self, role: Role) -> None:
+        """A role has answered its extend: its replica holds all tokens of the window."""
+        self.awaited.pop(role, None)
+        if len(self.hashes[role]) == 1:  # without drafts, which may be rejected: see `settle`
+            self.active.session.streams[role].hold(self.first[role] + 1)
+
     def settle(self) -> None:
-        """End the window: for each role, find how many of the session's tokens its replica holds."""
+        """End a window with drafts: for each role, find how many of the session's tokens its replica holds."""
         streams = self.active.session.streams
         for role, hashes in self.hashes.items():
-            stream, first = streams[role], self.first[role]
+            stream, first, answered = streams[role], self.first[role], role not in self.awaited
+            if len(hashes) == 1 and role != self.drafting_role:
+                continue
             held = min(stream.held, first)
-            answered = role not in self.awaited
             if answered or role == self.drafting_role:
                 # The drafting role may not have computed its last token yet.
                 for index in range(len(hashes) - 1 - (not answered), -1, -1):

@@ -38,10 +38,10 @@ class DecidedRows:
 
 
 class RowDecision(NamedTuple):
-    """Row `index` of decided rows, and the alpha with which it was decided."""
+    """Row `number` of decided rows, and the alpha with which it was decided."""
 
     rows: DecidedRows
-    index: int
+    number: int
     alpha: float
 
 
@@ -132,7 +132,7 @@ class Verifier:
     def _audit(self, row: LogitsRow, decided: RowDecision) -> Chosen:
         """Compare the slices' decision with that of whole rows. The slices' token stands: an audit only measures."""
         sliced = row.end_audit()
-        whole = decided.rows.decisions.row(decided.index)
+        whole = decided.rows.decisions.row(decided.number)
         distance, differs = compare(sliced, whole, row.window.active.session.request.sampling)
         self._meter.audited_rows.add()
         self._meter.audits_differing.add(differs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from actors.decoding import kernels
 from actors.decoding.kernels import PADDING, SentRows
 from actors.decoding.vocabulary import RequiredLogits
 
-__all__ = ["PADDING", "CandidateBlock", "RowSlice"]
+__all__ = ["PADDING", "CandidateBlock", "MissingLogits", "RowSlice", "read_only"]
 
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -33,6 +33,18 @@ class RowSlice:
     folded: NDArray[Any]  # [g], logits of the required events
     logsumexp: float
     tempered: float = 0.0  # logsumexp of the logits over the request's temperature; read of the primary's rows only
+
+
+class MissingLogits(NamedTuple):
+    """Candidates whose logits a role must look up: rows [n] with counts [n] of them each; the places, and its ids.
+
+    Within a row the ids are ascending.
+    """
+
+    rows: Ids
+    counts: Ids
+    places: Ids
+    ids: Ids
 
 
 class CandidateBlock:
@@ -154,17 +166,26 @@ class CandidateBlock:
         columns = slice(int(self._event_ends[number - 1]) if number else 0, int(self._event_ends[number]))
         self.logits[number, at[:, None], self._event_places[at, columns]] = self._folded[at, columns]
 
-    def missing_logits(self, role: Role, at: Ids, theirs: NDArray[np.int64]) -> tuple[Ids, Ids, Ids]:
-        """Rows [n], places [n] and the role's ids [n] of the candidates whose logits must be looked up in a role.
+    def missing_logits(self, role: Role, at: Ids, theirs: NDArray[np.int64]) -> MissingLogits:
+        """The candidates of the rows `at` whose logits must be looked up in a role.
 
-        at: the rows, in this order. theirs: by id of the primary the role's id, -1 where the role has none. Within a
-        row the ids are ascending.
+        theirs: by id of the primary the role's id, -1 where the role has none.
         """
-        rows, places, ids = (np.empty(int(self.counts[at].sum()), np.int64) for _ in range(3))
+        counts = np.empty(len(at), np.int64)
+        places, ids = np.empty((2, int(self.counts[at].sum())), np.int64)
         number = self.roles[role]
-        found = kernels.missing(at, self.ids, self.counts, self._held_by, number, theirs, rows, places, ids)
-        return rows[:found], places[:found], ids[:found]
+        found = kernels.missing(at, self.ids, self.counts, self._held_by, number, theirs, counts, places, ids)
+        asked = np.flatnonzero(counts)
+        return MissingLogits(at[asked], counts[asked], places[:found], ids[:found])
 
-    def fill(self, role: Role, rows: Ids | int, places: Ids, values: NDArray[Any]) -> None:
-        """Store the logits of a lookup."""
-        self.logits[self.roles[role], rows, places] = values
+    def fill(self, role: Role, rows: Ids, counts: Ids, places: Ids, values: NDArray[np.float32]) -> None:
+        """Store the logits of lookups: for rows [n] counts [n] values each, at places."""
+        kernels.fill(self.logits, self.roles[role], rows, counts, places, read_only(values))
+
+
+def read_only(values: NDArray[Any]) -> NDArray[Any]:
+    """The same values, as kernels take them: arrays of messages cannot be written to."""
+    if values.flags.writeable:
+        values = values.view()
+        values.flags.writeable = False
+    return values

@@ -340,29 +340,54 @@ def merge(
 
 @kernel
 def missing(
-    at: Any, ids: Any, counts: Any, known: Any, role: int, theirs: Any, rows: Any, places: Any, wanted: Any
+    at: Any, ids: Any, counts: Any, known: Any, role: int, theirs: Any, found: Any, places: Any, wanted: Any
 ) -> int:
-    """The candidates of rows `at` whose logits must be looked up in a role: their rows, places and the role's ids.
+    """The candidates of rows `at` [n] whose logits must be looked up in a role: their places and the role's ids.
 
-    theirs: by id of the primary the role's id, -1 for none. A row's ids are ascending in the role's numbering. Returns
-    the number of candidates found.
+    theirs: by id of the primary the role's id, -1 for none. found [n]: their number in each row. A row's ids are
+    ascending in the role's numbering. Returns the number of all.
     """
-    found = 0
-    for row in at:
-        begin = found
+    end = 0
+    for number in range(len(at)):
+        row, begin = at[number], end
         ascending = True
         for place in range(counts[row]):
             if not known[row, place] >> role & 1:
                 id_ = theirs[ids[row, place]]
                 if id_ >= 0:
-                    ascending &= found == begin or wanted[found - 1] < id_
-                    rows[found], places[found], wanted[found] = row, place, id_
-                    found += 1
+                    ascending &= end == begin or wanted[end - 1] < id_
+                    places[end], wanted[end] = place, id_
+                    end += 1
+        found[number] = end - begin
         if not ascending:
-            order = np.argsort(wanted[begin:found], kind="mergesort")
-            places[begin:found] = places[begin:found][order]
-            wanted[begin:found] = wanted[begin:found][order]
-    return found
+            order = np.argsort(wanted[begin:end], kind="mergesort")
+            places[begin:end] = places[begin:end][order]
+            wanted[begin:end] = wanted[begin:end][order]
+    return end
+
+
+@kernel
+def fill(logits: Any, role: int, rows: Any, counts: Any, places: Any, values: Any) -> None:
+    """Store looked-up values in logits [R, B, W]: for rows [n] counts [n] values each, at places."""
+    at = 0
+    for number in range(len(rows)):
+        for _ in range(counts[number]):
+            logits[role, rows[number], places[at]] = values[at]
+            at += 1
+
+
+@kernel
+def split_ids(ids: Any, counts: Any, columns: int, low: Any, pages: Any) -> None:
+    """Encode ids as `actors.wire.ids` describes: row r has counts[r] of them, and `columns` page counts, 0 before."""
+    at = 0
+    for row in range(len(counts)):
+        first = row * columns
+        for _ in range(counts[row]):
+            page = ids[at] >> 16
+            low[at] = ids[at] & 0xFFFF
+            if page < columns:
+                pages[first + page] += 1
+            at += 1
 
 
 # -- estimates of what is outside the candidates ----------------------------------------------------------------------

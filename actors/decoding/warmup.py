@@ -16,7 +16,7 @@ from actors.api.sampling_params import Sampling
 from actors.decoding.candidates import CandidateBlock
 from actors.decoding.compiling import cache_folder, cache_misses, check_processor
 from actors.decoding.decision import choose, decide, spec_columns
-from actors.decoding.kernels import ALL, ALONE, GUIDED, SentRows, locate_rows
+from actors.decoding.kernels import ALL, ALONE, GUIDED, SentRows, locate_rows, split_ids
 from actors.decoding.penalties import adjustments
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS
 
@@ -36,8 +36,8 @@ def compile_kernels() -> None:
         for role in roles:
             block.store(role, at, ids, logits, np.zeros((1, 0)), np.full(1, 3.0), np.full(1, 3.0))
         block.merge(at)
-        rows, places, _ = block.missing_logits(roles[-1], at, np.arange(4))
-        block.fill(roles[-1], rows, places, np.ones(len(rows), np.float32))
+        rows, counts, places, _ = block.missing_logits(roles[-1], at, np.arange(4))
+        block.fill(roles[-1], rows, counts, places, np.ones(len(places), np.float32))
         rule = GUIDED if len(roles) > 1 else ALONE
         decide(block, at, spec_columns([(rule, 1.0, sampling, 1, 1)]), [extra], [(2, 1)])
     rows, none = np.array([1], np.int32), np.zeros(0, np.float32)
@@ -49,6 +49,8 @@ def compile_kernels() -> None:
         column.flags.writeable = False  # as those of messages
     block.store_rows(ROLES[0], at, sent, at, ALL, np.arange(4), np.ones(1))
     choose(ids, logits, [sampling], [1], [1])
+    for names in (ids[0], ids[0].astype(np.int32)):
+        split_ids(names, np.array([3]), 1, np.empty(3, np.uint16), np.zeros(1, np.uint16))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.decoding import kernels
+
 PAGE = 1 << 16
 Array = NDArray[Any]
 
@@ -29,13 +31,10 @@ def split_ids(ids: Array, counts: Array | Sequence[int], width: int) -> tuple[Ar
 
     Within a row the ids must be in the order of their pages; ascending ids are.
     """
-    low, columns = ids.astype("<u2"), page_counts(width)
-    if not columns:
-        return low, np.zeros(0, "<u2")
-    rows = len(counts)
-    key = np.repeat(np.arange(0, rows * (columns + 1), columns + 1), counts) + (ids >> 16)
-    found = np.bincount(key, minlength=rows * (columns + 1)).reshape(rows, columns + 1)
-    return low, found[:, :columns].astype("<u2").reshape(-1)
+    columns, numbers = page_counts(width), np.asarray(counts, np.int64)
+    low, pages = np.empty(len(ids), "<u2"), np.zeros(len(numbers) * columns, "<u2")
+    kernels.split_ids(ids if ids.flags.writeable else ids.copy(), numbers, columns, low, pages)
+    return low, pages
 
 
 def join_ids(low: Array, pages: Array, counts: Array | Sequence[int], width: int) -> Array:

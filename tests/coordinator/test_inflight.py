@@ -33,7 +33,8 @@ def windows(count: int) -> list[Window]:
 def frame_of(rows: int) -> RowFrame[str]:
     """A frame of rows of one model, whose owners are letters."""
     sessions = np.zeros(rows, SESSION)
-    keys = RowKeys(sessions, *np.zeros((2, 1, rows), np.int64), np.zeros((1, rows), np.uint64))
+    numbers = np.zeros((1, rows), np.int64)
+    keys = RowKeys(sessions, numbers, numbers, numbers.astype(np.uint64))
     shape = FrameShape({"target": NO_REQUIRED_LOGITS}, False, False, False, 4)
     return RowFrame("abcdefgh"[:rows], shape, keys, {"target": 4}, ("target",), RowStage.EXTENDING)
 
@@ -75,18 +76,18 @@ def test_a_reply_for_an_earlier_batch_passes_over_those_that_ended() -> None:
 def test_forgotten_lookups_of_a_row_store_nothing_and_other_rows_go_on() -> None:
     calls, frame, stored = InflightCalls(), frame_of(3), []
 
-    def store(rows: Any, places: Any, values: Any) -> None:
-        stored.append((rows.tolist(), places.tolist(), values.tolist()))
+    def store(rows: Any, counts: Any, places: Any, values: Any) -> None:
+        stored.append((rows.tolist(), counts.tolist(), places.tolist(), values.tolist()))
 
     rows = np.array([0, 2])
-    batch = Lookups("target", frame, rows, np.array([0, 0, 2]), np.array([5, 7, 6]), np.array([2, 3]), store)
+    batch = Lookups("target", frame, rows, np.array([2, 1]), np.array([5, 7, 6]), store)
     frame.ask("target", rows)
     calls.ask(batch)
     calls.forget_rows(frame, 0)
     assert batch.among(0, 2) == [1]
     batch.take(np.array([9.0]), 1, 2)
     calls.end(batch, slice(0, 2))
-    assert stored == [([2], [6], [9.0])]
+    assert stored == [([2], [1], [6], [9.0])]
     assert frame.lookups[0].tolist() == [1, 0, 0]
     assert not frame.calls
 

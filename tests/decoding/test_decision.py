@@ -36,8 +36,9 @@ def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> Cand
         block.store(role, every, at, np.take_along_axis(logits, at, 1), np.zeros((len(rows), 0)), *sums.T)
     block.merge(every)
     for number, role in enumerate(roles):
-        at_rows, places, ids = block.missing_logits(role, every, np.arange(VOCABULARY))
-        block.fill(role, at_rows, places, np.stack([whole[number] for whole, _ in rows])[at_rows, ids])
+        missing = block.missing_logits(role, every, np.arange(VOCABULARY))
+        whole = np.stack([whole[number] for whole, _ in rows])[np.repeat(missing.rows, missing.counts), missing.ids]
+        block.fill(role, missing.rows, missing.counts, missing.places, whole)
     return block
 
 

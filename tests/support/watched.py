@@ -20,6 +20,7 @@ class WatchedEngine:
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner
+        self.devices = inner.devices
         self.extends: list[Extend] = []
         self.forwards = 0
         self.disturb: Disturb = lambda engine: None

@@ -16,7 +16,14 @@ from actors.wire.server import Peer, Server
 
 SECRET = b"a secret of the whole application"
 WELCOME = Welcome(
-    role="guider", incarnation="g-1", width=32, hash_seed=7, cache_tokens=64, max_position=64, batch_invariant=True, devices="card"
+    role="guider",
+    incarnation="g-1",
+    width=32,
+    hash_seed=7,
+    cache_tokens=64,
+    max_position=64,
+    batch_invariant=True,
+    devices="card",
 )
 
 
