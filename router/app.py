@@ -148,14 +148,16 @@ def bind(config: ServiceConfig, load: Load = load_role) -> serve.Application:
         **_replicas(config.coordinator.replicas, target_ongoing_requests=config.coordinator.target_ongoing),
         **_SETTINGS,
     ).bind(config, directory, models)
-    return serve.deployment(
-        serve.ingress()(RouterShell),
-        name="Router",
-        ray_actor_options=_placement(config.router),
-        **_replicas(config.router.replicas, target_ongoing_requests=config.router.target_ongoing),
-        **_SETTINGS
-        | {"graceful_shutdown_timeout_s": config.deadlines.request_s},  # its streams cannot move to another router
-    ).bind(config, coordinator, directory)
+    router = serve.deployment(serve.ingress()(RouterShell), name="Router", **router_options(config))
+    return router.bind(config, coordinator, directory)
+
+
+def router_options(config: ServiceConfig) -> dict[str, Any]:
+    """Serve's options for the deployment of the router: resources, replicas, limits."""
+    placement = {"ray_actor_options": _placement(config.router)}
+    replicas = _replicas(config.router.replicas, target_ongoing_requests=config.router.target_ongoing)
+    shutdown = {"graceful_shutdown_timeout_s": config.deadlines.request_s}  # its streams cannot move to another router
+    return placement | replicas | _SETTINGS | shutdown
 
 
 def _model(config: ServiceConfig, role: Role) -> serve.Deployment:
