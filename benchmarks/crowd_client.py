@@ -98,9 +98,7 @@ class CrowdClient:
     async def _ask(self, user: str) -> StreamProtocol:
         self._number += 1
         loop = asyncio.get_running_loop()
-        protocol = StreamProtocol(
-            http_request(self._where.netloc, self._body(user, self._number)), loop.create_future()
-        )
+        protocol = StreamProtocol(http_request(self._where, self._body(user, self._number)), loop.create_future())
         try:
             async with asyncio.timeout(HUNG_S):
                 await loop.create_connection(partial(existing_protocol, protocol), self._host, self._port)

@@ -11,8 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httptools
 import uvloop
@@ -33,6 +34,7 @@ class Stream:
     last: float  # when its last text came
     tokens: int
     messages: int
+    chunks: tuple[bytes, ...] = ()  # the body as it came: one chunk of HTTP for each message of the application
 
     @property
     def inter_token_s(self) -> float:
@@ -42,7 +44,7 @@ class Stream:
 
 @dataclass(slots=True)
 class StreamProtocol(asyncio.Protocol):
-    """One request. httptools calls `on_header`, `on_body` and `on_message_complete`.
+    """One request. httptools calls the methods `on_...`.
 
     done: ends with the response, or with StreamFailed when the connection is lost before.
     """
@@ -52,6 +54,7 @@ class StreamProtocol(asyncio.Protocol):
     asked: float = 0.0
     retry_after_s: float | None = None
     bodies: list[tuple[float, bytes]] = field(default_factory=list)
+    chunk_ends: list[int] = field(default_factory=list)  # how many bodies had come at the end of each chunk
     parser: Any = None
     transport: asyncio.BaseTransport | None = None
 
@@ -69,6 +72,9 @@ class StreamProtocol(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self.bodies.append((time.perf_counter(), body))
+
+    def on_chunk_complete(self) -> None:
+        self.chunk_ends.append(len(self.bodies))
 
     def on_message_complete(self) -> None:
         assert self.transport is not None
@@ -95,7 +101,7 @@ class StreamProtocol(asyncio.Protocol):
         for at, body in self.bodies:
             *events, rest = (rest + body).split(b"\n\n")
             for event in events:
-                if event == b"data: [DONE]":
+                if event == b"data: [DONE]" or event.startswith(b":"):  # a comment keeps the connection alive
                     continue
                 chunk = json.loads(event.removeprefix(b"data: "))
                 if "error" in chunk:
@@ -104,17 +110,25 @@ class StreamProtocol(asyncio.Protocol):
                 times += [at] * bool(chunk["choices"])
         if usage is None:
             raise StreamFailed("the stream ended without its usage")
-        return Stream(self.asked, times[0], times[-1], usage["completion_tokens"], len(times))
+        return Stream(self.asked, times[0], times[-1], usage["completion_tokens"], len(times), self._chunks())
+
+    def _chunks(self) -> tuple[bytes, ...]:
+        parts = [body for _, body in self.bodies]
+        chunks = (b"".join(parts[start:end]) for start, end in pairwise([0, *self.chunk_ends]))
+        return tuple(filter(None, chunks))  # the last chunk of a response is empty
 
 
 async def read_streams(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
-    """Send all requests at once; returns their answers. Raises StreamFailed if one is incomplete, TimeoutError."""
+    """Send all requests at once; returns their answers. url: the base URL.
+
+    Raises StreamFailed if an answer is incomplete, TimeoutError.
+    """
     loop = asyncio.get_running_loop()
     where = urlsplit(url)
     if where.hostname is None or where.port is None:
         raise ValueError(f"{url} names no host and port")
     host, port = where.hostname, where.port
-    protocols = [StreamProtocol(http_request(where.netloc, body), loop.create_future()) for body in bodies]
+    protocols = [StreamProtocol(http_request(where, body), loop.create_future()) for body in bodies]
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.gather(*(loop.create_connection(partial(existing_protocol, r), host, port) for r in protocols))
         await asyncio.gather(*(protocol.done for protocol in protocols))
@@ -132,8 +146,10 @@ def existing_protocol(protocol: StreamProtocol) -> StreamProtocol:
     return protocol
 
 
-def http_request(host: str, body: dict[str, Any]) -> bytes:
-    """The bytes of a chat request over HTTP."""
+def http_request(where: SplitResult, body: dict[str, Any]) -> bytes:
+    """The bytes of a chat request over HTTP. where: the base URL."""
     content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+    path = where.path.rstrip("/") + "/v1/chat/completions"
+    head = f"POST {path} HTTP/1.1\r\nHost: {where.netloc}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
