@@ -24,6 +24,7 @@ from router.streams import ClientGone, Generations, while_connected
 
 log = logging.getLogger(__name__)
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # JSON has no NaN
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients of server-sent events ignore
 
 
@@ -78,6 +79,7 @@ class EventStream(Response):
         ends: dict[int, Finished] = {}
         counts = [0] * len(self._plan.sequences)  # by choice: tokens
         prompts = [len(prompt) for prompt in self._plan.prompts]
+        message = b""
         async with Generations(self._backend, self._plan.sequences, idle_s=self._idle_s) as generations:
             async for batch in generations.batches():
                 ends |= batch.finished
@@ -85,16 +87,24 @@ class EventStream(Response):
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
                     first = choice not in offsets
-                    counter = offsets.setdefault(choice, self._format.offsets(choice))
-                    chunks.append(self._format.chunk(choice, delta, end, first, counter))
+                    if first:
+                        offsets[choice] = self._format.offsets(choice)
+                    chunks.append(self._format.chunk(choice, delta, end, first, offsets[choice]))
                     counts[choice] += len(delta.tokens) if delta else 0
                     if self._options.include_usage and self._options.continuous_usage_stats:
                         chunks[-1] |= {"usage": plain_usage(prompts[choice], counts[choice])}
-                yield b"".join(map(_encode_event, chunks)) or KEEP_ALIVE
+                message = b"".join(map(_encode_event, chunks)) or KEEP_ALIVE
+                if len(ends) < len(self._plan.sequences):
+                    yield message
+        yield message + self._end(ends)  # nothing runs any more: a client may disconnect as soon as it reads the end
+
+    def _end(self, ends: dict[int, Finished]) -> bytes:
+        """The events after the last token: the counts, if the request wants them, and the end of the stream."""
+        usage = b""
         if self._options.include_usage:
             usages = [ends[choice].usage for choice in sorted(ends)]
-            yield _encode_event(self._format.usage_chunk(usages, self._plan.prompt_tokens))
-        yield b"data: [DONE]\n\n"
+            usage = _encode_event(self._format.usage_chunk(usages, self._plan.prompt_tokens))
+        return usage + b"data: [DONE]\n\n"
 
 
 def _detect_disconnect(send: Send) -> Send:
@@ -108,8 +118,7 @@ def _detect_disconnect(send: Send) -> Send:
 
 
 def _encode_event(body: dict[str, Any]) -> bytes:
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # JSON has no NaN
-    return f"data: {text}\n\n".encode()
+    return f"data: {_ENCODER.encode(body)}\n\n".encode()
 
 
 @contextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from actors.api.generation import (
     Delta,
@@ -130,8 +132,31 @@ def client(backend: ScriptedBackend, service: ServiceConfig | None = None) -> ht
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
 
 
+async def sent_messages(
+    app: FastAPI, path: str, body: dict[str, Any], received: Callable[[bytes], object] = lambda message: None
+) -> list[bytes]:
+    """The messages in which an application sends the body of its answer, without the empty one at the end.
+
+    received: called with each message; if it returns True, the client disconnects.
+    """
+    incoming = asyncio.Queue[MutableMapping[str, Any]]()
+    incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
+    sent: list[bytes] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message.get("body"):
+            sent.append(message["body"])
+            if received(message["body"]) is True:
+                incoming.put_nowait({"type": "http.disconnect"})
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    await app(scope, incoming.get, send)
+    return sent
+
+
 @asynccontextmanager
-async def serving(app: FastAPI) -> AsyncIterator[str]:
+async def serving(app: ASGIApp) -> AsyncIterator[str]:
     """Serves an application with uvicorn on loopback, in this process; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

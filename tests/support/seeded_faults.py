@@ -256,8 +256,8 @@ FAULTS = (
     fault(
         "a-stream-ends-without-done",
         "router/sse.py",
-        'yield b"data: [DONE]\\n\\n"',
-        'yield b""',
+        'return usage + b"data: [DONE]\\n\\n"',
+        "return usage",
         "tests/router/test_api.py",
         "tests/router/test_clients.py",
     ),
