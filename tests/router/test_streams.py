@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator, MutableMapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -41,6 +42,42 @@ async def test_a_burst_within_the_interval_is_one_batch() -> None:
         batches = await gathered(generations)
     assert len(batches) <= 2
     assert {choice for batch in batches for choice in batch.finished} == {0, 1, 2}
+
+
+class Trickle:
+    """A backend whose tokens come in bursts of 1, 2, 3 and so on."""
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        token = 0
+        for burst in range(1, 8):
+            for _ in range(burst):
+                yield Delta(content=f"{token} ", tokens=[token])
+                token += 1
+            await asyncio.sleep(0.002 * (burst % 3))
+        yield Finished("stop", usage(request, token))
+
+    async def status(self) -> Status:
+        return Status()
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 0.001, 0.005, NEVER_S])
+async def test_no_event_is_lost_or_moved_at_any_interval(interval_s: float) -> None:
+    async with Generations(Trickle(), sequences(2), interval_s) as generations:
+        batches = await gathered(generations)
+    for choice in range(2):
+        deltas = [batch.deltas[choice] for batch in batches if choice in batch.deltas]
+        assert [token for delta in deltas for token in delta.tokens] == [*range(28)]
+        assert "".join(delta.content for delta in deltas) == "".join(f"{token} " for token in range(28))
+        assert sum(choice in batch.finished for batch in batches) == 1
+
+
+async def test_batches_before_the_end_are_an_interval_apart() -> None:
+    interval_s = 0.005
+    times = []
+    async with Generations(Trickle(), sequences(2), interval_s) as generations:
+        async for _ in generations.batches():
+            times.append(asyncio.get_running_loop().time())
+    assert all(later - earlier > 0.99 * interval_s for earlier, later in pairwise(times[:-1]))
 
 
 async def test_leaving_early_cancels_every_sequence() -> None:
