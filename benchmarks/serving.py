@@ -6,7 +6,12 @@
 The whole service on Ray Serve, and a client in a process of its own that requests `streams` answers at once. `null`:
 models that compute nothing behind the trio's tokenizers, so that what remains is the service itself. The time between
 tokens is a stream's time from its first message to its last, shared equally by the tokens after the first: messages
-hold several tokens under load. The last line is a JSON list with one object for each number of streams.
+hold several tokens under load.
+
+`over_bare` is the service's tokens a second divided by those of a bare application of Ray Serve that offers the same
+messages at the service's own pace, through the same proxy and to the same client. The bare application
+(`benchmarks.bare_application`) replays the answers of each round right after it; `bare_unpaced_tokens_per_s` is what it
+reaches without pauses. The last line is a JSON list with one object for each number of streams.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from actors.config import ServiceConfig
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
 from actors.text.tokenizer import RoleTokenizer
+from benchmarks.bare_application import PACED, UNPACED, Answers, BareApplication
 from benchmarks.cpu_time import busy_seconds
 from benchmarks.null_engine import NullEngine
 from benchmarks.results_file import arguments, console, progress, publish
@@ -50,18 +56,27 @@ def load_null(config: ServiceConfig, role: Role, report: Callable[[LoadProgress]
 
 
 @dataclass(slots=True)
-class Measured:
-    """All answers of one number of streams, and what their rounds took."""
+class Rounds:
+    """Rounds of one application at one number of streams. busy: CPU seconds by process."""
 
-    streams: int
     answers: list[Stream] = field(default_factory=list)
     seconds: float = 0.0
-    busy: dict[str, float] = field(default_factory=dict)  # CPU seconds by process
+    busy: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """Number of tokens of all answers."""
         return sum(answer.tokens for answer in self.answers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second, of all streams together."""
+        return self.tokens / self.seconds
+
+    @property
+    def cpu_us_per_token(self) -> dict[str, int]:
+        """CPU microseconds of each process for a token."""
+        return {name: round(1e6 * seconds / self.tokens) for name, seconds in sorted(self.busy.items())}
 
     def add(self, answers: Sequence[Stream], busy: dict[str, float]) -> None:
         """Take in one round."""
@@ -70,43 +85,81 @@ class Measured:
         for name, seconds in busy.items():
             self.busy[name] = self.busy.get(name, 0.0) + seconds
 
+
+@dataclass(slots=True)
+class Measured:
+    """All rounds of one number of streams: of the service, and of the bare application at its pace and without."""
+
+    streams: int
+    service: Rounds = field(default_factory=Rounds)
+    bare: Rounds = field(default_factory=Rounds)
+    unpaced: Rounds = field(default_factory=Rounds)
+
     def result(self) -> dict[str, Any]:
         """The benchmark's JSON object."""
+        answers = self.service.answers
         return {
             "streams": self.streams,
-            "tokens_per_s": round(self.tokens / self.seconds),
-            "ttft_ms_p50": _ms([answer.first - answer.asked for answer in self.answers]),
-            "inter_token_ms_p50": _ms([answer.inter_token_s for answer in self.answers]),
+            "tokens_per_s": round(self.service.tokens_per_s),
+            "bare_tokens_per_s": round(self.bare.tokens_per_s),
+            "over_bare": round(self.service.tokens_per_s / self.bare.tokens_per_s, 3),
+            "bare_unpaced_tokens_per_s": round(self.unpaced.tokens_per_s),
+            "ttft_ms_p50": _ms([answer.first - answer.asked for answer in answers]),
+            "inter_token_ms_p50": _ms([answer.inter_token_s for answer in answers]),
         }
+
+    @property
+    def messages_per_answer(self) -> float:
+        """Mean number of messages with text of an answer."""
+        return round(sum(answer.messages for answer in self.service.answers) / len(self.service.answers), 1)
 
     def details(self) -> dict[str, Any]:
         """Messages of an answer, and CPU microseconds of each process for a token."""
         return {
             "streams": self.streams,
-            "messages_per_answer": round(sum(answer.messages for answer in self.answers) / len(self.answers), 1),
-            "cpu_us_per_token": {name: round(1e6 * s / self.tokens) for name, s in sorted(self.busy.items())},
+            "messages_per_answer": self.messages_per_answer,
+            "cpu_us_per_token": self.service.cpu_us_per_token,
+            "bare_cpu_us_per_token": self.bare.cpu_us_per_token,
         }
 
 
 def measure(
-    url: str, name: str, streams: Sequence[int], tokens: int, rounds: int, alpha: float, done: Callable[[], None]
+    url: str,
+    load_bare: Callable[[Answers], None],
+    name: str,
+    streams: Sequence[int],
+    tokens: int,
+    rounds: int,
+    alpha: float,
+    done: Callable[[], None],
 ) -> list[Measured]:
-    """`rounds` rounds of each number of streams in turn."""
+    """`rounds` rounds of each number of streams in turn, each of the service and then of the bare application.
+
+    load_bare: replaces the answers of the bare application. done: called after each round.
+    """
     results = [Measured(count) for count in streams]
     with ProcessPoolExecutor(1, get_context("spawn")) as client:
 
-        def ask(count: int, length: int) -> list[Stream]:
+        def play(base: str, to: Rounds, count: int, length: int) -> list[Stream]:
             bodies = [_body(name, seed, length, alpha) for seed in range(count)]
-            return client.submit(read_all, url, bodies).result()
+            before = busy_seconds()
+            answers = client.submit(read_all, base, bodies).result()
+            after = busy_seconds()
+            to.add(answers, {process: after[process] - before.get(process, 0.0) for process in after})
+            return answers
 
-        for measured in results:  # what is slow once is not measured
-            ask(measured.streams, WARM_TOKENS)
+        def play_all(measured: Measured, length: int) -> None:
+            answers = play(url, measured.service, measured.streams, length)
+            load_bare({seed: answer.chunks for seed, answer in enumerate(answers)})
+            for prefix, to in ((PACED, measured.bare), (UNPACED, measured.unpaced)):
+                replayed = play(url + prefix, to, measured.streams, length)
+                assert [each.chunks for each in replayed] == [each.chunks for each in answers]
+
+        for count in streams:  # what is slow once is not measured
+            play_all(Measured(count), WARM_TOKENS)
         for _ in range(rounds):
             for measured in results:
-                before = busy_seconds()
-                answers = ask(measured.streams, tokens)
-                after = busy_seconds()
-                measured.add(answers, {name: after[name] - before.get(name, 0.0) for name in after})
+                play_all(measured, tokens)
                 done()
     return results
 
@@ -116,9 +169,10 @@ def run(models: str, streams: Sequence[int], tokens: int, rounds: int, alpha: fl
     config = serving_config(models, max(streams))
     load = load_null if models == "null" else load_role
     with running_service(config, load=load) as url, progress(console()) as bar:
+        bare = BareApplication(config)
         _await_ready(url)
         task = bar.add_task("rounds", total=rounds * len(streams))
-        return measure(url, config.name, streams, tokens, rounds, alpha, lambda: bar.advance(task))
+        return measure(url, bare.load, config.name, streams, tokens, rounds, alpha, lambda: bar.advance(task))
 
 
 def serving_config(models: str, streams: int) -> ServiceConfig:
@@ -129,17 +183,17 @@ def serving_config(models: str, streams: int) -> ServiceConfig:
 
 def tables(results: Sequence[Measured]) -> list[Table]:
     """Every figure by number of streams, and the shares of the time."""
+    columns = [str(measured.streams) for measured in results]
+    details = [measured.details() for measured in results]
     shown = []
-    rows = [measured.result() for measured in results]
-    spent = [
-        {"streams": d["streams"], "messages": d["messages_per_answer"]} | d["cpu_us_per_token"]
-        for d in (measured.details() for measured in results)
-    ]
-    for title, lines in (("through HTTP", rows), ("messages of an answer; CPU µs of each process for a token", spent)):
-        names = list(dict.fromkeys(name for line in lines for name in line))
-        table = Table(*names, title=title)
-        for line in lines:
-            table.add_row(*(f"{line.get(name, 0):,}" for name in names))
+    for title, figures in (
+        ("through HTTP", [measured.result() | {"messages": measured.messages_per_answer} for measured in results]),
+        ("service: CPU µs of each process for a token", [each["cpu_us_per_token"] for each in details]),
+        ("bare application: the same", [each["bare_cpu_us_per_token"] for each in details]),
+    ):
+        table = Table("streams", *columns, title=title)
+        for name in dict.fromkeys(name for each in figures for name in each if name != "streams"):
+            table.add_row(name, *(f"{each.get(name, 0):,}" for each in figures))
         shown.append(table)
     return shown
 
