@@ -50,7 +50,7 @@ class RowKeys(NamedTuple):
     prefixes: NDArray[np.uint64]  # [R, n], running hash up to that token
 
 
-class Waiting(Protocol):
+class CallsForRows(Protocol):
     """Calls of one kind to one role, for rows of a frame."""
 
     role: Role
@@ -87,7 +87,7 @@ class RowFrame(Generic[Owner]):
         self.stage = np.full(count, stage, np.uint8)
         self.arrived = np.zeros(count, np.uint8)
         self.lookups = np.zeros((len(required), count), np.int32)
-        self.calls: list[Waiting] = []  # kept by `inflight.InflightCalls`
+        self.calls: list[CallsForRows] = []  # kept by `inflight.InflightCalls`
         self._bits = {role: 1 << number for number, role in enumerate(required)}
         self._proposing = sum(self._bits[role] for role in proposing)
         self._all = (1 << len(required)) - 1

@@ -19,15 +19,15 @@ from actors.decoding.kernels import SPEC
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS
 
 
-class Window:
+class Asker:
     """The part of a window that its calls touch."""
 
     def __init__(self) -> None:
         self.awaited: dict[Role, tuple[Any, int] | None] = {}
 
 
-def windows(count: int) -> list[Window]:
-    return [Window() for _ in range(count)]
+def windows(count: int) -> list[Asker]:
+    return [Asker() for _ in range(count)]
 
 
 def frame_of(rows: int) -> RowFrame[str]:
