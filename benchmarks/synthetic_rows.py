@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,23 +41,19 @@ class Tail:
 
 
 class WholeRow:
-    """One row [width]: its logsumexp is found when it is first needed."""
+    """One row [width]: its logsumexp at a temperature, and its head, are computed when they are first needed."""
 
     def __init__(self, logits: NDArray[np.float32]) -> None:
         self.logits = logits
-        self._heads: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
+        self._sums: dict[float, np.float32] = {}  # by temperature
+        self._heads: dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}  # by k
 
-    @cached_property
-    def logsumexp(self) -> np.float32:
-        return self._log_sum(1.0)
-
-    def tempered(self, temperature: float) -> np.float32:
+    def log_sum(self, temperature: float = 1.0) -> np.float32:
         """The logsumexp of the logits over a temperature."""
-        return self.logsumexp if temperature == 1 else self._log_sum(temperature)
-
-    def _log_sum(self, temperature: float) -> np.float32:
-        wide = self.logits.astype(np.float64) / temperature
-        return np.float32(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
+        if temperature not in self._sums:
+            wide = self.logits.astype(np.float64) / temperature
+            self._sums[temperature] = np.float32(wide.max() + np.log(np.exp(wide - wide.max()).sum()))
+        return self._sums[temperature]
 
     def head(self, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """The k likeliest ids, ascending, and their logits; ties at the k-th place go to the lowest ids."""
@@ -158,8 +153,8 @@ def side_by_side(rows: Sequence[WholeRow], k: int, temperatures: Sequence[float]
     return TopKSlices(
         np.array([ids for ids, _ in heads], np.int32).reshape(len(rows), -1),
         np.array([logits for _, logits in heads], np.float32).reshape(len(rows), -1),
-        np.array([row.logsumexp for row in rows], np.float32),
-        np.array([row.tempered(heat) for row, heat in zip(rows, heats, strict=True)], np.float32),
+        np.array([row.log_sum() for row in rows], np.float32),
+        np.array([row.log_sum(heat) for row, heat in zip(rows, heats, strict=True)], np.float32),
     )
 
 
