@@ -22,6 +22,7 @@ from actors.decoding.candidates import Floats
 from actors.decoding.decision import Decisions
 from actors.decoding.session import Session
 from actors.directory import Endpoint
+from actors.replica.answers import Answer
 from actors.replica.engine_thread import Engine, run_forward
 from actors.replica.leases import SessionLeases
 from actors.replica.lookups import LookupService
@@ -32,7 +33,7 @@ from actors.wire.columns import extend_items
 from actors.wire.framing import HEADER, MAC_BYTES
 from actors.wire.link import Limits
 from actors.wire.messages import WHOLE, Extend, Lookup, Message, Welcome, Widen, decode, encode
-from actors.wire.replies import Answer, Replies
+from actors.wire.replies import Replies
 
 _ORDER: tuple[Role, ...] = ("guider", "guider_base", "target")  # the small models answer first
 
@@ -72,10 +73,9 @@ class StandIn:
 
     def _extend(self, message: Extend) -> None:
         parts = [Chunk(ScheduledExtend(self, item, item.prefix), len(item.tokens)) for item in extend_items(message)]
-        results = run_forward(self._engine, parts, message.released.tolist())
-        for part, result in zip(parts, results, strict=True):
+        for result in run_forward(self._engine, parts, message.released.tolist()):
             assert isinstance(result, Answer), result
-            self._replies.rows(self, part.scheduled.item.call_id, [result])
+            self._replies.rows(self, result.answered, result.place)
 
 
 class _Neighbour(Replica):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import count, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -14,61 +15,67 @@ from actors.decoding.decision import choose as choose_tokens
 from actors.engine.errors import EngineError
 from actors.engine.interface import Engine
 from actors.replica.scheduler import Chunk, ScheduledExtend
-from actors.wire.columns import Draft
-from actors.wire.messages import WHOLE
-from actors.wire.replies import Answer, Reduced, Replies
+from actors.wire.columns import Draft, ExtendItem
+from actors.wire.messages import ROWS_ITEM, WHOLE
+from actors.wire.replies import AnsweredItems, Reduced, Replies
 
 DRAFT_WIDTH = 64  # width of the slice that a draft is sampled from, if the answer has no slice
-_NO_VALUES = np.zeros((0, 0), np.float32)
+_NO_VALUES = np.zeros(0, np.float32)
+_NO_ROWS = Reduced(_NO_VALUES, _NO_VALUES, np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32), _NO_VALUES)
 
 
-class SampledDraft(NamedTuple):
-    """The newest row of an extend that drafts, and the token sampled from it."""
+class Answer(NamedTuple):
+    """The rows of one extend, which were reduced together with those of others, and the token sampled from its row."""
 
-    answer: Answer
-    token: int
+    answered: AnsweredItems
+    place: int  # among the items
+    token: int | None = None  # None: the extend drafts no further token
 
 
-def answer_all(engine: Engine, done: Sequence[ScheduledExtend]) -> list[Answer | SampledDraft]:
+def answer_all(engine: Engine, done: Sequence[ScheduledExtend]) -> list[Answer]:
     """The answers to extends whose rows were just computed, in their order. Rows of equal k are reduced together."""
-    groups: dict[tuple[int, bool], list[int]] = {}
-    answers: dict[int, Answer | SampledDraft] = {}
+    groups: dict[tuple[int, bool, bool], list[int]] = {}
     for place, scheduled in enumerate(done):
-        if scheduled.item.rows:
-            groups.setdefault((width_of(scheduled.item.k, engine.width), scheduled.draws), []).append(place)
-        else:
-            answers[place] = _empty_answer(scheduled.item.k)
-    for (k, draws), places in groups.items():
+        item = scheduled.item
+        groups.setdefault((width_of(item.k, engine.width), scheduled.draws, item.rows > 0), []).append(place)
+    answers: dict[int, Answer] = {}
+    for (k, draws, _), places in groups.items():
         answers.update(zip(places, _answer(engine, k, draws, [done[place] for place in places]), strict=True))
     return [answers[place] for place in range(len(done))]
 
 
-def _answer(engine: Engine, k: int, draws: bool, group: Sequence[ScheduledExtend]) -> Iterator[Answer | SampledDraft]:
-    sessions = [scheduled.item.session for scheduled in group]
+def _answer(engine: Engine, k: int, draws: bool, group: Sequence[ScheduledExtend]) -> Iterator[Answer]:
+    """The answers to extends of one k, which all request rows or all request none."""
+    items = np.array(
+        [(item.call_id, item.rows, k, len(item.required_ids) if item.rows else 0) for item in _items(group)], ROWS_ITEM
+    )
+    if not group[0].item.rows:
+        answered = AnsweredItems(items, [_NO_ROWS])
+        return map(Answer, repeat(answered, len(group)), count())
+    sessions = [item.session for item in _items(group)]
+    temperatures = [temperature for item in _items(group) for temperature in [item.temperature] * item.rows]
     wide = min(DRAFT_WIDTH, engine.width) if draws and k <= 0 else max(k, 0)
-    temperatures = [scheduled.item.temperature for scheduled in group for _ in range(scheduled.item.rows)]
     slices = engine.reduce(sessions, wide, temperatures)
     ids, logits = (slices.ids, slices.logits) if wide == k else (slices.ids[:, :0], slices.logits[:, :0])
     whole = engine.whole(sessions) if k == WHOLE else logits
-    reduced = Reduced(k, slices.logsumexp, slices.tempered, ids, whole, _required(engine, group))
-    tokens = _draw(slices.ids, slices.logits, group) if draws else [None] * len(group)
-    first = required = 0
-    for scheduled, token in zip(group, tokens, strict=True):
-        rows, required_ids = scheduled.item.rows, len(scheduled.item.required_ids)
-        answer = Answer(reduced, first, rows, required, required_ids)
-        first, required = first + rows, required + rows * required_ids
-        yield answer if token is None else SampledDraft(answer, token)
+    reduced = Reduced(slices.logsumexp, slices.tempered, ids, whole, _required(engine, group))
+    tokens = _draw(slices.ids, slices.logits, group) if draws else repeat(None)
+    return map(Answer, repeat(AnsweredItems(items, [reduced]), len(group)), count(), tokens)
+
+
+def _items(group: Sequence[ScheduledExtend]) -> Iterator[ExtendItem]:
+    return (scheduled.item for scheduled in group)
 
 
 def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[ScheduledExtend]) -> list[int]:
     """The next drafted token of each extend, from its row of the slices `ids` and `logits` [B, k]."""
     parameters, seeds, positions = [], [], []
     for scheduled in group:
-        assert scheduled.item.draft is not None
-        assert scheduled.sampling is not None
-        parameters.append(scheduled.sampling)
-        seeds.append(scheduled.item.draft.seed)
-        positions.append(scheduled.item.draft.position + len(scheduled.drafted))
+        draft = scheduled.item.draft
+        assert draft is not None
+        parameters.append(sampling_of(draft))
+        seeds.append(draft.seed)
+        positions.append(draft.position + len(scheduled.drafted))
     tokens: list[int] = choose_tokens(ids, logits.astype(np.float64), parameters, seeds, positions).tolist()
     return tokens
 
@@ -76,19 +83,15 @@ def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[S
 def _required(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.float32]:
     """The logits of all rows at their items' required ids, flat: item after item, row after row."""
     rows, counts, ids = [], [], []
-    for scheduled in group:
-        item = scheduled.item
-        required_ids, made = len(item.required_ids), item.rows
-        if required_ids:
+    for item in _items(group):
+        if len(item.required_ids):
             held = engine.rows(item.session)
             assert held is not None, "rows are held until the session's next extend"
-            for row in range(held.size - made, held.size):
+            for row in range(held.size - item.rows, held.size):
                 rows.append((held, row))
-                counts.append(required_ids)
+                counts.append(len(item.required_ids))
                 ids.append(item.required_ids)
-    if not rows:
-        return _NO_VALUES.reshape(-1)
-    return engine.values(rows, counts, ids[0] if len(ids) == 1 else np.concatenate(ids))
+    return engine.values(rows, counts, np.concatenate(ids)) if rows else _NO_VALUES
 
 
 def width_of(k: int, width: int) -> int:
@@ -99,12 +102,6 @@ def width_of(k: int, width: int) -> int:
 def ids_in_range(ids: NDArray[np.int32], width: int) -> bool:
     """True if all of `ids` are in [0, width)."""
     return not len(ids) or bool(ids.view(np.uint32).max() < width)  # a negative id is a large unsigned one
-
-
-def _empty_answer(k: int) -> Answer:
-    """The answer to an extend that requests no rows."""
-    none = _NO_VALUES.reshape(-1)
-    return Answer(Reduced(k, none, none, _NO_VALUES.astype(np.int32), _NO_VALUES, none), 0, 0, 0, 0)
 
 
 MAX_DRAFTS = 8
@@ -124,16 +121,16 @@ class Drafter:
     def __init__(self, engine: Engine, replies: Replies, max_position: int) -> None:
         self._engine, self._replies, self._max_position = engine, replies, max_position
 
-    def continues(self, scheduled: ScheduledExtend, tokens: int, drawn: SampledDraft, *, alone: bool) -> bool:
+    def continues(self, scheduled: ScheduledExtend, tokens: int, answer: Answer, *, alone: bool) -> bool:
         """Add the row after `tokens` more tokens. True if the token sampled from it is computed next.
 
-        False if the model cannot take the token, or if the session has a newer request (not `alone`).
+        False if no token is sampled, if the model cannot take it, or if the session has a newer request (not `alone`).
         """
-        scheduled.answers.append(drawn.answer)
+        scheduled.answers.append(answer.answered.select([answer.place]))
         scheduled.advance(tokens)
-        if not alone or scheduled.end >= self._max_position:
+        if answer.token is None or not alone or scheduled.end >= self._max_position:
             return False
-        scheduled.drafted.append(drawn.token)
+        scheduled.drafted.append(answer.token)
         try:
             self._engine.check_extend(Chunk(scheduled, 1).extend())
         except EngineError:
@@ -144,14 +141,14 @@ class Drafter:
         return True
 
     def finish(self, scheduled: ScheduledExtend) -> None:
-        """Answer with the drafts computed so far."""
-        self._send_drafts(scheduled)
-        self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
-
-    def complete(self, scheduled: ScheduledExtend, last: Answer) -> None:
-        """Answer with all rows: `last` is that of the last draft."""
-        scheduled.answers.append(last)
-        self._replies.rows(scheduled.peer, scheduled.item.call_id, scheduled.answers)
+        """Answer with all rows so far. If further drafts were requested, send first how many there are."""
+        if scheduled.draws:
+            self._send_drafts(scheduled)
+        items = scheduled.answers[0].items.copy()
+        items["rows"] = len(scheduled.answers)
+        self._replies.rows(
+            scheduled.peer, AnsweredItems(items, [part for each in scheduled.answers for part in each.parts])
+        )
 
     def stop_drafting(self, scheduled: ScheduledExtend) -> bool:
         """Drop a draft that the cache had no room for, and answer with those before it.

@@ -12,9 +12,8 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 from actors.engine.interface import Engine, Full, Held, KVMiss
-from actors.replica.answers import SampledDraft, answer_all
+from actors.replica.answers import Answer, answer_all
 from actors.replica.scheduler import Chunk
-from actors.wire.replies import Answer
 
 __all__ = ["Engine", "Failed", "ForwardThread", "Result", "run_forward"]
 
@@ -32,7 +31,7 @@ class Unshared:
 T = TypeVar("T")
 
 # Held: a chunk was computed, and the extend has more.
-Result: TypeAlias = Answer | SampledDraft | Held | KVMiss | Full | Unshared | Failed
+Result: TypeAlias = Answer | Held | KVMiss | Full | Unshared | Failed
 
 
 class ForwardThread:

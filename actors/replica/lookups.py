@@ -18,37 +18,8 @@ from actors.replica.answers import ids_in_range, width_of
 from actors.replica.leases import Lease, SessionLeases, Waiter
 from actors.wire.columns import RowRequest, lookup_items, widen_items
 from actors.wire.link import cancel
-from actors.wire.messages import WHOLE, Lookup, Refusal, Widen
-from actors.wire.replies import Answer, Recipient, Reduced, Replies
-
-
-class _OpenFrame:
-    """Lookups whose rows are held, to be read in one call."""
-
-    def __init__(self) -> None:
-        self.peers: list[Recipient] = []
-        self.items: list[tuple[int, int]] = []  # call_id, number of ids
-        self.rows: list[tuple[HeldRows, int]] = []
-        self.ids: list[NDArray[np.int32]] = []
-
-    def add(self, peer: Recipient, item: RowRequest, row: tuple[HeldRows, int], ids: NDArray[np.int32]) -> None:
-        self.peers.append(peer)
-        self.items.append((item.call_id, item.size))
-        self.rows.append(row)
-        self.ids.append(ids)
-
-    def answer(self, engine: Engine, replies: Replies) -> None:
-        """Read all values in one call. Consecutive lookups of one peer are sent as one slice, without a copy."""
-        if not self.items:
-            return
-        counts = [count for _, count in self.items]
-        values = engine.values(self.rows, counts, self.ids[0] if len(self.ids) == 1 else np.concatenate(self.ids))
-        first = begin = end = 0
-        for place, count in enumerate(counts, 1):
-            end += count
-            if place == len(counts) or self.peers[place] is not self.peers[first]:
-                replies.values(self.peers[first], self.items[first:place], values[begin:end])
-                first, begin = place, end
+from actors.wire.messages import ROWS_ITEM, VALUES_ITEM, WHOLE, Lookup, Refusal, Widen
+from actors.wire.replies import AnsweredItems, Recipient, Reduced, Replies
 
 
 class LookupService:
@@ -72,18 +43,28 @@ class LookupService:
         width = self._engine.width
         items, ids = lookup_items(message, width)
         valid = ids_in_range(ids, width)
-        frame, end = _OpenFrame(), 0
-        for item in items:
+        places, rows, end = [], [], 0
+        for place, item in enumerate(items):
             begin, end = end, end + item.size
             lease = self._leases.get(item.session)
             if self._refused(peer, item, lease, invalid=not valid and not ids_in_range(ids[begin:end], width)):
                 continue
             row = self._find(item)
             if row is not None:
-                frame.add(peer, item, row, ids[begin:end])
+                places.append(place)
+                rows.append(row)
             else:
                 self._wait(peer, item, lease, ids[begin:end])
-        self._finish(frame, len(items))
+        if rows:
+            asked = message.items
+            if len(places) < len(asked):
+                held = np.zeros(len(asked), bool)
+                held[places] = True
+                asked, ids = asked[held], ids[np.repeat(held, asked["ids"])]
+            table = np.empty(len(asked), VALUES_ITEM)
+            table["call_id"], table["values"] = asked["call_id"], asked["ids"]
+            self._replies.values(peer, table, self._engine.values(rows, table["values"].tolist(), ids))
+        self._finish(len(items))
 
     def widen(self, peer: Recipient, message: Widen) -> None:
         """Answer the widenings whose rows are held; the others wait for theirs."""
@@ -97,14 +78,15 @@ class LookupService:
                 self._widen(peer, item, *row)
             else:
                 self._wait(peer, item, lease, None)
-        self._finish(_OpenFrame(), len(items))
+        self._finish(len(items))
 
     def settle(self, concluded: Iterable[tuple[Lease, Refusal]]) -> None:
-        """Answer what waits for rows of these sessions, after a forward.
+        """After a forward, answer what waits for rows of these sessions. All lookups are read in one call.
 
         If a row is neither held nor still being computed, its waiters get the refusal.
         """
-        frame = _OpenFrame()
+        found: list[tuple[Waiter, NDArray[np.int32]]] = []
+        rows = []
         for lease, refusal in concluded:
             waiters, lease.waiters = lease.waiters, []
             for waiter in waiters:
@@ -116,12 +98,19 @@ class LookupService:
                 elif waiter.ids is None:
                     self._widen(waiter.peer, waiter.item, *row)
                 else:
-                    frame.add(waiter.peer, waiter.item, row, waiter.ids)
-        frame.answer(self._engine, self._replies)
+                    found.append((waiter, waiter.ids))
+                    rows.append(row)
+        if not rows:
+            return
+        values = self._engine.values(rows, [len(ids) for _, ids in found], np.concatenate([ids for _, ids in found]))
+        end = 0
+        for waiter, ids in found:
+            begin, end = end, end + len(ids)
+            item = np.array([(waiter.item.call_id, len(ids))], VALUES_ITEM)
+            self._replies.values(waiter.peer, item, values[begin:end])
 
-    def _finish(self, frame: _OpenFrame, requested: int) -> None:
+    def _finish(self, requested: int) -> None:
         self.requested += requested
-        frame.answer(self._engine, self._replies)
         self._replies.flush()
 
     def _refused(self, peer: Recipient, item: RowRequest, lease: Lease | None, *, invalid: bool) -> bool:
@@ -143,8 +132,8 @@ class LookupService:
         k = width_of(item.size, self._engine.width)
         slices = held.slices(max(k, 0), [row])
         logits = held.whole([row]) if k == WHOLE else slices.logits
-        reduced = Reduced(k, slices.logsumexp, slices.tempered, slices.ids, logits, logits[0, :0])
-        self._replies.rows(peer, item.call_id, [Answer(reduced, 0, 1, 0, 0)])
+        reduced = Reduced(slices.logsumexp, slices.tempered, slices.ids, logits, logits[0, :0])
+        self._replies.rows(peer, AnsweredItems(np.array([(item.call_id, 1, k, 0)], ROWS_ITEM), [reduced]))
 
     def _wait(self, peer: Recipient, item: RowRequest, lease: Lease | None, ids: NDArray[np.int32] | None) -> None:
         if lease is None or item.epoch > lease.epoch or not lease.makes(item.position):

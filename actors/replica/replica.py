@@ -23,7 +23,7 @@ from actors.engine.errors import EngineError
 from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.engine.interface import Extend as EngineExtend
 from actors.metrics import Recorder
-from actors.replica.answers import Drafter, SampledDraft, ids_in_range, invalid_draft, sampling_of, width_of
+from actors.replica.answers import Answer, Drafter, ids_in_range, invalid_draft, width_of
 from actors.replica.batching_delay import BatchingDelay
 from actors.replica.engine_thread import Failed, ForwardThread, Result, Unshared
 from actors.replica.leases import Lease, SessionLeases
@@ -33,7 +33,7 @@ from actors.replica.stats import ReplicaLoad, ReplicaMeter, ReplicaStats
 from actors.wire.columns import ExtendItem, extend_items
 from actors.wire.link import Limits, cancel
 from actors.wire.messages import WHOLE, Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen
-from actors.wire.replies import Answer, Replies, answer_bytes
+from actors.wire.replies import Replies, answer_bytes
 from actors.wire.server import Peer, Server
 
 log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class ModelReplica:
             log.error("a forward over %d sessions failed", len(chunks), exc_info=outcome)
             self._meter.failed()
             outcome = [Failed()] * len(chunks)
-        done = [p for p, r in zip(chunks, outcome, strict=True) if isinstance(r, Answer | SampledDraft | Held)]
+        done = [p for p, r in zip(chunks, outcome, strict=True) if isinstance(r, (Answer, Held))]
         packed = self._count(done, took) if chunks else 0
         concluded = [self._conclude(chunk, result) for chunk, result in zip(chunks, outcome, strict=True)]
         self._lookups.settle(each for each in concluded if each is not None)
@@ -241,14 +241,12 @@ class ModelReplica:
             case Unshared():
                 scheduled.blocks = ()
                 return None
-            case SampledDraft() if self._drafter.continues(scheduled, chunk.taken, result, alone=len(lease.queue) == 1):
+            case Answer() if scheduled.item.draft is None:
+                self._replies.rows(peer, result.answered, result.place)
+            case Answer() if self._drafter.continues(scheduled, chunk.taken, result, alone=len(lease.queue) == 1):
                 return lease, refusal
-            case SampledDraft():
-                self._drafter.finish(scheduled)
-            case Answer() if scheduled.item.draft is not None:
-                self._drafter.complete(scheduled, result)
             case Answer():
-                self._replies.rows(peer, call_id, [result])
+                self._drafter.finish(scheduled)
             case KVMiss() | Full() if self._drafter.stop_drafting(scheduled):
                 pass  # answered with the drafts before this one
             case KVMiss():
@@ -310,7 +308,7 @@ class ModelReplica:
             log.warning("an item of %s is refused: %s", peer.name, invalid)
             self._replies.refuse(peer, item.call_id, Refusal.BAD_ITEM)
         else:
-            lease.queue.append(ScheduledExtend(peer, item, item.prefix, item.draft and sampling_of(item.draft)))
+            lease.queue.append(ScheduledExtend(peer, item, item.prefix))
 
     def _invalid(self, item: ExtendItem, *, valid: bool) -> str | None:
         """The reason why an item can never succeed, or None."""

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from actors.api.sampling_params import Sampling
 from actors.decoding.hashing import extend_hashes
 from actors.engine.interface import BLOCK, KEEP_ALL, Extend
 from actors.wire.columns import ExtendItem
-from actors.wire.replies import Answer, Recipient
+from actors.wire.replies import AnsweredItems, Recipient
 
 DECODE_TOKENS = 8  # an extend of at most so many tokens is a decode step or a verification, and never delayed
 
@@ -22,10 +21,9 @@ class ScheduledExtend:
     peer: Recipient
     item: ExtendItem
     prefix: int
-    sampling: Sampling | None = None  # parameters of its drafts
     done: int = 0  # tokens that earlier forwards computed
     drafted: list[int] = field(default_factory=list)  # drafted tokens, which follow the item's own
-    answers: list[Answer] = field(default_factory=list)  # rows of the drafts so far
+    answers: list[AnsweredItems] = field(default_factory=list)  # rows of the drafts so far
     blocks: Sequence[int] = field(init=False)  # a prompt's running hashes after each whole block before the rows
 
     def __post_init__(self) -> None:

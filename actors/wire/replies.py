@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +17,6 @@ from actors.wire.messages import (
     REFUSED_ITEM,
     ROWS_ITEM,
     U16,
-    VALUES_ITEM,
     WHOLE,
     Drafted,
     Message,
@@ -32,7 +30,6 @@ from actors.wire.messages import (
 class Reduced(NamedTuple):
     """R rows that were reduced together to one k (WHOLE: ids [R, 0] and logits [R, width])."""
 
-    k: int
     logsumexp: NDArray[np.float32]  # [R]
     tempered: NDArray[np.float32]  # [R], the logsumexp of the logits over the requested temperature
     ids: NDArray[np.int32]  # [R, k], ascending
@@ -40,14 +37,24 @@ class Reduced(NamedTuple):
     required: NDArray[np.float32]  # flat: logits at the required ids, item after item, row after row
 
 
-class Answer(NamedTuple):
-    """One item's part of `reduced`: `rows` rows from `first`, and `required_ids` values per row from `required`."""
+class AnsweredItems(NamedTuple):
+    """Items and their rows. The rows of all items, one after another, are those of all parts."""
 
-    reduced: Reduced
-    first: int
-    rows: int
-    required: int
-    required_ids: int
+    items: NDArray[Any]  # ROWS_ITEM
+    parts: Sequence[Reduced]  # one; of a single item that drafts, one for each forward
+
+    def select(self, places: Sequence[int]) -> AnsweredItems:
+        """The items at `places`, which ascend, and their rows. Copies nothing if these are all items."""
+        if len(places) == len(self.items):
+            return self
+        (reduced,) = self.parts
+        selected = np.zeros(len(self.items), bool)
+        selected[places] = True
+        rows = np.repeat(selected, self.items["rows"])
+        required = np.repeat(selected, self.items["rows"] * self.items["required_ids"])
+        logsumexp, tempered, ids, logits, values = reduced
+        part = Reduced(logsumexp[rows], tempered[rows], ids[rows], logits[rows], values[required])
+        return AnsweredItems(self.items[selected], [part])
 
 
 class Recipient(Protocol):
@@ -59,8 +66,8 @@ class Recipient(Protocol):
 @dataclass(slots=True)
 class _Mail:
     drafted: list[tuple[int, Sequence[int]]] = field(default_factory=list)
-    rows: list[tuple[int, Sequence[Answer]]] = field(default_factory=list)
-    values: list[tuple[Sequence[tuple[int, int]], NDArray[np.float32]]] = field(default_factory=list)
+    rows: list[tuple[AnsweredItems, list[int]]] = field(default_factory=list)
+    values: list[tuple[NDArray[Any], NDArray[np.float32]]] = field(default_factory=list)
     refused: list[tuple[int, int, int]] = field(default_factory=list)
 
 
@@ -78,12 +85,16 @@ class Replies:
     def drafted(self, peer: Recipient, call_id: int, tokens: Sequence[int]) -> None:
         self._mail_of(peer).drafted.append((call_id, tokens))
 
-    def rows(self, peer: Recipient, call_id: int, answers: Sequence[Answer]) -> None:
-        """Add the rows of one item, in the order of `answers`. They all have the same k."""
-        self._mail_of(peer).rows.append((call_id, answers))
+    def rows(self, peer: Recipient, answered: AnsweredItems, place: int = 0) -> None:
+        """Add the item at `place` of `answered`. Items that are added in their order are sent together."""
+        rows = self._mail_of(peer).rows
+        if rows and rows[-1][0] is answered:
+            rows[-1][1].append(place)
+        else:
+            rows.append((answered, [place]))
 
-    def values(self, peer: Recipient, items: Sequence[tuple[int, int]], values: NDArray[np.float32]) -> None:
-        """Add the flat values of lookups. items: (call_id, number of values)."""
+    def values(self, peer: Recipient, items: NDArray[Any], values: NDArray[np.float32]) -> None:
+        """Add the flat values of lookups. items: VALUES_ITEM."""
         self._mail_of(peer).values.append((items, values))
 
     def refuse(self, peer: Recipient, call_id: int, code: Refusal, detail: int = 0) -> None:
@@ -97,13 +108,13 @@ class Replies:
         mail, self._mail = self._mail, {}
         for peer, box in mail.items():
             messages: list[Message] = [_pack_drafted(box.drafted)] if box.drafted else []
-            for answers in self._frames(box.rows):
+            for answers in self._frames([answered.select(places) for answered, places in box.rows]):
                 if messages and isinstance(messages[-1], Rows):
                     peer.send(*messages)
                     messages = []
                 messages.append(pack_rows(answers, self._width, packed, micros))
             if box.values:
-                messages.append(_pack_values(box.values))
+                messages.append(Values(*(_flat(column) for column in zip(*box.values, strict=True))))
             if box.refused:
                 messages.append(Refused(np.array(box.refused, REFUSED_ITEM)))
             peer.send(*messages)
@@ -115,82 +126,41 @@ class Replies:
             mail = self._mail[peer] = _Mail()
         return mail
 
-    def _frames(self, items: Sequence[tuple[int, Sequence[Answer]]]) -> Iterator[list[tuple[int, Sequence[Answer]]]]:
-        frame: list[tuple[int, Sequence[Answer]]] = []
+    def _frames(self, answers: Sequence[AnsweredItems]) -> Iterator[Sequence[AnsweredItems]]:
+        """The answers that go into each frame: all, or as many items as fit."""
+        tables = [each.items for each in answers]
+        sizes = [answer_bytes(table["rows"], table["k"], table["required_ids"], self._width) for table in tables]
+        if sum(int(lengths.sum()) for lengths in sizes) <= self._limit:
+            if answers:
+                yield answers
+            return
+        frame: list[AnsweredItems] = []
         size = 0
-        for call_id, answers in items:
-            rows = sum(answer.rows for answer in answers)
-            length = answer_bytes(rows, answers[0].reduced.k, answers[0].required_ids, self._width)
-            if frame and size + length > self._limit:
-                yield frame
-                frame, size = [], 0
-            frame.append((call_id, answers))
-            size += length
-        if frame:
-            yield frame
+        for each, lengths in zip(answers, sizes, strict=True):
+            for place, length in enumerate(lengths.tolist()):
+                if frame and size + length > self._limit:
+                    yield frame
+                    frame, size = [], 0
+                frame.append(each.select([place]))
+                size += length
+        yield frame
 
 
-def answer_bytes(rows: int, k: int, required_ids: int, width: int) -> int:
-    """The bytes of an answer in a frame."""
-    return ROWS_ITEM.itemsize + rows * _row_bytes(k, required_ids, width)
+def answer_bytes(rows: Any, k: Any, required_ids: Any, width: int) -> Any:
+    """The bytes of an answer in a frame. Takes numbers or columns of them."""
+    ids = np.maximum(k, 0)
+    values = 2 + np.asarray(required_ids, np.int64) + np.where(k == WHOLE, width, ids)
+    return ROWS_ITEM.itemsize + rows * (F32.itemsize * values + U16.itemsize * (ids + page_counts(width)))
 
 
-@lru_cache(256)
-def _row_bytes(k: int, required_ids: int, width: int) -> int:
-    ids = max(k, 0) + page_counts(width)
-    return F32.itemsize * (2 + required_ids + (width if k == WHOLE else max(k, 0))) + U16.itemsize * ids
-
-
-class _AnswerRun:
-    """Answers whose rows are adjacent in one `Reduced`, so that they can be sent as one slice of it."""
-
-    __slots__ = ("first", "last", "reduced", "required", "required_end")
-
-    def __init__(self, answer: Answer) -> None:
-        self.reduced, self.first, self.required = answer.reduced, answer.first, answer.required
-        self.last, self.required_end = self.first, self.required
-
-    def extend_by(self, answer: Answer) -> bool:
-        """Add an answer if its rows and values begin where the last one's end. False if they do not."""
-        if answer.reduced is not self.reduced or answer.first != self.last or answer.required != self.required_end:
-            return False
-        self.last += answer.rows
-        self.required_end += answer.rows * answer.required_ids
-        return True
-
-
-def pack_rows(items: Sequence[tuple[int, Sequence[Answer]]], width: int, packed: int = 0, micros: int = 0) -> Rows:
-    """Pack (call_id, answers) pairs into one message.
-
-    Example, a forward reduced rows 0 to 4 to one k: item A has row 0, item B rows 1 and 2, and item C, of another peer,
-    rows 3 and 4. For the peer of A and B, both are one run: rows 0 to 2 are sent as one slice, without a copy. If A and
-    C belonged to one peer, rows 0 and 3 to 4 would be two runs, which are concatenated.
-    """
-    table = []
-    runs: list[_AnswerRun] = []
-    for call_id, answers in items:
-        for answer in answers:
-            if not runs or not runs[-1].extend_by(answer):
-                runs.append(_AnswerRun(answer))
-                runs[-1].extend_by(answer)
-        table.append((call_id, sum(answer.rows for answer in answers), answers[0].reduced.k, answers[0].required_ids))
-    columns = np.array(table, ROWS_ITEM)
-    ids = _flat([run.reduced.ids[run.first : run.last] for run in runs])
-    return Rows(
-        columns,
-        _flat([run.reduced.logsumexp[run.first : run.last] for run in runs]),
-        _flat([run.reduced.tempered[run.first : run.last] for run in runs]),
-        *split_ids(ids, np.repeat(np.maximum(columns["k"], 0), columns["rows"]), width),
-        _flat([run.reduced.logits[run.first : run.last] for run in runs]),
-        _flat([run.reduced.required[run.required : run.required_end] for run in runs]),
-        packed,
-        micros,
+def pack_rows(answers: Sequence[AnsweredItems], width: int, packed: int = 0, micros: int = 0) -> Rows:
+    """Pack answers into one message. A single reduction is sent as it is, without a copy."""
+    items = _flat([each.items for each in answers])
+    logsumexp, tempered, ids, logits, required = (
+        _flat(column) for column in zip(*(part for each in answers for part in each.parts), strict=True)
     )
-
-
-def _pack_values(parts: Sequence[tuple[Sequence[tuple[int, int]], NDArray[np.float32]]]) -> Values:
-    items = [item for pairs, _ in parts for item in pairs]
-    return Values(np.array(items, VALUES_ITEM), _flat([values for _, values in parts]))
+    low, pages = split_ids(ids, np.repeat(np.maximum(items["k"], 0), items["rows"]), width)
+    return Rows(items, logsumexp, tempered, low, pages, logits, required, packed, micros)
 
 
 def _pack_drafted(drafted: Sequence[tuple[int, Sequence[int]]]) -> Drafted:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from actors.engine.interface import Extend, Outcome
+from actors.replica.answers import Answer
 from actors.replica.engine_thread import ForwardThread, Result
 from actors.replica.scheduler import Chunk, ScheduledExtend, choose
 from actors.wire.columns import ExtendItem
 from actors.wire.messages import Message
-from actors.wire.replies import Answer
 from benchmarks.null_engine import NullEngine
 
 

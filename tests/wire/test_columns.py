@@ -7,6 +7,8 @@ from actors.wire.columns import extend_items, lookup_items, pack_lookups, rows_i
 from actors.wire.messages import (
     EXTEND_ITEM,
     LOOKUP_ITEM,
+    ROWS_ITEM,
+    VALUES_ITEM,
     WHOLE,
     WIDEN_ITEM,
     Extend,
@@ -21,7 +23,7 @@ from actors.wire.messages import (
     decode,
     encode,
 )
-from actors.wire.replies import Answer, Reduced, Replies, answer_bytes, pack_rows
+from actors.wire.replies import AnsweredItems, Reduced, Replies, answer_bytes, pack_rows
 
 WIDTH = 152_064
 
@@ -36,17 +38,16 @@ class Mailbox:
         self.frames += [decode(encode(message)) for message in messages]
 
 
-def answer(rows: int, k: int, required_ids: int = 0, width: int = 10) -> Answer:
+def answer(call_id: int, rows: int, k: int, required_ids: int = 0, width: int = 10) -> AnsweredItems:
     ids = 0 if k == WHOLE else k
     reduced = Reduced(
-        k,
         np.arange(rows, dtype=np.float32),
         -np.arange(rows, dtype=np.float32),
         np.ones((rows, ids), np.int32),
         np.full((rows, width if k == WHOLE else k), 2, np.float32),
         np.full(rows * required_ids, 3, np.float32),
     )
-    return Answer(reduced, 0, rows, 0, required_ids)
+    return AnsweredItems(np.array([(call_id, rows, k, required_ids)], ROWS_ITEM), [reduced])
 
 
 def test_items_of_an_extend_have_their_part_of_the_flat_columns() -> None:
@@ -80,12 +81,12 @@ def test_counts_that_do_not_fit_the_columns_are_refused(counts: tuple[int, int])
 
 def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
     replies, a, b = Replies(1 << 20, 10), Mailbox(), Mailbox()
-    replies.values(a, [(3, 1)], np.array([7], np.float32))
-    replies.rows(a, 1, [answer(2, 4, required_ids=1)])
-    replies.rows(a, 2, [answer(1, WHOLE)])
+    replies.values(a, np.array([(3, 1)], VALUES_ITEM), np.array([7], np.float32))
+    replies.rows(a, answer(1, 2, 4, required_ids=1))
+    replies.rows(a, answer(2, 1, WHOLE))
     replies.refuse(a, 4, Refusal.KV_MISS, 12)
-    replies.values(a, [(5, 2)], np.array([8, 9], np.float32))
-    replies.rows(b, 9, [answer(1, 4)])
+    replies.values(a, np.array([(5, 2)], VALUES_ITEM), np.array([8, 9], np.float32))
+    replies.rows(b, answer(9, 1, 4))
     replies.drafted(c := Mailbox(), 1, [4])
     assert replies.flush() == [a, b]  # a peer that only got drafts sends no extend yet
     rows, values, refused = a.frames
@@ -104,7 +105,7 @@ def test_each_peer_gets_one_frame_of_each_kind_in_one_piece() -> None:
 def test_rows_too_long_for_one_frame_are_sent_in_several() -> None:
     replies, peer = Replies(2 * answer_bytes(1, WHOLE, 0, 10), 10), Mailbox()
     for call_id in range(5):
-        replies.rows(peer, call_id, [answer(1, WHOLE)])
+        replies.rows(peer, answer(call_id, 1, WHOLE))
     replies.flush()
     sizes = [len(frame.items) for frame in peer.frames if isinstance(frame, Rows)]
     assert sizes == [2, 2, 1]
@@ -112,7 +113,7 @@ def test_rows_too_long_for_one_frame_are_sent_in_several() -> None:
 
 @pytest.mark.parametrize(("rows", "k", "required_ids"), [(3, 4, 2), (2, WHOLE, 0), (1, 0, 0), (0, 4, 1)])
 def test_the_size_of_an_answer_is_known_in_advance(rows: int, k: int, required_ids: int) -> None:
-    message = pack_rows([(1, [answer(rows, k, required_ids)])], 10)
+    message = pack_rows([answer(1, rows, k, required_ids)], 10)
     columns = (
         message.items,
         message.logsumexp,
@@ -128,10 +129,11 @@ def test_the_size_of_an_answer_is_known_in_advance(rows: int, k: int, required_i
 def test_rows_of_one_and_of_several_reductions_survive_packing() -> None:
     ids = np.sort(np.random.default_rng(0).integers(0, WIDTH, (6, 4)), 1).astype(np.int32)
     sums, values = np.arange(6, dtype=np.float32), np.arange(24, dtype=np.float32).reshape(6, 4)
-    one = Reduced(4, sums, -sums, ids, values, np.arange(8, dtype=np.float32))
-    other = Reduced(4, sums + 10, -sums, ids[::-1], values + 100, np.zeros(0, np.float32))
-    first, second, last = Answer(one, 0, 2, 0, 2), Answer(one, 2, 1, 4, 2), Answer(one, 5, 1, 6, 2)
-    message = pack_rows([(1, [first]), (2, [second]), (3, [last]), (4, [Answer(other, 0, 1, 0, 0)] * 2)], WIDTH)
+    one = Reduced(sums, -sums, ids, values, np.arange(8, dtype=np.float32))
+    items = np.array([(1, 2, 4, 2), (2, 1, 4, 2), (9, 2, 4, 0), (3, 1, 4, 2)], ROWS_ITEM)
+    row = Reduced(sums[:1] + 10, -sums[:1], ids[5:], values[:1] + 100, np.zeros(0, np.float32))
+    drafted = AnsweredItems(np.array([(4, 2, 4, 0)], ROWS_ITEM), [row, row])
+    message = pack_rows([AnsweredItems(items, [one]).select([0, 1, 3]), drafted], WIDTH)
     assert message.items.tolist() == [(1, 2, 4, 2), (2, 1, 4, 2), (3, 1, 4, 2), (4, 2, 4, 0)]
     assert message.logsumexp.tolist() == [0, 1, 2, 5, 10, 10]
     assert message.tempered.tolist() == [0, -1, -2, -5, 0, 0]
