@@ -72,7 +72,7 @@ class StandIn:
         return decode(body)
 
     def _extend(self, message: Extend) -> None:
-        parts = [Chunk(ScheduledExtend(self, item, item.prefix), len(item.tokens)) for item in extend_items(message)]
+        parts = [Chunk(ScheduledExtend(self, item), len(item.tokens)) for item in extend_items(message)]
         for result in run_forward(self._engine, parts, message.released.tolist()):
             assert isinstance(result, Answer), result
             self._replies.rows(self, result.answered, result.place)

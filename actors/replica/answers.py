@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import count, repeat
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -46,25 +46,21 @@ def answer_all(engine: Engine, done: Sequence[ScheduledExtend]) -> list[Answer]:
 
 def _answer(engine: Engine, k: int, draws: bool, group: Sequence[ScheduledExtend]) -> Iterator[Answer]:
     """The answers to extends of one k, which all request rows or all request none."""
+    requested = [scheduled.item for scheduled in group]
     items = np.array(
-        [(item.call_id, item.rows, k, len(item.required_ids) if item.rows else 0) for item in _items(group)], ROWS_ITEM
+        [(item.call_id, item.rows, k, len(item.required_ids) if item.rows else 0) for item in requested], ROWS_ITEM
     )
-    if not group[0].item.rows:
-        answered = AnsweredItems(items, [_NO_ROWS])
-        return map(Answer, repeat(answered, len(group)), count())
-    sessions = [item.session for item in _items(group)]
-    temperatures = [temperature for item in _items(group) for temperature in [item.temperature] * item.rows]
+    if not requested[0].rows:
+        return map(Answer, repeat(AnsweredItems(items, [_NO_ROWS])), range(len(group)))
+    sessions = [item.session for item in requested]
+    temperatures = [item.temperature for item in requested for _ in range(item.rows)]
     wide = min(DRAFT_WIDTH, engine.width) if draws and k <= 0 else max(k, 0)
     slices = engine.reduce(sessions, wide, temperatures)
     ids, logits = (slices.ids, slices.logits) if wide == k else (slices.ids[:, :0], slices.logits[:, :0])
     whole = engine.whole(sessions) if k == WHOLE else logits
-    reduced = Reduced(slices.logsumexp, slices.tempered, ids, whole, _required(engine, group))
+    reduced = Reduced(slices.logsumexp, slices.tempered, ids, whole, _required(engine, requested))
     tokens = _draw(slices.ids, slices.logits, group) if draws else repeat(None)
-    return map(Answer, repeat(AnsweredItems(items, [reduced]), len(group)), count(), tokens)
-
-
-def _items(group: Sequence[ScheduledExtend]) -> Iterator[ExtendItem]:
-    return (scheduled.item for scheduled in group)
+    return map(Answer, repeat(AnsweredItems(items, [reduced])), range(len(group)), tokens)
 
 
 def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[ScheduledExtend]) -> list[int]:
@@ -80,10 +76,10 @@ def _draw(ids: NDArray[np.int32], logits: NDArray[np.float32], group: Sequence[S
     return tokens
 
 
-def _required(engine: Engine, group: Sequence[ScheduledExtend]) -> NDArray[np.float32]:
+def _required(engine: Engine, items: Sequence[ExtendItem]) -> NDArray[np.float32]:
     """The logits of all rows at their items' required ids, flat: item after item, row after row."""
     rows, counts, ids = [], [], []
-    for item in _items(group):
+    for item in items:
         if len(item.required_ids):
             held = engine.rows(item.session)
             assert held is not None, "rows are held until the session's next extend"
@@ -102,9 +98,6 @@ def width_of(k: int, width: int) -> int:
 def ids_in_range(ids: NDArray[np.int32], width: int) -> bool:
     """True if all of `ids` are in [0, width)."""
     return not len(ids) or bool(ids.view(np.uint32).max() < width)  # a negative id is a large unsigned one
-
-
-MAX_DRAFTS = 8
 
 
 class Drafter:
@@ -163,21 +156,6 @@ class Drafter:
 
     def _send_drafts(self, scheduled: ScheduledExtend) -> None:
         self._replies.drafted(scheduled.peer, scheduled.item.call_id, scheduled.drafted)
-
-
-def invalid_draft(rows: int, draft: Draft) -> str | None:
-    """The reason why a draft can never be made, or None."""
-    if rows != 1:
-        return f"drafts follow one row, not {rows}"
-    if not 1 <= draft.drafts <= MAX_DRAFTS:
-        return f"{draft.drafts} drafts are requested, 1 to {MAX_DRAFTS} are allowed"
-    if draft.position < 0:
-        return f"position {draft.position} of a draft is negative"
-    try:
-        sampling_of(draft)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def sampling_of(draft: Draft) -> Sampling:

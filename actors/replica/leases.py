@@ -33,7 +33,6 @@ class Lease:
     epoch: int
     call_id: int  # of the last extend; later extends have higher ones
     queue: deque[ScheduledExtend] = field(default_factory=deque)  # in order of arrival; the first may be running
-    running: ScheduledExtend | None = None
     waiters: list[Waiter] = field(default_factory=list)
 
     def makes(self, position: int) -> bool:
@@ -41,14 +40,13 @@ class Lease:
         return any(scheduled.makes(position) for scheduled in self.queue)
 
     def refuse(self, replies: Replies, code: Refusal, detail: int = 0) -> None:
-        """Refuse everything that waits, and disown the extend that runs: its result is discarded."""
+        """Refuse everything that waits or runs. The result of an extend that runs is discarded."""
         for scheduled in self.queue:
             replies.refuse(scheduled.peer, scheduled.item.call_id, code, detail)
         for waiter in self.waiters:
             replies.refuse(waiter.peer, waiter.item.call_id, code, detail)
         self.queue.clear()
         self.waiters.clear()
-        self.running = None
 
 
 class SessionLeases:
@@ -77,9 +75,14 @@ class SessionLeases:
         """The sessions that have waiting lookups or widenings."""
         return (lease for lease in self._sessions.values() if lease.waiters)
 
-    def heads(self) -> Iterator[tuple[Lease, ScheduledExtend]]:
+    def heads(self) -> list[ScheduledExtend]:
         """The first queued extend of each session that has one."""
-        return ((lease, lease.queue[0]) for lease in self._sessions.values() if lease.queue)
+        return [lease.queue[0] for lease in self._sessions.values() if lease.queue]
+
+    def running(self, scheduled: ScheduledExtend) -> Lease | None:
+        """The lease of an extend whose forward is over; None if it was refused meanwhile."""
+        lease = self._sessions.get(scheduled.item.session)
+        return lease if lease is not None and lease.queue and lease.queue[0] is scheduled else None
 
     def claim(self, peer: Recipient, item: ExtendItem, replies: Replies) -> Lease | None:
         """The lease for the sender of `item`; None if the item was refused or is a late duplicate.

@@ -21,19 +21,19 @@ from functools import partial
 from actors.decoding.warmup import compile_kernels
 from actors.engine.errors import EngineError
 from actors.engine.interface import Engine, Full, Held, KVMiss
-from actors.engine.interface import Extend as EngineExtend
 from actors.metrics import Recorder
-from actors.replica.answers import Answer, Drafter, ids_in_range, invalid_draft, width_of
+from actors.replica.answers import Answer, Drafter
 from actors.replica.batching_delay import BatchingDelay
 from actors.replica.engine_thread import Failed, ForwardThread, Result, Unshared
 from actors.replica.leases import Lease, SessionLeases
 from actors.replica.lookups import LookupService
 from actors.replica.scheduler import Chunk, ScheduledExtend, choose
 from actors.replica.stats import ReplicaLoad, ReplicaMeter, ReplicaStats
+from actors.replica.validation import ExtendValidator
 from actors.wire.columns import ExtendItem, extend_items
 from actors.wire.link import Limits, cancel
-from actors.wire.messages import WHOLE, Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen
-from actors.wire.replies import Replies, answer_bytes
+from actors.wire.messages import Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen
+from actors.wire.replies import Replies
 from actors.wire.server import Peer, Server
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ModelReplica:
         self._settings = settings
         self._host = host
         limits = limits or Limits()
-        self._answer_limit = limits.frame - _ENVELOPE
+        answer_limit = limits.frame - _ENVELOPE
         welcome = Welcome(
             role=role,
             incarnation=incarnation,
@@ -92,7 +92,8 @@ class ModelReplica:
         self._thread = ForwardThread(f"engine-{role}")
         self._batching_delay = BatchingDelay(settings.batching_delay_share, settings.batching_delay_cap_s)
         self._leases = SessionLeases()
-        self._replies = Replies(self._answer_limit, engine.width)
+        self._validator = ExtendValidator(engine.width, settings.max_position, answer_limit)
+        self._replies = Replies(answer_limit, engine.width)
         self._drafter = Drafter(engine, self._replies, settings.max_position)
         self._lookups = LookupService(engine, self._leases, self._replies, settings.row_wait_s)
         self._closing: set[int] = set()  # sessions whose cache is freed by the next forward
@@ -210,13 +211,8 @@ class ModelReplica:
         self._turn()
 
     def _choose(self) -> list[Chunk]:
-        heads = list(self._leases.heads())
         # No forward runs now, so this thread may call the engine.
-        chunks = choose([scheduled for _, scheduled in heads], self._settings.prefill_chunk, self._engine.shared)
-        chosen = {chunk.scheduled for chunk in chunks}
-        for lease, scheduled in heads:
-            lease.running = scheduled if scheduled in chosen else None
-        return chunks
+        return choose(self._leases.heads(), self._settings.prefill_chunk, self._engine.shared)
 
     def _count(self, chunks: Sequence[Chunk], took: float) -> int:
         """Record a forward's duration. Returns the tokens that went through it."""
@@ -229,10 +225,9 @@ class ModelReplica:
         Returns (lease, code for lookups whose row is missing), or None if no row can be new.
         """
         scheduled = chunk.scheduled
-        lease = self._leases.get(scheduled.item.session)
-        if lease is None or lease.running is not scheduled:
+        lease = self._leases.running(scheduled)
+        if lease is None:
             return None
-        lease.running = None
         peer, call_id, refusal = scheduled.peer, scheduled.item.call_id, Refusal.ROW_GONE
         match result:
             case Held():
@@ -289,9 +284,11 @@ class ModelReplica:
         for session in message.released.tolist():
             if self._leases.release(peer, session, self._replies):
                 self._closing.add(session)
-        valid = ids_in_range(message.required_ids, self._engine.width)
-        for item in items:
-            self._admit(peer, item, valid=valid)
+        invalid = self._validator.invalid(message, items)
+        for place, item in enumerate(items):
+            lease = self._leases.claim(peer, item, self._replies)
+            if lease is not None:
+                self._admit(peer, item, lease, invalid.get(place))
         self._replies.flush()
         if self._leases.owns_any(peer):
             self._batching_delay.arrived(peer, time.monotonic())
@@ -299,39 +296,19 @@ class ModelReplica:
             self._batching_delay.forget(peer)
         self._wake()
 
-    def _admit(self, peer: Peer, item: ExtendItem, *, valid: bool) -> None:
-        lease = self._leases.claim(peer, item, self._replies)
-        if lease is None:
-            return
-        invalid = self._invalid(item, valid=valid)
-        if invalid:
-            log.warning("an item of %s is refused: %s", peer.name, invalid)
-            self._replies.refuse(peer, item.call_id, Refusal.BAD_ITEM)
-        else:
-            lease.queue.append(ScheduledExtend(peer, item, item.prefix))
-
-    def _invalid(self, item: ExtendItem, *, valid: bool) -> str | None:
-        """The reason why an item can never succeed, or None."""
-        width, end = self._engine.width, item.position + len(item.tokens)
-        if item.k < WHOLE:
-            return f"k = {item.k}"
-        if not valid and not ids_in_range(item.required_ids, width):
-            return f"required ids must lie in [0, {width})"
-        if end > self._settings.max_position:
-            return f"{end} tokens are more than the {self._settings.max_position} of this model"
-        rows = item.rows + (item.draft.drafts if item.draft else 0)
-        if not item.temperature > 0:
-            return f"temperature {item.temperature:g} of a tempered logsumexp is not above 0"
-        if item.draft and (why := invalid_draft(item.rows, item.draft)):
-            return why
-        if answer_bytes(rows, width_of(item.k, width), len(item.required_ids), width) > self._answer_limit:
-            return f"{rows} rows of k = {item.k} do not fit a frame: request fewer rows at once"
-        extend = EngineExtend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age)
-        try:
-            self._engine.check_extend(extend)
-        except EngineError as error:
-            return str(error)
-        return None
+    def _admit(self, peer: Peer, item: ExtendItem, lease: Lease, invalid: str | None) -> None:
+        """Queue an item, or refuse it if it can never succeed. invalid: the reason, beside those of the engine."""
+        if invalid is None:
+            scheduled = ScheduledExtend(peer, item)
+            try:
+                self._engine.check_extend(scheduled.extend)
+            except EngineError as error:
+                invalid = str(error)
+            else:
+                lease.queue.append(scheduled)
+                return
+        log.warning("an item of %s is refused: %s", peer.name, invalid)
+        self._replies.refuse(peer, item.call_id, Refusal.BAD_ITEM)
 
     def _on_closed(self, peer: Peer) -> None:
         self._closing.update(self._leases.release_all(peer, self._replies))

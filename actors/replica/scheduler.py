@@ -20,15 +20,20 @@ class ScheduledExtend:
 
     peer: Recipient
     item: ExtendItem
-    prefix: int
     done: int = 0  # tokens that earlier forwards computed
     drafted: list[int] = field(default_factory=list)  # drafted tokens, which follow the item's own
     answers: list[AnsweredItems] = field(default_factory=list)  # rows of the drafts so far
-    blocks: Sequence[int] = field(init=False)  # a prompt's running hashes after each whole block before the rows
+    prefix: int = field(init=False)  # running hash of the tokens before the next one to compute
+    extend: Extend = field(init=False)  # the whole item
+    blocks: Sequence[int] = field(init=False, default=())  # a prompt's running hashes after each block before its rows
 
     def __post_init__(self) -> None:
-        whole = (len(self.item.tokens) - max(self.item.rows, 1)) // BLOCK * BLOCK if self.item.position == 0 else 0
-        self.blocks = extend_hashes(self.prefix, self.item.tokens[:whole])[BLOCK - 1 :: BLOCK]
+        item = self.item
+        self.prefix = item.prefix
+        self.extend = Extend(item.session, item.position, item.prefix, item.tokens, item.rows, item.age, item.keep)
+        if item.position == 0 and len(item.tokens) > BLOCK:
+            whole = (len(item.tokens) - max(item.rows, 1)) // BLOCK * BLOCK
+            self.blocks = extend_hashes(item.prefix, item.tokens[:whole])[BLOCK - 1 :: BLOCK]
 
     @property
     def left(self) -> int:
@@ -36,7 +41,7 @@ class ScheduledExtend:
 
     @property
     def is_decode(self) -> bool:
-        return self.is_drafting or len(self.item.tokens) <= DECODE_TOKENS
+        return len(self.item.tokens) <= DECODE_TOKENS or self.is_drafting
 
     @property
     def is_drafting(self) -> bool:
@@ -46,7 +51,7 @@ class ScheduledExtend:
     @property
     def end(self) -> int:
         """The position after the last token known so far."""
-        return self.item.position + len(self.item.tokens) + len(self.drafted)
+        return self.item.end + len(self.drafted)
 
     @property
     def keep(self) -> int:
@@ -105,7 +110,10 @@ class Chunk(NamedTuple):
 
     def extend(self) -> Extend:
         scheduled = self.scheduled
-        item, tokens = scheduled.item, scheduled.tokens(self.tokens, self.forked)
+        item = scheduled.item
+        if self.tokens == len(item.tokens) and not scheduled.done:
+            return scheduled.extend
+        tokens = scheduled.tokens(self.tokens, self.forked)
         rows = item.rows if self.is_last else 0
         position = item.position + scheduled.done + self.forked
         prefix = self.forked_blocks[-1] if self.forked else scheduled.prefix

@@ -51,6 +51,11 @@ class ExtendItem(NamedTuple):
     keep: int = 0
     temperature: float = 1.0
 
+    @property
+    def end(self) -> int:
+        """The position after the item's last token."""
+        return self.position + len(self.tokens)
+
 
 class RowRequest(NamedTuple):
     """An item of a `Lookup` or a `Widen`: a row, and `size`, the number of requested ids or the slice's `k`."""
@@ -91,22 +96,24 @@ def pack_extends(parts: Sequence[ExtendColumns], released: Sequence[int]) -> Ext
 
 def extend_items(message: Extend) -> list[ExtendItem]:
     """The items of an `Extend`. Raises ProtocolError if counts and columns do not fit."""
-    all_tokens, all_ids, drafts = message.tokens.tolist(), message.required_ids, _drafts(message)
+    table, all_tokens, all_ids, drafts = message.items, message.tokens.tolist(), message.required_ids, _drafts(message)
+    if min(table[name].min(initial=0) for name in ("tokens", "rows", "required_ids", "keep")) < 0:
+        raise ProtocolError("Extend.items has a negative count")
+    counted = int(table["tokens"].sum()), int(table["required_ids"].sum())
+    if counted != (len(all_tokens), len(all_ids)):
+        raise ProtocolError(
+            f"Extend counts {counted} tokens and ids, its columns have {len(all_tokens)}, {len(all_ids)}"
+        )
     items = []
     token = required = 0
-    for place, row in enumerate(message.items.tolist()):
+    for place, row in enumerate(table.tolist()):
         call_id, session, age, prefix, epoch, position, count, rows, k, ids, keep, temperature = row
-        if min(count, rows, ids, keep) < 0:
-            raise ProtocolError("Extend.items has a negative count")
         tokens = all_tokens[token : token + count]
         required_ids = all_ids[required : required + ids] if ids else NO_IDS
-        flat = tokens, rows, k, required_ids, drafts.get(place), keep, temperature
-        items.append(ExtendItem(call_id, session, age, prefix, epoch, position, *flat))
+        draft = drafts.get(place)
+        whole = call_id, session, age, prefix, epoch, position, tokens, rows, k, required_ids, draft, keep, temperature
+        items.append(ExtendItem._make(whole))
         token, required = token + count, required + ids
-    if token != len(all_tokens) or required != len(all_ids):
-        raise ProtocolError(
-            f"Extend counts {token} tokens and {required} ids, its columns have {len(all_tokens)}, {len(all_ids)}"
-        )
     return items
 
 

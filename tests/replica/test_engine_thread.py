@@ -21,9 +21,9 @@ class Nobody:
         raise AssertionError("no answer is sent here")
 
 
-def scheduled(tokens: int, rows: int = 1, age: int = 0, done: int = 0) -> ScheduledExtend:
-    item = ExtendItem(1, age, age, 5, 1, 0, list(range(tokens)), rows, 4, np.zeros(0, np.int32))
-    return ScheduledExtend(Nobody(), item, 5, done=done)
+def scheduled(tokens: int, rows: int = 1, age: int = 0, done: int = 0, prefix: int = 5) -> ScheduledExtend:
+    item = ExtendItem(1, age, age, prefix, 1, 0, list(range(tokens)), rows, 4, np.zeros(0, np.int32))
+    return ScheduledExtend(Nobody(), item, done=done)
 
 
 def taken(chunks: list[Chunk]) -> list[tuple[int, int]]:
@@ -97,8 +97,7 @@ async def test_forwards_run_in_order_on_one_thread_and_return_on_the_loops() -> 
         if len(outcomes) == 3:
             back.set()
 
-    chunk = Chunk(scheduled(1), 1)
-    chunk.scheduled.prefix = engine.hash_seed
+    chunk = Chunk(scheduled(1, prefix=engine.hash_seed), 1)
     thread.start()
     for chunks in ([chunk], [chunk, chunk], []):
         thread.run(engine, chunks, [], done)
