@@ -61,6 +61,40 @@ async def test_waiting_extends_of_all_coordinators_share_one_forward() -> None:
         assert [len(frame.items) for frame in a.frames if isinstance(frame, Rows)] == [1, 2]
 
 
+async def test_each_coordinator_gets_its_own_rows_and_values_of_a_shared_forward() -> None:
+    async with stage() as s:
+        a, b = await s.coordinator("a"), await s.coordinator("b")
+        with s.engine.held():
+            opener = a.ask(9, [1])
+            await s.engine.entered()
+            replies = {
+                1: a.ask(1, [1], required_ids=[5]),
+                2: b.ask(2, [2, 3], rows=2, required_ids=[7, 9]),
+                3: a.ask(3, [4, 5, 6], rows=3),
+                4: a.ask(4, [7], rows=0),
+                5: b.ask(5, [8], k=6),
+            }
+            lookups = {1: a.look_up(1, [1], [3, 4]), 2: b.look_up(2, [2, 3], [5]), 3: a.look_up(3, [4, 5, 6], [])}
+            await a.received()
+            await b.received()
+        await rows_of(opener)
+        required = {1: [5], 2: [7, 9]}
+        for session, reply in replies.items():
+            answer, held = await rows_of(reply), s.engine.rows(session)
+            assert held is not None
+            expected = held.slices(6 if session == 5 else 4)
+            assert answer.logsumexp == expected.logsumexp.tolist()
+            if held.size:
+                assert answer.ids.tolist() == expected.ids.tolist()
+                assert answer.logits.tolist() == expected.logits.tolist()
+                assert answer.required.tolist() == held.whole()[:, required.get(session, [])].tolist()
+        for session, ids in ((1, [3, 4]), (2, [5]), (3, [])):
+            held = s.engine.rows(session)
+            assert held is not None
+            assert await within(lookups[session]) == held.whole()[-1, ids].tolist()
+        assert len(s.engine.batches) == 2
+
+
 async def test_extends_of_one_session_run_in_order_one_per_forward() -> None:
     async with stage() as s:
         c = await s.coordinator()
