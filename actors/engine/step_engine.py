@@ -116,10 +116,11 @@ class StepEngine:
         """
         self.check_batch(batch)
         answers = self._table.admit(self._within_row_budget(batch))
-        admitted = [extend for extend in batch if isinstance(self._outcome(extend, answers), Held)]
+        outcomes = [self._outcome(extend, answers) for extend in batch]
+        admitted = [extend for extend, outcome in zip(batch, outcomes, strict=True) if isinstance(outcome, Held)]
         if admitted:
             self._run(admitted)
-        return [self._outcome(extend, answers) for extend in batch]
+        return outcomes
 
     def check_batch(self, batch: Sequence[Extend]) -> None:
         """Raise BadExtend if an extend of the batch can never succeed, or if two extend the same session."""
