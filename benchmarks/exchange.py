@@ -4,8 +4,9 @@
 
 Three model replicas in three Ray actors, with a few rows of 152,064 logits each, and a coordinator in this process:
 what remains is the exchange. A step is the time from one token of a session to its next, while every session decodes.
-In between, and in the same actors, three plain async actor calls with 16 KB replies are timed. The last line is a JSON
-list with one object for each number of sessions.
+In between, and in the same actors, three plain async actor calls with 16 KB replies are timed, all three together.
+coordinator_us_per_token is CPU time of the coordinator's thread, readers of the answers included. The last line is a
+JSON list with one object for each number of sessions.
 """
 
 from __future__ import annotations
@@ -106,12 +107,13 @@ class StampedTokenizer(RoleTokenizer):
 
 @dataclass(slots=True)
 class Timings:
-    """Seconds of steps and of fanned-out calls, and the bytes of `tokens` tokens."""
+    """Seconds of steps and of fanned-out calls; the bytes, and the coordinator's CPU seconds, of `tokens` tokens."""
 
     sessions: int
     steps: list[float] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)
     bytes: int = 0
+    cpu_s: float = 0.0
     tokens: int = 0
 
     def result(self) -> dict[str, Any]:
@@ -121,6 +123,8 @@ class Timings:
             "step_ms_p50": _ms(self.steps, 0.5),
             "step_ms_p99": _ms(self.steps, 0.99),
             "ray_actor_call_ms_p50": _ms(self.calls, 0.5),
+            "step_over_ray_call": round(_ms(self.steps, 0.5) / _ms(self.calls, 0.5), 3),
+            "coordinator_us_per_token": round(1e6 * self.cpu_s / self.tokens, 1),
             "bytes_per_token": round(self.bytes / self.tokens),
         }
 
@@ -139,9 +143,11 @@ class Bench:
         before = _bytes(await self.stats())
         self.tokenizer.texts = []
         requests = [guided_request(str(n), [1 + n], steps, TEMPERATURE) for n in range(timings.sessions)]
+        cpu_s = time.thread_time()
         for answer in await asyncio.gather(*(decode(self.coordinator, request) for request in requests)):
             if not isinstance(answer.end, Finished) or answer.end.reason != "length":
                 raise Unfinished(f"a session ended otherwise than by its length: {answer.end}")
+        timings.cpu_s += time.thread_time() - cpu_s
         timings.bytes += _bytes(await self.stats()) - before
         timings.tokens += steps * timings.sessions
         for text in self.tokenizer.texts:

@@ -25,7 +25,7 @@ from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, VerificationWindow
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SessionTable
-from actors.decoding.candidates import Ids, RowSlice, read_only
+from actors.decoding.candidates import BlockLayout, Ids, RowSlice, read_only
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
 from actors.decoding.decision import choose, spec_columns
@@ -47,7 +47,7 @@ from actors.wire.messages import (
     Values,
 )
 
-_SHAPES = 256  # required logits that are kept, by what they depend on
+_SHAPES = 256  # required logits, and shapes of frames, that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class Exchange:
         # windows whose lookups of earlier rows are not sent yet
         self._crossing_pending: dict[VerificationWindow, None] = {}
         self._calls = InflightCalls()
+        self._shapes: dict[tuple[object, ...], FrameShape] = {}
         self._required_by_role = lru_cache(_SHAPES)(self._shared_required)
         self._completer = CandidateCompleter(config.k, vocabularies, self._calls)
 
@@ -262,8 +263,8 @@ class Exchange:
         if call := hidden.awaited["guider"]:
             calls, number = window.awaited["guider"] = call
             calls.windows[number] = window
-        if hidden.drafted is not None:
-            self._draft(window, hidden.drafted)
+        if hidden.tokens is not None:
+            self._draft(window, hidden.tokens)
         if hidden.rows is not None:
             sent, columns, item = hidden.rows
             self._take_extended(columns, ExtendCalls("guider", [window], [sent]), [(0, item)])
@@ -294,29 +295,38 @@ class Exchange:
     def _place(self) -> None:
         """Put the rows of windows that were begun into frames, those of one shape into one, and extend them."""
         unplaced, self._unplaced = self._unplaced, []
-        shapes: dict[tuple[object, ...], list[VerificationWindow]] = {}
+        by_shape: dict[FrameShape, list[VerificationWindow]] = {}
         for window in unplaced:
             if window.rows:
-                key = window.guided, window.scores_prompt, window.aligned, window.rows[0].k, id(window.required)
-                shapes.setdefault(key, []).append(window)
-        for windows in shapes.values():
-            shape = windows[0].shape(windows[0].rows[0].k)
+                by_shape.setdefault(self._shape(window, window.rows[0].k), []).append(window)
+        for shape, windows in by_shape.items():
             frame = self._frame([row for window in windows for row in window.rows], shape, RowStage.EXTENDING)
             if not (shape.aligned or shape.scores_prompt):  # these need more than the newest rows
-                for role in shape.required:
-                    self._extend_frame(frame, role, [each for each in windows if each.drafting_role != role])
+                self._extend_frame(frame, windows)
+
+    def _shape(self, window: VerificationWindow, k: int) -> FrameShape:
+        """Shape of a frame for the window's rows of width k. Windows with the same required logits share it."""
+        required = window.required
+        key = id(required), window.guided, window.aligned, window.scores_prompt, k
+        shape = self._shapes.get(key)
+        if shape is None:  # it holds the required logits, so their id stays theirs
+            proposing: Sequence[Role] = tuple(required)
+            if window.scores_prompt:
+                proposing = ()
+            elif window.guided and k != WHOLE:
+                proposing = GUIDED[:2]
+            elif window.aligned:
+                proposing = GUIDED[:1]
+            layout = BlockLayout(required, {role: self._slice_width(window, role, k) for role in required})
+            shape = FrameShape(required, *key[1:], proposing, layout)
+            if len(self._shapes) >= _SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = shape
+        return shape
 
     def _frame(self, rows: Sequence[LogitsRow], shape: FrameShape, stage: RowStage) -> Frame:
         """Put rows into a frame."""
-        widths = {role: self._slice_width(shape, role) for role in shape.required}
-        proposing: Sequence[Role] = tuple(shape.required)
-        if shape.scores_prompt:
-            proposing = ()
-        elif shape.guided and shape.k != WHOLE:
-            proposing = GUIDED[:2]
-        elif shape.aligned:
-            proposing = GUIDED[:1]
-        frame = RowFrame(rows, shape, self._keys(rows, tuple(shape.required)), widths, proposing, stage)
+        frame = RowFrame(rows, shape, self._keys(rows, tuple(shape.required)), stage)
         for at, row in enumerate(rows):
             row.place(frame, at)
         return frame
@@ -339,57 +349,63 @@ class Exchange:
             np.array(prefixes, np.uint64),
         )
 
-    def _extend_frame(self, frame: Frame, role: Role, windows: Sequence[VerificationWindow]) -> None:
-        """Send a role the newest tokens of windows, and the drafts behind them, and request all rows of the windows.
+    def _extend_frame(self, frame: Frame, windows: Sequence[VerificationWindow]) -> None:
+        """Send every role the newest tokens of windows, and the drafts behind them, and request all rows of a frame.
 
         Example: the stream has 21 tokens, of which the replica holds 19, and the drafts are [7, 8]. Tokens 19 and 20,
         then 7 and 8, are sent from position 19 on; the rows of the last three tokens (positions 20, 21, 22) are
-        requested.
+        requested. The role that drafted has its drafts already.
         """
-        by_replica: dict[Replica, list[VerificationWindow]] = {}
-        for window in windows:
-            by_replica.setdefault(window.active.replicas[role], []).append(window)
-        ids, k, keys = frame.shape.required[role].ids, self._width(windows[0], role) if windows else 0, frame.keys
-        for replica, members in by_replica.items():
-            streams = [window.active.session.streams[role] for window in members]
-            firsts = [window.first[role] for window in members]
-            held = [min(stream.held, first) for stream, first in zip(streams, firsts, strict=True)]
-            parts = [
-                stream.tokens[begin : first + 1] + list(window.draft_tokens[role])
-                for stream, begin, first, window in zip(streams, held, firsts, members, strict=True)
-            ]
-            rows = row_numbers([window.rows[0].at for window in members])
-            counts = row_numbers([len(window.rows) for window in members])
-            first_call = self._calls.extend(ExtendCalls(role, members, (), frame, rows, counts))
-            items = np.zeros(len(members), EXTEND_ITEM)
-            items["call_id"] = np.arange(first_call, first_call + len(members))
-            sessions = keys.sessions[rows]
-            items["session"], items["age"], items["epoch"] = sessions["key"], sessions["age"], sessions["epoch"]
-            items["prefix"] = [stream.hash_before(begin) for stream, begin in zip(streams, held, strict=True)]
-            items["position"], items["tokens"], items["rows"] = held, [len(part) for part in parts], counts
-            items["k"], items["required_ids"] = k, len(ids)
-            items["temperature"] = _heats(sessions["spec"]["temperature"]) if role == frame.shape.primary else 1.0
-            tokens = [token for part in parts for token in part]
-            replica.outbox.extends.append(ExtendColumns(items, tokens, np.tile(ids, len(members)), {}))
+        rows = row_numbers([window.rows[0].at for window in windows])
+        counts = row_numbers([len(window.rows) for window in windows])
+        sessions = frame.keys.sessions[rows]
+        items = np.zeros((len(frame.shape.required), len(windows)), EXTEND_ITEM)
+        items["session"], items["age"], items["epoch"] = sessions["key"], sessions["age"], sessions["epoch"]
+        items["rows"], items["temperature"] = counts, 1.0
+        items["temperature"][0] = frame.heats[rows]
+        for number, (role, required) in enumerate(frame.shape.required.items()):
+            of_role = items[number]
+            of_role["k"], of_role["required_ids"] = self._width(windows[0], role), len(required.ids)
+            asked = [at for at, window in enumerate(windows) if window.drafting_role != role]
+            by_replica: dict[Replica, list[int]] = {}
+            for at in asked:
+                by_replica.setdefault(windows[at].active.replicas[role], []).append(at)
+            for replica, places in by_replica.items():
+                part: list[int] | slice = slice(None) if len(places) == len(windows) else places
+                members = [windows[at] for at in places]
+                streams = [window.active.session.streams[role] for window in members]
+                firsts = [window.first[role] for window in members]
+                held = [min(stream.held, first) for stream, first in zip(streams, firsts, strict=True)]
+                sent = [
+                    stream.tokens[begin : first + 1] + list(window.draft_tokens[role])
+                    for stream, begin, first, window in zip(streams, held, firsts, members, strict=True)
+                ]
+                calls = ExtendCalls(role, members, (), frame, rows[part], counts[part])
+                first_call, its_items = self._calls.extend(calls), of_role[part]
+                its_items["call_id"] = range(first_call, first_call + len(members))
+                its_items["prefix"] = [stream.hash_before(begin) for stream, begin in zip(streams, held, strict=True)]
+                its_items["position"], its_items["tokens"] = held, [len(tokens) for tokens in sent]
+                flat = [token for tokens in sent for token in tokens]
+                ids = required.ids if len(members) == 1 else np.tile(required.ids, len(members))
+                replica.outbox.extends.append(ExtendColumns(its_items, flat, ids, {}))
 
-    def _slice_width(self, shape: FrameShape, role: Role) -> int:
+    def _slice_width(self, window: VerificationWindow, role: Role, k: int) -> int:
         """The most ids that a role proposes for a row, in ids of the primary."""
-        if shape.aligned and role != shape.primary:  # tokens of the guider's slice, and of boundary-crossing tokens
-            return shape.k + self._config.k if role == "guider" and shape.k != WHOLE else 0
-        if shape.k == WHOLE:
+        if window.aligned and role != window.active.primary:  # tokens of its slice, and boundary-crossing tokens
+            return k + self._config.k if role == "guider" and k != WHOLE else 0
+        if k == WHOLE:
             return self._vocabularies.width(role)
-        return 0 if role == "guider_base" and shape.guided else min(shape.k, self._vocabularies.width(role))
+        return 0 if role == "guider_base" and window.guided else min(k, self._vocabularies.width(role))
 
     def _place_widened(self) -> None:
         """Move widened rows into frames of their new width, and request the wider slices."""
         widened, self._widened = self._widened, []
-        shapes: dict[tuple[object, ...], tuple[FrameShape, RowStage, list[LogitsRow]]] = {}
+        by_shape: dict[tuple[FrameShape, RowStage], list[LogitsRow]] = {}
         for row in widened:
             if row in row.window.rows:  # else the window has ended
-                shape, stage = row.window.shape(row.k), RowStage(row.frame.stage[row.at])
-                key = stage, shape.guided, shape.aligned, shape.k, id(shape.required)
-                shapes.setdefault(key, (shape, stage, []))[2].append(row)
-        for shape, stage, rows in shapes.values():
+                key = self._shape(row.window, row.k), RowStage(row.frame.stage[row.at])
+                by_shape.setdefault(key, []).append(row)
+        for (shape, stage), rows in by_shape.items():
             narrow = [(row.frame, row.at) for row in rows]
             frame = self._frame(rows, shape, stage)
             for row, (before, at) in zip(rows, narrow, strict=True):
@@ -605,23 +621,22 @@ class Exchange:
         for number in numbers:
             calls.windows[number].take_answer(role)
         taken = np.array(numbers)
-        items = taken + ahead
-        counts = calls.counts[taken]
+        items, counts = taken + ahead, calls.counts[taken]
+        columns.check(items, self._width(calls.windows[0], role), len(frame.shape.required[role].ids))
         if (columns.rows[items] != counts).any():
             raise ProtocolError(f"the {role} model sent another number of rows than was requested")
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # number in its window
-        at = np.repeat(calls.rows[taken], counts) + within
-        source = np.repeat(columns.first_row[items], counts) + within
-        heats = frame.keys.sessions["spec"]["temperature"][at]
-        heats = _heats(heats) if role == frame.shape.primary else np.ones(len(at))
+        at, source = calls.rows[taken], columns.first_row[items]
+        if len(taken) < (rows := int(counts.sum())):
+            within = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)  # number in its window
+            at, source = np.repeat(at, counts) + within, np.repeat(source, counts) + within
         theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
-        frame.block.store_rows(role, at, columns.sent, source, ALL, theirs, heats)
+        frame.block.store_rows(role, at, columns.sent, source, ALL, theirs, frame.heats[at])
         self._received(frame, role, at)
 
     def _received(self, frame: Frame, role: Role, at: Ids) -> None:
         """A role's slices of these rows are stored, perhaps after their candidates were found."""
         frame.receive(role, at)
-        late = at[frame.stage[at] == RowStage.LOOKING_UP]
+        late = at[frame.stage[at] == int(RowStage.LOOKING_UP)]
         if len(late):
             frame.block.add_events(role, late)
         self._touched[frame] = None
@@ -648,6 +663,7 @@ class Exchange:
                 continue
             if role not in window.required:
                 continue
+            columns.check(np.array([item]), sent.k, len(sent.required_ids))
             first, reads = window.first[role] - sent.start, window.reads[role]
             count, source = int(columns.rows[item]), int(columns.first_row[item])
             for row in window.rows[window.next :]:
@@ -679,6 +695,7 @@ class Exchange:
         """Store wider slices. targets: row, and its number among the message's rows."""
         frames: dict[Frame, list[tuple[LogitsRow, int]]] = {}
         for row, number in targets:
+            columns.check(np.array([columns.item_of(number)]), row.k, 0)
             if role in row.window.oldest:
                 self._add_aligned(row, role, columns.slice(number))
             else:
@@ -784,7 +801,7 @@ class Exchange:
                 assert isinstance(calls, ExtendCalls)
                 window, tokens = calls.windows[number], drafted[item + number - begin][1]
                 if isinstance(window, HiddenDrafts):
-                    window.drafted = tokens
+                    window.tokens = tokens
                 elif not window.rows:
                     self._draft(window, tokens)
 
@@ -792,11 +809,6 @@ class Exchange:
         """Verify drafts of the guider, in its ids."""
         drafts = window.active.session.translators["guider"].drafts_in_target(tokens)
         self._request_rows(window, drafts, tokens)
-
-
-def _heats(temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The temperatures of the primary's tempered logsumexp, from which its rows are filtered."""
-    return np.where(temperatures > 0, temperatures, 1.0)
 
 
 def _extend_columns(first: int, members: Sequence[PendingExtend]) -> ExtendColumns:
@@ -828,13 +840,12 @@ class _RowColumns:
 
     def __init__(self, message: Rows, width: int) -> None:
         items = message.items
-        self.rows = np.ascontiguousarray(items["rows"])
+        self.rows, self._ks, self._required = (np.ascontiguousarray(items[n]) for n in ("rows", "k", "required_ids"))
         self.first_row = np.cumsum(self.rows) - self.rows
-        ks, required = np.ascontiguousarray(items["k"]), np.ascontiguousarray(items["required_ids"])
-        if len(items) and min(self.rows.min(), required.min()) < 0:
+        if len(items) and min(self.rows.min(), self._required.min()) < 0:
             raise ProtocolError("Rows.items has a negative count")
         starts, pages = np.empty((int(self.rows.sum()), 4), np.int64), page_counts(width)
-        lengths = locate_rows(self.rows, ks, required, width, starts)
+        lengths = locate_rows(self.rows, self._ks, self._required, width, starts)
         columns = [read_only(each) for each in (message.ids, message.pages, message.logits)]
         columns += [read_only(each) for each in (message.logsumexp, message.tempered, message.required)]
         expected = lengths[0], len(starts) * pages, lengths[1], len(starts), len(starts), lengths[2]
@@ -843,6 +854,15 @@ class _RowColumns:
         self.sent = SentRows(starts, columns[0], columns[1], pages, *columns[2:])
         self._message, self._width = message, width
         self._ids: Ids | None = None  # joined when they are needed
+
+    def check(self, items: Ids, k: int, required: int) -> None:
+        """Raise ProtocolError unless these items have slices of k, and so many required logits, as was requested."""
+        if (self._ks[items] != min(k, self._width)).any() or (self._required[items] != required).any():
+            raise ProtocolError("a model sent slices of another width, or other required logits, than was requested")
+
+    def item_of(self, row: int) -> int:
+        """The item to which a row belongs."""
+        return int(np.searchsorted(self.first_row, row, "right")) - 1
 
     def slice(self, source: int) -> RowSlice:
         """One row in the model's own ids."""

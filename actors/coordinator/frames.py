@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.coordinator.states import ROW_TRANSITIONS, RowStage, transition, transition_rows
-from actors.decoding.candidates import CandidateBlock, Ids
+from actors.decoding.candidates import BlockLayout, CandidateBlock, Ids
 from actors.decoding.kernels import ALONE, GUIDED
 from actors.decoding.vocabulary import RequiredLogits
 
 Owner = TypeVar("Owner")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FrameShape:
     """The properties that all rows of a frame share.
 
     required: by role that takes part, the primary first. k: width of slices; WHOLE: whole rows. aligned: small models
-    with another vocabulary take part. scores_prompt: the rows score tokens of a prompt, without candidates.
+    with another vocabulary take part. scores_prompt: the rows score tokens of a prompt, without candidates. proposing:
+    the roles whose slices determine the candidates, if any.
     """
 
     required: Mapping[Role, RequiredLogits]
@@ -34,6 +35,8 @@ class FrameShape:
     aligned: bool
     scores_prompt: bool
     k: int
+    proposing: Sequence[Role]
+    layout: BlockLayout
 
     @property
     def primary(self) -> Role:
@@ -62,9 +65,9 @@ class RowFrame(Generic[Owner]):
     """Rows [n] in flight, with their slices and candidates in `block`.
 
     owners: by row the object to which it belongs, None if it waits for nothing any more. specs [n]: `kernels.SPEC`
-    without alpha. stage [n]: `RowStage`. arrived
-    [n]: bit r is set if role r has sent its slice. lookups [R, n]: those in flight. calls: those in flight for rows,
-    lookups and widenings.
+    without alpha. heats [n]: temperatures of the primary's tempered logsumexp, from which its rows are filtered. stage
+    [n]: `RowStage`. arrived [n]: bit r is set if role r has sent its slice. lookups [R, n]: those in flight. calls:
+    those in flight for rows, lookups and widenings.
     """
 
     def __init__(
@@ -72,24 +75,23 @@ class RowFrame(Generic[Owner]):
         owners: Sequence[Owner],
         shape: FrameShape,
         keys: RowKeys,
-        widths: Mapping[Role, int],
-        proposing: Sequence[Role],
         stage: RowStage,
     ) -> None:
-        """widths: most ids in a role's slice. proposing: the roles whose slices determine the candidates, if any."""
         count, required = len(owners), shape.required
         self.owners: list[Owner | None] = list(owners)
         self.shape, self.keys = shape, keys
         self.specs = keys.sessions["spec"]
         self.specs["rule"] = GUIDED if shape.guided else ALONE
         self.specs["position"] = keys.positions[0] + 1  # a row decides the token behind the primary's own
-        self.block = CandidateBlock(count, required, widths)
-        self.stage = np.full(count, stage, np.uint8)
+        heats = self.specs["temperature"]
+        self.heats = np.where(heats > 0, heats, 1.0)
+        self.block = CandidateBlock(count, shape.layout)
+        self.stage = np.full(count, int(stage), np.uint8)
         self.arrived = np.zeros(count, np.uint8)
         self.lookups = np.zeros((len(required), count), np.int32)
         self.calls: list[CallsForRows] = []  # kept by `inflight.InflightCalls`
         self._bits = {role: 1 << number for number, role in enumerate(required)}
-        self._proposing = sum(self._bits[role] for role in proposing)
+        self._proposing = sum(self._bits[role] for role in shape.proposing)
         self._all = (1 << len(required)) - 1
 
     def receive(self, role: Role, at: Ids | int) -> None:
@@ -98,11 +100,18 @@ class RowFrame(Generic[Owner]):
 
     def ask(self, role: Role, at: Ids) -> None:
         """Lookups in a role were sent for these rows, which may occur several times."""
-        np.add.at(self.lookups[self.block.roles[role]], at, 1)
+        self._count(role, at, 1)
 
     def take_answers(self, role: Role, at: Ids) -> None:
         """Lookups in a role for these rows were answered."""
-        np.subtract.at(self.lookups[self.block.roles[role]], at, 1)
+        self._count(role, at, -1)
+
+    def _count(self, role: Role, at: Ids, change: int) -> None:
+        lookups = self.lookups[self.block.roles[role]]
+        if self.shape.aligned:
+            np.add.at(lookups, at, change)
+        else:  # each row occurs once
+            lookups[at] += change
 
     def lose(self, role: Role, at: int) -> None:
         """A role computes this row again, so its slice is waited for, and the candidates are not known."""
@@ -115,7 +124,7 @@ class RowFrame(Generic[Owner]):
         self.owners[at] = None
         if self.stage.item(at) != RowStage.COMPLETE:
             self.lookups[:, at] = self.arrived[at] = 0
-            self.stage[at] = RowStage.EXTENDING
+            self.stage[at] = int(RowStage.EXTENDING)
 
     def has(self, role: Role, at: int) -> bool:
         """True if a role's slice of this row has arrived."""
@@ -123,7 +132,7 @@ class RowFrame(Generic[Owner]):
 
     def enter(self, at: int, stage: RowStage) -> None:
         """Change the stage of one row. Raises ForbiddenTransition."""
-        self.stage[at] = transition(ROW_TRANSITIONS, RowStage(self.stage[at]), stage)
+        self.stage[at] = int(transition(ROW_TRANSITIONS, RowStage(self.stage[at]), stage))
 
     def owners_of(self, at: Ids) -> list[Owner]:
         """The owners of rows that still wait for something."""
@@ -133,9 +142,11 @@ class RowFrame(Generic[Owner]):
     def proposed(self) -> Ids:
         """The rows whose candidates can be found now."""
         if not self._proposing:
-            return np.zeros(0, np.int64)
-        waiting = (self.stage != RowStage.LOOKING_UP) & (self.stage != RowStage.COMPLETE)
-        return np.flatnonzero(waiting & (self.arrived & self._proposing == self._proposing))
+            return _NO_ROWS
+        ready = self.arrived & self._proposing == self._proposing
+        if not ready.any():
+            return _NO_ROWS
+        return np.flatnonzero(ready & _WITHOUT_CANDIDATES[self.stage])
 
     def merge(self, at: Ids) -> None:
         """Find the candidates of these rows, which then wait for the logits that are missing."""
@@ -144,11 +155,19 @@ class RowFrame(Generic[Owner]):
 
     def complete(self) -> Ids:
         """Enter COMPLETE with every row that has all slices and lookups, and return these rows."""
-        before = RowStage.LOOKING_UP if self._proposing else RowStage.EXTENDING
-        ready = np.flatnonzero((self.stage == before) & (self.arrived == self._all) & ~self.lookups.any(0))
+        arrived = self.arrived == self._all
+        if not arrived.any():
+            return _NO_ROWS
+        before = int(RowStage.LOOKING_UP if self._proposing else RowStage.EXTENDING)
+        ready = np.flatnonzero((self.stage == before) & arrived & ~self.lookups.any(0))
         if len(ready):
             transition_rows(self.stage, ready, RowStage.COMPLETE)
         return ready
+
+
+_NO_ROWS = np.zeros(0, np.int64)
+# By stage: True if the candidates of a row are not found yet.
+_WITHOUT_CANDIDATES = np.array([stage not in (RowStage.LOOKING_UP, RowStage.COMPLETE) for stage in RowStage])
 
 
 def row_numbers(values: Sequence[int]) -> NDArray[np.int64]:

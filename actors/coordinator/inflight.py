@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from actors.api.generation import Role
 from actors.coordinator.frames import RowFrame
 from actors.decoding.candidates import Ids
+from actors.wire.messages import ProtocolError
 
 
 class Calls:
@@ -102,8 +103,10 @@ class Lookups(RowCalls):
         self._places, self._sink = places, sink
 
     def take(self, values: NDArray[Any], first: int, end: int) -> None:
-        """Store the values of the calls from `first` to before `end`."""
+        """Store the values of the calls from `first` to before `end`. Raises ProtocolError if their number is wrong."""
         part, calls = slice(int(self._ends[first] - self._counts[first]), int(self._ends[end - 1])), slice(first, end)
+        if len(values) != part.stop - part.start:
+            raise ProtocolError(f"the {self.role} model sent another number of logits than was requested")
         self._sink(self.rows[calls], self._counts[calls], self._places[part], values)
         self.frame.take_answers(self.role, self.rows[calls])
 
@@ -144,11 +147,11 @@ class InflightCalls:
 
         Unknown ids are left out: their calls were forgotten.
         """
-        ids = call_ids.astype(np.int64)
-        cuts = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
+        ids = call_ids.tolist()
+        cuts = [0, *(at for at in range(1, len(ids)) if ids[at] != ids[at - 1] + 1), len(ids)]
         for begin, stop in pairwise(cuts):
             while begin < stop:
-                wanted = int(ids[begin])
+                wanted = ids[begin]
                 at = bisect.bisect_right(self._firsts, wanted)
                 calls = self._batches[self._firsts[at - 1]] if at else None
                 if calls is not None and wanted < calls.first_id + len(calls):
@@ -157,7 +160,7 @@ class InflightCalls:
                     yield begin, calls, number, end
                     begin += end - number
                 else:
-                    begin += min(self._firsts[at], int(ids[stop - 1]) + 1) - wanted if at < len(self._firsts) else stop
+                    begin += min(self._firsts[at], ids[stop - 1] + 1) - wanted if at < len(self._firsts) else stop
 
     def end(self, calls: Calls, numbers: slice | int) -> None:
         """Remove calls that were answered or refused, or that nobody waits for any more."""

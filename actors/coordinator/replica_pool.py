@@ -219,7 +219,9 @@ class Outbox:
         if self.extends or self.released:
             messages.append(pack_extends(self.extends, self.released))
         if self.lookups:
-            messages.append(pack_lookups(np.concatenate(self.lookups), np.concatenate(self.ids), width))
+            one = len(self.lookups) == 1
+            items = self.lookups[0] if one else np.concatenate(self.lookups)
+            messages.append(pack_lookups(items, self.ids[0] if one else np.concatenate(self.ids), width))
         if self.widens:
             messages.append(Widen(np.array(self.widens, WIDEN_ITEM)))
         if messages:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.api.generation import ROLES, Generate, PromptNote, Role
-from actors.coordinator.frames import FrameShape, RowFrame
+from actors.coordinator.frames import RowFrame
 from actors.coordinator.inflight import ExtendCalls
 from actors.coordinator.output import EventQueue
 from actors.coordinator.replica_pool import Replica
@@ -422,10 +422,6 @@ class VerificationWindow:
                         break
             stream.hold(held)
 
-    def shape(self, k: int) -> FrameShape:
-        """Shape of a frame for the window's rows of width k."""
-        return FrameShape(self.required, self.guided, self.aligned, self.scores_prompt, k)
-
     def dissolve(self) -> None:
         """Drop the rows, which breaks the reference cycle between them and the window."""
         rows, self.rows, self.awaited = self.rows, [], {}
@@ -442,14 +438,14 @@ class HiddenDrafts:
     drafts [4, 5]. Otherwise they are forgotten, and what the guider reads next replaces them in its cache.
     """
 
-    __slots__ = ("active", "awaited", "drafted", "first", "prefix", "replica", "rows", "wanted")
+    __slots__ = ("active", "awaited", "first", "prefix", "replica", "rows", "tokens", "wanted")
 
     def __init__(self, active: ActiveSession, first: int, prefix: int, wanted: int) -> None:
         """first: position of the token in the guider's stream. prefix: running hash up to it."""
         self.active, self.first, self.prefix, self.wanted = active, first, prefix, wanted
         self.replica = active.replicas["guider"]
         self.awaited: dict[Role, tuple[Any, int] | None] = {"guider": None}
-        self.drafted: Sequence[int] | None = None  # until they have arrived
+        self.tokens: Sequence[int] | None = None  # the drafts, once they have arrived
         self.rows: tuple[Any, ...] | None = None  # their rows, as they have arrived: how they were sent, and where
 
     @property

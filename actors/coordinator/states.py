@@ -79,11 +79,12 @@ def transition(table: bytes, before: State, after: State) -> State:
 
 def transition_rows(stages: NDArray[np.uint8], at: NDArray[np.int64], after: RowStage) -> None:
     """Enter `after` with the rows `at` of a column of stages. Raises ForbiddenTransition, and changes nothing then."""
-    allowed = _ROW_COLUMN[stages[at]] >> after & 1
+    allowed = _ROW_ALLOWED[int(after)][stages[at]]
     if not allowed.all():
-        before = RowStage(stages[at[np.flatnonzero(allowed == 0)[0]]])
+        before = RowStage(stages[at[np.flatnonzero(~allowed)[0]]])
         raise ForbiddenTransition(f"{before.name} -> {after.name}")
-    stages[at] = after
+    stages[at] = int(after)
 
 
-_ROW_COLUMN = np.frombuffer(ROW_TRANSITIONS, np.uint8)
+# By stage that is entered, and stage before: True if it may be.
+_ROW_ALLOWED = np.frombuffer(ROW_TRANSITIONS, np.uint8) >> np.arange(len(RowStage))[:, None] & 1 == 1

@@ -18,7 +18,7 @@ from actors.decoding import kernels
 from actors.decoding.kernels import PADDING, SentRows
 from actors.decoding.vocabulary import RequiredLogits
 
-__all__ = ["PADDING", "CandidateBlock", "MissingLogits", "RowSlice", "read_only"]
+__all__ = ["PADDING", "BlockLayout", "CandidateBlock", "MissingLogits", "RowSlice", "read_only"]
 
 Ids = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -47,6 +47,24 @@ class MissingLogits(NamedTuple):
     ids: Ids
 
 
+class BlockLayout:
+    """Which columns of a block's arrays belong to which role. Blocks of equal rows share it."""
+
+    def __init__(self, required: Mapping[Role, RequiredLogits], widths: Mapping[Role, int]) -> None:
+        """required: by role, the primary first. widths: most ids in a role's slice."""
+        self.roles = {role: number for number, role in enumerate(required)}
+        self.widths = [widths[role] for role in required]
+        self.slice_ends = np.cumsum(self.widths)
+        self.slice_columns = int(self.slice_ends[-1])
+        self.groups = [each.groups for each in required.values()]
+        self.events = np.concatenate([each.events for each in required.values()])
+        self.event_ends = np.cumsum([len(each.events) for each in required.values()])
+        events = [0, *self.event_ends.tolist()]
+        begins = [end - width for end, width in zip(self.slice_ends.tolist(), self.widths, strict=True)]
+        # By role its first column of `slices` and of `folded`, as kernels take them.
+        self.first_columns = [np.array(pair) for pair in zip(begins, events, strict=False)]
+
+
 class CandidateBlock:
     """Slices of B rows by role, and from `merge` on their candidates, W at most for each, with every role's logits.
 
@@ -56,20 +74,14 @@ class CandidateBlock:
     its logits outside of it.
     """
 
-    def __init__(self, rows: int, required: Mapping[Role, RequiredLogits], widths: Mapping[Role, int]) -> None:
-        """required: by role, the same for all rows, the primary first. widths: most ids in a role's slice."""
-        self.roles = {role: number for number, role in enumerate(required)}
-        self._widths = [widths[role] for role in required]
-        self._slice_ends = np.cumsum(self._widths)
-        self._groups = [each.groups for each in required.values()]
-        self._events = np.concatenate([each.events for each in required.values()])
-        self._event_ends = np.cumsum([len(each.events) for each in required.values()])
-        self._slices = np.full((rows, int(self._slice_ends[-1])), -1, np.int64)
+    def __init__(self, rows: int, layout: BlockLayout) -> None:
+        self.roles, self._layout = layout.roles, layout
+        self._slices = np.full((rows, layout.slice_columns), -1, np.int64)
         self._slice_logits = np.empty(self._slices.shape)
-        self._folded = np.full((rows, len(self._events)), np.nan)
+        self._folded = np.full((rows, len(layout.events)), np.nan)
         self.sums = np.zeros((len(self.roles), rows))
         self.tempered, self.ceiling = np.zeros(rows), np.full(rows, np.inf)
-        shape = rows, max(1, self._slices.shape[1] + len(self._events))
+        shape = rows, max(1, layout.slice_columns + len(layout.events))
         self.ids, self.counts = np.empty(shape, np.int64), np.zeros(rows, np.int64)
         self.logits = np.empty((len(self.roles), *shape))
         self._held_by = np.empty(shape, np.uint8)
@@ -90,12 +102,12 @@ class CandidateBlock:
     ) -> None:
         """Store the slices of a role for the rows `at` [n]: ids, logits [n, k], folded [n, g], sums, tempered [n]."""
         number = self.roles[role]
-        begin = int(self._slice_ends[number]) - self._widths[number]
+        begin = int(self._layout.slice_ends[number]) - self._layout.widths[number]
         end = begin + ids.shape[1]
         if end > begin:
             self._slices[at, begin:end], self._slice_logits[at, begin:end] = ids, logits
         if folded.shape[1]:
-            last = int(self._event_ends[number])
+            last = int(self._layout.event_ends[number])
             self._folded[at, last - folded.shape[1] : last] = folded
         self.sums[number, at] = sums
         if not number:
@@ -107,7 +119,6 @@ class CandidateBlock:
     ) -> None:
         """Store rows `source` [n] of a message of a role as the rows `at` [n]. See `kernels.store_rows`."""
         number = self.roles[role]
-        first = int(self._slice_ends[number]) - self._widths[number], int(self._event_ends[number - 1]) if number else 0
         kernels.store_rows(
             sent,
             source,
@@ -115,9 +126,9 @@ class CandidateBlock:
             part,
             theirs,
             temperatures,
-            self._groups[number],
+            self._layout.groups[number],
             number,
-            np.array(first),
+            self._layout.first_columns[number],
             self._slices,
             self._slice_logits,
             self._folded,
@@ -137,8 +148,11 @@ class CandidateBlock:
     def slice(self, role: Role, row: int) -> RowSlice:
         """A role's slice of one row, as it was stored."""
         number = self.roles[role]
-        last, end = int(self._event_ends[number]), int(self._slice_ends[number])
-        columns, first = slice(end - self._widths[number], end), int(self._event_ends[number - 1]) if number else 0
+        last, end = int(self._layout.event_ends[number]), int(self._layout.slice_ends[number])
+        columns, first = (
+            slice(end - self._layout.widths[number], end),
+            int(self._layout.event_ends[number - 1]) if number else 0,
+        )
         ids, logits, folded = self._slices[row, columns], self._slice_logits[row, columns], self._folded[row]
         tempered = 0.0 if number else float(self.tempered[row])
         return RowSlice(ids, logits, folded[first:last], float(self.sums[number, row]), tempered)
@@ -149,10 +163,10 @@ class CandidateBlock:
             at,
             self._slices,
             self._slice_logits,
-            self._slice_ends,
-            self._events,
+            self._layout.slice_ends,
+            self._layout.events,
             self._folded,
-            self._event_ends,
+            self._layout.event_ends,
             self.ids,
             self.counts,
             self._held_by,
@@ -163,7 +177,7 @@ class CandidateBlock:
     def add_events(self, role: Role, at: Ids) -> None:
         """Add the events of a role that proposes no candidates, if it answered after the merge."""
         number = self.roles[role]
-        columns = slice(int(self._event_ends[number - 1]) if number else 0, int(self._event_ends[number]))
+        columns = slice(int(self._layout.event_ends[number - 1]) if number else 0, int(self._layout.event_ends[number]))
         self.logits[number, at[:, None], self._event_places[at, columns]] = self._folded[at, columns]
 
     def missing_logits(self, role: Role, at: Ids, theirs: NDArray[np.int64]) -> MissingLogits:

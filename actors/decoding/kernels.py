@@ -10,6 +10,7 @@ The formulas, as numpy writes them, are in `tests/decoding/formulas.py`, with wh
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,7 @@ _BIAS, _SEEN, _BANNED, _ALLOWED, _LEGAL = range(5)
 _NO_IDS, _NO_FLOATS, _NO_WORDS = np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int32)
 
 
+@lru_cache(1024)
 def no_adjustments(rows: int) -> RowAdjustments:
     """Adjustments that change none of so many rows."""
     return RowAdjustments(

@@ -13,7 +13,7 @@ import numpy as np
 
 from actors.api.generation import ROLES
 from actors.api.sampling_params import Sampling
-from actors.decoding.candidates import CandidateBlock
+from actors.decoding.candidates import BlockLayout, CandidateBlock
 from actors.decoding.compiling import cache_folder, cache_misses, check_processor
 from actors.decoding.decision import choose, decide, spec_columns
 from actors.decoding.kernels import ALL, ALONE, GUIDED, SentRows, locate_rows, split_ids
@@ -32,7 +32,7 @@ def compile_kernels() -> None:
     sampling = Sampling(temperature=0.5, top_p=0.9, logit_bias=((2, 1.0),))
     extra = adjustments(sampling, (), {})
     for roles in (ROLES, ROLES[:1]):
-        block = CandidateBlock(1, dict.fromkeys(roles, NO_REQUIRED_LOGITS), dict.fromkeys(roles, 3))
+        block = CandidateBlock(1, BlockLayout(dict.fromkeys(roles, NO_REQUIRED_LOGITS), dict.fromkeys(roles, 3)))
         for role in roles:
             block.store(role, at, ids, logits, np.zeros((1, 0)), np.full(1, 3.0), np.full(1, 3.0))
         block.merge(at)

@@ -85,13 +85,14 @@ def pack_extends(parts: Sequence[ExtendColumns], released: Sequence[int]) -> Ext
         tokens += part.tokens
         drafting += [(begin + place, *draft) for place, draft in part.drafting.items()]
         begin += len(part.items)
-    return Extend(
-        np.concatenate([part.items for part in parts]) if parts else np.zeros(0, EXTEND_ITEM),
-        np.array(tokens, I32),
-        np.concatenate([NO_IDS, *(part.required_ids for part in parts)]),
-        np.array(released, "<u8"),
-        np.array(drafting, DRAFT_ITEM),
-    )
+    if not parts:
+        items, required_ids = np.zeros(0, EXTEND_ITEM), NO_IDS
+    elif len(parts) == 1:
+        items, required_ids = parts[0].items, parts[0].required_ids
+    else:
+        items = np.concatenate([part.items for part in parts])
+        required_ids = np.concatenate([part.required_ids for part in parts])
+    return Extend(items, np.array(tokens, I32), required_ids, np.array(released, "<u8"), np.array(drafting, DRAFT_ITEM))
 
 
 def extend_items(message: Extend) -> list[ExtendItem]:

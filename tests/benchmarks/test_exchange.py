@@ -43,7 +43,16 @@ async def test_steps_are_measured_between_the_tokens_of_each_session(tmp_path: P
     assert len(timings.calls) == 4
     assert min(timings.steps) > 0
     result = timings.result()
-    assert list(result) == ["sessions", "step_ms_p50", "step_ms_p99", "ray_actor_call_ms_p50", "bytes_per_token"]
+    assert list(result) == [
+        "sessions",
+        "step_ms_p50",
+        "step_ms_p99",
+        "ray_actor_call_ms_p50",
+        "step_over_ray_call",
+        "coordinator_us_per_token",
+        "bytes_per_token",
+    ]
+    assert result["coordinator_us_per_token"] > 0
     assert result["step_ms_p50"] <= result["step_ms_p99"]
     assert 3_000 < result["bytes_per_token"] < 8_000
     assert table([timings]).row_count == 1

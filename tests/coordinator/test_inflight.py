@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from actors.coordinator.frames import FrameShape, RowFrame, RowKeys
 from actors.coordinator.inflight import Calls, ExtendCalls, InflightCalls, Lookups, RowCalls
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SESSION, SessionTable
+from actors.decoding.candidates import BlockLayout
 from actors.decoding.decision import spec_columns
 from actors.decoding.kernels import SPEC
-from actors.decoding.vocabulary import NO_REQUIRED_LOGITS
+from actors.decoding.vocabulary import NO_REQUIRED_LOGITS, RequiredLogits
+from actors.wire.messages import ProtocolError
 
 
 class Asker:
@@ -35,8 +38,9 @@ def frame_of(rows: int) -> RowFrame[str]:
     sessions = np.zeros(rows, SESSION)
     numbers = np.zeros((1, rows), np.int64)
     keys = RowKeys(sessions, numbers, numbers, numbers.astype(np.uint64))
-    shape = FrameShape({"target": NO_REQUIRED_LOGITS}, False, False, False, 4)
-    return RowFrame("abcdefgh"[:rows], shape, keys, {"target": 4}, ("target",), RowStage.EXTENDING)
+    required: Mapping[Role, RequiredLogits] = {"target": NO_REQUIRED_LOGITS}
+    shape = FrameShape(required, False, False, False, 4, ("target",), BlockLayout(required, {"target": 4}))
+    return RowFrame("abcdefgh"[:rows], shape, keys, RowStage.EXTENDING)
 
 
 def found(calls: InflightCalls, *ids: int) -> list[tuple[int, Calls, int, int]]:
@@ -90,6 +94,14 @@ def test_forgotten_lookups_of_a_row_store_nothing_and_other_rows_go_on() -> None
     assert stored == [([2], [1], [6], [9.0])]
     assert frame.lookups[0].tolist() == [1, 0, 0]
     assert not frame.calls
+
+
+def test_lookups_with_another_number_of_logits_are_refused() -> None:
+    frame, rows = frame_of(2), np.array([0, 1])
+    batch = Lookups("target", frame, rows, np.array([2, 1]), np.array([5, 7, 6]), lambda *stored: None)
+    for first, end, count in ((0, 2, 2), (0, 2, 4), (1, 2, 2)):
+        with pytest.raises(ProtocolError, match="another number of logits"):
+            batch.take(np.zeros(count), first, end)
 
 
 def test_widenings_of_other_roles_survive_when_one_role_starts_again() -> None:

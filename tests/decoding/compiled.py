@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from actors.api.sampling_params import Sampling
 from actors.decoding import kernels
-from actors.decoding.candidates import CandidateBlock
+from actors.decoding.candidates import BlockLayout, CandidateBlock
 from actors.decoding.compiling import kernel
 from actors.decoding.decision import Decisions, decide, spec_columns
 from actors.decoding.penalties import Adjustments, adjustment_columns
@@ -103,7 +103,7 @@ def stored(
     sent = kernels.SentRows(starts, *_NO_IDS, 0, _NO_LOGITS, sums, sums, values.astype(np.float32).reshape(-1))
     for column in (*sent[1:3], *sent[4:]):
         column.flags.writeable = False
-    block = CandidateBlock(rows, {"target": required}, {"target": 0})
+    block = CandidateBlock(rows, BlockLayout({"target": required}, {"target": 0}))
     at = np.arange(rows)
     block.store_rows("target", at, sent, at, kernels.ALL, np.arange(1_000), temperatures)
     return block

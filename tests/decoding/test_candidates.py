@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.api.generation import ROLES, Role
-from actors.decoding.candidates import PADDING, CandidateBlock, RowSlice
+from actors.decoding.candidates import PADDING, BlockLayout, CandidateBlock, RowSlice
 from actors.decoding.vocabulary import RequiredLogits
 
 IDS = 200
@@ -38,7 +38,7 @@ class Rows:
         """A block of some of the rows, or of all, after the merge."""
         chosen = [self.slices[number] for number in numbers or range(len(self.slices))]
         widths = {role: max(len(each[role].ids) if role in each else 0 for each in chosen) for role in self.required}
-        block = CandidateBlock(len(chosen), self.required, widths)
+        block = CandidateBlock(len(chosen), BlockLayout(self.required, widths))
         for at, each in enumerate(chosen):
             for role, one in each.items():
                 store(block, role, at, one)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
-from actors.decoding.candidates import CandidateBlock
+from actors.decoding.candidates import BlockLayout, CandidateBlock
 from actors.decoding.decision import Decisions, choose, compare
 from actors.decoding.penalties import adjustments
 from actors.decoding.vocabulary import RequiredLogits
@@ -26,7 +26,7 @@ Rows = list[tuple[NDArray[np.float32], RowSamplingSpec]]
 def block_of(rows: Rows, k: int | None, roles: tuple[Role, ...] = ROLES) -> CandidateBlock:
     """A block of full rows [3, V] with top-k slices; k None: all ids."""
     widths = {role: 0 if role == "guider_base" else k or VOCABULARY for role in roles}
-    block = CandidateBlock(len(rows), dict.fromkeys(roles, NOTHING), widths)
+    block = CandidateBlock(len(rows), BlockLayout(dict.fromkeys(roles, NOTHING), widths))
     every = np.arange(len(rows))
     for number, role in enumerate(roles):
         logits = np.stack([whole[number] for whole, _ in rows])

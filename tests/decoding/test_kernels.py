@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from actors.api.generation import ROLES, Role
 from actors.api.sampling_params import Sampling
 from actors.decoding import compiling, kernels
-from actors.decoding.candidates import PADDING, CandidateBlock, Floats
+from actors.decoding.candidates import PADDING, BlockLayout, CandidateBlock, Floats
 from actors.decoding.compiling import UnsupportedProcessor, cache_misses, check_processor
 from actors.decoding.penalties import Adjustments, adjustments
 from actors.decoding.scoring import combined_logprobs
@@ -175,7 +175,7 @@ def test_the_mass_of_a_row_counts_a_folded_event_as_one_id(temperature: float) -
 @pytest.mark.parametrize(("low", "counts"), [([7, 3, 9], [1, 1]), ([5, 6, 7], [3, 0]), ([1, 2, 0], [0, 2])])
 def test_ids_arrive_as_the_wire_encodes_them(low: list[int], counts: list[int]) -> None:
     sent = sent_row(low, counts)
-    block = CandidateBlock(1, {"target": NO_REQUIRED_LOGITS}, {"target": 3})
+    block = CandidateBlock(1, BlockLayout({"target": NO_REQUIRED_LOGITS}, {"target": 3}))
     first = np.array([0])
     block.store_rows("target", first, sent, first, kernels.ALL, np.arange(150_000), np.ones(1))
     expected = join_ids(sent.low, sent.page_counts, [3], 150_000)
@@ -184,7 +184,7 @@ def test_ids_arrive_as_the_wire_encodes_them(low: list[int], counts: list[int]) 
 
 
 def test_ids_that_contradict_their_counts_are_refused() -> None:
-    block = CandidateBlock(1, {"target": NO_REQUIRED_LOGITS}, {"target": 3})
+    block = CandidateBlock(1, BlockLayout({"target": NO_REQUIRED_LOGITS}, {"target": 3}))
     first = np.array([0])
     for sent in (sent_row([1, 2, 3], [2, 2]), sent_row([1, 2, 20_000], [0, 0])):
         with pytest.raises(ValueError, match="contradict"):
