@@ -67,6 +67,7 @@ class RoleTokenizer:
         tokenizer.no_padding()
         _declare_added(tokenizer, settings)
         self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}  # of single tokens, as they were asked for
         declared = tokenizer.get_added_tokens_decoder()
         self.added_tokens: dict[str, int] = {token.content: id_ for id_, token in declared.items()}
         self.special_ids = frozenset(id_ for id_, token in declared.items() if token.special)
@@ -142,6 +143,13 @@ class RoleTokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def text_of(self, id_: int) -> str:
+        """The text of one token without any before it, special or not."""
+        text = self._texts.get(id_)
+        if text is None:
+            text = self._texts[id_] = self.decode((id_,), skip_special=False)
         return text
 
     def stream(self, after: Sequence[int] = (), skip_special: bool = True) -> TextStream:
@@ -262,8 +270,10 @@ class TextStream:
         return text
 
     def _new_text(self, held: list[int]) -> str:
-        before = self._tokenizer.decode(self._decoded, skip_special=False)
-        both = self._tokenizer.decode(self._decoded + held, skip_special=False)
+        decoded, tokenizer = self._decoded, self._tokenizer
+        one = len(decoded) == 1
+        before = tokenizer.text_of(decoded[0]) if one else tokenizer.decode(decoded, skip_special=False)
+        both = tokenizer.decode(decoded + held, skip_special=False)
         if both.startswith(before):
             return both[len(before) :]
         return self._tokenizer.decode(held, skip_special=False)  # a bad byte changed the text of the bytes before it
