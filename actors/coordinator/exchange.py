@@ -21,20 +21,20 @@ from actors.config import Exchange as ExchangeConfig
 from actors.coordinator.candidates import GUIDED, CandidateCompleter, Frame
 from actors.coordinator.frames import FrameShape, RowFrame, RowKeys, row_numbers
 from actors.coordinator.inflight import Calls, ExtendCalls, InflightCalls, Lookups, Widenings
+from actors.coordinator.received_rows import ReceivedRows
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, VerificationWindow
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SessionTable
-from actors.decoding.candidates import BlockLayout, Ids, RowSlice, read_only
+from actors.decoding.candidates import BlockLayout, Ids, RowSlice
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
 from actors.decoding.decision import choose, spec_columns
 from actors.decoding.hashing import extend_hashes, prefix_hash
-from actors.decoding.kernels import ALL, ALONE, ONLY_REQUIRED, ONLY_SLICES, SentRows, locate_rows
+from actors.decoding.kernels import ALL, ALONE, ONLY_REQUIRED, ONLY_SLICES
 from actors.decoding.vocabulary import RequiredLogits
 from actors.text.vocabularies import VocabularyRegistry
-from actors.wire.columns import NO_IDS, Draft, ExtendColumns, RowRequest, drafted_items, rows_ids
-from actors.wire.ids import page_counts
+from actors.wire.columns import NO_IDS, Draft, ExtendColumns, RowRequest, drafted_items
 from actors.wire.messages import (
     EXTEND_ITEM,
     WHOLE,
@@ -270,7 +270,7 @@ class Exchange:
             self._take_extended(columns, ExtendCalls("guider", [window], [sent]), [(0, item)])
         return True
 
-    def _draft_on(self, window: VerificationWindow, sent: PendingExtend, columns: _RowColumns, item: int) -> None:
+    def _draft_on(self, window: VerificationWindow, sent: PendingExtend, columns: ReceivedRows, item: int) -> None:
         """Let the guider draft behind a window that the other roles verify, as if they accepted all of its drafts.
 
         sent, columns, item: the rows of the window's drafts, from the last of which the next token is guessed.
@@ -594,7 +594,7 @@ class Exchange:
     def _take_rows(self, message: Rows, replica: Replica) -> None:
         """Store the rows of extends and widenings, those of one frame together."""
         replica.forward_time.observe(message.packed, message.micros / 1e6)
-        columns = _RowColumns(message, replica.welcome.width)
+        columns = ReceivedRows(message, replica.welcome.width)
         for item, calls, begin, end in self._calls.find(message.items["call_id"]):
             numbers = calls.among(begin, end)
             if isinstance(calls, Widenings):
@@ -609,7 +609,7 @@ class Exchange:
             self._calls.end(calls, slice(begin, end))
 
     def _take_frame(
-        self, columns: _RowColumns, calls: ExtendCalls[VerificationWindow], numbers: Sequence[int], ahead: int
+        self, columns: ReceivedRows, calls: ExtendCalls[VerificationWindow], numbers: Sequence[int], ahead: int
     ) -> None:
         """Store the rows of extends of whole windows. ahead: item of a call in the message, less its number."""
         role, frame = calls.role, calls.frame
@@ -642,7 +642,7 @@ class Exchange:
         self._touched[frame] = None
 
     def _take_extended(
-        self, columns: _RowColumns, calls: ExtendCalls[Any], answered: Sequence[tuple[int, int]]
+        self, columns: ReceivedRows, calls: ExtendCalls[Any], answered: Sequence[tuple[int, int]]
     ) -> None:
         """Store the rows of other extends. answered: number of the call, and item in the message."""
         role = calls.role
@@ -674,7 +674,7 @@ class Exchange:
             self._store(columns, frame, role, members)
 
     def _store(
-        self, columns: _RowColumns, frame: Frame, role: Role, members: Sequence[tuple[LogitsRow, int, float]]
+        self, columns: ReceivedRows, frame: Frame, role: Role, members: Sequence[tuple[LogitsRow, int, float]]
     ) -> None:
         """Store slices of a role in a frame. members: row, its number among the message's rows, temperature."""
         rows, sources, temperatures = zip(*members, strict=True)
@@ -691,7 +691,7 @@ class Exchange:
             return
         self._received(frame, role, at)
 
-    def _take_wider(self, columns: _RowColumns, role: Role, targets: Sequence[tuple[LogitsRow, int]]) -> None:
+    def _take_wider(self, columns: ReceivedRows, role: Role, targets: Sequence[tuple[LogitsRow, int]]) -> None:
         """Store wider slices. targets: row, and its number among the message's rows."""
         frames: dict[Frame, list[tuple[LogitsRow, int]]] = {}
         for row, number in targets:
@@ -708,7 +708,7 @@ class Exchange:
             self._touched[frame] = None
 
     def _take_aligned(
-        self, columns: _RowColumns, window: VerificationWindow, role: Role, item: int, start: int
+        self, columns: ReceivedRows, window: VerificationWindow, role: Role, item: int, start: int
     ) -> None:
         """Store the rows of an extend of a small model with another vocabulary, in its own ids."""
         first, count = int(columns.first_row[item]), int(columns.rows[item])
@@ -833,42 +833,3 @@ def _extend_columns(first: int, members: Sequence[PendingExtend]) -> ExtendColum
         np.concatenate([NO_IDS, *(each.required_ids for each in members)]),
         {place: each.draft for place, each in enumerate(members) if each.draft is not None},
     )
-
-
-class _RowColumns:
-    """The rows of a message by number. width: logits in a whole row of this model."""
-
-    def __init__(self, message: Rows, width: int) -> None:
-        items = message.items
-        self.rows, self._ks, self._required = (np.ascontiguousarray(items[n]) for n in ("rows", "k", "required_ids"))
-        self.first_row = np.cumsum(self.rows) - self.rows
-        if len(items) and min(self.rows.min(), self._required.min()) < 0:
-            raise ProtocolError("Rows.items has a negative count")
-        starts, pages = np.empty((int(self.rows.sum()), 4), np.int64), page_counts(width)
-        lengths = locate_rows(self.rows, self._ks, self._required, width, starts)
-        columns = [read_only(each) for each in (message.ids, message.pages, message.logits)]
-        columns += [read_only(each) for each in (message.logsumexp, message.tempered, message.required)]
-        expected = lengths[0], len(starts) * pages, lengths[1], len(starts), len(starts), lengths[2]
-        if tuple(map(len, columns)) != expected:
-            raise ProtocolError("the columns of Rows do not fit its items")
-        self.sent = SentRows(starts, columns[0], columns[1], pages, *columns[2:])
-        self._message, self._width = message, width
-        self._ids: Ids | None = None  # joined when they are needed
-
-    def check(self, items: Ids, k: int, required: int) -> None:
-        """Raise ProtocolError unless these items have slices of k, and so many required logits, as was requested."""
-        if (self._ks[items] != min(k, self._width)).any() or (self._required[items] != required).any():
-            raise ProtocolError("a model sent slices of another width, or other required logits, than was requested")
-
-    def item_of(self, row: int) -> int:
-        """The item to which a row belongs."""
-        return int(np.searchsorted(self.first_row, row, "right")) - 1
-
-    def slice(self, source: int) -> RowSlice:
-        """One row in the model's own ids."""
-        k, id_at, logit_at, _ = self.sent.starts[source].tolist()
-        if self._ids is None:
-            self._ids = rows_ids(self._message, self._width)
-        ids = np.arange(self._width) if k == WHOLE else self._ids[id_at : id_at + k]
-        logits = self.sent.logits[logit_at : logit_at + len(ids)]
-        return RowSlice(ids, logits, np.zeros(0), float(self.sent.logsumexp[source]))
