@@ -217,7 +217,11 @@ class Outbox:
         """Empty the outbox into messages, in the order in which they are sent. width: logits in a row of the model."""
         messages: list[Message] = []
         if self.extends or self.released:
-            messages.append(pack_extends(self.extends, self.released))
+            # A replica reads what is released before the items. A session that ended after it was extended comes later.
+            extended = {key for part in self.extends for key in part.items["session"].tolist()} if self.released else ()
+            messages.append(pack_extends(self.extends, [key for key in self.released if key not in extended]))
+            if ended := [key for key in self.released if key in extended]:
+                messages.append(pack_extends([], ended))
         if self.lookups:
             one = len(self.lookups) == 1
             items = self.lookups[0] if one else np.concatenate(self.lookups)
