@@ -110,9 +110,12 @@ class CandidateCompleter:
     @staticmethod
     def _store_events(frame: Frame, complete: Ids) -> None:
         """Store the small models' log-probabilities of complete rows; the logsumexp of such a row is 0."""
-        for row in frame.owners_of(complete):
-            for role, (events, number) in row.events.items():
-                frame.block.logits[frame.block.roles[role], row.at] = events.masses()[number]
+        owners = frame.owners_of(complete)
+        for role, number in frame.block.roles.items():
+            of_role = [(row.at, *row.events[role]) for row in owners if role in row.events]
+            masses = {events: events.masses() for events in dict.fromkeys(events for _, events, _ in of_role)}
+            for at, events, place in of_role:
+                frame.block.logits[number, at] = masses[events][place]
 
     def _look_up(
         self,

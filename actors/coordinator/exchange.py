@@ -99,7 +99,8 @@ class Exchange:
         self._touched: dict[Frame, None] = {}
         self._unplaced: list[VerificationWindow] = []  # windows whose rows have no frame yet
         self._widened: list[LogitsRow] = []  # rows whose wider slices are not requested yet
-        self._extends: dict[Role, list[PendingExtend]] = {}
+        # By role, and by the window or hidden drafts that wait: a later extend replaces one that is not sent yet.
+        self._extends: dict[Role, dict[VerificationWindow | HiddenDrafts, PendingExtend]] = {}
         # windows whose lookups of earlier rows are not sent yet
         self._crossing_pending: dict[VerificationWindow, None] = {}
         self._calls = InflightCalls()
@@ -132,7 +133,7 @@ class Exchange:
         extends, self._extends = self._extends, {}
         for role, pending in extends.items():
             by_replica: dict[Replica, list[PendingExtend]] = {}
-            for each in pending:
+            for each in pending.values():
                 if each.window.current:  # else it has ended
                     by_replica.setdefault(each.window.active.replicas[role], []).append(each)
             for replica, members in by_replica.items():
@@ -290,7 +291,7 @@ class Exchange:
         active.hidden_drafts = hidden
         draft = draft._replace(drafts=window.to_hide, position=noise + 1)
         extend = sent._replace(window=hidden, position=first, prefix=before, tokens=[token], draft=draft)
-        self._extends.setdefault("guider", []).append(extend._replace(keep=rows, start=first))
+        self._extends.setdefault("guider", {})[hidden] = extend._replace(keep=rows, start=first)
 
     def _place(self) -> None:
         """Put the rows of windows that were begun into frames, those of one shape into one, and extend them."""
@@ -315,8 +316,6 @@ class Exchange:
                 proposing = ()
             elif window.guided and k != WHOLE:
                 proposing = GUIDED[:2]
-            elif window.aligned:
-                proposing = GUIDED[:1]
             layout = BlockLayout(required, {role: self._slice_width(window, role, k) for role in required})
             shape = FrameShape(required, *key[1:], proposing, layout)
             if len(self._shapes) >= _SHAPES:
@@ -539,7 +538,7 @@ class Exchange:
         rows = end - fresh
         heat = self._temperature(window, role)
         requested = position, stream.hash_before(position), tokens, rows, k, ids, draft, keep, fresh, heat
-        self._extends.setdefault(role, []).append(PendingExtend(window, *requested))
+        self._extends.setdefault(role, {})[window] = PendingExtend(window, *requested)
 
     def _take_held_rows(self, window: VerificationWindow, role: Role, history: RowHistory, fresh: int) -> None:
         """Take the rows before `fresh` from the history."""

@@ -125,8 +125,9 @@ class InflightCalls:
         return self._next - 1
 
     def extend(self, calls: ExtendCalls[Any]) -> int:
-        """Register extends. Returns the id of the first."""
+        """Register extends, each in place of one that its window awaited. Returns the id of the first."""
         for number, window in enumerate(calls.windows):
+            self.forget_extend(window, calls.role)
             window.awaited[calls.role] = calls, number
         return self._issue(calls)
 

@@ -77,25 +77,26 @@ class Verifier:
 
     def verify(self, windows: Sequence[VerificationWindow]) -> list[list[RowDecision]]:
         """Decide each window's next rows: all complete ones, or only the first if its token affects the later ones."""
-        found: list[list[RowDecision]] = [[] for _ in windows]
-        groups: dict[RowFrame[LogitsRow], list[tuple[int, LogitsRow, float]]] = {}
-        for number, window in enumerate(windows):
-            for row, alpha in _decidable(window):
-                groups.setdefault(row.frame, []).append((number, row, alpha))
+        wanted = [list(_decidable(window)) for window in windows]
+        groups: dict[RowFrame[LogitsRow], list[tuple[LogitsRow, float]]] = {}
+        for rows in wanted:
+            for row, alpha in rows:  # some may have left the frame of the others, because they were widened
+                groups.setdefault(row.frame, []).append((row, alpha))
+        found: dict[LogitsRow, RowDecision] = {}
         for frame, members in groups.items():
-            at = row_numbers([row.at for _, row, _ in members])
+            at = row_numbers([row.at for row, _ in members])
             specs = frame.specs[at]
-            specs["alpha"] = [alpha for _, _, alpha in members]
-            sessions = [row.window.active.session for _, row, _ in members]
+            specs["alpha"] = [alpha for _, alpha in members]
+            sessions = [row.window.active.session for row, _ in members]
             adjustments = [None if each.history_free else each.adjustments() for each in sessions]
             listed = [each.listed for each in sessions]
             decisions = decide(
                 frame.block, at, specs, adjustments if any(adjustments) else (), listed if any(listed) else ()
             )
-            rows = DecidedRows(decisions, self._config.max_unseen_mass)
-            for index, (number, _, alpha) in enumerate(members):
-                found[number].append(RowDecision(rows, index, alpha))
-        return found
+            decided = DecidedRows(decisions, self._config.max_unseen_mass)
+            for number, (row, alpha) in enumerate(members):
+                found[row] = RowDecision(decided, number, alpha)
+        return [[found[row] for row, _ in rows] for rows in wanted]
 
     def verdict(self, row: LogitsRow, decided: RowDecision) -> Verdict:
         """Outcome of a decided row, once the rows before it have become tokens."""

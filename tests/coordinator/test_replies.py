@@ -27,7 +27,8 @@ def more_rows(message: Message) -> Message:
         return message
     items = message.items.copy()
     items["rows"] += 1
-    twice = {name: np.tile(getattr(message, name), 2) for name in ("logsumexp", "tempered", "ids", "pages", "logits")}
+    columns = "logsumexp", "tempered", "ids", "pages", "logits"
+    twice: dict[str, Any] = {name: np.tile(getattr(message, name), 2) for name in columns}
     return replace(message, items=items, **twice)
 
 

@@ -148,14 +148,13 @@ class TokenEventLogprobs:
         self.values = np.full(len(self.tokens), np.nan)
         self._counts, self._sums = counts, np.zeros(len(ids))
         self._crossing = [each.crossing for each in inputs]
-        self._masses: Floats | None = None
         ends = np.cumsum(counts.reshape(ids.shape).sum(1))
         self._parts = [slice(end - size, end) for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
         self._add_slices([(row, each.slice) for row, each in enumerate(inputs) if each.slice is not None])
 
     def add_slice(self, row: int, part: RowSlice) -> None:
         """Store a slice of one row."""
-        self._sums[row], self._masses = part.logsumexp, None
+        self._sums[row] = part.logsumexp
         if not len(part.ids):
             return
         wanted = self.tokens[self._parts[row]]
@@ -183,15 +182,13 @@ class TokenEventLogprobs:
 
     def fill(self, places: Ids, values: NDArray[Any]) -> None:
         """Store the logits of a lookup."""
-        self.values[places], self._masses = values, None
+        self.values[places] = values
 
     def masses(self) -> Floats:
-        """Log-probabilities [B, W]; NaN for an event without small tokens and for a row without continuations."""
-        if self._masses is None:
-            self._masses = self._fold()
-        return self._masses
+        """Log-probabilities [B, W] as of now; NaN for an event without small tokens, and without continuations.
 
-    def _fold(self) -> Floats:
+        Nothing is kept: logits of crossing tokens may arrive at any time, and rows become complete one by one.
+        """
         out = np.full(self._ids.size, np.nan)
         nonempty = self._counts > 0
         if nonempty.any():
