@@ -144,9 +144,9 @@ class InflightCalls:
         return first
 
     def find(self, call_ids: NDArray[np.uint64]) -> Iterator[tuple[int, Calls, int, int]]:
-        """Split ids into runs of one batch: begin in `call_ids`, the batch, and its first and last but one number.
+        """Split ids into runs of one batch: index of the run in `call_ids`, the batch, and the numbers begin and end.
 
-        Unknown ids are left out: their calls were forgotten.
+        The calls of a run are those from number `begin` to before `end`. Ids of forgotten calls are left out.
         """
         ids = call_ids.tolist()
         cuts = [0, *(at for at in range(1, len(ids)) if ids[at] != ids[at - 1] + 1), len(ids)]
@@ -160,8 +160,8 @@ class InflightCalls:
                     end = min(number + stop - begin, len(calls))
                     yield begin, calls, number, end
                     begin += end - number
-                else:
-                    begin += min(self._firsts[at], ids[stop - 1] + 1) - wanted if at < len(self._firsts) else stop
+                else:  # go on with the ids of the next batch, if there is one
+                    begin = min(stop, begin + self._firsts[at] - wanted) if at < len(self._firsts) else stop
 
     def end(self, calls: Calls, numbers: slice | int) -> None:
         """Remove calls that were answered or refused, or that nobody waits for any more."""

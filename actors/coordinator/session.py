@@ -52,7 +52,7 @@ class ActiveSession:
         self.replicas: dict[Role, Replica] = {}
         self._limits: dict[Role, int] = {}
         self.window: VerificationWindow | None = None
-        self.hidden_drafts: HiddenDrafts | None = None
+        self.hidden_drafts: HiddenDrafts | None = None  # for the window after this one
         self.row_histories: dict[Role, RowHistory] = {}  # of small roles with another vocabulary
         self.state = SessionState.QUEUED
         self.state_since = time.monotonic()
@@ -275,8 +275,6 @@ class LogitsRow:
 _NO_SLICES: dict[Role, RowSlice] = {}
 _NO_CROSSING: dict[Role, CrossingRows] = {}
 _NO_EVENTS: dict[Role, tuple[TokenEventLogprobs, int]] = {}
-
-
 _NO_DRAFT_TOKENS: Mapping[Role, Sequence[int]] = dict.fromkeys(ROLES, ())
 _ONE_ROW: Mapping[Role, Sequence[int]] = dict.fromkeys(ROLES, (0,))
 _NO_OLDEST: Mapping[Role, int] = {}
@@ -454,7 +452,9 @@ class HiddenDrafts:
         return self.active.hidden_drafts is self
 
     def fit(self) -> bool:
-        """True if the session's tokens are those that were assumed, and its guider is the same."""
+        """True if they were requested, the session's tokens are those that were assumed, and its guider is the same."""
+        if self.rows is None and self.awaited["guider"] is None:
+            return False  # the window before ended in the turn in which they were planned
         stream = self.active.session.streams["guider"]
         same = self.active.replicas.get("guider") is self.replica
         return same and len(stream) == self.first + 1 and stream.hash_before(len(stream)) == self.prefix

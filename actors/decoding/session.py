@@ -47,7 +47,7 @@ class SessionVocabulary:
 
 
 class AnswerPart(NamedTuple):
-    """What one step adds to an answer: the text to show, the tokens, and their notes if the request wants them."""
+    """The part of an answer that one step adds: text to show, tokens, and their notes if the request wants them."""
 
     reasoning: str
     content: str

@@ -81,3 +81,13 @@ async def test_drafts_that_are_not_taken_leave_nothing_in_a_cache(trio: Trio) ->
         await answers(service, with_drafts(varied_requests(service)[:10]))
         await until(lambda: set(trio.held().values()) == {0})
         assert service.coordinators[0].load().sessions == 0
+
+
+async def test_a_window_that_ends_before_its_hidden_drafts_are_requested_drafts_anew(trio: Trio) -> None:
+    """With whole rows nothing is looked up, so a window may end in the turn in which the guider's rows arrive."""
+    async with local_service(drafting(exchange={"mode": "full"}), trio.engines) as service:
+        requests = [replace(one, sampling=replace(LONG, temperature=0)) for one in varied_requests(service)[:6]]
+        expected = await answers(service, with_drafts(requests, 0))
+        async with asyncio.timeout(60):
+            assert await answers(service, with_drafts(requests)) == expected
+        assert hidden(service) > 0

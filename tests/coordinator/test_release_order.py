@@ -1,4 +1,4 @@
-"""What a turn collects for one replica, and the order in which it is sent."""
+"""The order in which extends and released sessions of one turn are sent to a replica."""
 
 from __future__ import annotations
 
