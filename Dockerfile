@@ -32,7 +32,7 @@ COPY --chown=ray ray_config.yaml ./
 USER ray
 # the compiled decoding kernels, which every process of the container loads
 ENV NUMBA_CACHE_DIR=/home/ray/kernels
-RUN python -m actors.decoding.warmup
+RUN python -m actors.warmup
 # VERBOSE=1: cluster.serve leaves the log lines on the standard output, where `docker logs` finds them
 # the callback of Serve's proxy, which every node of a cluster may start: see router/proxy.py
 ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VERBOSE=1 \

@@ -71,4 +71,4 @@ clean: ## remove .venv
 
 # Once, before many processes start at a time and would each do it.
 kernels: .venv/ready ## compile the decoding kernels, if their source has changed
-	@$(BIN)/python -m actors.decoding.warmup
+	@$(BIN)/python -m actors.warmup

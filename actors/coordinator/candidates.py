@@ -18,6 +18,7 @@ from actors.coordinator.inflight import InflightCalls, Lookups, Sink
 from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.decoding.candidates import PADDING, Floats, Ids, MissingLogits
 from actors.decoding.cross_vocab.logprobs import CrossingRows, RoleRowInput, TokenEventLogprobs, proposed_tokens
+from actors.decoding.kernels import ask
 from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import LOOKUP_ITEM, WHOLE
 
@@ -37,14 +38,15 @@ class CandidateCompleter:
         shape = frame.shape
         if shape.aligned and shape.k != WHOLE:
             self._propose(frame)
-        if len(found := frame.proposed()):
+        found, complete = frame.scan()
+        if len(found):
             frame.merge(found)
             if shape.aligned:
                 self._look_up_events(frame, found)
             elif shape.guided and shape.k != WHOLE:
                 for role in GUIDED:
                     self._look_up_plain(frame, role, found)
-        complete = frame.complete()
+            complete = np.concatenate([complete, frame.scan()[1]])
         if shape.aligned:
             self._store_events(frame, complete)
         return complete
@@ -135,13 +137,9 @@ class CandidateCompleter:
                 taken = np.repeat(here, counts)
                 rows, counts, places, ids = rows[here], counts[here], places[taken], ids[taken]
             first = self._calls.ask(Lookups(role, frame, rows, counts, places, sink))
-            sessions = frame.keys.sessions[rows]
-            items = np.empty(len(rows), LOOKUP_ITEM)
-            items["call_id"] = np.arange(first, first + len(rows))
-            items["session"], items["epoch"], items["ids"] = sessions["key"], sessions["epoch"], counts
-            if keys is None:
-                items["row"], items["position"] = frame.keys.prefixes[number][rows], frame.keys.positions[number][rows]
-            else:
+            items, of_frame = np.empty(len(rows), LOOKUP_ITEM), frame.keys
+            ask(items, first, of_frame.sessions, of_frame.prefixes[number], of_frame.positions[number], rows, counts)
+            if keys is not None:
                 items["position"], items["row"] = np.array(keys, np.uint64)[here].T
             frame.ask(role, rows)
             owner = frame.owners[int(rows[0])]

@@ -18,10 +18,10 @@ from actors.coordinator.replica_pool import Locate
 from actors.coordinator.session import ActiveSession
 from actors.coordinator.stats import CoordinatorLoad
 from actors.decoding.session import Session
-from actors.decoding.warmup import compile_kernels
 from actors.metrics import Recorder
 from actors.text.tokenizer import RoleTokenizer
 from actors.text.vocabularies import VocabularyRegistry
+from actors.warmup import compile_kernels
 
 
 class Coordinator:

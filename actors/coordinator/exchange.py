@@ -10,7 +10,8 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from operator import add
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, VerificationWindow
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SessionTable
-from actors.decoding.candidates import BlockLayout, Ids, RowSlice
+from actors.decoding.candidates import Answered, BlockLayout, Ids, RowSlice, Stages
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
 from actors.decoding.decision import choose, spec_columns
@@ -90,6 +91,14 @@ class PendingExtend(NamedTuple):
     temperature: float
 
 
+class ArrivedRows(NamedTuple):
+    """The rows with which a role answered an extend that was sent for itself: item `item` of `columns`."""
+
+    sent: PendingExtend
+    columns: ReceivedRows
+    item: int
+
+
 class Exchange:
     """Requests the logits rows of one coordinator's sessions, and collects the replies."""
 
@@ -101,6 +110,9 @@ class Exchange:
         self._widened: list[LogitsRow] = []  # rows whose wider slices are not requested yet
         # By role, and by the window or hidden drafts that wait: a later extend replaces one that is not sent yet.
         self._extends: dict[Role, dict[VerificationWindow | HiddenDrafts, PendingExtend]] = {}
+        self._arrived: list[
+            tuple[VerificationWindow, Role, ArrivedRows]
+        ] = []  # perhaps before the window's rows have a frame
         # windows whose lookups of earlier rows are not sent yet
         self._crossing_pending: dict[VerificationWindow, None] = {}
         self._calls = InflightCalls()
@@ -127,6 +139,7 @@ class Exchange:
     def request(self) -> None:
         """Put what was begun since the last call into the outboxes of the replicas. Call before these are sent."""
         self._place()
+        self._store_arrived()
         self._place_widened()
         crossing, self._crossing_pending = self._crossing_pending, {}
         self._completer.look_up_crossing_rows(window for window in crossing if window.active.window is window)
@@ -204,6 +217,7 @@ class Exchange:
     def extend_again(self, active: ActiveSession, role: Role, held: int) -> None:
         """Request a role's rows of the window again. held: tokens that its replica holds."""
         self._place()
+        self._store_arrived()
         window = active.window
         assert window is not None
         stream = active.session.streams[role]
@@ -267,31 +281,30 @@ class Exchange:
         if hidden.tokens is not None:
             self._draft(window, hidden.tokens)
         if hidden.rows is not None:
-            sent, columns, item = hidden.rows
-            self._take_extended(columns, ExtendCalls("guider", [window], [sent]), [(0, item)])
+            self._take_answers("guider", [(window, hidden.rows)])
         return True
 
-    def _draft_on(self, window: VerificationWindow, sent: PendingExtend, columns: ReceivedRows, item: int) -> None:
-        """Let the guider draft behind a window that the other roles verify, as if they accepted all of its drafts.
+    def _draft_on(self, answers: Sequence[tuple[VerificationWindow, ArrivedRows]]) -> None:
+        """Let the guider draft behind windows that the other roles verify, as if they accepted all of its drafts.
 
-        sent, columns, item: the rows of the window's drafts, from the last of which the next token is guessed.
+        answers: the rows of each window's drafts. From the last of them the next token is guessed.
         """
-        active, drafts, draft = window.active, window.drafts, sent.draft
-        session, rows = active.session, int(columns.rows[item])
-        if not window.to_hide or window.aligned or draft is None or rows != drafts + 1 or active.hidden_drafts:
-            return
-        last = columns.slice(int(columns.first_row[item]) + rows - 1)
-        noise, how = draft.position + drafts, Sampling(temperature=draft.temperature, top_p=draft.top_p)
-        token = int(choose(last.ids[None], last.logits[None], [how], [draft.seed], [noise])[0])
-        guess = session.translators["guider"].drafts_in_target([token])
-        if not guess or guess[0] in session.vocabulary.eos_ids:
-            return
-        first, before = window.first["guider"] + rows, window.hashes["guider"][drafts]
-        hidden = HiddenDrafts(active, first, prefix_hash(before, token), window.to_hide)
-        active.hidden_drafts = hidden
-        draft = draft._replace(drafts=window.to_hide, position=noise + 1)
-        extend = sent._replace(window=hidden, position=first, prefix=before, tokens=[token], draft=draft)
-        self._extends.setdefault("guider", {})[hidden] = extend._replace(keep=rows, start=first)
+        lasts = [of.columns.slice(int(of.columns.first_row[of.item]) + window.drafts) for window, of in answers]
+        drafts = [draft for _, of in answers if (draft := of.sent.draft) is not None]
+        how = [Sampling(temperature=draft.temperature, top_p=draft.top_p) for draft in drafts]
+        noise = [draft.position + window.drafts for (window, _), draft in zip(answers, drafts, strict=True)]
+        ids, logits = np.stack([last.ids for last in lasts]), np.stack([last.logits for last in lasts])
+        tokens = choose(ids, logits, how, [draft.seed for draft in drafts], noise).tolist()
+        for (window, of), draft, token, position in zip(answers, drafts, tokens, noise, strict=True):
+            active, session = window.active, window.active.session
+            guess = session.translators["guider"].drafts_in_target([token])
+            if not guess or guess[0] in session.vocabulary.eos_ids:
+                continue
+            first, before = window.first["guider"] + len(window.rows), window.hashes["guider"][window.drafts]
+            hidden = active.hidden_drafts = HiddenDrafts(active, first, prefix_hash(before, token), window.to_hide)
+            ahead = draft._replace(drafts=window.to_hide, position=position + 1)
+            extend = of.sent._replace(window=hidden, position=first, prefix=before, tokens=[token], draft=ahead)
+            self._extends.setdefault("guider", {})[hidden] = extend._replace(keep=len(window.rows), start=first)
 
     def _place(self) -> None:
         """Put the rows of windows that were begun into frames, those of one shape into one, and extend them."""
@@ -583,6 +596,7 @@ class Exchange:
 
     def advance(self) -> list[VerificationWindow]:
         """Request what touched rows still lack. Returns the windows among theirs whose next row is complete."""
+        self._store_arrived()
         touched, self._touched = list(self._touched), {}
         windows: dict[VerificationWindow, None] = {}
         for frame in touched:
@@ -594,43 +608,44 @@ class Exchange:
         """Store the rows of extends and widenings, those of one frame together."""
         replica.forward_time.observe(message.packed, message.micros / 1e6)
         columns = ReceivedRows(message, replica.welcome.width)
-        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
-            numbers = calls.among(begin, end)
-            if isinstance(calls, Widenings):
-                firsts = columns.first_row[item : item + end - begin]
-                targets = [(calls.owners[each], int(firsts[each - begin])) for each in numbers]
-                self._take_wider(columns, calls.role, targets)
+        for calls, numbers, items in self._calls.find(message.items["call_id"]):
+            if isinstance(calls, ExtendCalls) and calls.frame is not None:
+                self._take_frame(columns, calls, numbers, items)
             elif isinstance(calls, ExtendCalls):
-                if calls.frame is not None:
-                    self._take_frame(columns, calls, numbers, item - begin)
-                else:
-                    self._take_extended(columns, calls, [(each, item + each - begin) for each in numbers])
-            self._calls.end(calls, slice(begin, end))
+                windows = [calls.windows[number] for number in numbers]
+                sent = [calls.details[number] for number in numbers]
+                rows = [ArrivedRows(how, columns, item) for how, item in zip(sent, items.tolist(), strict=True)]
+                self._take_answers(calls.role, list(zip(windows, rows, strict=True)))
+            elif isinstance(calls, Widenings):
+                owners = [calls.owners[number] for number in numbers]
+                targets = list(zip(owners, columns.first_row[items].tolist(), strict=True))
+                self._take_wider(columns, calls.role, targets)
+            self._calls.end(calls, numbers)
 
     def _take_frame(
-        self, columns: ReceivedRows, calls: ExtendCalls[VerificationWindow], numbers: Sequence[int], ahead: int
+        self, columns: ReceivedRows, calls: ExtendCalls[VerificationWindow], numbers: Ids, items: Ids
     ) -> None:
-        """Store the rows of extends of whole windows. ahead: item of a call in the message, less its number."""
+        """Store the rows of extends of whole windows: those of `numbers`, answered by `items` of the message."""
         role, frame = calls.role, calls.frame
         assert frame is not None
         assert calls.rows is not None
         assert calls.counts is not None
-        if not numbers:
-            return
-        for number in numbers:
+        for number in numbers.tolist():
             calls.windows[number].take_answer(role)
-        taken = np.array(numbers)
-        items, counts = taken + ahead, calls.counts[taken]
-        columns.check(items, self._width(calls.windows[0], role), len(frame.shape.required[role].ids))
-        if (columns.rows[items] != counts).any():
-            raise ProtocolError(f"the {role} model sent another number of rows than was requested")
-        at, source = calls.rows[taken], columns.first_row[items]
-        if len(taken) < (rows := int(counts.sum())):
-            within = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)  # number in its window
-            at, source = np.repeat(at, counts) + within, np.repeat(source, counts) + within
+        answered = Answered(items, numbers, calls.rows, calls.counts)
+        k = min(self._width(calls.windows[0], role), columns.width)
         theirs = self._vocabularies.plain_map(frame.shape.primary, role).to_primary
-        frame.block.store_rows(role, at, columns.sent, source, ALL, theirs, frame.heats[at])
-        self._received(frame, role, at)
+        rows = Stages(frame.stage, frame.arrived)
+        late = frame.block.store_answers(role, columns.columns, answered, k, theirs, frame.heats, rows)
+        if late < 0:
+            raise ProtocolError(
+                f"the {role} model sent slices of another width, or other numbers of rows or required logits, than was "
+                "requested"
+            )
+        if late:
+            first, counts = calls.rows[numbers].tolist(), calls.counts[numbers].tolist()
+            self._received(frame, role, np.concatenate(list(map(np.arange, first, map(add, first, counts)))))
+        self._touched[frame] = None
 
     def _received(self, frame: Frame, role: Role, at: Ids) -> None:
         """A role's slices of these rows are stored, perhaps after their candidates were found."""
@@ -640,36 +655,49 @@ class Exchange:
             frame.block.add_events(role, late)
         self._touched[frame] = None
 
-    def _take_extended(
-        self, columns: ReceivedRows, calls: ExtendCalls[Any], answered: Sequence[tuple[int, int]]
+    def _take_answers(
+        self, role: Role, answers: Sequence[tuple[VerificationWindow | HiddenDrafts, ArrivedRows]]
     ) -> None:
-        """Store the rows of other extends. answered: number of the call, and item in the message."""
-        role = calls.role
-        frames: dict[Frame, list[tuple[LogitsRow, int, float]]] = {}
-        for number, item in answered:
-            window, sent = calls.windows[number], calls.details[number]
+        """Take the answers of a role to extends that were sent for themselves, all in one message."""
+        to_draft_on = []
+        for window, of in answers:
             if isinstance(window, HiddenDrafts):
-                window.awaited[role], window.rows = None, (sent, columns, item)
+                window.awaited[role], window.rows = None, of
                 continue
             window.take_answer(role)
-            if role == window.drafting_role and not window.rows:
-                self._request_rows(window, [])  # no draft came
-            self._place()
             if role == window.drafting_role:
-                self._draft_on(window, sent, columns, item)
+                if not window.rows:
+                    self._request_rows(window, [])  # no draft came
+                whole = window.drafts + 1 == of.columns.rows[of.item]
+                if window.to_hide and whole and not (window.aligned or window.active.hidden_drafts):
+                    to_draft_on.append((window, of))
+            if role in window.required:
+                self._arrived.append((window, role, of))
+        if to_draft_on:
+            self._draft_on(to_draft_on)
+
+    def _store_arrived(self) -> None:
+        """Store the rows that have arrived for windows whose rows have a frame by now."""
+        arrived, self._arrived = self._arrived, []
+        groups: dict[tuple[ReceivedRows, Frame, Role], list[tuple[LogitsRow, int, float]]] = {}
+        for window, role, of in arrived:
+            if not window.rows:
+                continue  # it has ended
+            if window.rows[0].at < 0:
+                self._arrived.append((window, role, of))
+                continue
+            sent, columns, item = of
+            columns.check(np.array([item]), sent.k, len(sent.required_ids))
             if role in window.oldest:
                 self._take_aligned(columns, window, role, item, sent.start)
                 continue
-            if role not in window.required:
-                continue
-            columns.check(np.array([item]), sent.k, len(sent.required_ids))
             first, reads = window.first[role] - sent.start, window.reads[role]
             count, source = int(columns.rows[item]), int(columns.first_row[item])
             for row in window.rows[window.next :]:
                 at = first + reads[row.index]
                 if 0 <= at < count:  # drafts may have been cut
-                    frames.setdefault(row.frame, []).append((row, source + at, sent.temperature))
-        for frame, members in frames.items():
+                    groups.setdefault((columns, row.frame, role), []).append((row, source + at, sent.temperature))
+        for (columns, frame, role), members in groups.items():
             self._store(columns, frame, role, members)
 
     def _store(
@@ -746,18 +774,14 @@ class Exchange:
 
     def _take_values(self, message: Values) -> None:
         """Store the replies to lookups."""
-        ends = np.cumsum(message.items["values"])
-        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
-            if not isinstance(calls, Lookups):
-                continue
-            numbers = calls.among(begin, end)
-            runs = [(begin, end)] if len(numbers) == end - begin else [(each, each + 1) for each in numbers]
-            for first, last in runs:
-                before = item + first - begin
-                part = slice(int(ends[before - 1]) if before else 0, int(ends[before + last - first - 1]))
-                calls.take(message.values[part], first, last)
-            self._touched[calls.frame] = None
-            self._calls.end(calls, slice(begin, end))
+        counts = message.items["values"]
+        if counts.sum() != len(message.values):
+            raise ProtocolError(f"Values counts {counts.sum()} values, its column has {len(message.values)}")
+        for calls, numbers, items in self._calls.find(message.items["call_id"]):
+            if isinstance(calls, Lookups):
+                calls.take(message.values, counts, numbers, items)
+                self._touched[calls.frame] = None
+                self._calls.end(calls, numbers)
 
     def _take_refusals(self, message: Refused) -> list[Fault]:
         """Remove refused calls. Returns one fault for each session and role.
@@ -766,9 +790,8 @@ class Exchange:
         """
         faults: dict[tuple[int, Role], Fault] = {}
         codes, details = message.items["code"].tolist(), message.items["detail"].tolist()
-        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
-            for number in calls.among(begin, end):
-                at = item + number - begin
+        for calls, numbers, items in self._calls.find(message.items["call_id"]):
+            for number, at in zip(numbers.tolist(), items.tolist(), strict=True):
                 active = self._end_refused(calls, number)
                 if active is None:
                     continue
@@ -795,10 +818,10 @@ class Exchange:
 
     def _take_drafts(self, message: Drafted) -> None:
         drafted = drafted_items(message)
-        for item, calls, begin, end in self._calls.find(message.items["call_id"]):
-            for number in calls.among(begin, end):
+        for calls, numbers, items in self._calls.find(message.items["call_id"]):
+            for number, item in zip(numbers.tolist(), items.tolist(), strict=True):
                 assert isinstance(calls, ExtendCalls)
-                window, tokens = calls.windows[number], drafted[item + number - begin][1]
+                window, tokens = calls.windows[number], drafted[item][1]
                 if isinstance(window, HiddenDrafts):
                     window.tokens = tokens
                 elif not window.rows:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from actors.api.generation import Role
 from actors.coordinator.states import ROW_TRANSITIONS, RowStage, transition, transition_rows
 from actors.decoding.candidates import BlockLayout, CandidateBlock, Ids
-from actors.decoding.kernels import ALONE, GUIDED
+from actors.decoding.kernels import ALONE, GUIDED, scan_rows
 from actors.decoding.vocabulary import RequiredLogits
 
 Owner = TypeVar("Owner")
@@ -47,7 +47,7 @@ class FrameShape:
 class RowKeys(NamedTuple):
     """To which session each row [n] belongs, and by which keys the replicas of R roles know it."""
 
-    sessions: NDArray[np.void]  # [n], `table.SESSION`
+    sessions: NDArray[np.void]  # [n], `kernels.SESSION`
     replicas: Ids  # [R, n], `Replica.number`
     positions: Ids  # [R, n], of the row's own token in each role's stream
     prefixes: NDArray[np.uint64]  # [R, n], running hash up to that token
@@ -57,8 +57,8 @@ class CallsForRows(Protocol):
     """Calls of one kind to one role, for rows of a frame."""
 
     role: Role
-    rows: Ids  # [calls], the row that waits for each
-    alive: NDArray[np.bool_]  # [calls], in flight and not forgotten
+
+    def of_row(self, at: int) -> list[int]: ...
 
 
 class RowFrame(Generic[Owner]):
@@ -139,35 +139,18 @@ class RowFrame(Generic[Owner]):
         owners = self.owners
         return [owner for owner in [owners[row] for row in at.tolist()] if owner is not None]
 
-    def proposed(self) -> Ids:
-        """The rows whose candidates can be found now."""
-        if not self._proposing:
-            return _NO_ROWS
-        ready = self.arrived & self._proposing == self._proposing
-        if not ready.any():
-            return _NO_ROWS
-        return np.flatnonzero(ready & _WITHOUT_CANDIDATES[self.stage])
+    def scan(self) -> tuple[Ids, Ids]:
+        """The rows whose candidates can be found now; and those that lack nothing any more, which enter COMPLETE."""
+        rows, bits = np.empty((2, len(self.stage)), np.int64), (self._proposing, self._all)
+        proposed, complete = scan_rows(self.stage, self.arrived, self.lookups, *bits, *rows)
+        if complete:
+            transition_rows(self.stage, rows[1, :complete], RowStage.COMPLETE)
+        return rows[0, :proposed], rows[1, :complete]
 
     def merge(self, at: Ids) -> None:
         """Find the candidates of these rows, which then wait for the logits that are missing."""
         transition_rows(self.stage, at, RowStage.LOOKING_UP)
         self.block.merge(at)
-
-    def complete(self) -> Ids:
-        """Enter COMPLETE with every row that has all slices and lookups, and return these rows."""
-        arrived = self.arrived == self._all
-        if not arrived.any():
-            return _NO_ROWS
-        before = int(RowStage.LOOKING_UP if self._proposing else RowStage.EXTENDING)
-        ready = np.flatnonzero((self.stage == before) & arrived & ~self.lookups.any(0))
-        if len(ready):
-            transition_rows(self.stage, ready, RowStage.COMPLETE)
-        return ready
-
-
-_NO_ROWS = np.zeros(0, np.int64)
-# By stage: True if the candidates of a row are not found yet.
-_WITHOUT_CANDIDATES = np.array([stage not in (RowStage.LOOKING_UP, RowStage.COMPLETE) for stage in RowStage])
 
 
 def row_numbers(values: Sequence[int]) -> NDArray[np.int64]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -19,19 +18,15 @@ from actors.wire.messages import ProtocolError
 class Calls:
     """Items of one kind that were sent to one replica of a role, with consecutive ids."""
 
-    __slots__ = ("alive", "first_id", "role")
+    __slots__ = ("alive", "first_id", "left", "role")
 
     def __init__(self, role: Role, count: int) -> None:
         self.role, self.first_id = role, 0
         self.alive = np.ones(count, np.bool_)  # in flight and not forgotten
+        self.left = count  # of these
 
     def __len__(self) -> int:
         return len(self.alive)
-
-    def among(self, first: int, end: int) -> list[int]:
-        """The numbers of the calls in flight from `first` to before `end`."""
-        alive = self.alive[first:end]
-        return list(range(first, end)) if alive.all() else (first + np.flatnonzero(alive)).tolist()
 
 
 class Caller(Protocol):
@@ -81,6 +76,10 @@ class RowCalls(Calls):
         super().__init__(role, len(rows))
         self.frame, self.rows = frame, rows
 
+    def of_row(self, at: int) -> list[int]:
+        """The numbers of a row's calls in flight."""
+        return np.flatnonzero(self.alive & (self.rows == at)).tolist()
+
 
 class Widenings(RowCalls):
     """Requests for wider slices. owners: by call the object that the row belongs to."""
@@ -102,13 +101,31 @@ class Lookups(RowCalls):
         self._counts, self._ends = counts, np.cumsum(counts)
         self._places, self._sink = places, sink
 
-    def take(self, values: NDArray[Any], first: int, end: int) -> None:
-        """Store the values of the calls from `first` to before `end`. Raises ProtocolError if their number is wrong."""
-        part, calls = slice(int(self._ends[first] - self._counts[first]), int(self._ends[end - 1])), slice(first, end)
-        if len(values) != part.stop - part.start:
+    def take(self, values: NDArray[Any], counts: Ids, numbers: Ids, items: Ids) -> None:
+        """Store the values of the calls `numbers` [n]: those of `items` [n] of a message, whose items have counts [m].
+
+        Raises ProtocolError if a call is answered by another number of values than was requested.
+        """
+        if (counts[items] != self._counts[numbers]).any():
             raise ProtocolError(f"the {self.role} model sent another number of logits than was requested")
-        self._sink(self.rows[calls], self._counts[calls], self._places[part], values)
-        self.frame.take_answers(self.role, self.rows[calls])
+        places = self._places
+        if len(numbers) < len(self):
+            places = places[_parts(self._ends, self._counts, numbers)]
+        if len(items) < len(counts) or (len(items) > 1 and (items[1:] < items[:-1]).any()):
+            values = values[_parts(np.cumsum(counts), counts, items)]
+        self._sink(self.rows[numbers], self._counts[numbers], places, values)
+        self.frame.take_answers(self.role, self.rows[numbers])
+
+
+def _parts(ends: Ids, counts: Ids, chosen: Ids) -> Ids:
+    """The indices of the chosen parts of a flat column, part after part. ends, counts [n]: of each of its parts.
+
+    Example: ends [2, 3, 6], counts [2, 1, 3], chosen [2, 0]: [3, 4, 5, 0, 1].
+    """
+    sizes = counts[chosen]
+    within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    indices: Ids = np.repeat(ends[chosen] - sizes, sizes) + within
+    return indices
 
 
 class InflightCalls:
@@ -143,30 +160,39 @@ class InflightCalls:
         self._batches[first] = calls
         return first
 
-    def find(self, call_ids: NDArray[np.uint64]) -> Iterator[tuple[int, Calls, int, int]]:
-        """Split ids into runs of one batch: index of the run in `call_ids`, the batch, and the numbers begin and end.
+    def find(self, call_ids: NDArray[np.uint64]) -> Iterator[tuple[Calls, Ids, Ids]]:
+        """Split ids by batches: each batch, the numbers of the calls in it, ascending, and their indices in `call_ids`.
 
-        The calls of a run are those from number `begin` to before `end`. Ids of forgotten calls are left out.
+        Ids of forgotten calls are left out. Raises ProtocolError if an id occurs twice.
         """
-        ids = call_ids.tolist()
-        cuts = [0, *(at for at in range(1, len(ids)) if ids[at] != ids[at - 1] + 1), len(ids)]
-        for begin, stop in pairwise(cuts):
-            while begin < stop:
-                wanted = ids[begin]
-                at = bisect.bisect_right(self._firsts, wanted)
-                calls = self._batches[self._firsts[at - 1]] if at else None
-                if calls is not None and wanted < calls.first_id + len(calls):
-                    number = wanted - calls.first_id
-                    end = min(number + stop - begin, len(calls))
-                    yield begin, calls, number, end
-                    begin += end - number
-                else:  # go on with the ids of the next batch, if there is one
-                    begin = min(stop, begin + self._firsts[at] - wanted) if at < len(self._firsts) else stop
+        ids, items = call_ids.astype(np.int64), np.arange(len(call_ids))
+        if len(ids) > 1 and not (ids[1:] > ids[:-1]).all():
+            items = np.argsort(ids)
+            ids = ids[items]
+            if (ids[1:] == ids[:-1]).any():
+                raise ProtocolError("a model answered a call twice in one message")
+        begin = 0
+        while begin < len(ids):
+            at = bisect.bisect_right(self._firsts, ids.item(begin))
+            calls = self._batches[self._firsts[at - 1]] if at else None
+            end = int(np.searchsorted(ids, calls.first_id + len(calls))) if calls is not None else 0
+            if calls is not None and end > begin:
+                numbers, places = ids[begin:end] - calls.first_id, items[begin:end]
+                if calls.left < len(calls):
+                    alive = calls.alive[numbers]
+                    numbers, places = numbers[alive], places[alive]
+                begin = end
+                if len(numbers):
+                    yield calls, numbers, places
+            else:  # go on with the ids of the next batch, if there is one
+                begin = int(np.searchsorted(ids, self._firsts[at])) if at < len(self._firsts) else len(ids)
 
-    def end(self, calls: Calls, numbers: slice | int) -> None:
-        """Remove calls that were answered or refused, or that nobody waits for any more."""
+    def end(self, calls: Calls, numbers: Ids | int) -> None:
+        """Remove calls in flight that were answered or refused, or that nobody waits for any more."""
+        calls.left -= 1 if isinstance(numbers, int) else len(numbers)
         calls.alive[numbers] = False
-        if not calls.alive.any() and self._batches.pop(calls.first_id, None) is not None:
+        if not calls.left:
+            del self._batches[calls.first_id]
             del self._firsts[bisect.bisect_left(self._firsts, calls.first_id)]
             if isinstance(calls, RowCalls):
                 calls.frame.calls.remove(calls)
@@ -180,5 +206,5 @@ class InflightCalls:
         """Forget the lookups of a row; and its widenings, of one role or of all. Their replies will be ignored."""
         for calls in [each for each in frame.calls if isinstance(each, RowCalls)]:
             if widenings_to is None or calls.role == widenings_to or isinstance(calls, Lookups):
-                for number in np.flatnonzero(calls.alive & (calls.rows == at)).tolist():
+                for number in calls.of_row(at):
                     self.end(calls, number)

@@ -375,7 +375,7 @@ class VerificationWindow:
         roles = {role for role, call in self.awaited.items() if call is not None}
         placed = [row for row in self.rows[self.next :] if row.at >= 0]
         calls = [(calls, row.at) for row in placed for calls in row.frame.calls]
-        return roles | {each.role for each, at in calls if (each.alive & (each.rows == at)).any()}
+        return roles | {each.role for each, at in calls if each.of_row(at)}
 
     def advance(self) -> None:
         """Go on to the next row: the one before has become a token."""
@@ -444,7 +444,7 @@ class HiddenDrafts:
         self.replica = active.replicas["guider"]
         self.awaited: dict[Role, tuple[Any, int] | None] = {"guider": None}
         self.tokens: Sequence[int] | None = None  # the drafts, once they have arrived
-        self.rows: tuple[Any, ...] | None = None  # their rows, as they have arrived: how they were sent, and where
+        self.rows: Any = None  # their rows, once they have arrived
 
     @property
     def current(self) -> bool:

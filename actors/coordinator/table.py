@@ -7,16 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.decoding.kernels import SPEC
-
-SESSION = np.dtype(
-    [
-        ("key", "<u8"),
-        ("age", "<u8"),
-        ("epoch", "<u4"),
-        ("spec", SPEC),  # without rule, alpha and position, which differ by row
-    ]
-)
+from actors.decoding.kernels import SESSION
 
 
 class SessionTable:

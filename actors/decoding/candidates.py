@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from actors.api.generation import Role
 from actors.decoding import kernels
-from actors.decoding.kernels import PADDING, SentRows
+from actors.decoding.kernels import PADDING, BlockColumns, SentRows
 from actors.decoding.vocabulary import RequiredLogits
 
 __all__ = ["PADDING", "BlockLayout", "CandidateBlock", "MissingLogits", "RowSlice", "read_only"]
@@ -45,6 +45,30 @@ class MissingLogits(NamedTuple):
     counts: Ids
     places: Ids
     ids: Ids
+
+
+class ReceivedColumns(NamedTuple):
+    """A message of rows: `kernels.SentRows`, its items (`ROWS_ITEM`), and the first row of each."""
+
+    sent: SentRows
+    items: NDArray[Any]
+    first_rows: Ids
+
+
+class Answered(NamedTuple):
+    """The items of a message that answer calls, the calls' numbers; and by number their first row, and their rows."""
+
+    items: Ids
+    numbers: Ids
+    rows: Ids
+    counts: Ids
+
+
+class Stages(NamedTuple):
+    """Of the rows of a block: their `RowStage`, and the roles whose slices have arrived, as bits."""
+
+    stage: NDArray[np.uint8]
+    arrived: NDArray[np.uint8]
 
 
 class BlockLayout:
@@ -86,6 +110,9 @@ class CandidateBlock:
         self.logits = np.empty((len(self.roles), *shape))
         self._held_by = np.empty(shape, np.uint8)
         self._event_places = np.empty(self._folded.shape, np.int64)
+        self._columns = BlockColumns(
+            self._slices, self._slice_logits, self._folded, self.sums, self.tempered, self.ceiling
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -118,24 +145,25 @@ class CandidateBlock:
         self, role: Role, at: Ids, sent: SentRows, source: Ids, part: int, theirs: Ids, temperatures: Floats
     ) -> None:
         """Store rows `source` [n] of a message of a role as the rows `at` [n]. See `kernels.store_rows`."""
-        number = self.roles[role]
-        kernels.store_rows(
-            sent,
-            source,
-            at,
-            part,
-            theirs,
-            temperatures,
-            self._layout.groups[number],
-            number,
-            self._layout.first_columns[number],
-            self._slices,
-            self._slice_logits,
-            self._folded,
-            self.sums,
-            self.tempered,
-            self.ceiling,
-        )
+        number, layout = self.roles[role], self._layout
+        how = layout.groups[number], number, layout.first_columns[number], self._columns
+        kernels.store_rows(sent, source, at, part, theirs, temperatures, *how)
+
+    def store_answers(
+        self,
+        role: Role,
+        received: ReceivedColumns,
+        answered: Answered,
+        k: int,
+        theirs: Ids,
+        heats: Floats,
+        rows: Stages,
+    ) -> int:
+        """Store the rows with which a role answered calls. See `kernels.store_answers`."""
+        number, layout = self.roles[role], self._layout
+        groups, columns = layout.groups[number], layout.first_columns[number]
+        given = (*received, *answered, k, theirs, heats, groups, number, columns, self._columns, *rows)
+        return int(kernels.store_answers(*given))
 
     def copy_required(self, row: int, other: CandidateBlock, at: int) -> None:
         """Take over the sums and the required logits of row `at` of another block of the same shape."""
@@ -185,12 +213,11 @@ class CandidateBlock:
 
         theirs: by id of the primary the role's id, -1 where the role has none.
         """
-        counts = np.empty(len(at), np.int64)
-        places, ids = np.empty((2, int(self.counts[at].sum())), np.int64)
-        number = self.roles[role]
-        found = kernels.missing(at, self.ids, self.counts, self._held_by, number, theirs, counts, places, ids)
-        asked = np.flatnonzero(counts)
-        return MissingLogits(at[asked], counts[asked], places[:found], ids[:found])
+        rows, counts = np.empty((2, len(at)), np.int64)
+        places, ids = np.empty((2, len(at) * self.ids.shape[1]), np.int64)
+        of_role = self.roles[role], theirs
+        asked, found = kernels.missing(at, self.ids, self.counts, self._held_by, *of_role, rows, counts, places, ids)
+        return MissingLogits(rows[:asked], counts[:asked], places[:found], ids[:found])
 
     def fill(self, role: Role, rows: Ids, counts: Ids, places: Ids, values: NDArray[np.float32]) -> None:
         """Store the logits of lookups: for rows [n] counts [n] values each, at places."""

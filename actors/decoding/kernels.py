@@ -44,6 +44,16 @@ SPEC = np.dtype(
 )
 """Sampling parameters of one row, as `Sampling` defines them. The noise depends on seed, position and token id."""
 
+SESSION = np.dtype(
+    [
+        ("key", "<u8"),
+        ("age", "<u8"),
+        ("epoch", "<u4"),
+        ("spec", SPEC),  # without rule, alpha and position, which differ by row
+    ]
+)
+"""A session, as its coordinator's table has it."""
+
 DECISION = np.dtype(
     [
         ("token", "<i8"),
@@ -87,6 +97,7 @@ def no_adjustments(rows: int) -> RowAdjustments:
     )
 
 
+EXTENDING, LOOKING_UP, COMPLETE = 0, 1, 2  # stages of a row that kernels know, of `RowStage`
 _NOISE = 1e-7  # a probability below this is lost in the float32 logsumexp
 _COLDEST = 0.3  # the outside mass of a row below this temperature, such as a greedy one, is estimated at it
 _FAR = 1e9  # beyond every logit
@@ -172,23 +183,40 @@ class SentRows(NamedTuple):
 
 
 @kernel
-def locate_rows(rows: Any, ks: Any, required: Any, width: int, starts: Any) -> Any:
-    """Fill `starts` [R, 4] of `SentRows` from the rows, k and required logits of each item.
+def locate_rows(items: Any, width: int, pages: int, lengths: Any, first_rows: Any, starts: Any) -> bool:
+    """Fill `starts` [R, 4] of `SentRows`, and the first row of each item, from the items (`ROWS_ITEM`) of a message.
 
-    Returns the numbers of ids, logits and required logits of all rows.
+    lengths: of the columns of ids, page counts, logits, logsumexps, tempered ones, and required logits. Returns False
+    if they contradict the items.
     """
     row = ids = logits = values = 0
-    for item in range(len(rows)):
-        for _ in range(rows[item]):
-            starts[row, 0], starts[row, 1], starts[row, 2], starts[row, 3] = ks[item], ids, logits, values
-            ids += max(ks[item], 0)
-            logits += width if ks[item] < 0 else ks[item]
-            values += required[item]
+    for number in range(len(items)):
+        item = items[number]
+        first_rows[number] = row
+        if item.rows < 0 or item.required_ids < 0 or row + item.rows > len(starts):
+            return False
+        for _ in range(item.rows):
+            starts[row, 0], starts[row, 1], starts[row, 2], starts[row, 3] = item.k, ids, logits, values
+            ids += max(item.k, 0)
+            logits += width if item.k < 0 else item.k
+            values += item.required_ids
             row += 1
-    return ids, logits, values
+    fit = row == lengths[3] == lengths[4] and row * pages == lengths[1] and ids == lengths[0]
+    return bool(fit and logits == lengths[2] and values == lengths[5])
 
 
 ALL, ONLY_REQUIRED, ONLY_SLICES = 0, 1, 2
+
+
+class BlockColumns(NamedTuple):
+    """The arrays of a block that slices are stored in, with B rows. See `merge`."""
+
+    slices: Ints
+    slice_logits: Floats
+    folded: Floats
+    sums: Floats
+    tempered: Floats
+    ceiling: Floats
 
 
 @kernel
@@ -198,71 +226,120 @@ def store_rows(
     at: Any,
     part: int,
     theirs: Any,
-    temperatures: Any,
+    heats: Any,
     groups: Any,
     role: int,
     columns: Any,
-    slices: Any,
-    slice_logits: Any,
-    folded: Any,
-    sums: Any,
-    tempered: Any,
-    ceiling: Any,
+    block: Any,
 ) -> None:
     """Store rows that a role has sent. sent: `SentRows`. source [n]: numbers of rows in it; at [n]: rows of the block.
 
     part: ALL, or ONLY_REQUIRED: no slices, or ONLY_SLICES: neither required nor tempered values. theirs: by the role's
-    id the primary's, -1 for none. groups [g]: where the ids of each required event begin, the number of ids behind
-    them: the logits of an event's ids are folded by logsumexp. columns: the first column in `slices` and in `folded`.
-    The other arrays are the block's, as in `merge`. Raises ValueError if the ids contradict their counts.
+    id the primary's, -1 for none. heats [n]: temperatures of `tempered`. groups [g]: where the ids of each required
+    event begin, the number of ids behind them: the logits of an event's ids are folded by logsumexp. columns: the first
+    column in `slices` and in `folded`. block: `BlockColumns`. Raises ValueError if the ids contradict their counts.
     """
-    events, starts = len(groups) - 1, sent.starts
     for number in range(len(source)):
-        row, into = source[number], at[number]
-        k, id_at, logit_at, value_at = starts[row, 0], starts[row, 1], starts[row, 2], starts[row, 3]
-        sums[role, into] = sent.logsumexp[row]
-        if part != ONLY_REQUIRED:
-            lowest = np.inf
-            if k < 0:
-                for place in range(len(theirs)):
-                    slices[into, columns[0] + place] = theirs[place]
-                    slice_logits[into, columns[0] + place] = sent.logits[logit_at + place]
-                    lowest = min(lowest, sent.logits[logit_at + place])
-            else:
-                page, first = -1, row * sent.pages
-                left: Any = 0  # ids on this page that are still to come
-                if sent.page_counts[first : first + sent.pages].sum() > k:
+        _store_row(sent, source[number], at[number], part, theirs, heats[number], groups, role, columns, block)
+
+
+@kernel
+def store_answers(
+    sent: Any,
+    items: Any,
+    first_rows: Any,
+    answered: Any,
+    numbers: Any,
+    call_rows: Any,
+    call_counts: Any,
+    k: int,
+    theirs: Any,
+    heats: Any,
+    groups: Any,
+    role: int,
+    columns: Any,
+    block: Any,
+    stage: Any,
+    arrived: Any,
+) -> int:
+    """Store the rows with which a role answered the calls `numbers` [n]: the items `answered` [n] of a message.
+
+    call_rows, call_counts: by number the first row of the call in the block, and how many follow it directly. k: the
+    width that was requested. stage, arrived: of the block's rows, as `RowFrame` has them. The others: see `store_rows`.
+    Returns -1 if an item has another width, or other numbers of rows or required logits, than was requested; else the
+    number of rows whose candidates were found before.
+    """
+    required, late = groups[-1], 0
+    for n in range(len(numbers)):
+        item, count = items[answered[n]], call_counts[numbers[n]]
+        if item.k != k or item.required_ids != required or item.rows != count:
+            return -1
+    for n in range(len(numbers)):
+        source, into = first_rows[answered[n]], call_rows[numbers[n]]
+        for row in range(call_counts[numbers[n]]):
+            _store_row(sent, source + row, into + row, ALL, theirs, heats[into + row], groups, role, columns, block)
+            arrived[into + row] |= 1 << role
+            late += stage[into + row] == LOOKING_UP
+    return late
+
+
+@kernel
+def _store_row(
+    sent: Any,
+    row: int,
+    into: int,
+    part: int,
+    theirs: Any,
+    heat: float,
+    groups: Any,
+    role: int,
+    columns: Any,
+    block: Any,
+) -> None:
+    k, id_at, logit_at, value_at = sent.starts[row, 0], sent.starts[row, 1], sent.starts[row, 2], sent.starts[row, 3]
+    block.sums[role, into] = sent.logsumexp[row]
+    if part != ONLY_REQUIRED:
+        lowest = np.inf
+        if k < 0:
+            for place in range(len(theirs)):
+                block.slices[into, columns[0] + place] = theirs[place]
+                block.slice_logits[into, columns[0] + place] = sent.logits[logit_at + place]
+                lowest = min(lowest, sent.logits[logit_at + place])
+        else:
+            page, first = -1, row * sent.pages
+            left: Any = 0  # ids on this page that are still to come
+            if sent.page_counts[first : first + sent.pages].sum() > k:
+                raise ValueError("the ids of a row contradict their counts or the width of the model")
+            for place in range(k):
+                while left == 0 and page < sent.pages:
+                    page += 1
+                    left = k if page == sent.pages else np.int64(sent.page_counts[first + page])
+                left -= 1
+                id_ = (page << 16) + np.int64(sent.low[id_at + place])
+                if id_ >= len(theirs):
                     raise ValueError("the ids of a row contradict their counts or the width of the model")
-                for place in range(k):
-                    while left == 0 and page < sent.pages:
-                        page += 1
-                        left = k if page == sent.pages else np.int64(sent.page_counts[first + page])
-                    left -= 1
-                    id_ = (page << 16) + np.int64(sent.low[id_at + place])
-                    if id_ >= len(theirs):
-                        raise ValueError("the ids of a row contradict their counts or the width of the model")
-                    slices[into, columns[0] + place] = theirs[id_]
-                    slice_logits[into, columns[0] + place] = sent.logits[logit_at + place]
-                    lowest = min(lowest, sent.logits[logit_at + place])
-            if role == 0:
-                ceiling[into] = lowest
-        if part == ONLY_SLICES:
-            continue
-        heat, sum_ = temperatures[number], np.float64(sent.tempered[row])
-        one_by_one = together = 0.0
-        for event in range(events):
-            total: Any = np.float64(sent.required[value_at + groups[event]])
-            for place in range(groups[event] + 1, groups[event + 1]):
-                total = _log_add(total, np.float64(sent.required[value_at + place]))
-            folded[into, columns[1] + event] = total
-            together += math.exp(total / heat - sum_)
-            for place in range(groups[event], groups[event + 1]):
-                one_by_one += math.exp(np.float64(sent.required[value_at + place]) / heat - sum_)
+                block.slices[into, columns[0] + place] = theirs[id_]
+                block.slice_logits[into, columns[0] + place] = sent.logits[logit_at + place]
+                lowest = min(lowest, sent.logits[logit_at + place])
         if role == 0:
-            # Two end ids of probability .3 are one event of .6, which at temperature .5 weighs .36 and not twice .09.
-            if heat != 1 and groups[events] > events:
-                sum_ += math.log(max(1.0 - one_by_one, 0.0) + together)
-            tempered[into] = sum_
+            block.ceiling[into] = lowest
+    if part == ONLY_SLICES:
+        return
+    events, sum_ = len(groups) - 1, np.float64(sent.tempered[row])
+    one_by_one = together = 0.0
+    for event in range(events):
+        total: Any = np.float64(sent.required[value_at + groups[event]])
+        for place in range(groups[event] + 1, groups[event + 1]):
+            total = _log_add(total, np.float64(sent.required[value_at + place]))
+        block.folded[into, columns[1] + event] = total
+        together += math.exp(total / heat - sum_)
+        for place in range(groups[event], groups[event + 1]):
+            one_by_one += math.exp(np.float64(sent.required[value_at + place]) / heat - sum_)
+    if role == 0:
+        # Two end ids of probability .3 are one event of .6, which at temperature .5 weighs .36 and not twice .09.
+        if heat != 1 and groups[events] > events:
+            sum_ += math.log(max(1.0 - one_by_one, 0.0) + together)
+        block.tempered[into] = sum_
 
 
 @kernel
@@ -342,17 +419,16 @@ def merge(
 
 @kernel
 def missing(
-    at: Any, ids: Any, counts: Any, known: Any, role: int, theirs: Any, found: Any, places: Any, wanted: Any
-) -> int:
+    at: Any, ids: Any, counts: Any, known: Any, role: int, theirs: Any, rows: Any, found: Any, places: Any, wanted: Any
+) -> Any:
     """The candidates of rows `at` [n] whose logits must be looked up in a role: their places and the role's ids.
 
-    theirs: by id of the primary the role's id, -1 for none. found [n]: their number in each row. A row's ids are
-    ascending in the role's numbering. Returns the number of all.
+    theirs: by id of the primary the role's id, -1 for none. rows, found [n]: the rows that lack any, and how many. A
+    row's ids are ascending in the role's numbering. Returns the number of such rows and of all ids.
     """
-    end = 0
-    for number in range(len(at)):
-        row, begin = at[number], end
-        ascending = True
+    end = asked = 0
+    for row in at:
+        begin, ascending = end, True
         for place in range(counts[row]):
             if not known[row, place] >> role & 1:
                 id_ = theirs[ids[row, place]]
@@ -360,12 +436,51 @@ def missing(
                     ascending &= end == begin or wanted[end - 1] < id_
                     places[end], wanted[end] = place, id_
                     end += 1
-        found[number] = end - begin
+        if end > begin:
+            rows[asked], found[asked] = row, end - begin
+            asked += 1
         if not ascending:
             order = np.argsort(wanted[begin:end], kind="mergesort")
             places[begin:end] = places[begin:end][order]
             wanted[begin:end] = wanted[begin:end][order]
-    return end
+    return asked, end
+
+
+@kernel
+def ask(items: Any, first_id: int, sessions: Any, prefixes: Any, positions: Any, rows: Any, counts: Any) -> None:
+    """Fill lookups (`LOOKUP_ITEM`) [n] of counts [n] ids in rows [n] of a frame. first_id: of the calls.
+
+    sessions (`SESSION`), prefixes, positions: of all rows of the frame, as `RowKeys` has them.
+    """
+    for number in range(len(rows)):
+        row, item = rows[number], items[number]
+        item.call_id = first_id + number
+        item.session, item.epoch = sessions[row].key, sessions[row].epoch
+        item.row, item.position, item.ids = prefixes[row], positions[row], counts[number]
+
+
+@kernel
+def scan_rows(stage: Any, arrived: Any, lookups: Any, proposing: int, everything: int, proposed: Any, done: Any) -> Any:
+    """The rows of a frame whose candidates can be found now, and those that lack nothing any more.
+
+    stage, arrived [n], lookups [R, n]: see `RowFrame`. proposing, everything: bits in `arrived` of the roles whose
+    slices determine the candidates, 0 if there are none, and of all roles. Returns the numbers of rows in `proposed`
+    and in `done`.
+    """
+    found = complete = 0
+    for row in range(len(stage)):
+        if proposing and stage[row] != LOOKING_UP and stage[row] != COMPLETE:
+            if arrived[row] & proposing == proposing:
+                proposed[found] = row
+                found += 1
+        elif arrived[row] == everything and stage[row] == (LOOKING_UP if proposing else EXTENDING):
+            waiting = False
+            for role in range(len(lookups)):
+                waiting |= lookups[role, row] != 0
+            if not waiting:
+                done[complete] = row
+                complete += 1
+    return found, complete
 
 
 @kernel

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from actors.decoding.warmup import compile_kernels
 from actors.engine.errors import EngineError
 from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.metrics import Recorder
@@ -30,6 +29,7 @@ from actors.replica.lookups import LookupService
 from actors.replica.scheduler import Chunk, ScheduledExtend, choose
 from actors.replica.stats import ReplicaLoad, ReplicaMeter, ReplicaStats
 from actors.replica.validation import ExtendValidator
+from actors.warmup import compile_kernels
 from actors.wire.columns import ExtendItem, extend_items
 from actors.wire.link import Limits, cancel
 from actors.wire.messages import Extend, Lookup, Message, ProtocolError, Refusal, Welcome, Widen

@@ -77,6 +77,11 @@ class ExtendColumns(NamedTuple):
     drafting: dict[int, Draft]
 
 
+def join_items(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Tables of one dtype, one after another. `np.concatenate` takes longer to compare their fields than to copy."""
+    return parts[0] if len(parts) == 1 else np.frombuffer(b"".join(part.tobytes() for part in parts), parts[0].dtype)
+
+
 def pack_extends(parts: Sequence[ExtendColumns], released: Sequence[int]) -> Extend:
     """An `Extend` of the items of all parts. released: sessions that are over."""
     tokens: list[int] = []
@@ -87,10 +92,8 @@ def pack_extends(parts: Sequence[ExtendColumns], released: Sequence[int]) -> Ext
         begin += len(part.items)
     if not parts:
         items, required_ids = np.zeros(0, EXTEND_ITEM), NO_IDS
-    elif len(parts) == 1:
-        items, required_ids = parts[0].items, parts[0].required_ids
     else:
-        items = np.concatenate([part.items for part in parts])
+        items = join_items([part.items for part in parts])
         required_ids = np.concatenate([part.required_ids for part in parts])
     return Extend(items, np.array(tokens, I32), required_ids, np.array(released, "<u8"), np.array(drafting, DRAFT_ITEM))
 

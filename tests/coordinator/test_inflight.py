@@ -14,10 +14,10 @@ from actors.api.sampling_params import Sampling
 from actors.coordinator.frames import FrameShape, RowFrame, RowKeys
 from actors.coordinator.inflight import Calls, ExtendCalls, InflightCalls, Lookups, RowCalls
 from actors.coordinator.states import RowStage
-from actors.coordinator.table import SESSION, SessionTable
+from actors.coordinator.table import SessionTable
 from actors.decoding.candidates import BlockLayout
 from actors.decoding.decision import spec_columns
-from actors.decoding.kernels import SPEC
+from actors.decoding.kernels import SESSION, SPEC
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS, RequiredLogits
 from actors.wire.messages import ProtocolError
 
@@ -43,19 +43,26 @@ def frame_of(rows: int) -> RowFrame[str]:
     return RowFrame("abcdefgh"[:rows], shape, keys, RowStage.EXTENDING)
 
 
-def found(calls: InflightCalls, *ids: int) -> list[tuple[int, Calls, int, int]]:
-    return list(calls.find(np.array(ids, np.uint64)))
+def found(calls: InflightCalls, *ids: int) -> list[tuple[Calls, list[int], list[int]]]:
+    return [(batch, numbers.tolist(), at.tolist()) for batch, numbers, at in calls.find(np.array(ids, np.uint64))]
 
 
-def test_ids_are_split_into_runs_of_one_batch_and_unknown_ones_left_out() -> None:
+def test_ids_are_found_by_batch_in_any_order_and_unknown_ones_left_out() -> None:
     calls = InflightCalls()
     first, second = ExtendCalls("target", windows(3)), ExtendCalls("guider", windows(2))
     assert calls.extend(first) == 1
     assert calls.unawaited_id() == 4
     assert calls.extend(second) == 5
-    assert found(calls, 1, 2, 3, 4, 5, 6) == [(0, first, 0, 3), (4, second, 0, 2)]
-    assert found(calls, 6, 2, 9, 1) == [(0, second, 1, 2), (1, first, 1, 2), (3, first, 0, 1)]
+    assert found(calls, 1, 2, 3, 4, 5, 6) == [(first, [0, 1, 2], [0, 1, 2]), (second, [0, 1], [4, 5])]
+    assert found(calls, 6, 2, 9, 1) == [(first, [0, 1], [3, 1]), (second, [1], [0])]
     assert found(calls, 7, 8) == found(calls) == []
+
+
+def test_a_call_that_is_answered_twice_in_one_message_is_refused() -> None:
+    calls = InflightCalls()
+    calls.extend(ExtendCalls("target", windows(3)))
+    with pytest.raises(ProtocolError, match="twice"):
+        found(calls, 2, 1, 2)
 
 
 def test_a_batch_is_forgotten_with_its_last_call() -> None:
@@ -63,8 +70,8 @@ def test_a_batch_is_forgotten_with_its_last_call() -> None:
     batch = ExtendCalls("target", members)
     calls.extend(batch)
     calls.forget_extend(members[1], "target")
-    assert batch.among(0, 3) == [0, 2]
-    calls.end(batch, slice(0, 3))
+    assert found(calls, 3, 2, 1) == [(batch, [0, 2], [2, 0])]
+    calls.end(batch, np.array([0, 2]))
     assert found(calls, 1, 2, 3) == []
 
 
@@ -73,8 +80,8 @@ def test_a_reply_for_an_earlier_batch_passes_over_those_that_ended() -> None:
     batches = [ExtendCalls[Any]("target", windows(2)) for _ in range(3)]
     for batch in batches:
         calls.extend(batch)
-    calls.end(batches[1], slice(0, 2))
-    assert found(calls, 1, 2, 3, 4, 5, 6) == [(0, batches[0], 0, 2), (4, batches[2], 0, 2)]
+    calls.end(batches[1], np.array([0, 1]))
+    assert found(calls, 1, 2, 3, 4, 5, 6) == [(batches[0], [0, 1], [0, 1]), (batches[2], [0, 1], [4, 5])]
 
 
 def test_forgotten_lookups_of_a_row_store_nothing_and_other_rows_go_on() -> None:
@@ -88,20 +95,34 @@ def test_forgotten_lookups_of_a_row_store_nothing_and_other_rows_go_on() -> None
     frame.ask("target", rows)
     calls.ask(batch)
     calls.forget_rows(frame, 0)
-    assert batch.among(0, 2) == [1]
-    batch.take(np.array([9.0]), 1, 2)
-    calls.end(batch, slice(0, 2))
+    ((_, numbers, items),) = calls.find(np.array([2, 1], np.uint64))
+    batch.take(np.array([9.0, 4.0, 5.0]), np.array([1, 2]), numbers, items)
+    calls.end(batch, numbers)
     assert stored == [([2], [1], [6], [9.0])]
     assert frame.lookups[0].tolist() == [1, 0, 0]
     assert not frame.calls
 
 
+def test_lookups_are_stored_in_whatever_order_they_are_answered() -> None:
+    frame, stored = frame_of(3), []
+    rows, counts, places = np.array([0, 1, 2]), np.array([2, 1, 3]), np.arange(10, 16)
+    batch = Lookups("target", frame, rows, counts, places, lambda *columns: stored.append(columns[2:]))
+    for numbers, items in (([0, 2], [1, 0]), ([0, 1, 2], [2, 1, 0])):
+        sent = counts[::-1] if len(items) == 3 else np.array([3, 2])
+        values = np.concatenate([place * 1.0 for place in np.split(places, [2, 3])[::-1] if len(place) in sent])
+        batch.take(values, sent, np.array(numbers), np.array(items))
+    assert [(where.tolist(), what.tolist()) for where, what in stored] == [
+        ([10, 11, 13, 14, 15], [10.0, 11.0, 13.0, 14.0, 15.0]),
+        ([10, 11, 12, 13, 14, 15], [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]),
+    ]
+
+
 def test_lookups_with_another_number_of_logits_are_refused() -> None:
     frame, rows = frame_of(2), np.array([0, 1])
     batch = Lookups("target", frame, rows, np.array([2, 1]), np.array([5, 7, 6]), lambda *stored: None)
-    for first, end, count in ((0, 2, 2), (0, 2, 4), (1, 2, 2)):
+    for numbers, counts in (([0, 1], [2, 0]), ([0, 1], [1, 2]), ([1], [2]), ([0], [-1])):
         with pytest.raises(ProtocolError, match="another number of logits"):
-            batch.take(np.zeros(count), first, end)
+            batch.take(np.zeros(max(sum(counts), 0)), np.array(counts), np.array(numbers), np.arange(len(numbers)))
 
 
 def test_widenings_of_other_roles_survive_when_one_role_starts_again() -> None:

@@ -28,6 +28,7 @@ from actors.coordinator.states import (
     transition,
     transition_rows,
 )
+from actors.decoding import kernels
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
@@ -80,6 +81,14 @@ def test_a_column_of_states_is_checked_as_single_states_are(states: type[IntEnum
     before, after = np.array(pairs, np.uint8).T
     valid = np.frombuffer(table, np.uint8)[before] >> after & 1
     assert valid.tolist() == [allowed(table, *pair) for pair in pairs]
+
+
+def test_kernels_know_the_stages_by_the_same_numbers() -> None:
+    assert [kernels.EXTENDING, kernels.LOOKING_UP, kernels.COMPLETE] == [
+        RowStage.EXTENDING,
+        RowStage.LOOKING_UP,
+        RowStage.COMPLETE,
+    ]
 
 
 def test_a_forbidden_transition_in_a_column_changes_no_row() -> None:

@@ -11,10 +11,10 @@ from actors.api.sampling_params import Sampling
 from actors.config import Exchange
 from actors.coordinator.frames import FrameShape, RowFrame, RowKeys
 from actors.coordinator.states import RowStage
-from actors.coordinator.table import SESSION
 from actors.coordinator.verification import Verifier
 from actors.decoding.candidates import BlockLayout
 from actors.decoding.decision import spec_columns
+from actors.decoding.kernels import SESSION
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS
 
 

@@ -21,7 +21,7 @@ from actors.decoding.compiling import UnsupportedProcessor, cache_misses, check_
 from actors.decoding.penalties import Adjustments, adjustments
 from actors.decoding.scoring import combined_logprobs
 from actors.decoding.vocabulary import NO_REQUIRED_LOGITS, RequiredLogits, VocabularyMap, required_logits
-from actors.decoding.warmup import compile_kernels
+from actors.warmup import compile_kernels
 from actors.wire.ids import join_ids
 from tests.decoding import formulas
 from tests.decoding.compiled import RowSamplingSpec, decide_rows, stored
@@ -98,7 +98,7 @@ def test_candidates_are_those_of_sorting_and_deduplicating() -> None:
 
 def test_compiled_kernels_are_reused_from_another_folder(tmp_path: Path) -> None:
     """The cache is keyed by source and versions: a second process, under another path, compiles nothing."""
-    script = "from actors.decoding import warmup, compiling; warmup.compile_kernels(); print(compiling.cache_misses())"
+    script = "import actors.warmup as w; w.compile_kernels(); print(w.cache_misses())"
     root = Path(__file__).parents[2]
     moved = tmp_path / "code"
     moved.mkdir()
