@@ -147,7 +147,9 @@ class DecodeLoop:
         except Exception:
             log.exception("a turn failed")
             self._after_failed_turn()
-        self.meter.turn(time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self.meter.turn(took)
+        self.planner.took(took)
 
     def _after_failed_turn(self) -> None:
         """Recover from a fault of this program. The turn's replies are lost, so sessions request their rows again.
@@ -286,8 +288,7 @@ class DecodeLoop:
     def _close(self, window: VerificationWindow) -> None:
         """End a window: update the draft planner, then end the session or begin its next window."""
         active = window.active
-        if window.drafts:
-            self.planner.learn(window)
+        self.planner.learn(window)
         if window.drafts or window.drafting_role is not None:
             window.settle()
         self._exchange.drop(active)

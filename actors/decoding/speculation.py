@@ -8,7 +8,7 @@ after those before it, a verification yields (1 - p^(n+1)) / (1 - p) tokens on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 _MEMORY = 0.97  # weight of the earlier drafts of a session when one more draft is recorded
 _PRIOR_WEIGHT = 4.0  # the prior from other sessions counts as so many drafts
@@ -16,16 +16,19 @@ _FIRST_REST, _LONGEST_REST = 8, 128  # verifications without drafts until drafti
 _NGRAMS = (4, 3, 2)  # lengths of the n-grams looked up in a text, in this order
 
 
-def expected_tokens(acceptance: float, drafts: int) -> float:
-    """Mean number of tokens that a verification of `drafts` drafts yields, the one it chooses itself included."""
-    if acceptance >= 1:
-        return drafts + 1.0
-    return float((1 - acceptance ** (drafts + 1)) / (1 - acceptance))
+def best_length(acceptance: float, seconds: Sequence[float]) -> int:
+    """The number of drafts with the most tokens a second, the lowest of equal ones.
 
-
-def best_length(acceptance: float, most: int, seconds: Callable[[int], float]) -> int:
-    """The number of drafts, 0 to `most`, with the most tokens a second. seconds(n): to draft and verify n tokens."""
-    return max(range(most + 1), key=lambda n: (expected_tokens(acceptance, n) / max(seconds(n), 1e-9), -n))
+    seconds[n]: to draft n tokens and to verify them.
+    """
+    best, most = 0, 0.0
+    tokens, all_accepted = 0.0, 1.0
+    for drafts, each in enumerate(seconds):
+        tokens, all_accepted = tokens + all_accepted, all_accepted * acceptance  # equation 1, term by term
+        rate = tokens / max(each, 1e-9)
+        if rate > most:
+            best, most = drafts, rate
+    return best
 
 
 class Acceptance:

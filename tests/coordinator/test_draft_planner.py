@@ -10,7 +10,7 @@ from actors.api.generation import ROLES, Generate, Role
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.config import Speculation
-from actors.coordinator.draft_planner import DraftPlan, DraftPlanner
+from actors.coordinator.draft_planner import DraftPlan, DraftPlanner, OwnTime
 from actors.coordinator.replica_pool import ForwardTimeModel
 from actors.coordinator.session import ActiveSession, LogitsRow, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
@@ -94,6 +94,39 @@ def test_many_sessions_draft_less_than_one_where_tokens_cost_time(vocabularies: 
         planner.plan(active, True, FAR, 32).guider_drafts,
     )
     assert alone > together
+
+
+def test_own_time_of_turns_and_of_rows_is_told_apart() -> None:
+    own = OwnTime()
+    assert own.seconds(4) == 0
+    for turns, rows in ((1, 16), (4, 20), (2, 60), (9, 18)) * 20:
+        own.observe(turns, 8, rows, 0.001 * turns + 0.0002 * rows)
+    assert own.seconds(1) == pytest.approx(0.001 * 4 / 8 + 0.0002, rel=0.1)
+    assert own.seconds(8) == pytest.approx(0.001 * 4 / 8 + 0.0016, rel=0.1)
+
+
+@pytest.mark.parametrize(("turns", "windows", "least", "most"), [(96, 16, 1.0, 1.2), (1, 64, 3.8, 4.0)])
+def test_rows_cost_little_where_a_window_takes_several_turns_and_all_where_many_share_one(
+    turns: int, windows: int, least: float, most: float
+) -> None:
+    own = OwnTime()
+    for _ in range(20):
+        own.observe(turns, windows, windows, 0.001 * windows)
+    assert own.seconds(1) == pytest.approx(0.001, rel=0.01)
+    assert least < own.seconds(4) / own.seconds(1) <= most
+
+
+def test_a_coordinator_that_is_the_bottleneck_drafts_less(vocabularies: VocabularyRegistry) -> None:
+    planner = DraftPlanner(Speculation())
+    active = session_of(planner, vocabularies)
+    before = planner.plan(active, True, FAR, 32).guider_drafts
+    for _ in range(20):
+        for drafts in (1, 3):
+            checked(planner, active, drafts, 0)
+            planner.took(0.004 * (drafts + 1))
+    rested = session_of(planner, vocabularies)
+    assert before > planner.plan(rested, True, FAR, 32).guider_drafts
+    assert planner.plan(rested, True, FAR, 1).guider_drafts > 0
 
 
 @pytest.mark.parametrize(("configured", "asked", "drafts"), [(7, None, 7), (7, 3, 3), (2, 8, 2), (0, 8, 0), (7, 0, 0)])

@@ -7,23 +7,30 @@ import random
 
 import pytest
 
-from actors.decoding.speculation import Acceptance, TextIndex, best_length, expected_tokens
+from actors.decoding.speculation import Acceptance, TextIndex, best_length
 
 
-@pytest.mark.parametrize(("acceptance", "drafts"), [(0.0, 4), (0.5, 1), (0.8, 4), (0.95, 8), (1.0, 3)])
-def test_the_expected_yield_is_that_of_drafts_judged_one_by_one(acceptance: float, drafts: int) -> None:
-    by_hand = sum(acceptance**kept for kept in range(drafts + 1))
-    assert expected_tokens(acceptance, drafts) == pytest.approx(by_hand)
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.8, 0.95, 1.0])
+def test_the_length_has_the_best_rate_by_the_equation_of_leviathan(acceptance: float) -> None:
+    seconds = [30, 31, 32.5, 36, 37, 37.5, 45, 46]
+
+    def rate(drafts: int) -> float:
+        if acceptance == 1:
+            return (drafts + 1) / seconds[drafts]
+        return (1 - acceptance ** (drafts + 1)) / (1 - acceptance) / seconds[drafts]
+
+    assert best_length(acceptance, seconds) == max(range(8), key=rate)
 
 
 def test_cheap_drafts_reach_the_limit_and_expensive_ones_are_not_made() -> None:
-    assert best_length(0.8, 7, lambda n: 1.0) == 7
-    assert best_length(0.8, 7, lambda n: 1.0 + n) == 0
-    assert best_length(0.0, 7, lambda n: 1.0) == 0
+    assert best_length(0.8, [1.0] * 8) == 7
+    assert best_length(0.8, [1.0 + n for n in range(8)]) == 0
+    assert best_length(0.0, [1.0] * 8) == 0
+    assert best_length(0.8, [0.0] * 8) == 7  # nothing is known yet
 
 
 def test_the_better_the_drafts_the_more_are_made() -> None:
-    lengths = [best_length(p / 20, 7, lambda n: 30 + 2.0 * n + 1.5 * n) for p in range(20)]
+    lengths = [best_length(p / 20, [30 + 2.0 * n + 1.5 * n for n in range(8)]) for p in range(20)]
     assert lengths == sorted(lengths)
     assert lengths[0] == 0
     assert lengths[-1] == 7
