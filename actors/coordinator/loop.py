@@ -165,7 +165,7 @@ class DecodeLoop:
                 if active.window is None or active.window.ready() or active.faults > MAX_FAULTS:
                     self.fail(active, "internal error while decoding")
                 else:
-                    self._restart(active)
+                    self.restart(active)
             except Exception:
                 log.exception("a session cannot be restarted")
                 self.fail(active, "internal error while decoding")
@@ -312,7 +312,7 @@ class DecodeLoop:
             for role in lost:
                 del active.replicas[role]
             if lost and active.state != SessionState.NO_REPLICA:
-                self._continue(active, self._restart)
+                self._continue(active, self.restart)
         self.wake()
 
     def _move_sessions_to_staying_replicas(self) -> None:
@@ -325,7 +325,7 @@ class DecodeLoop:
             if active.state == SessionState.NO_REPLICA:
                 self._continue(active, self._next_window)
             elif moving:
-                self._continue(active, self._restart)
+                self._continue(active, self.restart)
         self.wake()
 
     def _continue(self, active: ActiveSession, step: Callable[[ActiveSession], None]) -> None:
@@ -336,10 +336,11 @@ class DecodeLoop:
             log.exception("a session cannot continue")
             self.fail(active, "internal error while decoding")
 
-    def _restart(self, active: ActiveSession) -> None:
+    def restart(self, active: ActiveSession) -> None:
         """Drop the window and begin another."""
         self._exchange.drop(active)
         self._next_window(active)
+        self.wake()
 
     async def _check_deadlines(self) -> None:
         """Check every wait against its deadline, every TICK_S."""
@@ -350,7 +351,7 @@ class DecodeLoop:
                 if now - active.state_since > limits.reconnect_timeout_s:
                     away = ", ".join(self.missing_roles())
                     self.fail(active, f"no replica of {away} came back within {limits.reconnect_timeout_s:g} s")
-            self._fault_handler.drop_silent_replicas(list(self._active.values()))
+            self._fault_handler.check_rows(list(self._active.values()))
             self.admission.tick()
             if self.admission or self.parked:
                 self.wake()

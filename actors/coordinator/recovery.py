@@ -6,6 +6,7 @@ Recovery changes no token of a session.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -16,8 +17,11 @@ from actors.coordinator.admission import AdmissionQueue
 from actors.coordinator.exchange import Exchange, Fault
 from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, VerificationWindow
+from actors.coordinator.states import SessionState
 from actors.coordinator.stats import CoordinatorMeter
 from actors.wire.messages import Refusal
+
+log = logging.getLogger(__name__)
 
 MAX_FAULTS = 8  # faults in a row, without a token in between, that a session survives
 
@@ -27,6 +31,7 @@ class Sessions(Protocol):
 
     def is_admitted(self, active: ActiveSession) -> bool: ...
     def fail(self, active: ActiveSession, error: str) -> None: ...
+    def restart(self, active: ActiveSession) -> None: ...
     def wake(self) -> None: ...
 
 
@@ -71,16 +76,29 @@ class FaultHandler:
             self._admission.park(active, role, delay, lambda: self._resend(window, role, held))
             asyncio.get_running_loop().call_later(delay, self._sessions.wake)
         elif delay := fault.pause():
+            active.expect_rows(after_s=delay)
             asyncio.get_running_loop().call_later(delay, self._resend, window, role, held)
         else:
             self._resend(window, role, held)
 
-    def drop_silent_replicas(self, active_sessions: Iterable[ActiveSession]) -> None:
-        """Give up replicas that have owed a row for `deadlines.step_s` seconds and finished no forward in that time."""
+    def check_rows(self, active_sessions: Iterable[ActiveSession]) -> None:
+        """Give up replicas that have owed a row for `deadlines.step_s` seconds and finished no forward in that time.
+
+        A window that waits for so long while nobody owes it anything, by a fault of this program, begins anew.
+        """
         for active in active_sessions:
-            owed = active.window is not None and active.window.owing()
-            if owed and time.monotonic() - active.rows_due_since > self._deadlines.step_s:
+            window = active.window
+            if window is None or time.monotonic() - active.rows_due_since <= self._deadlines.step_s:
+                continue
+            if window.owing():
                 self._drop_silent(active)
+            elif active.state != SessionState.PARKED and not window.ready():
+                log.error("a window waited for an answer that no model owed; it begins anew")
+                active.count_fault()
+                if active.faults > MAX_FAULTS:
+                    self._sessions.fail(active, "internal error while decoding")
+                else:
+                    self._sessions.restart(active)
 
     def _resend(self, window: VerificationWindow, role: Role, held: int) -> None:
         """Request a role's rows again, unless the window has ended. held: tokens that the replica still holds."""

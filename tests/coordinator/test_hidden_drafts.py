@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -38,6 +40,21 @@ async def test_drafts_made_meanwhile_are_verified_and_change_no_token(trio: Trio
         assert hidden(service) == 0
         assert await answers(service, with_drafts(requests)) == expected
         assert hidden(service) > 20
+
+
+async def test_no_token_depends_on_the_order_in_which_models_answer(trio: Trio) -> None:
+    late = random.Random(5)
+
+    def disturb(engine: WatchedEngine) -> None:
+        time.sleep(late.choice((0, 0, 0, 1, 2, 4, 8)) / 1_000)
+
+    widening = {"max_unseen_mass": 0.02, "audit_every": 7}
+    async with local_service(drafting(exchange=widening), trio.engines) as service:
+        requests = varied_requests(service, 20)
+        expected = await answers(service, with_drafts(requests, 0))
+        trio.disturb(disturb)
+        for drafts in (None, 0, 3):
+            assert await answers(service, with_drafts(requests, drafts)) == expected
 
 
 async def test_a_guider_that_shares_its_device_drafts_nothing_meanwhile(trio: Trio) -> None:
@@ -86,7 +103,7 @@ async def test_drafts_that_are_not_taken_leave_nothing_in_a_cache(trio: Trio) ->
 async def test_a_window_that_ends_before_its_hidden_drafts_are_requested_drafts_anew(trio: Trio) -> None:
     """With whole rows nothing is looked up, so a window may end in the turn in which the guider's rows arrive."""
     async with local_service(drafting(exchange={"mode": "full"}), trio.engines) as service:
-        requests = [replace(one, sampling=replace(LONG, temperature=0)) for one in varied_requests(service)[:6]]
+        requests = [replace(one, sampling=replace(LONG, temperature=0)) for one in varied_requests(service)[:3]]
         expected = await answers(service, with_drafts(requests, 0))
         async with asyncio.timeout(60):
             assert await answers(service, with_drafts(requests)) == expected

@@ -9,14 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from actors.api.generation import ROLES, Finished, Role
 from actors.api.guidance import Guidance
 from actors.config import ServiceConfig
 from actors.coordinator.exchange import Exchange
+from actors.coordinator.inflight import Calls, InflightCalls, Lookups
 from actors.coordinator.session import ActiveSession
 from actors.coordinator.states import SessionState
+from actors.decoding.candidates import Ids
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
@@ -142,6 +146,30 @@ async def test_a_hanging_replica_is_dropped_and_its_sessions_resume_later(
         assert "to target" not in caplog.text
         free.set()
         assert tokens(await running) == expected
+
+
+async def test_a_window_that_no_model_owes_an_answer_begins_anew(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = InflightCalls.find
+    lost: list[Role] = []
+
+    def lossy(self: InflightCalls, call_ids: NDArray[np.uint64]) -> Iterator[tuple[Calls, Ids, Ids]]:
+        for calls, numbers, items in found(self, call_ids):
+            if isinstance(calls, Lookups) and len(lost) < 3:
+                lost.append(calls.role)
+                self.end(calls, numbers)
+            else:
+                yield calls, numbers, items
+
+    async with local_service(trio_config(deadlines={"step_s": 1}), trio.engines) as service:
+        requests = mixed_requests(service, 3)
+        expected = await alone(service, requests)
+        monkeypatch.setattr(InflightCalls, "find", lossy)
+        async with asyncio.timeout(30):
+            assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+    assert len(lost) == 3
+    assert "an answer that no model owed" in caplog.text
 
 
 async def stop_replica(service: LocalService, role: Role) -> None:
