@@ -618,8 +618,7 @@ class Exchange:
                 self._take_answers(calls.role, list(zip(windows, rows, strict=True)))
             elif isinstance(calls, Widenings):
                 owners = [calls.owners[number] for number in numbers]
-                targets = list(zip(owners, columns.first_row[items].tolist(), strict=True))
-                self._take_wider(columns, calls.role, targets)
+                self._take_wider(columns, calls.role, list(zip(owners, items.tolist(), strict=True)))
             self._calls.end(calls, numbers)
 
     def _take_frame(
@@ -664,12 +663,13 @@ class Exchange:
             if isinstance(window, HiddenDrafts):
                 window.awaited[role], window.rows = None, of
                 continue
+            of.columns.check(np.array([of.item]), of.sent.k, len(of.sent.required_ids))
             window.take_answer(role)
             if role == window.drafting_role:
                 if not window.rows:
                     self._request_rows(window, [])  # no draft came
-                whole = window.drafts + 1 == of.columns.rows[of.item]
-                if window.to_hide and whole and not (window.aligned or window.active.hidden_drafts):
+                drafted = of.sent.draft is not None and window.drafts + 1 == of.columns.rows[of.item]
+                if window.to_hide and drafted and not (window.aligned or window.active.hidden_drafts):
                     to_draft_on.append((window, of))
             if role in window.required:
                 self._arrived.append((window, role, of))
@@ -687,7 +687,6 @@ class Exchange:
                 self._arrived.append((window, role, of))
                 continue
             sent, columns, item = of
-            columns.check(np.array([item]), sent.k, len(sent.required_ids))
             if role in window.oldest:
                 self._take_aligned(columns, window, role, item, sent.start)
                 continue
@@ -719,10 +718,13 @@ class Exchange:
         self._received(frame, role, at)
 
     def _take_wider(self, columns: ReceivedRows, role: Role, targets: Sequence[tuple[LogitsRow, int]]) -> None:
-        """Store wider slices. targets: row, and its number among the message's rows."""
+        """Store wider slices. targets: row, and the item of the message that answers it."""
         frames: dict[Frame, list[tuple[LogitsRow, int]]] = {}
-        for row, number in targets:
-            columns.check(np.array([columns.item_of(number)]), row.k, 0)
+        for row, item in targets:
+            columns.check(np.array([item]), row.k, 0)
+            if columns.rows[item] != 1:
+                raise ProtocolError(f"the {role} model sent {columns.rows[item]} rows in place of one wider slice")
+            number = int(columns.first_row[item])
             if role in row.window.oldest:
                 self._add_aligned(row, role, columns.slice(number))
             else:

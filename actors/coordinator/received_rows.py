@@ -43,10 +43,6 @@ class ReceivedRows:
         """The message as kernels take it."""
         return ReceivedColumns(self.sent, self.items, self.first_row)
 
-    def item_of(self, row: int) -> int:
-        """The item to which a row belongs."""
-        return int(np.searchsorted(self.first_row, row, "right")) - 1
-
     def slice(self, source: int) -> RowSlice:
         """One row in the model's own ids."""
         k, id_at, logit_at, _ = self.sent.starts[source].tolist()

@@ -59,11 +59,22 @@ def fewer_logits(message: Message) -> Message:
     return replace(message, items=items, values=message.values[:-1])
 
 
-@pytest.mark.parametrize("change", [more_rows, narrower_slices, other_required_logits, fewer_logits])
+def no_wider_slice(message: Message) -> Message:
+    """A request for a wider slice is answered without any row."""
+    if not isinstance(message, Rows) or message.items["k"].max() <= 128:
+        return message
+    items = message.items.copy()
+    items["rows"] = 0
+    columns = "logsumexp", "tempered", "ids", "pages", "logits"
+    none: dict[str, Any] = {name: getattr(message, name)[:0] for name in columns}
+    return replace(message, items=items, **none)
+
+
+@pytest.mark.parametrize("change", [more_rows, narrower_slices, other_required_logits, fewer_logits, no_wider_slice])
 def test_a_reply_that_was_not_requested_like_this_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change
 ) -> None:
-    config = wide_config(tmp_path, WIDTH, exchange={"audit_every": 0})
+    config = wide_config(tmp_path, WIDTH, exchange={"audit_every": 0, "max_unseen_mass": 1e-9})
     stream = TailStream(Tail(2.2), WIDTH)
     lockstep = Lockstep(config, load_tokenizers(config), {role: TailEngine(stream, role) for role in ROLES})
     active = lockstep.open(guided_request("r", [1, 2, 3], 8, 0.6))
