@@ -61,6 +61,7 @@ class DecodeLoop:
             on_found=lambda replica: self._move_sessions_to_staying_replicas(),
             on_stopping=lambda replica: self._move_sessions_to_staying_replicas(),
             deadlines=config.deadlines,
+            width=vocabularies.width,
             tls=tls,
         )
         self._active: dict[int, ActiveSession] = {}

@@ -89,8 +89,11 @@ class ReplicaPool:
         on_found: Callable[[Replica], None],
         on_stopping: Callable[[Replica], None],
         deadlines: Deadlines,
+        width: Callable[[Role], int],
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        """width: logits in a row of a role's model; a replica whose rows have another width is not used."""
+        self._width = width
         self._secret, self._locate, self._tls, self._deadlines = secret, locate, tls, deadlines
         self._on_message, self._on_lost = on_message, on_lost
         self._on_found, self._on_stopping = on_found, on_stopping
@@ -192,6 +195,13 @@ class ReplicaPool:
             return
         finally:
             del self._connecting[endpoint.incarnation]
+        if replica.welcome.width != self._width(endpoint.role):
+            log.error(
+                "%s at %s:%d has rows of %d logits, its tokenizer's configuration says %d: it is not used",
+                *(endpoint.role, endpoint.host, endpoint.port, replica.welcome.width, self._width(endpoint.role)),
+            )
+            replica.connection.hang_up()
+            return
         self._replicas[endpoint.incarnation] = replica
         self._on_found(replica)
 

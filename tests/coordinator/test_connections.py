@@ -119,3 +119,18 @@ async def test_a_repeated_frame_ends_the_connection_and_changes_no_token(
     relay = await disturbed(trio_config(), trio_engines, "target", repeat)
     assert relay.connections == 2
     assert "altered, replayed or dropped" in caplog.text
+
+
+async def test_a_replica_whose_rows_have_another_width_is_not_used(
+    trio_engines: Mapping[Role, Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    service = LocalService(trio_config(), trio_engines)
+    try:
+        for role in ROLES:
+            await service.start_replica(role)
+        service.tokenizers["guider"].width += 1
+        await service.start_coordinator()
+        await until(lambda: "it is not used" in caplog.text)
+        await until(lambda: service.coordinators[0].missing_roles() == ("guider",))
+    finally:
+        await service.stop()
