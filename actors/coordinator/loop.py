@@ -166,7 +166,7 @@ class DecodeLoop:
                 if active.window is None or active.window.ready() or active.faults > MAX_FAULTS:
                     self.fail(active, "internal error while decoding")
                 else:
-                    self.restart(active)
+                    self._restart(active)
             except Exception:
                 log.exception("a session cannot be restarted")
                 self.fail(active, "internal error while decoding")
@@ -313,7 +313,7 @@ class DecodeLoop:
             for role in lost:
                 del active.replicas[role]
             if lost and active.state != SessionState.NO_REPLICA:
-                self._continue(active, self.restart)
+                self._continue(active, self._restart)
         self.wake()
 
     def _move_sessions_to_staying_replicas(self) -> None:
@@ -326,7 +326,7 @@ class DecodeLoop:
             if active.state == SessionState.NO_REPLICA:
                 self._continue(active, self._next_window)
             elif moving:
-                self._continue(active, self.restart)
+                self._continue(active, self._restart)
         self.wake()
 
     def _continue(self, active: ActiveSession, step: Callable[[ActiveSession], None]) -> None:
@@ -337,10 +337,14 @@ class DecodeLoop:
             log.exception("a session cannot continue")
             self.fail(active, "internal error while decoding")
 
-    def restart(self, active: ActiveSession) -> None:
+    def _restart(self, active: ActiveSession) -> None:
         """Drop the window and begin another."""
         self._exchange.drop(active)
         self._next_window(active)
+
+    def begin_anew(self, active: ActiveSession) -> None:
+        """Restart a session outside a turn, after a fault of this program."""
+        self._continue(active, self._restart)
         self.wake()
 
     async def _check_deadlines(self) -> None:

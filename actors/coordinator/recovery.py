@@ -31,7 +31,7 @@ class Sessions(Protocol):
 
     def is_admitted(self, active: ActiveSession) -> bool: ...
     def fail(self, active: ActiveSession, error: str) -> None: ...
-    def restart(self, active: ActiveSession) -> None: ...
+    def begin_anew(self, active: ActiveSession) -> None: ...
     def wake(self) -> None: ...
 
 
@@ -98,7 +98,7 @@ class FaultHandler:
                 if active.faults > MAX_FAULTS:
                     self._sessions.fail(active, "internal error while decoding")
                 else:
-                    self._sessions.restart(active)
+                    self._sessions.begin_anew(active)
 
     def _resend(self, window: VerificationWindow, role: Role, held: int) -> None:
         """Request a role's rows again, unless the window has ended. held: tokens that the replica still holds."""
