@@ -15,27 +15,22 @@ class ReceivedRows:
     """The rows of a message by number. width: logits in a whole row of this model."""
 
     def __init__(self, message: Rows, width: int) -> None:
-        pages, rows, count = page_counts(width), len(message.logsumexp), len(message.items)
         values = message.logsumexp, message.tempered, message.required
         columns = [read_only(each) for each in (message.ids, message.pages, message.logits, *values)]
-        lengths, starts, self.first_row = (
-            tuple(map(len, columns)),
-            np.empty((rows, 4), np.int64),
-            np.empty(count, np.int64),
-        )
-        items = self.items = read_only(message.items)
-        if not locate_rows(items, width, pages, lengths, self.first_row, starts):
+        self.items = read_only(message.items)
+        self.first_row = np.empty(len(self.items), np.int64)
+        starts, pages = np.empty((len(message.logsumexp), 4), np.int64), page_counts(width)
+        if not locate_rows(self.items, width, pages, tuple(map(len, columns)), self.first_row, starts):
             raise ProtocolError("the columns of Rows do not fit its items, or one of them has a negative count")
-        self.rows: Ids = items["rows"]
+        self.rows: Ids = self.items["rows"]
         self.sent = SentRows(starts, columns[0], columns[1], pages, *columns[2:])
         self._message, self.width = message, width
         self._ids: Ids | None = None  # joined when they are needed
 
     def check(self, items: Ids, k: int, required: int) -> None:
         """Raise ProtocolError unless these items have slices of k, and so many required logits, as was requested."""
-        if (self.items["k"][items] != min(k, self.width)).any() or (
-            self.items["required_ids"][items] != required
-        ).any():
+        sent = self.items[items]
+        if (sent["k"] != min(k, self.width)).any() or (sent["required_ids"] != required).any():
             raise ProtocolError("a model sent slices of another width, or other required logits, than was requested")
 
     @property
