@@ -26,6 +26,7 @@ class Generate:
     logprobs: send each token's log-probability and those of so many likeliest candidates; None for none.
     prompt_logprobs: the same for the tokens of the prompt, all at the request's alpha.
     only_prompt: decode nothing.
+    grammar: of the answer behind its thinking, in llguidance's form; "" for none. It must have been checked before.
     drafts: maximal number of drafts, 0 for none; None for the service's configuration.
     drafter: the source of drafts. "auto": the guider if it guides, else the session's own text; "guider": the guider.
     interval_s: minimal seconds between two deltas; each message costs CPU time.
@@ -46,6 +47,7 @@ class Generate:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     only_prompt: bool = False
+    grammar: str = ""
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0

@@ -17,6 +17,7 @@ from actors.coordinator.prompt_scoring import plan_scoring
 from actors.coordinator.replica_pool import Locate
 from actors.coordinator.session import ActiveSession
 from actors.coordinator.stats import CoordinatorLoad
+from actors.decoding.grammar import GrammarError
 from actors.decoding.session import Session
 from actors.metrics import Recorder
 from actors.text.tokenizer import RoleTokenizer
@@ -46,6 +47,8 @@ class Coordinator:
     async def start(self) -> None:
         """Compile the kernels, connect to the replicas in the directory, and decode. Raises UnsupportedProcessor."""
         await asyncio.to_thread(compile_kernels)
+        for served in dict.fromkeys(self._config.served_names.values()):
+            await asyncio.to_thread(self._vocabularies.grammars, "target" if served == "guided" else served)
         await self._loop.start()
 
     async def stop(self) -> None:
@@ -118,9 +121,12 @@ class Coordinator:
         vocabulary = self._vocabularies.vocabulary(request.primary, roles, request.thinking)
         request = request_checks.canonical(request, self._vocabularies)
         seeds = dict.fromkeys(roles, 0)  # a stream is hashed again when its replica is known
-        session = Session(request, vocabulary, seeds)
-        if request.resume is not None:
-            await asyncio.to_thread(session.replay, request.resume)  # slow for a long answer
+        try:
+            session = Session(request, vocabulary, seeds)
+            if request.resume is not None:
+                await asyncio.to_thread(session.replay, request.resume)  # slow for a long answer
+        except GrammarError as error:
+            return Rejected("invalid", str(error))
         return ActiveSession(
             session, secrets.randbits(63), request.arrived, self._loop.planner.acceptance(), prompt_scoring
         )

@@ -27,6 +27,7 @@ from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.states import SessionState
 from actors.coordinator.stats import CoordinatorMeter
 from actors.coordinator.verification import NeedsWiderTopK, NoLegalToken, RowDecision, Verifier
+from actors.decoding.grammar import GrammarError
 from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import Drafted, Message, Rows
 
@@ -265,8 +266,8 @@ class DecodeLoop:
         """Commit the tokens of a window's decided rows, in order. True if the next row is complete but not decided."""
         active = window.active
         for number, one in enumerate(row_decisions):
-            if number and one.alpha != active.alpha():
-                return True  # thinking has just ended and alpha changed: decide the row again
+            if number and (one.alpha, one.in_grammar) != (active.alpha(), active.session.in_grammar):
+                return True  # thinking has just ended, and alpha changed or a grammar began: decide the row again
             row = window.rows[window.next]
             verdict = self._verifier.verdict(row, one)
             if isinstance(verdict, NeedsWiderTopK):
@@ -276,9 +277,12 @@ class DecodeLoop:
                 self.fail(active, "the request's bans and biases leave no token to choose")
                 return False
             drafted = window.equals_draft(row, verdict.token)
-            active.events.emit(
-                active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
-            )
+            try:
+                part = active.session.commit(verdict.token, one.alpha, verdict.changed, drafted, verdict.scores)
+            except GrammarError as error:
+                self.fail(active, str(error))
+                return False
+            active.events.emit(part)
             active.reset_faults()
             window.advance()
             if active.over or not window.goes_on():

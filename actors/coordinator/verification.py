@@ -38,11 +38,12 @@ class DecidedRows:
 
 
 class RowDecision(NamedTuple):
-    """Row `number` of decided rows, and the alpha with which it was decided."""
+    """Row `number` of decided rows; the alpha with which it was decided, and whether a grammar restricted it."""
 
     rows: DecidedRows
     number: int
     alpha: float
+    in_grammar: bool
 
 
 class Chosen(NamedTuple):
@@ -95,12 +96,12 @@ class Verifier:
             )
             decided = DecidedRows(decisions, self._config.max_unseen_mass)
             for number, (row, alpha) in enumerate(members):
-                found[row] = RowDecision(decided, number, alpha)
+                found[row] = RowDecision(decided, number, alpha, sessions[number].in_grammar)
         return [[found[row] for row, _ in rows] for rows in wanted]
 
     def verdict(self, row: LogitsRow, decided: RowDecision) -> Verdict:
         """Outcome of a decided row, once the rows before it have become tokens."""
-        rows, index, alpha = decided
+        rows, index, alpha = decided.rows, decided.number, decided.alpha
         if row.audited is not None:
             return self._audit(row, decided)
         if row.k != WHOLE:

@@ -41,6 +41,11 @@ class AnswerText:
         """True while the thinking is open."""
         return self._end is not None
 
+    @property
+    def held(self) -> str:
+        """Text that may be the beginning of a marker."""
+        return self._held
+
     def push(self, text: str) -> VisibleText:
         """Add text; return the text that can be shown. No more text may be pushed after a stop text."""
         if self._end is None and not (self._stops or self._held):

@@ -653,6 +653,23 @@ def adjust_row(ids: Any, z: Any, count: int, spec: Any, extra: Any, number: int)
 
 
 @kernel
+def _all_legal_known(z: Any, count: int, extra: Any, number: int) -> bool:
+    """True if a row's legal ids are marked, and all of them are candidates with a finite logit z."""
+    begin, end = extra.offsets[_LEGAL, number], extra.offsets[_LEGAL, number + 1]
+    if end == begin:
+        return False
+    known = legal = 0
+    for place in range(count):
+        known += math.isfinite(z[place])
+    for word in range(begin, end):
+        bits = np.uint32(extra.legal[word])
+        while bits and legal <= known:
+            bits &= bits - np.uint32(1)
+            legal += 1
+    return legal == known
+
+
+@kernel
 def filter_row(z: Any, count: int, spec: Any, ceiling: float, least: float, most: float, work: Any) -> bool:
     """Divide one row by its temperature and filter it by min_p, top_k and top_p, in place: -inf for filtered ids.
 
@@ -813,6 +830,14 @@ def decide(
         if not legal:
             decision.token = decision.target_token = PADDING
             decision.outside, decision.settled = 1.0, False
+            continue
+        if spec.adjusted and _all_legal_known(z, count, extra, number):  # nothing that may be chosen is outside
+            decision.outside, decision.settled = 0.0, True
+            key = noise_key(spec.seed, spec.position)
+            filter_row(own, count, spec, -np.inf, -np.inf, -np.inf, work)
+            decision.target_token = _choose(names, own, count, not greedy, key)
+            filter_row(z, count, spec, -np.inf, -np.inf, -np.inf, work)
+            decision.token = _choose(names, z, count, not greedy, key)
             continue
         log_inside = _log_sum(z, count, heat)
         decision.outside = 1.0 / (1.0 + math.exp(min(max(log_inside - log_mass, -700.0), 700.0)))

@@ -57,11 +57,16 @@ def lifted_ids(sampling: Sampling, prompt: Collection[int], output: Counter[int]
 
 
 def adjustments(
-    sampling: Sampling, prompt: Collection[int], output: Mapping[int, int], banned: Iterable[int] = ()
+    sampling: Sampling,
+    prompt: Collection[int],
+    output: Mapping[int, int],
+    banned: Iterable[int] = (),
+    legal: NDArray[np.int32] | None = None,
 ) -> Adjustments:
     """The adjustments of a request's next row.
 
-    output: how often each id was generated. banned: ids that this row alone excludes.
+    output: how often each id was generated. banned: ids that this row alone excludes. legal: bits of the ids that a
+    grammar allows.
     """
     biases = dict(sorted(sampling.logit_bias))
     seen: dict[int, int] = {}
@@ -76,7 +81,7 @@ def adjustments(
         _ids(seen.values()),
         _ids(sorted(set(banned))),
         _ids(sorted(set(sampling.allowed_token_ids))),
-        _EVERY_ID,
+        _EVERY_ID if legal is None else legal,
     )
 
 

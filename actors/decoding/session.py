@@ -14,9 +14,12 @@ from actors.api.generation import EXPLAINED, FinishReason, Generate, Resume, Rol
 from actors.decoding.answer import AnswerText, VisibleText
 from actors.decoding.closing_tokens import ClosingTokens
 from actors.decoding.cross_vocab.translators import Alignment, translator_for
+from actors.decoding.grammar import GrammarMatcher
 from actors.decoding.penalties import Adjustments, adjustments, changes_rows, lifted_ids
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
+
+_FEW_LEGAL = 32  # ids that a grammar allows, whose exact logits every row has then
 
 
 class TextStream(Protocol):
@@ -44,6 +47,7 @@ class SessionVocabulary:
     added: frozenset[int]  # the primary's added tokens
     text: Callable[[Sequence[int], bool], TextStream]  # decodes what follows these ids; True skips special tokens
     closing_tokens: ClosingTokens | None = None  # of thinking.end, if the thinking has a minimum
+    matcher: Callable[[str], GrammarMatcher] | None = None  # at the beginning of a grammar
 
 
 class AnswerPart(NamedTuple):
@@ -56,7 +60,10 @@ class AnswerPart(NamedTuple):
 
 
 class Session:
-    """One sequence: `commit` takes a chosen token and returns the text to show, until `finish_reason` is set."""
+    """One sequence: `commit` takes a chosen token and returns the text to show, until `finish_reason` is set.
+
+    Raises GrammarError if the request's grammar cannot be used.
+    """
 
     def __init__(self, request: Generate, vocabulary: SessionVocabulary, hash_seeds: Mapping[Role, int]) -> None:
         self.request, self.vocabulary = request, vocabulary
@@ -92,20 +99,32 @@ class Session:
         self._end_seen, self._tail = False, ""  # True once thinking.end was emitted, even if no thinking was open
         self._end_token = end[0] if len(end) == 1 and end[0] in vocabulary.added else None
         self._tail_bytes = b""  # the newest bytes of the answer, for `vocabulary.closing_tokens`
+        self._grammar = vocabulary.matcher(request.grammar) if request.grammar and vocabulary.matcher else None
+        self._prepare_grammar()
 
     def alpha(self, ahead: int = 0) -> float:
         """Alpha for the next token, or for the one `ahead` tokens later if the thinking does not end before."""
         return self.request.guidance.alpha_at(self.generated + ahead, self._end_seen)
 
     @property
+    def in_grammar(self) -> bool:
+        """True if the request has a grammar and the thinking is over: the next token must be legal in it."""
+        return self._grammar is not None and not self._answer.thinking
+
+    @property
     def history_free(self) -> bool:
         """True if the next choices depend on no earlier token but through the models."""
+        if self.in_grammar:
+            return False
         early = self.generated < self.request.sampling.min_tokens or self._thinking_is_too_short()
         return not (early or self._changes_rows)
 
     def required_ids(self) -> set[int]:
         """Ids of the primary whose exact logits the next row needs besides the folded events."""
-        return lifted_ids(self.request.sampling, self.prompt, self.output) if self._changes_rows else set()
+        lifted = lifted_ids(self.request.sampling, self.prompt, self.output) if self._changes_rows else set()
+        if self._grammar is not None and self.in_grammar:
+            lifted = lifted.union(self._grammar.few(_FEW_LEGAL))
+        return lifted
 
     def adjustments(self) -> Adjustments | None:
         """The bias, penalties and bans of the next row; None if there are none.
@@ -116,9 +135,10 @@ class Session:
         early = self.generated < sampling.min_tokens
         banned = [*self.vocabulary.eos_ids[:1], *sampling.stop_token_ids] if early else []
         banned += [*self._ends_of_bad_words(), *self._ends_of_short_thinking()]
-        if not banned and not changes_rows(sampling):
+        legal = self._grammar.legal() if self._grammar is not None and self.in_grammar else None
+        if not banned and legal is None and not changes_rows(sampling):
             return None
-        return adjustments(sampling, self.prompt, self.output, banned)
+        return adjustments(sampling, self.prompt, self.output, banned, legal)
 
     def commit(
         self, token: int, alpha: float, changed: bool, drafted: bool = False, scores: Scores | None = None
@@ -126,7 +146,8 @@ class Session:
         """Append the chosen token; return the text to show. Sets `finish_reason` when the answer is over.
 
         drafted, scores: go into the token's note if the request wants notes. An end of the thinking before
-        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens the end is forced.
+        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens the end is forced. Raises GrammarError if
+        the grammar is given up.
         """
         self.choices.append(token)
         self.guided += alpha != 0
@@ -141,12 +162,18 @@ class Session:
         if self.finish_reason is None and self._thinking_is_over_limit():
             forced, closing = self._append_forced({role: s.end for role, s in self.vocabulary.forced_texts.items()})
             taken, shown = taken + forced, shown.then(closing)
+        self._prepare_grammar()
         notes: list[TokenNote] = []
         if self.listed is not None:
             notes = [TokenNote(i, text, alpha, changed=False) for i, text in taken]
             if not early:  # forced tokens are not chosen
                 notes[0] = replace(notes[0], changed=changed, drafted=drafted, scores=scores)
         return AnswerPart(shown.reasoning, shown.content, [i for i, _ in taken], notes)
+
+    def _prepare_grammar(self) -> None:
+        """Find what may come next, so that a grammar that is given up raises here and nowhere else."""
+        if self._grammar is not None and self.in_grammar and self.finish_reason is None:
+            self._grammar.legal()
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> AnswerPart:
         """End the answer; return the text held back."""
@@ -253,6 +280,8 @@ class Session:
             text = self._text.push(token)
             if closing is not None:
                 self._tail_bytes = closing.extend(self._tail_bytes, token)
+            if self._grammar is not None and self.in_grammar and token not in self.vocabulary.eos_ids:
+                self._grammar.take(token)
             if not self._end_seen:
                 self._watch_for_thinking_end(token, text)
             taken.append((token, text))
@@ -280,10 +309,14 @@ class Session:
             shown = shown.then(self._answer.close_thinking())
         elif shown.closed:
             self._retokenize_end()
+            if self._grammar is not None and (rest := (shown.content + self._answer.held).lstrip()):
+                self._grammar.take_text(rest)  # the token that ends the thinking has text behind the end
         if shown.stop is not None:
             self.finish_reason, self.stop_reason = "stop", shown.stop
         elif sampling.stop_on_repeat and self._last_run[1] >= sampling.stop_on_repeat:
             shown = shown.then(self._end("stop", "repeat"))
+        elif self._grammar is not None and self.in_grammar and self._grammar.over and sampling.ignore_eos:
+            shown = shown.then(self._end("stop"))
         elif sampling.max_tokens is not None and self.generated >= sampling.max_tokens:
             shown = shown.then(self._end("length"))
         return shown

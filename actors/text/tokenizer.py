@@ -190,6 +190,15 @@ class RoleTokenizer:
             return text
         return self.decode([id_], skip_special=False).encode() if self.is_token(id_) else b""
 
+    def encode_bytes(self, text: bytes) -> list[int]:
+        """Ids of bytes, none of them special; empty for bytes that the vocabulary cannot write."""
+        try:
+            return self.adapter.encode(text.decode())[0]
+        except UnicodeDecodeError:
+            return self.adapter.encode_bytes(text)
+        except UnsupportedTokenizer:
+            return []
+
     def ids_with_byte(self, byte: int) -> list[int]:
         """The ids of tokens whose text has this byte."""
         texts = self._token_texts or [self.token_bytes(id_) for id_ in range(self.width)]

@@ -10,6 +10,7 @@ from actors.api.generation import Role
 from actors.api.sampling_params import Thinking
 from actors.decoding.closing_tokens import ClosingTokens
 from actors.decoding.cross_vocab.translators import Alignment
+from actors.decoding.grammar import GrammarVocabulary
 from actors.decoding.session import ForcedTextIds, SessionVocabulary
 from actors.decoding.vocabulary import (
     NO_REQUIRED_LOGITS,
@@ -61,6 +62,7 @@ class VocabularyRegistry:
         self.vocabulary = lru_cache(maxsize=256)(self._vocabulary)
         self.required = lru_cache(maxsize=256)(self._required)
         self._closing_tokens = lru_cache(maxsize=64)(self._find_closing_tokens)
+        self.grammars = lru_cache(maxsize=None)(self._grammar_vocabulary)
 
     def map(self, primary: Role, role: Role) -> VocabularyMap | Alignment:
         """The map from `primary` to `role`."""
@@ -138,10 +140,18 @@ class VocabularyRegistry:
             eos_ids=tokenizer.eos_ids,
             added=frozenset(tokenizer.added_tokens.values()),
             text=tokenizer.stream,
+            matcher=lambda grammar: self.grammars(primary).matcher(grammar),
             closing_tokens=self._closing_tokens(primary, thinking.end)
             if thinking.start and thinking.min_tokens
             else None,
         )
+
+    def _grammar_vocabulary(self, role: Role) -> GrammarVocabulary:
+        """The vocabulary of a role, as grammars read it; slow the first time."""
+        tokenizer = self._tokenizers[role]
+        special = {*tokenizer.special_ids, *tokenizer.added_tokens.values(), *tokenizer.eos_ids}
+        tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.width)]
+        return GrammarVocabulary(tokens, special, tokenizer.eos_ids, self.legal(role), tokenizer.encode_bytes)
 
     def _find_closing_tokens(self, primary: Role, end: str) -> ClosingTokens:
         tokenizer = self._tokenizers[primary]

@@ -1,0 +1,155 @@
+"""Grammars of answers: which tokens may come next. llguidance computes them, from JSON schemas, regexes and Lark.
+
+A grammar is a text in llguidance's own form, which `grammar_text` makes of what a request asks for. Only texts that
+`actors.decoding.grammar_checker` has compiled before may reach a coordinator: some grammars end the process that
+compiles them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask
+from numpy.typing import NDArray
+
+_KEPT = 64  # compiled grammars of a vocabulary
+# Work that one token may take, in llguidance's units: a mask takes milliseconds at most. A grammar that needs more
+# ends in an error.
+LIMITS = LLParserLimits(
+    max_items_in_row=2_000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+
+
+class GrammarError(ValueError):
+    """A grammar is wrong, or was given up. The message is a sentence that clients may read."""
+
+
+class GrammarVocabulary:
+    """The tokens of one vocabulary, as grammars read them. Building it takes seconds for a large vocabulary.
+
+    tokens: by id the bytes that a token adds to a text. special: ids that no text may become; a grammar never allows
+    them but at its end. ends: ids that end an answer. choosable: ids that decoding may choose, of the ends the first.
+    encode: the ids of bytes, which must not raise.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special: Collection[int],
+        ends: Sequence[int],
+        choosable: Collection[int],
+        encode: Callable[[bytes], Sequence[int]],
+    ) -> None:
+        source = _TokenSource(tokens, special, ends, encode)
+        self._tokenizer = LLTokenizer(TokenizerWrapper(source), n_vocab=len(tokens), eos_token=list(ends))
+        self._compiled = lru_cache(_KEPT)(self._compile)
+        self.choosable = _bits(len(tokens), choosable)  # one bit for each id that decoding may choose
+
+    def matcher(self, grammar: str) -> GrammarMatcher:
+        """A matcher at the beginning of a grammar. Raises GrammarError if it cannot be compiled."""
+        return GrammarMatcher(self._compiled(grammar).deep_copy(), self)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, no special ones among them."""
+        ids: list[int] = self._tokenizer.greedy_tokenize(text)
+        return ids
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        compiled = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        if compiled.is_error():
+            raise GrammarError(first_line(compiled.get_error()))
+        return compiled
+
+
+class _TokenSource:
+    """What llguidance asks of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special: Collection[int],
+        ends: Sequence[int],
+        encode: Callable[[bytes], Sequence[int]],
+    ) -> None:
+        self.tokens, self.special_token_ids, self.eos_token_id = list(tokens), sorted(special), ends[0]
+        self._encode = encode
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(self._encode(text))
+
+
+class GrammarMatcher:
+    """The state of one answer in its grammar.
+
+    llguidance's matcher never raises when a grammar becomes too complex: it stops, and says so if it is asked.
+    """
+
+    __slots__ = ("_legal", "_matcher", "_vocabulary")
+
+    def __init__(self, matcher: LLMatcher, vocabulary: GrammarVocabulary) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+        self._legal: NDArray[np.int32] | None = None  # until it is asked for
+
+    def legal(self) -> NDArray[np.int32]:
+        """One bit for each id, as int32 words: set if the id may come next. The first end id stands for all.
+
+        Raises GrammarError if the grammar is given up.
+        """
+        if self._legal is None:
+            words = np.empty((1, len(self._vocabulary.choosable)), np.int32)
+            fill_next_token_bitmask(self._matcher, words)
+            self._check()
+            self._legal = words[0] & self._vocabulary.choosable
+        return self._legal
+
+    def few(self, most: int) -> list[int]:
+        """The ids that may come next if there are at most so many, else none."""
+        words = self.legal()
+        if int(np.bitwise_count(words).sum()) > most:
+            return []
+        at = np.flatnonzero(words)
+        bits = words[at, None] >> np.arange(32, dtype=np.int32) & 1
+        return ((at[:, None] << 5) + np.arange(32))[bits == 1].tolist()
+
+    def take(self, token: int) -> None:
+        """Go on by a token. Raises GrammarError if it is not legal, or if the grammar is given up."""
+        self._legal = None
+        self._matcher.consume_token(token)
+        self._check()
+
+    def take_text(self, text: str) -> None:
+        """Go on by a text that is part of a token. Raises GrammarError if it is not legal."""
+        for token in self._vocabulary.encode(text):
+            self.take(token)
+
+    @property
+    def over(self) -> bool:
+        """True if nothing but the end of the answer may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"the grammar was given up: {first_line(self._matcher.get_error())}")
+
+
+def _bits(width: int, ids: Collection[int]) -> NDArray[np.int32]:
+    """One bit for each id, as int32 words."""
+    chosen = np.zeros(-(-width // 32) * 32, np.uint8)
+    chosen[list(ids)] = 1
+    return np.packbits(chosen, bitorder="little").view("<i4")
+
+
+def first_line(error: str) -> str:
+    """The part of an error of llguidance that says what is wrong, without its trace."""
+    return error.partition("\n")[0].strip()
