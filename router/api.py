@@ -26,6 +26,7 @@ from router.backend import ApiError, Backend, BadRequest, NotFound, TooLarge
 from router.body import read_json
 from router.chat import Tokenizers
 from router.context import max_model_len
+from router.grammars import GrammarChecks, grammar_text
 from router.logprobs import TokenFormatter
 from router.metrics_endpoint import Exposition
 from router.playground import playground
@@ -57,7 +58,7 @@ def create_app(
     """
     service = service.with_recommended_sampling(tokenizers["target"].recommended)
     recorder = Recorder() if recorder is None else recorder
-    endpoints = Endpoints(service, tokenizers, backend)
+    endpoints = Endpoints(service, tokenizers, backend, GrammarChecks(tokenizers))
     app = FastAPI(title=service.name, responses=openapi.ERRORS, openapi_url=None, redirect_slashes=False)
     get, post = app.get, app.post  # response models only describe: handlers return ready responses
     get("/health", response_model=openapi.StatusBody)(endpoints.health)
@@ -88,6 +89,7 @@ class Endpoints:
     service: ServiceConfig
     tokenizers: dict[Role, RoleTokenizer]
     backend: Backend
+    grammars: GrammarChecks
     started: int = field(default_factory=lambda: int(time.time()))
 
     async def health(self) -> Response:
@@ -154,6 +156,10 @@ class Endpoints:
                 record.model = name if name in self.service.served_names else None
                 # Tokenising a long prompt takes long; in a thread it does not delay other streams.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
+                grammar, param = grammar_text(body)
+                if grammar:
+                    await self.grammars.require(grammar, plan.primary, param)
+                    plan = plan.with_grammar(grammar)
                 plan = plan.for_client(client_id(record.key, request.headers.get("authorization"), body.user))
                 record.prompt_tokens = plan.prompt_tokens
                 if self.service.router.log_prompts:

@@ -80,6 +80,10 @@ class Plan:
         """Maximum total of tokens of all sequences, prompts and answers."""
         return sum(len(s.prompts[s.primary]) + (s.sampling.max_tokens or 0) for s in self.sequences)
 
+    def with_grammar(self, grammar: str) -> Plan:
+        """The same plan with a grammar, which was checked before, of all answers."""
+        return replace(self, sequences=[replace(sequence, grammar=grammar) for sequence in self.sequences])
+
     def for_client(self, client: str) -> Plan:
         """The same plan on behalf of a client."""
         return replace(self, sequences=[replace(sequence, client=client) for sequence in self.sequences])

@@ -30,7 +30,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "moderation": (None,),
@@ -43,7 +42,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
     "prompt_embeds": (None,),
-    "structured_outputs": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
     "guided_choice": (None,),
@@ -121,6 +119,36 @@ class SpeculationFields(_Body):
 
     drafts: int | None = Field(None, ge=0, le=8)
     drafter: Literal["auto", "guider"] | None = None
+
+
+class JsonSchemaFormat(_Body):
+    """A JSON schema that the answer obeys, whether `strict` is set or not."""
+
+    name: ShortText = ""
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """The form of the answer behind its thinking."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(_Body):
+    """The form of the answer behind its thinking, as in vLLM: exactly one of the first five fields."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[ShortText], Field(min_length=1, max_length=1_024)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: Literal[False] = False
+    whitespace_pattern: None = None
+    structural_tag: None = None
 
 
 class StreamOptions(_Body):
@@ -261,6 +289,8 @@ class _Request(_Body):
     guidance: GuidanceFields | None = None
     thinking: ThinkingFields | None = None
     speculation: SpeculationFields | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def explain(self) -> bool:

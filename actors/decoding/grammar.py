@@ -52,6 +52,7 @@ class GrammarVocabulary:
         source = _TokenSource(tokens, special, ends, encode)
         self._tokenizer = LLTokenizer(TokenizerWrapper(source), n_vocab=len(tokens), eos_token=list(ends))
         self._compiled = lru_cache(_KEPT)(self._compile)
+        self.end = ends[0]
         self.choosable = _bits(len(tokens), choosable)  # one bit for each id that decoding may choose
 
     def matcher(self, grammar: str) -> GrammarMatcher:

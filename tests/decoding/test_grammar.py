@@ -1,0 +1,100 @@
+"""Which tokens a grammar allows, in the vocabulary of the embedded target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher, LLParserLimits
+
+from actors.decoding import grammar as grammar_module
+from actors.decoding.grammar import GrammarError, GrammarMatcher, GrammarVocabulary
+from actors.text.tokenizer import RoleTokenizer
+from actors.text.vocabularies import VocabularyRegistry
+from tests.support.local_service import WEIGHTS
+
+PERSON = LLMatcher.grammar_from_json_schema(
+    {"type": "object", "properties": {"person": {"enum": ["Ada", "Bo"]}}, "required": ["person"]},
+    overrides={"whitespace_flexible": False},
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> RoleTokenizer:
+    return RoleTokenizer.load(str(WEIGHTS / "target"))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: RoleTokenizer) -> GrammarVocabulary:
+    return VocabularyRegistry({"target": tokenizer}).grammars("target")
+
+
+def legal_ids(matcher: GrammarMatcher) -> list[int]:
+    bits = np.unpackbits(matcher.legal().view(np.uint8), bitorder="little")
+    return np.flatnonzero(bits).tolist()
+
+
+def walk(matcher: GrammarMatcher, tokens: Iterable[int]) -> None:
+    for token in tokens:
+        assert token in legal_ids(matcher)
+        matcher.take(token)
+
+
+def test_an_answer_that_obeys_is_legal_token_by_token_and_then_nothing_but_its_end(
+    tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    for text in ('{"person":"Ada"}', '{"person":"Bo"}'):
+        matcher = vocabulary.matcher(PERSON)
+        walk(matcher, tokenizer.encode_continuation(text))
+        assert matcher.over
+        assert legal_ids(matcher) == [tokenizer.eos_ids[0]]
+
+
+def test_an_illegal_token_raises(tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary) -> None:
+    matcher = vocabulary.matcher(PERSON)
+    stray = tokenizer.encode_continuation("x")[0]
+    assert stray not in legal_ids(matcher)
+    with pytest.raises(GrammarError):
+        matcher.take(stray)
+
+
+def test_no_text_becomes_a_special_token(tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary) -> None:
+    matcher = vocabulary.matcher(LLMatcher.grammar_from_regex(r"(.|\n)*"))
+    special = {*tokenizer.special_ids, *tokenizer.added_tokens.values()} - {tokenizer.eos_ids[0]}
+    assert special
+    assert special.isdisjoint(legal_ids(matcher))
+    assert len(legal_ids(matcher)) > 1_000
+
+
+def test_few_legal_ids_are_listed_and_many_are_not(tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary) -> None:
+    matcher = vocabulary.matcher(PERSON)
+    assert matcher.few(1) == legal_ids(matcher) == tokenizer.encode_continuation("{")
+    matcher.take(matcher.few(1)[0])
+    several = legal_ids(matcher)
+    assert matcher.few(len(several)) == several
+    assert matcher.few(len(several) - 1) == []
+
+
+def test_matchers_of_one_grammar_do_not_touch_each_other(
+    tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    one, other = vocabulary.matcher(PERSON), vocabulary.matcher(PERSON)
+    walk(one, tokenizer.encode_continuation('{"person":"A'))
+    assert legal_ids(other) == tokenizer.encode_continuation("{")
+
+
+def test_a_grammar_that_cannot_be_compiled_raises_with_its_keyword(vocabulary: GrammarVocabulary) -> None:
+    with pytest.raises(GrammarError, match="uniqueItems"):
+        vocabulary.matcher(LLMatcher.grammar_from_json_schema({"type": "array", "uniqueItems": True}))
+
+
+def test_a_grammar_that_takes_too_much_work_is_given_up(
+    tokenizer: RoleTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "LIMITS", LLParserLimits(step_max_items=5, verbose_errors=False))
+    vocabulary = VocabularyRegistry({"target": tokenizer}).grammars("target")
+    matcher = vocabulary.matcher(LLMatcher.grammar_from_lark('start: ("a" | "b" start "c" | start "d")+'))
+    with pytest.raises(GrammarError, match="given up"):
+        for _ in range(50):
+            matcher.take(legal_ids(matcher)[-1])
