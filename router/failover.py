@@ -23,7 +23,12 @@ from router.backend import Coordinators, Status, Unavailable
 log = logging.getLogger(__name__)
 
 MAX_LOSSES = 20  # lost coordinators without a token in between: this request itself may crash them
+MAX_GRAMMAR_LOSSES = 2  # the same for a request with a grammar, which is likelier to
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+
+
+class HandedOver(Unavailable):
+    """A coordinator that is about to stop gives a request up."""
 
 
 class FailoverBackend:
@@ -45,7 +50,7 @@ class FailoverBackend:
                 async with aclosing(self._attempt(progress.request())) as events:
                     async for event in events:
                         if isinstance(event, Moved):
-                            raise Unavailable("its coordinator hands it over")
+                            raise HandedOver("its coordinator hands it over")
                         if isinstance(event, Delta):
                             if (shown := progress.add(event)) is not None:
                                 yield shown
@@ -93,6 +98,7 @@ class _Progress:
         self._tally: Tally | None = None  # None: not yet admitted
         self._last_event_at = time.monotonic()
         self._losses = 0  # since the last token
+        self._deaths = 0  # of these, coordinators that were not told to stop
 
     def request(self) -> Generate:
         """The request for the next coordinator."""
@@ -107,7 +113,7 @@ class _Progress:
         self._choices += delta.choices
         self._scored += len(delta.prompt)
         if delta.choices or delta.prompt:
-            self._losses = 0
+            self._losses = self._deaths = 0
         if not (delta.tokens or delta.reasoning or delta.content or delta.prompt):
             return None
         return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes, prompt=delta.prompt)
@@ -115,9 +121,14 @@ class _Progress:
     def add_loss(self, error: Unavailable, reconnect_timeout_s: float) -> None:
         """Record the loss of a coordinator. Raises Unavailable if that was the last attempt."""
         self._losses += 1
+        self._deaths += not isinstance(error, HandedOver)
         log.warning("%s: %s; %d tokens are kept", self._request.request_id, error.message, len(self._choices))
         if self._losses >= MAX_LOSSES:
             raise Unavailable(f"{self._losses} coordinators were lost without a token in between") from error
+        if self._request.grammar and self._deaths >= MAX_GRAMMAR_LOSSES:
+            raise Unavailable(
+                f"{self._deaths} coordinators were lost while they decoded with this grammar: it is tried on no other"
+            ) from error
         if time.monotonic() - self._last_event_at > reconnect_timeout_s:
             raise Unavailable(
                 f"no coordinator has taken the request on for {reconnect_timeout_s:g} s: {error.message}"
