@@ -169,7 +169,8 @@ class Endpoints:
                 prompts = plan.prompts if body.return_token_ids else None
                 tokens = TokenFormatter(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
                 wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo, prompts
-                bodies = form(request_id, name, plan.seed, tokens, *wanted)
+                shown = not isinstance(body, ChatRequest) or body.include_reasoning
+                bodies = form(request_id, name, plan.seed, tokens, *wanted, include_reasoning=shown)
                 if body.stream:
                     options = body.stream_options or StreamOptions()
                     idle_s = self.service.router.keep_alive_s

@@ -115,8 +115,9 @@ def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenize
     """The sequences of a chat request. Raises BadRequest or NotFound."""
     model = _model(request, service)
     thinking, marks = _thinking(request, service.thinking), "start" in _set_fields(request.thinking)
-    closes = request.reasoning_effort == "none" and not marks
-    if request.reasoning_effort == "none":
+    unthinking = request.reasoning_effort == "none" or request.thinking_token_budget == 0
+    closes = unthinking and not marks
+    if unthinking:
         switch = {"enable_thinking": False} | request.chat_template_kwargs  # many templates have this one
         request = request.model_copy(update={"chat_template_kwargs": switch})
     # A continued answer has already opened its thinking, or has none, unless the request itself gives the mark.
@@ -134,6 +135,8 @@ def plan_completion(
     """The sequences of a completion request. Raises BadRequest or NotFound."""
     model = _model(request, service)
     # Raw text has no marked thinking unless the request says how it is marked.
+    if request.thinking is None and request.thinking_token_budget is not None and request.thinking_token_budget >= 0:
+        raise BadRequest("raw text has thinking only if thinking.start says so", param="thinking_token_budget")
     thinking = None if request.thinking is None else _thinking(request, service.thinking)
     prompts = [
         text_prompt(prompt, model.roles, tokenizers, thinking, request.add_special_tokens)
@@ -263,7 +266,12 @@ def _guidance(request: ChatRequest | CompletionRequest, default: Guidance) -> Gu
 
 
 def _thinking(request: ChatRequest | CompletionRequest, default: Thinking) -> Thinking:
-    return _override(default, _set_fields(request.thinking), "thinking")
+    given, budget = _set_fields(request.thinking), request.thinking_token_budget
+    if budget is not None:
+        if "max_tokens" in given:
+            raise BadRequest("thinking.max_tokens is the same limit: send one", param="thinking_token_budget")
+        given["max_tokens"] = budget if budget > 0 else None  # 0: there is no thinking to limit
+    return _override(default, given, "thinking")
 
 
 def _set_fields(fields: BaseModel | None) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class BodyFormat(ABC):
     explain: add an explanation of each token. logprobs: candidates per token's log-probability; None: no
     log-probabilities. prompt_logprobs: the same for the prompt's tokens, in a field of their own. echo: by choice the
     prompt that its text begins with; empty without echo. prompts: by choice the prompt's ids, if the request wants ids;
-    prompts_in_choices: place them in the choices, not beside them.
+    prompts_in_choices: place them in the choices, not beside them. include_reasoning: False leaves out the thinking's
+    text.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class BodyFormat(ABC):
     prompt_logprobs: int | None = None
     echo: Sequence[str] = ()
     prompts: Sequence[list[int]] | None = None
+    include_reasoning: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
     object_type: ClassVar[str]
@@ -161,11 +163,17 @@ class ChatFormat(BodyFormat):
         message = {"role": "assistant"} if first else {}
         if delta.content or first:
             message["content"] = delta.content
-        return {"delta": message | _reasoning(delta)}
+        return {"delta": message | self._reasoning(delta)}
 
     def _whole_text(self, choice: int, delta: Delta) -> Json:
-        message = {"role": "assistant", "content": delta.content} | _reasoning(delta)
+        message = {"role": "assistant", "content": delta.content} | self._reasoning(delta)
         return {"message": _with_keys(message, _MESSAGE_KEYS)}
+
+    def _reasoning(self, delta: Delta) -> Json:
+        """The thinking under both of its usual names; absent if there is none, since clients send back what they read."""
+        if not delta.reasoning or not self.include_reasoning:
+            return {}
+        return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
 
 
 class CompletionFormat(BodyFormat):
@@ -231,11 +239,6 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
 
 def _with_keys(body: Json, keys: Sequence[str]) -> Json:
     return body | dict.fromkeys(key for key in keys if key not in body)
-
-
-def _reasoning(delta: Delta) -> Json:
-    """The thinking under both of its usual names; absent if there is none, since clients send back what they read."""
-    return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning} if delta.reasoning else {}
 
 
 def _finish_fields(end: Finished | None) -> Json:

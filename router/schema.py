@@ -33,8 +33,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "audio": (None,),
     "moderation": (None,),
-    "include_reasoning": (None, True),
-    "thinking_token_budget": (None, -1),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "documents": (None, []),
@@ -291,6 +289,7 @@ class _Request(_Body):
     speculation: SpeculationFields | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    thinking_token_budget: int | None = Field(None, ge=-1, lt=2**63)  # -1: no limit
 
     @property
     def explain(self) -> bool:
@@ -311,6 +310,7 @@ class ChatRequest(Conversation, _Request):
 
     max_completion_tokens: Count | None = None
     reasoning_effort: Annotated[Literal["none"] | None, BeforeValidator(_no_effort)] = None
+    include_reasoning: bool = True
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
