@@ -24,13 +24,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.api.generation import Role
-from actors.decoding.hashing import derive_seed, mix64
+from actors.decoding.hashing import derive_seed, extend_hashes, mix64
 from actors.engine.interface import Extend, Held, Outcome
 from benchmarks.null_engine import BANK_ROWS, NullEngine, RowBank, shared_ranks, tail_logits
 from benchmarks.shapes import Shape
@@ -77,9 +77,30 @@ class TimedShape(Shape):
     def simulated(self) -> bool:
         return True
 
+    def bank(self, role: Role, agreement: float) -> RowBank:
+        """The rows of a role."""
+        return AgreeingBank(self, role, agreement)
+
     def sharing(self, *roles: Role) -> TimedShape:
         """The same models with one device for these roles: their forwards exclude each other, across processes, too."""
         return replace(self, device_locks=dict.fromkeys(roles, multiprocessing.get_context("spawn").Lock()))
+
+
+class Script(NamedTuple):
+    """A prompt and the answer that the models write behind it."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptedShape(TimedShape):
+    """Simulated models of one vocabulary whose rows peak at the tokens of scripts, and behind no prompt of theirs."""
+
+    scripts: tuple[Script, ...]
+
+    def bank(self, role: Role, agreement: float) -> RowBank:
+        return ScriptedBank(self, role, agreement)
 
 
 def _timed(name: str, target: ForwardTimes, small: ForwardTimes) -> TimedShape:
@@ -114,6 +135,31 @@ class AgreeingBank(RowBank):
     def number(self, prefix: int) -> int:
         row = prefix % BANK_ROWS
         return row if agrees(prefix, self._agreement) else row + BANK_ROWS
+
+
+class ScriptedBank(RowBank):
+    """The rows of one role, one for each token of the scripts, with its peak there.
+
+    The guider's peak is at another token of the scripts where it does not agree.
+    """
+
+    def __init__(self, shape: ScriptedShape, role: Role, agreement: float) -> None:
+        tokens = sorted({token for script in shape.scripts for token in script.answer})
+        tails = tail_logits(shared_ranks(shape.common), role)
+        rows = tails[np.arange(len(tokens)) % BANK_ROWS]
+        if role in PEAKS:
+            rows[np.arange(len(tokens)), tokens] = PEAKS[role]
+        super().__init__(rows)
+        at = {token: number for number, token in enumerate(tokens)}
+        self._numbers: dict[int, int] = {}  # by the running hash of the tokens before
+        for prompt, answer in shape.scripts:
+            hashes = extend_hashes(derive_seed(shape.common), [*prompt, *answer])
+            self._numbers |= zip(hashes[len(prompt) - 1 : -1], map(at.__getitem__, answer), strict=True)
+        self._agreement = agreement if role == "guider" else 1.0
+
+    def number(self, prefix: int) -> int:
+        number = self._numbers.get(prefix, 0)
+        return number if agrees(prefix, self._agreement) else (number + 1) % len(self.logits)
 
 
 def _peaked_rows(shape: Shape, role: Role) -> NDArray[np.float32]:
@@ -166,7 +212,7 @@ class TimedEngine(NullEngine):
         cache_tokens: int = 1 << 20,
         timer: Timer | None = None,
     ) -> None:
-        bank = AgreeingBank(shape, role, agreement)
+        bank = shape.bank(role, agreement)
         super().__init__(bank.logits.shape[1], role, cache_tokens, bank)
         self.hash_seed = derive_seed(shape.common)  # of all roles, whose running hashes must be the same
         self._times, self._timer = shape.times[role], timer or Timer()

@@ -43,8 +43,8 @@ class CandidateCompleter:
             frame.merge(found)
             if shape.aligned:
                 self._look_up_events(frame, found)
-            elif shape.guided and shape.k != WHOLE:
-                for role in GUIDED:
+            elif (shape.guided or shape.exact) and shape.k != WHOLE:
+                for role in shape.required:
                     self._look_up_plain(frame, role, found)
             complete = np.concatenate([complete, frame.scan()[1]])
         if shape.aligned:

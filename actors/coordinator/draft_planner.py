@@ -12,14 +12,17 @@ from typing import Literal
 
 from actors.config import Speculation
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import ActiveSession, VerificationWindow
+from actors.coordinator.session import ActiveSession, Source, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
 from actors.decoding.speculation import Acceptance, best_length
 
-Source = Literal["guider", "text"]
 Kind = Literal["guider", "text", "guided", "hidden"]  # of drafts; "guided": from a guider that also guides
-SOURCES: tuple[Source, ...] = ("guider", "text")
-_FIRST_GUESS: dict[Source, float] = {"guider": 0.7, "text": 0.3}  # acceptance rate before any draft was verified
+SOURCES: tuple[Source, ...] = ("guider", "text", "grammar")
+_FIRST_GUESS: dict[Source, float] = {
+    "guider": 0.7,
+    "text": 0.3,
+    "grammar": 0.9,
+}  # acceptance rate before any draft was verified
 _SMOOTHING = 0.02  # weight of one window in the rate that new sessions begin with
 _ROWS = 16  # at least so many are in a sample of the coordinator's own time
 _OWN_MEMORY = 0.97  # weight of its earlier samples when one more is observed
@@ -29,13 +32,14 @@ _FEW = 8  # a model that must read more tokens than this prefills: nothing is dr
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """The drafts of the next window: a number to request from the guider, or tokens (in the primary's ids).
+    """The drafts of the next window: a number to request from the guider, or tokens (in the primary's ids) of a source.
 
     to_hide: number that the guider drafts behind them while they are verified.
     """
 
     guider_drafts: int = 0
     text_drafts: tuple[int, ...] = ()
+    source: Source = "text"
     to_hide: int = 0
 
 
@@ -104,8 +108,11 @@ class DraftPlanner:
         source = self.drafter(active, guided)
         if self._behind(active, source):
             return NO_DRAFTS
+        if (grammar := active.session.grammar) is not None and (forced := grammar.drafts(most)):
+            if length := self._length(active, "grammar", "text", len(forced), batch):
+                return DraftPlan(text_drafts=tuple(forced[:length]), source="grammar")
         if source == "guider":
-            length = self._length(active, source, guided, most, batch)
+            length = self._length(active, source, "guided" if guided else "guider", most, batch)
             after = self._most(active, room, length + 1) if guided and length else 0
             return DraftPlan(length, to_hide=self._to_hide(active, after, batch))
         if not self._config.lookup:
@@ -113,7 +120,7 @@ class DraftPlanner:
         found = active.text.drafts(active.session.primary.tokens, most)
         if not found:
             return NO_DRAFTS
-        length = self._length(active, source, guided, len(found), batch)
+        length = self._length(active, source, "text", len(found), batch)
         return DraftPlan(text_drafts=tuple(found[:length]))
 
     def took(self, seconds: float) -> None:
@@ -137,9 +144,9 @@ class DraftPlanner:
             self._meter.hidden_drafts.add(drafts)
         self._meter.drafted_tokens.add(drafts)
         self._meter.accepted_tokens.add(kept)
-        source: Source = "guider" if window.drafting_role == "guider" else "text"
-        active.acceptance[source].record(kept if active.over else drafts, kept)
-        self._expected[source] += _SMOOTHING * (active.acceptance[source].rate - self._expected[source])
+        acceptance = active.acceptance[window.source]
+        acceptance.record(kept if active.over else drafts, kept)
+        self._expected[window.source] += _SMOOTHING * (acceptance.rate - self._expected[window.source])
 
     def _most(self, active: ActiveSession, room: int, ahead: int = 0) -> int:
         """Drafts that a window may have at most, once so many more tokens are chosen."""
@@ -168,11 +175,11 @@ class DraftPlanner:
             return most
         return best_length(active.acceptance["guider"].rate, self._costs(active, "hidden", batch)[: most + 1])
 
-    def _length(self, active: ActiveSession, source: Source, guided: bool, most: int, batch: int) -> int:
+    def _length(self, active: ActiveSession, source: Source, kind: Kind, most: int, batch: int) -> int:
         if not self._config.adapt:
             return most
         acceptance = active.acceptance[source]
-        length = best_length(acceptance.rate, self._costs(active, "guided" if guided else source, batch)[: most + 1])
+        length = best_length(acceptance.rate, self._costs(active, kind, batch)[: most + 1])
         return length or int(not acceptance.rest())
 
     def _costs(self, active: ActiveSession, kind: Kind, batch: int) -> Sequence[float]:

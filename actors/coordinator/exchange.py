@@ -24,9 +24,10 @@ from actors.coordinator.frames import FrameShape, RowFrame, RowKeys, row_numbers
 from actors.coordinator.inflight import Calls, ExtendCalls, InflightCalls, Lookups, Widenings
 from actors.coordinator.received_rows import ReceivedRows
 from actors.coordinator.replica_pool import Replica
-from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, VerificationWindow
+from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, Source, VerificationWindow
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SessionTable
+from actors.coordinator.verification import MAX_EXACT
 from actors.decoding.candidates import Answered, BlockLayout, Ids, RowSlice, Stages
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
@@ -107,6 +108,7 @@ class Exchange:
         self._table = SessionTable()
         self._touched: dict[Frame, None] = {}
         self._unplaced: list[VerificationWindow] = []  # windows whose rows have no frame yet
+        self._begun: list[VerificationWindow] = []  # windows whose rows were requested since `take_begun`
         self._widened: list[LogitsRow] = []  # rows whose wider slices are not requested yet
         # By role, and by the window or hidden drafts that wait: a later extend replaces one that is not sent yet.
         self._extends: dict[Role, dict[VerificationWindow | HiddenDrafts, PendingExtend]] = {}
@@ -160,16 +162,17 @@ class Exchange:
         text_drafts: Sequence[int] = (),
         guider_drafts: int = 0,
         to_hide: int = 0,
+        source: Source = "text",
     ) -> None:
         """Begin the session's next window. The session is bound to a replica of every role that takes part.
 
-        text_drafts: drafts from the session's own text, in the primary's ids. guider_drafts: number to request from
-        the guider instead; if it has made drafts already, these are taken. to_hide: number that it drafts for the
+        text_drafts: drafts of a source other than the guider, in the primary's ids. guider_drafts: number to request
+        from the guider instead; if it has made drafts already, these are taken. to_hide: number that it drafts for the
         window after this one meanwhile.
         """
         required = self._required(active, guided)
         window = active.window = VerificationWindow(
-            active, guided, required, "guider" if guider_drafts else None, guider_drafts, to_hide=to_hide
+            active, guided, required, "guider" if guider_drafts else None, guider_drafts, to_hide=to_hide, source=source
         )
         if active.hidden_drafts is not None and self._take_hidden(window, active.hidden_drafts):
             return
@@ -249,6 +252,16 @@ class Exchange:
         row.widen(k)
         self._widened.append(row)
 
+    def look_up(self, row: LogitsRow, ids: Sequence[int]) -> None:
+        """Request the logits of all ids that a grammar allows for a row, at most MAX_EXACT."""
+        row.complete_with(ids)
+        self._widened.append(row)
+
+    def take_begun(self) -> list[VerificationWindow]:
+        """The windows whose rows were requested since the last call."""
+        begun, self._begun = self._begun, []
+        return begun
+
     def drop(self, active: ActiveSession) -> None:
         """Forget the session's window and its calls in flight."""
         window = active.window
@@ -313,15 +326,16 @@ class Exchange:
         for window in unplaced:
             if window.rows:
                 by_shape.setdefault(self._shape(window, window.rows[0].k), []).append(window)
+        self._begun += [window for windows in by_shape.values() for window in windows]
         for shape, windows in by_shape.items():
             frame = self._frame([row for window in windows for row in window.rows], shape, RowStage.EXTENDING)
             if not (shape.aligned or shape.scores_prompt):  # these need more than the newest rows
                 self._extend_frame(frame, windows)
 
-    def _shape(self, window: VerificationWindow, k: int) -> FrameShape:
+    def _shape(self, window: VerificationWindow, k: int, exact: bool = False) -> FrameShape:
         """Shape of a frame for the window's rows of width k. Windows with the same required logits share it."""
         required = window.required
-        key = id(required), window.guided, window.aligned, window.scores_prompt, k
+        key = id(required), window.guided, window.aligned, window.scores_prompt, k, exact
         shape = self._shapes.get(key)
         if shape is None:  # it holds the required logits, so their id stays theirs
             proposing: Sequence[Role] = tuple(required)
@@ -329,7 +343,8 @@ class Exchange:
                 proposing = ()
             elif window.guided and k != WHOLE:
                 proposing = GUIDED[:2]
-            layout = BlockLayout(required, {role: self._slice_width(window, role, k) for role in required})
+            widths = {role: self._slice_width(window, role, k) for role in required}
+            layout = BlockLayout(required, widths, MAX_EXACT if exact else 0)
             shape = FrameShape(required, *key[1:], proposing, layout)
             if len(self._shapes) >= _SHAPES:
                 self._shapes.clear()
@@ -415,14 +430,24 @@ class Exchange:
         by_shape: dict[tuple[FrameShape, RowStage], list[LogitsRow]] = {}
         for row in widened:
             if row in row.window.rows:  # else the window has ended
-                key = self._shape(row.window, row.k), RowStage(row.frame.stage[row.at])
+                key = self._shape(row.window, row.k, bool(row.exact)), RowStage(row.frame.stage[row.at])
                 by_shape.setdefault(key, []).append(row)
         for (shape, stage), rows in by_shape.items():
             narrow = [(row.frame, row.at) for row in rows]
             frame = self._frame(rows, shape, stage)
             for row, (before, at) in zip(rows, narrow, strict=True):
-                frame.block.copy_required(row.at, before.block, at)
+                if shape.exact:
+                    frame.block.copy_slices(row.at, before.block, at)
+                    frame.block.propose(row.at, row_numbers(row.exact))
+                else:
+                    frame.block.copy_required(row.at, before.block, at)
                 before.abandon(at)
+            if shape.exact:
+                for role in shape.required:
+                    frame.receive(role, np.arange(len(rows)))
+                complete = self._completer.advance(frame)
+                assert not len(complete)  # a row that lacks no legal id has been decided
+                continue
             for role in shape.required:
                 if self._too_narrow(rows[0], role):
                     for row in rows:
@@ -458,7 +483,9 @@ class Exchange:
         self._extend(window, "guider", Draft(window.wanted, request.seed, noise, temperature, sampling.top_p))
 
     def _request_rows(self, window: VerificationWindow, drafts: Sequence[int], drafted: Sequence[int] = ()) -> None:
-        """Request the rows behind the drafts."""
+        """Request the rows behind the drafts, up to the first one that the session's grammar does not allow."""
+        if drafts and (grammar := window.active.session.grammar) is not None:
+            drafts = drafts[: grammar.legal_length(drafts)]
         k = WHOLE if self._config.mode == "full" else self._config.k
         self._unplaced.append(window)
         if not (drafts or window.oldest or window.drafting_role):

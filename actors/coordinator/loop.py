@@ -26,8 +26,8 @@ from actors.coordinator.replica_pool import Locate, Replica, ReplicaPool
 from actors.coordinator.session import ActiveSession, VerificationWindow
 from actors.coordinator.states import SessionState
 from actors.coordinator.stats import CoordinatorMeter
-from actors.coordinator.verification import NeedsWiderTopK, NoLegalToken, RowDecision, Verifier
-from actors.decoding.grammar import GrammarError
+from actors.coordinator.verification import NeedsLegalLogits, NeedsWiderTopK, NoLegalToken, RowDecision, Verifier
+from actors.decoding.grammar import GrammarError, GrammarMatcher, fill_masks
 from actors.text.vocabularies import VocabularyRegistry
 from actors.wire.messages import Drafted, Message, Rows
 
@@ -191,6 +191,20 @@ class DecodeLoop:
     def _send(self) -> None:
         self._exchange.request()
         self._pool.flush()
+        self._fill_masks(self._exchange.take_begun())
+
+    @staticmethod
+    def _fill_masks(windows: Sequence[VerificationWindow]) -> None:
+        """Compute what grammars allow behind windows whose rows were just requested, while the models compute these."""
+        wanted: dict[Role, list[tuple[GrammarMatcher, Sequence[int]]]] = {}
+        for window in windows:
+            grammar = window.active.session.grammar
+            if grammar is not None and window.rows:
+                wanted.setdefault(window.active.primary, []).append(
+                    (grammar, window.draft_tokens[window.active.primary])
+                )
+        for of_vocabulary in wanted.values():
+            fill_masks(of_vocabulary)
 
     def _admit(self) -> None:
         for active in self.admission.admit(lambda active: self._needed_roles(active, bool(active.alpha()))):
@@ -226,7 +240,7 @@ class DecodeLoop:
             room = active.room(active.primary) - 1
         active.expect_rows()
         plan = self.planner.plan(active, guided, room, len(self._active))
-        self._exchange.begin(active, guided, plan.text_drafts, plan.guider_drafts, plan.to_hide)
+        self._exchange.begin(active, guided, plan.text_drafts, plan.guider_drafts, plan.to_hide, plan.source)
         if not guided and session.generated:
             self._read_ahead(active, GUIDED[1:] if active.alpha(LEAD_TOKENS) else roles[1:])
 
@@ -266,7 +280,7 @@ class DecodeLoop:
         """Commit the tokens of a window's decided rows, in order. True if the next row is complete but not decided."""
         active = window.active
         for number, one in enumerate(row_decisions):
-            if number and (one.alpha, one.in_grammar) != (active.alpha(), active.session.in_grammar):
+            if number and (one.alpha, one.in_grammar) != (active.alpha(), active.session.grammar is not None):
                 return True  # thinking has just ended, and alpha changed or a grammar began: decide the row again
             row = window.rows[window.next]
             verdict = self._verifier.verdict(row, one)
@@ -274,7 +288,10 @@ class DecodeLoop:
                 self._exchange.widen(row, verdict.k)
                 return False
             if isinstance(verdict, NoLegalToken):
-                self.fail(active, "the request's bans and biases leave no token to choose")
+                self.fail(active, verdict.error)
+                return False
+            if isinstance(verdict, NeedsLegalLogits):
+                self._exchange.look_up(row, verdict.ids)
                 return False
             drafted = window.equals_draft(row, verdict.token)
             try:

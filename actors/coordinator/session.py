@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from actors.api.generation import ROLES, Generate, PromptNote, Role
 from actors.coordinator.frames import RowFrame
@@ -22,6 +22,8 @@ from actors.decoding.session import Session
 from actors.decoding.speculation import Acceptance, TextIndex
 from actors.decoding.vocabulary import RequiredLogits
 from actors.text.vocabularies import VocabularyRegistry
+
+Source = Literal["guider", "text", "grammar"]  # of drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,7 @@ class PromptScoring:
 class LogitsRow:
     """One row of logits of a window: row `at` of `frame`, from the request of its slices to its decision."""
 
-    __slots__ = ("at", "audited", "crossing", "events", "frame", "index", "k", "slices", "window")
+    __slots__ = ("at", "audited", "crossing", "events", "exact", "frame", "index", "k", "slices", "window")
 
     # Of small roles with another vocabulary: slices in their ids, earlier rows, and the candidates' events with the
     # number of this row.
@@ -226,6 +228,7 @@ class LogitsRow:
     def __init__(self, window: VerificationWindow, index: int, k: int) -> None:
         self.window, self.index = window, index
         self.k = k  # width of its slices; WHOLE: whole rows
+        self.exact: Sequence[int] = ()  # ids that a grammar allows, all of which are candidates then
         self.frame: RowFrame[LogitsRow]
         self.at = -1  # until it has a frame
         self.audited: Decisions | None = None  # from slices, while whole rows are fetched
@@ -250,8 +253,13 @@ class LogitsRow:
 
     def widen(self, k: int) -> None:
         """Wait for slices of this k (WHOLE: whole rows)."""
-        self.k = k
+        self.k, self.exact = k, ()
         self.frame.enter(self.at, RowStage.WIDENING if self.audited is None else RowStage.AUDITING)
+
+    def complete_with(self, ids: Sequence[int]) -> None:
+        """Wait for the logits of the ids that a grammar allows, all of them."""
+        self.exact = ids
+        self.frame.enter(self.at, RowStage.WIDENING)
 
     def begin_audit(self, decisions: Decisions) -> None:
         """Keep what the slices decided until whole rows have been fetched."""
@@ -305,6 +313,7 @@ class VerificationWindow:
         "required",
         "rows",
         "scores_prompt",
+        "source",
         "to_hide",
         "wanted",
     )
@@ -318,12 +327,17 @@ class VerificationWindow:
         wanted: int = 0,
         scores_prompt: bool = False,
         to_hide: int = 0,
+        source: Source = "text",
     ) -> None:
-        """wanted: drafts requested from the drafting role. to_hide: drafts that it makes behind them meanwhile."""
+        """wanted: drafts requested from the drafting role. to_hide: drafts that it makes behind them meanwhile.
+
+        source: of the drafts, if it is no role.
+        """
         self.active = active
         self.guided = guided  # True if the small models take part in its decisions
         self.required = required  # by role that takes part, the primary first
-        self.drafting_role = drafting_role  # None: no drafts, or drafts from the session's own text
+        self.drafting_role = drafting_role  # None: no drafts, or drafts of another source
+        self.source: Source = "guider" if drafting_role == "guider" else source
         self.wanted, self.to_hide = wanted, to_hide
         self.hidden = False  # True if its drafts were made while the window before it was verified
         self.scores_prompt = scores_prompt  # its rows score tokens of the prompt; none is chosen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,10 @@ from actors.coordinator.frames import RowFrame, row_numbers
 from actors.coordinator.session import LogitsRow, VerificationWindow
 from actors.coordinator.stats import CoordinatorMeter
 from actors.decoding.decision import Decisions, compare, decide
+from actors.decoding.grammar import GrammarMatcher
 from actors.wire.messages import WHOLE
+
+MAX_EXACT = 256  # ids that a grammar allows, all of whose logits are looked up; above it rows are widened
 
 
 class DecidedRows:
@@ -38,7 +40,7 @@ class DecidedRows:
 
 
 class RowDecision(NamedTuple):
-    """Row `number` of decided rows; the alpha with which it was decided, and whether a grammar restricted it."""
+    """Row `number` of decided rows; the alpha with which it was decided, and if a grammar restricted it."""
 
     rows: DecidedRows
     number: int
@@ -60,12 +62,19 @@ class NeedsWiderTopK(NamedTuple):
     k: int
 
 
-@dataclass(frozen=True, slots=True)
-class NoLegalToken:
-    """Not even the whole row has a token that may be chosen."""
+class NeedsLegalLogits(NamedTuple):
+    """The row cannot be decided before the logits of these ids have arrived, all that a grammar allows."""
+
+    ids: Sequence[int]
 
 
-Verdict = Chosen | NeedsWiderTopK | NoLegalToken
+class NoLegalToken(NamedTuple):
+    """Not even the whole row has a token that may be chosen. error: a sentence for the client."""
+
+    error: str = "the request's bans and biases leave no token to choose"
+
+
+Verdict = Chosen | NeedsWiderTopK | NeedsLegalLogits | NoLegalToken
 
 
 class Verifier:
@@ -89,14 +98,17 @@ class Verifier:
             specs = frame.specs[at]
             specs["alpha"] = [alpha for _, alpha in members]
             sessions = [row.window.active.session for row, _ in members]
-            adjustments = [None if each.history_free else each.adjustments() for each in sessions]
+            adjustments = [
+                None if each.history_free and each.grammar is None else each.adjustments(row.index - row.window.next)
+                for each, (row, _) in zip(sessions, members, strict=True)
+            ]
             listed = [each.listed for each in sessions]
             decisions = decide(
                 frame.block, at, specs, adjustments if any(adjustments) else (), listed if any(listed) else ()
             )
             decided = DecidedRows(decisions, self._config.max_unseen_mass)
             for number, (row, alpha) in enumerate(members):
-                found[row] = RowDecision(decided, number, alpha, sessions[number].in_grammar)
+                found[row] = RowDecision(decided, number, alpha, sessions[number].grammar is not None)
         return [[found[row] for row, _ in rows] for rows in wanted]
 
     def verdict(self, row: LogitsRow, decided: RowDecision) -> Verdict:
@@ -104,7 +116,12 @@ class Verifier:
         rows, index, alpha = decided.rows, decided.number, decided.alpha
         if row.audited is not None:
             return self._audit(row, decided)
+        grammar = row.window.active.session.grammar
+        if grammar is not None and grammar.error:
+            return NoLegalToken(grammar.error)
         if row.k != WHOLE:
+            if grammar is not None and rows.undecided[index]:
+                return self._undecided_in_grammar(row, rows, index, grammar)
             if rows.undecided[index] or _too_few(row, rows.decisions, index):
                 return self._wider(row)
             if alpha and self._audit_due():
@@ -114,12 +131,29 @@ class Verifier:
             return NoLegalToken()
         return self._chosen(row, rows, index)
 
+    def _undecided_in_grammar(
+        self, row: LogitsRow, rows: DecidedRows, index: int, grammar: GrammarMatcher
+    ) -> Chosen | NeedsWiderTopK | NeedsLegalLogits:
+        """The only token that a grammar allows, else the logits of all that it allows if they are few, else more."""
+        only = row.window.active.session.only_token
+        if only is not None:
+            self._meter.decided_tokens.add()
+            return Chosen(only, changed=False)
+        few = grammar.few(MAX_EXACT) if row.k == self._config.k and not row.exact else []
+        if not few:
+            return self._wider(row)
+        self._count_widened(row)
+        return NeedsLegalLogits(few)
+
+    def _count_widened(self, row: LogitsRow) -> None:
+        if row.k == self._config.k and not row.exact:
+            row.window.active.session.count_widened()
+            self._meter.widened_rows.add()
+
     def _wider(self, row: LogitsRow) -> NeedsWiderTopK:
         """Next width of the row: one wider slice, then the whole row. It depends on the row alone, like its token."""
         active = row.window.active
-        if row.k == self._config.k:
-            active.session.count_widened()
-            self._meter.widened_rows.add()
+        self._count_widened(row)
         wider = self._config.k * self._config.widen_factor
         fits = row.k < wider < active.replicas[active.primary].welcome.width
         return NeedsWiderTopK(wider if fits else WHOLE)
@@ -162,6 +196,6 @@ def _decidable(window: VerificationWindow) -> Iterator[tuple[LogitsRow, float]]:
     active = window.active
     for ahead, row in enumerate(window.rows[window.next :]):
         alpha = active.alpha(ahead)
-        if not row.complete or bool(alpha) != window.guided or (ahead and not active.session.history_free):
+        if not row.complete or bool(alpha) != window.guided or (ahead and not active.session.decides(ahead)):
             return
         yield row, alpha

@@ -1,7 +1,7 @@
 """Collects the candidate ids of rows, and each role's logits at them, as columns for `actors.decoding.kernels`.
 
 The candidates of a row are the ids in the target's and the guider's top-k slices and the ids whose logits the request
-requires. They depend on that row's slices alone and are sorted by id.
+requires, or its grammar. They depend on that row's slices and the request alone and are sorted by id.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class Stages(NamedTuple):
 class BlockLayout:
     """Which columns of a block's arrays belong to which role. Blocks of equal rows share it."""
 
-    def __init__(self, required: Mapping[Role, RequiredLogits], widths: Mapping[Role, int]) -> None:
-        """required: by role, the primary first. widths: most ids in a role's slice."""
+    def __init__(self, required: Mapping[Role, RequiredLogits], widths: Mapping[Role, int], more: int = 0) -> None:
+        """required: by role, the primary first. widths: most ids in a role's slice. more: ids that no role proposed."""
         self.roles = {role: number for number, role in enumerate(required)}
         self.widths = [widths[role] for role in required]
         self.slice_ends = np.cumsum(self.widths)
-        self.slice_columns = int(self.slice_ends[-1])
+        self.slice_columns = int(self.slice_ends[-1]) + more
         self.groups = [each.groups for each in required.values()]
         self.events = np.concatenate([each.events for each in required.values()])
         self.event_ends = np.cumsum([len(each.events) for each in required.values()])
@@ -172,6 +172,18 @@ class CandidateBlock:
             other.sums[:, at],
             other.tempered[at],
         )
+
+    def copy_slices(self, row: int, other: CandidateBlock, at: int) -> None:
+        """Take over all that roles have answered for row `at` of another block, whose columns this one begins with."""
+        self.copy_required(row, other, at)
+        columns = other._layout.slice_columns
+        self._slices[row, :columns], self._slice_logits[row, :columns] = other._slices[at], other._slice_logits[at]
+        self.ceiling[row] = other.ceiling[at]
+
+    def propose(self, row: int, ids: Ids) -> None:
+        """Make these ids candidates of a row, whatever the roles propose."""
+        first = int(self._layout.slice_ends[-1])
+        self._slices[row, first : first + len(ids)] = ids
 
     def slice(self, role: Role, row: int) -> RowSlice:
         """A role's slice of one row, as it was stored."""

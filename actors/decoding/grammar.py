@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import fill_next_token_bitmask
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 from numpy.typing import NDArray
 
 _KEPT = 64  # compiled grammars of a vocabulary
@@ -93,26 +93,32 @@ class _TokenSource:
 class GrammarMatcher:
     """The state of one answer in its grammar.
 
-    llguidance's matcher never raises when a grammar becomes too complex: it stops, and says so if it is asked.
+    llguidance's matcher never raises when a grammar becomes too complex: it stops, and says so if it is asked. error: a
+    sentence for the client once the grammar was given up, else "".
     """
 
-    __slots__ = ("_legal", "_matcher", "_vocabulary")
+    __slots__ = ("_drafts", "_masks", "_matcher", "_vocabulary", "error")
 
     def __init__(self, matcher: LLMatcher, vocabulary: GrammarVocabulary) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._legal: NDArray[np.int32] | None = None  # until it is asked for
+        # Masks of the next token and of those behind drafts, as far as they are computed.
+        self._masks: list[NDArray[np.int32]] = []
+        self._drafts: list[int] = []
+        self.error = ""
 
-    def legal(self) -> NDArray[np.int32]:
-        """One bit for each id, as int32 words: set if the id may come next. The first end id stands for all.
+    @property
+    def masks(self) -> int:
+        """Number of masks that are computed: of the next token, and of those behind drafts."""
+        return len(self._masks)
 
-        Raises GrammarError if the grammar is given up.
+    def legal(self, ahead: int = 0) -> NDArray[np.int32]:
+        """One bit for each id, as int32 words: set if the id may come next, or behind `ahead` of the known drafts.
+
+        The first end id stands for all. No bit is set once the grammar was given up.
         """
-        if self._legal is None:
-            words = np.empty((1, len(self._vocabulary.choosable)), np.int32)
-            fill_next_token_bitmask(self._matcher, words)
-            self._check()
-            self._legal = words[0] & self._vocabulary.choosable
-        return self._legal
+        if not self._masks:
+            fill_masks([(self, ())])
+        return self._masks[ahead]
 
     def few(self, most: int) -> list[int]:
         """The ids that may come next if there are at most so many, else none."""
@@ -121,27 +127,74 @@ class GrammarMatcher:
             return []
         at = np.flatnonzero(words)
         bits = words[at, None] >> np.arange(32, dtype=np.int32) & 1
-        return ((at[:, None] << 5) + np.arange(32))[bits == 1].tolist()
+        ids: list[int] = ((at[:, None] << 5) + np.arange(32))[bits == 1].tolist()
+        return ids
 
     def take(self, token: int) -> None:
         """Go on by a token. Raises GrammarError if it is not legal, or if the grammar is given up."""
-        self._legal = None
+        if self._drafts and self._drafts[0] == token:
+            del self._masks[0], self._drafts[0]
+        else:
+            self._masks, self._drafts = [], []
         self._matcher.consume_token(token)
-        self._check()
+        self._note_error()
+        if self.error:
+            raise GrammarError(self.error)
 
     def take_text(self, text: str) -> None:
         """Go on by a text that is part of a token. Raises GrammarError if it is not legal."""
         for token in self._vocabulary.encode(text):
             self.take(token)
 
+    def drafts(self, most: int) -> list[int]:
+        """At most so many tokens that spell the only text that may come next, as the tokenizer would; often none."""
+        forced: list[int] = self._matcher.compute_ff_tokens() if most > 0 else []
+        return forced[:most]
+
+    def legal_length(self, tokens: Sequence[int]) -> int:
+        """Number of these tokens, from the first one on, that are legal one after another."""
+        return max(0, int(self._matcher.validate_tokens(list(tokens))))
+
     @property
     def over(self) -> bool:
         """True if nothing but the end of the answer may follow."""
         return bool(self._matcher.is_stopped())
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise GrammarError(f"the grammar was given up: {first_line(self._matcher.get_error())}")
+    def _keep(self, masks: NDArray[np.int32], drafts: Sequence[int]) -> None:
+        self._note_error()
+        if self.error:
+            masks, drafts = np.zeros_like(masks[:1]), ()
+        self._masks, self._drafts = list(masks), list(drafts)
+
+    def _note_error(self) -> None:
+        if not self.error and self._matcher.is_error():
+            self.error = f"the grammar was given up: {first_line(self._matcher.get_error())}"
+
+
+def fill_masks(wanted: Sequence[tuple[GrammarMatcher, Sequence[int]]]) -> None:
+    """Compute the masks of matchers of one vocabulary, each with legal drafts: of its next token and behind each draft.
+
+    They are computed on all cores, and kept until the matchers go on by another token than the draft.
+    """
+    if not wanted:
+        return
+    firsts = np.cumsum([0, *(len(drafts) + 1 for _, drafts in wanted)])
+    choosable = wanted[0][0]._vocabulary.choosable
+    masks = np.empty((int(firsts[-1]), len(choosable)), np.int32)
+    given = [(each._matcher, first, list(drafts)) for (each, drafts), first in zip(wanted, firsts.tolist())]  # noqa: B905
+    plain = [(matcher, first) for matcher, first, drafts in given if not drafts]
+    if plain:
+        fill_next_token_bitmask_par(_executor(), plain, masks)
+    if len(plain) < len(given):
+        fill_next_token_bitmask_par_with_draft_tokens(_executor(), [each for each in given if each[2]], masks)
+    masks &= choosable
+    for number, (each, drafts) in enumerate(wanted):
+        each._keep(masks[firsts[number] : firsts[number + 1]], drafts)
+
+
+@lru_cache
+def _executor() -> LLExecutor:
+    return LLExecutor()
 
 
 def _bits(width: int, ids: Collection[int]) -> NDArray[np.int32]:

@@ -367,32 +367,34 @@ def merge(
 ) -> None:
     """Merge the ids that roles propose in the rows `at` [n], and those that are required, into the rows' candidates.
 
-    slices, slice_logits [B, K]: the slices of all roles side by side, that of role r up to column slice_ends[r]; -1
-    stands for no id. events [E]: required ids, those of role r up to column event_ends[r]; folded [B, E]: their logits,
-    NaN until they are known. A folded logit replaces that of a slice. Results: ids [B, W], counts [B]: the candidates,
-    ascending, each once, then PADDING. logits [R, B, W]: NaN where unknown. known [B, W]: bit r is set if the answer of
-    role r holds the logit, so that it need not be looked up. places [B, E]: the places of the events.
+    slices, slice_logits [B, K]: the slices of all roles side by side, that of role r up to column slice_ends[r], then
+    ids that no role proposed; -1 stands for no id. events [E]: required ids, those of role r up to column
+    event_ends[r]; folded [B, E]: their logits, NaN until they are known. A folded logit replaces that of a slice.
+    Results: ids [B, W], counts [B]: the candidates, ascending, each once, then PADDING. logits [R, B, W]: NaN where
+    unknown. known [B, W]: bit r is set if the answer of role r holds the logit, so that it need not be looked up.
+    places [B, E]: the places of the events.
 
     Example: slices [3, 7 | 7, 9], events [8]: ids [3, 7, 8, 9], places [2].
     """
     roles = len(slice_ends)
     order, required = np.empty(slices.shape[1], np.int64), np.empty(len(events), np.int64)
-    next_, last = np.empty(roles, np.int64), np.empty(roles, np.int64)
+    parts = roles + 1  # the last one: ids that no role proposed
+    next_, last = np.empty(parts, np.int64), np.empty(parts, np.int64)
     others = _ascending(events, required)
     for row in at:
         begin = 0
-        for role in range(roles):
-            end = slice_ends[role]
-            next_[role] = begin
-            last[role] = begin + _ascending(slices[row, begin:end], order[begin:end])
+        for part in range(parts):
+            end = slice_ends[part] if part < roles else slices.shape[1]
+            next_[part] = begin
+            last[part] = begin + _ascending(slices[row, begin:end], order[begin:end])
             order[begin:end] += begin
             begin = end
         e = count = 0
         while True:
             id_ = PADDING
-            for role in range(roles):
-                if next_[role] < last[role]:
-                    id_ = min(id_, slices[row, order[next_[role]]])
+            for part in range(parts):
+                if next_[part] < last[part]:
+                    id_ = min(id_, slices[row, order[next_[part]]])
             if e < others:
                 id_ = min(id_, events[required[e]])
             if id_ == PADDING:
@@ -404,6 +406,8 @@ def merge(
                     logits[role, row, count] = slice_logits[row, order[next_[role]]]
                     known[row, count] |= 1 << role
                     next_[role] += 1
+            while next_[roles] < last[roles] and slices[row, order[next_[roles]]] == id_:
+                next_[roles] += 1
             while e < others and events[required[e]] == id_:
                 column = required[e]
                 role = np.searchsorted(event_ends, column, side="right")
@@ -610,6 +614,13 @@ def _find(ids: Any, count: int, wanted: int, begin: int) -> int:
 
 
 @kernel
+def _is_legal(id_: int, extra: Any, begin: int, end: int) -> bool:
+    """True if the bit of an id is set in the words begin to end of `extra.legal`."""
+    word = begin + (id_ >> 5)
+    return word < end and (extra.legal[word] >> np.int32(id_ & 31)) & 1 == 1
+
+
+@kernel
 def adjust_row(ids: Any, z: Any, count: int, spec: Any, extra: Any, number: int) -> None:
     """Change one row in place, as vLLM does: ids ascending, z their logits.
 
@@ -647,20 +658,19 @@ def adjust_row(ids: Any, z: Any, count: int, spec: Any, extra: Any, number: int)
     begin, end = offsets[_LEGAL, number], offsets[_LEGAL, number + 1]
     if end > begin:
         for place in range(count):
-            word = begin + (ids[place] >> 5)
-            if word >= end or not (extra.legal[word] >> np.int32(ids[place] & 31)) & 1:
+            if not _is_legal(ids[place], extra, begin, end):
                 z[place] = -np.inf
 
 
 @kernel
-def _all_legal_known(z: Any, count: int, extra: Any, number: int) -> bool:
-    """True if a row's legal ids are marked, and all of them are candidates with a finite logit z."""
+def _all_legal_known(ids: Any, target: Any, count: int, extra: Any, number: int) -> bool:
+    """True if a row's legal ids are marked, and all of them are candidates that the primary has."""
     begin, end = extra.offsets[_LEGAL, number], extra.offsets[_LEGAL, number + 1]
     if end == begin:
         return False
     known = legal = 0
     for place in range(count):
-        known += math.isfinite(z[place])
+        known += not math.isnan(target[place]) and _is_legal(ids[place], extra, begin, end)
     for word in range(begin, end):
         bits = np.uint32(extra.legal[word])
         while bits and legal <= known:
@@ -831,7 +841,9 @@ def decide(
             decision.token = decision.target_token = PADDING
             decision.outside, decision.settled = 1.0, False
             continue
-        if spec.adjusted and _all_legal_known(z, count, extra, number):  # nothing that may be chosen is outside
+        if spec.adjusted and _all_legal_known(
+            names, target, count, extra, number
+        ):  # nothing that may be chosen is outside
             decision.outside, decision.settled = 0.0, True
             key = noise_key(spec.seed, spec.position)
             filter_row(own, count, spec, -np.inf, -np.inf, -np.inf, work)

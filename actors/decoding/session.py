@@ -19,8 +19,6 @@ from actors.decoding.penalties import Adjustments, adjustments, changes_rows, li
 from actors.decoding.stream import Stream
 from actors.decoding.vocabulary import VocabularyMap
 
-_FEW_LEGAL = 32  # ids that a grammar allows, whose exact logits every row has then
-
 
 class TextStream(Protocol):
     """Decodes token ids one by one and holds text back until no later token can change it."""
@@ -100,34 +98,40 @@ class Session:
         self._end_token = end[0] if len(end) == 1 and end[0] in vocabulary.added else None
         self._tail_bytes = b""  # the newest bytes of the answer, for `vocabulary.closing_tokens`
         self._grammar = vocabulary.matcher(request.grammar) if request.grammar and vocabulary.matcher else None
-        self._prepare_grammar()
 
     def alpha(self, ahead: int = 0) -> float:
         """Alpha for the next token, or for the one `ahead` tokens later if the thinking does not end before."""
         return self.request.guidance.alpha_at(self.generated + ahead, self._end_seen)
 
     @property
-    def in_grammar(self) -> bool:
-        """True if the request has a grammar and the thinking is over: the next token must be legal in it."""
-        return self._grammar is not None and not self._answer.thinking
+    def grammar(self) -> GrammarMatcher | None:
+        """The grammar in which the next token must be legal; None without one, and before the end of the thinking."""
+        return None if self._answer.thinking else self._grammar
+
+    @property
+    def only_token(self) -> int | None:
+        """The next token if a grammar allows no other and nothing of the request can forbid it; else None."""
+        if self.grammar is None or not self.history_free or self.listed is not None:
+            return None
+        legal = self.grammar.few(1)
+        return legal[0] if legal else None
 
     @property
     def history_free(self) -> bool:
-        """True if the next choices depend on no earlier token but through the models."""
-        if self.in_grammar:
-            return False
+        """True if the next choices depend on no earlier token but through the models and a grammar."""
         early = self.generated < self.request.sampling.min_tokens or self._thinking_is_too_short()
         return not (early or self._changes_rows)
 
+    def decides(self, ahead: int) -> bool:
+        """True if the row behind `ahead` drafts can be decided before they have become tokens."""
+        return self.history_free and (self.grammar is None or self.grammar.masks > ahead)
+
     def required_ids(self) -> set[int]:
         """Ids of the primary whose exact logits the next row needs besides the folded events."""
-        lifted = lifted_ids(self.request.sampling, self.prompt, self.output) if self._changes_rows else set()
-        if self._grammar is not None and self.in_grammar:
-            lifted = lifted.union(self._grammar.few(_FEW_LEGAL))
-        return lifted
+        return lifted_ids(self.request.sampling, self.prompt, self.output) if self._changes_rows else set()
 
-    def adjustments(self) -> Adjustments | None:
-        """The bias, penalties and bans of the next row; None if there are none.
+    def adjustments(self, ahead: int = 0) -> Adjustments | None:
+        """The bias, penalties and bans of the next row, or of that behind `ahead` drafts; None if there are none.
 
         Before min_tokens all end ids are banned, before thinking.min_tokens the ids that complete thinking.end as text.
         """
@@ -135,7 +139,8 @@ class Session:
         early = self.generated < sampling.min_tokens
         banned = [*self.vocabulary.eos_ids[:1], *sampling.stop_token_ids] if early else []
         banned += [*self._ends_of_bad_words(), *self._ends_of_short_thinking()]
-        legal = self._grammar.legal() if self._grammar is not None and self.in_grammar else None
+        grammar = self.grammar
+        legal = None if grammar is None else grammar.legal(ahead)
         if not banned and legal is None and not changes_rows(sampling):
             return None
         return adjustments(sampling, self.prompt, self.output, banned, legal)
@@ -162,18 +167,12 @@ class Session:
         if self.finish_reason is None and self._thinking_is_over_limit():
             forced, closing = self._append_forced({role: s.end for role, s in self.vocabulary.forced_texts.items()})
             taken, shown = taken + forced, shown.then(closing)
-        self._prepare_grammar()
         notes: list[TokenNote] = []
         if self.listed is not None:
             notes = [TokenNote(i, text, alpha, changed=False) for i, text in taken]
             if not early:  # forced tokens are not chosen
                 notes[0] = replace(notes[0], changed=changed, drafted=drafted, scores=scores)
         return AnswerPart(shown.reasoning, shown.content, [i for i, _ in taken], notes)
-
-    def _prepare_grammar(self) -> None:
-        """Find what may come next, so that a grammar that is given up raises here and nowhere else."""
-        if self._grammar is not None and self.in_grammar and self.finish_reason is None:
-            self._grammar.legal()
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> AnswerPart:
         """End the answer; return the text held back."""
@@ -280,8 +279,8 @@ class Session:
             text = self._text.push(token)
             if closing is not None:
                 self._tail_bytes = closing.extend(self._tail_bytes, token)
-            if self._grammar is not None and self.in_grammar and token not in self.vocabulary.eos_ids:
-                self._grammar.take(token)
+            if self.grammar is not None and token not in self.vocabulary.eos_ids:
+                self.grammar.take(token)
             if not self._end_seen:
                 self._watch_for_thinking_end(token, text)
             taken.append((token, text))
@@ -315,7 +314,7 @@ class Session:
             self.finish_reason, self.stop_reason = "stop", shown.stop
         elif sampling.stop_on_repeat and self._last_run[1] >= sampling.stop_on_repeat:
             shown = shown.then(self._end("stop", "repeat"))
-        elif self._grammar is not None and self.in_grammar and self._grammar.over and sampling.ignore_eos:
+        elif self.grammar is not None and self.grammar.over and sampling.ignore_eos:
             shown = shown.then(self._end("stop"))
         elif sampling.max_tokens is not None and self.generated >= sampling.max_tokens:
             shown = shown.then(self._end("length"))

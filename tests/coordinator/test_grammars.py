@@ -34,9 +34,7 @@ GRAMMAR = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_flex
 def asked(service: LocalService, count: int = 6, **changes: Any) -> list[Generate]:
     """Requests that must answer in JSON, greedy and sampled in turn."""
     samplings = [Sampling(temperature=0, max_tokens=200), Sampling(temperature=1, max_tokens=200)]
-    plain = [
-        request(service.tokenizers, TEXT, sampling=samplings[number % 2], seed=number) for number in range(count)
-    ]
+    plain = [request(service.tokenizers, TEXT, sampling=samplings[number % 2], seed=number) for number in range(count)]
     return [replace(one, grammar=GRAMMAR, **changes) for one in plain]
 
 

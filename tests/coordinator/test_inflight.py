@@ -39,7 +39,7 @@ def frame_of(rows: int) -> RowFrame[str]:
     numbers = np.zeros((1, rows), np.int64)
     keys = RowKeys(sessions, numbers, numbers, numbers.astype(np.uint64))
     required: Mapping[Role, RequiredLogits] = {"target": NO_REQUIRED_LOGITS}
-    shape = FrameShape(required, False, False, False, 4, ("target",), BlockLayout(required, {"target": 4}))
+    shape = FrameShape(required, False, False, False, 4, False, ("target",), BlockLayout(required, {"target": 4}))
     return RowFrame("abcdefgh"[:rows], shape, keys, RowStage.EXTENDING)
 
 

@@ -25,7 +25,7 @@ def frame_of(*likeliest: int) -> RowFrame[Any]:
     sessions["spec"] = spec_columns([(0, 0.0, Sampling(temperature=0.0), 1, 0)])
     required = {"target": NO_REQUIRED_LOGITS}
     layout = BlockLayout(cast(Any, required), {"target": 8})
-    shape = FrameShape(cast(Any, required), False, False, False, 8, ("target",), layout)
+    shape = FrameShape(cast(Any, required), False, False, False, 8, False, ("target",), layout)
     keys = RowKeys(sessions, numbers, numbers, numbers.astype(np.uint64))
     frame: RowFrame[Any] = RowFrame([None] * count, shape, keys, RowStage.EXTENDING)
     ids, logits = np.tile(np.arange(8), (count, 1)), np.zeros((count, 8))
@@ -36,7 +36,7 @@ def frame_of(*likeliest: int) -> RowFrame[Any]:
 
 
 def window_of(*rows: tuple[RowFrame[Any], int]) -> Any:
-    session = SimpleNamespace(history_free=True, listed=None)
+    session = SimpleNamespace(history_free=True, listed=None, grammar=None, decides=lambda ahead: True)
     active = SimpleNamespace(session=session, alpha=lambda ahead: 0.0)
     window = SimpleNamespace(active=active, guided=False, next=0, rows=[])
     for frame, at in rows:

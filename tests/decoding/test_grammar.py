@@ -95,6 +95,8 @@ def test_a_grammar_that_takes_too_much_work_is_given_up(
     monkeypatch.setattr(grammar_module, "LIMITS", LLParserLimits(step_max_items=5, verbose_errors=False))
     vocabulary = VocabularyRegistry({"target": tokenizer}).grammars("target")
     matcher = vocabulary.matcher(LLMatcher.grammar_from_lark('start: ("a" | "b" start "c" | start "d")+'))
-    with pytest.raises(GrammarError, match="given up"):
-        for _ in range(50):
-            matcher.take(legal_ids(matcher)[-1])
+    for _ in range(50):
+        if not (legal := legal_ids(matcher)):
+            break
+        matcher.take(legal[-1])
+    assert "given up" in matcher.error
