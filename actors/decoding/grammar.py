@@ -123,7 +123,7 @@ class GrammarMatcher:
     def few(self, most: int) -> list[int]:
         """The ids that may come next if there are at most so many, else none."""
         words = self.legal()
-        if int(np.bitwise_count(words).sum()) > most:
+        if int(np.bitwise_count(words.view(np.uint32)).sum()) > most:
             return []
         at = np.flatnonzero(words)
         bits = words[at, None] >> np.arange(32, dtype=np.int32) & 1
