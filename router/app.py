@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from actors.api.generation import CoordinatorEvent, Generate, Role
+from actors.api.message import UnknownField
 from actors.config import (
     CoordinatorConfig,
     ModelConfig,
@@ -72,7 +73,9 @@ class ServedCoordinators:
                 yield event
         except BackPressureError as error:
             raise Overloaded("too many requests are waiting; try again later") from error
-        except RayTaskError:
+        except RayTaskError as error:
+            if isinstance(error.cause, UnknownField):  # another coordinator may be newer
+                raise Unavailable(f"its coordinator runs an older version: {error.cause}") from error
             raise  # an exception inside the coordinator, not its loss
         except (RayError, DeploymentUnavailableError) as error:
             raise Unavailable("its coordinator was lost") from error

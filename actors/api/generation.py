@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from actors.api.guidance import Guidance
+from actors.api.message import Message
 from actors.api.sampling_params import Sampling, Thinking
 
 Role = Literal["target", "guider", "guider_base"]
@@ -16,7 +17,7 @@ EXPLAINED = 5  # candidates of each model in a token's explanation
 
 
 @dataclass(frozen=True, slots=True)
-class Generate:
+class Generate(Message):
     """One sequence to decode.
 
     primary: the role whose vocabulary the answer is in: "target", or a small role decoded alone.
@@ -68,7 +69,7 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(Message):
     """Counts of a sequence that do not follow from its choices. uncovered: mass (0 to 1), summed over guided rows."""
 
     guided: int = 0
@@ -80,7 +81,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(Message):
     """The state of a sequence. With it and the request, another coordinator continues with the same tokens.
 
     choices: the chosen tokens. Forced ones follow from these and are not among them. scored: the number of tokens of
@@ -96,7 +97,7 @@ Candidates = tuple[tuple[int, float], ...]  # ids of the primary with their log-
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(Message):
     """Log-probabilities (nats) of one chosen token and of the alternatives, before any filter or penalty.
 
     logprob: of the token in the combined distribution, whose likeliest candidates are `guided`. shift: the difference
@@ -112,7 +113,7 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenNote:
+class TokenNote(Message):
     """One token of the answer, for clients that want explanations or log-probabilities.
 
     alpha: the strength of guidance at this token. changed: True if the target alone would have chosen another token.
@@ -128,7 +129,7 @@ class TokenNote:
 
 
 @dataclass(frozen=True, slots=True)
-class PromptNote:
+class PromptNote(Message):
     """One token of the prompt with its log-probability (nats) in the combined distribution; None for the first.
 
     rank: 1 for the likeliest token of the vocabulary.
@@ -141,7 +142,7 @@ class PromptNote:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Message):
     """The next part of an answer. An empty one is a sign of life.
 
     notes: filled if the request wants explanations or log-probabilities. prompt: filled if it wants those of the
@@ -169,7 +170,7 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Message):
     """Counts of one sequence. uncovered_mass: mean over guided rows. drafted_tokens: drafts that were verified."""
 
     prompt_tokens: int
@@ -184,7 +185,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(Message):
     """The end of an answer.
 
     stop_reason: the stop text or id that ended it, or "repeat". error: a sentence for the client if reason is "error".
@@ -197,7 +198,7 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class Rejected(Message):
     """The only event of a request that was refused. retry_after_s: seconds to wait; None if a retry cannot help."""
 
     code: Literal["overloaded", "unavailable", "invalid"]
@@ -206,7 +207,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(Message):
     """The coordinator gives the sequence up: another one must continue it, from the state so far as `resume`."""
 
 

@@ -11,11 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from actors.api.message import Message
+
 MAX_ALPHA = 1_000.0  # far beyond any use, and far from what overflows
 
 
 @dataclass(frozen=True, slots=True)
-class Guidance:
+class Guidance(Message):
     """The strength of guidance over a session's tokens.
 
     alpha: strength of the guidance, from -MAX_ALPHA to MAX_ALPHA; 0 runs the target alone.

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from actors.api.message import Message
+
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(Message):
     """Sampling parameters, with the meanings and names that vLLM gives them.
 
     temperature: 0 is greedy. top_k: 0 keeps all. top_p, min_p: nucleus and relative floor, after the temperature.
@@ -77,7 +79,7 @@ def _within(name: str, value: float, low: float, high: float, above: bool = Fals
 
 
 @dataclass(frozen=True, slots=True)
-class Thinking:
+class Thinking(Message):
     """Markers and limits of an answer's thinking.
 
     start: text appended to every role's prompt, unless the chat template has opened or closed the thinking itself; with

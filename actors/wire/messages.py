@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-PROTOCOL = 5
+PROTOCOL = 6
 WHOLE = -1  # as `k`: send whole rows instead of slices
 
 

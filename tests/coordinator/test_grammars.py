@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from actors.api.generation import Finished, Generate, Resume, Role
 from actors.api.sampling_params import Sampling
+from actors.decoding import grammar as grammar_module
 from actors.replica.engine_thread import Engine
 from tests.coordinator.test_speculation import drafting
-from tests.support.local_service import LocalService, decode, local_service
+from tests.support.local_service import LocalService, decode, local_service, trio_config
 from tests.support.trio import TEXT, decode_all, request, tokens
 
 SCHEMA = {
@@ -97,3 +98,67 @@ async def test_choices_hold_with_and_without_guidance(trio_engines: Mapping[Role
         for one in asked(service, 4):
             guided = replace(one, grammar=grammar, guidance=replace(one.guidance, alpha=alpha))
             assert (await decode(service.coordinators[0], guided)).content in ("yes", "no", "maybe not")
+
+
+async def test_legal_ids_that_no_slice_holds_are_looked_up_and_decide_as_whole_rows(
+    trio_engines: Mapping[Role, Engine],
+) -> None:
+    """A slice of 2 ids seldom holds a legal one; whole rows hold all of them."""
+    async with local_service(drafting(exchange={"mode": "full"}), trio_engines) as service:
+        expected = tokens(await decode_all(service.coordinators[0], asked(service, drafts=0)))
+    narrow = drafting(exchange={"k": 2, "max_unseen_mass": 1e-9})
+    for mixed in (0, 3):
+        async with local_service(narrow, trio_engines) as service:
+            answers = await decode_all(service.coordinators[0], asked(service, drafts=mixed))
+            assert tokens(answers) == expected
+            widened = [answer.end.usage.widened_rows for answer in answers if isinstance(answer.end, Finished)]
+            assert min(widened) > 2
+
+
+async def test_few_legal_ids_cost_no_whole_row(trio_engines: Mapping[Role, Engine]) -> None:
+    grammar = LLMatcher.grammar_from_regex("[0-9]{8}")
+    async with local_service(drafting(exchange={"k": 2, "max_unseen_mass": 1e-9}), trio_engines) as service:
+        before = [model.stats().bytes_sent for model in service.replicas.values()]
+        answers = await decode_all(service.coordinators[0], [replace(one, grammar=grammar) for one in asked(service)])
+        sent = [model.stats().bytes_sent - old for model, old in zip(service.replicas.values(), before, strict=True)]
+    written = sum(len(answer.tokens) for answer in answers)
+    assert all(re.fullmatch("[0-9]{8}", answer.content) for answer in answers)
+    assert max(sent) / written < 2_000  # a whole row alone takes 2,048 logits of 4 bytes
+
+
+async def test_tokens_that_a_grammar_forces_are_drafted(trio_engines: Mapping[Role, Engine]) -> None:
+    async with local_service(
+        trio_config(speculation={"drafts": 5, "lookup": False, "adapt": False}), trio_engines
+    ) as service:
+        for one in asked(service, 2):
+            alone = replace(one, guidance=replace(one.guidance, alpha=0.0), prompts={"target": one.prompts["target"]})
+            drafted = await decode(service.coordinators[0], alone)
+            plain = await decode(service.coordinators[0], replace(alone, drafts=0))
+            assert drafted.tokens == plain.tokens
+            assert isinstance(drafted.end, Finished)
+            assert drafted.end.usage.accepted_tokens > 0
+
+
+async def test_a_grammar_that_is_given_up_ends_the_answer_with_an_error_that_names_it(
+    trio_engines: Mapping[Role, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "LIMITS", LLParserLimits(step_max_items=5, verbose_errors=False))
+    grammar = LLMatcher.grammar_from_lark('start: ("a" | "b" start "c" | start "d")+')
+    async with local_service(drafting(), trio_engines) as service:
+        for one in asked(service, 2):
+            answer = await decode(service.coordinators[0], replace(one, grammar=grammar))
+            assert isinstance(answer.end, Finished)
+            assert answer.end.reason == "error"
+            assert "grammar was given up" in (answer.end.error or "")
+
+
+async def test_a_ban_of_all_that_a_grammar_allows_is_an_error(trio_engines: Mapping[Role, Engine]) -> None:
+    grammar = LLMatcher.grammar_from_lark('start: "x"')
+    async with local_service(drafting(), trio_engines) as service:
+        (one,) = asked(service, 1)
+        banned = service.tokenizers["target"].encode_continuation("x")
+        sampling = replace(one.sampling, bad_words=tuple((id_,) for id_ in banned))
+        answer = await decode(service.coordinators[0], replace(one, grammar=grammar, sampling=sampling))
+        assert isinstance(answer.end, Finished)
+        assert answer.end.reason == "error"
+        assert "no token to choose" in (answer.end.error or "")

@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLMatcher, LLParserLimits
 
 from actors.decoding import grammar as grammar_module
-from actors.decoding.grammar import GrammarError, GrammarMatcher, GrammarVocabulary
+from actors.decoding.grammar import GrammarError, GrammarMatcher, GrammarVocabulary, fill_masks
 from actors.text.tokenizer import RoleTokenizer
 from actors.text.vocabularies import VocabularyRegistry
 from tests.support.local_service import WEIGHTS
@@ -100,3 +100,53 @@ def test_a_grammar_that_takes_too_much_work_is_given_up(
             break
         matcher.take(legal[-1])
     assert "given up" in matcher.error
+
+
+def test_masks_behind_drafts_are_those_after_the_drafts(
+    tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    drafts = tokenizer.encode_continuation('{"person":"Ada"}')
+    one, other = vocabulary.matcher(PERSON), vocabulary.matcher(PERSON)
+    fill_masks([(one, drafts), (other, ())])
+    assert (one.masks, other.masks) == (len(drafts) + 1, 1)
+    for token in drafts:
+        assert one.legal().tolist() == other.legal().tolist()
+        one.take(token)
+        other.take(token)
+    assert one.masks == 1
+    assert one.legal().tolist() == other.legal().tolist()
+
+
+def test_another_token_than_the_draft_forgets_the_masks_behind_drafts(
+    tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    matcher = vocabulary.matcher(LLMatcher.grammar_from_regex("[ab]*"))
+    a, b = (tokenizer.encode_continuation(each)[0] for each in "ab")
+    fill_masks([(matcher, [a, a])])
+    matcher.take(b)
+    assert matcher.masks == 0
+    assert a in legal_ids(matcher)
+
+
+def test_drafts_of_a_grammar_are_legal_and_spell_what_must_come(
+    tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    matcher = vocabulary.matcher(PERSON)
+    drafts = matcher.drafts(64)
+    assert tokenizer.decode(drafts) == '{"person":"'
+    assert matcher.legal_length(drafts) == len(drafts)
+    assert matcher.drafts(2) == drafts[:2]
+    assert matcher.drafts(0) == []
+    walk(matcher, drafts)
+    assert matcher.drafts(8) == []  # two names may follow
+
+
+def test_legal_length_ends_before_the_first_illegal_token(
+    tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary
+) -> None:
+    matcher = vocabulary.matcher(PERSON)
+    legal = tokenizer.encode_continuation('{"person')
+    stray = tokenizer.encode_continuation("!")
+    assert matcher.legal_length([*legal, *stray, *legal]) == len(legal)
+    assert matcher.legal_length(stray) == 0
+    walk(matcher, legal)  # nothing was taken
