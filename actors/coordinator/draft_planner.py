@@ -18,11 +18,8 @@ from actors.decoding.speculation import Acceptance, best_length
 
 Kind = Literal["guider", "text", "guided", "hidden"]  # of drafts; "guided": from a guider that also guides
 SOURCES: tuple[Source, ...] = ("guider", "text", "grammar")
-_FIRST_GUESS: dict[Source, float] = {
-    "guider": 0.7,
-    "text": 0.3,
-    "grammar": 0.9,
-}  # acceptance rate before any draft was verified
+# Acceptance rate before any draft was verified.
+_FIRST_GUESS: dict[Source, float] = {"guider": 0.7, "text": 0.3, "grammar": 0.9}
 _SMOOTHING = 0.02  # weight of one window in the rate that new sessions begin with
 _ROWS = 16  # at least so many are in a sample of the coordinator's own time
 _OWN_MEMORY = 0.97  # weight of its earlier samples when one more is observed

@@ -199,7 +199,7 @@ class DecodeLoop:
         wanted: dict[Role, list[tuple[GrammarMatcher, Sequence[int]]]] = {}
         for window in windows:
             grammar = window.active.session.grammar
-            if grammar is not None and window.rows:
+            if grammar is not None and window.rows and not window.scores_prompt:
                 wanted.setdefault(window.active.primary, []).append(
                     (grammar, window.draft_tokens[window.active.primary])
                 )

@@ -314,11 +314,16 @@ class Session:
             self.finish_reason, self.stop_reason = "stop", shown.stop
         elif sampling.stop_on_repeat and self._last_run[1] >= sampling.stop_on_repeat:
             shown = shown.then(self._end("stop", "repeat"))
-        elif self.grammar is not None and self.grammar.over and sampling.ignore_eos:
+        elif self.grammar is not None and self.grammar.over and self._end_is_excluded():
             shown = shown.then(self._end("stop"))
         elif sampling.max_tokens is not None and self.generated >= sampling.max_tokens:
             shown = shown.then(self._end("length"))
         return shown
+
+    def _end_is_excluded(self) -> bool:
+        """True if the request excludes that the next token ends the answer, although a grammar may allow no other."""
+        sampling = self.request.sampling
+        return sampling.ignore_eos or self.generated < sampling.min_tokens
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> VisibleText:
         rest = self.finish(reason, stop_reason)

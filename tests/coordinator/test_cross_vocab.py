@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 
 import actors.text.vocabularies
 from actors.api.generation import Generate, Rejected, Role
@@ -131,6 +133,37 @@ async def test_slices_choose_what_whole_rows_choose(folder: Path, engines: Mappi
         sliced = await answers(service, greedy(service))
     async with local_service(drafting(folder, exchange={"mode": "full"}), engines) as service:
         assert await answers(service, greedy(service)) == sliced
+
+
+async def test_a_grammar_of_the_target_holds_whatever_family_the_small_models_are_of(
+    folder: Path, engines: Mapping[Role, Engine]
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"person": {"type": "string", "pattern": "^[A-Z][a-z]{1,8}$"}, "hops": {"enum": [1, 2, 3]}},
+        "required": ["person", "hops"],
+        "additionalProperties": False,
+    }
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+
+    def asked(service: LocalService, drafts: int) -> list[Generate]:
+        requests = varied_requests(service, 6)
+        return [
+            replace(one, grammar=grammar, drafts=drafts, sampling=replace(one.sampling, max_tokens=120))
+            for one in requests
+        ]
+
+    async with local_service(drafting(folder), engines) as service:
+        plain = await decode_all(service.coordinators[0], asked(service, 0))
+        assert tokens(await decode_all(service.coordinators[0], asked(service, 5))) == tokens(plain)
+    for answer in plain:
+        assert finished(answer).reason == "stop"
+        assert set(json.loads(answer.content)) == {"person", "hops"}
+    narrow = {"k": 2, "max_unseen_mass": 1e-9}
+    async with local_service(drafting(folder, exchange=narrow), engines) as service:
+        sliced = tokens(await decode_all(service.coordinators[0], asked(service, 3)))
+    async with local_service(drafting(folder, exchange={"mode": "full"}), engines) as service:
+        assert tokens(await decode_all(service.coordinators[0], asked(service, 0))) == sliced
 
 
 async def test_audits_and_wider_rows_change_no_token(folder: Path, engines: Mapping[Role, Engine]) -> None:

@@ -36,7 +36,7 @@ def asked(service: LocalService, count: int = 6, **changes: Any) -> list[Generat
     """Requests that must answer in JSON, greedy and sampled in turn."""
     samplings = [Sampling(temperature=0, max_tokens=200), Sampling(temperature=1, max_tokens=200)]
     plain = [request(service.tokenizers, TEXT, sampling=samplings[number % 2], seed=number) for number in range(count)]
-    return [replace(one, grammar=GRAMMAR, **changes) for one in plain]
+    return [replace(one, **{"grammar": GRAMMAR} | changes) for one in plain]
 
 
 def obeys(content: str) -> bool:
@@ -89,6 +89,18 @@ async def test_a_grammar_that_is_not_one_is_rejected(trio_engines: Mapping[Role,
         (one,) = asked(service, 1)
         answer = await decode(service.coordinators[0], replace(one, grammar="start: ("))
         assert getattr(answer.end, "code", None) == "invalid"
+
+
+@pytest.mark.parametrize("more", [{"min_tokens": 60}, {"ignore_eos": True}])
+async def test_an_answer_ends_where_its_grammar_ends(trio_engines: Mapping[Role, Engine], more: dict[str, Any]) -> None:
+    """A minimal length cannot be reached where nothing but the end is legal."""
+    grammar = LLMatcher.grammar_from_lark('start: "yes" | "no"')
+    async with local_service(drafting(), trio_engines) as service:
+        for one in asked(service, 2, grammar=grammar):
+            answer = await decode(service.coordinators[0], replace(one, sampling=replace(one.sampling, **more)))
+            assert isinstance(answer.end, Finished)
+            assert answer.end.reason == "stop"
+            assert answer.content in ("yes", "no")
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.5])
