@@ -110,6 +110,7 @@ class ThinkingFields(_Body):
     max_tokens: Count | None = None
     min_tokens: Count = 0
     wait: ShortText = ""
+    closing: ShortText = ""
 
 
 class SpeculationFields(_Body):

@@ -84,7 +84,8 @@ class Thinking(Message):
 
     start: text appended to every role's prompt, unless the chat template has opened or closed the thinking itself; with
     "" all text is content. end: text that ends the thinking.
-    max_tokens: after so many thinking tokens `end` is forced. min_tokens: before so many thinking tokens an end token
+    max_tokens: after so many thinking tokens the end is forced: first `closing`, which is part of the thinking, and then
+    `end`. min_tokens: before so many thinking tokens an end token
     is replaced by `wait` (budget forcing, arXiv 2501.19393), and so is `end` if it is one token of the primary. If it
     is several, the token that would complete it cannot be chosen.
     """
@@ -94,6 +95,7 @@ class Thinking(Message):
     max_tokens: int | None = None
     min_tokens: int = 0
     wait: str = "Wait"
+    closing: str = ""
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -103,3 +105,5 @@ class Thinking(Message):
             raise ValueError("thinking.max_tokens must be at least 1 and not below thinking.min_tokens, both 0 or more")
         if self.min_tokens and not self.wait:
             raise ValueError("thinking.min_tokens needs thinking.wait, the text that takes the place of an early end")
+        if self.end and (self.closing + self.end).index(self.end) < len(self.closing):
+            raise ValueError("thinking.closing must not hold thinking.end, which is put behind it")

@@ -45,6 +45,7 @@ def _read_tokens(request: Generate, vocabularies: VocabularyRegistry) -> Iterato
     for role, tokens in request.prompts.items():
         yield role, tokens, "the prompt"
         if thinking.max_tokens is not None:
+            yield role, forced[role].closing, "thinking.closing"
             yield role, forced[role].end, "thinking.end"
         if thinking.min_tokens:
             yield role, forced[role].wait, "thinking.wait"

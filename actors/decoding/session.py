@@ -33,6 +33,7 @@ class ForcedTextIds:
 
     end: tuple[int, ...]  # of thinking.end
     wait: tuple[int, ...]  # of thinking.wait
+    closing: tuple[int, ...] = ()  # of thinking.closing
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class Session:
         """Append the chosen token; return the text to show. Sets `finish_reason` when the answer is over.
 
         drafted, scores: go into the token's note if the request wants notes. An end of the thinking before
-        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens the end is forced. Raises GrammarError if
+        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens `closing` and the end are forced. Raises GrammarError if
         the grammar is given up.
         """
         self.choices.append(token)
@@ -159,14 +160,16 @@ class Session:
         self.changed += changed
         early = self._ends_thinking_too_early(token)
         if early:
-            taken, shown = self._append_forced({role: s.wait for role, s in self.vocabulary.forced_texts.items()})
+            taken, shown = self._append_forced(lambda forced: forced.wait)
         else:
             for translator in self._translators:
                 translator.append(token)
             taken, shown = self._append((token,))
         if self.finish_reason is None and self._thinking_is_over_limit():
-            forced, closing = self._append_forced({role: s.end for role, s in self.vocabulary.forced_texts.items()})
-            taken, shown = taken + forced, shown.then(closing)
+            for select in (_closing_ids, _end_ids):
+                if self.finish_reason is None and self._answer.thinking:
+                    forced, visible = self._append_forced(select)
+                    taken, shown = taken + forced, shown.then(visible)
         notes: list[TokenNote] = []
         if self.listed is not None:
             notes = [TokenNote(i, text, alpha, changed=False) for i, text in taken]
@@ -255,11 +258,15 @@ class Session:
         limit = self.request.thinking.max_tokens
         return self._answer.thinking and limit is not None and self.reasoning_tokens >= limit
 
-    def _append_forced(self, ids: Mapping[Role, tuple[int, ...]]) -> tuple[list[tuple[int, str]], VisibleText]:
-        """Append a text that was not chosen. ids: the text in each role's ids."""
-        ours = ids[self.request.primary]
-        for role, translator in self.translators.items():
-            translator.append_forced(ours, ids[role])
+    def _append_forced(
+        self, select: Callable[[ForcedTextIds], tuple[int, ...]]
+    ) -> tuple[list[tuple[int, str]], VisibleText]:
+        """Append a text that was not chosen. select: picks the text's ids from those of a role."""
+        forced_texts = self.vocabulary.forced_texts
+        ours = select(forced_texts[self.request.primary])
+        if ours:
+            for role, translator in self.translators.items():
+                translator.append_forced(ours, select(forced_texts[role]))
         return self._append(ours)
 
     def _append(self, ids: Sequence[int]) -> tuple[list[tuple[int, str]], VisibleText]:
@@ -336,3 +343,11 @@ class Session:
             return
         for role, translator in self.translators.items():
             translator.retokenize(ours, self.vocabulary.forced_texts[role].end, self.request.thinking.end)
+
+
+def _closing_ids(forced: ForcedTextIds) -> tuple[int, ...]:
+    return forced.closing
+
+
+def _end_ids(forced: ForcedTextIds) -> tuple[int, ...]:
+    return forced.end

@@ -130,6 +130,7 @@ class VocabularyRegistry:
             role: ForcedTextIds(
                 tuple(self._tokenizers[role].encode_continuation(thinking.end)),
                 tuple(self._tokenizers[role].encode_continuation(thinking.wait)),
+                tuple(self._tokenizers[role].encode_continuation(thinking.closing)),
             )
             for role in roles
         }

@@ -48,6 +48,8 @@ def test_an_answer_cannot_be_both_longer_and_shorter() -> None:
         {"min_tokens": -1},
         {"min_tokens": 5, "max_tokens": 4},
         {"min_tokens": 5, "wait": ""},
+        {"closing": "enough</think>"},
+        {"end": "abab", "closing": "ab"},  # with the end behind it, it ends the thinking two letters early
     ],
 )
 def test_contradictory_thinking_is_refused(fields: dict[str, Any]) -> None:

@@ -114,6 +114,7 @@ def test_a_prompt_token_without_a_row_is_refused_by_id(
     ("thinking", "field"),
     [
         (Thinking(end="<far>", max_tokens=5), "thinking.end"),
+        (Thinking(closing="<far>", max_tokens=5), "thinking.closing"),
         (Thinking(wait="<far>", min_tokens=5), "thinking.wait"),
         (Thinking(end="<far>"), None),  # never forced
     ],

@@ -105,6 +105,7 @@ HISTORIES: dict[str, dict[str, Any]] = {
     "warm-up": {"sampling": replace(LONG, max_tokens=30), "guidance": Guidance(1, warmup_tokens=9)},
     "the end of thinking": {"guidance": Guidance(1, guide="thinking"), "thinking": Thinking(start="<think>")},
     "a thinking budget": {"thinking": Thinking(start="<think>", max_tokens=7)},
+    "a closing text": {"thinking": Thinking(start="<think>", max_tokens=7, closing="\n\nI must answer now.\n")},
     "forced thinking": {"thinking": Thinking(start="<think>", min_tokens=20), "sampling": replace(LONG, max_tokens=60)},
     "explanations": {"explain": True, "sampling": replace(LONG, max_tokens=30)},
 }

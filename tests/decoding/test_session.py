@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from actors.api.generation import Delta, Generate, Role, Scores
+from actors.api.generation import Delta, Generate, Resume, Role, Scores
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.decoding.closing_tokens import ClosingTokens
@@ -68,7 +68,7 @@ class Setting:
         vocabulary = SessionVocabulary(
             {role: map_vocabulary(self.target, self.small, adapter(self.small)) for role in SMALL},
             {
-                role: ForcedTextIds(tuple(adapter(v)(thinking.end)), tuple(adapter(v)(thinking.wait)))
+                role: ForcedTextIds(*(tuple(adapter(v)(t)) for t in (thinking.end, thinking.wait, thinking.closing)))
                 for role, v in vocabularies.items()
             },
             self.target.eos_ids,
@@ -348,6 +348,48 @@ def test_the_thinkings_end_is_forced_in_each_roles_own_spelling() -> None:
     assert (delta.reasoning, delta.content) == ("ab", "")
     assert delta.tokens == generated(session)
     assert feed(session, "c").content == "c"
+
+
+def test_a_forced_end_follows_the_closing_text_in_each_role() -> None:
+    session = TEXT_TARGET.session(thinking=Thinking("<think>", END, max_tokens=2, closing="so"))
+    delta = feed(session, "ab")
+    assert generated(session) == [LETTER[c] for c in f"abso{END}"]
+    assert generated(session, "guider") == [*(LETTER[c] + 20 for c in "abso"), 50]
+    assert (delta.reasoning, delta.content) == ("abso", "")
+    assert session.usage().reasoning_tokens == 4 + len(END)
+    assert feed(session, "c").content == "c"
+
+
+def test_an_end_that_comes_by_itself_has_no_closing_text() -> None:
+    session = Setting().session(thinking=Thinking("<think>", END, max_tokens=2, closing="so"))
+    feed(session, [LETTER["a"], 42, LETTER["b"]])
+    assert generated(session) == [LETTER["a"], 42, LETTER["b"]]
+
+
+def test_a_closing_text_that_ends_the_answer_is_the_last() -> None:
+    for sampling, reason in ((Sampling(max_tokens=3), "length"), (Sampling(stop=("s",)), "stop")):
+        thinking = Thinking("<think>", END, max_tokens=2, closing="so")
+        session = TEXT_TARGET.session(thinking=thinking, sampling=sampling)
+        assert feed(session, "ab").tokens == [LETTER[c] for c in "abs"]
+        assert session.finish_reason == reason
+
+
+def test_a_closing_text_that_completes_the_end_is_the_end() -> None:
+    thinking = Thinking("<think>", END, max_tokens=len(END) - 1, closing=END[-1])
+    session = TEXT_TARGET.session(thinking=thinking)
+    feed(session, END[:-1])
+    assert generated(session) == [LETTER[c] for c in END]
+    assert feed(session, "c").content == "c"
+
+
+def test_a_replay_repeats_the_closing_text() -> None:
+    thinking = Thinking("<think>", END, max_tokens=2, closing="so")
+    session, again = (TEXT_TARGET.session(thinking=thinking) for _ in range(2))
+    feed(session, "abc")
+    again.replay(Resume(session.choices, session.tally()))
+    assert {role: stream.tokens for role, stream in again.streams.items()} == {
+        role: stream.tokens for role, stream in session.streams.items()
+    }
 
 
 def test_a_forced_end_may_be_one_token_here_and_text_there() -> None:

@@ -78,6 +78,7 @@ MANY, LONG = list(range(1_025)), "x" * 1_025
         ({"guidance": {"schedule": [[n, 1.0] for n in range(257)]}}, "guidance.schedule"),
         ({"thinking": {"end": LONG}}, "thinking.end"),
         ({"thinking": {"wait": LONG}}, "thinking.wait"),
+        ({"thinking": {"closing": LONG}}, "thinking.closing"),
     ],
 )
 def test_fields_processed_at_every_token_are_bounded(more: dict[str, Any], param: str) -> None:

@@ -100,11 +100,12 @@ def test_the_same_texts_are_worked_out_once() -> None:
 
 
 def test_forced_texts_are_encoded_in_each_roles_own_ids() -> None:
-    vocabulary = vocabularies().vocabulary("target", ROLES, Thinking(end=END, wait="Wait"))
+    vocabulary = vocabularies().vocabulary("target", ROLES, Thinking(end=END, wait="Wait", closing="So"))
     assert set(vocabulary.maps) == set(SMALL)
     assert vocabulary.forced_texts["guider"].end == (thinks().added_tokens[END],)
     assert vocabulary.forced_texts["target"].end == tuple(plain().encode(END))
     assert vocabulary.forced_texts["target"].wait == tuple(plain().encode("Wait"))
+    assert vocabulary.forced_texts["guider"].closing == tuple(thinks().encode("So"))
     assert vocabulary.eos_ids == tuple(ENDS)
     assert vocabulary.added == frozenset(plain().added_tokens.values())
 
