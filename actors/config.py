@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from actors.api.generation import ROLES, Role
-from actors.api.guidance import Guidance
+from actors.api.guidance import MAX_ALPHA, Guidance
 from actors.api.sampling_params import Sampling, Thinking
 
 
@@ -249,6 +249,27 @@ class Deadlines(_Section):
     request_s: float = Field(3_600, gt=0)  # the request ends with an error, status 504
 
 
+class Effort(_Section):
+    """One value of a request's reasoning_effort. The request's own fields win over it.
+
+    thinking_tokens: limit of the thinking; 0: no thinking; None: thinking.max_tokens. alpha: None: as `guidance` says.
+    """
+
+    thinking_tokens: int | None = Field(None, ge=0)
+    alpha: float | None = Field(None, ge=-MAX_ALPHA, le=MAX_ALPHA)
+
+
+_NO_EFFORT = {"none": Effort(thinking_tokens=0, alpha=0.0)}
+_EFFORTS = {
+    "minimal": Effort(thinking_tokens=256),
+    "low": Effort(thinking_tokens=1_024),
+    "medium": Effort(thinking_tokens=4_096),
+    "high": Effort(thinking_tokens=16_384),
+    "xhigh": Effort(thinking_tokens=32_768),
+    "max": Effort(),
+}
+
+
 def _sampling_tag(value: Any) -> str:
     return _CHECKPOINT if isinstance(value, str) else _VALUES
 
@@ -272,12 +293,25 @@ class ServiceConfig(_Section):
     beyond_context: Literal["continue", "stop_guidance", "error"] = "error"
     guidance: Guidance = Guidance()
     thinking: Thinking = Thinking()
+    reasoning_effort: dict[str, Effort] = _EFFORTS  # by its values in requests, besides `none`
     sampling: _SamplingOrCheckpoint = Sampling()  # checkpoint: as the target's generation_config.json recommends
     exchange: Exchange = Exchange()
     speculation: Speculation = Speculation()
     coordinator: CoordinatorConfig = CoordinatorConfig()
     router: RouterConfig = RouterConfig()
     deadlines: Deadlines = Deadlines()
+
+    @field_validator("reasoning_effort")
+    @classmethod
+    def _without_none(cls, efforts: dict[str, Effort]) -> dict[str, Effort]:
+        if "none" in efforts:
+            raise ValueError("none is always alpha 0 without thinking: leave it out, or give the value another name")
+        return efforts
+
+    @property
+    def efforts(self) -> dict[str, Effort]:
+        """The values of reasoning_effort that requests may have, `none` included."""
+        return _NO_EFFORT | self.reasoning_effort
 
     @property
     def default_sampling(self) -> Sampling:
@@ -331,6 +365,18 @@ def with_current_keys(stored: Any) -> Any:
     sections = (ServiceConfig, Exchange, Deadlines)
     names = {old: new for section in sections for old, new in section.renamed_keys.items()}
     return {names.get(key, key): with_current_keys(value) for key, value in stored.items()}
+
+
+def as_this_release_reads(stored: Any) -> Any:
+    """A stored configuration of a service, as plain data, with current names and the defaults of keys added since.
+
+    One that is not valid any more has current names alone.
+    """
+    renamed = with_current_keys(stored)
+    try:
+        return load_config(renamed).model_dump(mode="json")
+    except ConfigError:
+        return renamed
 
 
 def load_config(args: dict[str, Any]) -> ServiceConfig:

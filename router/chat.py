@@ -90,10 +90,18 @@ def chat_prompt(
 
 
 def text_prompt(
-    text: str, roles: Sequence[Role], tokenizers: Tokenizers, thinking: Thinking | None = None, special: bool = True
+    text: str,
+    roles: Sequence[Role],
+    tokenizers: Tokenizers,
+    thinking: Thinking | None = None,
+    special: bool = True,
+    closes: bool = False,
 ) -> Prompt:
-    """The prompt of the same raw text for each of `roles`. special: with the tokenizer's own prefix, such as a BOS."""
-    opened, state = _open_raw(text, roles[0], thinking)
+    """The prompt of the same raw text for each of `roles`. special: with the tokenizer's own prefix, such as a BOS.
+
+    closes: close the thinking that the text has opened, instead of opening it.
+    """
+    opened, state = _open_raw(text, roles[0], thinking, closes)
     try:
         ids = {role: tokenizers[role].encode(opened, special=special) for role in roles}
     except TokenizerError as error:
@@ -107,8 +115,12 @@ def token_prompt(
     roles: Sequence[Role],
     tokenizers: Tokenizers,
     thinking: Thinking | None = None,
+    closes: bool = False,
 ) -> Prompt:
-    """A prompt given as ids of `primary`; the other roles read its text, with their own BOS if `ids` has one."""
+    """A prompt given as ids of `primary`; the other roles read its text, with their own BOS if `ids` has one.
+
+    closes: close the thinking that the text has opened, instead of opening it.
+    """
     own = tokenizers[primary]
     for id_ in ids:
         if not 0 <= id_ < own.width:
@@ -116,7 +128,7 @@ def token_prompt(
     lead = own.lead(ids)
     others = [role for role in roles if role != primary]
     text = own.decode(ids[lead:], skip_special=False) if others or thinking else ""
-    opened, state = _open_raw(text, primary, thinking)
+    opened, state = _open_raw(text, primary, thinking, closes)
     added = opened[len(text) :]
     prompts: dict[Role, list[int]] = {primary: ids + own.encode_continuation(added)}
     for role in others:
@@ -124,11 +136,11 @@ def token_prompt(
     return Prompt(prompts, state, added)
 
 
-def _open_raw(text: str, primary: Role, thinking: Thinking | None) -> tuple[str, ThinkingState]:
-    """A raw text with its thinking opened. thinking: None if the request does not mark any."""
+def _open_raw(text: str, primary: Role, thinking: Thinking | None, closes: bool) -> tuple[str, ThinkingState]:
+    """A raw text with its thinking opened or closed. thinking: None if the request does not mark any."""
     if thinking is None:
         return text, ThinkingState.UNMARKED
-    opened, state = open_thinking({primary: text}, thinking)
+    opened, state = (close_thinking if closes else open_thinking)({primary: text}, thinking)
     return opened[primary], state
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from actors.api.generation import ROLES, Generate, Role
 from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
-from actors.config import ServiceConfig
+from actors.config import Effort, ServiceConfig
 from actors.decoding.hashing import derive_seed
 from actors.text.tokenizer import RoleTokenizer
 from router.backend import BadRequest, NotFound
@@ -39,6 +39,8 @@ _CONVERTED = (
     "max_tokens",
 )  # fields that _sampling converts
 _COPIED = tuple(item.name for item in fields(Sampling) if item.name not in _CONVERTED)
+
+UNSTATED_EFFORT = Effort()  # of a request without reasoning_effort: changes nothing
 
 Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
 
@@ -113,13 +115,13 @@ class _ServedModel:
 
 def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenizers, request_id: str) -> Plan:
     """The sequences of a chat request. Raises BadRequest or NotFound."""
-    model = _model(request, service)
-    thinking, marks = _thinking(request, service.thinking), "start" in _set_fields(request.thinking)
-    unthinking = request.reasoning_effort == "none" or request.thinking_token_budget == 0
-    closes = unthinking and not marks
-    if unthinking:
-        switch = {"enable_thinking": False} | request.chat_template_kwargs  # many templates have this one
-        request = request.model_copy(update={"chat_template_kwargs": switch})
+    effort = _effort(request, service)
+    model = _model(request, service, effort)
+    thinking, marks = _thinking(request, service.thinking, effort), "start" in _set_fields(request.thinking)
+    thinks = _thinks(request, effort)
+    closes = not (thinks or marks)
+    variables = _template_variables(request, thinks) | request.chat_template_kwargs
+    request = request.model_copy(update={"chat_template_kwargs": variables})
     # A continued answer has already opened its thinking, or has none, unless the request itself gives the mark.
     opens = opens_turn(request) or marks
     if request.top_logprobs and not request.logprobs:
@@ -135,13 +137,14 @@ def plan_completion(
     """The sequences of a completion request. Raises BadRequest or NotFound."""
     model = _model(request, service)
     # Raw text has no marked thinking unless the request says how it is marked.
-    if request.thinking is None and request.thinking_token_budget is not None and request.thinking_token_budget >= 0:
+    if request.thinking is None and (request.thinking_token_budget or 0) > 0:
         raise BadRequest("raw text has thinking only if thinking.start says so", param="thinking_token_budget")
     thinking = None if request.thinking is None else _thinking(request, service.thinking)
+    closes = request.thinking_token_budget == 0
     prompts = [
-        text_prompt(prompt, model.roles, tokenizers, thinking, request.add_special_tokens)
+        text_prompt(prompt, model.roles, tokenizers, thinking, request.add_special_tokens, closes)
         if isinstance(prompt, str)
-        else token_prompt(prompt, model.primary, model.roles, tokenizers, thinking)
+        else token_prompt(prompt, model.primary, model.roles, tokenizers, thinking, closes)
         for prompt in _prompt_list(request)
     ]
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
@@ -227,9 +230,16 @@ def _echoes(request: CompletionRequest, tokenizer: RoleTokenizer, prompts: Seque
     return [text + prompt.added for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def _model(request: ChatRequest | CompletionRequest, service: ServiceConfig) -> _ServedModel:
+def _model(
+    request: ChatRequest | CompletionRequest, service: ServiceConfig, effort: Effort = UNSTATED_EFFORT
+) -> _ServedModel:
     served = resolve_model(service, request.model)
-    guidance = _guidance(request, service.guidance if served == "guided" else Guidance(alpha=0.0))
+    default = service.guidance
+    if served != "guided":
+        default = Guidance(alpha=0.0)
+    elif effort.alpha is not None:
+        default = replace(default, alpha=effort.alpha, schedule=())  # a schedule would override the effort's alpha
+    guidance = _guidance(request, default)
     if served != "guided" and not guidance.never_guides():
         raise BadRequest(
             f"{request.model} is one model alone, which nothing guides: ask {service.name} for guidance",
@@ -265,12 +275,41 @@ def _guidance(request: ChatRequest | CompletionRequest, default: Guidance) -> Gu
     return _override(default, given, "guidance")
 
 
-def _thinking(request: ChatRequest | CompletionRequest, default: Thinking) -> Thinking:
+def _effort(request: ChatRequest, service: ServiceConfig) -> Effort:
+    """The configured effort that a chat request names. Raises BadRequest if there is none of that name."""
+    if request.reasoning_effort is None:
+        return UNSTATED_EFFORT
+    effort = service.efforts.get(request.reasoning_effort)
+    if effort is None:
+        message = f"reasoning_effort: {request.reasoning_effort!r} is none of {', '.join(service.efforts)}"
+        raise BadRequest(message, param="reasoning_effort")
+    return effort
+
+
+def _thinks(request: ChatRequest, effort: Effort) -> bool:
+    """False if a chat request asks for an answer without thinking. Its own limit wins over that of its effort."""
+    if request.thinking_token_budget is not None:
+        return request.thinking_token_budget != 0
+    return effort.thinking_tokens != 0 or "max_tokens" in _set_fields(request.thinking)
+
+
+def _template_variables(request: ChatRequest, thinks: bool) -> dict[str, Any]:
+    """The variables by which chat templates learn of the thinking that a request asks for; none if it does not say."""
+    if request.reasoning_effort is not None:
+        return {"enable_thinking": thinks, "reasoning_effort": request.reasoning_effort}
+    return {} if thinks else {"enable_thinking": False}
+
+
+def _thinking(
+    request: ChatRequest | CompletionRequest, default: Thinking, effort: Effort = UNSTATED_EFFORT
+) -> Thinking:
     given, budget = _set_fields(request.thinking), request.thinking_token_budget
     if budget is not None:
         if "max_tokens" in given:
             raise BadRequest("thinking.max_tokens is the same limit: send one", param="thinking_token_budget")
         given["max_tokens"] = budget if budget > 0 else None  # 0: there is no thinking to limit
+    elif effort.thinking_tokens and "max_tokens" not in given:
+        given["max_tokens"] = max(effort.thinking_tokens, given.get("min_tokens", default.min_tokens))
     return _override(default, given, "thinking")
 
 

@@ -298,19 +298,11 @@ class _Request(_Body):
         return self.guidance is not None and self.guidance.explain
 
 
-def _no_effort(effort: Any) -> Any:
-    if effort != "none":
-        raise PydanticCustomError(
-            "unsupported", 'only "none" is supported; bound the thinking with thinking.max_tokens'
-        )
-    return effort
-
-
 class ChatRequest(Conversation, _Request):
     """The body of POST /v1/chat/completions."""
 
     max_completion_tokens: Count | None = None
-    reasoning_effort: Annotated[Literal["none"] | None, BeforeValidator(_no_effort)] = None
+    reasoning_effort: ShortText | None = None  # a value that the service's configuration lists
     include_reasoning: bool = True
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from actors.api.sampling_params import Sampling
-from actors.config import ConfigError, ServiceConfig, load_config
+from actors.config import ConfigError, ServiceConfig, as_this_release_reads, load_config
 
 MODELS = {role: {"path": f"models/{role}"} for role in ("target", "guider", "guider_base")}
 MINIMAL: dict[str, Any] = {"version": 1, "models": MODELS}
@@ -101,6 +101,10 @@ def test_every_wrong_key_is_named_at_once() -> None:
         ("sampling.temperature", -1, "temperature must be at least 0"),
         ("sampling.top_p", 0, "top_p must be above 0"),
         ("thinking.max_tokens", 0, "thinking.max_tokens"),
+        ("thinking.closing", "so</think>", "must not hold thinking.end"),
+        ("reasoning_effort", {"none": {}}, "none is always alpha 0"),
+        ("reasoning_effort.low.alpha", 5_000, "1000"),
+        ("reasoning_effort.low.budget", 5, "unknown key"),
         ("batch_invariant", "perhaps", "bool"),
     ],
 )
@@ -170,6 +174,21 @@ def test_a_configuration_cannot_be_changed() -> None:
         config.batch_invariant = True  # type: ignore[misc]
 
 
+def test_an_effort_is_a_limit_of_the_thinking_and_an_alpha() -> None:
+    config = load_config(MINIMAL | {"reasoning_effort": {"brief": {"thinking_tokens": 50, "alpha": 0.5}}})
+    assert [*config.efforts] == ["none", "brief"]
+    assert (config.efforts["brief"].thinking_tokens, config.efforts["brief"].alpha) == (50, 0.5)
+    assert (config.efforts["none"].thinking_tokens, config.efforts["none"].alpha) == (0, 0.0)
+
+
+def test_the_default_efforts_allow_more_thinking_one_after_the_other() -> None:
+    efforts = load_config(MINIMAL).efforts
+    assert [*efforts] == ["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+    *limits, last = [effort.thinking_tokens for effort in efforts.values()]
+    assert limits == sorted(limits)
+    assert last is None
+
+
 def test_decoding_defaults_are_taken_from_the_file() -> None:
     args = {
         **MINIMAL,
@@ -221,3 +240,10 @@ def test_a_wrong_sampling_of_the_checkpoint_is_an_error_with_a_remedy(recommende
 
 def test_another_word_for_the_sampling_is_refused_by_name() -> None:
     assert refusal(with_value("sampling", "model")).startswith("sampling: ")
+
+
+def test_a_stored_configuration_gets_the_defaults_of_newer_keys() -> None:
+    stored = load_config(MINIMAL | {"name": "duo", "batch_invariant": True}).model_dump(mode="json")
+    older = {key: value for key, value in stored.items() if key not in ("reasoning_effort", "batch_invariant")}
+    older |= {"exact": True, "thinking": {key: value for key, value in stored["thinking"].items() if key != "closing"}}
+    assert as_this_release_reads(older) == stored

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 
 import yaml
 
-from actors.config import with_current_keys
+from actors.config import as_this_release_reads
 from cluster.jobs.jsonl import LineFile, rows, write_file
 from cluster.jobs.sample import Key, Sample, Timing
 
@@ -200,7 +200,7 @@ def _check_config(path: Path, config: Mapping[str, Any], may_differ: Collection[
         return
     stored = _loaded(path)
     if "service" in stored:
-        stored["service"] = with_current_keys(stored["service"])
+        stored["service"] = as_this_release_reads(stored["service"])
     found = list(_differences(stored, yaml.safe_load(text), "", may_differ))
     if found:
         raise OtherRun(

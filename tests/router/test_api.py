@@ -44,6 +44,16 @@ async def test_a_chat_answer_separates_thinking_and_content() -> None:
     assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == 4
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_thinking_that_is_not_wanted_is_counted_and_not_shown(stream: bool) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = await chat(ScriptedBackend(thought="So Eve"), include_reasoning=False, **options)
+    assert "So" not in response.text
+    assert "reasoning_content" not in response.text
+    last = events(response)[-1] if stream else response.json()
+    assert last["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
+
+
 async def test_a_stream_equals_the_whole_answer() -> None:
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
         usual = {"stream": True, "stream_options": {"include_usage": True}, "n": 2}

@@ -12,7 +12,7 @@ import pytest
 
 from router.addresses import NOT_OFFERED
 from router.schema import IGNORED, NOT_SERVED, ChatRequest, CompletionRequest
-from tests.support.scripted_service import ScriptedBackend, client
+from tests.support.scripted_service import ScriptedBackend, client, config
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "api.md"
 ROW = re.compile(r"\| `(\w+)` \| (both|chat|completions) \| (supported|same|refused) \| `(\{.*\})` \| ?(.*?) ?\|")
@@ -74,6 +74,15 @@ def test_every_field_has_one_row() -> None:
 
 def test_a_row_with_a_difference_has_a_note() -> None:
     assert all(row.note for row in rows() if row.status == "same")
+
+
+def test_the_page_lists_the_default_efforts() -> None:
+    table = PAGE.read_text(encoding="utf-8").split("### Effort")[1].split("\n\n")[2]
+    found = [re.findall(r"[^|`]+", line.replace(" ", "")) for line in table.splitlines()[2:]]
+    limits = {"nothinking": 0, "asconfigured": None}
+    stated = [(name, limits.get(limit, limit.replace(",", ""))) for name, limit, _ in found]
+    efforts = {name: effort.thinking_tokens for name, effort in config().efforts.items()}
+    assert [(name, str(limit)) for name, limit in stated] == [(name, str(limit)) for name, limit in efforts.items()]
 
 
 def test_the_page_lists_the_other_fields() -> None:

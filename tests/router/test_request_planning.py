@@ -302,3 +302,121 @@ def test_a_continued_thought_stays_thinking() -> None:
     sequence = first(chat(config(**DEFAULTS), messages=messages, continue_final_message=True))
     assert sequence.thinking.start == "<think>\n"
     assert TOKENIZERS["target"].decode(sequence.prompts["target"]).endswith("<think>\nSo")
+
+
+# -- how much thinking
+
+EFFORTS = {"brief": {"thinking_tokens": 20, "alpha": 0.5}, "tiny": {"thinking_tokens": 2}, "free": {}}
+
+
+def effortful(effort: str | None, served: dict[str, Any] | None = None, **body: Any) -> Generate:
+    """The sequence of a chat with this effort, in a service with EFFORTS."""
+    return first(chat(config(**DEFAULTS | {"reasoning_effort": EFFORTS} | (served or {})), reasoning_effort=effort, **body))
+
+
+def limits(sequence: Generate) -> tuple[int | None, float]:
+    return sequence.thinking.max_tokens, sequence.guidance.alpha
+
+
+def test_an_effort_sets_the_limit_of_the_thinking_and_alpha() -> None:
+    sequence = effortful("brief")
+    assert limits(sequence) == (20, 0.5)
+    assert (sequence.guidance.warmup_tokens, sequence.guidance.schedule) == (100, ())
+
+
+def test_an_effort_leaves_what_it_does_not_set() -> None:
+    assert limits(effortful("free")) == limits(effortful(None)) == (90, 1.0)
+    assert effortful("free").guidance.schedule == ((50, 0.5),)
+
+
+def test_the_minimum_of_the_thinking_wins_over_a_lower_limit_of_an_effort() -> None:
+    assert effortful("tiny").thinking.max_tokens == 5
+    assert effortful("tiny", thinking={"min_tokens": 7}).thinking.max_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"guidance": {"alpha": 2}}, (20, 2.0)),
+        ({"thinking": {"max_tokens": 30}}, (30, 0.5)),
+        ({"thinking": {"max_tokens": None}}, (None, 0.5)),
+        ({"thinking_token_budget": 40}, (40, 0.5)),
+        ({"thinking_token_budget": -1}, (None, 0.5)),
+    ],
+)
+def test_the_requests_own_fields_win_over_its_effort(body: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    assert limits(effortful("brief", **body)) == expected
+
+
+def test_a_requested_schedule_begins_with_the_alpha_of_its_effort() -> None:
+    guidance = effortful("brief", guidance={"schedule": [[9, 2]]}).guidance
+    assert [guidance.alpha_at(tokens) for tokens in (100, 9)] == [2.0, 0.0]  # the warm-up stays
+    assert (guidance.alpha, guidance.schedule) == (0.5, ((9, 2.0),))
+
+
+def test_no_effort_is_the_target_alone_without_thinking() -> None:
+    sequence = effortful("none")
+    assert (sequence.thinking.start, sequence.guidance.alpha, set(sequence.prompts)) == ("", 0.0, {"target"})
+
+
+@pytest.mark.parametrize("body", [{"thinking_token_budget": 9}, {"thinking": {"max_tokens": 9}}])
+def test_a_limit_of_the_thinking_wins_over_no_effort(body: dict[str, Any]) -> None:
+    sequence = effortful("none", **body)
+    assert (sequence.thinking.start, sequence.thinking.max_tokens) == ("<think>\n", 9)
+
+
+def test_a_budget_of_zero_wins_over_an_effort() -> None:
+    assert effortful("brief", thinking_token_budget=0).thinking.start == ""
+
+
+def test_an_effort_guides_no_single_model() -> None:
+    assert limits(effortful("brief", model="duo/target")) == (20, 0.0)
+
+
+def test_an_unknown_effort_is_refused_with_those_there_are() -> None:
+    with pytest.raises(BadRequest) as raised:
+        effortful("high")
+    assert raised.value.message == "reasoning_effort: 'high' is none of none, brief, tiny, free"
+    assert raised.value.param == "reasoning_effort"
+
+
+VARIABLES = "{{ reasoning_effort is defined and reasoning_effort }} {{ enable_thinking is defined and enable_thinking }}"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({}, "False False"),
+        ({"reasoning_effort": "low"}, "low True"),
+        ({"reasoning_effort": "none"}, "none False"),
+        ({"reasoning_effort": "none", "thinking_token_budget": 5}, "none True"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}, "high True"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}}, "low False"),
+        ({"thinking_token_budget": 0}, "False False"),
+    ],
+)
+def test_templates_read_the_effort_and_whether_to_think(body: dict[str, Any], text: str) -> None:
+    own = dict.fromkeys(ROLES, role_tokenizer(template=VARIABLES))
+    request = parse(ChatRequest, {"messages": HI} | body)
+    sequence = first(plan_chat(request, config(), own, "r"))
+    assert own["target"].decode(sequence.prompts["target"]) == text
+
+
+@pytest.mark.parametrize("prompt", ["Hi<think>\n", TOKENIZERS["target"].encode("Hi<think>\n")], ids=["text", "ids"])
+def test_a_budget_of_zero_closes_the_thinking_of_raw_text(prompt: Any) -> None:
+    plan = completion(prompt=prompt, thinking={"start": "<think>\n"}, thinking_token_budget=0, echo=True)
+    assert (plan.sequences[0].thinking.start, plan.echo) == ("", ["Hi<think>\n</think>"])
+    assert completion(prompt="Hi", thinking={"start": "<think>"}, thinking_token_budget=0, echo=True).echo == ["Hi"]
+
+
+def test_raw_text_has_a_budget_only_with_thinking() -> None:
+    with pytest.raises(BadRequest, match=r"thinking\.start"):
+        completion(thinking_token_budget=5)
+    for nothing in (0, -1):
+        assert first(completion(thinking_token_budget=nothing)).thinking.start == ""
+    assert first(completion(thinking={"start": "<think>"}, thinking_token_budget=5)).thinking.max_tokens == 5
+
+
+def test_a_budget_is_given_once() -> None:
+    with pytest.raises(BadRequest, match="send one"):
+        chat(thinking={"max_tokens": 5}, thinking_token_budget=5)
