@@ -30,7 +30,7 @@ from router.grammars import GrammarChecks, grammar_text
 from router.logprobs import TokenFormatter
 from router.metrics_endpoint import Exposition
 from router.playground import playground
-from router.request_id import RequestId
+from router.request_id import ClientId, RequestId
 from router.request_log import CLIENT_CLOSED, RequestRecord, request_path
 from router.request_planning import Plan, client_id, plan_chat, plan_completion, resolve_model
 from router.responses import BodyFormat, ChatFormat, CompletedChoice, CompletionFormat, Json
@@ -147,20 +147,23 @@ class Endpoints:
             return JSONResponse(await asyncio.to_thread(convert, body, self.service, self.tokenizers))
 
     async def _answer(self, request: Request, kind: type[R], planner: Planner[R], form: type[BodyFormat]) -> Response:
-        request_id: str = request.scope["request_id"]
+        request_id: ClientId = request.scope["request_id"]
         record: RequestRecord = request.scope["record"]
         with api_errors(request_id):
             async with asyncio.timeout(self.service.deadlines.request_s) as deadline:
                 body = parse(kind, await read_json(request, self.service.router.max_request_bytes))
+                if body.request_id is not None:
+                    request_id.rename(body.request_id)
                 name = body.model or self.service.name
                 record.model = name if name in self.service.served_names else None
                 # Tokenising a long prompt takes long; in a thread it does not delay other streams.
-                plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id)
+                plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id.text)
                 grammar, param = grammar_text(body)
                 if grammar:
                     await self.grammars.require(grammar, plan.primary, param)
                     plan = plan.with_grammar(grammar)
-                plan = plan.for_client(client_id(record.key, request.headers.get("authorization"), body.user))
+                client = client_id(record.key, request.headers.get("authorization"), body.user)
+                plan = plan.for_client(client, record.trace_id)
                 record.prompt_tokens = plan.prompt_tokens
                 if self.service.router.log_prompts:
                     record.prompt = body.model_dump(include={"messages", "prompt"}, exclude_unset=True)
@@ -170,7 +173,9 @@ class Endpoints:
                 tokens = TokenFormatter(self.tokenizers[plan.primary], bool(body.return_tokens_as_token_ids))
                 wanted = body.explain, body.candidates, body.prompt_logprobs, plan.echo, prompts
                 shown = not isinstance(body, ChatRequest) or body.include_reasoning
-                bodies = form(request_id, name, plan.seed, tokens, *wanted, include_reasoning=shown)
+                metrics = record.metrics if body.include_metrics else None
+                more: dict[str, Any] = {"include_reasoning": shown, "metrics": metrics}
+                bodies = form(request_id.text, name, plan.seed, tokens, *wanted, **more)
                 if body.stream:
                     options = body.stream_options or StreamOptions()
                     idle_s = self.service.router.keep_alive_s
@@ -231,7 +236,7 @@ async def _handle_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _client_closed(request: Request, error: Exception) -> Response:
-    log.info("%a: the client disconnected; its generations are cancelled", request.scope["request_id"])
+    log.info("%a: the client disconnected; its generations are cancelled", request.scope["request_id"].text)
     return Response(status_code=CLIENT_CLOSED)  # the client does not receive it
 
 
@@ -240,5 +245,5 @@ async def _handle_routing_error(request: Request, error: Exception) -> Response:
     found = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code == NotFound.status:
         return error_response(request.scope, NotFound(f"{found}; {advice(request_path(request.scope))}"))
-    body = BadRequest(found).body(request.scope["request_id"])
+    body = BadRequest(found).body(request.scope["request_id"].text)
     return JSONResponse(body, error.status_code, headers=error.headers)

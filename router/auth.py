@@ -63,4 +63,4 @@ class Gate:
 def error_response(scope: Scope, error: ApiError) -> JSONResponse:
     """The HTTP response for an error; also notes the error in the request's record."""
     scope["record"].error = error.code or error.type
-    return JSONResponse(error.body(scope["request_id"]), error.status, headers=error.headers)
+    return JSONResponse(error.body(scope["request_id"].text), error.status, headers=error.headers)

@@ -122,7 +122,7 @@ class _Progress:
         """Record the loss of a coordinator. Raises Unavailable if that was the last attempt."""
         self._losses += 1
         self._deaths += not isinstance(error, HandedOver)
-        log.warning("%s: %s; %d tokens are kept", self._request.request_id, error.message, len(self._choices))
+        log.warning("%s: %s; %d tokens are kept", self._request.name_in_logs, error.message, len(self._choices))
         if self._losses >= MAX_LOSSES:
             raise Unavailable(f"{self._losses} coordinators were lost without a token in between") from error
         if self._request.grammar and self._deaths >= MAX_GRAMMAR_LOSSES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,10 +16,12 @@ from typing import Any, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from actors.api.generation import Delta, Event, Finished, Generate
+from actors.api.generation import Delta, Event, Finished, Generate, Usage
 from actors.config import KeysConfig
 from actors.metrics import Recorder
 from router.backend import Backend, Status, shorten
+from router.request_id import ClientId
+from router.trace_context import read_trace_id
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +36,14 @@ class RequestRecord:
 
     key: name of the API key. model: a served name. tokens: count so far, by sequence. last_token_at: time of a
     sequence's newest token. error: code or type of the final error; stream_error_status: its status if the stream had
-    begun. prompt: only if prompts are logged.
+    begun. prompt: only if prompts are logged. trace_id: of the client's trace, "" without one.
     """
 
     recorder: Recorder
-    request_id: str
+    request_id: ClientId
     method: str
     path: str
+    trace_id: str = ""
     arrived: float = field(default_factory=time.time)  # seconds since the epoch
     began: float = field(default_factory=time.perf_counter)
     key: str | None = None
@@ -99,7 +102,7 @@ class RequestRecord:
         """The request as a JSON object on one line; durations in milliseconds."""
         fields = {
             "time": datetime.fromtimestamp(self.arrived, UTC).isoformat(timespec="milliseconds"),
-            "request_id": self.request_id,
+            "request_id": self.request_id.text,
             "key": self.key,
             "method": self.method,
             "path": shorten(self.path, MAX_PATH),
@@ -112,7 +115,8 @@ class RequestRecord:
             "first_token_ms": None if self.first_token_s is None else _milliseconds(self.first_token_s),
             "finish_reasons": [self.reasons.get(sequence) for sequence in self.tokens],
         }
-        return json.dumps(fields | ({} if self.prompt is None else {"prompt": self.prompt}))
+        optional = {"trace_id": self.trace_id or None, "prompt": self.prompt}
+        return json.dumps(fields | {name: value for name, value in optional.items() if value is not None})
 
 
 class _RecordingBackend:
@@ -145,7 +149,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        of_request = scope["request_id"], scope["method"], request_path(scope)
+        of_request = scope["request_id"], scope["method"], request_path(scope), read_trace_id(scope)
         record = scope["record"] = RequestRecord(self._recorder, *of_request)
 
         async def send_and_record(message: Message) -> None:

@@ -86,9 +86,9 @@ class Plan:
         """The same plan with a grammar, which was checked before, of all answers."""
         return replace(self, sequences=[replace(sequence, grammar=grammar) for sequence in self.sequences])
 
-    def for_client(self, client: str) -> Plan:
-        """The same plan on behalf of a client."""
-        return replace(self, sequences=[replace(sequence, client=client) for sequence in self.sequences])
+    def for_client(self, client: str, trace_id: str = "") -> Plan:
+        """The same plan on behalf of a client. trace_id: of the client's trace, "" without one."""
+        return replace(self, sequences=[replace(each, client=client, trace_id=trace_id) for each in self.sequences])
 
 
 def client_id(key: str | None, authorization: str | None, user: str | None) -> str:

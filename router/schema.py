@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from router.backend import BadRequest
+from router.request_id import MAX_CHARACTERS
 
 # Fields of the OpenAI API that are accepted and have no effect.
 IGNORED = (
@@ -46,8 +56,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (None,),
     "truncate_prompt_tokens": (None,),
     "truncation_side": (None,),
-    "priority": (None, 0),
-    "request_id": (None,),
     "session_id": (None,),
     "cache_salt": (None,),
     "kv_transfer_params": (None,),
@@ -254,6 +262,13 @@ class Conversation(_Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
+
+
+def _id_for_header(request_id: str) -> str:
+    """Refuse an id that a header cannot have: responses return it in one."""
+    if not request_id.isprintable() or request_id.strip() != request_id:
+        raise PydanticCustomError("not_printable", "a request id has no control characters and no spaces at its ends")
+    return request_id
 
 
 class _Request(_Body):

@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from actors.api.generation import Finished
 from router.backend import ApiError, Backend, DeadlinePassed
 from router.logprobs import TextOffsets
+from router.request_id import ClientId
 from router.request_log import CLIENT_CLOSED
 from router.request_planning import Plan
 from router.responses import BodyFormat, plain_usage
@@ -49,15 +50,14 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the end, an error or the client's disconnect."""
-        request_id: str = scope["request_id"]
         try:
             await while_connected(receive, self._send_all(scope, _detect_disconnect(send)))
         except ClientGone:
             scope["record"].status = CLIENT_CLOSED
-            log.info("%a: the client disconnected; its generations are cancelled", request_id)
+            log.info("%a: the client disconnected; its generations are cancelled", scope["request_id"].text)
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
-        request_id: str = scope["request_id"]
+        request_id: ClientId = scope["request_id"]
         started = False
         try:
             with api_errors(request_id):
@@ -71,7 +71,9 @@ class EventStream(Response):
             if not started:
                 raise
             scope["record"].error, scope["record"].stream_error_status = error.code or error.type, error.status
-            await send({"type": "http.response.body", "body": _encode_event(error.body(request_id)), "more_body": True})
+            await send(
+                {"type": "http.response.body", "body": _encode_event(error.body(request_id.text)), "more_body": True}
+            )
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -122,7 +124,7 @@ def _encode_event(body: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def api_errors(request_id: str) -> Iterator[None]:
+def api_errors(request_id: ClientId) -> Iterator[None]:
     """Turn exceptions into an ApiError; the details of unexpected ones go to the log, not to the client."""
     try:
         yield
@@ -133,5 +135,5 @@ def api_errors(request_id: str) -> Iterator[None]:
     except ClientDisconnect:
         raise ClientGone from None
     except Exception as error:
-        log.exception("%a failed", request_id)
-        raise ApiError(f"something went wrong inside; the log has it under the request id {request_id}") from error
+        log.exception("%a failed", request_id.text)
+        raise ApiError(f"something went wrong inside; the log has it under the request id {request_id.text}") from error

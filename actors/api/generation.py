@@ -32,6 +32,8 @@ class Generate(Message):
     drafter: the source of drafts. "auto": the guider if it guides, else the session's own text; "guider": the guider.
     interval_s: minimal seconds between two deltas; each message costs CPU time.
     client: name by which clients are treated fairly; "" for all without a name.
+    priority: lower ones of the same client leave the admission queue first.
+    trace_id: of the client's trace, for logs; "" without one.
     arrived: time of the request in nanoseconds since the epoch. If the cache is short, older sequences go first: one
     that was moved to another coordinator counts from here, others from their admission.
     resume: the state at which another coordinator left the sequence. Text that was sent before is not sent again.
@@ -53,8 +55,15 @@ class Generate(Message):
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0
     client: str = ""
+    priority: int = 0
+    trace_id: str = ""
     arrived: int = field(default_factory=time.time_ns)
     resume: Resume | None = None
+
+    @property
+    def name_in_logs(self) -> str:
+        """The request's id, and that of the client's trace if there is one."""
+        return f"{self.request_id} (trace {self.trace_id})" if self.trace_id else self.request_id
 
     @property
     def resumed(self) -> bool:

@@ -84,10 +84,10 @@ class Thinking(Message):
 
     start: text appended to every role's prompt, unless the chat template has opened or closed the thinking itself; with
     "" all text is content. end: text that ends the thinking.
-    max_tokens: after so many thinking tokens the end is forced: first `closing`, which is part of the thinking, and then
-    `end`. min_tokens: before so many thinking tokens an end token
-    is replaced by `wait` (budget forcing, arXiv 2501.19393), and so is `end` if it is one token of the primary. If it
-    is several, the token that would complete it cannot be chosen.
+    max_tokens: after so many thinking tokens the end is forced: `closing`, a part of the thinking, and then `end`.
+    min_tokens: before so many thinking tokens an end token is replaced by `wait` (budget forcing, arXiv 2501.19393),
+    and so is `end` if it is one token of the primary. If it is several, the token that would complete it cannot be
+    chosen.
     """
 
     start: str = ""

@@ -169,7 +169,7 @@ class DecodeLoop:
                 else:
                     self._restart(active)
             except Exception:
-                log.exception("a session cannot be restarted")
+                log.exception("%s: the session cannot be restarted", active.session.request.name_in_logs)
                 self.fail(active, "internal error while decoding")
         self._send()
 
@@ -355,7 +355,7 @@ class DecodeLoop:
         try:
             step(active)
         except Exception:
-            log.exception("a session cannot continue")
+            log.exception("%s: the session cannot continue", active.session.request.name_in_logs)
             self.fail(active, "internal error while decoding")
 
     def _restart(self, active: ActiveSession) -> None:

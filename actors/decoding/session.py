@@ -152,8 +152,8 @@ class Session:
         """Append the chosen token; return the text to show. Sets `finish_reason` when the answer is over.
 
         drafted, scores: go into the token's note if the request wants notes. An end of the thinking before
-        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens `closing` and the end are forced. Raises GrammarError if
-        the grammar is given up.
+        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens `closing` and the end are forced. Raises
+        GrammarError if the grammar is given up.
         """
         self.choices.append(token)
         self.guided += alpha != 0

@@ -187,6 +187,69 @@ async def test_a_request_id_is_kept_or_created() -> None:
     assert len(created.headers["X-Request-Id"]) == 32
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_bodys_request_id_is_the_one_everywhere(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "router.request_log")
+    backend = ScriptedBackend()
+    body = TEXT | {"request_id": "Zo\u00eb 7", "stream": stream}
+    response = await post(backend, "/v1/completions", body, headers={"X-Request-Id": "gateway"})
+    (header,) = (value for name, value in response.headers.raw if name.lower() == b"x-request-id")
+    assert header.decode() == "Zo\u00eb 7"
+    answer = events(response)[0] if stream else response.json()
+    assert answer["id"] == "cmpl-Zo\u00eb 7"
+    assert backend.requests[0].request_id.startswith("Zo\\xeb 7.")
+    assert [json.loads(line)["request_id"] for line in caplog.messages] == ["Zo\u00eb 7"]
+
+
+async def test_errors_have_the_bodys_request_id_once_the_body_is_read() -> None:
+    headers = {"X-Request-Id": "gateway"}
+    planned = await post(ScriptedBackend(), "/v1/completions", TEXT | {"request_id": "mine", "n": 129}, headers=headers)
+    assert planned.json()["error"]["request_id"] == planned.headers["X-Request-Id"] == "gateway"
+    refused = await post(
+        ScriptedBackend(), "/v1/completions", TEXT | {"request_id": "mine", "model": "x"}, headers=headers
+    )
+    assert refused.json()["error"]["request_id"] == refused.headers["X-Request-Id"] == "mine"
+    backend = ScriptedBackend()
+    backend.error = "lost"
+    failed = await post(backend, "/v1/completions", TEXT | {"request_id": "mine", "stream": True}, headers=headers)
+    assert '"request_id":"mine"' in failed.text
+
+
+@pytest.mark.parametrize("request_id", ["", "a" * 257, "a\r\nSet-Cookie: b", "a\u2028b", " a", "a\n", 7])
+async def test_a_request_id_that_no_header_can_have_is_refused(request_id: Any) -> None:
+    response = await post(ScriptedBackend(), "/v1/completions", TEXT | {"request_id": request_id})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "request_id")
+    assert len(response.headers["X-Request-Id"]) == 32
+
+
+# -- metrics
+
+TIMES = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")
+
+
+@pytest.mark.parametrize("usual", [{}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}])
+async def test_metrics_come_with_the_answer_if_they_are_wanted(usual: dict[str, Any]) -> None:
+    response = await chat(ScriptedBackend(), include_metrics=True, **usual)
+    last = events(response)[-1] if usual else response.json()
+    metrics = last["metrics"]
+    assert tuple(metrics) == TIMES
+    assert all(metrics[name] >= 0 for name in ("time_to_first_token_ms", "generation_time_ms"))
+    assert metrics["queue_time_ms"] == 0.0
+    assert ("usage" in last) is ("stream" not in usual or "stream_options" in usual)
+    if usual:
+        assert last["choices"] == []
+        assert all("metrics" not in chunk for chunk in events(response)[:-1])
+
+
+async def test_answers_have_no_metrics_unless_they_are_wanted() -> None:
+    assert (await chat(ScriptedBackend())).json()["metrics"] is None
+    assert "metrics" not in (await chat(ScriptedBackend(), stream=True)).text
+
+
+async def test_several_answers_have_no_times_in_common() -> None:
+    assert (await chat(ScriptedBackend(), include_metrics=True, n=2)).json()["metrics"] is None
+
+
 async def test_ready_names_a_missing_role_while_health_is_ok() -> None:
     backend = ScriptedBackend()
     async with client(backend) as http:

@@ -18,12 +18,13 @@ from router.api import create_app
 from router.backend import ApiError, Status, Unavailable
 from router.failover import FailoverBackend
 from router.metrics_endpoint import Exposition
+from router.request_id import ClientId
 from router.request_log import RequestLog
 from tests.support.scripted_service import ScriptedBackend, config, tokenizers, usage
 
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
 STREAM = CHAT | {"stream": True}
-SCOPE = {"type": "http", "method": "GET", "path": "/v1/models", "request_id": "r"}
+SCOPE = {"type": "http", "method": "GET", "path": "/v1/models", "request_id": ClientId("r"), "headers": []}
 Samples = dict[tuple[str, tuple[str, ...]], float]
 
 

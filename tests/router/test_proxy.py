@@ -195,6 +195,13 @@ async def test_a_request_without_an_id_gets_one(blank: bytes, port: int) -> None
     assert json.loads(answer.body)["error"]["request_id"] == created.decode()
 
 
+@pytest.mark.parametrize("given", [b"", b"X-Request-Id: gateway", b"X-Request-Id: \xff"])
+async def test_the_id_in_the_body_passes_the_proxy(given: bytes, port: int) -> None:
+    body = json.dumps({"prompt": "Hi", "request_id": "mine"}).encode()
+    (answer,) = await exchange(port, request(*filter(None, [given]), body=body))
+    assert (answer.request_ids, json.loads(answer.body)["id"]) == ([b"mine"], "cmpl-mine")
+
+
 async def test_of_two_request_ids_the_first_counts(port: int) -> None:
     (answer,) = await exchange(port, request(b"X-Request-Id: a", b"x-request-id: b"))
     assert answer.request_ids == [b"a"]

@@ -15,6 +15,8 @@ import pytest
 from actors.api.generation import Rejected
 from router.backend import Unavailable
 from tests.support.scripted_service import ScriptedBackend, client, config
+from router.request_id import ClientId
+from router.request_log import RequestRecord
 
 KEY = "ada-secret-0123456789"
 SECRET = "marzipan"  # part of prompts and of some answers
@@ -175,3 +177,28 @@ async def test_log_prompts_logs_prompts_but_no_answers(log: pytest.LogCaptureFix
         await http.post("/v1/chat/completions", json=CHAT)
     assert [line["prompt"] for line in lines(log)] == [{"prompt": TEXT["prompt"]}, {"messages": CHAT["messages"]}]
     assert "an answer" not in everything(log)
+
+
+def measured(first_s: float | None, last_s: float, tokens: int, queued_s: float = 0.0) -> dict[str, Any] | None:
+    """The metrics of an answer whose first and last token came so long after the request."""
+    record = RequestRecord(Recorder(), ClientId("r"), "POST", "/v1/completions", began=100.0)
+    if first_s is not None:
+        record.first_token_s, record.last_token_at = first_s, {"r.0": 100.0 + last_s}
+    return record.metrics([Usage(3, tokens, 0, 0, 0, 0, 0.0, queued_s=queued_s)])
+
+
+def test_metrics_are_times_and_the_speed_of_decoding() -> None:
+    assert measured(0.25, 1.25, 11, 0.125) == {
+        "time_to_first_token_ms": 250.0,
+        "generation_time_ms": 1_000.0,
+        "queue_time_ms": 125.0,
+        "mean_itl_ms": 100.0,
+        "tokens_per_second": 11.0,
+    }
+
+
+@pytest.mark.parametrize(("first_s", "tokens", "known"), [(0.5, 1, [500.0, 0.0]), (None, 0, [None, None])])
+def test_an_answer_of_one_token_or_none_has_no_speed(first_s: float | None, tokens: int, known: list[Any]) -> None:
+    metrics = measured(first_s, 0.5, tokens)
+    assert metrics is not None
+    assert [*metrics.values()] == [*known, 0.0, None, None]

@@ -309,9 +309,9 @@ def test_a_continued_thought_stays_thinking() -> None:
 EFFORTS = {"brief": {"thinking_tokens": 20, "alpha": 0.5}, "tiny": {"thinking_tokens": 2}, "free": {}}
 
 
-def effortful(effort: str | None, served: dict[str, Any] | None = None, **body: Any) -> Generate:
+def effortful(effort: str | None, **body: Any) -> Generate:
     """The sequence of a chat with this effort, in a service with EFFORTS."""
-    return first(chat(config(**DEFAULTS | {"reasoning_effort": EFFORTS} | (served or {})), reasoning_effort=effort, **body))
+    return first(chat(config(**DEFAULTS, reasoning_effort=EFFORTS), reasoning_effort=effort, **body))
 
 
 def limits(sequence: Generate) -> tuple[int | None, float]:
@@ -380,7 +380,7 @@ def test_an_unknown_effort_is_refused_with_those_there_are() -> None:
     assert raised.value.param == "reasoning_effort"
 
 
-VARIABLES = "{{ reasoning_effort is defined and reasoning_effort }} {{ enable_thinking is defined and enable_thinking }}"
+VARIABLES = "{{ reasoning_effort | default(false) }} {{ enable_thinking | default(false) }}"
 
 
 @pytest.mark.parametrize(
