@@ -217,6 +217,7 @@ def _plan(
                     drafts=speculation.drafts,
                     drafter=speculation.drafter or "auto",
                     interval_s=0.0 if request.stream else UNSTREAMED_INTERVAL_S,
+                    priority=request.priority,
                 )
             )
     return Plan(sequences, seed, request.n)

@@ -4,10 +4,10 @@ A session is admitted when every model that it needs has cache room for its prom
 whose cache was evicted or refused is parked: it waits for the same room, ahead of all queued sessions. The oldest
 session is never held back, so at least one session always progresses.
 
-Sessions are admitted round-robin over clients, and in order of arrival for each client. When the queue is full, a new
-session displaces the youngest one of the client with most queued sessions, if that client then still has at least as
-many as the new session's client. So shares of the queue only become more equal, and for a single client the queue is a
-plain bounded one.
+Sessions are admitted round-robin over clients. Those of one client are admitted by priority, the lowest number first,
+and in order of arrival among equals. When the queue is full, a new session displaces the last one of the client with
+most queued sessions, if that client then still has at least as many as the new session's client. So shares of the queue
+only become more equal, and for a single client the queue is a plain bounded one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMOOTHING = 0.1  # weight of the newest session in the moving average of durati
 
 
 class FairQueue:
-    """Queued sessions, served round-robin over clients and in order of arrival for each client."""
+    """Queued sessions, served round-robin over clients and by priority and arrival for each client."""
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, deque[ActiveSession]] = OrderedDict()  # the client that is next comes first
@@ -42,8 +42,12 @@ class FairQueue:
         return (active for waiting in self._clients.values() for active in waiting)
 
     def push(self, active: ActiveSession) -> None:
-        """Append a session to its client's queue."""
-        self._clients.setdefault(active.client, deque()).append(active)
+        """Put a session into its client's queue, behind those of its own priority."""
+        waiting = self._clients.setdefault(active.client, deque())
+        behind = next(
+            (n for n, other in enumerate(reversed(waiting)) if other.priority <= active.priority), len(waiting)
+        )
+        waiting.insert(len(waiting) - behind, active)
 
     def head(self) -> ActiveSession | None:
         """The session that is admitted next; None if the queue is empty."""

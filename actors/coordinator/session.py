@@ -76,6 +76,11 @@ class ActiveSession:
         return self.session.request.client
 
     @property
+    def priority(self) -> int:
+        """Priority of the request among those of its client; lower is sooner."""
+        return self.session.request.priority
+
+    @property
     def resumed(self) -> bool:
         """True if another coordinator began the session and its client has part of the answer."""
         return self.session.request.resumed

@@ -74,6 +74,39 @@ async def test_clients_take_turns_and_each_is_served_in_its_order() -> None:
     assert place.admit() == [busy[0], calm[0], busy[1], calm[1], busy[2]]
 
 
+async def test_a_clients_sessions_go_by_priority_and_then_in_their_order() -> None:
+    place = Place(max_sessions=6)
+    sessions = [session(request(priority=priority)) for priority in (0, 5, -1, 0, 5, -1)]
+    place.add(*sessions)
+    assert place.admit() == [sessions[number] for number in (2, 5, 0, 3, 1, 4)]
+
+
+async def test_a_priority_does_not_pass_other_clients() -> None:
+    place = Place(max_sessions=4)
+    urgent, calm = many(4, "busy", priority=-100), many(2, "calm", priority=100)
+    place.add(*urgent, *calm)
+    assert place.admit() == [urgent[0], calm[0], urgent[1], calm[1]]
+
+
+async def test_admitted_sessions_are_not_displaced_by_more_urgent_ones() -> None:
+    place = Place(max_sessions=1)
+    place.add(*(first := many(1, priority=9)))
+    assert place.admit() == first
+    place.add(*many(1, priority=-9))
+    assert place.admit() == []
+
+
+async def test_a_full_queue_displaces_the_least_urgent_session() -> None:
+    place = Place(max_sessions=1, max_waiting=2)
+    place.add(*many(1))
+    place.admit()
+    late, urgent = session(request(client="busy", priority=7)), session(request(client="busy"))
+    place.add(late, urgent)
+    place.add(*many(1, "calm"))
+    assert late not in place.waiting
+    assert urgent in place.waiting
+
+
 async def test_places_are_limited_and_come_free() -> None:
     place = Place(max_sessions=2)
     place.add(*(active_sessions := many(3)))

@@ -49,12 +49,15 @@ class UnconnectedReplica(Replica):
         self.endpoint = replace(self.endpoint, sessions=sessions, cache_free=self.welcome.cache_tokens - used)
 
 
-def request(prompt: int = 32, *, client: str = "", max_tokens: int | None = None, guided: bool = False) -> Generate:
+def request(
+    prompt: int = 32, *, client: str = "", max_tokens: int | None = None, guided: bool = False, priority: int = 0
+) -> Generate:
     """A request with a prompt of so many tokens."""
     roles: Sequence[Role] = ROLES if guided else ("target",)
     prompts = {role: [1] * prompt for role in roles}
     guidance = Guidance(1.0 if guided else 0.0)
-    return Generate("r", "target", prompts, Sampling(max_tokens=max_tokens), guidance, Thinking(), 1, client=client)
+    sampling, thinking = Sampling(max_tokens=max_tokens), Thinking()
+    return Generate("r", "target", prompts, sampling, guidance, thinking, 1, client=client, priority=priority)
 
 
 def session(generate: Generate, age: int = 0) -> ActiveSession:
