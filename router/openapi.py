@@ -83,6 +83,16 @@ class UsageBody(BaseModel):
     speculation: dict[str, float] | None = None
 
 
+class Metrics(BaseModel):
+    """Times of one answer, if the request set `include_metrics`; null where it has too few tokens."""
+
+    time_to_first_token_ms: float | None
+    generation_time_ms: float | None
+    queue_time_ms: float
+    mean_itl_ms: float | None
+    tokens_per_second: float | None
+
+
 class Candidate(BaseModel):
     """A likely token of one distribution."""
 
@@ -169,12 +179,13 @@ class TextChoice(Choice):
 
 
 class Answer(BaseModel):
-    """Common fields of answers."""
+    """Common fields of answers. metrics: of a stream in its last chunk."""
 
     id: str
     created: int
     model: str
     seed: int
+    metrics: Metrics | None = None
 
 
 class ChatAnswer(Answer):

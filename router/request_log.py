@@ -73,6 +73,26 @@ class RequestRecord:
         elif isinstance(event, Finished):
             self.tokens[sequence], self.reasons[sequence] = event.usage.completion_tokens, event.reason
 
+    def metrics(self, usages: Sequence[Usage]) -> dict[str, float | None] | None:
+        """Times of the answer in milliseconds, and its speed; None for several sequences, which share no time.
+
+        usages: of the finished sequences. A time is None if the answer has too few tokens for it.
+        """
+        if len(usages) != 1:
+            return None
+        (usage,), last_token_at = usages, next(iter(self.last_token_at.values()), None)
+        took = None
+        if self.first_token_s is not None and last_token_at is not None:
+            took = last_token_at - self.began - self.first_token_s
+        steps = usage.completion_tokens - 1
+        return {
+            "time_to_first_token_ms": None if self.first_token_s is None else _milliseconds(self.first_token_s),
+            "generation_time_ms": None if took is None else _milliseconds(took),
+            "queue_time_ms": _milliseconds(usage.queued_s),
+            "mean_itl_ms": _milliseconds(took / steps) if took and steps > 0 else None,
+            "tokens_per_second": round(usage.completion_tokens / took, 1) if took else None,
+        }
+
     def end(self) -> None:
         """Count the finished request in the metrics."""
         if self.path.startswith(COUNTED_PREFIX) and self.method != "OPTIONS":

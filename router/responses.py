@@ -35,7 +35,7 @@ class BodyFormat(ABC):
     log-probabilities. prompt_logprobs: the same for the prompt's tokens, in a field of their own. echo: by choice the
     prompt that its text begins with; empty without echo. prompts: by choice the prompt's ids, if the request wants ids;
     prompts_in_choices: place them in the choices, not beside them. include_reasoning: False leaves out the thinking's
-    text.
+    text. metrics: computes the request's times from the counts of its choices; None if it wants none.
     """
 
     request_id: str
@@ -48,6 +48,7 @@ class BodyFormat(ABC):
     echo: Sequence[str] = ()
     prompts: Sequence[list[int]] | None = None
     include_reasoning: bool = True
+    metrics: Callable[[Sequence[Usage]], Json | None] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
     object_type: ClassVar[str]
@@ -59,8 +60,9 @@ class BodyFormat(ABC):
     def body(self, answers: Sequence[CompletedChoice], prompt_tokens: int) -> Json:
         """The body of a response that is not streamed."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
-        usage = usage_body([answer.end.usage for answer in answers], prompt_tokens)
-        whole = self._frame(self.object_type, choices) | self._prompt_logprobs(answers) | {"usage": usage}
+        usages = [answer.end.usage for answer in answers]
+        whole = self._frame(self.object_type, choices) | self._prompt_logprobs(answers)
+        whole |= {"usage": usage_body(usages, prompt_tokens)} | self._metrics(usages)
         return _with_keys(whole | self._prompt_ids(0, in_choice=False), self.answer_keys)
 
     def offsets(self, choice: int) -> TextOffsets:
@@ -84,9 +86,14 @@ class BodyFormat(ABC):
         body |= self._token_ids(choice, delta, first)
         return self._frame(self.chunk_type, [body | self._explanation(delta)]) | self._prompt_ids(choice, False, first)
 
-    def usage_chunk(self, usages: Sequence[Usage], prompt_tokens: int) -> Json:
-        """The last event of a stream with `include_usage`."""
-        return self._frame(self.chunk_type, []) | {"usage": usage_body(usages, prompt_tokens)}
+    def last_chunk(self, usages: Sequence[Usage], prompt_tokens: int, include_usage: bool) -> Json | None:
+        """The last event of a stream, with the counts and the metrics if the request wants them; None for neither."""
+        counts = {"usage": usage_body(usages, prompt_tokens)} if include_usage else {}
+        wanted = counts | self._metrics(usages)
+        return self._frame(self.chunk_type, []) | wanted if wanted else None
+
+    def _metrics(self, usages: Sequence[Usage]) -> Json:
+        return {} if self.metrics is None else {"metrics": self.metrics(usages)}
 
     def _frame(self, kind: str, choices: list[Json]) -> Json:
         return {

@@ -274,6 +274,11 @@ def _id_for_header(request_id: str) -> str:
 class _Request(_Body):
     model: str | None = None  # the service's own name
     user: str | None = None
+    request_id: (
+        Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS), AfterValidator(_id_for_header)] | None
+    ) = None
+    include_metrics: bool = False
+    priority: int = Field(0, ge=-(2**31), lt=2**31)  # lower is sooner
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     temperature: float | None = None

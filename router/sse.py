@@ -101,12 +101,10 @@ class EventStream(Response):
         yield message + self._end(ends)  # nothing runs any more: a client may disconnect as soon as it reads the end
 
     def _end(self, ends: dict[int, Finished]) -> bytes:
-        """The events after the last token: the counts, if the request wants them, and the end of the stream."""
-        usage = b""
-        if self._options.include_usage:
-            usages = [ends[choice].usage for choice in sorted(ends)]
-            usage = _encode_event(self._format.usage_chunk(usages, self._plan.prompt_tokens))
-        return usage + b"data: [DONE]\n\n"
+        """The events after the last token: counts and metrics, if the request wants them, and the end of the stream."""
+        usages = [ends[choice].usage for choice in sorted(ends)]
+        last = self._format.last_chunk(usages, self._plan.prompt_tokens, self._options.include_usage)
+        return (b"" if last is None else _encode_event(last)) + b"data: [DONE]\n\n"
 
 
 def _detect_disconnect(send: Send) -> Send:

@@ -79,7 +79,10 @@ class Generate(Message):
 
 @dataclass(frozen=True, slots=True)
 class Tally(Message):
-    """Counts of a sequence that do not follow from its choices. uncovered: mass (0 to 1), summed over guided rows."""
+    """Counts of a sequence that do not follow from its choices. uncovered: mass (0 to 1), summed over guided rows.
+
+    queued_s: seconds in admission queues.
+    """
 
     guided: int = 0
     changed: int = 0
@@ -87,6 +90,7 @@ class Tally(Message):
     uncovered: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    queued_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +184,10 @@ class Delta(Message):
 
 @dataclass(frozen=True, slots=True)
 class Usage(Message):
-    """Counts of one sequence. uncovered_mass: mean over guided rows. drafted_tokens: drafts that were verified."""
+    """Counts of one sequence. uncovered_mass: mean over guided rows. drafted_tokens: drafts that were verified.
+
+    queued_s: seconds in admission queues.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -191,6 +198,7 @@ class Usage(Message):
     uncovered_mass: float
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    queued_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

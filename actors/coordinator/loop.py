@@ -209,6 +209,7 @@ class DecodeLoop:
     def _admit(self) -> None:
         for active in self.admission.admit(lambda active: self._needed_roles(active, bool(active.alpha()))):
             self._active[active.key] = active
+            active.session.count_queued(time.monotonic() - active.state_since)
             self._exchange.admit(active)
             self._next_window(active)
 

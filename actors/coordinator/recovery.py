@@ -93,7 +93,8 @@ class FaultHandler:
             if window.owing():
                 self._drop_silent(active)
             elif active.state != SessionState.PARKED and not window.ready():
-                log.error("a window waited for an answer that no model owed; it begins anew")
+                name = active.session.request.name_in_logs
+                log.error("%s: a window waited for an answer that no model owed; it begins anew", name)
                 active.count_fault()
                 if active.faults > MAX_FAULTS:
                     self._sessions.fail(active, "internal error while decoding")

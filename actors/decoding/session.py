@@ -87,6 +87,7 @@ class Session:
         self.generated = self.reasoning_tokens = self.guided = self.changed = self.widened = 0
         self.drafted = self.accepted = 0  # drafts that were verified, and those that became tokens
         self.uncovered = 0.0
+        self.queued_s = 0.0  # in admission queues
         self.scored = 0  # tokens of the prompt whose log-probabilities were sent
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -195,6 +196,7 @@ class Session:
         tally = resume.tally
         self.guided, self.changed, self.widened = tally.guided, tally.changed, tally.widened
         self.uncovered, self.drafted, self.accepted = tally.uncovered, tally.drafted, tally.accepted
+        self.queued_s += tally.queued_s
 
     def count_widened(self) -> None:
         """One more row needed slices wider than the first ones."""
@@ -203,6 +205,10 @@ class Session:
     def count_uncovered(self, mass: float) -> None:
         """So much probability of a guided row lay outside its candidates."""
         self.uncovered += mass
+
+    def count_queued(self, seconds: float) -> None:
+        """The session waited in an admission queue for so long."""
+        self.queued_s += seconds
 
     def count_drafts(self, drafted: int, accepted: int) -> None:
         """So many drafts were checked, and so many of them became tokens."""
@@ -215,7 +221,8 @@ class Session:
 
     def tally(self) -> Tally:
         """The counts so far that a replay of the choices cannot restore."""
-        return Tally(self.guided, self.changed, self.widened, self.uncovered, self.drafted, self.accepted)
+        counts = self.guided, self.changed, self.widened, self.uncovered, self.drafted, self.accepted
+        return Tally(*counts, queued_s=self.queued_s)
 
     def usage(self) -> Usage:
         """The counts so far."""
@@ -229,6 +236,7 @@ class Session:
             uncovered_mass=self.uncovered / self.guided if self.guided else 0.0,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
+            queued_s=self.queued_s,
         )
 
     def _ends_of_bad_words(self) -> list[int]:

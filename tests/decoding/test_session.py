@@ -382,6 +382,14 @@ def test_a_closing_text_that_completes_the_end_is_the_end() -> None:
     assert feed(session, "c").content == "c"
 
 
+def test_the_time_in_queues_adds_up_over_coordinators() -> None:
+    session, again = (Setting().session() for _ in range(2))
+    session.count_queued(1.5)
+    again.replay(Resume([], session.tally()))
+    again.count_queued(0.25)
+    assert again.usage().queued_s == again.tally().queued_s == 1.75
+
+
 def test_a_replay_repeats_the_closing_text() -> None:
     thinking = Thinking("<think>", END, max_tokens=2, closing="so")
     session, again = (TEXT_TARGET.session(thinking=thinking) for _ in range(2))

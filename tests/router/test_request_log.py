@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from actors.api.generation import Rejected
+from actors.api.generation import Rejected, Usage
+from actors.metrics import Recorder
 from router.backend import Unavailable
-from tests.support.scripted_service import ScriptedBackend, client, config
 from router.request_id import ClientId
 from router.request_log import RequestRecord
+from tests.support.scripted_service import ScriptedBackend, client, config
 
 KEY = "ada-secret-0123456789"
 SECRET = "marzipan"  # part of prompts and of some answers
