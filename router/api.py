@@ -175,6 +175,7 @@ class Endpoints:
                 shown = not isinstance(body, ChatRequest) or body.include_reasoning
                 metrics = record.metrics if body.include_metrics else None
                 more: dict[str, Any] = {"include_reasoning": shown, "metrics": metrics}
+                more["choices_per_prompt"] = plan.choices_per_prompt
                 bodies = form(request_id.text, name, plan.seed, tokens, *wanted, **more)
                 if body.stream:
                     options = body.stream_options or StreamOptions()

@@ -72,12 +72,19 @@ class TokenDetails(BaseModel):
     rejected_prediction_tokens: int
 
 
+class PromptTokenDetails(BaseModel):
+    """Kinds of prompt tokens. cached_tokens: copied from the cache of a session with the same beginning."""
+
+    cached_tokens: int
+
+
 class UsageBody(BaseModel):
     """Token counts; a prompt counts once for all its choices. Chunks before the last have the first three only."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokenDetails | None = None
     completion_tokens_details: TokenDetails | None = None
     guidance: dict[str, float] | None = None
     speculation: dict[str, float] | None = None

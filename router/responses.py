@@ -49,6 +49,7 @@ class BodyFormat(ABC):
     prompts: Sequence[list[int]] | None = None
     include_reasoning: bool = True
     metrics: Callable[[Sequence[Usage]], Json | None] | None = None
+    choices_per_prompt: int = 1
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
     object_type: ClassVar[str]
@@ -62,7 +63,7 @@ class BodyFormat(ABC):
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         usages = [answer.end.usage for answer in answers]
         whole = self._frame(self.object_type, choices) | self._prompt_logprobs(answers)
-        whole |= {"usage": usage_body(usages, prompt_tokens)} | self._metrics(usages)
+        whole |= {"usage": usage_body(usages, prompt_tokens, self.choices_per_prompt)} | self._metrics(usages)
         return _with_keys(whole | self._prompt_ids(0, in_choice=False), self.answer_keys)
 
     def offsets(self, choice: int) -> TextOffsets:
@@ -88,7 +89,7 @@ class BodyFormat(ABC):
 
     def last_chunk(self, usages: Sequence[Usage], prompt_tokens: int, include_usage: bool) -> Json | None:
         """The last event of a stream, with the counts and the metrics if the request wants them; None for neither."""
-        counts = {"usage": usage_body(usages, prompt_tokens)} if include_usage else {}
+        counts = {"usage": usage_body(usages, prompt_tokens, self.choices_per_prompt)} if include_usage else {}
         wanted = counts | self._metrics(usages)
         return self._frame(self.chunk_type, []) | wanted if wanted else None
 
@@ -217,14 +218,18 @@ def plain_usage(prompt_tokens: int, completion_tokens: int) -> Json:
     }
 
 
-def usage_body(usages: Sequence[Usage], prompt_tokens: int) -> Json:
-    """Total counts of a request's sequences. prompt_tokens: each prompt counted once for all its choices."""
+def usage_body(usages: Sequence[Usage], prompt_tokens: int, choices_per_prompt: int = 1) -> Json:
+    """Total counts of a request's sequences. prompt_tokens: each prompt counted once for all its choices.
+
+    So are its cached tokens: those of its first choice, from which the others may take them.
+    """
     completion = sum(usage.completion_tokens for usage in usages)
     guided = sum(usage.guided_tokens for usage in usages)
     mass = sum(usage.uncovered_mass * usage.guided_tokens for usage in usages)
     drafted = sum(usage.drafted_tokens for usage in usages)
     accepted = sum(usage.accepted_tokens for usage in usages)
     return plain_usage(prompt_tokens, completion) | {
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages[::choices_per_prompt])},
         "completion_tokens_details": {
             "reasoning_tokens": sum(usage.reasoning_tokens for usage in usages),
             "accepted_prediction_tokens": accepted,

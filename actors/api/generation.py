@@ -81,7 +81,7 @@ class Generate(Message):
 class Tally(Message):
     """Counts of a sequence that do not follow from its choices. uncovered: mass (0 to 1), summed over guided rows.
 
-    queued_s: seconds in admission queues.
+    queued_s: seconds in admission queues. cached: tokens of the prompt that were in the cache of the primary's replica.
     """
 
     guided: int = 0
@@ -91,6 +91,7 @@ class Tally(Message):
     drafted: int = 0
     accepted: int = 0
     queued_s: float = field(default=0.0, compare=False)
+    cached: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,8 @@ class Delta(Message):
 class Usage(Message):
     """Counts of one sequence. uncovered_mass: mean over guided rows. drafted_tokens: drafts that were verified.
 
-    queued_s: seconds in admission queues.
+    queued_s: seconds in admission queues. cached_tokens: tokens of the prompt that were in the cache of the primary's
+    replica, because another session has the same beginning.
     """
 
     prompt_tokens: int
@@ -199,6 +201,7 @@ class Usage(Message):
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     queued_s: float = field(default=0.0, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

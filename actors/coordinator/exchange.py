@@ -41,6 +41,7 @@ from actors.wire.messages import (
     EXTEND_ITEM,
     WHOLE,
     Drafted,
+    Forked,
     Message,
     ProtocolError,
     Refusal,
@@ -617,6 +618,8 @@ class Exchange:
                 self._take_values(message)
             elif isinstance(message, Drafted):
                 self._take_drafts(message)
+            elif isinstance(message, Forked):
+                self._take_forked(message)
             elif isinstance(message, Refused):
                 faults += self._take_refusals(message)
         return faults
@@ -844,6 +847,15 @@ class Exchange:
         assert row is not None
         active: ActiveSession = row.window.active
         return active
+
+    def _take_forked(self, message: Forked) -> None:
+        """Count the tokens of prompts that the primary's replica had in its cache."""
+        for calls, numbers, items in self._calls.find(message.items["call_id"]):
+            tokens = message.items["tokens"][items].tolist()
+            for number, count in zip(numbers.tolist(), tokens, strict=True):
+                window = calls.windows[number] if isinstance(calls, ExtendCalls) else None
+                if isinstance(window, VerificationWindow) and calls.role == window.active.primary:
+                    window.active.session.count_cached(count)
 
     def _take_drafts(self, message: Drafted) -> None:
         drafted = drafted_items(message)

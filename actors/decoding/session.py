@@ -88,6 +88,7 @@ class Session:
         self.drafted = self.accepted = 0  # drafts that were verified, and those that became tokens
         self.uncovered = 0.0
         self.queued_s = 0.0  # in admission queues
+        self.cached = 0  # tokens of the prompt that the primary's replica had in its cache
         self.scored = 0  # tokens of the prompt whose log-probabilities were sent
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -197,6 +198,7 @@ class Session:
         self.guided, self.changed, self.widened = tally.guided, tally.changed, tally.widened
         self.uncovered, self.drafted, self.accepted = tally.uncovered, tally.drafted, tally.accepted
         self.queued_s += tally.queued_s
+        self.cached = tally.cached
 
     def count_widened(self) -> None:
         """One more row needed slices wider than the first ones."""
@@ -210,6 +212,11 @@ class Session:
         """The session waited in an admission queue for so long."""
         self.queued_s += seconds
 
+    def count_cached(self, tokens: int) -> None:
+        """So many tokens of the prompt were in a cache. Later extends, of an evicted session, count no more."""
+        if not self.generated and not self.cached:
+            self.cached = max(0, min(tokens, len(self.primary)))
+
     def count_drafts(self, drafted: int, accepted: int) -> None:
         """So many drafts were checked, and so many of them became tokens."""
         self.drafted += drafted
@@ -222,7 +229,7 @@ class Session:
     def tally(self) -> Tally:
         """The counts so far that a replay of the choices cannot restore."""
         counts = self.guided, self.changed, self.widened, self.uncovered, self.drafted, self.accepted
-        return Tally(*counts, queued_s=self.queued_s)
+        return Tally(*counts, queued_s=self.queued_s, cached=self.cached)
 
     def usage(self) -> Usage:
         """The counts so far."""
@@ -237,6 +244,7 @@ class Session:
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
             queued_s=self.queued_s,
+            cached_tokens=self.cached,
         )
 
     def _ends_of_bad_words(self) -> list[int]:

@@ -229,6 +229,8 @@ class ModelReplica:
         if lease is None:
             return None
         peer, call_id, refusal = scheduled.peer, scheduled.item.call_id, Refusal.ROW_GONE
+        if chunk.forked and isinstance(result, Held | Answer):
+            self._replies.forked(peer, call_id, chunk.forked)
         match result:
             case Held():
                 scheduled.advance(chunk.taken)

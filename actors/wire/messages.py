@@ -63,6 +63,7 @@ DRAFT_ITEM = np.dtype(
     ]
 )
 DRAFTED_ITEM = np.dtype([("call_id", "<u8"), ("tokens", "<i4")])
+FORKED_ITEM = np.dtype([("call_id", "<u8"), ("tokens", "<i4")])
 LOOKUP_ITEM = np.dtype(
     [
         ("call_id", "<u8"),
@@ -234,6 +235,14 @@ class Drafted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Forked:
+    """Items of `Extend` whose first tokens were copied from another session's cache, and how many. `Rows` follow."""
+
+    tag: ClassVar[int] = 14
+    items: Array = column(FORKED_ITEM)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Failure:
     """The last frame before a connection is closed because of an error: a stable code, and a message for people."""
 
@@ -250,7 +259,20 @@ class Ping:
 
 
 Message = (
-    Hello | Challenge | Proof | Welcome | Extend | Lookup | Widen | Rows | Values | Refused | Failure | Drafted | Ping
+    Hello
+    | Challenge
+    | Proof
+    | Welcome
+    | Extend
+    | Lookup
+    | Widen
+    | Rows
+    | Values
+    | Refused
+    | Failure
+    | Drafted
+    | Ping
+    | Forked
 )
 MESSAGES: dict[int, type[Message]] = {kind.tag: kind for kind in get_args(Message)}
 _SCALARS: dict[str, type] = {"int": int, "str": str, "bytes": bytes, "bool": bool}

@@ -13,12 +13,14 @@ from actors.wire.ids import page_counts, split_ids
 from actors.wire.messages import (
     DRAFTED_ITEM,
     F32,
+    FORKED_ITEM,
     I32,
     REFUSED_ITEM,
     ROWS_ITEM,
     U16,
     WHOLE,
     Drafted,
+    Forked,
     Message,
     Refusal,
     Refused,
@@ -66,6 +68,7 @@ class Recipient(Protocol):
 @dataclass(slots=True)
 class _Mail:
     drafted: list[tuple[int, Sequence[int]]] = field(default_factory=list)
+    forked: list[tuple[int, int]] = field(default_factory=list)
     rows: list[tuple[AnsweredItems, list[int]]] = field(default_factory=list)
     values: list[tuple[NDArray[Any], NDArray[np.float32]]] = field(default_factory=list)
     refused: list[tuple[int, int, int]] = field(default_factory=list)
@@ -84,6 +87,10 @@ class Replies:
 
     def drafted(self, peer: Recipient, call_id: int, tokens: Sequence[int]) -> None:
         self._mail_of(peer).drafted.append((call_id, tokens))
+
+    def forked(self, peer: Recipient, call_id: int, tokens: int) -> None:
+        """Say that so many first tokens of an extend were copied from another session's cache."""
+        self._mail_of(peer).forked.append((call_id, tokens))
 
     def rows(self, peer: Recipient, answered: AnsweredItems, place: int = 0) -> None:
         """Add the item at `place` of `answered`. Items that are added in their order are sent together."""
@@ -108,6 +115,8 @@ class Replies:
         mail, self._mail = self._mail, {}
         for peer, box in mail.items():
             messages: list[Message] = [_pack_drafted(box.drafted)] if box.drafted else []
+            if box.forked:
+                messages.append(Forked(np.array(box.forked, FORKED_ITEM)))
             for answers in self._frames([answered.select(places) for answered, places in box.rows]):
                 if messages and isinstance(messages[-1], Rows):
                     peer.send(*messages)

@@ -107,13 +107,17 @@ async def test_choices_share_their_prompts_prefill_and_change_no_token(trio: Tri
         expected = []
         for one in requests:
             await until(lambda: set(trio.held().values()) == {0})  # nothing is left to fork from
-            expected += tokens([await decode(service.coordinators[0], one)])
+            answer = await decode(service.coordinators[0], one)
+            expected += tokens([answer])
+            assert finished(answer).usage.cached_tokens == 0
         by_itself = target.stats()
         assert by_itself.forked_tokens == 0
         await until(lambda: set(trio.held().values()) == {0})
-        assert tokens(await decode_all(service.coordinators[0], requests)) == expected
+        answers = await decode_all(service.coordinators[0], requests)
+        assert tokens(answers) == expected
         stats = target.stats()
         shared = (len(requests[0].prompts["target"]) - 1) // BLOCK * BLOCK
+        assert sorted(finished(answer).usage.cached_tokens for answer in answers) == [0, *[shared] * 5]
         assert stats.forked_tokens == 5 * shared > 0
         assert stats.tokens - by_itself.tokens == by_itself.tokens - 5 * shared
 

@@ -390,6 +390,19 @@ def test_the_time_in_queues_adds_up_over_coordinators() -> None:
     assert again.usage().queued_s == again.tally().queued_s == 1.75
 
 
+def test_cached_tokens_are_those_of_the_prompts_first_computation() -> None:
+    session, again = (Setting().session() for _ in range(2))
+    for tokens in (1, 2):  # the second one of an evicted session
+        session.count_cached(tokens)
+    feed(session, "a")
+    again.replay(Resume(session.choices, session.tally()))
+    again.count_cached(2)
+    assert again.usage().cached_tokens == session.usage().cached_tokens == 1
+    endless = Setting().session()
+    endless.count_cached(2**31 - 1)
+    assert endless.usage().cached_tokens == 2  # the prompt's length
+
+
 def test_a_replay_repeats_the_closing_text() -> None:
     thinking = Thinking("<think>", END, max_tokens=2, closing="so")
     session, again = (TEXT_TARGET.session(thinking=thinking) for _ in range(2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.wire.messages import Refusal
+from actors.wire.messages import Forked, Refusal, Rows
 from tests.support.coordinators import No, rows_of, stage, within
 
 HEAD = list(range(1, 33))  # two blocks
@@ -21,6 +21,10 @@ async def test_identical_prompts_are_prefilled_once() -> None:
         assert s.engine.batches[1:] == [{1: 40}, dict.fromkeys(range(2, 9), 8)]
         assert all(answer.logits.tolist() == answers[0].logits.tolist() for answer in answers)
         assert (s.replica.stats().tokens, s.replica.stats().forked_tokens) == (1 + 40 + 7 * 8, 7 * 32)
+        kinds = [type(frame) for frame in c.frames if isinstance(frame, Forked | Rows)]
+        assert kinds == [Rows, Rows, Forked, Rows]  # of the opener, the first prompt, the others
+        (forked,) = (frame for frame in c.frames if isinstance(frame, Forked))
+        assert forked.items["tokens"].tolist() == [32] * 7
 
 
 async def test_a_common_prefix_is_shared_and_different_rests_are_not() -> None:

@@ -22,6 +22,12 @@ def test_a_prompt_counts_once_and_masses_are_weighted_by_guided_tokens() -> None
     assert body["guidance"] == {"guided_tokens": 4, "changed_tokens": 1, "widened_rows": 2, "uncovered_mass": 0.4}
 
 
+def test_the_cached_tokens_of_a_prompt_are_those_of_its_first_choice() -> None:
+    usages = [replace(COUNTS, cached_tokens=tokens) for tokens in (0, 16, 32, 16)]
+    assert usage_body(usages, 18, choices_per_prompt=2)["prompt_tokens_details"] == {"cached_tokens": 32}
+    assert usage_body(usages, 36)["prompt_tokens_details"] == {"cached_tokens": 64}
+
+
 def test_an_unguided_answer_has_no_uncovered_mass() -> None:
     assert usage_body([Usage(9, 4, 0, 0, 0, 0, 0.0)], 9)["guidance"]["uncovered_mass"] == 0.0
 

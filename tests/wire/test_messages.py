@@ -14,6 +14,7 @@ from actors.wire.messages import (
     MESSAGES,
     ROWS_ITEM,
     Extend,
+    Forked,
     Hello,
     Message,
     ProtocolError,
@@ -42,6 +43,7 @@ EXAMPLES: list[Message] = [
         np.array([1, 1], "<u2"),
         np.ones(2, "<f4"),
     ),
+    Forked(np.array([(7, 32)], Forked().items.dtype)),
     Refused(np.array([(1, Refusal.KV_MISS, 12)], Refused().items.dtype)),
 ]
 
