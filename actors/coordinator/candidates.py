@@ -43,7 +43,7 @@ class CandidateCompleter:
             frame.merge(found)
             if shape.aligned:
                 self._look_up_events(frame, found)
-            elif (shape.guided or shape.exact) and shape.k != WHOLE:
+            elif (shape.guided or shape.all_legal) and shape.k != WHOLE:
                 for role in shape.required:
                     self._look_up_plain(frame, role, found)
             complete = np.concatenate([complete, frame.scan()[1]])

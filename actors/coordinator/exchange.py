@@ -27,7 +27,7 @@ from actors.coordinator.replica_pool import Replica
 from actors.coordinator.session import ActiveSession, HiddenDrafts, LogitsRow, RowHistory, Source, VerificationWindow
 from actors.coordinator.states import RowStage
 from actors.coordinator.table import SessionTable
-from actors.coordinator.verification import MAX_EXACT
+from actors.coordinator.verification import MAX_LEGAL
 from actors.decoding.candidates import Answered, BlockLayout, Ids, RowSlice, Stages
 from actors.decoding.cross_vocab.logprobs import CrossingRows
 from actors.decoding.cross_vocab.translators import NO_DRAFTS, DraftTranslation
@@ -254,7 +254,7 @@ class Exchange:
         self._widened.append(row)
 
     def look_up(self, row: LogitsRow, ids: Sequence[int]) -> None:
-        """Request the logits of all ids that a grammar allows for a row, at most MAX_EXACT."""
+        """Request the logits of all ids that a grammar allows for a row, at most MAX_LEGAL."""
         row.complete_with(ids)
         self._widened.append(row)
 
@@ -333,10 +333,10 @@ class Exchange:
             if not (shape.aligned or shape.scores_prompt):  # these need more than the newest rows
                 self._extend_frame(frame, windows)
 
-    def _shape(self, window: VerificationWindow, k: int, exact: bool = False) -> FrameShape:
+    def _shape(self, window: VerificationWindow, k: int, all_legal: bool = False) -> FrameShape:
         """Shape of a frame for the window's rows of width k. Windows with the same required logits share it."""
         required = window.required
-        key = id(required), window.guided, window.aligned, window.scores_prompt, k, exact
+        key = id(required), window.guided, window.aligned, window.scores_prompt, k, all_legal
         shape = self._shapes.get(key)
         if shape is None:  # it holds the required logits, so their id stays theirs
             proposing: Sequence[Role] = tuple(required)
@@ -345,7 +345,7 @@ class Exchange:
             elif window.guided and k != WHOLE:
                 proposing = GUIDED[:2]
             widths = {role: self._slice_width(window, role, k) for role in required}
-            layout = BlockLayout(required, widths, MAX_EXACT if exact else 0)
+            layout = BlockLayout(required, widths, MAX_LEGAL if all_legal else 0)
             shape = FrameShape(required, *key[1:], proposing, layout)
             if len(self._shapes) >= _SHAPES:
                 self._shapes.clear()
@@ -431,19 +431,19 @@ class Exchange:
         by_shape: dict[tuple[FrameShape, RowStage], list[LogitsRow]] = {}
         for row in widened:
             if row in row.window.rows:  # else the window has ended
-                key = self._shape(row.window, row.k, bool(row.exact)), RowStage(row.frame.stage[row.at])
+                key = self._shape(row.window, row.k, bool(row.legal_ids)), RowStage(row.frame.stage[row.at])
                 by_shape.setdefault(key, []).append(row)
         for (shape, stage), rows in by_shape.items():
             narrow = [(row.frame, row.at) for row in rows]
             frame = self._frame(rows, shape, stage)
             for row, (before, at) in zip(rows, narrow, strict=True):
-                if shape.exact:
+                if shape.all_legal:
                     frame.block.copy_slices(row.at, before.block, at)
-                    frame.block.propose(row.at, row_numbers(row.exact))
+                    frame.block.propose(row.at, row_numbers(row.legal_ids))
                 else:
                     frame.block.copy_required(row.at, before.block, at)
                 before.abandon(at)
-            if shape.exact:
+            if shape.all_legal:
                 for role in shape.required:
                     frame.receive(role, np.arange(len(rows)))
                 complete = self._completer.advance(frame)

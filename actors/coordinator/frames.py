@@ -26,9 +26,9 @@ class FrameShape:
     """The properties that all rows of a frame share.
 
     required: by role that takes part, the primary first. k: width of slices; WHOLE: whole rows. aligned: small models
-    with another vocabulary take part. scores_prompt: the rows score tokens of a prompt, without candidates. exact: the
-    logits of a grammar's few legal ids are looked up. proposing: the roles whose slices determine the candidates, if
-    any.
+    with another vocabulary take part. scores_prompt: the rows score tokens of a prompt, without candidates. all_legal:
+    the logits of a grammar's few legal ids are looked up. proposing: the roles whose slices determine the candidates,
+    if any.
     """
 
     required: Mapping[Role, RequiredLogits]
@@ -36,7 +36,7 @@ class FrameShape:
     aligned: bool
     scores_prompt: bool
     k: int
-    exact: bool
+    all_legal: bool
     proposing: Sequence[Role]
     layout: BlockLayout
 

@@ -222,7 +222,7 @@ class PromptScoring:
 class LogitsRow:
     """One row of logits of a window: row `at` of `frame`, from the request of its slices to its decision."""
 
-    __slots__ = ("at", "audited", "crossing", "events", "exact", "frame", "index", "k", "slices", "window")
+    __slots__ = ("at", "audited", "crossing", "events", "frame", "index", "k", "legal_ids", "slices", "window")
 
     # Of small roles with another vocabulary: slices in their ids, earlier rows, and the candidates' events with the
     # number of this row.
@@ -233,7 +233,7 @@ class LogitsRow:
     def __init__(self, window: VerificationWindow, index: int, k: int) -> None:
         self.window, self.index = window, index
         self.k = k  # width of its slices; WHOLE: whole rows
-        self.exact: Sequence[int] = ()  # ids that a grammar allows, all of which are candidates then
+        self.legal_ids: Sequence[int] = ()  # ids that a grammar allows, all of which are candidates then
         self.frame: RowFrame[LogitsRow]
         self.at = -1  # until it has a frame
         self.audited: Decisions | None = None  # from slices, while whole rows are fetched
@@ -258,12 +258,12 @@ class LogitsRow:
 
     def widen(self, k: int) -> None:
         """Wait for slices of this k (WHOLE: whole rows)."""
-        self.k, self.exact = k, ()
+        self.k, self.legal_ids = k, ()
         self.frame.enter(self.at, RowStage.WIDENING if self.audited is None else RowStage.AUDITING)
 
     def complete_with(self, ids: Sequence[int]) -> None:
         """Wait for the logits of the ids that a grammar allows, all of them."""
-        self.exact = ids
+        self.legal_ids = ids
         self.frame.enter(self.at, RowStage.WIDENING)
 
     def begin_audit(self, decisions: Decisions) -> None:

@@ -16,7 +16,7 @@ from actors.decoding.decision import Decisions, compare, decide
 from actors.decoding.grammar import GrammarMatcher
 from actors.wire.messages import WHOLE
 
-MAX_EXACT = 256  # ids that a grammar allows, all of whose logits are looked up; above it rows are widened
+MAX_LEGAL = 256  # ids that a grammar allows, all of whose logits are looked up; above it rows are widened
 
 
 class DecidedRows:
@@ -139,14 +139,14 @@ class Verifier:
         if only is not None:
             self._meter.decided_tokens.add()
             return Chosen(only, changed=False)
-        few = grammar.few(MAX_EXACT) if row.k == self._config.k and not row.exact else []
+        few = grammar.few(MAX_LEGAL) if row.k == self._config.k and not row.legal_ids else []
         if not few:
             return self._wider(row)
         self._count_widened(row)
         return NeedsLegalLogits(few)
 
     def _count_widened(self, row: LogitsRow) -> None:
-        if row.k == self._config.k and not row.exact:
+        if row.k == self._config.k and not row.legal_ids:
             row.window.active.session.count_widened()
             self._meter.widened_rows.add()
 
