@@ -131,10 +131,10 @@ class Verifier:
             return NoLegalToken()
         return self._chosen(row, rows, index)
 
-    def _undecided_in_grammar(
-        self, row: LogitsRow, rows: DecidedRows, index: int, grammar: GrammarMatcher
-    ) -> Chosen | NeedsWiderTopK | NeedsLegalLogits:
+    def _undecided_in_grammar(self, row: LogitsRow, rows: DecidedRows, index: int, grammar: GrammarMatcher) -> Verdict:
         """The only token that a grammar allows, else the logits of all that it allows if they are few, else more."""
+        if rows.decisions.no_legal_token[index] and rows.decisions.settled[index]:
+            return NoLegalToken()
         only = row.window.active.session.only_token
         if only is not None:
             self._meter.decided_tokens.add()

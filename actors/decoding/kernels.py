@@ -831,6 +831,8 @@ def decide(
         if spec.adjusted:
             adjust_row(names, z, count, spec, extra, number)
             adjust_row(names, own, count, spec, extra, number)
+        # True if everything that a grammar allows is a candidate, so that nothing that may be chosen is outside.
+        nothing_outside = spec.adjusted and _all_legal_known(names, target, count, extra, number)
         legal = False
         for place in range(count):
             legal |= math.isfinite(z[place])
@@ -839,11 +841,9 @@ def decide(
         decision.uncovered = largest
         if not legal:
             decision.token = decision.target_token = PADDING
-            decision.outside, decision.settled = 1.0, False
+            decision.outside, decision.settled = 0.0 if nothing_outside else 1.0, nothing_outside
             continue
-        if spec.adjusted and _all_legal_known(
-            names, target, count, extra, number
-        ):  # nothing that may be chosen is outside
+        if nothing_outside:
             decision.outside, decision.settled = 0.0, True
             key = noise_key(spec.seed, spec.position)
             filter_row(own, count, spec, -np.inf, -np.inf, -np.inf, work)

@@ -164,13 +164,16 @@ async def test_a_grammar_that_is_given_up_ends_the_answer_with_an_error_that_nam
             assert "grammar was given up" in (answer.end.error or "")
 
 
-async def test_a_ban_of_all_that_a_grammar_allows_is_an_error(trio_engines: Mapping[Role, Engine]) -> None:
+@pytest.mark.parametrize("mode", ["topk", "full"])
+async def test_a_ban_of_all_that_a_grammar_allows_is_an_error(trio_engines: Mapping[Role, Engine], mode: str) -> None:
     grammar = LLMatcher.grammar_from_lark('start: "x"')
-    async with local_service(drafting(), trio_engines) as service:
+    async with local_service(drafting(exchange={"mode": mode}), trio_engines) as service:
         (one,) = asked(service, 1)
         banned = service.tokenizers["target"].encode_continuation("x")
         sampling = replace(one.sampling, bad_words=tuple((id_,) for id_ in banned))
-        answer = await decode(service.coordinators[0], replace(one, grammar=grammar, sampling=sampling))
-        assert isinstance(answer.end, Finished)
-        assert answer.end.reason == "error"
-        assert "no token to choose" in (answer.end.error or "")
+        for wanted in (None, 20):  # with log-probabilities more candidates are known
+            barred = replace(one, grammar=grammar, sampling=sampling, logprobs=wanted)
+            answer = await decode(service.coordinators[0], barred)
+            assert isinstance(answer.end, Finished)
+            assert answer.end.reason == "error"
+            assert "no token to choose" in (answer.end.error or "")
