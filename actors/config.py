@@ -17,6 +17,9 @@ from actors.api.guidance import MAX_ALPHA, Guidance
 from actors.api.sampling_params import Sampling, Thinking
 
 
+ToolParserName = Literal["hermes", "llama3_json", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31", "json"]
+
+
 class ConfigError(ValueError):
     """The configuration is wrong; the message names each key and what to do."""
 
@@ -86,6 +89,7 @@ class ModelConfig(_Section):
     device_map: str | dict[str, int | str] | None = None  # as in accelerate: layers spread over the GPUs of one node
     tensor_parallel: int = Field(1, ge=1)  # ranks on one node that share the model; num_cpus and num_gpus are per rank
     quantization: dict[str, Any] | None = None  # passed to transformers as quantization_config
+    tool_parser: Literal["auto"] | ToolParserName = "auto"  # form of its tool calls; auto: by its chat template
     adapter: str | None = None  # a PEFT adapter: a folder or a hub id
     attention: Literal["auto", "flash", "per_session", "gathered"] = "auto"  # auto: by device and dtype
     cache_tokens: int = Field(65_536, ge=64)  # tokens that the KV cache holds, for all sessions together

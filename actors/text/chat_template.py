@@ -17,12 +17,23 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from actors.text.message_form import Message, MessageForm, find_form
+from actors.text.tool_formats import ToolFormat, find_format
 
 _CUT = "<|the final message ends here|> "  # its trailing space is lost if the template trims messages
 
 
+_PROBE, _RESULT = "probe00word", "result00word"  # words that no template has of its own
+_QUESTION = {"role": "user", "content": "question"}
+
+
 class ChatTemplateError(ValueError):
     """The template cannot render the messages. The error's text is meant for clients."""
+
+
+def function_tool(name: str, description: str = "", parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A function as templates read it. parameters: a JSON schema; None for a function without parameters."""
+    parameters = {"type": "object", "properties": {}} if parameters is None else dict(parameters)
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
 class ChatTemplate:
@@ -43,17 +54,48 @@ class ChatTemplate:
         """The form of messages that the template reads."""
         return find_form(self._source, self._try)
 
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """The form of the tool calls that the template writes; None if it writes none that is known."""
+        return find_format(self._source)
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """True if the template writes the functions of a request into the prompt."""
+        return self._shows([_QUESTION], tools=[function_tool(_PROBE)])
+
+    @cached_property
+    def shows_system(self) -> bool:
+        """True if the template writes a system message."""
+        return self._shows([{"role": "system", "content": _PROBE}, _QUESTION])
+
+    @cached_property
+    def shows_tool_calls(self) -> bool:
+        """True if the template writes tool calls and their results."""
+        call = {"id": _PROBE[:9], "type": "function", "function": {"name": _PROBE, "arguments": "{}"}}
+        result = {"role": "tool", "tool_call_id": _PROBE[:9], "name": _PROBE, "content": _RESULT}
+        calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return self._shows([_QUESTION, calling, result]) and self._shows([_QUESTION, calling, result], word=_RESULT)
+
+    def _shows(self, messages: Sequence[Message], word: str = _PROBE, **arguments: Any) -> bool:
+        try:
+            return word in self.render(messages, **arguments)
+        except ChatTemplateError:
+            return False
+
     def render(
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **arguments: Any,
     ) -> str:
         """The prompt's text.
 
-        messages: content is a text, a list of text parts, or null; arguments of tool calls are JSON text.
+        messages: content is a text, a list of text parts, or null; arguments of tool calls are JSON text. tools:
+        functions that the model may call, as in the OpenAI API; a template may leave them out (`shows_tools`).
         add_generation_prompt: open the assistant's turn. continue_final_message: leave the last message open, so that
         the model continues it. arguments: further variables of the template.
         Raises ChatTemplateError if the template refuses the messages.
@@ -61,7 +103,7 @@ class ChatTemplate:
         shaped: list[Message] = [self.form.shape(message) for message in messages]
         if continue_final_message:
             shaped = _mark_end(shaped)
-        text = self._render(shaped, add_generation_prompt, arguments)
+        text = self._render(shaped, add_generation_prompt, {"tools": tools} | arguments)
         return _cut_at_mark(text) if continue_final_message else text
 
     def _try(self, shaped: Sequence[Message]) -> str | None:

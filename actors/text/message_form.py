@@ -7,6 +7,7 @@ for their words in the text.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ _FIRST, _SECOND = "alphaword", "omegaword"  # words that no template has of its 
 _DUMPED = re.compile(rf"""["']text["']:\s*["'](?:{_FIRST}|{_SECOND})""")  # a part printed as data
 _ARGUMENTS = {_FIRST: _SECOND}
 _CALL_ID = "call00001"  # nine characters, which Mistral's templates require
+_LONG_ID = "call_0123456789abcdef"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class MessageForm:
     contents: by role; other roles are read like `user`. null_content: true if the template reads null beside tool
     calls; otherwise it gets "". arguments_as_text: true if it reads the arguments of a tool call as JSON text,
     otherwise as an object. roles: roles that it knows under another name. null_for_empty: true if it shows tool calls
-    beside null and not beside "".
+    beside null and not beside "". short_ids: true if it takes ids of tool calls of nine letters or digits alone.
     """
 
     contents: Mapping[str, ContentForm] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class MessageForm:
     arguments_as_text: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
     null_for_empty: bool = False
+    short_ids: bool = False
 
     def shape(self, message: Message) -> dict[str, Any]:
         """A message of the OpenAI API in the template's form. Its tool calls have their arguments as JSON text."""
@@ -70,13 +73,22 @@ class MessageForm:
             shaped["content"] = contents.shape(content or "")
         if message.get("tool_calls"):
             shaped["tool_calls"] = [self._shape_call(call) for call in message["tool_calls"]]
+        if message.get("tool_call_id"):
+            shaped["tool_call_id"] = self._shape_id(message["tool_call_id"])
         return shaped
 
     def _shape_call(self, call: Message) -> dict[str, Any]:
         function = dict(call["function"])
         if not self.arguments_as_text:
             function["arguments"] = json.loads(function["arguments"])
-        return {**call, "function": function}
+        shaped = {**call, "function": function}
+        return {**shaped, "id": self._shape_id(call["id"])} if call.get("id") else shaped
+
+    def _shape_id(self, id_: str) -> str:
+        """The id of a call as the template takes it, the same for the call and its result."""
+        if not self.short_ids or re.fullmatch("[a-zA-Z0-9]{9}", id_):
+            return id_
+        return hashlib.sha256(id_.encode()).hexdigest()[: len(_CALL_ID)]
 
 
 def find_form(source: str, render: TryRender) -> MessageForm:
@@ -100,7 +112,11 @@ def find_form(source: str, render: TryRender) -> MessageForm:
         roles["function"] = "tool"  # OpenAI's older name for it
     beside_null, beside_empty = (_shows_call(render, question, arguments_as_text, each) for each in (None, empty))
     null_for_empty = null_content and beside_null and not beside_empty
-    return MessageForm(contents, null_content, arguments_as_text, roles, null_for_empty)
+    content = None if null_content and not null_for_empty else contents["assistant"].shape("")
+    calls = [_call(arguments_as_text, content, id_=id_) for id_ in (_CALL_ID, _LONG_ID)]
+    short, long = (render([question, call]) for call in calls)
+    short_ids = short is not None and long is None
+    return MessageForm(contents, null_content, arguments_as_text, roles, null_for_empty, short_ids)
 
 
 _HIDDEN = ContentForm(text=False)
@@ -150,9 +166,11 @@ def _shows_arguments(text: str) -> bool:
     return _FIRST in text and _SECOND in text and f"'{_FIRST}'" not in text and f'\\"{_FIRST}' not in text
 
 
-def _call(as_text: bool, content: Any, arguments: Mapping[str, str] = _ARGUMENTS) -> dict[str, Any]:
+def _call(
+    as_text: bool, content: Any, arguments: Mapping[str, str] = _ARGUMENTS, id_: str = _CALL_ID
+) -> dict[str, Any]:
     function = {"name": "find", "arguments": json.dumps(arguments) if as_text else arguments}
-    call = {"id": _CALL_ID, "type": "function", "function": function}
+    call = {"id": id_, "type": "function", "function": function}
     return {"role": "assistant", "content": content, "tool_calls": [call]}
 
 

@@ -1,4 +1,4 @@
-"""Finds a checkpoint's chat template in the files that may hold it.
+"""Finds a checkpoint's chat templates in the files that may hold them.
 
 1. `chat_template.jinja`, with named ones in `additional_chat_templates`, as transformers saves them.
 2. The key `chat_template` of `tokenizer_config.json`: a text, or several with names.
@@ -9,17 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.text.chat_template import ChatTemplateError
 
 MAIN, FOLDER, OLDER = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
 FILES = (MAIN, f"{FOLDER}/*.jinja", OLDER)
-_DEFAULT = "default"
+_DEFAULT, _WITH_TOOLS = "default", "tool_use"
 
 
-def find_template(folder: Path, settings: Mapping[str, Any], older: Mapping[str, Any]) -> str | None:
-    """The template of conversations without tools; None if there is none. Raises ChatTemplateError.
+class Templates(NamedTuple):
+    """The template of conversations, and another one of conversations with tools if there is one."""
+
+    default: str | None
+    with_tools: str | None = None
+
+
+def find_templates(folder: Path, settings: Mapping[str, Any], older: Mapping[str, Any]) -> Templates:
+    """The templates of a checkpoint. Raises ChatTemplateError.
 
     settings, older: the contents of tokenizer_config.json and chat_template.json.
     """
@@ -28,16 +35,16 @@ def find_template(folder: Path, settings: Mapping[str, Any], older: Mapping[str,
         files[_DEFAULT] = folder / MAIN
     named = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     declared = named or settings.get("chat_template") or older.get("chat_template")
-    return choose_template(declared) if declared else None
+    return choose_templates(declared) if declared else Templates(None)
 
 
-def choose_template(declared: Any) -> str:
-    """The template called "default" among those declared, or the only one. Raises ChatTemplateError.
+def choose_templates(declared: Any) -> Templates:
+    """The template called "default" among those declared, or the only one, and that called "tool_use".
 
-    declared: a text; texts by name; or a list of texts or of `{"name", "template"}`.
+    declared: a text; texts by name; or a list of texts or of `{"name", "template"}`. Raises ChatTemplateError.
     """
     if isinstance(declared, str):
-        return declared
+        return Templates(declared)
     if isinstance(declared, Mapping) and "template" not in declared:
         declared = [{"name": name, "template": template} for name, template in declared.items()]
     entries = [_entry(item) for item in (declared if isinstance(declared, list) else [declared])]
@@ -48,7 +55,8 @@ def choose_template(declared: Any) -> str:
             f"chat_template holds {len(entries)} templates ({names}), and none is called {_DEFAULT}: "
             f"name the one to use {_DEFAULT}, or leave it alone"
         )
-    return (defaults or [entries[0][1]])[0]
+    with_tools = [template for name, template in entries if name == _WITH_TOOLS]
+    return Templates((defaults or [entries[0][1]])[0], with_tools[0] if with_tools else None)
 
 
 def _entry(item: Any) -> tuple[str | None, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,12 @@ class RoleTokenizer:
         config: Mapping[str, Any],
         generation: Mapping[str, Any] | None = None,
         template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
-        """settings, config, generation: the contents of tokenizer_config.json, config.json, generation_config.json."""
+        """settings, config, generation: the contents of tokenizer_config.json, config.json, generation_config.json.
+
+        template, tool_template: chat templates of conversations, and of those with tools if that is another one.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         _declare_added(tokenizer, settings)
@@ -87,6 +91,7 @@ class RoleTokenizer:
         stated = generation or {}
         self.recommended = {name: stated[name] for name in _RECOMMENDED if stated.get(name) is not None}
         self._template = ChatTemplate(template, named) if template else None
+        self.tool_template = ChatTemplate(tool_template, named) if tool_template else self._template
 
     @classmethod
     def load(cls, path: str, revision: str | None = None) -> RoleTokenizer:
@@ -108,8 +113,8 @@ class RoleTokenizer:
         settings = {**_json(folder / "special_tokens_map.json"), **_present(_json(folder / "tokenizer_config.json"))}
         generation = _json(folder / "generation_config.json")
         try:
-            template = template_files.find_template(folder, settings, _json(folder / template_files.OLDER))
-            return cls(tokenizer, settings, _json(folder / "config.json"), generation, template)
+            templates = template_files.find_templates(folder, settings, _json(folder / template_files.OLDER))
+            return cls(tokenizer, settings, _json(folder / "config.json"), generation, *templates)
         except TokenizerError:
             raise
         except ChatTemplateError as error:
@@ -152,23 +157,29 @@ class RoleTokenizer:
             text = self._texts[id_] = self.decode((id_,), skip_special=False)
         return text
 
-    def stream(self, after: Sequence[int] = (), skip_special: bool = True) -> TextStream:
-        """An incremental decoder. after: tokens before the first one, such as a prompt, so that its space is kept."""
-        return TextStream(self, after, skip_special)
+    def stream(self, after: Sequence[int] = (), skip_special: bool = True, shown: Collection[int] = ()) -> TextStream:
+        """An incremental decoder. after: tokens before the first one, such as a prompt, so that its space is kept.
+
+        shown: special ids that are decoded although special ones are skipped.
+        """
+        return TextStream(self, after, skip_special, shown)
 
     def render(
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **template_arguments: Any,
     ) -> str:
         """The messages rendered by this model's chat template. Raises ChatTemplateError with a text for clients."""
-        if self._template is None:
+        template = self.tool_template if tools else self._template
+        if template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions with the whole prompt")
-        return self._template.render(
+        return template.render(
             messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             **template_arguments,
@@ -249,9 +260,15 @@ class TextStream:
     vocabularies the space of a word depends on its neighbour, and in all of them a character may span several tokens.
     """
 
-    def __init__(self, tokenizer: RoleTokenizer, after: Sequence[int] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: RoleTokenizer,
+        after: Sequence[int] = (),
+        skip_special: bool = True,
+        shown: Collection[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skipped: frozenset[int] = tokenizer.special_ids if skip_special else frozenset()
+        self._skipped: frozenset[int] = tokenizer.special_ids.difference(shown) if skip_special else frozenset()
         self._decoded = [id_ for id_ in after[-2 * _LONGEST_CHARACTER :] if self._has_text(id_)]
         self._held: list[int] = []
 
