@@ -42,7 +42,7 @@ def _vocabulary(table: dict[str, Any]) -> GrammarVocabulary:
         tokens,
         table["special"],
         table["ends"],
-        [*text_ids, table["ends"][0]],
+        sorted(set(range(len(tokens))) - set(table["ends"][1:])),
         # How text is split into tokens does not decide whether a grammar can be compiled.
         lambda text: [single[text[at : at + 1]] for at in range(len(text)) if text[at : at + 1] in single],
     )

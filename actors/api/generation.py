@@ -28,6 +28,7 @@ class Generate(Message):
     prompt_logprobs: the same for the tokens of the prompt, all at the request's alpha.
     only_prompt: decode nothing.
     grammar: of the answer behind its thinking, in llguidance's form; "" for none. It must have been checked before.
+    shown_specials: special ids that the text shows although it skips the others, such as the marks of tool calls.
     drafts: maximal number of drafts, 0 for none; None for the service's configuration.
     drafter: the source of drafts. "auto": the guider if it guides, else the session's own text; "guider": the guider.
     interval_s: minimal seconds between two deltas; each message costs CPU time.
@@ -51,6 +52,7 @@ class Generate(Message):
     prompt_logprobs: int | None = None
     only_prompt: bool = False
     grammar: str = ""
+    shown_specials: tuple[int, ...] = ()
     drafts: int | None = None
     drafter: Literal["auto", "guider"] = "auto"
     interval_s: float = 0.0

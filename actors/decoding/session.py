@@ -44,7 +44,8 @@ class SessionVocabulary:
     forced_texts: Mapping[Role, ForcedTextIds]  # of every role of the session
     eos_ids: tuple[int, ...]  # of the primary; the first represents all of them
     added: frozenset[int]  # the primary's added tokens
-    text: Callable[[Sequence[int], bool], TextStream]  # decodes what follows these ids; True skips special tokens
+    # Decodes what follows these ids; True skips special tokens but the last argument's.
+    text: Callable[[Sequence[int], bool, Sequence[int]], TextStream]
     closing_tokens: ClosingTokens | None = None  # of thinking.end, if the thinking has a minimum
     matcher: Callable[[str], GrammarMatcher] | None = None  # at the beginning of a grammar
 
@@ -93,7 +94,7 @@ class Session:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._last_run = (-1, 0)
-        self._text = vocabulary.text(self.primary.tokens, sampling.skip_special_tokens)
+        self._text = vocabulary.text(self.primary.tokens, sampling.skip_special_tokens, request.shown_specials)
         thinking_end = request.thinking.end if request.thinking.start else None
         self._answer = AnswerText(thinking_end, sampling.stop, sampling.include_stop_str_in_output)
         end = vocabulary.forced_texts[request.primary].end
