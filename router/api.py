@@ -38,6 +38,8 @@ from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
 from router.sse import EventStream, api_errors
 from router.streams import Batch, ClientGone, Generations, while_connected
 from router.tokenize_api import detokenize, tokenize
+from router.tool_calls import ToolCallFormat
+from router.tool_grammar import answer_grammar
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +160,7 @@ class Endpoints:
                 record.model = name if name in self.service.served_names else None
                 # Tokenising a long prompt takes long; in a thread it does not delay other streams.
                 plan = await asyncio.to_thread(planner, body, self.service, self.tokenizers, request_id.text)
-                grammar, param = grammar_text(body)
+                grammar, param = self._grammar(body, plan)
                 if grammar:
                     await self.grammars.require(grammar, plan.primary, param)
                     plan = plan.with_grammar(grammar)
@@ -176,6 +178,8 @@ class Endpoints:
                 metrics = record.metrics if body.include_metrics else None
                 more: dict[str, Any] = {"include_reasoning": shown, "metrics": metrics}
                 more["choices_per_prompt"] = plan.choices_per_prompt
+                ids = [sequence.request_id for sequence in plan.sequences]
+                more["calls"] = ToolCallFormat(plan.tools, ids) if plan.tools else None
                 bodies = form(request_id.text, name, plan.seed, tokens, *wanted, **more)
                 if body.stream:
                     options = body.stream_options or StreamOptions()
@@ -183,6 +187,12 @@ class Endpoints:
                     return EventStream(backend, plan, bodies, options, deadline.when(), idle_s)
                 answers = await while_connected(request.receive, _collect_choices(backend, plan))
                 return JSONResponse(bodies.body(answers, plan.prompt_tokens))
+
+    def _grammar(self, body: ChatRequest | CompletionRequest, plan: Plan) -> tuple[str, str]:
+        """The grammar of the answers, "" for none, and the field that asks for it."""
+        if plan.tools is None or not isinstance(body, ChatRequest):
+            return grammar_text(body)
+        return answer_grammar(body, plan.tools, self.tokenizers[plan.primary])
 
     def _model_card(self, name: str) -> dict[str, Any]:
         return {

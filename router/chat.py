@@ -19,6 +19,8 @@ from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from router.backend import BadRequest
 from router.prompt_thinking import ThinkingState, close_thinking, continued_thinking, open_thinking
 from router.schema import CalledFunction, ChatMessage, Conversation
+from router.tool_prompt import describe_tools
+from router.tools import ToolUse
 
 Tokenizers = Mapping[Role, RoleTokenizer]
 
@@ -58,11 +60,12 @@ def chat_prompt(
     thinking: Thinking,
     opens: bool | None = None,
     closes: bool = False,
+    tools: ToolUse | None = None,
 ) -> Prompt:
     """The prompt of a conversation for `roles`, of which the first is the primary.
 
     opens: open the thinking unless the templates state it; None: if a new answer begins after the prompt. closes: in
-    place of this, close the thinking that a template has opened.
+    place of this, close the thinking that a template has opened. tools: functions that the models are told of.
     Raises BadRequest if a template rejects the messages.
     """
     if request.continue_final_message and request.add_generation_prompt:
@@ -76,7 +79,7 @@ def chat_prompt(
     texts: dict[Role, str] = {}
     for role in roles:
         own = tokenizers[role]
-        texts[role] = _render(own if own.has_chat_template else tokenizers["target"], request)
+        texts[role] = _render(own if own.has_chat_template else tokenizers["target"], request, tools)
     state = ThinkingState.UNMARKED
     if request.continue_final_message:
         state = continued_thinking(_text_of(request.messages[-1]), thinking)
@@ -144,11 +147,15 @@ def _open_raw(text: str, primary: Role, thinking: Thinking | None, closes: bool)
     return opened[primary], state
 
 
-def _render(tokenizer: RoleTokenizer, request: Conversation) -> str:
+def _render(tokenizer: RoleTokenizer, request: Conversation, tools: ToolUse | None) -> str:
     new_turn = request.add_generation_prompt
+    messages, template = [_openai_message(message) for message in request.messages], tokenizer.tool_template
+    if tools is not None and template is not None and not template.shows_tools:
+        messages = describe_tools(messages, tools, template)
     try:
         return tokenizer.render(
-            [_openai_message(message) for message in request.messages],
+            messages,
+            tools=None if tools is None else tools.shown(),
             add_generation_prompt=not request.continue_final_message if new_turn is None else new_turn,
             continue_final_message=request.continue_final_message,
             **request.chat_template_kwargs,

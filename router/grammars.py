@@ -106,6 +106,12 @@ def _parsed(schema: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_schema(schema: dict[str, Any], param: str, compact: bool = False) -> str:
+    options: dict[str, Any] = {"whitespace_flexible": False} if compact else {}
+    return LLMatcher.grammar_from_json_schema(checked_schema(schema, param), overrides=options)
+
+
+def checked_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
+    """A client's JSON schema without options of llguidance's own. Raises BadRequest if it is too large."""
     text = json.dumps(schema)
     if len(text) > MAX_BYTES:
         raise BadRequest(f"{param} has {len(text)} bytes, at most {MAX_BYTES} are taken", param=param)
@@ -116,9 +122,7 @@ def _of_schema(schema: dict[str, Any], param: str, compact: bool = False) -> str
             raise BadRequest(f"{param}: {key} {value!r} is not within this schema: put it there", param=param)
         if key == "pattern" and isinstance(value, str):
             _check_repetitions(value, param)
-    options: dict[str, Any] = {"whitespace_flexible": False} if compact else {}
-    schema = {key: value for key, value in schema.items() if key != "x-guidance"}  # no options of llguidance's own
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    return {key: value for key, value in schema.items() if key != "x-guidance"}
 
 
 def _walk(value: Any, param: str) -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from router.chat import Prompt, Tokenizers, chat_prompt, opens_turn, text_prompt
 from router.context import Budget, context_limits, resolve_max_tokens
 from router.prompt_thinking import ThinkingState
 from router.schema import ChatRequest, CompletionRequest, SpeculationFields
+from router.tools import ToolUse, tool_use
 
 UNSTREAMED_INTERVAL_S = 1.0  # between two messages of an answer that is not streamed: its parts are not needed early
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for max_tokens of a completion
@@ -49,13 +50,14 @@ Parameters = TypeVar("Parameters", Guidance, Thinking, Sampling)
 class Plan:
     """The sequences of a request in the order of their choices, and the seed from which theirs derive.
 
-    echoes: text of each prompt if answers begin with it, else empty.
+    echoes: text of each prompt if answers begin with it, else empty. tools: that the answers may call.
     """
 
     sequences: list[Generate]
     seed: int
     choices_per_prompt: int
     echoes: Sequence[str] = ()
+    tools: ToolUse | None = None
 
     @property
     def primary(self) -> Role:
@@ -85,6 +87,11 @@ class Plan:
     def with_grammar(self, grammar: str) -> Plan:
         """The same plan with a grammar, which was checked before, of all answers."""
         return replace(self, sequences=[replace(sequence, grammar=grammar) for sequence in self.sequences])
+
+    def with_tools(self, tools: ToolUse, tokenizer: RoleTokenizer) -> Plan:
+        """The same plan for answers that may call tools. tokenizer: of the primary role."""
+        shown = tools.marks(tokenizer)
+        return replace(self, sequences=[replace(one, shown_specials=shown) for one in self.sequences], tools=tools)
 
     def for_client(self, client: str, trace_id: str = "") -> Plan:
         """The same plan on behalf of a client. trace_id: of the client's trace, "" without one."""
@@ -126,9 +133,11 @@ def plan_chat(request: ChatRequest, service: ServiceConfig, tokenizers: Tokenize
     opens = opens_turn(request) or marks
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    prompt = chat_prompt(request, model.roles, tokenizers, thinking, opens, closes)
+    tools = tool_use(request, service.models.role(model.primary), tokenizers[model.primary])
+    prompt = chat_prompt(request, model.roles, tokenizers, thinking, opens, closes, tools)
     budget = _chat_budget(request, service.default_sampling.max_tokens)
-    return _plan(request, service, tokenizers, request_id, model, thinking, [prompt], budget)
+    plan = _plan(request, service, tokenizers, request_id, model, thinking, [prompt], budget)
+    return plan if tools is None else plan.with_tools(tools, tokenizers[model.primary])
 
 
 def plan_completion(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from actors.api.generation import Delta, Finished, Usage
 from router.logprobs import Note, TextOffsets, TokenFormatter
+from router.tool_calls import ToolCallFormat
+from router.tool_parser import ToolParser
 
 Json = dict[str, Any]
 
@@ -27,6 +29,14 @@ class CompletedChoice:
     end: Finished
 
 
+@dataclass(frozen=True, slots=True)
+class StreamedChoice:
+    """The state of one choice's stream. parser: reads its tool calls; None without tools."""
+
+    offsets: TextOffsets
+    parser: ToolParser | None
+
+
 @dataclass(frozen=True)
 class BodyFormat(ABC):
     """Common parts of one request's bodies; the two subclasses write a choice.
@@ -36,6 +46,7 @@ class BodyFormat(ABC):
     prompt that its text begins with; empty without echo. prompts: by choice the prompt's ids, if the request wants ids;
     prompts_in_choices: place them in the choices, not beside them. include_reasoning: False leaves out the thinking's
     text. metrics: computes the request's times from the counts of its choices; None if it wants none.
+    calls: reads and writes tool calls; None without tools.
     """
 
     request_id: str
@@ -50,6 +61,7 @@ class BodyFormat(ABC):
     include_reasoning: bool = True
     metrics: Callable[[Sequence[Usage]], Json | None] | None = None
     choices_per_prompt: int = 1
+    calls: ToolCallFormat | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     prefix: ClassVar[str]
     object_type: ClassVar[str]
@@ -66,23 +78,32 @@ class BodyFormat(ABC):
         whole |= {"usage": usage_body(usages, prompt_tokens, self.choices_per_prompt)} | self._metrics(usages)
         return _with_keys(whole | self._prompt_ids(0, in_choice=False), self.answer_keys)
 
-    def offsets(self, choice: int) -> TextOffsets:
+    def begin(self, choice: int) -> StreamedChoice:
+        """The state of a choice's stream before its first event."""
+        return StreamedChoice(self._offsets(choice), self.calls.parser() if self.calls else None)
+
+    def _offsets(self, choice: int) -> TextOffsets:
         """Counts the characters of a choice's tokens."""
         return TextOffsets(self.tokens.tokenizer, self.echo[choice] if self.echo else "")
 
     def chunk(
-        self, choice: int, delta: Delta | None, end: Finished | None, first: bool, offsets: TextOffsets | None = None
+        self, choice: int, delta: Delta | None, end: Finished | None, first: bool, stream: StreamedChoice | None = None
     ) -> Json:
         """One event of a stream: the next part of a choice, its end, or both.
 
-        first: True for the choice's first event. offsets: has counted its tokens in earlier events.
+        first: True for the choice's first event. stream: has read its earlier events.
         """
-        delta = delta or Delta()
-        text = self._text(choice, delta, first)
+        stream, delta = stream or self.begin(choice), delta or Delta()
+        if stream.parser is None or self.calls is None:
+            text = self._text(choice, delta, first)
+        else:
+            pieces = stream.parser.push(delta.content) + (stream.parser.finish() if end else [])
+            text = self._text(choice, replace(delta, content=""), first)
+            text["delta"] |= self.calls.delta(choice, pieces)
         body = (
             text
-            | {"index": choice, "logprobs": self._choice_logprobs(delta, offsets or self.offsets(choice))}
-            | _finish_fields(end)
+            | {"index": choice, "logprobs": self._choice_logprobs(delta, stream.offsets)}
+            | self._finish_fields(end, stream.parser is not None and stream.parser.called)
         )
         body |= self._token_ids(choice, delta, first)
         return self._frame(self.chunk_type, [body | self._explanation(delta)]) | self._prompt_ids(choice, False, first)
@@ -107,10 +128,23 @@ class BodyFormat(ABC):
         }
 
     def _whole_choice(self, index: int, answer: CompletedChoice) -> Json:
-        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, self.offsets(index))}
+        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, self._offsets(index))}
         body |= self._whole_text(index, answer.delta)
+        called = False
+        if self.calls is not None:
+            message = self.calls.message(index, answer.delta.content)
+            body["message"] |= message
+            called = "tool_calls" in message
         body |= self._token_ids(index, answer.delta, first=True)
-        return _with_keys(body | _finish_fields(answer.end) | self._explanation(answer.delta), self.choice_keys)
+        body |= self._finish_fields(answer.end, called) | self._explanation(answer.delta)
+        return _with_keys(body, self.choice_keys)
+
+    def _finish_fields(self, end: Finished | None, called: bool) -> Json:
+        """The end of a choice; null before. called: it has tool calls."""
+        if end is None:
+            return {"finish_reason": None}
+        reason = self.calls.finish_reason(end.reason) if self.calls and called else end.reason
+        return {"finish_reason": reason, "stop_reason": end.stop_reason}
 
     def _token_ids(self, choice: int, delta: Delta, first: bool) -> Json:
         if self.prompts is None:
@@ -251,7 +285,3 @@ def usage_body(usages: Sequence[Usage], prompt_tokens: int, choices_per_prompt: 
 
 def _with_keys(body: Json, keys: Sequence[str]) -> Json:
     return body | dict.fromkeys(key for key in keys if key not in body)
-
-
-def _finish_fields(end: Finished | None) -> Json:
-    return {"finish_reason": end and end.reason} | ({"stop_reason": end.stop_reason} if end else {})

@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from actors.text.tool_formats import NAME_PATTERN
 from router.backend import BadRequest
 from router.request_id import MAX_CHARACTERS
 
@@ -35,9 +36,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
@@ -70,12 +68,13 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "return_mm_kwargs": (None, True),
 }
 
-# Fields that request nothing if the other field of the pair is "none": templates get no tools either way.
-DECLINED = {"tools": "tool_choice", "functions": "function_call"}
+# Fields that request nothing if the other field of the pair is "none": templates get no functions either way.
+DECLINED = {"functions": "function_call"}
 
 MAX_LOGPROBS = 20  # candidates of one token, as in the OpenAI API and vLLM
 _MOST_ERRORS = 1_000  # of a body that are compared to find the one to name
 MAX_BIASES = 1_024  # ids in logit_bias
+MAX_TOOLS = 128  # as in the OpenAI API
 MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 
 
@@ -83,6 +82,7 @@ MAX_CHOICES = 128  # `n` of one prompt, as in the OpenAI API
 ShortText = Annotated[str, Field(max_length=1_024)]
 FewIds = Annotated[list[int], Field(max_length=1_024)]
 Count = Annotated[int, Field(lt=2**63)]
+FunctionName = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 
 
 def _few(items: Any) -> Any:
@@ -98,6 +98,12 @@ class _Body(BaseModel):
     """Converts as vLLM does: 5.0 and "5" to 5, "true" to true; never a number to a text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _MessageBody(_Body):
+    """A part of a message or a tool. Clients send fields of their own in them: unknown ones are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class GuidanceFields(_Body):
@@ -158,18 +164,58 @@ class StructuredOutputs(_Body):
     structural_tag: None = None
 
 
+class FunctionBody(_MessageBody):
+    """A function that the model may call. parameters: a JSON schema of its arguments; null: it takes none.
+
+    strict: the arguments obey the schema, also where the model chooses to call.
+    """
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_MessageBody):
+    """A function that the model may call, in OpenAI's form."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class ChosenFunction(_MessageBody):
+    """The name of a function."""
+
+    name: FunctionName
+
+
+class NamedTool(_MessageBody):
+    """A function that must be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class AllowedTools(_MessageBody):
+    """Functions to which a request is limited."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedToolChoice(_MessageBody):
+    """OpenAI's choice among a part of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class StreamOptions(_Body):
     """include_usage: add a last chunk with the counts. continuous_usage_stats: also add counts to every chunk."""
 
     include_usage: bool = False
     include_obfuscation: bool = False  # OpenAI's padding against traffic analysis; not sent
     continuous_usage_stats: bool = False
-
-
-class _MessageBody(_Body):
-    """A part of a message. Clients send back what they read, with fields of their own: unknown ones are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class TextPart(_MessageBody):
@@ -262,6 +308,8 @@ class Conversation(_Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
 
 
 def _id_for_header(request_id: str) -> str:
@@ -324,6 +372,7 @@ class ChatRequest(Conversation, _Request):
     max_completion_tokens: Count | None = None
     reasoning_effort: ShortText | None = None  # a value that the service's configuration lists
     include_reasoning: bool = True
+    parallel_tool_calls: bool = True
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 

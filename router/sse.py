@@ -15,11 +15,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from actors.api.generation import Finished
 from router.backend import ApiError, Backend, DeadlinePassed
-from router.logprobs import TextOffsets
 from router.request_id import ClientId
 from router.request_log import CLIENT_CLOSED
 from router.request_planning import Plan
-from router.responses import BodyFormat, plain_usage
+from router.responses import BodyFormat, StreamedChoice, plain_usage
 from router.schema import StreamOptions
 from router.streams import ClientGone, Generations, while_connected
 
@@ -77,7 +76,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        offsets: dict[int, TextOffsets] = {}  # by choice that has begun
+        streams: dict[int, StreamedChoice] = {}  # by choice that has begun
         ends: dict[int, Finished] = {}
         counts = [0] * len(self._plan.sequences)  # by choice: tokens
         prompts = [len(prompt) for prompt in self._plan.prompts]
@@ -88,10 +87,10 @@ class EventStream(Response):
                 chunks = []
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
-                    first = choice not in offsets
+                    first = choice not in streams
                     if first:
-                        offsets[choice] = self._format.offsets(choice)
-                    chunks.append(self._format.chunk(choice, delta, end, first, offsets[choice]))
+                        streams[choice] = self._format.begin(choice)
+                    chunks.append(self._format.chunk(choice, delta, end, first, streams[choice]))
                     counts[choice] += len(delta.tokens) if delta else 0
                     if self._options.include_usage and self._options.continuous_usage_stats:
                         chunks[-1] |= {"usage": plain_usage(prompts[choice], counts[choice])}

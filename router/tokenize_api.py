@@ -12,6 +12,7 @@ from router.context import max_model_len
 from router.request_planning import primary_role, resolve_model
 from router.responses import Json
 from router.schema import DetokenizeRequest, TokenizeChat, TokenizeText, parse
+from router.tools import tool_use
 
 
 def tokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
@@ -20,7 +21,8 @@ def tokenize(body: Any, service: ServiceConfig, tokenizers: Tokenizers) -> Json:
     if isinstance(body, dict) and "messages" in body:
         request = parse(TokenizeChat, body)
         name, role = _model(request.model, service)
-        ids = chat_prompt(request, (role,), tokenizers, service.thinking).ids[role]
+        tools = tool_use(request, service.models.role(role), tokenizers[role])
+        ids = chat_prompt(request, (role,), tokenizers, service.thinking, tools=tools).ids[role]
     else:
         request = parse(TokenizeText, body)
         name, role = _model(request.model, service)
