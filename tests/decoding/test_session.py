@@ -73,7 +73,7 @@ class Setting:
             },
             self.target.eos_ids,
             frozenset(self.target.added.values()),
-            lambda after, skip: Letters(
+            lambda after, skip, shown: Letters(
                 texts if skip else texts | {i: t for t, i in self.target.added.items()}, self.late
             ),
             ClosingTokens(thinking.end, texts, lambda i: texts[i].encode()) if thinking.min_tokens else None,

@@ -13,11 +13,16 @@ from actors.text.tokenizer import RoleTokenizer
 TEXT = "The mentor of Ada is Bob. The rival of Bob is Eve. Who is the mentor of the rival of Ada? user assistant system"
 
 TEMPLATE = """\
+{%- for tool in tools or [] %}{{- '<|turn|>system\\n' + (tool.function | tojson) + '<|end|>\\n' }}{% endfor %}
 {%- for message in messages %}
 {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}{{ raise_exception('no such role') }}{% endif %}
 {%- set content = message.content %}
 {%- if message.role == 'assistant' and not loop.last %}{% set content = content.split('</think>')[-1] %}{% endif %}
-{{- '<|turn|>' + message.role + '\\n' + content + '<|end|>\\n' }}
+{{- '<|turn|>' + message.role + '\\n' + content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + '}</tool_call>' }}
+{%- endfor %}
+{{- '<|end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"""
 
