@@ -16,7 +16,7 @@ from actors.api.generation import ROLES, Role
 from actors.api.guidance import MAX_ALPHA, Guidance
 from actors.api.sampling_params import Sampling, Thinking
 
-
+# Forms in which models write tool calls: actors/text/tool_formats.py
 ToolParserName = Literal["hermes", "llama3_json", "mistral", "mistral_args", "deepseek_v3", "deepseek_v31", "json"]
 
 

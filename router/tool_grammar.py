@@ -37,7 +37,9 @@ def answer_grammar(request: ChatRequest, tools: ToolUse, tokenizer: RoleTokenize
     if content:
         parts = json.loads(content)["grammars"] if content.startswith("{") else [{"lark_grammar": content}]
         parts[0]["name"] = "content"
-        return _grammars("start: lead? calls | @content", tools, tokenizer, parts), param
+        # Calls that are JSON alone could not be told from content that is JSON, so they have their mark then.
+        mark = _lark(tools.form.begins[0], tools.form.marks, tokenizer) if tools.form.bare and tools.form.begins else ""
+        return _grammars(f"start: lead? {mark} calls | @content", tools, tokenizer, parts), param
     marked = any(mark in tokenizer.added_tokens for mark in tools.form.begins[:1])
     if marked and any(function.strict for function in tools.callable):
         return _grammars("start: TEXT | TEXT calls", tools, tokenizer), "tools"

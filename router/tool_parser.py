@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypeAlias
 from actors.text.tool_formats import NAME_PATTERN, ToolFormat
 
 _HEADER_LIMIT = 256  # characters between the mark of a call and its JSON
-_KEY_LIMIT = 256  # characters of a key beside name and arguments
-_KEY = re.compile(r'\s*,?\s*("(?:[^"\\]|\\.){0,%d}")\s*:\s*(?=\S)' % _KEY_LIMIT)
-_KEY_BEGUN = re.compile(r'\s*(?:,\s*)?(?:"(?:[^"\\]|\\.){0,%d}(?:\\|"\s*(?::\s*)?)?)?' % _KEY_LIMIT)
+_IN_KEY = r'(?:[^"\\]|\\.){0,256}'
+_KEY = re.compile(rf'\s*,?\s*("{_IN_KEY}")\s*:\s*(?=\S)')
+_KEY_BEGUN = re.compile(rf'\s*(?:,\s*)?(?:"{_IN_KEY}(?:\\|"\s*(?::\s*)?)?)?')
 _OBJECT_END = re.compile(r"\s*\}")
 _OUTSIDE, _INSIDE = re.compile(r'["{}\[\]]'), re.compile(r'["\\]')  # where a string begins, and where it may end
 _SCALAR_END = re.compile(r"[\s,}\]]")

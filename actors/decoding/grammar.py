@@ -36,9 +36,9 @@ class GrammarError(ValueError):
 class GrammarVocabulary:
     """The tokens of one vocabulary, as grammars read them. Building it takes seconds for a large vocabulary.
 
-    tokens: by id the bytes that a token adds to a text. special: ids that no text may become; a grammar allows
-    them only where it names one, and at its end. ends: ids that end an answer. choosable: ids that decoding may choose, of the ends the first.
-    encode: the ids of bytes, which must not raise.
+    tokens: by id the bytes that a token adds to a text. special: ids that no text may become; a grammar allows them
+    only where it names one, and at its end. ends: ids that end an answer. choosable: ids that decoding may choose, of
+    the ends the first. encode: the ids of bytes, which must not raise.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from actors.api.generation import ROLES, Event, Generate
 from router.api import create_app
 from tests.support.scripted_service import ScriptedBackend, config, serving, tokenizers
+from tests.support.tokenizers import role_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::litellm"),
@@ -128,9 +129,6 @@ async def test_the_official_async_client_reads_every_answer(url: str, backend: S
         assert alone.choices[0].model_extra["reasoning"] == "So Eve"
         with pytest.raises(openai.NotFoundError, match="served are duo, duo/target"):
             await api.completions.create(model="gpt", prompt="Who")
-        tool: Any = {"type": "function", "function": {"name": "f"}}
-        with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-            await api.chat.completions.create(model="duo", messages=history, tools=[tool])
     assert backend.requests[0].guidance.alpha == 0.5
 
 
@@ -172,8 +170,6 @@ async def test_langchain_reads_answers_streams_and_batches(url: str, langchain: 
     answers = await asyncio.to_thread(model.batch, ["Who?", "What?"])
     assert [answer.content for answer in answers] == [SAID] * 2
     assert await langchain.OpenAI(**usual).ainvoke("Who is it?") == SAID
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        await model.bind_tools([{"type": "function", "function": {"name": "f", "parameters": {}}}]).ainvoke("Who?")
 
 
 AND: Any = {"role": "user", "content": "And?"}
@@ -283,3 +279,109 @@ async def test_instructor_asks_again_and_sends_answers_back(instructor: Any) -> 
             history = [*ASK, answer.choices[0].message.model_dump(), {"role": "user", "content": "And who is that?"}]
             again = await model.chat.completions.create(messages=history, **asked)
     assert again.age == 7
+
+
+CALLING = 'I ask. <tool_call> {"name": "Person", "arguments": {"name": "Eve", "age": 7}} </tool_call>'
+PERSON = {"name": "Eve", "age": 7}
+TOOL: Any = openai.pydantic_function_tool(Person)
+
+
+@pytest.fixture
+async def tool_url() -> AsyncIterator[str]:
+    """A service whose every answer calls the tool, or tells what it found if it has the tool's result."""
+    backend = AgentBackend()
+    roomy = config(models={role: {"max_position": 4_096} for role in ROLES})
+    async with serving(create_app(roomy, roomy_tokenizers(), backend)) as url:
+        yield f"{url}/v1"
+
+
+def roomy_tokenizers() -> dict[Any, Any]:
+    return {role: role_tokenizer(max_position=4_096) for role in ROLES}
+
+
+class AgentBackend(ScriptedBackend):
+    """A backend that calls a tool, and answers once it reads the tool's result."""
+
+    async def generate(self, request: Generate) -> AsyncIterator[Event]:
+        prompt = roomy_tokenizers()["target"].decode(request.prompts["target"], skip_special=False)
+        self.text = SAID if "<|turn|>tool" in prompt else CALLING
+        async for event in super().generate(request):
+            yield event
+
+
+async def test_the_official_client_calls_tools(tool_url: str) -> None:
+    async with openai.AsyncOpenAI(api_key="none", base_url=tool_url, max_retries=0) as api:
+        asked: Any = {"model": "duo", "messages": ASK, "tools": [TOOL]}
+        whole = (await api.chat.completions.create(**asked, tool_choice="required")).choices[0]
+        parsed = (await api.chat.completions.parse(**asked)).choices[0]
+        async with api.chat.completions.stream(**asked) as stream:
+            kinds = [event.type async for event in stream]
+            streamed = (await stream.get_final_completion()).choices[0]
+        assert "tool_calls.function.arguments.delta" in kinds
+        assert "tool_calls.function.arguments.done" in kinds
+        for choice in (whole, parsed, streamed):
+            assert choice.finish_reason == "tool_calls"
+            assert choice.message.content == "I ask."
+            (call,) = choice.message.tool_calls or ()
+            assert Person.model_validate_json(getattr(call, "function").arguments) == Person(**PERSON)  # noqa: B009
+        assert parsed.message.tool_calls is not None
+        assert parsed.message.tool_calls[0].function.parsed_arguments == Person(**PERSON)
+        for message in (whole.message, streamed.message.model_dump()):
+            calls: Any = message["tool_calls"] if isinstance(message, dict) else message.tool_calls
+            id_ = calls[0]["id"] if isinstance(calls[0], dict) else calls[0].id
+            history: Any = [*ASK, message, {"role": "tool", "tool_call_id": id_, "content": SAID}]
+            again = await api.chat.completions.create(model="duo", messages=history, tools=[TOOL])
+            assert (again.choices[0].message.content, again.choices[0].finish_reason) == (SAID, "stop")
+
+
+async def test_langchain_calls_tools_in_a_loop(tool_url: str, langchain: Any) -> None:
+    tools, messages = (
+        importlib.import_module("langchain_core.tools"),
+        importlib.import_module("langchain_core.messages"),
+    )
+
+    def found(name: str, age: int) -> str:
+        """Find a person."""
+        return f"{name} is {age}"
+
+    tool = tools.StructuredTool.from_function(found, name="Person")
+    model = langchain.ChatOpenAI(base_url=tool_url, api_key="none", model="duo", max_retries=0)
+    for choice in (None, "any", "Person"):
+        bound = model.bind_tools([tool], tool_choice=choice)
+        talk: list[Any] = [messages.HumanMessage("Who is it?")]
+        talk.append(await bound.ainvoke(talk))
+        assert [call["args"] for call in talk[-1].tool_calls] == [PERSON]
+        talk += [await tool.ainvoke(call) for call in talk[-1].tool_calls]
+        assert talk[-1].content == "Eve is 7"
+        answer = await bound.ainvoke(talk)
+        assert (answer.content, answer.tool_calls) == (SAID, [])
+    chunks = [chunk async for chunk in model.bind_tools([tool]).astream("Who is it?")]
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole = whole + chunk
+    assert [call["args"] for call in whole.tool_calls] == [PERSON]
+    structured = model.with_structured_output(Person, method="function_calling")
+    assert await structured.ainvoke("Who is it?") == Person(**PERSON)
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
+async def test_litellm_calls_tools(tool_url: str, litellm: Any, provider: str) -> None:
+    usual: Any = {"model": f"{provider}/duo", "api_base": tool_url, "api_key": "none", "num_retries": 0}
+    whole: Any = await litellm.acompletion(**usual, messages=ASK, tools=[TOOL], tool_choice="auto")
+    stream: Any = await litellm.acompletion(**usual, messages=ASK, tools=[TOOL], stream=True)
+    streamed: Any = litellm.stream_chunk_builder([chunk async for chunk in stream], messages=ASK)
+    for answer in (whole, streamed):
+        message = answer.choices[0].message
+        assert answer.choices[0].finish_reason == "tool_calls"
+        assert Person.model_validate_json(message.tool_calls[0].function.arguments) == Person(**PERSON)
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": SAID}
+        again: Any = await litellm.acompletion(**usual, messages=[*ASK, message, result], tools=[TOOL])
+        assert again.choices[0].message.content == SAID
+
+
+async def test_instructor_reads_objects_from_tool_calls(tool_url: str, instructor: Any) -> None:
+    async with openai.AsyncOpenAI(api_key="none", base_url=tool_url, max_retries=0) as api:
+        for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT):
+            model = instructor.from_openai(api, mode=mode)
+            person = await model.chat.completions.create(model="duo", response_model=Person, messages=ASK)
+            assert person == Person(**PERSON)
