@@ -137,17 +137,52 @@ class Choice(BaseModel):
 
     index: int
     logprobs: Json | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
     guidance: Explanation | None = None
 
 
+class CalledFunction(BaseModel):
+    """The function of a tool call. arguments: JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of one of the request's tools."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionPart(BaseModel):
+    """The next part of a call's function. arguments: a part of its JSON."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallPart(BaseModel):
+    """The next part of the call with this index. Its first part has the id, the type and the name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionPart
+
+
 class Message(BaseModel):
-    """The answer. reasoning: the thinking, under both of its usual names; absent without thinking."""
+    """The answer. reasoning: the thinking, under both of its usual names; absent without thinking.
+
+    content: null beside tool calls without text. tool_calls: absent without calls.
+    """
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
@@ -161,6 +196,7 @@ class MessagePart(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallPart] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
 

@@ -87,13 +87,18 @@ class EventStream(Response):
                 chunks = []
                 for choice in sorted(batch.deltas.keys() | batch.finished.keys()):
                     delta, end = batch.deltas.get(choice), batch.finished.get(choice)
+                    counts[choice] += len(delta.tokens) if delta else 0
                     first = choice not in streams
                     if first:
                         streams[choice] = self._format.begin(choice)
-                    chunks.append(self._format.chunk(choice, delta, end, first, streams[choice]))
-                    counts[choice] += len(delta.tokens) if delta else 0
-                    if self._options.include_usage and self._options.continuous_usage_stats:
-                        chunks[-1] |= {"usage": plain_usage(prompts[choice], counts[choice])}
+                    apart = streams[choice].parser is not None and delta is not None and end is not None
+                    # OpenAI's client ends a tool call at the event behind it.
+                    for part, its_end in ((delta, None), (None, end)) if apart else ((delta, end),):
+                        chunk = self._format.chunk(choice, part, its_end, first, streams[choice])
+                        if self._options.include_usage and self._options.continuous_usage_stats:
+                            chunk |= {"usage": plain_usage(prompts[choice], counts[choice])}
+                        chunks.append(chunk)
+                        first = False
                 message = b"".join(map(_encode_event, chunks)) or KEEP_ALIVE
                 if len(ends) < len(self._plan.sequences):
                     yield message

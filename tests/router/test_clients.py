@@ -381,7 +381,6 @@ async def test_litellm_calls_tools(tool_url: str, litellm: Any, provider: str) -
 
 async def test_instructor_reads_objects_from_tool_calls(tool_url: str, instructor: Any) -> None:
     async with openai.AsyncOpenAI(api_key="none", base_url=tool_url, max_retries=0) as api:
-        for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT):
-            model = instructor.from_openai(api, mode=mode)
-            person = await model.chat.completions.create(model="duo", response_model=Person, messages=ASK)
-            assert person == Person(**PERSON)
+        model = instructor.from_openai(api, mode=instructor.Mode.TOOLS)
+        person = await model.chat.completions.create(model="duo", response_model=Person, messages=ASK)
+        assert person.model_dump() == PERSON
