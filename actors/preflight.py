@@ -70,6 +70,7 @@ def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
         found += _ids(role, tokenizers[role])
         found += _raw_text(role, tokenizers[role])
     found += _thinking(config, tokenizers)
+    found += _tools(config, tokenizers)
     found += _vocabularies(tokenizers)
     for role in SMALL_ROLES:
         found += _positions(config, role, tokenizers)
@@ -201,6 +202,25 @@ def _thinking(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -
                 f"opens the thinking in its chat template with {opening!r}, while thinking.start is {start!r}; its "
                 f"template stays as it is: set thinking.start to {opening!r}, so that the other models read the same",
             )
+
+
+def _tools(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
+    """How the target's tool calls are read, and models that read of tools in a description."""
+    parser, template = config.models.target.tool_parser, tokenizers["target"].tool_template
+    form = tokenizers["target"].tool_format(parser).name
+    if parser == "auto" and template is not None and template.shows_tools and template.tool_format is None:
+        yield Finding(
+            "warning",
+            "target",
+            f"its chat template writes tool calls in a form that is not known, and they are read as {form}: set "
+            "models.target.tool_parser if another one fits",
+        )
+    else:
+        source = "as configured" if parser != "auto" else "by its chat template"
+        yield Finding("note", "target", f"its tool calls are read as {form}, {source} (tool_parser)")
+    for role, tokenizer in tokenizers.items():
+        if tokenizer.tool_template is not None and not tokenizer.tool_template.shows_tools:
+            yield Finding("note", role, "its chat template knows no tools; a description in its messages names them")
 
 
 def _vocabularies(tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class StampedTokenizer(RoleTokenizer):
 
     texts: list[StampedText]
 
-    def stream(self, after: Sequence[int] = (), skip_special: bool = True) -> TextStream:
+    def stream(self, after: Sequence[int] = (), skip_special: bool = True, shown: Collection[int] = ()) -> TextStream:
         return StampedText(self, after)
 
 

@@ -128,7 +128,7 @@ class BodyFormat(ABC):
         }
 
     def _whole_choice(self, index: int, answer: CompletedChoice) -> Json:
-        body = {"index": index, "logprobs": self._choice_logprobs(answer.delta, self._offsets(index))}
+        body: Json = {"index": index, "logprobs": self._choice_logprobs(answer.delta, self._offsets(index))}
         body |= self._whole_text(index, answer.delta)
         called = False
         if self.calls is not None:

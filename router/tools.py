@@ -10,7 +10,7 @@ from typing import Any
 from actors.config import ModelConfig
 from actors.text.chat_template import function_tool
 from actors.text.tokenizer import RoleTokenizer
-from actors.text.tool_formats import FORMATS, ToolFormat
+from actors.text.tool_formats import ToolFormat
 from router.backend import BadRequest
 from router.schema import AllowedToolChoice, ChatRequest, Conversation, FunctionBody, NamedTool
 from router.tool_parser import ToolParser
@@ -51,14 +51,6 @@ class ToolUse:
         return tuple(tokenizer.added_tokens[mark] for mark in self.form.marks if mark in tokenizer.added_tokens)
 
 
-def tool_format(model: ModelConfig, tokenizer: RoleTokenizer) -> ToolFormat:
-    """The form of a model's calls: as configured, else as its chat template writes them, else plain JSON."""
-    if model.tool_parser != "auto":
-        return FORMATS[model.tool_parser]
-    template = tokenizer.tool_template
-    return (template.tool_format if template else None) or FORMATS["json"]
-
-
 def tool_use(request: Conversation, model: ModelConfig, tokenizer: RoleTokenizer) -> ToolUse | None:
     """The tools that a request offers to a model; None if it offers none, or if none may be called.
 
@@ -80,7 +72,7 @@ def tool_use(request: Conversation, model: ModelConfig, tokenizer: RoleTokenizer
         functions = [function for function in functions if function.name in allowed]
         required = choice.allowed_tools.mode == "required"
     parallel = request.parallel_tool_calls if isinstance(request, ChatRequest) else True
-    return ToolUse(tuple(functions), tool_format(model, tokenizer), required, named, parallel)
+    return ToolUse(tuple(functions), tokenizer.tool_format(model.tool_parser), required, named, parallel)
 
 
 def _check(functions: Sequence[FunctionBody]) -> None:

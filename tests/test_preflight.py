@@ -9,10 +9,11 @@ import pytest
 
 from actors.api.generation import ROLES, Role
 from actors.config import ConfigError, ServiceConfig, load_config
-from actors.preflight import Finding, findings, load_tokenizers, position_limit, require_sound, session_limit
+from actors.preflight import Finding, _tools, findings, load_tokenizers, position_limit, require_sound, session_limit
 from actors.text.chat_template import ChatTemplate
 from actors.text.tokenizer import RoleTokenizer
 from tests.support.local_ray import trio_args
+from tests.support.tokenizers import role_tokenizer
 
 
 def trio(**changes: Any) -> ServiceConfig:
@@ -149,3 +150,20 @@ def test_a_template_that_opens_the_thinking_in_another_form_is_named(start: str,
     said = [finding for finding in found if "opens the thinking" in finding.message]
     assert [finding.severity for finding in said] == ([severity] if severity else [])
     assert all(repr("<think>\n") in finding.message for finding in said)
+
+
+def test_the_form_of_the_targets_tool_calls_is_stated() -> None:
+    config = trio()
+    messages = [f.message for f in findings(config, load_tokenizers(config)) if "tool" in f.message]
+    assert messages[0] == "its tool calls are read as json, by its chat template (tool_parser)"
+    assert len(messages) == 4  # none of the three templates knows tools
+    models = {role: {"path": config.models.role(role).path} for role in ROLES}
+    stated = trio(models=models | {"target": models["target"] | {"tool_parser": "mistral"}})
+    assert any("as mistral, as configured" in f.message for f in findings(stated, load_tokenizers(stated)))
+
+
+def test_a_template_with_tools_in_an_unknown_form_is_a_warning() -> None:
+    config, template = trio(), "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    tokenizers = load_tokenizers(config) | {"target": role_tokenizer(template=template)}
+    found = [f for f in _tools(config, tokenizers) if f.severity == "warning"]
+    assert "set models.target.tool_parser" in found[0].message

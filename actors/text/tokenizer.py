@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -18,10 +18,12 @@ from huggingface_hub.errors import (
 )
 from tokenizers import AddedToken, Tokenizer
 
+from actors.config import ToolParserName
 from actors.engine.sizing import context_length
 from actors.text import template_files
 from actors.text.chat_template import ChatTemplate, ChatTemplateError
 from actors.text.message_form import Message
+from actors.text.tool_formats import FORMATS, ToolFormat
 from actors.text.token_bytes import ByteTokenizerAdapter, UnsupportedTokenizer, without_first_space
 
 FILES = (
@@ -184,6 +186,12 @@ class RoleTokenizer:
             continue_final_message=continue_final_message,
             **template_arguments,
         )
+
+    def tool_format(self, parser: Literal["auto"] | ToolParserName) -> ToolFormat:
+        """The form of this model's tool calls: the one of this name, else that of its chat template, else plain JSON."""
+        if parser != "auto":
+            return FORMATS[parser]
+        return (self.tool_template.tool_format if self.tool_template else None) or FORMATS["json"]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as its vocabulary writes it ("Ġis", "▁is"); "" for an id that is no token."""

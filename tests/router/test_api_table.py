@@ -67,8 +67,8 @@ def test_every_field_has_one_row() -> None:
     assert len(stated) == len(set(stated))
     for address, kind in (("chat", ChatRequest), ("completions", CompletionRequest)):
         served = {row.field for row in rows() if row.address == address and row.status != "refused"}
-        assert served - {"parallel_tool_calls"} == kind.model_fields.keys() - OWN_FIELDS
-    refused = {row.field for row in rows() if row.status == "refused"} | {"parallel_tool_calls"}
+        assert served == kind.model_fields.keys() - OWN_FIELDS
+    refused = {row.field for row in rows() if row.status == "refused"}
     assert refused == NOT_SERVED.keys() - NOT_VLLM_FIELDS
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from actors.config import load_config
 from actors.text.tokenizer import RoleTokenizer
 from router.chat import chat_prompt
 from router.request_planning import plan_chat
 from router.schema import ChatRequest, parse
-from router.tools import tool_format, tool_use
+from router.tools import tool_use
 from tests.support.scripted_service import config
 from tests.support.tokenizers import TEMPLATE, byte_level, role_tokenizer
 
@@ -101,12 +100,3 @@ def test_every_role_reads_of_the_tools_in_its_own_way() -> None:
     assert ["# Tools" in prompts[role] for role in ("target", "guider", "guider_base")] == [False, True, False]
     assert plan.tools is not None
     assert plan.tools.form.name == "hermes"  # as the target's template writes calls
-
-
-def test_the_configured_form_goes_before_the_templates() -> None:
-    models = {role: {"path": role} for role in ("target", "guider", "guider_base")}
-    service = load_config({"version": 1, "models": models | {"target": {"path": "t", "tool_parser": "mistral"}}})
-    assert tool_format(service.models.target, role_tokenizer()).name == "mistral"
-    assert tool_format(service.models.guider, role_tokenizer()).name == "hermes"
-    assert tool_format(service.models.guider, role_tokenizer(template=TURNS)).name == "json"
-    assert tool_format(service.models.guider, role_tokenizer(template=None)).name == "json"

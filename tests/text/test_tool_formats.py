@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_a_function_without_parameters_is_shown_with_none() -> None:
 
 def test_ids_of_calls_are_shortened_where_the_template_needs_it() -> None:
     call = {"id": "call_0123456789", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    talk = [
+    talk: list[Any] = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_0123456789", "content": "7"},
@@ -93,3 +94,10 @@ def test_special_tokens_that_are_shown_stand_in_the_text() -> None:
     ids = tokenizer.encode("<|turn|>a<|call|>b")
     stream = tokenizer.stream(shown=[tokenizer.added_tokens["<|call|>"]])
     assert "".join(map(stream.push, ids)) + stream.flush() == "a<|call|>b"
+
+
+def test_the_configured_form_goes_before_the_templates() -> None:
+    assert role_tokenizer().tool_format("mistral").name == "mistral"
+    assert role_tokenizer().tool_format("auto").name == "hermes"
+    assert role_tokenizer(template=TURNS).tool_format("auto").name == "json"
+    assert role_tokenizer(template=None).tool_format("auto").name == "json"
