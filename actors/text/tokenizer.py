@@ -23,8 +23,8 @@ from actors.engine.sizing import context_length
 from actors.text import template_files
 from actors.text.chat_template import ChatTemplate, ChatTemplateError
 from actors.text.message_form import Message
-from actors.text.tool_formats import FORMATS, ToolFormat
 from actors.text.token_bytes import ByteTokenizerAdapter, UnsupportedTokenizer, without_first_space
+from actors.text.tool_formats import FORMATS, ToolFormat
 
 FILES = (
     "tokenizer.json",
@@ -188,7 +188,7 @@ class RoleTokenizer:
         )
 
     def tool_format(self, parser: Literal["auto"] | ToolParserName) -> ToolFormat:
-        """The form of this model's tool calls: the one of this name, else that of its chat template, else plain JSON."""
+        """The form of its tool calls: the one of this name; "auto": that of its chat template, else plain JSON."""
         if parser != "auto":
             return FORMATS[parser]
         return (self.tool_template.tool_format if self.tool_template else None) or FORMATS["json"]
