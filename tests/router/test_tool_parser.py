@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -152,7 +153,7 @@ FRAGMENTS = [
 def test_any_text_is_read_alike_whole_and_in_pieces(form: ToolParserName, parts: list[str], cuts: list[int]) -> None:
     text = "".join(parts)
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    pieces = [text[start:end] for start, end in pairwise(places)]
     whole = ParsedAnswer.of(read(form, (text,)))
     assert ParsedAnswer.of(read(form, pieces)) == whole
     assert all(isinstance(json.loads(call.arguments), dict) for call in whole.calls)
