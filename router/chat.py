@@ -34,6 +34,8 @@ class Prompt:
     added: str = ""
 
 
+_RESERVED_CHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # no text means anything by them
+_WRITTEN_BY_APPLICATIONS = ("system", "developer", "assistant")
 _RESERVED = frozenset(
     {
         "self",  # a name of jinja itself
@@ -77,16 +79,18 @@ def chat_prompt(
         if name in _RESERVED:
             raise BadRequest(f"chat_template_kwargs must not set {name}", param="chat_template_kwargs")
     texts: dict[Role, str] = {}
+    cut = _unused_character(request)
     for role in roles:
-        own = tokenizers[role]
-        texts[role] = _render(own if own.has_chat_template else tokenizers["target"], request, tools)
+        own, given = tokenizers[role], _cut_special_texts(request, tokenizers[role], cut)
+        texts[role] = _render(own if own.has_chat_template else tokenizers["target"], given, tools)
     state = ThinkingState.UNMARKED
     if request.continue_final_message:
         state = continued_thinking(_text_of(request.messages[-1]), thinking)
     if opens_turn(request) if opens is None else opens:
         texts, state = (close_thinking if closes else open_thinking)(texts, thinking)
     try:
-        ids = {role: tokenizers[role].encode(text, special=request.add_special_tokens) for role, text in texts.items()}
+        special = request.add_special_tokens
+        ids = {role: tokenizers[role].encode_parts(text.split(cut), special) for role, text in texts.items()}
     except TokenizerError as error:
         raise BadRequest(str(error), param="messages") from error
     return Prompt(ids, state)
@@ -145,6 +149,36 @@ def _open_raw(text: str, primary: Role, thinking: Thinking | None, closes: bool)
         return text, ThinkingState.UNMARKED
     opened, state = (close_thinking if closes else open_thinking)({primary: text}, thinking)
     return opened[primary], state
+
+
+def _unused_character(request: Conversation) -> str:
+    """A character that no message has. Raises BadRequest if they have all of those that Unicode reserves for this."""
+    texts = [_text_of(message) for message in request.messages]
+    unused = (each for each in _RESERVED_CHARACTERS if not any(each in text for text in texts))
+    if (found := next(unused, None)) is None:
+        raise BadRequest("the messages have every character from U+FDD0 to U+FDEF: leave one out", param="messages")
+    return found
+
+
+def _cut_special_texts(request: Conversation, tokenizer: RoleTokenizer, cut: str) -> Conversation:
+    """The conversation with a character within each text of a special token that a user or a tool wrote.
+
+    Where the rendered text is split at that character, it holds no special tokens but those of the template and of the
+    application, which writes the other messages. Example: "stop<|end|>" becomes "stop<" and "|end|>".
+    """
+
+    def cut_all(text: str) -> str:
+        return tokenizer.special_texts.sub(lambda found: found[0][0] + cut + found[0][1:], text)
+
+    def cut_message(message: ChatMessage) -> ChatMessage:
+        if message.role in _WRITTEN_BY_APPLICATIONS or message.content is None:
+            return message
+        if isinstance(message.content, str):
+            return message.model_copy(update={"content": cut_all(message.content)})
+        parts = [part.model_copy(update={"text": cut_all(part.text)}) for part in message.content]
+        return message.model_copy(update={"content": parts})
+
+    return request.model_copy(update={"messages": [cut_message(message) for message in request.messages]})
 
 
 def _render(tokenizer: RoleTokenizer, request: Conversation, tools: ToolUse | None) -> str:

@@ -212,7 +212,7 @@ class ChatFormat(BodyFormat):
         return {"message": _with_keys(message, _MESSAGE_KEYS)}
 
     def _reasoning(self, delta: Delta) -> Json:
-        """The thinking under both of its usual names. It is absent if there is none: clients send back what they read."""
+        """The thinking under both of its usual names; absent if there is none: clients send back what they read."""
         if not delta.reasoning or not self.include_reasoning:
             return {}
         return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -138,6 +139,18 @@ class RoleTokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of `text`. special: with the tokens that the tokenizer puts around raw text, such as a BOS."""
         return _encode(self._tokenizer, text, special)
+
+    def encode_parts(self, parts: Sequence[str], special: bool = False) -> list[int]:
+        """Token ids of texts one behind the other; no token crosses from one to the next, so no special one either."""
+        rest = [id_ for part in parts[1:] for id_ in self.encode_continuation(part)]
+        return self.encode(parts[0], special) + rest
+
+    @cached_property
+    def special_texts(self) -> re.Pattern[str]:
+        """Finds the texts of special tokens, of two characters and more."""
+        special = self.special_ids.union(self.eos_ids)
+        texts = [text for text, id_ in self.added_tokens.items() if id_ in special and len(text) > 1]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of `text` after other text: without the space that SentencePiece puts before a text's beginning."""

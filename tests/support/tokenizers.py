@@ -20,7 +20,8 @@ TEMPLATE = """\
 {%- if message.role == 'assistant' and not loop.last %}{% set content = content.split('</think>')[-1] %}{% endif %}
 {{- '<|turn|>' + message.role + '\\n' + content }}
 {%- for call in message.tool_calls or [] %}
-{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + '}</tool_call>' }}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+{{- (call.function.arguments | tojson) + '}</tool_call>' }}
 {%- endfor %}
 {{- '<|end|>\\n' }}
 {%- endfor %}
