@@ -3,26 +3,37 @@
     python -m actors.grammar_checker      # one JSON value a line on standard input, answers on standard output
 
 The first line is the vocabulary (`token_table`), each further one a grammar. An answer is "" if the grammar can be
-used, else a sentence. This process loads the vocabulary once, and forks for each grammar.
+used, else a sentence. This process loads the vocabulary once, and forks for each grammar. It ends when its standard
+input does.
+
+llguidance does most of its work when a mask is computed or a token is taken, so a grammar is not only compiled: random
+answers are walked into it, always the same ones.
 """
 
 from __future__ import annotations
 
 import base64
+import faulthandler
 import json
 import os
+import random
 import resource
 import select
 import signal
 import sys
+import threading
 import time
 from typing import Any, TypeAlias
 
-from actors.decoding.grammar import GrammarError, GrammarVocabulary
+import numpy as np
+
+from actors.decoding.grammar import GrammarError, GrammarMatcher, GrammarVocabulary
 from actors.text.tokenizer import RoleTokenizer
 
 CHECK_S, CHECK_BYTES = 5.0, 1 << 30  # time of a check, and memory beside what the vocabulary takes
-_STEPS = 8  # tokens that are tried after the beginning
+# Half the stack of the threads that compute masks in a coordinator, an eighth of one that compiles there.
+_STACK_BYTES = 1 << 20
+_WALKS, _STEPS = 2, 32  # answers that are tried, and the tokens of each
 
 Verdict: TypeAlias = str  # "" if a grammar can be used, else what is wrong with it
 
@@ -49,24 +60,31 @@ def _vocabulary(table: dict[str, Any]) -> GrammarVocabulary:
 
 
 def verdict_of(vocabulary: GrammarVocabulary, grammar: str) -> Verdict:
-    """What is wrong with a grammar, by compiling it and walking a few tokens into it."""
+    """The fault of a grammar, found by compiling it and walking random answers into it."""
     try:
-        matcher = vocabulary.matcher(grammar)
-        for _ in range(_STEPS):
-            if matcher.over:
-                break
-            legal = matcher.legal()
-            at = legal.nonzero()[0]
-            if not len(at):
-                return "nothing satisfies it"
-            word = int(at[0])
-            bits = int(legal[word]) & 0xFFFFFFFF
-            token = 32 * word + (bits & -bits).bit_length() - 1
-            if token == vocabulary.end:
-                break
-            matcher.take(token)
+        for seed in range(_WALKS):
+            fault = _walk(vocabulary, vocabulary.matcher(grammar), random.Random(seed))
+            if fault:
+                return fault
     except GrammarError as error:
         return str(error)
+    return ""
+
+
+def _walk(vocabulary: GrammarVocabulary, matcher: GrammarMatcher, chance: random.Random) -> Verdict:
+    """The fault that an answer of at most _STEPS random tokens finds. It ends only where it must."""
+    for _ in range(_STEPS):
+        if matcher.over:
+            break
+        ids = np.flatnonzero(np.unpackbits(matcher.legal().view(np.uint8), bitorder="little")).tolist()
+        if not ids:
+            return matcher.error or "nothing satisfies it"
+        token = chance.choice(ids)
+        if token == vocabulary.end:
+            if len(ids) == 1:
+                break
+            token = chance.choice([id_ for id_ in ids if id_ != vocabulary.end])
+        matcher.take(token)
     return ""
 
 
@@ -83,14 +101,16 @@ def check(vocabulary: GrammarVocabulary, grammar: str) -> Verdict:
         if not part:
             break
         answer += part
-    else:
+    late = not answer and time.monotonic() >= until
+    if late:
         os.kill(child, signal.SIGKILL)
     os.close(reading)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and time.monotonic() >= until:
+    if late:
         return f"it takes longer than {CHECK_S:g} s to compile: make it simpler"
     if status or not answer.endswith(b"\n"):
-        return "it takes too much memory to compile: make it simpler"
+        deep = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS)
+        return f"it {'is nested too deeply' if deep else 'takes too much memory'} to compile: make it simpler"
     verdict: Verdict = json.loads(answer)
     return verdict
 
@@ -99,15 +119,31 @@ def _run(vocabulary: GrammarVocabulary, grammar: str, writing: int) -> None:
     """Check in this process, and end it."""
     code = 1
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + CHECK_BYTES, used + CHECK_BYTES))
+        signal.alarm(int(CHECK_S) + 1)  # its parent may be killed before it
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):  # a panic says nothing that an operator could use, and pipes end with their process
+            os.dup2(nowhere, standard)
+        faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a panic says nothing that an operator could use
-        os.write(writing, json.dumps(verdict_of(vocabulary, grammar)).encode() + b"\n")
+        _limit_memory()
+        threading.stack_size(_STACK_BYTES)
+        found: list[Verdict] = []
+        thread = threading.Thread(target=lambda: found.append(verdict_of(vocabulary, grammar)))
+        thread.start()
+        thread.join()
+        os.write(writing, json.dumps(found[0]).encode() + b"\n")
         code = 0
     finally:
         os._exit(code)
+
+
+def _limit_memory() -> None:
+    """Give this process CHECK_BYTES more than it has. Linux alone can do that."""
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/statm", encoding="ascii") as file:
+        most = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + CHECK_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -50,18 +51,32 @@ Planner = Callable[[R, ServiceConfig, dict[Role, RoleTokenizer], str], Plan]
 
 
 def create_app(
-    service: ServiceConfig, tokenizers: dict[Role, RoleTokenizer], backend: Backend, recorder: Recorder | None = None
+    service: ServiceConfig,
+    tokenizers: dict[Role, RoleTokenizer],
+    backend: Backend,
+    recorder: Recorder | None = None,
+    grammars: GrammarChecks | None = None,
 ) -> FastAPI:
     """The HTTP application of a service.
 
-    tokenizers: of all three roles. backend: decodes. recorder: collects the metrics.
+    tokenizers: of all three roles. backend: decodes. recorder: collects the metrics. grammars: checks grammars; the
+    application stops it when it is shut down.
     Raises ConfigError if API keys are configured and cannot be read, or if the sampling of the target's checkpoint is
     configured and is wrong.
     """
     service = service.with_recommended_sampling(tokenizers["target"].recommended)
     recorder = Recorder() if recorder is None else recorder
-    endpoints = Endpoints(service, tokenizers, backend, GrammarChecks(tokenizers))
-    app = FastAPI(title=service.name, responses=openapi.ERRORS, openapi_url=None, redirect_slashes=False)
+    grammars = GrammarChecks(tokenizers) if grammars is None else grammars
+    endpoints = Endpoints(service, tokenizers, backend, grammars)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await grammars.stop()
+
+    app = FastAPI(
+        title=service.name, responses=openapi.ERRORS, openapi_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     get, post = app.get, app.post  # response models only describe: handlers return ready responses
     get("/health", response_model=openapi.StatusBody)(endpoints.health)
     get("/ready", response_model=openapi.StatusBody, responses={503: {"model": openapi.StatusBody}})(endpoints.ready)

@@ -37,6 +37,7 @@ from actors.serve.ray_metrics import keep_exporting
 from router.api import create_app
 from router.backend import Overloaded, Status, Unavailable
 from router.failover import FailoverBackend
+from router.grammars import GrammarChecks
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -116,10 +117,12 @@ class RouterShell:
         coordinators = ServedCoordinators(application, coordinator, directory)
         self._backend = FailoverBackend(coordinators, config.deadlines, self._recorder)
         self._exporting = asyncio.create_task(keep_exporting(lambda: self._recorder))
+        self._grammars = GrammarChecks(self._tokenizers)
+        await self._grammars.start("target")  # seconds with a large vocabulary
         collect_rarely()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._config, self._tokenizers, self._backend, self._recorder)
+        return create_app(self._config, self._tokenizers, self._backend, self._recorder, self._grammars)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from llguidance import LLMatcher, grammar_from
@@ -21,7 +23,7 @@ from llguidance import LLMatcher, grammar_from
 from actors.api.generation import Role
 from actors.grammar_checker import CHECK_S, Verdict, token_table
 from actors.text.tokenizer import RoleTokenizer
-from router.backend import BadRequest, Unavailable
+from router.backend import MAX_MESSAGE, BadRequest, Overloaded, Unavailable, shorten
 from router.schema import ChatRequest, CompletionRequest, ResponseFormat, StructuredOutputs
 
 log = logging.getLogger(__name__)
@@ -32,15 +34,22 @@ _COUNTS = (
     *("minItems", "maxItems", "minLength", "maxLength"),
     *("minProperties", "maxProperties", "minContains", "maxContains"),
 )
+# Keywords whose value has names for keys, and those whose value is no schema.
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependentRequired")
+_LITERAL = ("const", "enum", "default", "examples", "example")
 _REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+_MAX_MULTIPLE = 100_000  # of multipleOf, without the zeros at its end: as many states of the parser
 _KEPT = 1_024  # verdicts
+_PROCESSES = 2  # of one vocabulary, which each has in memory
+_MOST_CHECKS = 32  # that run or wait
 _ANY_OBJECT = {"type": "object"}
 _START_S = 60.0  # to start a checker with the largest vocabularies
-_IMPOSSIBLE = "nothing satisfies it"
+_SLOW_S = 10.0  # for a busy machine, beside the time of a check
+_EMPTY = LLMatcher.grammar_from_lark('start: "a"')
 
 
 def grammar_text(request: ChatRequest | CompletionRequest) -> tuple[str, str]:
-    """The grammar of the answer in llguidance's form, "" for none, and the field that asks for it. Raises BadRequest."""
+    """The grammar of the answer in llguidance's form, or "", and the field that asks for it. Raises BadRequest."""
     asked = [
         (field, text)
         for field, text in (
@@ -111,33 +120,64 @@ def _of_schema(schema: dict[str, Any], param: str, compact: bool = False) -> str
 
 
 def checked_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
-    """A client's JSON schema without options of llguidance's own. Raises BadRequest if it is too large."""
+    """A client's JSON schema without options of llguidance's own.
+
+    Raises BadRequest if it is too large, or has a keyword that would be passed over.
+    """
+    for keyword, value, siblings in _keywords(schema, param):
+        if fault := _fault(keyword, value, siblings):
+            raise BadRequest(f"{param}: {keyword} {fault}", param=param)
+        if keyword == "pattern" and isinstance(value, str):
+            _check_repetitions(value, param)
     text = json.dumps(schema)
     if len(text) > MAX_BYTES:
         raise BadRequest(f"{param} has {len(text)} bytes, at most {MAX_BYTES} are taken", param=param)
-    for key, value in _walk(schema, param):
-        if key in _COUNTS and isinstance(value, int | float) and value > MAX_COUNT:
-            raise BadRequest(f"{param}: {key} is {value}, at most {MAX_COUNT} is taken", param=param)
-        if key in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
-            raise BadRequest(f"{param}: {key} {value!r} is not within this schema: put it there", param=param)
-        if key == "pattern" and isinstance(value, str):
-            _check_repetitions(value, param)
     return {key: value for key, value in schema.items() if key != "x-guidance"}
 
 
-def _walk(value: Any, param: str) -> Iterator[tuple[str, Any]]:
-    """Every key of a schema, with its value. Raises BadRequest if it is nested too deeply."""
-    pending = [(value, 0)]
+def _fault(keyword: str, value: Any, siblings: Mapping[str, Any]) -> str:
+    """The fault of a keyword of a schema, "" for none: what llguidance would take too long for, or pass over."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if keyword in _COUNTS and number and value > MAX_COUNT:
+        return f"is {value}, at most {MAX_COUNT} is taken"
+    if keyword == "multipleOf" and number and _significand(value) > _MAX_MULTIPLE:
+        return f"is {value}, at most {_MAX_MULTIPLE} is taken, whatever its power of ten"
+    if keyword in ("$ref", "$dynamicRef") and isinstance(value, str) and not value.startswith("#"):
+        return f"{value!r} is not within this schema: put it there"
+    if keyword == "nullable" and value is True:
+        return 'is no keyword of JSON Schema: write "type": [..., "null"]'
+    if keyword == "minProperties" and number:
+        required = siblings.get("required")
+        if value > 1 + (len(set(map(str, required))) if isinstance(required, list) else 0):
+            # llguidance counts a key twice that an answer repeats
+            return f"is {value}, at most one above the number of required properties is supported"
+    return ""
+
+
+def _significand(number: float) -> int:
+    """A number's digits without the zeros at either end, as an integer."""
+    digits = "".join(map(str, Decimal(repr(number)).as_tuple().digits)).rstrip("0")
+    return int(digits or 0)
+
+
+def _keywords(schema: dict[str, Any], param: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Every keyword of a schema and of the schemas in it, with its value and those beside it.
+
+    Raises BadRequest if the schema is nested too deeply.
+    """
+    pending: list[tuple[Any, int, str]] = [(schema, 0, "")]
     while pending:
-        item, depth = pending.pop()
+        item, depth, within = pending.pop()
         if depth > MAX_DEPTH:
             raise BadRequest(f"{param} is nested deeper than {MAX_DEPTH} levels", param=param)
-        if isinstance(item, dict):
+        if isinstance(item, list):
+            pending += [(each, depth + 1, within if within in _LITERAL else "") for each in item]
+        elif isinstance(item, dict):
             for key, each in item.items():
-                yield key, each
-                pending.append((each, depth + 1))
-        elif isinstance(item, list):
-            pending += [(each, depth + 1) for each in item]
+                if not within:
+                    yield key, each, item
+                inner = key if not within and key in (*_NAMED, *_LITERAL) else within if within in _LITERAL else ""
+                pending.append((each, depth + 1, inner))
 
 
 def _check_size(text: str, param: str) -> None:
@@ -153,69 +193,124 @@ def _check_repetitions(text: str, param: str) -> None:
 
 
 class GrammarChecks:
-    """Compiles grammars in another process, one after another, and keeps the verdicts."""
+    """Compiles grammars in other processes, and keeps the verdicts.
+
+    A vocabulary has at most _PROCESSES checkers. A check goes on when the client that asked for it leaves: others may
+    wait for the same one, and every answer of a checker is read by the check that asked.
+    """
 
     def __init__(self, tokenizers: Mapping[Role, RoleTokenizer]) -> None:
         self._tokenizers = tokenizers
-        self._checkers: dict[Role, asyncio.subprocess.Process] = {}
-        self._verdicts: OrderedDict[tuple[Role, str], Verdict] = OrderedDict()
-        self._lock = asyncio.Lock()
+        self._checkers: dict[Role, list[_Checker]] = {}
+        self._free: dict[Role, asyncio.Semaphore] = {}
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._running: dict[bytes, asyncio.Task[Verdict]] = {}
+
+    async def start(self, role: Role) -> None:
+        """Start a checker before the first grammar needs it: that takes seconds with a large vocabulary."""
+        await self.require(_EMPTY, role, "")
 
     async def require(self, grammar: str, role: Role, param: str) -> None:
-        """Raise BadRequest if a grammar cannot be used with the vocabulary of a role, and Unavailable if nobody can say."""
-        verdict = self._verdicts.get((role, grammar))
+        """Raise BadRequest if a grammar cannot be used with the vocabulary of a role.
+
+        Raises Overloaded if too many checks are waiting, and Unavailable if no checker answers.
+        """
+        key = hashlib.sha256(f"{role} {grammar}".encode("utf-8", "surrogatepass")).digest()
+        verdict = self._verdicts.get(key)
         if verdict is None:
-            async with self._lock:
-                verdict = await self._check(grammar, role)
-            self._verdicts[role, grammar] = verdict
-            if len(self._verdicts) > _KEPT:
-                self._verdicts.popitem(last=False)
+            verdict = await asyncio.shield(self._checking(key, grammar, role))
         if verdict:
             raise BadRequest(f"{param}: {verdict}", param=param, code="unsupported_grammar")
 
     async def stop(self) -> None:
-        """End the processes."""
+        """End the processes, and every check."""
+        running, self._running = [*self._running.values()], {}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         checkers, self._checkers = self._checkers, {}
-        for process in checkers.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        for checker in [each for of_role in checkers.values() for each in of_role]:
+            await checker.end()
+
+    def _checking(self, key: bytes, grammar: str, role: Role) -> asyncio.Task[Verdict]:
+        """The check of a grammar, which others may wait for already."""
+        if (running := self._running.get(key)) is not None:
+            return running
+        if len(self._running) >= _MOST_CHECKS:
+            raise Overloaded("too many grammars wait to be checked; try again later", retry_after_s=CHECK_S)
+        task = self._running[key] = asyncio.create_task(self._check(grammar, role))
+        task.add_done_callback(lambda done: self._checked(key, done))
+        return task
+
+    def _checked(self, key: bytes, task: asyncio.Task[Verdict]) -> None:
+        self._running.pop(key, None)
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._verdicts[key] = shorten(task.result(), MAX_MESSAGE)
+        if len(self._verdicts) > _KEPT:
+            self._verdicts.popitem(last=False)
 
     async def _check(self, grammar: str, role: Role) -> Verdict:
-        for attempt in range(2):
-            try:
-                async with asyncio.timeout(_START_S):
-                    process = await self._checker(role)
-                assert process.stdin is not None
-                assert process.stdout is not None
-                process.stdin.write(json.dumps(grammar).encode() + b"\n")
-                async with asyncio.timeout(CHECK_S + 5):
-                    await process.stdin.drain()
-                    line = await process.stdout.readline()
-                if line:
-                    verdict: Verdict = json.loads(line)
-                    return verdict
-                log.warning("the grammar checker ended; attempt %d", attempt)
-            except (OSError, TimeoutError) as error:
-                log.warning("the grammar checker does not answer: %r", error)
-            if (lost := self._checkers.pop(role, None)) is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    lost.kill()
-                await lost.wait()
+        async with self._free.setdefault(role, asyncio.Semaphore(_PROCESSES)):
+            for attempt in range(2):
+                try:
+                    checker = await self._checker(role)
+                    verdict = await checker.verdict(grammar)
+                except (OSError, TimeoutError, EOFError) as error:
+                    log.warning("a grammar checker does not answer: %r; attempt %d", error, attempt)
+                    continue
+                self._checkers.setdefault(role, []).append(checker)
+                return verdict
         raise Unavailable("grammars cannot be checked now; try again later")
 
-    async def _checker(self, role: Role) -> asyncio.subprocess.Process:
-        process = self._checkers.get(role)
-        if process is None or process.returncode is not None:
-            pipe = asyncio.subprocess.PIPE
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "actors.grammar_checker", stdin=pipe, stdout=pipe, limit=1 << 20
-            )
-            self._checkers[role] = process
-            assert process.stdin is not None
-            assert process.stdout is not None
-            table = await asyncio.to_thread(token_table, self._tokenizers[role])
-            process.stdin.write(table + b"\n")
-            await process.stdin.drain()
-            await process.stdout.readline()  # it is ready
-        return process
+    async def _checker(self, role: Role) -> _Checker:
+        """A checker that nobody uses, which the caller gives back."""
+        idle = self._checkers.get(role)
+        if idle:
+            return idle.pop()
+        table = await asyncio.to_thread(token_table, self._tokenizers[role])
+        return await _Checker.start(table)
+
+
+class _Checker:
+    """A process of `actors.grammar_checker`. It is ended if it does not answer, or if its check is cancelled."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.process, self._input, self._output = process, process.stdin, process.stdout
+
+    @classmethod
+    async def start(cls, table: bytes) -> _Checker:
+        """A checker of the vocabulary of a token table. Raises OSError, TimeoutError or EOFError."""
+        pipe = asyncio.subprocess.PIPE
+        command = sys.executable, "-m", "actors.grammar_checker"
+        checker = cls(await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=1 << 20))
+        await checker._exchange(table, _START_S)
+        return checker
+
+    async def verdict(self, grammar: str) -> Verdict:
+        """The verdict on a grammar. Raises OSError, TimeoutError or EOFError."""
+        verdict: Verdict = json.loads(await self._exchange(json.dumps(grammar).encode(), CHECK_S + _SLOW_S))
+        return verdict
+
+    async def end(self) -> None:
+        """End the process."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self._input.close()
+        await self.process.wait()
+
+    async def _exchange(self, line: bytes, most_s: float) -> bytes:
+        """Write a line, and read the answer within so many seconds."""
+        try:
+            async with asyncio.timeout(most_s):
+                self._input.write(line + b"\n")
+                await self._input.drain()
+                answer = await self._output.readline()
+            if not answer:
+                raise EOFError("it ended")
+        except BaseException:
+            await self.end()
+            raise
+        return answer

@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from actors.api.generation import CoordinatorEvent, Delta, Generate, Moved, Rejected, Role
 from actors.config import ServiceConfig
@@ -122,7 +123,8 @@ class Coordinator:
         request = request_checks.canonical(request, self._vocabularies)
         seeds = dict.fromkeys(roles, 0)  # a stream is hashed again when its replica is known
         try:
-            session = Session(request, vocabulary, seeds)
+            start = partial(Session, request, vocabulary, seeds)
+            session = await asyncio.to_thread(start) if request.grammar else start()  # a grammar may take seconds
             if request.resume is not None:
                 await asyncio.to_thread(session.replay, request.resume)  # slow for a long answer
         except GrammarError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +151,68 @@ def test_legal_length_ends_before_the_first_illegal_token(
     assert matcher.legal_length([*legal, *stray, *legal]) == len(legal)
     assert matcher.legal_length(stray) == 0
     walk(matcher, legal)  # nothing was taken
+
+
+def test_an_ambiguous_grammar_is_given_up_before_its_masks_take_long(vocabulary: GrammarVocabulary) -> None:
+    rules = "\n".join(f"a{number}: a{number + 1} a{number + 1} | a{number + 1} |" for number in range(40))
+    matcher = vocabulary.matcher(LLMatcher.grammar_from_lark(f'start: a0\n{rules}\na40: "x" |'))
+    with pytest.raises(GrammarError, match="given up"):
+        take_likewise(matcher, 50)
+
+
+def take_likewise(matcher: GrammarMatcher, count: int) -> None:
+    for _ in range(count):
+        matcher.take(next(id_ for id_ in reversed(legal_ids(matcher)) if id_ != matcher._vocabulary.end))
+
+
+class Panic(BaseException):
+    """As pyo3 raises a panic of Rust."""
+
+
+class PanickingMatcher:
+    def consume_token(self, token: int) -> None:
+        raise Panic("index out of bounds")
+
+    def compute_ff_tokens(self) -> list[int]:
+        raise Panic("index out of bounds")
+
+    def is_error(self) -> bool:
+        return False
+
+
+def panicking(vocabulary: GrammarVocabulary) -> GrammarMatcher:
+    matcher = vocabulary.matcher(PERSON)
+    broken: Any = PanickingMatcher()
+    matcher._matcher = broken
+    return matcher
+
+
+def test_a_panic_of_rust_is_an_error_of_the_grammar(vocabulary: GrammarVocabulary) -> None:
+    with pytest.raises(GrammarError, match="given up: index out of bounds"):
+        panicking(vocabulary).take(1)
+    matcher = panicking(vocabulary)
+    assert matcher.drafts(8) == []
+    assert "given up" in matcher.error
+
+
+def test_a_panic_during_masks_ends_its_own_session_alone(
+    vocabulary: GrammarVocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = grammar_module.fill_next_token_bitmask
+    bad, good = vocabulary.matcher(PERSON), vocabulary.matcher(PERSON)
+
+    def panic(executor: Any, matchers: list[Any], masks: Any) -> None:
+        raise Panic("overflow")
+
+    def fill_or_panic(matcher: Any, masks: Any) -> None:
+        if matcher is bad._matcher:
+            raise Panic("overflow")
+        fill(matcher, masks)
+
+    monkeypatch.setattr(grammar_module, "fill_next_token_bitmask_par", panic)
+    monkeypatch.setattr(grammar_module, "fill_next_token_bitmask", fill_or_panic)
+    fill_masks([(bad, ()), (good, ())])
+    assert "overflow" in bad.error
+    assert legal_ids(bad) == []
+    assert not good.error
+    assert legal_ids(good)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 
+import router.grammars
+from actors.decoding.grammar import GrammarVocabulary
+from actors.grammar_checker import CHECK_S, verdict_of
 from actors.text.tokenizer import RoleTokenizer
-from router.backend import BadRequest
+from actors.text.vocabularies import VocabularyRegistry
+from router.api import create_app
+from router.backend import BadRequest, Overloaded
 from router.grammars import GrammarChecks, grammar_text
 from router.schema import ChatRequest, parse
 from tests.support.local_service import WEIGHTS
+from tests.support.scripted_service import ScriptedBackend, config
+from tests.support.scripted_service import tokenizers as scripted_tokenizers
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -48,11 +55,11 @@ def test_requests_without_a_form_have_no_grammar(fields: dict[str, Any]) -> None
         ({"structured_outputs": {"grammar": 'root ::= "a" | "b"'}}, "structured_outputs"),
     ],
 )
-async def test_every_form_compiles(checks: GrammarChecks, fields: dict[str, Any], param: str) -> None:
+def test_every_form_compiles(vocabulary: GrammarVocabulary, fields: dict[str, Any], param: str) -> None:
     text, field = asked(**fields)
     assert text
     assert field == param
-    await checks.require(text, "target", field)
+    assert verdict_of(vocabulary, text) == ""
 
 
 @pytest.mark.parametrize(
@@ -61,6 +68,10 @@ async def test_every_form_compiles(checks: GrammarChecks, fields: dict[str, Any]
         (schema({"type": "array", "minItems": 10**9}), "minItems"),
         (schema({"type": "string", "maxLength": 10**6}), "maxLength"),
         (schema({"type": "string", "pattern": "a{1000000}"}), "repeats"),
+        (schema({"type": "integer", "multipleOf": 999_983}), "multipleOf"),
+        (schema({"type": "number", "multipleOf": 0.0123457}), "multipleOf"),
+        (schema({"type": "object", "minProperties": 2}), "minProperties"),
+        (schema({"type": "string", "nullable": True}), "nullable"),
         (schema({"$ref": "https://example.com/schema"}), "\\$ref"),
         ({"structured_outputs": {"regex": "(a{1,100000})*"}}, "repeats"),
         ({"structured_outputs": {"regex": "a" * 70_000}}, "bytes"),
@@ -76,6 +87,25 @@ def test_forms_that_are_wrong_or_too_large_are_refused_at_once(fields: dict[str,
         asked(**fields)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "object", "properties": {"maxLength": {"const": 10**6}, "pattern": {"const": "{9999}"}}},
+        {"const": {"minItems": 10**9, "nullable": True}},
+        {"enum": [{"$ref": "https://example.com"}]},
+        {"type": "integer", "multipleOf": 86_400, "default": {"minProperties": 9}},
+        {"type": "object", "properties": {"default": {"type": "string"}}, "required": ["default"], "minProperties": 2},
+    ],
+)
+def test_names_and_values_that_look_like_keywords_are_not(value: Any) -> None:
+    assert asked(**schema(value))[0]
+
+
+def test_a_keyword_in_a_property_that_has_a_keywords_name_is_found() -> None:
+    with pytest.raises(BadRequest, match="minLength"):
+        asked(**schema({"properties": {"default": {"type": "string", "minLength": 10**9}}}))
+
+
 def test_a_deep_schema_is_refused() -> None:
     deep: dict[str, Any] = {}
     for _ in range(80):
@@ -87,6 +117,11 @@ def test_a_deep_schema_is_refused() -> None:
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[Any, RoleTokenizer]:
     return {"target": RoleTokenizer.load(str(WEIGHTS / "target"))}
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizers: dict[Any, RoleTokenizer]) -> GrammarVocabulary:
+    return VocabularyRegistry(tokenizers).grammars("target")
 
 
 @pytest.fixture
@@ -105,29 +140,108 @@ async def checks(tokenizers: dict[Any, RoleTokenizer]) -> AsyncIterator[GrammarC
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "."),
     ],
 )
-async def test_unsupported_and_impossible_schemas_are_refused_with_their_keyword(
-    checks: GrammarChecks, value: Any, named: str
+def test_unsupported_and_impossible_schemas_are_refused_with_their_keyword(
+    vocabulary: GrammarVocabulary, value: Any, named: str
 ) -> None:
-    text, field = asked(**schema(value))
-    with pytest.raises(BadRequest, match=named):
+    assert re.search(named, verdict_of(vocabulary, asked(**schema(value))[0]))
+
+
+async def test_a_refusal_names_the_field_and_the_keyword(checks: GrammarChecks) -> None:
+    text, field = asked(**schema({"not": {"type": "string"}}))
+    with pytest.raises(BadRequest, match="not") as caught:
         await checks.require(text, "target", field)
+    assert (caught.value.param, caught.value.code) == ("response_format", "unsupported_grammar")
 
 
-async def test_a_grammar_that_ends_its_process_or_takes_for_ever_is_refused_and_others_go_on(
-    checks: GrammarChecks,
+# Right recursion of 3,000 rules: a stack overflow while it is compiled.
+DEEP = LLMatcher.grammar_from_lark(
+    "start: r0\n" + "\n".join(f'r{i}: "a" r{i + 1} | "b" r{i + 1}' for i in range(3_000)) + '\nr3000: "c"'
+)
+SLOW = LLMatcher.grammar_from_json_schema({"type": "integer", "multipleOf": 999_983})  # 13 s
+
+
+def word(text: str) -> str:
+    return LLMatcher.grammar_from_lark(f'start: "{text}"')
+
+
+async def test_a_grammar_that_ends_its_process_is_refused_and_others_go_on(checks: GrammarChecks) -> None:
+    await checks.require(word("a"), "target", "")
+    (checker,) = checks._checkers["target"]
+    with pytest.raises(BadRequest, match="nested too deeply") as caught:
+        await checks.require(DEEP, "target", "structured_outputs")
+    assert caught.value.param == "structured_outputs"
+    await checks.require(word("b"), "target", "")
+    assert checks._checkers["target"] == [checker]
+
+
+@pytest.mark.slow  # CHECK_S seconds
+async def test_a_grammar_that_takes_too_long_is_refused_and_delays_no_other(checks: GrammarChecks) -> None:
+    await asyncio.gather(*(checks.require(word(text), "target", "") for text in ("a", "b")))
+    slow = asyncio.create_task(checks.require(SLOW, "target", "response_format"))
+    async with asyncio.timeout(CHECK_S):
+        for text in ("c", "d", "e"):
+            await checks.require(word(text), "target", "")
+        assert not slow.done()
+    with pytest.raises(BadRequest, match="longer than 5 s"):
+        await asyncio.wait_for(slow, CHECK_S + 5)
+
+
+async def test_more_checks_than_may_wait_are_refused_with_429(
+    checks: GrammarChecks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hostile = '{"grammars":[{"json_schema":{"type":"array","minItems":1000000000,"items":{"type":"integer"}}}]}'
-    with pytest.raises(BadRequest):
-        await checks.require(hostile, "target", "response_format")
-    text, field = asked(structured_outputs={"choice": ["a", "b"]})
-    await checks.require(text, "target", field)
+    monkeypatch.setattr(router.grammars, "_MOST_CHECKS", 3)
+    asked_for = [asyncio.create_task(checks.require(word(text), "target", "")) for text in "abcde"]
+    outcomes = await asyncio.gather(*asked_for, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 3 + [Overloaded] * 2
+    await checks.require(word("d"), "target", "")
 
 
-async def test_a_checker_that_was_killed_is_started_again(checks: GrammarChecks) -> None:
-    first, field = asked(structured_outputs={"choice": ["a"]})
-    await checks.require(first, "target", field)
-    (process,) = checks._checkers.values()
-    os.kill(process.pid, signal.SIGKILL)
-    second, field = asked(structured_outputs={"choice": ["b"]})
+async def test_one_check_serves_all_that_ask_for_the_same_grammar(checks: GrammarChecks) -> None:
+    waiting = [asyncio.create_task(checks.require(word("a"), "target", "")) for _ in range(50)]
+    await asyncio.gather(*waiting)
+    assert len(checks._checkers["target"]) == 1
+
+
+async def test_clients_that_leave_do_not_mix_up_the_answers(checks: GrammarChecks) -> None:
+    await checks.require(word("a"), "target", "")
+    for number in range(4):
+        bad = asyncio.create_task(checks.require(schema_grammar({"not": {"const": number}}), "target", "x"))
+        good = asyncio.create_task(checks.require(word(f"n{number}"), "target", "x"))
+        for _ in range(number):
+            await asyncio.sleep(0)
+        bad.cancel()
+        await good
+        with pytest.raises(BadRequest, match="not"):
+            await checks.require(schema_grammar({"not": {"const": number}}), "target", "x")
+
+
+async def test_a_checker_that_was_killed_is_replaced(checks: GrammarChecks) -> None:
+    await checks.require(word("a"), "target", "")
+    (checker,) = checks._checkers["target"]
+    checker.process.kill()
     async with asyncio.timeout(60):
-        await checks.require(second, "target", field)
+        await checks.require(word("b"), "target", "")
+
+
+async def test_stopping_ends_every_process_and_every_check(checks: GrammarChecks) -> None:
+    await checks.require(word("a"), "target", "")
+    (checker,) = checks._checkers["target"]
+    waiting = asyncio.create_task(checks.require(SLOW, "target", ""))
+    await asyncio.sleep(0.2)
+    await checks.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert checker.process.returncode is not None
+
+
+async def test_the_application_stops_its_checks_when_it_is_shut_down(tokenizers: dict[Any, RoleTokenizer]) -> None:
+    checks = GrammarChecks(tokenizers)
+    app = create_app(config(), scripted_tokenizers(), ScriptedBackend(), grammars=checks)
+    async with app.router.lifespan_context(app):
+        await checks.start("target")
+        (checker,) = checks._checkers["target"]
+    assert checker.process.returncode is not None
+
+
+def schema_grammar(value: Any) -> str:
+    return LLMatcher.grammar_from_json_schema(value)
