@@ -36,7 +36,7 @@ from actors.serve.model import ModelShell
 from actors.serve.ray_metrics import keep_exporting
 from router.api import create_app
 from router.backend import Overloaded, Status, Unavailable
-from router.failover import FailoverBackend
+from router.failover import FailoverBackend, HandedOver
 from router.grammars import GrammarChecks
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class ServedCoordinators:
             if isinstance(error.cause, UnknownField):  # another coordinator may be newer
                 raise Unavailable(f"its coordinator runs an older version: {error.cause}") from error
             raise  # an exception inside the coordinator, not its loss
-        except (RayError, DeploymentUnavailableError) as error:
+        except DeploymentUnavailableError as error:
+            raise HandedOver("no coordinator runs") from error
+        except RayError as error:
             raise Unavailable("its coordinator was lost") from error
         finally:
             response.cancel()  # no effect after the stream's end

@@ -28,7 +28,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
 class HandedOver(Unavailable):
-    """A coordinator that is about to stop gives a request up."""
+    """No coordinator died: the one that had the request is about to stop or has no room, or there is none now."""
 
 
 class FailoverBackend:
@@ -84,7 +84,7 @@ class FailoverBackend:
                 if event is None:
                     raise Unavailable("its coordinator ended the stream before the answer's end")
                 if isinstance(event, Rejected) and event.code != "invalid" and request.resume is not None:
-                    raise Unavailable(event.message)  # it was admitted before
+                    raise HandedOver(event.message)  # it was admitted before
                 yield event
 
 

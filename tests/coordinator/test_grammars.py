@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLParserLimits
 
-from actors.api.generation import Finished, Generate, Resume, Role
+from actors.api.generation import ROLES, Finished, Generate, Resume, Role
 from actors.api.sampling_params import Sampling
 from actors.decoding import grammar as grammar_module
 from actors.replica.engine_thread import Engine
 from tests.coordinator.test_speculation import drafting
 from tests.support.local_service import LocalService, decode, local_service, trio_config
+from tests.support.tiers import slow
 from tests.support.trio import TEXT, decode_all, request, tokens
+from tests.support.watched import Trio, WatchedEngine, until, watched
 
 SCHEMA = {
     "type": "object",
@@ -177,3 +180,48 @@ async def test_a_ban_of_all_that_a_grammar_allows_is_an_error(trio_engines: Mapp
             assert isinstance(answer.end, Finished)
             assert answer.end.reason == "error"
             assert "no token to choose" in (answer.end.error or "")
+
+
+async def test_sixteen_sessions_decode_as_one_alone(trio_engines: Mapping[Role, Engine]) -> None:
+    async with local_service(drafting(), trio_engines) as service:
+        coordinator = service.coordinators[0]
+        alone = tokens([await decode(coordinator, one) for one in asked(service, 4)])
+        beside = [replace(one, grammar="", seed=one.seed + 100) for one in asked(service, 6)]
+        for drafts in (0, 5):
+            together = await decode_all(coordinator, [*asked(service, 4, drafts=drafts), *asked(service, 6), *beside])
+            assert tokens(together)[:4] == alone
+
+
+@pytest.fixture
+def trio(trio_engines: Mapping[Role, Engine]) -> Iterator[Trio]:
+    with watched(trio_engines) as trio:
+        yield trio
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_replica_that_dies_in_a_grammar_changes_no_token(trio: Trio, role: Role) -> None:
+    async with local_service(drafting(), trio.engines) as service:
+        requests = asked(service, 4)
+        expected = tokens([await decode(service.coordinators[0], one) for one in requests])
+        begun = service.coordinators[0].load().tokens
+        running = asyncio.create_task(decode_all(service.coordinators[0], requests))
+        await until(lambda: service.coordinators[0].load().tokens >= begun + 20)
+        await service.replicas[role].stop()
+        await asyncio.to_thread(service.replicas[role]._thread._thread.join, 10)
+        trio.watched[role].clear()
+        await service.start_replica(role)
+        assert tokens(await running) == expected
+
+
+@pytest.mark.parametrize("role", ["target", slow("guider"), slow("guider_base")])
+async def test_a_cache_that_is_lost_in_a_grammar_changes_no_token(trio: Trio, role: Role) -> None:
+    async with local_service(drafting(), trio.engines) as service:
+        requests = asked(service, 4)
+        expected = tokens([await decode(service.coordinators[0], one) for one in requests])
+
+        def forget(engine: WatchedEngine) -> None:
+            if engine.forwards % 3 == 0:
+                engine.forget_everything()
+
+        trio.disturb(forget, role)
+        assert tokens(await decode_all(service.coordinators[0], requests)) == expected

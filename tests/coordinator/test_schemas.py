@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ SERVICE: dict[str, Any] = {
 def requests(service: LocalService, wanted: list[Schema], ways: list[tuple[Sampling, float]]) -> list[Generate]:
     """One request for each schema, as the router makes it, in each way in turn; two of three allow no white space."""
     found = []
-    for number, (schema, text) in enumerate(zip(wanted, chat_prompts(len(wanted)), strict=True)):
+    for number, (schema, text) in enumerate(zip(wanted, itertools.cycle(chat_prompts(100)), strict=False)):
         form: dict[str, Any] = {
             "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         }

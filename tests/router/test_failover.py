@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 
 from actors.api.generation import (
     CoordinatorEvent,
@@ -33,7 +34,7 @@ from actors.replica.build import load_role, serve_role
 from actors.replica.engine_thread import Engine
 from router import failover
 from router.backend import Status, Unavailable
-from router.failover import MAX_LOSSES, FailoverBackend
+from router.failover import MAX_LOSSES, FailoverBackend, HandedOver
 from tests.support.local_service import Answer, LocalService, local_service, trio_config
 from tests.support.scripted_service import usage
 from tests.support.tiers import slow
@@ -276,6 +277,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failover, "_LONGEST_PAUSE_S", 0.001)
 
 
+JSON = LLMatcher.grammar_from_json_schema(
+    {
+        "type": "object",
+        "properties": {"people": {"type": "array", "items": {"type": "string", "maxLength": 9}, "minItems": 3}},
+        "required": ["people"],
+    }
+)
+
+
 def token(choice: int) -> Delta:
     return Delta(content=f" {choice}", tokens=[choice], choices=[choice], tally=Tally(guided=choice))
 
@@ -313,6 +323,61 @@ async def test_a_request_that_crashes_coordinators_is_given_up(impatient: None) 
     with pytest.raises(Unavailable, match=f"{MAX_LOSSES} coordinators were lost"):
         [event async for event in FailoverBackend(coordinators, Deadlines()).generate(ANY)]
     assert len(coordinators.requests) == MAX_LOSSES
+
+
+WITH_GRAMMAR = replace(ANY, grammar="start: /a*/")
+
+
+async def test_a_grammar_is_tried_on_no_third_coordinator_after_two_died(impatient: None) -> None:
+    coordinators = ScriptedCoordinators([token(1), LOST], [Delta(tally=Tally()), LOST])
+    with pytest.raises(Unavailable, match="2 coordinators were lost while they decoded with this grammar"):
+        [event async for event in FailoverBackend(coordinators, Deadlines()).generate(WITH_GRAMMAR)]
+    assert len(coordinators.requests) == 2
+
+
+async def test_coordinators_that_stop_or_are_full_do_not_count_against_a_grammar(impatient: None) -> None:
+    full = Rejected("overloaded", "the queue is full")
+    coordinators = ScriptedCoordinators(
+        [token(1), LOST], *[[Delta(tally=Tally()), Moved()], [full], [HandedOver("no coordinator runs")]] * 2, [END]
+    )
+    events = [event async for event in FailoverBackend(coordinators, Deadlines()).generate(WITH_GRAMMAR)]
+    assert events[-1] == END
+    assert len(coordinators.requests) == 8
+
+
+async def test_a_token_of_another_coordinator_clears_a_grammar(impatient: None) -> None:
+    coordinators = ScriptedCoordinators(*[[token(number), LOST] for number in range(5)], [END])
+    events = [event async for event in FailoverBackend(coordinators, Deadlines()).generate(WITH_GRAMMAR)]
+    assert len(events) == 6
+
+
+async def test_coordinators_that_die_in_a_grammar_change_no_answer(trio_engines: Mapping[Role, Engine]) -> None:
+    async with fleet(trio_engines, count=3) as (service, coordinators, backend):
+
+        async def kill() -> None:
+            await until(lambda: any(coordinators.busy()))
+            victim = next(coordinators.busy())
+            await working(victim, 30)
+            coordinators.dead.add(victim)
+
+        requests = [
+            replace(
+                request(service.tokenizers, TEXT, sampling=replace(GREEDY, temperature=warmth), seed=seed), grammar=JSON
+            )
+            for seed, warmth in enumerate((0.0, 1.0, 1.0))
+        ]
+        undisturbed, disturbed = await both(backend, requests, kill)
+        assert_same(undisturbed, disturbed)
+        assert any(one.resume is not None and one.resume.choices for one in coordinators.requests)
+
+
+async def test_repeated_failover_in_a_grammar_changes_no_answer(trio_engines: Mapping[Role, Engine]) -> None:
+    async with fleet(trio_engines) as (service, coordinators, backend):
+        requests = [replace(one, grammar=JSON) for one in demanding_requests(service)[:4]]
+        undisturbed = [await answer(backend, one) for one in requests]
+        coordinators.short_lived = 3
+        assert_same(undisturbed, await asyncio.gather(*(answer(backend, one) for one in requests)))
+        assert len(coordinators.requests) > 2 * len(requests)
 
 
 async def test_waiting_for_a_coordinator_ends_at_reconnect_timeout(impatient: None) -> None:
