@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -90,16 +90,14 @@ def _of_outputs(asked: StructuredOutputs | None) -> str:
     if asked.choice:
         pattern = "|".join(re.escape(text) for text in asked.choice)
         _check_size(pattern, "structured_outputs.choice")
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in asked.choice))
+        words = " | ".join(json.dumps(text) for text in asked.choice)
+        return _made("structured_outputs.choice", LLMatcher.grammar_from_lark, f"start: {words}")
     if asked.regex:
         _check_size(asked.regex, "structured_outputs.regex")
-        return LLMatcher.grammar_from_regex(asked.regex)
+        return _made("structured_outputs.regex", LLMatcher.grammar_from_regex, asked.regex)
     assert asked.grammar is not None
     _check_size(asked.grammar, "structured_outputs.grammar")
-    try:
-        return grammar_from("grammar", asked.grammar)
-    except ValueError as error:
-        raise BadRequest(f"structured_outputs.grammar: {error}", param="structured_outputs.grammar") from None
+    return _made("structured_outputs.grammar", grammar_from, "grammar", asked.grammar)
 
 
 def _parsed(schema: str | dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def _parsed(schema: str | dict[str, Any]) -> dict[str, Any]:
 
 def _of_schema(schema: dict[str, Any], param: str, compact: bool = False) -> str:
     options: dict[str, Any] = {"whitespace_flexible": False} if compact else {}
-    return LLMatcher.grammar_from_json_schema(checked_schema(schema, param), overrides=options)
+    return _made(param, LLMatcher.grammar_from_json_schema, checked_schema(schema, param), overrides=options)
 
 
 def checked_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
@@ -133,6 +131,14 @@ def checked_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
     if len(text) > MAX_BYTES:
         raise BadRequest(f"{param} has {len(text)} bytes, at most {MAX_BYTES} are taken", param=param)
     return {key: value for key, value in schema.items() if key != "x-guidance"}
+
+
+def _made(param: str, make: Callable[..., str], *asked: Any, **options: Any) -> str:
+    """What llguidance makes of a value of the request. Raises BadRequest for numbers and texts that it cannot take."""
+    try:
+        return make(*asked, **options)
+    except ValueError as error:
+        raise BadRequest(f"{param}: {error}", param=param) from None
 
 
 def _fault(keyword: str, value: Any, siblings: Mapping[str, Any]) -> str:

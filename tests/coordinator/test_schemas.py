@@ -26,8 +26,8 @@ from tests.support.local_service import LocalService, local_service, trio_config
 from tests.support.trained_models import tokenizer
 from tests.support.trio import chat_prompts, decode_all, request
 
-LONG = int(os.environ.get("SCHEMA_CASES", "100"))  # `make test-long` sets it
-FEW = 12
+LONG = int(os.environ.get("SCHEMA_CASES", "100"))  # `make test-long` sets it to 300
+FEW, BATCH = 12, 50
 SERVICE: dict[str, Any] = {
     "coordinator": {"max_sessions": 64, "max_waiting": 2_000},
     "speculation": {"drafts": 4, "adapt": False},
@@ -51,9 +51,8 @@ def requests(service: LocalService, wanted: list[Schema], ways: list[tuple[Sampl
 
 
 async def check(
-    config: ServiceConfig, engines: Mapping[Role, Engine], count: int, ways: list[tuple[Sampling, float]]
+    config: ServiceConfig, engines: Mapping[Role, Engine], wanted: list[Schema], ways: list[tuple[Sampling, float]]
 ) -> None:
-    wanted = schemas(count)
     async with local_service(config, engines) as service:
         answers = await decode_all(service.coordinators[0], requests(service, wanted, ways))
     ended = 0
@@ -63,7 +62,7 @@ async def check(
         if answer.end.reason == "stop":
             ended += 1
             assert_instance(answer.content, schema)
-    print(f"{ended} of {count} answers ended by themselves")
+    print(f"{ended} of {len(wanted)} answers ended by themselves")
     assert ended
 
 
@@ -94,24 +93,28 @@ def other_engines(folder: Path, trio_engines: Mapping[Role, Engine]) -> Mapping[
 
 
 async def test_answers_are_instances_of_their_schemas(trio_engines: Mapping[Role, Engine]) -> None:
-    await check(trio_config(**SERVICE), trio_engines, FEW, ALL_WAYS)
+    await check(trio_config(**SERVICE), trio_engines, schemas(FEW), ALL_WAYS)
 
 
 async def test_answers_of_another_family_are_instances_of_their_schemas(
     folder: Path, other_engines: Mapping[Role, Engine]
 ) -> None:
-    await check(families.with_target(folder, **SERVICE), other_engines, FEW, ALL_WAYS)
+    await check(families.with_target(folder, **SERVICE), other_engines, schemas(FEW), ALL_WAYS)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, LONG, BATCH))
 @pytest.mark.parametrize("way", WAYS)
-async def test_many_answers_are_instances_of_their_schemas(trio_engines: Mapping[Role, Engine], way: str) -> None:
-    await check(trio_config(**SERVICE), trio_engines, LONG, WAYS[way])
+async def test_many_answers_are_instances_of_their_schemas(
+    trio_engines: Mapping[Role, Engine], way: str, first: int
+) -> None:
+    await check(trio_config(**SERVICE), trio_engines, schemas(LONG)[first : first + BATCH], WAYS[way])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, LONG, BATCH))
 @pytest.mark.parametrize("way", WAYS)
 async def test_many_answers_of_another_family_are_instances_of_their_schemas(
-    folder: Path, other_engines: Mapping[Role, Engine], way: str
+    folder: Path, other_engines: Mapping[Role, Engine], way: str, first: int
 ) -> None:
-    await check(families.with_target(folder, **SERVICE), other_engines, LONG, WAYS[way])
+    await check(families.with_target(folder, **SERVICE), other_engines, schemas(LONG)[first : first + BATCH], WAYS[way])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import json
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -384,3 +385,76 @@ async def test_instructor_reads_objects_from_tool_calls(tool_url: str, instructo
         model = instructor.from_openai(api, mode=instructor.Mode.TOOLS)
         person = await model.chat.completions.create(model="duo", response_model=Person, messages=ASK)
         assert person.model_dump() == PERSON
+
+
+def sent_schemas(backend: ScriptedBackend) -> list[Any]:
+    """The JSON schemas of the requests' grammars."""
+    return [json.loads(request.grammar)["grammars"][0]["json_schema"] for request in backend.requests]
+
+
+@pytest.fixture
+def person() -> ScriptedBackend:
+    """A backend that answers with a person."""
+    return ScriptedBackend(thought="So Eve", text='{"name": "Eve", "age": 7}')
+
+
+@pytest.fixture
+async def person_url(person: ScriptedBackend) -> AsyncIterator[str]:
+    roomy = config(models={role: {"max_position": 4_096} for role in ROLES})  # some clients send long instructions
+    async with serving(create_app(roomy, tokenizers(), person)) as url:
+        yield f"{url}/v1"
+
+
+EVE = Person(name="Eve", age=7)
+
+
+async def test_the_official_client_parses_answers_into_a_model(person_url: str, person: ScriptedBackend) -> None:
+    async with openai.AsyncOpenAI(api_key="none", base_url=person_url, max_retries=0) as api:
+        whole = await api.chat.completions.parse(model="duo", messages=ASK, response_format=Person)
+        assert whole.choices[0].message.parsed == EVE
+        async with api.chat.completions.stream(model="duo", messages=ASK, response_format=Person) as stream:
+            events = [event async for event in stream]
+            assert (await stream.get_final_completion()).choices[0].message.parsed == EVE
+    assert [event.parsed for event in events if event.type == "content.done"] == [EVE]
+    for schema in sent_schemas(person):
+        assert schema["required"] == ["name", "age"]
+        assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("mode", ["JSON", "JSON_SCHEMA", "MD_JSON"])
+async def test_instructor_reads_models_in_its_json_modes(
+    person_url: str, person: ScriptedBackend, instructor: Any, mode: str
+) -> None:
+    async with openai.AsyncOpenAI(api_key="none", base_url=person_url, max_retries=0) as api:
+        model = instructor.from_openai(api, mode=instructor.Mode[mode])
+        asked: dict[str, Any] = {"model": "duo", "messages": ASK, "response_model": Person, "max_retries": 0}
+        assert (await model.chat.completions.create(**asked)).model_dump() == EVE.model_dump()  # of a class of its own
+        if mode != "MD_JSON":
+            *_, last = [part async for part in model.chat.completions.create_partial(**asked)]
+            assert (last.name, last.age) == ("Eve", 7)
+    assert all(request.grammar for request in person.requests) is (mode != "MD_JSON")
+
+
+@pytest.mark.parametrize("method", ["json_schema", "json_mode"])
+async def test_langchain_reads_structured_output(
+    person_url: str, person: ScriptedBackend, langchain: Any, method: str
+) -> None:
+    model = langchain.ChatOpenAI(base_url=person_url, api_key="none", model="duo", max_retries=0)
+    structured = model.with_structured_output(Person, method=method)
+    assert await structured.ainvoke("Who is it? Answer in JSON.") == EVE
+    assert [part async for part in structured.astream("Who is it? Answer in JSON.")][-1] == EVE
+    for schema in sent_schemas(person):
+        assert schema.get("required") == (["name", "age"] if method == "json_schema" else None)
+
+
+@pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
+async def test_litellm_sends_response_formats(
+    person_url: str, person: ScriptedBackend, litellm: Any, provider: str
+) -> None:
+    usual: Any = {"model": f"{provider}/duo", "api_base": person_url, "api_key": "none", "messages": ASK}
+    for form in (Person, {"type": "json_object"}):
+        answer: Any = await litellm.acompletion(**usual, response_format=form, num_retries=0)
+        assert Person.model_validate_json(answer.choices[0].message.content) == EVE
+    model, anything = sent_schemas(person)
+    assert model["required"] == ["name", "age"]
+    assert "properties" not in anything

@@ -72,6 +72,7 @@ def test_every_form_compiles(vocabulary: GrammarVocabulary, fields: dict[str, An
         (schema({"type": "number", "multipleOf": 0.0123457}), "multipleOf"),
         (schema({"type": "object", "minProperties": 2}), "minProperties"),
         (schema({"type": "string", "nullable": True}), "nullable"),
+        (schema({"type": "integer", "minimum": 10**40}), "not JSON serializable"),
         (schema({"$ref": "https://example.com/schema"}), "\\$ref"),
         ({"structured_outputs": {"regex": "(a{1,100000})*"}}, "repeats"),
         ({"structured_outputs": {"regex": "a" * 70_000}}, "bytes"),
