@@ -30,8 +30,9 @@ test: kernels ## what a change must pass, in JOBS=2 processes
 test-all: kernels ## every test, those that are marked slow too; before a release
 	$(PYTEST)
 
-test-long: kernels ## 2,000 generated requests to each operation of the API
-	API_CASES=2000 $(PYTEST) tests/router/test_openapi.py
+test-long: kernels ## 2,000 generated requests to each operation of the API, and long suites of grammars
+	API_CASES=2000 FORMAT_CASES=1000 HOSTILE_CASES=200 SCHEMA_CASES=300 $(PYTEST) tests/router/test_openapi.py \
+		tests/router/test_fuzzed_formats.py tests/router/test_hostile_grammars.py tests/coordinator/test_schemas.py
 
 lint: .venv/ready ## format, lint rules and types, checked
 	$(BIN)/ruff format --check .

@@ -213,8 +213,8 @@ def fill_masks(wanted: Sequence[tuple[GrammarMatcher, Sequence[int]]]) -> None:
     except BaseException as error:
         panic = _panic(error)
         if len(wanted) > 1:  # find the matcher that did it
-            for each in wanted:
-                fill_masks([each])
+            for one in wanted:
+                fill_masks([one])
             return
         wanted[0][0].error = panic
     masks &= choosable

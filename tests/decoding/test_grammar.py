@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLParserLimits
+from llguidance.numpy import fill_next_token_bitmask
 
 from actors.decoding import grammar as grammar_module
 from actors.decoding.grammar import GrammarError, GrammarMatcher, GrammarVocabulary, fill_masks
@@ -198,7 +199,6 @@ def test_a_panic_of_rust_is_an_error_of_the_grammar(vocabulary: GrammarVocabular
 def test_a_panic_during_masks_ends_its_own_session_alone(
     vocabulary: GrammarVocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill = grammar_module.fill_next_token_bitmask
     bad, good = vocabulary.matcher(PERSON), vocabulary.matcher(PERSON)
 
     def panic(executor: Any, matchers: list[Any], masks: Any) -> None:
@@ -207,7 +207,7 @@ def test_a_panic_during_masks_ends_its_own_session_alone(
     def fill_or_panic(matcher: Any, masks: Any) -> None:
         if matcher is bad._matcher:
             raise Panic("overflow")
-        fill(matcher, masks)
+        fill_next_token_bitmask(matcher, masks)
 
     monkeypatch.setattr(grammar_module, "fill_next_token_bitmask_par", panic)
     monkeypatch.setattr(grammar_module, "fill_next_token_bitmask", fill_or_panic)

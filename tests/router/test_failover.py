@@ -337,16 +337,17 @@ async def test_a_grammar_is_tried_on_no_third_coordinator_after_two_died(impatie
 
 async def test_coordinators_that_stop_or_are_full_do_not_count_against_a_grammar(impatient: None) -> None:
     full = Rejected("overloaded", "the queue is full")
-    coordinators = ScriptedCoordinators(
-        [token(1), LOST], *[[Delta(tally=Tally()), Moved()], [full], [HandedOver("no coordinator runs")]] * 2, [END]
-    )
+    begun: list[CoordinatorEvent] = [Delta(tally=Tally()), Moved()]
+    alive: list[list[CoordinatorEvent | Exception]] = [[*begun], [full], [HandedOver("no coordinator runs")]]
+    coordinators = ScriptedCoordinators([token(1), LOST], *alive, *alive, [END])
     events = [event async for event in FailoverBackend(coordinators, Deadlines()).generate(WITH_GRAMMAR)]
     assert events[-1] == END
     assert len(coordinators.requests) == 8
 
 
 async def test_a_token_of_another_coordinator_clears_a_grammar(impatient: None) -> None:
-    coordinators = ScriptedCoordinators(*[[token(number), LOST] for number in range(5)], [END])
+    attempts: list[list[CoordinatorEvent | Exception]] = [[token(number), LOST] for number in range(5)]
+    coordinators = ScriptedCoordinators(*attempts, [END])
     events = [event async for event in FailoverBackend(coordinators, Deadlines()).generate(WITH_GRAMMAR)]
     assert len(events) == 6
 

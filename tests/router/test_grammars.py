@@ -147,6 +147,24 @@ def test_unsupported_and_impossible_schemas_are_refused_with_their_keyword(
     assert re.search(named, verdict_of(vocabulary, asked(**schema(value))[0]))
 
 
+REFUSED: list[tuple[str, Any]] = [
+    *((keyword, {}) for keyword in ("not", "if", "then", "else", "contains", "propertyNames", "dependentSchemas")),
+    *((keyword, 1) for keyword in ("minContains", "maxContains")),
+    *((keyword, False) for keyword in ("unevaluatedItems", "unevaluatedProperties")),
+    *((keyword, {"a": ["b"]}) for keyword in ("dependentRequired", "dependencies")),
+    *((keyword, "#a") for keyword in ("$dynamicRef", "$dynamicAnchor", "$recursiveRef")),
+    ("uniqueItems", True),
+]
+
+
+@pytest.mark.parametrize(("keyword", "value"), REFUSED)
+def test_a_keyword_that_is_not_obeyed_is_refused_by_name(
+    vocabulary: GrammarVocabulary, keyword: str, value: Any
+) -> None:
+    wanted = {"type": "array" if "Item" in keyword or "ontains" in keyword else "object", keyword: value}
+    assert f'"{keyword}"' in verdict_of(vocabulary, asked(**schema(wanted))[0])
+
+
 async def test_a_refusal_names_the_field_and_the_keyword(checks: GrammarChecks) -> None:
     text, field = asked(**schema({"not": {"type": "string"}}))
     with pytest.raises(BadRequest, match="not") as caught:

@@ -97,7 +97,7 @@ class _Generator:
         return {"type": "number", kind: least, other: least + self.chance.choice((0.5, 1, 100, 1e6))}
 
     def _enum(self) -> Schema:
-        values = [*self.chance.sample(_TEXTS, self.chance.randint(1, 4))]
+        values: list[Any] = [*self.chance.sample(_TEXTS, self.chance.randint(1, 4))]
         if self.chance.random() < 0.4:
             values += [self.chance.randint(-9, 9), None, True, 1.5, ["a", 1], {"k": "v"}][: self.chance.randint(1, 6)]
         return {"enum": values}

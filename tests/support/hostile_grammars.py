@@ -51,7 +51,7 @@ def _schemas() -> Iterator[Fields]:
         yield _schema({"type": "object", "properties": {f"p{number}": schema for number in range(600)}})
     yield _schema({"type": "object", "properties": {"k" * 60_000: {}}})
     yield _schema({"type": "object", "required": [f"p{number}" for number in range(5_000)]})
-    odd = (3, "x", None, [], {}, True, -1, 1.5)
+    odd: tuple[Any, ...] = (3, "x", None, [], {}, True, -1, 1.5)
     for keyword in (
         "type",
         "properties",
