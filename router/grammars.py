@@ -43,6 +43,7 @@ _KEPT = 1_024  # verdicts
 _PROCESSES = 2  # of one vocabulary, which each has in memory
 _MOST_CHECKS = 32  # that run or wait
 _ANY_OBJECT = {"type": "object"}
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between two parts of JSON: without a bound small models may never go on
 _START_S = 60.0  # to start a checker with the largest vocabularies
 _SLOW_S = 10.0  # for a busy machine, beside the time of a check
 _EMPTY = LLMatcher.grammar_from_lark('start: "a"')
@@ -113,7 +114,7 @@ def _parsed(schema: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_schema(schema: dict[str, Any], param: str, compact: bool = False) -> str:
-    options: dict[str, Any] = {"whitespace_flexible": False} if compact else {}
+    options: dict[str, Any] = {"whitespace_flexible": False} if compact else {"whitespace_pattern": _WHITESPACE}
     return _made(param, LLMatcher.grammar_from_json_schema, checked_schema(schema, param), overrides=options)
 
 

@@ -62,6 +62,16 @@ def test_every_form_compiles(vocabulary: GrammarVocabulary, fields: dict[str, An
     assert verdict_of(vocabulary, text) == ""
 
 
+def test_whitespace_between_parts_of_json_is_bounded(vocabulary: GrammarVocabulary) -> None:
+    text, _ = asked(**schema(OBJECT))
+    for spaces, legal in ((0, True), (32, True), (33, False)):
+        document = vocabulary.encode('{"a":' + spaces * " " + "1}")
+        assert (vocabulary.matcher(text).legal_length(document) == len(document)) is legal
+    compact, _ = asked(structured_outputs={"json": OBJECT, "disable_any_whitespace": True})
+    spaced = vocabulary.encode('{"a": 1}')
+    assert vocabulary.matcher(compact).legal_length(spaced) < len(spaced)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
