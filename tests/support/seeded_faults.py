@@ -283,6 +283,42 @@ FAULTS = (
         '"exact": str.__eq__,',
         "tests/jobs/test_grading.py",
     ),
+    # Grammars.
+    fault(
+        "a-mask-behind-a-draft-is-stale",
+        "actors/decoding/grammar.py",
+        "if self._drafts and self._drafts[0] == token:",
+        "if self._drafts:",
+        "tests/decoding/test_grammar.py",
+    ),
+    fault(
+        "a-grammar-begins-with-the-thinking",
+        "actors/decoding/session.py",
+        "return None if self._answer.thinking else self._grammar",
+        "return self._grammar",
+        "tests/coordinator/test_grammars.py",
+    ),
+    fault(
+        "few-legal-ids-cost-a-whole-row",
+        "actors/coordinator/verification.py",
+        "few = grammar.few(MAX_LEGAL) if",
+        "few = grammar.few(1) if",
+        "tests/coordinator/test_grammars.py",
+    ),
+    fault(
+        "drafts-are-not-cut-by-the-grammar",
+        "actors/coordinator/exchange.py",
+        "drafts = drafts[: grammar.legal_length(drafts)]",
+        "drafts = drafts[:]",
+        "tests/coordinator/test_grammars.py",
+    ),
+    fault(
+        "text-of-users-becomes-special-tokens",
+        "router/chat.py",
+        "found[0][0] + cut + found[0][1:]",
+        "found[0]",
+        "tests/router/test_chat.py",
+    ),
 )
 
 
