@@ -256,8 +256,8 @@ FAULTS = (
     fault(
         "a-stream-ends-without-done",
         "router/sse.py",
-        'return usage + b"data: [DONE]\\n\\n"',
-        "return usage",
+        '_encode_event(last)) + b"data: [DONE]\\n\\n"',
+        "_encode_event(last))",
         "tests/router/test_api.py",
         "tests/router/test_clients.py",
     ),
