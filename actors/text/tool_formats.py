@@ -55,7 +55,9 @@ def _named(header: str) -> re.Pattern[str]:
     return re.compile(header.replace("NAME", f"(?P<name>{NAME_PATTERN})"))
 
 
-_MISTRAL_HEADER = _named(r"\s*\[?\s*|\s*NAME\s*(?:\[CALL_ID\]\s*\w*)?\s*(?:\[ARGS\])?\s*")
+_MISTRAL_HEADER = _named(  # some models repeat the mark
+    r"(?:\s*\[TOOL_CALLS\])*(?:\s*\[?\s*|\s*NAME\s*(?:\[CALL_ID\]\s*\w*)?\s*(?:\[ARGS\])?\s*)"
+)
 _DEEPSEEK_HEADER = _named(
     rf"\s*(?:{_BEGIN})?\s*(?:function\s*{_SEPARATOR})?\s*NAME\s*(?:{_SEPARATOR})?\s*(?:```json)?\s*"
 )

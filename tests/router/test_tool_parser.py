@@ -50,6 +50,7 @@ CALLS: list[Case] = [
     ),
     ("mistral_args", '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{}', "", [F, G]),
     ("mistral_args", '[TOOL_CALLS]f{"a": 1}', "", [F]),
+    ("mistral", '[TOOL_CALLS] [TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]', "", [F]),
     (
         "deepseek_v3",
         f'{ALL_BEGIN}{BEGIN}function{SEPARATOR}f\n```json\n{{"a": 1}}\n```{END}\n'
