@@ -78,7 +78,8 @@ def _of_format(asked: ResponseFormat | None) -> str:
 def _of_outputs(asked: StructuredOutputs | None) -> str:
     if asked is None:
         return ""
-    given = [name for name in ("json_", "regex", "choice", "grammar", "json_object") if getattr(asked, name)]
+    forms = ("json_", "regex", "choice", "grammar", "json_object")
+    given = [name for name in forms if getattr(asked, name) not in (None, False)]  # {} and "" are forms, too
     if len(given) != 1:
         raise BadRequest(
             "structured_outputs takes exactly one of json, regex, choice, grammar and json_object",
@@ -88,12 +89,12 @@ def _of_outputs(asked: StructuredOutputs | None) -> str:
         return _of_schema(_ANY_OBJECT, "structured_outputs.json_object", asked.disable_any_whitespace)
     if asked.json_ is not None:
         return _of_schema(_parsed(asked.json_), "structured_outputs.json", asked.disable_any_whitespace)
-    if asked.choice:
+    if asked.choice is not None:
         pattern = "|".join(re.escape(text) for text in asked.choice)
         _check_size(pattern, "structured_outputs.choice")
         words = " | ".join(json.dumps(text) for text in asked.choice)
         return _made("structured_outputs.choice", LLMatcher.grammar_from_lark, f"start: {words}")
-    if asked.regex:
+    if asked.regex is not None:
         _check_size(asked.regex, "structured_outputs.regex")
         return _made("structured_outputs.regex", LLMatcher.grammar_from_regex, asked.regex)
     assert asked.grammar is not None
