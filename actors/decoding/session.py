@@ -155,15 +155,16 @@ class Session:
         """Append the chosen token; return the text to show. Sets `finish_reason` when the answer is over.
 
         drafted, scores: go into the token's note if the request wants notes. An end of the thinking before
-        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens `closing` and the end are forced. Raises
-        GrammarError if the grammar is given up.
+        thinking.min_tokens is replaced by `wait`; after thinking.max_tokens `closing` and the end are forced. An end of
+        the answer within a thinking that a grammar follows is replaced by the end of the thinking. Raises GrammarError
+        if the grammar is given up.
         """
         self.choices.append(token)
         self.guided += alpha != 0
         self.changed += changed
-        early = self._ends_thinking_too_early(token)
-        if early:
-            taken, shown = self._append_forced(lambda forced: forced.wait)
+        replacement = self._replacement(token)
+        if replacement is not None:
+            taken, shown = self._append_forced(replacement)
         else:
             for translator in self._translators:
                 translator.append(token)
@@ -176,7 +177,7 @@ class Session:
         notes: list[TokenNote] = []
         if self.listed is not None:
             notes = [TokenNote(i, text, alpha, changed=False) for i, text in taken]
-            if not early:  # forced tokens are not chosen
+            if replacement is None:  # forced tokens are not chosen
                 notes[0] = replace(notes[0], changed=changed, drafted=drafted, scores=scores)
         return AnswerPart(shown.reasoning, shown.content, [i for i, _ in taken], notes)
 
@@ -271,6 +272,13 @@ class Session:
     def _ends_thinking_too_early(self, token: int) -> bool:
         return self._thinking_is_too_short() and (token in self.vocabulary.eos_ids or token == self._end_token)
 
+    def _replacement(self, token: int) -> Callable[[ForcedTextIds], tuple[int, ...]] | None:
+        """Picks the forced text that takes the place of a chosen token; None if the token stays."""
+        if self._ends_thinking_too_early(token):
+            return _wait_ids
+        ends = token in self.vocabulary.eos_ids and not self.request.sampling.ignore_eos
+        return _end_ids if ends and self._grammar is not None and self._answer.thinking else None
+
     def _thinking_is_over_limit(self) -> bool:
         limit = self.request.thinking.max_tokens
         return self._answer.thinking and limit is not None and self.reasoning_tokens >= limit
@@ -364,6 +372,10 @@ class Session:
 
 def _closing_ids(forced: ForcedTextIds) -> tuple[int, ...]:
     return forced.closing
+
+
+def _wait_ids(forced: ForcedTextIds) -> tuple[int, ...]:
+    return forced.wait
 
 
 def _end_ids(forced: ForcedTextIds) -> tuple[int, ...]:

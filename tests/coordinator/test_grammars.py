@@ -87,6 +87,29 @@ async def test_a_grammar_begins_after_the_thinking(trio_engines: Mapping[Role, E
             assert obeys(answers[0].content.strip())
 
 
+async def test_an_end_within_the_thinking_ends_the_thinking_alone(trio_engines: Mapping[Role, Engine]) -> None:
+    async with local_service(drafting(), trio_engines) as service:
+        end = service.tokenizers["target"].eos_ids[0]
+        for one in asked(service, 2):
+            thinking = replace(one.thinking, start="<think>", end="</think>")
+            eager = replace(one.sampling, logit_bias=((end, 100.0),))
+            prompts = {role: [*ids, *service.tokenizers[role].encode("<think>")] for role, ids in one.prompts.items()}
+            answers = [
+                await decode(
+                    service.coordinators[0],
+                    replace(one, thinking=thinking, prompts=prompts, sampling=eager, drafts=drafts),
+                )
+                for drafts in (0, 4)
+            ]
+            assert answers[0].tokens == answers[1].tokens
+            assert obeys(answers[0].content)
+            ended = await decode(
+                service.coordinators[0],
+                replace(one, thinking=thinking, prompts=prompts, sampling=eager, grammar=""),
+            )
+            assert ended.content == ""
+
+
 async def test_a_grammar_that_is_not_one_is_rejected(trio_engines: Mapping[Role, Engine]) -> None:
     async with local_service(drafting(), trio_engines) as service:
         (one,) = asked(service, 1)
