@@ -39,6 +39,7 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentS
 _LITERAL = ("const", "enum", "default", "examples", "example")
 _REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 _MAX_MULTIPLE = 100_000  # of multipleOf, without the zeros at its end: as many states of the parser
+_ASCII_CLASSES = {"d": "[0-9]", "D": "[^0-9]", "w": "[0-9A-Za-z_]", "W": "[^0-9A-Za-z_]"}
 _KEPT = 1_024  # verdicts
 _PROCESSES = 2  # of one vocabulary, which each has in memory
 _MOST_CHECKS = 32  # that run or wait
@@ -96,7 +97,7 @@ def _of_outputs(asked: StructuredOutputs | None) -> str:
         return _made("structured_outputs.choice", LLMatcher.grammar_from_lark, f"start: {words}")
     if asked.regex is not None:
         _check_size(asked.regex, "structured_outputs.regex")
-        return _made("structured_outputs.regex", LLMatcher.grammar_from_regex, asked.regex)
+        return _made("structured_outputs.regex", LLMatcher.grammar_from_regex, _ascii_classes(asked.regex))
     assert asked.grammar is not None
     _check_size(asked.grammar, "structured_outputs.grammar")
     return _made("structured_outputs.grammar", grammar_from, "grammar", asked.grammar)
@@ -132,7 +133,7 @@ def checked_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
     text = json.dumps(schema)
     if len(text) > MAX_BYTES:
         raise BadRequest(f"{param} has {len(text)} bytes, at most {MAX_BYTES} are taken", param=param)
-    return {key: value for key, value in schema.items() if key != "x-guidance"}
+    return {key: value for key, value in _with_ascii_classes(schema).items() if key != "x-guidance"}
 
 
 def _made(param: str, make: Callable[..., str], *asked: Any, **options: Any) -> str:
@@ -141,6 +142,44 @@ def _made(param: str, make: Callable[..., str], *asked: Any, **options: Any) -> 
         return make(*asked, **options)
     except ValueError as error:
         raise BadRequest(f"{param}: {error}", param=param) from None
+
+
+def _with_ascii_classes(schema: Any, within: str = "") -> Any:
+    """The same schema with patterns that llguidance reads as JSON Schema means them. within: see `_keywords`."""
+    if isinstance(schema, list):
+        return [_with_ascii_classes(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed: dict[str, Any] = {}
+    for key, value in schema.items():
+        if not within and key in _LITERAL:
+            changed[key] = value
+        elif not within and key == "pattern" and isinstance(value, str):
+            changed[key] = _ascii_classes(value)
+        else:
+            name = _ascii_classes(key) if within == "patternProperties" else key
+            changed[name] = _with_ascii_classes(value, key if not within and key in _NAMED else "")
+    return changed
+
+
+def _ascii_classes(pattern: str) -> str:
+    r"""A pattern in which \d and \w mean letters and digits of ASCII alone, as in ECMA 262, which JSON Schema follows.
+
+    Those of llguidance mean letters and digits of all scripts.
+    """
+    parts, inside, escaped = [], False, False
+    for character in pattern:
+        if escaped:
+            ascii_only = _ASCII_CLASSES.get(character)
+            if ascii_only is None or (inside and character.isupper()):
+                parts.append("\\" + character)
+            else:
+                parts.append(ascii_only[1:-1] if inside else ascii_only)
+        elif character != "\\":
+            inside = character == "[" or (inside and character != "]")
+            parts.append(character)
+        escaped = character == "\\" and not escaped
+    return "".join(parts) + ("\\" if escaped else "")
 
 
 def _fault(keyword: str, value: Any, siblings: Mapping[str, Any]) -> str:

@@ -243,4 +243,6 @@ def _bits(width: int, ids: Collection[int]) -> NDArray[np.int32]:
 
 def first_line(error: str) -> str:
     """The part of an error of llguidance that says what is wrong, without its trace."""
-    return error.partition("\n")[0].strip()
+    first, *rest = error.splitlines() or [""]
+    cause = next((line.removeprefix("error:") for line in rest if line.startswith("error:")), "")  # of a regex
+    return first.strip() + (cause and f"{cause.rstrip()}")

@@ -64,6 +64,30 @@ def test_every_form_compiles(vocabulary: GrammarVocabulary, fields: dict[str, An
     assert verdict_of(vocabulary, text) == ""
 
 
+@pytest.mark.parametrize(
+    ("pattern", "read"),
+    [
+        (r"\d\D\w\W", "[0-9][^0-9][0-9A-Za-z_][^0-9A-Za-z_]"),
+        (r"[\d.]\d[^\w]", "[0-9.][0-9][^0-9A-Za-z_]"),
+        (r"\\d[\]\d]\.", r"\\d[\]0-9]\."),
+        ("a\\", "a\\"),
+    ],
+)
+def test_digits_and_word_characters_are_those_of_ascii(pattern: str, read: str) -> None:
+    field = {"type": "string", "pattern": pattern}
+    text, _ = asked(**schema({"properties": {"pattern": {"const": {"pattern": pattern}}, "a": field}}))
+    sent = json.loads(text)["grammars"][0]["json_schema"]["properties"]
+    assert sent == {"pattern": {"const": {"pattern": pattern}}, "a": {"type": "string", "pattern": read}}
+    text, _ = asked(**schema({"patternProperties": {pattern: field}}))
+    assert json.loads(text)["grammars"][0]["json_schema"]["patternProperties"] == {read: field | {"pattern": read}}
+
+
+def test_digits_of_other_scripts_are_illegal(vocabulary: GrammarVocabulary) -> None:
+    text, _ = asked(structured_outputs={"regex": r"\d"})
+    assert vocabulary.matcher(text).legal_length(vocabulary.encode("7")) == 1
+    assert vocabulary.matcher(text).legal_length(vocabulary.encode("\u1040")) == 0
+
+
 def test_whitespace_between_parts_of_json_is_bounded(vocabulary: GrammarVocabulary) -> None:
     text, _ = asked(**schema(OBJECT))
     for spaces, legal in ((0, True), (32, True), (33, False)):
@@ -152,7 +176,7 @@ async def checks(tokenizers: dict[Any, RoleTokenizer]) -> AsyncIterator[GrammarC
     [
         ({"not": {"type": "string"}}, "not"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "string", "pattern": "("}, "."),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "."),
     ],
 )
