@@ -1,4 +1,4 @@
-"""Compiles grammars that nobody has compiled yet, each in a process of its own with little memory and time.
+"""Compiles grammars for a trial, each in a short-lived process with bounded memory and time.
 
     python -m actors.grammar_checker      # one JSON value a line on standard input, answers on standard output
 
@@ -72,7 +72,7 @@ def verdict_of(vocabulary: GrammarVocabulary, grammar: str) -> Verdict:
 
 
 def _walk(vocabulary: GrammarVocabulary, matcher: GrammarMatcher, chance: random.Random) -> Verdict:
-    """The fault that an answer of at most _STEPS random tokens finds. It ends only where it must."""
+    """The fault that an answer of at most _STEPS random tokens finds. The end is taken only if nothing else is legal."""
     for _ in range(_STEPS):
         if matcher.over:
             break

@@ -28,6 +28,7 @@ from router.schema import ChatRequest, CompletionRequest, ResponseFormat, Struct
 
 log = logging.getLogger(__name__)
 
+_UNSUPPORTED = "unsupported_grammar"  # code of the errors
 MAX_BYTES, MAX_DEPTH = 64 << 10, 64  # of a schema, a regex or a grammar
 MAX_COUNT = 4_096  # in a schema's bounds on lengths and in repetitions: each one is a state of the parser
 _COUNTS = (
@@ -44,7 +45,8 @@ _KEPT = 1_024  # verdicts
 _PROCESSES = 2  # of one vocabulary, which each has in memory
 _MOST_CHECKS = 32  # that run or wait
 _ANY_OBJECT = {"type": "object"}
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # between two parts of JSON: without a bound small models may never go on
+# Between two parts of JSON. Without a bound small models may never go on.
+_WHITESPACE = r" |\n {0,8}"
 _START_S = 60.0  # to start a checker with the largest vocabularies
 _SLOW_S = 10.0  # for a busy machine, beside the time of a check
 _EMPTY = LLMatcher.grammar_from_lark('start: "a"')
@@ -127,21 +129,23 @@ def checked_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
     """
     for keyword, value, siblings in _keywords(schema, param):
         if fault := _fault(keyword, value, siblings):
-            raise BadRequest(f"{param}: {keyword} {fault}", param=param)
+            raise BadRequest(f"{param}: {keyword} {fault}", param=param, code=_UNSUPPORTED)
         if keyword == "pattern" and isinstance(value, str):
             _check_repetitions(value, param)
     text = json.dumps(schema)
     if len(text) > MAX_BYTES:
-        raise BadRequest(f"{param} has {len(text)} bytes, at most {MAX_BYTES} are taken", param=param)
+        raise BadRequest(
+            f"{param} has {len(text)} bytes, at most {MAX_BYTES} are taken", param=param, code=_UNSUPPORTED
+        )
     return {key: value for key, value in _with_ascii_classes(schema).items() if key != "x-guidance"}
 
 
 def _made(param: str, make: Callable[..., str], *asked: Any, **options: Any) -> str:
-    """What llguidance makes of a value of the request. Raises BadRequest for numbers and texts that it cannot take."""
+    """Build a grammar by llguidance. Raises BadRequest for numbers and texts that it cannot take."""
     try:
         return make(*asked, **options)
     except ValueError as error:
-        raise BadRequest(f"{param}: {error}", param=param) from None
+        raise BadRequest(f"{param}: {error}", param=param, code=_UNSUPPORTED) from None
 
 
 def _with_ascii_classes(schema: Any, within: str = "") -> Any:
@@ -216,7 +220,7 @@ def _keywords(schema: dict[str, Any], param: str) -> Iterator[tuple[str, Any, Ma
     while pending:
         item, depth, within = pending.pop()
         if depth > MAX_DEPTH:
-            raise BadRequest(f"{param} is nested deeper than {MAX_DEPTH} levels", param=param)
+            raise BadRequest(f"{param} is nested deeper than {MAX_DEPTH} levels", param=param, code=_UNSUPPORTED)
         if isinstance(item, list):
             pending += [(each, depth + 1, within if within in _LITERAL else "") for each in item]
         elif isinstance(item, dict):
@@ -229,14 +233,18 @@ def _keywords(schema: dict[str, Any], param: str) -> Iterator[tuple[str, Any, Ma
 
 def _check_size(text: str, param: str) -> None:
     if len(text.encode()) > MAX_BYTES:
-        raise BadRequest(f"{param} has {len(text.encode())} bytes, at most {MAX_BYTES} are taken", param=param)
+        raise BadRequest(
+            f"{param} has {len(text.encode())} bytes, at most {MAX_BYTES} are taken", param=param, code=_UNSUPPORTED
+        )
     _check_repetitions(text, param)
 
 
 def _check_repetitions(text: str, param: str) -> None:
     for match in _REPETITION.finditer(text):
         if any(int(number) > MAX_COUNT for number in match.groups() if number):
-            raise BadRequest(f"{param}: {match[0]} repeats too often, at most {MAX_COUNT} times", param=param)
+            raise BadRequest(
+                f"{param}: {match[0]} repeats too often, at most {MAX_COUNT} times", param=param, code=_UNSUPPORTED
+            )
 
 
 class GrammarChecks:
@@ -267,7 +275,7 @@ class GrammarChecks:
         if verdict is None:
             verdict = await asyncio.shield(self._checking(key, grammar, role))
         if verdict:
-            raise BadRequest(f"{param}: {verdict}", param=param, code="unsupported_grammar")
+            raise BadRequest(f"{param}: {verdict}", param=param, code=_UNSUPPORTED)
 
     async def stop(self) -> None:
         """End the processes, and every check."""
@@ -311,7 +319,7 @@ class GrammarChecks:
         raise Unavailable("grammars cannot be checked now; try again later")
 
     async def _checker(self, role: Role) -> _Checker:
-        """A checker that nobody uses, which the caller gives back."""
+        """An idle checker, or a new one. The caller gives it back."""
         idle = self._checkers.get(role)
         if idle:
             return idle.pop()

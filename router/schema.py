@@ -481,6 +481,10 @@ def _bad_request(error: ValidationError, body: dict[str, Any]) -> BadRequest:
         return BadRequest(f"{location} is not a field of this request", param=location, code="unknown_field")
     if item["type"] == "missing":
         return BadRequest(f"{location} is missing", param=location, code="missing_field")
+    if item["type"] == "none_required":
+        return BadRequest(
+            f"{location} is not supported by this service; leave it out", param=location, code="unsupported"
+        )
     messages = dict.fromkeys(each["msg"] for each in items if places[id(each)] == path and fits(each) == fits(item))
     return BadRequest(f"{location}: {' or '.join(messages)}", param=location)
 

@@ -1,7 +1,7 @@
 """Grammars of answers: which tokens may come next. llguidance computes them, from JSON schemas, regexes and Lark.
 
 A grammar is a text in llguidance's own form, which `grammar_text` makes of what a request asks for. Only texts that
-`actors.decoding.grammar_checker` has compiled before may reach a coordinator: some grammars end the process that
+`actors.grammar_checker` has compiled before may reach a coordinator: some grammars end the process that
 compiles them.
 """
 
@@ -21,7 +21,7 @@ from llguidance.numpy import (
 from numpy.typing import NDArray
 
 T = TypeVar("T")
-_KEPT = 32  # compiled grammars of a vocabulary; one may take 100 MB
+_KEPT = 8  # compiled grammars of a vocabulary; one may take 100 MB
 _IN_WORDS = {"NoExtensionBias": "nothing satisfies it"}
 # Work that one token may take, in llguidance's units. A grammar that needs more ends in an error. The time of ambiguous
 # grammars grows with the square of the items in a row: with a vocabulary of 150,000 tokens 2,000 of them take 1 s of a
@@ -83,7 +83,7 @@ class GrammarVocabulary:
 
 
 class _TokenSource:
-    """What llguidance asks of a tokenizer."""
+    """Our tokenizer in the form that llguidance calls."""
 
     bos_token_id = None
 
@@ -178,7 +178,7 @@ class GrammarMatcher:
         self._masks, self._drafts = list(masks), list(drafts)
 
     def _ask(self, call: Callable[..., T], *given: object) -> T | None:
-        """What llguidance answers; None and an error of this matcher if it panics."""
+        """Call llguidance. If it panics, the matcher is given up, and the answer is None."""
         try:
             return call(*given)
         except BaseException as error:

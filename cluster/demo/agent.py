@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(question.text)
     with httpx.Client(base_url=options.url) as client:
         print(f"answer: {run(client, question.text, options.hops)}")
+    print(f"(right: {question.answer}; the models were never trained on tools, so only the form is sure)")
     return 0
 
 
