@@ -72,7 +72,7 @@ def verdict_of(vocabulary: GrammarVocabulary, grammar: str) -> Verdict:
 
 
 def _walk(vocabulary: GrammarVocabulary, matcher: GrammarMatcher, chance: random.Random) -> Verdict:
-    """The fault that an answer of at most _STEPS random tokens finds. The end is taken only if nothing else is legal."""
+    """The fault that an answer of at most _STEPS random tokens finds. The end is taken only if it must be."""
     for _ in range(_STEPS):
         if matcher.over:
             break
