@@ -614,10 +614,34 @@ def _find(ids: Any, count: int, wanted: int, begin: int) -> int:
 
 
 @kernel
-def _is_legal(id_: int, extra: Any, begin: int, end: int) -> bool:
-    """True if the bit of an id is set in the words begin to end of `extra.legal`."""
-    word = begin + (id_ >> 5)
-    return word < end and (extra.legal[word] >> np.int32(id_ & 31)) & 1 == 1
+def _mask_row(ids: Any, z: Any, count: int, legal: Any) -> None:
+    """Set the logits z of ids that are not legal to -inf, in place. legal: one bit for each id, as int32 words."""
+    for place in range(count):
+        id_ = ids[place]
+        word = id_ >> 5
+        if word >= len(legal) or not (legal[word] >> (id_ & 31)) & 1:
+            z[place] = -np.inf
+
+
+@kernel
+def _all_legal_known(ids: Any, target: Any, count: int, legal: Any) -> bool:
+    """True if all legal ids, of which there are any, are candidates that the primary has. legal: see `_mask_row`."""
+    if len(legal) == 0:
+        return False
+    known = found = 0
+    for place in range(count):
+        id_ = ids[place]
+        word = id_ >> 5
+        if word < len(legal) and (legal[word] >> (id_ & 31)) & 1:
+            known += not math.isnan(target[place])
+    for word in range(len(legal)):
+        bits = np.uint32(legal[word])
+        while bits:
+            bits &= bits - np.uint32(1)
+            found += 1
+        if found > known:
+            return False
+    return True
 
 
 @kernel
@@ -655,28 +679,8 @@ def adjust_row(ids: Any, z: Any, count: int, spec: Any, extra: Any, number: int)
                 entry += 1
             if entry == end or extra.allowed[entry] != ids[place]:
                 z[place] = -np.inf
-    begin, end = offsets[_LEGAL, number], offsets[_LEGAL, number + 1]
-    if end > begin:
-        for place in range(count):
-            if not _is_legal(ids[place], extra, begin, end):
-                z[place] = -np.inf
-
-
-@kernel
-def _all_legal_known(ids: Any, target: Any, count: int, extra: Any, number: int) -> bool:
-    """True if a row's legal ids are marked, and all of them are candidates that the primary has."""
-    begin, end = extra.offsets[_LEGAL, number], extra.offsets[_LEGAL, number + 1]
-    if end == begin:
-        return False
-    known = legal = 0
-    for place in range(count):
-        known += not math.isnan(target[place]) and _is_legal(ids[place], extra, begin, end)
-    for word in range(begin, end):
-        bits = np.uint32(extra.legal[word])
-        while bits and legal <= known:
-            bits &= bits - np.uint32(1)
-            legal += 1
-    return legal == known
+    if offsets[_LEGAL, number + 1] > offsets[_LEGAL, number]:
+        _mask_row(ids, z, count, extra.legal[offsets[_LEGAL, number] : offsets[_LEGAL, number + 1]])
 
 
 @kernel
@@ -832,7 +836,8 @@ def decide(
             adjust_row(names, z, count, spec, extra, number)
             adjust_row(names, own, count, spec, extra, number)
         # True if everything that a grammar allows is a candidate, so that nothing that may be chosen is outside.
-        nothing_outside = spec.adjusted and _all_legal_known(names, target, count, extra, number)
+        words = extra.legal[extra.offsets[_LEGAL, number] : extra.offsets[_LEGAL, number + 1]]
+        nothing_outside = spec.adjusted and _all_legal_known(names, target, count, words)
         legal = False
         for place in range(count):
             legal |= math.isfinite(z[place])
