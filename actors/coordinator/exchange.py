@@ -486,7 +486,9 @@ class Exchange:
     def _request_rows(self, window: VerificationWindow, drafts: Sequence[int], drafted: Sequence[int] = ()) -> None:
         """Request the rows behind the drafts, up to the first one that the session's grammar does not allow."""
         if drafts and (grammar := window.active.session.grammar) is not None:
-            drafts = drafts[: grammar.legal_length(drafts)]
+            ends = window.active.session.vocabulary.eos_ids  # with ignore_eos a grammar does not go on by them
+            before_end = next((place for place, token in enumerate(drafts) if token in ends), len(drafts))
+            drafts = drafts[: grammar.legal_length(drafts[:before_end])]
         k = WHOLE if self._config.mode == "full" else self._config.k
         self._unplaced.append(window)
         if not (drafts or window.oldest or window.drafting_role):

@@ -129,6 +129,17 @@ async def test_an_answer_ends_where_its_grammar_ends(trio_engines: Mapping[Role,
             assert answer.content in ("yes", "no")
 
 
+async def test_drafted_ends_change_no_token_where_ends_are_ignored(trio_engines: Mapping[Role, Engine]) -> None:
+    grammar = LLMatcher.grammar_from_regex("[0-9]+")
+    async with local_service(drafting(), trio_engines) as service:
+        end = service.tokenizers["target"].eos_ids[0]
+        sampling = Sampling(temperature=1, max_tokens=30, ignore_eos=True, logit_bias=((end, 6.0),))
+        requests = [replace(one, sampling=sampling) for one in asked(service, 6, grammar=grammar)]
+        plain = tokens(await decode_all(service.coordinators[0], [replace(one, drafts=0) for one in requests]))
+        assert any(end in each for each in plain)
+        assert tokens(await decode_all(service.coordinators[0], [replace(one, drafts=5) for one in requests])) == plain
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.5])
 async def test_choices_hold_with_and_without_guidance(trio_engines: Mapping[Role, Engine], alpha: float) -> None:
     grammar = LLMatcher.grammar_from_lark('start: "yes" | "no" | "maybe not"')

@@ -308,8 +308,8 @@ FAULTS = (
     fault(
         "drafts-are-not-cut-by-the-grammar",
         "actors/coordinator/exchange.py",
-        "drafts = drafts[: grammar.legal_length(drafts)]",
-        "drafts = drafts[:]",
+        "drafts = drafts[: grammar.legal_length(drafts[:before_end])]",
+        "drafts = drafts[:before_end]",
         "tests/coordinator/test_grammars.py",
     ),
     fault(
