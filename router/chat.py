@@ -173,10 +173,13 @@ def _cut_special_texts(request: Conversation, tokenizer: RoleTokenizer, cut: str
     def cut_message(message: ChatMessage) -> ChatMessage:
         if message.role in _WRITTEN_BY_APPLICATIONS or message.content is None:
             return message
+        named = message if message.name is None else message.model_copy(update={"name": cut_all(message.name)})
         if isinstance(message.content, str):
-            return message.model_copy(update={"content": cut_all(message.content)})
-        parts = [part.model_copy(update={"text": cut_all(part.text)}) for part in message.content]
-        return message.model_copy(update={"content": parts})
+            return named.model_copy(update={"content": cut_all(message.content)})
+        *parts, last = [cut_all(part.text) for part in message.content] or [""]
+        texts = [*(part + cut for part in parts), last]  # two parts may form a special token together
+        shaped = [part.model_copy(update={"text": text}) for part, text in zip(message.content, texts, strict=False)]
+        return named.model_copy(update={"content": shaped})
 
     return request.model_copy(update={"messages": [cut_message(message) for message in request.messages]})
 
