@@ -78,8 +78,7 @@ def _schema(function: FunctionBody, tools: ToolUse) -> dict[str, Any]:
     schema = dict(_ANY_OBJECT) if function.parameters is None else checked_schema(function.parameters, "tools")
     if function.parameters is None:
         schema |= {"properties": {}, "additionalProperties": False}
-    if not schema.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"}:
-        schema |= _ANY_OBJECT
+    schema = _ANY_OBJECT | schema  # arguments are an object, whatever else the schema allows
     if schema.get("type", "object") != "object":
         raise BadRequest(f"the parameters of {function.name} must be an object's schema", param="tools")
     return schema | {"x-guidance": _SPACING | {"lenient": not function.strict}}

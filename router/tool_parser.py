@@ -16,8 +16,9 @@ from actors.text.tool_formats import NAME_PATTERN, ToolFormat
 
 _HEADER_LIMIT = 256  # characters between the mark of a call and its JSON
 _IN_KEY = r'(?:[^"\\]|\\.){0,256}'
-_KEY = re.compile(rf'\s*,?\s*("{_IN_KEY}")\s*:\s*(?=\S)')
-_KEY_BEGUN = re.compile(rf'\s*(?:,\s*)?(?:"{_IN_KEY}(?:\\|"\s*(?::\s*)?)?)?')
+# Possessive: a text of spaces takes no long search.
+_KEY = re.compile(rf'\s*+(?:,\s*+)?+("{_IN_KEY}")\s*+:\s*+(?=\S)')
+_KEY_BEGUN = re.compile(rf'\s*+(?:,\s*+)?+(?:"{_IN_KEY}(?:\\|"\s*+(?::\s*+)?+)?)?')
 _OBJECT_END = re.compile(r"\s*\}")
 _OUTSIDE, _INSIDE = re.compile(r'["{}\[\]]'), re.compile(r'["\\]')  # where a string begins, and where it may end
 _SCALAR_END = re.compile(r"[\s,}\]]")
@@ -144,7 +145,8 @@ class ToolParser:
         for piece in self._reading:
             if piece is None:
                 break
-            if piece.call is None or self._most is None or piece.call < self._most:
+            # A broken call is none of those that may be read.
+            if piece.call is None or self._most is None or piece.call - self._broken < self._most:
                 pieces.append(piece)
             elif piece.broken:
                 pieces.append(Piece(piece.text))
@@ -308,6 +310,7 @@ class ToolParser:
                 break
         if stop < 0 or not isinstance(_loaded(self._text[at:stop]), dict):
             self._broken += 1
+            yield Piece(self._text[sent : stop if stop >= 0 else len(self._text)], number)
             yield from self._give_up(stop if stop >= 0 else len(self._text), number)
             return 0
         yield Piece(self._text[sent:stop], number)

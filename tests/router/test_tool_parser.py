@@ -132,6 +132,25 @@ def test_further_calls_are_left_out_where_one_is_asked_for() -> None:
     assert ParsedAnswer.of(read("hermes", (text,), most=1)).calls == [ToolCall("f", "{}")]
 
 
+def test_many_spaces_within_a_call_are_read_in_linear_time() -> None:
+    """It took minutes when each push tried every split of the spaces."""
+    parser = ToolParser(FORMATS["hermes"], {"f"})
+    pieces = parser.push("<tool_call>{")
+    for _ in range(1_000):
+        pieces += parser.push(8 * " ")
+    pieces += [*parser.push('"name": "g", "arguments": {}}</tool_call>'), *parser.finish()]
+    assert ParsedAnswer.of(pieces).calls == [G]
+
+
+def test_a_streamed_call_that_breaks_loses_no_text_and_takes_no_place() -> None:
+    parser = ToolParser(FORMATS["hermes"], {"f"}, most=1)
+    broken = '{"name": "f", "arguments": {"a": 1,}}'
+    good = json.dumps({"name": "f", "arguments": {"a": 1}})
+    pieces = [*parser.push(f"<tool_call>{broken}</tool_call><tool_call>{good}</tool_call>"), *parser.finish()]
+    assert "".join(piece.text for piece in pieces if piece.call == 0 and not piece.broken) == '{"a": 1,}'
+    assert [piece.name for piece in pieces if piece.call == 1 and piece.name] == ["f"]
+
+
 def test_a_broken_call_counts_as_none() -> None:
     parser = ToolParser(FORMATS["hermes"], ("f",))
     parser.push('<tool_call>{"name": "f", "arguments": {"a": }}</tool_call>')
