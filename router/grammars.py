@@ -38,7 +38,8 @@ _COUNTS = (
 # Keywords whose value has names for keys, and those whose value is no schema.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependentRequired")
 _LITERAL = ("const", "enum", "default", "examples", "example")
-_REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+_REPETITION = re.compile(r"\{\s*+(\d*+)\s*+,?+\s*+(\d*+)\s*+\}")  # possessive: a text of spaces takes no long search
+_MAX_GBNF = 4_096  # characters: to convert it takes time that grows with their square
 _MAX_MULTIPLE = 100_000  # of multipleOf, without the zeros at its end: as many states of the parser
 _ASCII_CLASSES = {"d": "[0-9]", "D": "[^0-9]", "w": "[0-9A-Za-z_]", "W": "[^0-9A-Za-z_]"}
 _KEPT = 1_024  # verdicts
@@ -102,6 +103,13 @@ def _of_outputs(asked: StructuredOutputs | None) -> str:
         return _made("structured_outputs.regex", LLMatcher.grammar_from_regex, _ascii_classes(asked.regex))
     assert asked.grammar is not None
     _check_size(asked.grammar, "structured_outputs.grammar")
+    if "::=" in asked.grammar and len(asked.grammar) > _MAX_GBNF:
+        raise BadRequest(
+            f"structured_outputs.grammar has {len(asked.grammar)} characters of GBNF, at most {_MAX_GBNF} are taken: "
+            "write it in Lark",
+            param="structured_outputs.grammar",
+            code=_UNSUPPORTED,
+        )
     return _made("structured_outputs.grammar", grammar_from, "grammar", asked.grammar)
 
 
@@ -241,9 +249,12 @@ def _check_size(text: str, param: str) -> None:
 
 def _check_repetitions(text: str, param: str) -> None:
     for match in _REPETITION.finditer(text):
-        if any(int(number) > MAX_COUNT for number in match.groups() if number):
+        counts = [number.lstrip("0") for number in match.groups()]
+        if any(len(count) > len(str(MAX_COUNT)) or int(count or 0) > MAX_COUNT for count in counts):
             raise BadRequest(
-                f"{param}: {match[0]} repeats too often, at most {MAX_COUNT} times", param=param, code=_UNSUPPORTED
+                f"{param}: {shorten(match[0], MAX_MESSAGE)} repeats too often, at most {MAX_COUNT} times",
+                param=param,
+                code=_UNSUPPORTED,
             )
 
 
@@ -321,8 +332,10 @@ class GrammarChecks:
     async def _checker(self, role: Role) -> _Checker:
         """An idle checker, or a new one. The caller gives it back."""
         idle = self._checkers.get(role)
-        if idle:
-            return idle.pop()
+        while idle:
+            checker = idle.pop()
+            if checker.process.returncode is None:  # else it was killed
+                return checker
         table = await asyncio.to_thread(token_table, self._tokenizers[role])
         return await _Checker.start(table)
 

@@ -111,6 +111,8 @@ def test_whitespace_between_parts_of_json_is_bounded(vocabulary: GrammarVocabula
         (schema({"type": "integer", "minimum": 10**40}), "not JSON serializable"),
         (schema({"$ref": "https://example.com/schema"}), "\\$ref"),
         ({"structured_outputs": {"regex": "(a{1,100000})*"}}, "repeats"),
+        ({"structured_outputs": {"regex": "a{" + 5_000 * "9" + "}"}}, "repeats"),
+        ({"structured_outputs": {"grammar": "root ::= (" + 20_000 * "\n"}}, "GBNF"),
         ({"structured_outputs": {"regex": "a" * 70_000}}, "bytes"),
         ({"structured_outputs": {"json": "{"}}, "not JSON"),
         ({"structured_outputs": {"json": OBJECT, "regex": "a"}}, "exactly one"),
