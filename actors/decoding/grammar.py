@@ -57,6 +57,8 @@ class GrammarVocabulary:
         choosable: Collection[int],
         encode: Callable[[bytes], Sequence[int]],
     ) -> None:
+        if not ends:  # llguidance wants one: an id beyond the vocabulary, which nothing may choose
+            tokens, special, ends = [*tokens, b""], [*special, len(tokens)], [len(tokens)]
         source = _TokenSource(tokens, special, ends, encode)
         self._tokenizer = LLTokenizer(TokenizerWrapper(source), n_vocab=len(tokens), eos_token=list(ends))
         self._compiled = lru_cache(_KEPT)(self._compile)

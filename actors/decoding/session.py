@@ -353,9 +353,9 @@ class Session:
         return shown
 
     def _end_is_excluded(self) -> bool:
-        """True if the request excludes that the next token ends the answer, although a grammar may allow no other."""
+        """True if the next token cannot end the answer, although a grammar may allow no other."""
         sampling = self.request.sampling
-        return sampling.ignore_eos or self.generated < sampling.min_tokens
+        return sampling.ignore_eos or self.generated < sampling.min_tokens or not self.vocabulary.eos_ids
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> VisibleText:
         rest = self.finish(reason, stop_reason)

@@ -61,6 +61,19 @@ def test_an_illegal_token_raises(tokenizer: RoleTokenizer, vocabulary: GrammarVo
         matcher.take(stray)
 
 
+def test_a_vocabulary_without_an_end_has_grammars() -> None:
+    """Models without an end token exist: their answers end where the grammar does."""
+    tokens = [bytes([byte]) for byte in range(64)]
+    vocabulary = GrammarVocabulary(tokens, [], [], range(64), list)
+    matcher = vocabulary.matcher(LLMatcher.grammar_from_lark('start: "01" | "2"'))
+    assert legal_ids(matcher) == [ord("0"), ord("2")]
+    for token in b"01":
+        assert not matcher.over
+        matcher.take(token)
+    assert matcher.over
+    assert legal_ids(matcher) == []
+
+
 def test_no_text_becomes_a_special_token(tokenizer: RoleTokenizer, vocabulary: GrammarVocabulary) -> None:
     matcher = vocabulary.matcher(LLMatcher.grammar_from_regex(r"(.|\n)*"))
     special = {*tokenizer.special_ids, *tokenizer.added_tokens.values()} - {tokenizer.eos_ids[0]}
