@@ -41,7 +41,7 @@ Verdict: TypeAlias = str  # "" if a grammar can be used, else what is wrong with
 def token_table(tokenizer: RoleTokenizer) -> bytes:
     """The vocabulary of a tokenizer in one line of JSON."""
     tokens = [base64.b64encode(tokenizer.token_bytes(id_)).decode() for id_ in range(tokenizer.width)]
-    special = sorted({*tokenizer.special_ids, *tokenizer.added_tokens.values(), *tokenizer.eos_ids})
+    special = sorted(tokenizer.ids_beside_text)
     return json.dumps({"tokens": tokens, "special": special, "ends": list(tokenizer.eos_ids)}).encode()
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -94,15 +93,16 @@ def _of_outputs(asked: StructuredOutputs | None) -> str:
     if asked.json_ is not None:
         return _of_schema(_parsed(asked.json_), "structured_outputs.json", asked.disable_any_whitespace)
     if asked.choice is not None:
-        pattern = "|".join(re.escape(text) for text in asked.choice)
-        _check_size(pattern, "structured_outputs.choice")
+        _check_size("|".join(map(re.escape, asked.choice)), "structured_outputs.choice")
         words = " | ".join(json.dumps(text) for text in asked.choice)
         return _made("structured_outputs.choice", LLMatcher.grammar_from_lark, f"start: {words}")
     if asked.regex is not None:
         _check_size(asked.regex, "structured_outputs.regex")
+        _check_repetitions(asked.regex, "structured_outputs.regex")
         return _made("structured_outputs.regex", LLMatcher.grammar_from_regex, _ascii_classes(asked.regex))
     assert asked.grammar is not None
     _check_size(asked.grammar, "structured_outputs.grammar")
+    _check_repetitions(asked.grammar, "structured_outputs.grammar")
     if "::=" in asked.grammar and len(asked.grammar) > _MAX_GBNF:
         raise BadRequest(
             f"structured_outputs.grammar has {len(asked.grammar)} characters of GBNF, at most {_MAX_GBNF} are taken: "
@@ -140,11 +140,7 @@ def checked_schema(schema: dict[str, Any], param: str) -> dict[str, Any]:
             raise BadRequest(f"{param}: {keyword} {fault}", param=param, code=_UNSUPPORTED)
         if keyword == "pattern" and isinstance(value, str):
             _check_repetitions(value, param)
-    text = json.dumps(schema)
-    if len(text) > MAX_BYTES:
-        raise BadRequest(
-            f"{param} has {len(text)} bytes, at most {MAX_BYTES} are taken", param=param, code=_UNSUPPORTED
-        )
+    _check_size(json.dumps(schema), param)
     return {key: value for key, value in _with_ascii_classes(schema).items() if key != "x-guidance"}
 
 
@@ -222,6 +218,7 @@ def _significand(number: float) -> int:
 def _keywords(schema: dict[str, Any], param: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     """Every keyword of a schema and of the schemas in it, with its value and those beside it.
 
+    An item lies within a keyword of _NAMED if its keys are names, of _LITERAL if it is no schema, else within "".
     Raises BadRequest if the schema is nested too deeply.
     """
     pending: list[tuple[Any, int, str]] = [(schema, 0, "")]
@@ -235,7 +232,9 @@ def _keywords(schema: dict[str, Any], param: str) -> Iterator[tuple[str, Any, Ma
             for key, each in item.items():
                 if not within:
                     yield key, each, item
-                inner = key if not within and key in (*_NAMED, *_LITERAL) else within if within in _LITERAL else ""
+                inner = within if within in _LITERAL else ""
+                if not within and key in (*_NAMED, *_LITERAL):
+                    inner = key
                 pending.append((each, depth + 1, inner))
 
 
@@ -244,7 +243,6 @@ def _check_size(text: str, param: str) -> None:
         raise BadRequest(
             f"{param} has {len(text.encode())} bytes, at most {MAX_BYTES} are taken", param=param, code=_UNSUPPORTED
         )
-    _check_repetitions(text, param)
 
 
 def _check_repetitions(text: str, param: str) -> None:
@@ -269,7 +267,7 @@ class GrammarChecks:
         self._tokenizers = tokenizers
         self._checkers: dict[Role, list[_Checker]] = {}
         self._free: dict[Role, asyncio.Semaphore] = {}
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdicts: dict[bytes, Verdict] = {}  # by a hash of role and grammar, the oldest first
         self._running: dict[bytes, asyncio.Task[Verdict]] = {}
 
     async def start(self, role: Role) -> None:
@@ -314,7 +312,7 @@ class GrammarChecks:
             return
         self._verdicts[key] = shorten(task.result(), MAX_MESSAGE)
         if len(self._verdicts) > _KEPT:
-            self._verdicts.popitem(last=False)
+            del self._verdicts[next(iter(self._verdicts))]
 
     async def _check(self, grammar: str, role: Role) -> Verdict:
         async with self._free.setdefault(role, asyncio.Semaphore(_PROCESSES)):

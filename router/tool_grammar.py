@@ -15,9 +15,9 @@ from router.grammars import checked_schema, grammar_text
 from router.schema import ChatRequest, FunctionBody
 from router.tools import ToolUse
 
-# Spaces as chat templates write JSON: models were trained on this. `lenient` leaves out keywords that are not known.
+# Spaces as chat templates write JSON: models were trained on this.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_ANY_OBJECT = {"type": "object"}
+_NO_PARAMETERS: dict[str, Any] = {"properties": {}, "additionalProperties": False}
 
 
 def answer_grammar(request: ChatRequest, tools: ToolUse, tokenizer: RoleTokenizer) -> tuple[str, str]:
@@ -70,16 +70,18 @@ def _rules(tools: ToolUse, tokenizer: RoleTokenizer) -> Iterator[str]:
     before, after = form.call.split("ARGUMENTS")
     for number, function in enumerate(tools.callable):
         yield f"call{number}: {lark(before.replace('NAME', function.name))} arguments{number} {lark(after)}"
-        yield f"arguments{number}: %json {json.dumps(_schema(function, tools))}"
+        yield f"arguments{number}: %json {json.dumps(_schema(function))}"
 
 
-def _schema(function: FunctionBody, tools: ToolUse) -> dict[str, Any]:
-    """The schema of a function's arguments, with the options of llguidance."""
-    schema = dict(_ANY_OBJECT) if function.parameters is None else checked_schema(function.parameters, "tools")
-    if function.parameters is None:
-        schema |= {"properties": {}, "additionalProperties": False}
-    schema = _ANY_OBJECT | schema  # arguments are an object, whatever else the schema allows
-    if schema.get("type", "object") != "object":
+def _schema(function: FunctionBody) -> dict[str, Any]:
+    """The schema of a function's arguments, with the options of llguidance.
+
+    Arguments are an object, whatever else the schema allows. Keywords that llguidance does not know are left out
+    (`lenient`) unless the function is strict.
+    """
+    schema = _NO_PARAMETERS if function.parameters is None else checked_schema(function.parameters, "tools")
+    schema = {"type": "object"} | schema
+    if schema["type"] != "object":
         raise BadRequest(f"the parameters of {function.name} must be an object's schema", param="tools")
     return schema | {"x-guidance": _SPACING | {"lenient": not function.strict}}
 

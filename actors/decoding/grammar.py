@@ -1,8 +1,7 @@
 """Grammars of answers: which tokens may come next. llguidance computes them, from JSON schemas, regexes and Lark.
 
 A grammar is a text in llguidance's own form, which `grammar_text` makes of what a request asks for. Only texts that
-`actors.grammar_checker` has compiled before may reach a coordinator: some grammars end the process that
-compiles them.
+`actors.grammar_checker` has compiled before may reach a coordinator: some grammars end the process that compiles them.
 """
 
 from __future__ import annotations
@@ -196,10 +195,9 @@ class GrammarMatcher:
 def fill_masks(wanted: Sequence[tuple[GrammarMatcher, Sequence[int]]]) -> None:
     """Compute the masks of matchers of one vocabulary, each with legal drafts: of its next token and behind each draft.
 
-    They are computed on all cores, and kept until the matchers go on by another token than the draft.
+    wanted is not empty. They are computed on all cores, and kept until the matchers go on by another token than the
+    draft.
     """
-    if not wanted:
-        return
     firsts = np.cumsum([0, *(len(drafts) + 1 for _, drafts in wanted)])
     choosable = wanted[0][0]._vocabulary.choosable
     masks = np.empty((int(firsts[-1]), len(choosable)), np.int32)
@@ -247,4 +245,4 @@ def first_line(error: str) -> str:
     """The part of an error of llguidance that says what is wrong, without its trace."""
     first, *rest = error.splitlines() or [""]
     cause = next((line.removeprefix("error:") for line in rest if line.startswith("error:")), "")  # of a regex
-    return first.strip() + (cause and f"{cause.rstrip()}")
+    return first.strip() + cause.rstrip()

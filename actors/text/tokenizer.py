@@ -146,6 +146,11 @@ class RoleTokenizer:
         return self.encode(parts[0], special) + rest
 
     @cached_property
+    def ids_beside_text(self) -> frozenset[int]:
+        """The ids that no text of an answer may become: special, added and end tokens."""
+        return self.special_ids.union(self.added_tokens.values(), self.eos_ids)
+
+    @cached_property
     def special_texts(self) -> re.Pattern[str]:
         """Finds the texts of special tokens, of two characters and more."""
         special = self.special_ids.union(self.eos_ids)

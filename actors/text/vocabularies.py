@@ -150,9 +150,9 @@ class VocabularyRegistry:
     def _grammar_vocabulary(self, role: Role) -> GrammarVocabulary:
         """The vocabulary of a role, as grammars read it; slow the first time."""
         tokenizer = self._tokenizers[role]
-        special = {*tokenizer.special_ids, *tokenizer.added_tokens.values(), *tokenizer.eos_ids}
         tokens = [tokenizer.token_bytes(id_) for id_ in range(tokenizer.width)]
-        return GrammarVocabulary(tokens, special, tokenizer.eos_ids, self.legal(role), tokenizer.encode_bytes)
+        how = tokenizer.ids_beside_text, tokenizer.eos_ids, self.legal(role), tokenizer.encode_bytes
+        return GrammarVocabulary(tokens, *how)
 
     def _find_closing_tokens(self, primary: Role, end: str) -> ClosingTokens:
         tokenizer = self._tokenizers[primary]
