@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,9 @@ from llguidance import LLMatcher, LLParserLimits
 
 from actors.api.generation import ROLES, Finished, Generate, Resume, Role
 from actors.api.sampling_params import Sampling
+from actors.coordinator import loop as loop_module
 from actors.decoding import grammar as grammar_module
+from actors.decoding.grammar import GrammarMatcher, fill_masks
 from actors.replica.engine_thread import Engine
 from tests.coordinator.test_speculation import drafting
 from tests.support.local_service import LocalService, decode, local_service, trio_config
@@ -186,6 +188,23 @@ async def test_tokens_that_a_grammar_forces_are_drafted(trio_engines: Mapping[Ro
             assert drafted.tokens == plain.tokens
             assert isinstance(drafted.end, Finished)
             assert drafted.end.usage.accepted_tokens > 0
+
+
+async def test_no_illegal_draft_is_verified(
+    trio_engines: Mapping[Role, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guider drafts without a mask, so many of its drafts are illegal."""
+    verified: list[tuple[int, int]] = []  # by window its legal drafts, and all of them
+
+    def watched_fill(wanted: Sequence[tuple[GrammarMatcher, Sequence[int]]]) -> None:
+        verified.extend((grammar.legal_length(drafts), len(drafts)) for grammar, drafts in wanted)
+        fill_masks(wanted)
+
+    monkeypatch.setattr(loop_module, "fill_masks", watched_fill)
+    async with local_service(drafting(), trio_engines) as service:
+        tokens(await decode_all(service.coordinators[0], asked(service, drafts=5)))
+    assert any(drafts for _, drafts in verified)
+    assert all(legal == drafts for legal, drafts in verified)
 
 
 async def test_a_grammar_that_is_given_up_ends_the_answer_with_an_error_that_names_it(
