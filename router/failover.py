@@ -23,7 +23,7 @@ from router.backend import Coordinators, Status, Unavailable
 log = logging.getLogger(__name__)
 
 MAX_LOSSES = 20  # lost coordinators without a token in between: this request itself may crash them
-MAX_GRAMMAR_LOSSES = 2  # the same for a request with a grammar, which is likelier to
+MAX_GRAMMAR_LOSSES = 2  # the same for a request with a grammar, which is likelier to, and coordinators that began it
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 
@@ -46,9 +46,11 @@ class FailoverBackend:
         """See router.backend.Backend.generate."""
         progress = _Progress(request)
         while True:
+            begun = False
             try:
                 async with aclosing(self._attempt(progress.request())) as events:
                     async for event in events:
+                        begun = True
                         if isinstance(event, Moved):
                             raise HandedOver("its coordinator hands it over")
                         if isinstance(event, Delta):
@@ -58,7 +60,7 @@ class FailoverBackend:
                             yield event
                             return
             except Unavailable as error:
-                progress.add_loss(error, self._deadlines.reconnect_timeout_s)
+                progress.add_loss(error, begun, self._deadlines.reconnect_timeout_s)
             if pause := progress.pause():
                 if await self._coordinators.ending():
                     raise Unavailable("the service is being shut down")
@@ -98,7 +100,7 @@ class _Progress:
         self._tally: Tally | None = None  # None: not yet admitted
         self._last_event_at = time.monotonic()
         self._losses = 0  # since the last token
-        self._deaths = 0  # of these, coordinators that were not told to stop
+        self._deaths = 0  # of these, coordinators that had begun and were not told to stop
 
     def request(self) -> Generate:
         """The request for the next coordinator."""
@@ -118,10 +120,13 @@ class _Progress:
             return None
         return Delta(delta.reasoning, delta.content, delta.tokens, delta.notes, prompt=delta.prompt)
 
-    def add_loss(self, error: Unavailable, reconnect_timeout_s: float) -> None:
-        """Record the loss of a coordinator. Raises Unavailable if that was the last attempt."""
+    def add_loss(self, error: Unavailable, begun: bool, reconnect_timeout_s: float) -> None:
+        """Record the loss of a coordinator. Raises Unavailable if that was the last attempt.
+
+        begun: an event of this coordinator had arrived. Serve sends requests to a dead one until it has noticed.
+        """
         self._losses += 1
-        self._deaths += not isinstance(error, HandedOver)
+        self._deaths += begun and not isinstance(error, HandedOver)
         log.warning("%s: %s; %d tokens are kept", self._request.name_in_logs, error.message, len(self._choices))
         if self._losses >= MAX_LOSSES:
             raise Unavailable(f"{self._losses} coordinators were lost without a token in between") from error

@@ -85,6 +85,8 @@ class Coordinator:
         if rejection is not None:
             yield rejection
             return
+        if request.grammar:
+            yield Delta()  # says that it was begun, before its compilation or replay can crash the process
         active = await self._begin(request)
         if isinstance(active, Rejected):
             yield active

@@ -6,13 +6,14 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLParserLimits
 
-from actors.api.generation import ROLES, Finished, Generate, Resume, Role
+from actors.api.generation import ROLES, Delta, Finished, Generate, Rejected, Resume, Role
 from actors.api.sampling_params import Sampling
 from actors.coordinator import loop as loop_module
 from actors.decoding import grammar as grammar_module
@@ -110,6 +111,17 @@ async def test_an_end_within_the_thinking_ends_the_thinking_alone(trio_engines: 
                 replace(one, thinking=thinking, prompts=prompts, sampling=eager, grammar=""),
             )
             assert ended.content == ""
+
+
+async def test_a_coordinator_says_that_it_has_begun_before_it_compiles_a_grammar(
+    trio_engines: Mapping[Role, Engine],
+) -> None:
+    """A crash of the compiler must count against the request."""
+    async with local_service(drafting(), trio_engines) as service:
+        (one,) = asked(service, 1)
+        async with aclosing(service.coordinators[0].generate(replace(one, grammar="start: ("))) as events:
+            assert await anext(events) == Delta()
+            assert isinstance(await anext(events), Rejected)
 
 
 async def test_a_grammar_that_is_not_one_is_rejected(trio_engines: Mapping[Role, Engine]) -> None:

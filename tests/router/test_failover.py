@@ -345,6 +345,20 @@ async def test_coordinators_that_stop_or_are_full_do_not_count_against_a_grammar
     assert len(coordinators.requests) == 8
 
 
+async def test_dead_coordinators_that_never_began_do_not_count_against_a_grammar(impatient: None) -> None:
+    """Serve sends requests to a replica until it has noticed that its process ended."""
+    coordinators = ScriptedCoordinators([token(1), LOST], [LOST], [LOST], [token(2), LOST], [LOST], [LOST], [END])
+    events = [event async for event in FailoverBackend(coordinators, Deadlines()).generate(WITH_GRAMMAR)]
+    assert events[-1] == END
+
+
+async def test_a_grammar_that_crashes_coordinators_before_its_first_token_is_given_up(impatient: None) -> None:
+    coordinators = ScriptedCoordinators([Delta(), LOST])
+    with pytest.raises(Unavailable, match="2 coordinators were lost while they decoded with this grammar"):
+        [event async for event in FailoverBackend(coordinators, Deadlines()).generate(WITH_GRAMMAR)]
+    assert len(coordinators.requests) == 2
+
+
 async def test_a_token_of_another_coordinator_clears_a_grammar(impatient: None) -> None:
     attempts: list[list[CoordinatorEvent | Exception]] = [[token(number), LOST] for number in range(5)]
     coordinators = ScriptedCoordinators(*attempts, [END])

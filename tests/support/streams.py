@@ -1,8 +1,9 @@
-"""Streams that run while a process of the service is killed, and what they are when nothing disturbs them."""
+"""Streams, half of them in a grammar, that run while a process of the service is killed, and their right tokens."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from openai import AsyncOpenAI
@@ -12,6 +13,7 @@ from tests.support.trio import chat_prompts
 
 STREAMS = 4
 LENGTH = 250  # tokens of a stream
+GRAMMAR = f"( [a-z]{{1,9}}){{{LENGTH + 50},}}"  # of every second stream; no token has two words: none reaches the end
 Stream = list[tuple[int, str]]  # token ids and their texts
 
 
@@ -37,6 +39,7 @@ class Streams:
 
     async def _one(self, openai: AsyncOpenAI, seed: int, text: str) -> Stream:
         tokens: Stream = []
+        grammar = {"structured_outputs": {"regex": GRAMMAR}} if seed % 2 else {}
         stream = await openai.chat.completions.create(
             model=APPLICATION,
             messages=[{"role": "user", "content": text}],
@@ -44,7 +47,7 @@ class Streams:
             temperature=1.0,
             max_tokens=LENGTH,
             stream=True,
-            extra_body={"ignore_eos": True, "guidance": {"explain": True}},
+            extra_body={"ignore_eos": True, "guidance": {"explain": True}, **grammar},
         )
         async for chunk in stream:
             explained: Any = chunk.choices[0].model_extra
@@ -60,4 +63,6 @@ async def undisturbed(url: str) -> list[Stream]:
     await asyncio.to_thread(wait_until_served, url)
     streams = await Streams(url).read()
     assert [len(stream) for stream in streams] == [LENGTH] * STREAMS
+    obey = [re.fullmatch("( [a-z]{0,9})+", "".join(text for _, text in stream)) is not None for stream in streams]
+    assert obey == [False, True] * (STREAMS // 2)
     return streams
