@@ -15,6 +15,7 @@ from actors import grammar_checker
 from actors.decoding.grammar import GrammarVocabulary
 from actors.grammar_checker import check, token_table, verdict_of
 from actors.text.tokenizer import RoleTokenizer
+from tests.support.deadlines import HANG_S
 from tests.support.local_service import WEIGHTS
 
 ONE_WORD = LLMatcher.grammar_from_lark('start: "yes" | "no"')
@@ -77,7 +78,7 @@ def test_a_schema_that_nothing_satisfies_says_so(vocabulary: GrammarVocabulary, 
 def test_the_process_answers_each_line_and_ends_with_its_input(table: bytes) -> None:
     lines = table + b"\n" + json.dumps(ONE_WORD).encode() + b"\n" + json.dumps("start: (").encode() + b"\n"
     command = [sys.executable, "-m", "actors.grammar_checker"]
-    done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, timeout=60, check=True)
+    done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, timeout=HANG_S, check=True)
     ready, fine, wrong = map(json.loads, done.stdout.splitlines())
     assert (ready, fine) == ("ready", "")
     assert wrong

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.deadlines import HANG_S
+
 ROOT = Path(__file__).parent.parent
 EVERYTHING = ("actors", "router", "cluster", "benchmarks")
 BOTTOM = ("actors.config", "actors.api", "actors.decoding")
@@ -188,7 +190,7 @@ def test_a_process_without_a_model_starts_without_torch_and_ray(module: str) -> 
     heavy = (*HEAVY, "ray")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=True
     )
     assert done.stdout.strip() == "[]"
 

@@ -15,6 +15,7 @@ from benchmarks.faults import Disturbed, shares, summary
 from benchmarks.kill_harness import Killed, service_config
 from benchmarks.soak import WARM_S, Memory, resident_mb
 from benchmarks.steady_streams import Case, StreamLost, StreamRecord, cases, requests
+from tests.support.deadlines import HANG_S
 
 COUNTS = {"completion": 3, "guided": 2, "changed": 1}
 CASE = Case({"guidance": {"explain": True}}, [5, 6, 7], "a b c", COUNTS)
@@ -137,7 +138,7 @@ def test_memory_skips_processes_that_have_ended() -> None:
 async def test_descendants_are_all_processes_below_one() -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=asyncio.subprocess.PIPE)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANG_S):
         while len(descendants(child.pid)) != 1:  # noqa: ASYNC110 - the grandchild announces nothing
             await asyncio.sleep(0.02)
     assert child.pid in descendants(os.getpid())

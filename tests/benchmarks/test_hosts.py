@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import Host, Network, NoHosts, hosts, require_rights
+from tests.support.deadlines import HANG_S
 
 PORT = 7_000
 DELAY_S = 0.03
@@ -59,7 +60,7 @@ def connection(network: Network) -> Iterator[socket.socket]:
     first, second, _ = network.hosts
     listener = listen(second)
     with first.inside():
-        opened = socket.create_connection((second.address, PORT), timeout=10)
+        opened = socket.create_connection((second.address, PORT), timeout=HANG_S)
     with opened:
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield opened
@@ -102,7 +103,7 @@ def test_a_cut_host_receives_everything_only_once_healed(network: Network, conne
         connection.recv(5)
     assert network.dropped() > before
     network.heal(second)
-    connection.settimeout(10)
+    connection.settimeout(HANG_S)
     assert connection.recv(5) == b"later"
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from actors.config import ServiceConfig
 from cluster.check import fetch, main, read_with_old_keys
 from cluster.serve_file import read_service_config
+from tests.support.deadlines import HANG_S
 from tests.support.local_ray import ROOT
 
 WEIGHTS = ROOT / "cluster" / "demo" / "weights"
@@ -204,7 +205,7 @@ def test_missing_keys_draw_a_warning_and_malformed_keys_an_error(
 def test_checking_loads_no_torch(tmp_path: Path) -> None:
     code = "import sys; from cluster.check import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, str(written(tmp_path))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
     assert "were not checked" not in done.stdout
 

@@ -22,6 +22,7 @@ from actors.replica.engine_thread import Engine
 from actors.text.alignment_cache import align
 from actors.text.vocabularies import VocabularyRegistry
 from tests.support import families
+from tests.support.deadlines import HANG_S
 from tests.support.local_service import LocalService, decode, local_service, trio_config
 from tests.support.tiers import slow
 from tests.support.trained_models import tokenizer
@@ -225,7 +226,7 @@ async def test_a_lost_small_model_changes_no_token(trio: Trio, folder: Path) -> 
         await until(lambda: trio.watched["guider"].forwards >= stop_at)
         await service.replicas["guider"].stop()
         await service.start_replica("guider")
-        assert await asyncio.wait_for(going, 60) == expected
+        assert await asyncio.wait_for(going, HANG_S) == expected
         await until(lambda: set(trio.held().values()) == {0})
 
 

@@ -14,6 +14,7 @@ from actors.api.generation import ROLES, Role
 from actors.replica.engine_thread import Engine
 from benchmarks.workers import hidden_drafts
 from tests.coordinator.test_speculation import answers, drafting, varied_requests, with_drafts
+from tests.support.deadlines import HANG_S
 from tests.support.local_service import LocalService, local_service
 from tests.support.trio import LONG
 from tests.support.watched import Trio, WatchedEngine, until, watched
@@ -97,7 +98,7 @@ async def test_a_guider_lost_while_it_drafts_ahead_changes_no_token(trio: Trio) 
         await until(lambda: trio.watched["guider"].forwards >= stop_at)
         await service.replicas["guider"].stop()
         await service.start_replica("guider")
-        assert await asyncio.wait_for(going, 60) == expected
+        assert await asyncio.wait_for(going, HANG_S) == expected
 
 
 async def test_drafts_that_are_not_taken_leave_nothing_in_a_cache(trio: Trio) -> None:
@@ -112,6 +113,6 @@ async def test_a_window_that_ends_before_its_hidden_drafts_are_requested_drafts_
     async with local_service(drafting(exchange={"mode": "full"}), trio.engines) as service:
         requests = [replace(one, sampling=replace(LONG, temperature=0)) for one in varied_requests(service)[:3]]
         expected = await answers(service, with_drafts(requests, 0))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANG_S):
             assert await answers(service, with_drafts(requests)) == expected
         assert hidden(service) > 0

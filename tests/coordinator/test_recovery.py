@@ -23,6 +23,7 @@ from actors.coordinator.states import SessionState
 from actors.decoding.candidates import Ids
 from actors.replica.build import load_role
 from actors.replica.engine_thread import Engine
+from tests.support.deadlines import HANG_S
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
 from tests.support.trio import LONG, TEXT, alone, chat_prompts, decode_all, finished, mixed_requests, request, tokens
 from tests.support.watched import Trio, WatchedEngine, until, watched
@@ -166,7 +167,7 @@ async def test_a_window_that_no_model_owes_an_answer_begins_anew(
         requests = mixed_requests(service, 3)
         expected = await alone(service, requests)
         monkeypatch.setattr(InflightCalls, "find", lossy)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_S):
             assert tokens(await decode_all(service.coordinators[0], requests)) == expected
     assert len(lost) == 3
     assert "an answer that no model owed" in caplog.text
@@ -265,7 +266,7 @@ async def test_repeatedly_failing_turns_end_their_sessions(
         expected = await alone(service, requests)
         with monkeypatch.context() as broken:
             broken.setattr(Exchange, "advance", lambda exchange: 1 / 0)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG_S):
                 answers = await decode_all(service.coordinators[0], requests)
         assert [finished(answer).error for answer in answers] == ["internal error while decoding"] * 3
         assert tokens(await decode_all(service.coordinators[0], requests)) == expected

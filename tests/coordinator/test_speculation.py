@@ -15,6 +15,7 @@ from actors.api.guidance import Guidance
 from actors.api.sampling_params import Sampling, Thinking
 from actors.config import ServiceConfig
 from actors.replica.engine_thread import Engine
+from tests.support.deadlines import HANG_S
 from tests.support.local_service import WEIGHTS, LocalService, decode, local_service, trio_config
 from tests.support.tiers import slow
 from tests.support.trio import LONG, TEXT, chat_prompts, decode_all, finished, request, tokens
@@ -242,7 +243,7 @@ async def test_a_replica_lost_while_drafts_are_checked_changes_no_token(trio: Tr
         await until(lambda: trio.watched[role].forwards >= stop_at)
         await service.replicas[role].stop()
         await service.start_replica(role)
-        assert await asyncio.wait_for(going, 60) == expected
+        assert await asyncio.wait_for(going, HANG_S) == expected
 
 
 async def test_drafts_leave_nothing_in_any_cache(trio: Trio) -> None:

@@ -27,6 +27,7 @@ from tests.decoding import formulas
 from tests.decoding.compiled import RowSamplingSpec, decide_rows, stored
 from tests.decoding.formulas import rank_ids
 from tests.decoding.test_decision import Rows, block_of, decided, rows
+from tests.support.deadlines import HANG_S
 
 SAMPLINGS = [
     Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
@@ -106,7 +107,7 @@ def test_compiled_kernels_are_reused_from_another_folder(tmp_path: Path) -> None
     compile_kernels()
     environment = os.environ | {"PYTHONPATH": str(moved)}
     told = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=moved, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env=environment, cwd=moved, capture_output=True, text=True, timeout=HANG_S
     )
     assert told.stdout.split() == ["0"], told.stderr
 

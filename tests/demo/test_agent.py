@@ -15,6 +15,7 @@ from actors.replica.engine_thread import Engine
 from cluster.demo.agent import ANSWER, LOOKUP, lookup, run
 from cluster.demo.task import PEOPLE, RELATIONS, questions
 from router.api import create_app
+from tests.support.deadlines import HANG_S
 from tests.support.local_backend import LocalBackend
 from tests.support.local_service import local_service, trio_config
 from tests.support.scripted_service import serving
@@ -34,7 +35,7 @@ async def url(trio_engines: Mapping[Role, Engine]) -> AsyncIterator[str]:
 
 
 async def ask(url: str, **fields: Any) -> dict[str, Any]:
-    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S) as http:
         response = await http.post("/v1/chat/completions", json=BODY | fields)
     assert response.status_code == 200, response.text
     choice: dict[str, Any] = response.json()["choices"][0]
@@ -73,7 +74,7 @@ async def test_a_budget_of_the_thinking_cuts_no_call(url: str) -> None:
 async def test_a_streamed_call_is_the_same_call(url: str) -> None:
     fields: dict[str, Any] = {"tools": [LOOKUP], "tool_choice": NAMED, "temperature": 1}
     whole = await ask(url, **fields)
-    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=HANG_S) as http:
         text = (await http.post("/v1/chat/completions", json=BODY | fields | {"stream": True})).text
     chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     parts = [part for chunk in chunks for part in chunk["choices"][0]["delta"].get("tool_calls", ())]

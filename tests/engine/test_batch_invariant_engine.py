@@ -12,6 +12,7 @@ import torch
 from actors.engine.errors import LoadError
 from actors.engine.interface import BLOCK, KEEP_ALL, Held, KVMiss
 from actors.engine.step_engine import StepEngine
+from tests.support.deadlines import HANG_S
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 
 SESSIONS = 5
@@ -133,7 +134,7 @@ def test_the_thread_that_runs_the_forward_does_not_matter() -> None:
     run, text = Driver(engine), tokens(30)
     run.extend(1, text)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(run.extend, 2, text).result(timeout=20)
+        pool.submit(run.extend, 2, text).result(timeout=HANG_S)
     assert torch.equal(run.logits(1), run.logits(2))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from actors.engine.sizing import cache_bytes_per_token, context_length
 from actors.engine.step_engine import StepEngine
+from tests.support.deadlines import HANG_S
 from tests.support.tiny_models import ARCHITECTURES
 
 QWEN2_32B = {"num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8, "hidden_size": 5120}
@@ -56,7 +57,7 @@ def test_sizing_and_refusals_load_no_torch() -> None:
         "import sys, actors.engine, actors.engine.sizing, actors.engine.compat, actors.engine.interface; "
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=HANG_S).returncode == 0
 
 
 def _rope(stated: int, **rope: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from actors.decoding.stream import Stream
 from actors.engine.errors import BadExtend, RowGone, StepFailed
 from actors.engine.interface import Extend, Full, Held, KVMiss
 from actors.engine.step_engine import StepEngine
+from tests.support.deadlines import HANG_S
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 from tests.support.trained_models import alignment
 
@@ -307,20 +308,20 @@ def test_rows_can_be_read_from_another_thread_while_a_forward_runs(monkeypatch: 
 
     def paused(*arguments: Any) -> torch.Tensor:
         within.set()
-        assert go_on.wait(timeout=20)
+        assert go_on.wait(timeout=HANG_S)
         return attend(*arguments)
 
     monkeypatch.setattr(run.engine._attention.backend, "attend", paused)
     with ThreadPoolExecutor(1) as pool:
         forward = pool.submit(run.engine.extend, [run.make(1, [7])])
-        assert within.wait(timeout=20)
+        assert within.wait(timeout=HANG_S)
         other, own = run.engine.rows(2), run.engine.rows(1)
         assert own is None  # its next extend has begun
         assert other is not None
         assert np.array_equal(other.whole(), before.numpy())
         assert np.array_equal(run.engine.values([(other, 4)], [2], np.array([1, 2])), before[4, [1, 2]].numpy())
         go_on.set()
-        assert forward.result(timeout=20) == [Held(1, 6, 1)]
+        assert forward.result(timeout=HANG_S) == [Held(1, 6, 1)]
     assert np.array_equal(other.whole(), before.numpy())
 
 

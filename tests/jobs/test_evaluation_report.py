@@ -19,6 +19,7 @@ from cluster.jobs.report_page import shorten
 from cluster.jobs.results import ProblemRow, Results, RunError
 from cluster.jobs.sample import ALONE, Key, Mode, Sample, Timing
 from cluster.jobs.summary import AVERAGE, TARGET, Variant, summarise
+from tests.support.deadlines import HANG_S
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOT_OF = "REPORT_SCREENSHOT_OF"  # environment variable: the run whose report docs/report.png shows
@@ -248,11 +249,11 @@ def test_a_run_without_samples_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_prints_one_json_object_last(run: Path) -> None:
     command = [sys.executable, "-m", "cluster.jobs.evaluation_report"]
-    done = subprocess.run([*command, str(run)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([*command, str(run)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=HANG_S)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["best"] == "guided a1"
     assert found["html"] == str(run / "report.html")
-    refused = subprocess.run([*command, str(ROOT)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    refused = subprocess.run([*command, str(ROOT)], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert refused.returncode == 1
     assert "not the folder of a run" in refused.stderr
 

@@ -24,6 +24,7 @@ from cluster.jobs.answer_text import formula
 from cluster.jobs.grading import Grade, Grader, extract, grade, is_words, last_box
 from cluster.jobs.math_process import GradingError, MathProcesses, parsed
 from cluster.jobs.units import quantity
+from tests.support.deadlines import HANG_S
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {"aime2024": 30, "aime2025": 30, "amc23": 40, "math500": 500}
@@ -223,7 +224,7 @@ def test_grading_processes_end_with_their_parent() -> None:
         "p = MathProcesses(1); assert p.equal('1', '1'); print(p._idle.queue[0]._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     child = int(done.stdout)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{child}/cmdline").exists() and b"math_process" in Path(f"/proc/{child}/cmdline").read_bytes():

@@ -12,6 +12,7 @@ from actors.api.sampling_params import Sampling
 from actors.decoding.decision import choose
 from actors.wire.messages import DRAFT_ITEM, EXTEND_ITEM, Drafted, Extend, Message, Refusal, Rows
 from tests.support.coordinators import WIDTH, Coordinator, No, Reply, rows_of, stage, within
+from tests.support.deadlines import HANG_S
 
 SEED = 2**63 + 5
 
@@ -177,4 +178,4 @@ async def test_a_draft_without_item_or_a_second_of_one_closes_the_connection(pla
         item = np.array([(1, 1, 0, c.hash_of([]), 1, 0, 1, 1, 0, 0, 0, 1)], EXTEND_ITEM)
         frame: Message = Extend(item, np.array([1]), drafting=drafting)
         c.connection.send(frame)
-        assert await asyncio.wait_for(c.ended, 10) is not None
+        assert await asyncio.wait_for(c.ended, HANG_S) is not None

@@ -14,6 +14,7 @@ from actors.replica.scheduler import Chunk, ScheduledExtend, choose
 from actors.wire.columns import ExtendItem
 from actors.wire.messages import Message
 from benchmarks.null_engine import NullEngine
+from tests.support.deadlines import HANG_S
 
 
 class Nobody:
@@ -101,7 +102,7 @@ async def test_forwards_run_in_order_on_one_thread_and_return_on_the_loops() -> 
     thread.start()
     for chunks in ([chunk], [chunk, chunk], []):
         thread.run(engine, chunks, [], done)
-    await asyncio.wait_for(back.wait(), 10)
+    await asyncio.wait_for(back.wait(), HANG_S)
     thread.stop()
     rows, failure, nothing = outcomes
     assert isinstance(rows, list)

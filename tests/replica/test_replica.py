@@ -11,6 +11,7 @@ from actors.wire.errors import RemoteFailure
 from actors.wire.link import Limits
 from actors.wire.messages import EXTEND_ITEM, LOOKUP_ITEM, WHOLE, Extend, Lookup, Message, Refusal, Rows, Welcome
 from tests.support.coordinators import WIDTH, Coordinator, No, Reply, rows_of, stage, within
+from tests.support.deadlines import HANG_S
 
 PROMPT = list(range(1, 41))  # 40 tokens: three chunks of 16, 16 and 8
 
@@ -343,7 +344,7 @@ async def test_a_frame_with_wrong_counts_closes_only_its_connection(frame: Messa
     async with stage() as s:
         good, bad = await s.coordinator("good"), await s.coordinator("bad")
         bad.connection.send(frame)
-        reason = await asyncio.wait_for(bad.ended, 10)
+        reason = await asyncio.wait_for(bad.ended, HANG_S)
         assert isinstance(reason, RemoteFailure)
         assert reason.code == "protocol"
         await rows_of(good.ask(1, [1]))
@@ -498,7 +499,7 @@ async def test_a_loop_that_ends_closes_connections_and_is_unhealthy(monkeypatch:
         c = await s.coordinator()
         monkeypatch.setattr("actors.replica.replica.choose", lambda waiting, budget, shared: 1 / 0)
         c.ask(1, [1])
-        assert await asyncio.wait_for(c.ended, 10) is not None
+        assert await asyncio.wait_for(c.ended, HANG_S) is not None
         with pytest.raises(ReplicaUnhealthy, match="ZeroDivisionError"):
             s.replica.check_health()
 

@@ -12,6 +12,7 @@ from actors.api.generation import Event, Generate, Rejected
 from actors.config import ServiceConfig
 from router.api import create_app
 from router.backend import Status
+from tests.support.deadlines import HANG_S
 from tests.support.scripted_service import ScriptedBackend, client, config, tokenizers
 
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
@@ -292,7 +293,7 @@ async def begun(
     backend.proceed = asyncio.Event()
     connection = Connection(backend, CHAT | body, service)
     serving = asyncio.create_task(connection.serve())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANG_S):
         for _ in range(body.get("n", 1)):
             await backend.began.acquire()
     return connection, serving
@@ -303,7 +304,7 @@ async def test_a_client_disconnect_cancels_its_generations(stream: bool) -> None
     backend = ScriptedBackend()
     connection, serving = await begun(backend, {"stream": stream, "n": 3})
     connection.disconnect()
-    await asyncio.wait_for(serving, 30)
+    await asyncio.wait_for(serving, HANG_S)
     assert len(backend.cancelled) == 3
 
 
@@ -313,7 +314,7 @@ async def test_a_request_dropped_by_the_server_cancels_its_generations(stream: b
     _, serving = await begun(backend, {"stream": stream})
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(serving, 30)
+        await asyncio.wait_for(serving, HANG_S)
     assert len(backend.cancelled) == 1
 
 
@@ -324,7 +325,7 @@ async def test_sending_to_a_closed_connection_ends_the_stream_quietly() -> None:
     connection.closed = True
     assert backend.proceed is not None
     backend.proceed.set()
-    await asyncio.wait_for(serving, 30)
+    await asyncio.wait_for(serving, HANG_S)
 
 
 async def test_the_first_token_does_not_wait_for_the_second() -> None:
@@ -333,7 +334,7 @@ async def test_the_first_token_does_not_wait_for_the_second() -> None:
     assert (await connection.sent.get())["status"] == 200
     assert b'"content":"It"' in (await connection.sent.get())["body"]
     connection.disconnect()
-    await asyncio.wait_for(serving, 30)
+    await asyncio.wait_for(serving, HANG_S)
 
 
 async def test_token_ids_are_returned_on_request() -> None:
@@ -380,7 +381,7 @@ async def test_an_idle_stream_sends_keep_alives() -> None:
     assert bodies[2:] == [b": keep-alive\n\n"] * 2
     assert backend.proceed is not None
     backend.proceed.set()
-    await asyncio.wait_for(serving, 30)
+    await asyncio.wait_for(serving, HANG_S)
     rest = [connection.sent.get_nowait()["body"] for _ in range(connection.sent.qsize())]
     assert rest.pop() == b""
     assert rest.pop().endswith(b"data: [DONE]\n\n")
@@ -401,7 +402,7 @@ async def test_a_stream_sends_keep_alives_before_its_first_token() -> None:
 
 def test_importing_the_api_loads_neither_torch_nor_ray() -> None:
     code = "import sys, router.api; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert run.stdout.strip() == "[]"
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from actors.config import ConfigError, ServiceConfig
 from router.request_planning import client_id
+from tests.support.deadlines import HANG_S
 from tests.support.scripted_service import ScriptedBackend, client, config
 
 ADA, ADAS_OTHER, EVE = "ada-secret-0123456789", "ada-secret-9876543210", "eve-secret-0123456789"
@@ -145,14 +146,14 @@ async def test_a_keys_open_requests_are_bounded_until_they_end(stream: bool, fil
 
         running = [asyncio.create_task(ask()) for _ in range(2)]
         for _ in range(2):
-            await asyncio.wait_for(backend.began.acquire(), 30)
+            await asyncio.wait_for(backend.began.acquire(), HANG_S)
         assert await ask() == 429
         running.append(asyncio.create_task(ask(EVE)))
-        await asyncio.wait_for(backend.began.acquire(), 30)
+        await asyncio.wait_for(backend.began.acquire(), HANG_S)
         running[0].cancel()
         await asyncio.wait(running[:1])
         running[0] = asyncio.create_task(ask())
-        await asyncio.wait_for(backend.began.acquire(), 30)
+        await asyncio.wait_for(backend.began.acquire(), HANG_S)
         backend.proceed.set()
         assert await asyncio.gather(*running) == [200] * 3
         assert await ask() == 200

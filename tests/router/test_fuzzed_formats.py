@@ -12,6 +12,7 @@ import pytest
 
 from router.api import create_app
 from router.grammars import GrammarChecks
+from tests.support.deadlines import HANG_S
 from tests.support.generated_schemas import schemas
 from tests.support.scripted_service import ScriptedBackend, config, tokenizers
 
@@ -105,7 +106,7 @@ async def test_no_changed_format_is_a_fault_of_the_service(first: int) -> None:
     transport = httpx.ASGITransport(app)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://a") as http:
         for path, body in bodies(CASES)[first : first + 100]:
-            answer = await http.post(path, content=body, headers=JSON, timeout=60)
+            answer = await http.post(path, content=body, headers=JSON, timeout=HANG_S)
             assert answer.status_code in (200, 400, 413, 422), (answer.status_code, answer.text, body[:2_000])
             found.add(answer.status_code)
             if answer.status_code != 200:

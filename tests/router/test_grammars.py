@@ -20,6 +20,7 @@ from router.api import create_app
 from router.backend import BadRequest, Overloaded
 from router.grammars import GrammarChecks, grammar_text
 from router.schema import ChatRequest, parse
+from tests.support.deadlines import HANG_S
 from tests.support.local_service import WEIGHTS
 from tests.support.scripted_service import ScriptedBackend, config
 from tests.support.scripted_service import tokenizers as scripted_tokenizers
@@ -279,7 +280,7 @@ async def test_a_checker_that_was_killed_is_replaced(checks: GrammarChecks) -> N
     await checks.require(word("a"), "target", "")
     (checker,) = checks._checkers["target"]
     checker.process.kill()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANG_S):
         await checks.require(word("b"), "target", "")
 
 

@@ -19,6 +19,7 @@ from router.api import create_app
 from router.failover import FailoverBackend
 from router.grammars import GrammarChecks
 from tests.router.test_failover import Fleet
+from tests.support.deadlines import HANG_S
 from tests.support.hostile_grammars import Fields, hostile
 from tests.support.local_service import LocalService, decode, local_service, trio_config
 from tests.support.trio import TEXT, mixed_requests, request, tokens
@@ -64,7 +65,7 @@ async def test_hostile_grammars_are_decoded_or_refused_and_no_neighbour_notices(
 
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service", timeout=120) as http,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service", timeout=HANG_S) as http,
         ):
             attacks = asyncio.gather(*(attack(fields) for fields in cases))
             while not attacks.done():

@@ -20,6 +20,7 @@ from router.failover import FailoverBackend
 from router.metrics_endpoint import Exposition
 from router.request_id import ClientId
 from router.request_log import RequestLog
+from tests.support.deadlines import HANG_S
 from tests.support.scripted_service import ScriptedBackend, config, tokenizers, usage
 
 CHAT = {"model": "duo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
@@ -154,7 +155,7 @@ async def test_a_client_disconnect_counts_as_499() -> None:
     path = "/v1/chat/completions"
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_S):
         await app(scope, receive, send)
     assert [labels for metric, labels, _ in recorder if metric.name == "thinklogit_requests"] == [("duo", "", "499")]
 

@@ -18,6 +18,7 @@ from actors.replica.engine_thread import Engine
 from cluster.demo.task import questions
 from router.playground import FOLDER
 from tests.support.browsing import HoldingBackend, ScriptedService, candidates, explained, serving, trio
+from tests.support.deadlines import HANG_S
 from tests.support.local_service import trio_config
 from tests.support.scripted_service import ScriptedBackend, client, config
 
@@ -187,7 +188,7 @@ def answered(url: str, model: str) -> dict[str, Any]:
     """The API's answer to the question."""
     message = {"role": "user", "content": QUESTION.text}
     body = {"model": model, "messages": [message], "temperature": 0, "guidance": {"explain": True}}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).raise_for_status().json()
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=HANG_S).raise_for_status().json()
     choice: dict[str, Any] = answer["choices"][0]
     return choice
 
@@ -251,7 +252,7 @@ def test_stop_ends_every_generation(url: str, made: list[HoldingBackend], visit:
         stop.click()
         states(page, "stopped")
         for _ in MODES:
-            assert made[0].left.acquire(timeout=10), "the service ends all three"
+            assert made[0].left.acquire(timeout=HANG_S), "the service ends all three"
         replicas = made[0].service.replicas
         assert within(10, lambda: not any(replicas[role].load().sessions for role in ROLES))
     finally:
@@ -337,7 +338,7 @@ def test_text_streams_until_it_is_stopped(scripted: str, script: ScriptedService
     page.keyboard.press("Escape")
     states(page, "stopped")
     for _ in MODES:
-        assert script.left.acquire(timeout=5), "the service has seen all three leave"
+        assert script.left.acquire(timeout=HANG_S), "the service has seen all three leave"
 
 
 def test_a_key_is_requested_and_kept_in_this_tab_only(

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.launch import LOOPBACK, PROXY_HOOK, SETTINGS, free_port
 from router.api import create_app
+from tests.support.deadlines import HANG_S
 from tests.support.scripted_service import ScriptedBackend, config, tokenizers
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ class Answer:
 
 async def read(reader: asyncio.StreamReader) -> Answer:
     """The next response of a connection."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANG_S):
         head = (await reader.readuntil(b"\r\n\r\n")).removesuffix(b"\r\n\r\n")
         if length := re.search(rb"content-length: (\d+)", head, re.IGNORECASE):
             return Answer(head, await reader.readexactly(int(length[1])))
@@ -97,7 +98,7 @@ async def proxy(backend: ScriptedBackend) -> AsyncIterator[int]:
         loop = asyncio.get_running_loop()
         running, server = await http_util.start_asgi_http_server(serve_decodes, options, event_loop=loop)
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANG_S):
                 while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                     await asyncio.sleep(0.01)
             yield options.port

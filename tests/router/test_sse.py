@@ -13,6 +13,7 @@ import pytest
 
 from actors.metrics import Recorder
 from router.api import create_app
+from tests.support.deadlines import HANG_S
 from tests.support.scripted_service import ScriptedBackend, config, sent_messages, tokenizers
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -61,7 +62,7 @@ async def test_a_stream_without_counts_ends_with_its_finish_reason() -> None:
 async def test_the_first_token_is_sent_before_the_second_exists() -> None:
     backend = ScriptedBackend(text="It is Eve .")
     proceed = backend.proceed = asyncio.Event()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANG_S):
         first, *others = await streamed(CHAT, backend=backend, received=lambda message: proceed.set())
     assert [json.loads(text)["choices"][0]["delta"]["content"] for text in events(first)] == ["It"]
     assert len(others) == 1
@@ -91,7 +92,7 @@ async def test_messages_after_the_first_call_nothing_of_pydantic() -> None:
         sys.setprofile(None if b"[DONE]" in message else watch)
 
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_S):
             sent = await streamed(CHAT | EVERYTHING | {"stream_options": USAGE}, backend=backend, received=received)
     finally:
         sys.setprofile(None)

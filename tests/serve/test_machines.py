@@ -23,6 +23,7 @@ from actors.wire.messages import Challenge, decode, encode
 from actors.wire.tls import client_context
 from benchmarks.hosts import NoHosts, require_rights
 from router.api import create_app
+from tests.support.deadlines import HANG_S
 from tests.support.local_backend import LocalBackend
 from tests.support.local_ray import APPLICATION, READY_S, wait_until
 from tests.support.local_service import local_service
@@ -102,7 +103,7 @@ def test_each_role_listens_on_its_hosts_address_only(cluster: Machines, endpoint
     for role, (_, port) in endpoints.items():
         with (large if role == "target" else small).inside():
             with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port), timeout=10)
+                socket.create_connection(("127.0.0.1", port), timeout=HANG_S)
 
 
 def reply(connection: socket.socket, data: bytes) -> bytes:
@@ -125,11 +126,11 @@ def test_wire_requires_tls_and_a_certificate_of_the_authority(
     stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
     for where in endpoints.values():
         with cluster.head.inside():
-            with socket.create_connection(where, timeout=10) as plain:
+            with socket.create_connection(where, timeout=HANG_S) as plain:
                 assert reply(plain, hello)[:1] in (b"", b"\x15")  # an alert of TLS at most
-            with stranger.wrap_socket(socket.create_connection(where, timeout=10)) as without:
+            with stranger.wrap_socket(socket.create_connection(where, timeout=HANG_S)) as without:
                 assert reply(without, hello) == b""
-            with member.wrap_socket(socket.create_connection(where, timeout=10)) as known:
+            with member.wrap_socket(socket.create_connection(where, timeout=HANG_S)) as known:
                 assert isinstance(decode(reply(known, hello)[HEADER.size :]), Challenge)
 
 

@@ -35,6 +35,7 @@ from actors.wire.messages import (
     Widen,
 )
 from benchmarks.null_engine import NullEngine
+from tests.support.deadlines import HANG_S
 
 SECRET = b"a secret of the whole application"
 WIDTH = 64
@@ -79,7 +80,7 @@ class StagedEngine(NullEngine):
 
     async def entered(self) -> None:
         """Wait until a forward has begun and is held."""
-        await asyncio.wait_for(self._entered.wait(), 10)
+        await asyncio.wait_for(self._entered.wait(), HANG_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,8 +277,8 @@ async def stage(
 
 
 async def within(reply: asyncio.Future[Reply]) -> Reply:
-    """Wait for a reply. Raises TimeoutError after 10 s, so that a test fails instead of hanging."""
-    return await asyncio.wait_for(reply, 10)
+    """Wait for a reply. Raises TimeoutError after HANG_S, so that a test fails instead of hanging."""
+    return await asyncio.wait_for(reply, HANG_S)
 
 
 async def rows_of(reply: asyncio.Future[Reply]) -> Answered:

@@ -22,6 +22,7 @@ from actors.replica.build import load_role, serve_role
 from actors.replica.engine_thread import Engine
 from actors.replica.replica import ModelReplica
 from actors.text.tokenizer import RoleTokenizer
+from tests.support.deadlines import HANG_S
 
 WEIGHTS = Path(__file__).parents[2] / "cluster" / "demo" / "weights"
 
@@ -98,7 +99,7 @@ async def local_service(
             await service.start_replica(role)
         for _ in range(coordinators):
             await service.start_coordinator()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_S):
             while any(c.missing_roles() for c in service.coordinators):  # noqa: ASYNC110 - a coordinator has no event for it
                 await asyncio.sleep(0.01)
         yield service

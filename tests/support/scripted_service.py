@@ -32,6 +32,7 @@ from actors.config import ServiceConfig, load_config
 from actors.text.tokenizer import RoleTokenizer
 from router.api import create_app
 from router.backend import Status
+from tests.support.deadlines import HANG_S
 from tests.support.tokenizers import MARKS, byte_level, role_tokenizer
 
 
@@ -162,7 +163,7 @@ async def serving(app: ASGIApp) -> AsyncIterator[str]:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         running = asyncio.create_task(server.serve([listening]))
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANG_S):
                 while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
                     await asyncio.sleep(0.01)
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"

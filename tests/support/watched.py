@@ -11,6 +11,7 @@ from typing import Any, cast
 from actors.api.generation import ROLES, Role
 from actors.engine.interface import Extend, Outcome
 from actors.replica.engine_thread import Engine
+from tests.support.deadlines import HANG_S
 
 Disturb = Callable[["WatchedEngine"], None]
 
@@ -84,7 +85,7 @@ def watched(engines: Mapping[Role, Engine]) -> Iterator[Trio]:
             engine.clear()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = HANG_S) -> None:
     """Wait until the condition holds. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

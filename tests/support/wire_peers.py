@@ -13,6 +13,7 @@ from actors.wire.handshake import CoordinatorHandshake
 from actors.wire.link import Limits
 from actors.wire.messages import Challenge, Message, Welcome, decode, encode
 from actors.wire.server import Peer, Server
+from tests.support.deadlines import HANG_S
 
 SECRET = b"a secret of the whole application"
 WELCOME = Welcome(
@@ -35,10 +36,10 @@ class Inbox:
     ended: asyncio.Future[Exception | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     async def next(self) -> Message:
-        return await asyncio.wait_for(self.messages.get(), 10)
+        return await asyncio.wait_for(self.messages.get(), HANG_S)
 
     async def end(self) -> Exception | None:
-        return await asyncio.wait_for(asyncio.shield(self.ended), 10)
+        return await asyncio.wait_for(asyncio.shield(self.ended), HANG_S)
 
 
 @dataclass
@@ -107,13 +108,13 @@ class Bare:
         return data
 
     async def next(self) -> Message:
-        (length,) = HEADER.unpack(await asyncio.wait_for(self.reader.readexactly(HEADER.size), 10))
-        body = await asyncio.wait_for(self.reader.readexactly(length), 10)
+        (length,) = HEADER.unpack(await asyncio.wait_for(self.reader.readexactly(HEADER.size), HANG_S))
+        body = await asyncio.wait_for(self.reader.readexactly(length), HANG_S)
         return decode(self.incoming.open(body) if self.incoming else body)
 
     async def at_end(self) -> bool:
         """True if the server closed the connection and sent nothing more."""
-        return await asyncio.wait_for(self.reader.read(1), 10) == b""
+        return await asyncio.wait_for(self.reader.read(1), HANG_S) == b""
 
     async def shake_hands(self) -> Message:
         """Authenticate. Returns the Welcome or Failure."""

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
+from tests.support.deadlines import HANG_S
 from tests.support.tokenizers import MARKS, TEMPLATE, byte_level, role_tokenizer, save, sentence_piece
 
 TEXTS = [
@@ -36,7 +37,7 @@ def streamed(tokenizer: RoleTokenizer, ids: list[int], after: list[int] | None =
 
 def test_importing_it_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, actors.text.tokenizer; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_S)
     assert run.stdout.strip() == "[]"
 
 
@@ -245,7 +246,7 @@ def test_a_hub_model_that_cannot_be_fetched_names_the_command(tmp_path: Path) ->
         "except TokenizerError as error: print(error)"
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, timeout=HANG_S)
     assert "hf download somebody/some-model --revision main" in run.stdout, run.stderr
 
 

@@ -37,6 +37,7 @@ from actors.wire.messages import (
 )
 from actors.wire.server import Peer
 from tests.support.coordinators import SECRET, Coordinator, Stage, rows_of, stage
+from tests.support.deadlines import HANG_S
 from tests.support.tiers import slow
 from tests.support.wire_peers import WELCOME, Bare, echo
 
@@ -233,7 +234,7 @@ async def attack(port: int, kind: Attack, draw: random.Random, captured: list[by
         await kind(Attacker(bare, draw, captured))
         if kind in (Attacker.noise, Attacker.truncated):
             bare.writer.write_eof()
-        await asyncio.wait_for(bare.reader.read(), 10)
+        await asyncio.wait_for(bare.reader.read(), HANG_S)
     bare.writer.transport.abort()
 
 
@@ -268,7 +269,7 @@ async def assault(on: Stage, kinds: list[Attack], frames: int, seed: int) -> Cou
             await attack(on.port, kind, own, captured)
 
     await asyncio.gather(*(keep_on(random.Random(draw.random())) for _ in range(AT_ONCE)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         # there is no event for the last one
         while on.replica._server.strangers or sum(on.replica.stats().refused_connections.values()) < frames:  # noqa: ASYNC110
             await asyncio.sleep(0.001)

@@ -16,6 +16,7 @@ from actors.wire.framing import HEADER, FrameBuffer, frame
 from actors.wire.handshake import CoordinatorHandshake, ModelHandshake
 from actors.wire.link import Limits
 from actors.wire.messages import Hello, Lookup, Message, Proof, decode, encode
+from tests.support.deadlines import HANG_S
 from tests.support.wire_peers import SECRET, WELCOME, Inbox, echo
 
 
@@ -158,11 +159,11 @@ async def test_a_model_without_the_secret_learns_no_proof() -> None:
 async def test_a_cancelled_open_leaves_no_connection() -> None:
     async with misbehaving("mute") as model:
         opening = asyncio.ensure_future(open_to(model.port))
-        await asyncio.wait_for(model.hello.wait(), 10)
+        await asyncio.wait_for(model.hello.wait(), HANG_S)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
-        await asyncio.wait_for(model.hung_up.wait(), 10)
+        await asyncio.wait_for(model.hung_up.wait(), HANG_S)
 
 
 class Tape(asyncio.Transport):

@@ -8,6 +8,7 @@ from actors.wire.client import Connection
 from actors.wire.errors import PeerSilent
 from actors.wire.link import Limits
 from actors.wire.messages import Ping
+from tests.support.deadlines import HANG_S
 from tests.support.wire_peers import SECRET, Bare, Inbox, echo
 from tests.wire.test_server import lookup
 
@@ -42,7 +43,7 @@ async def test_a_model_closes_the_connection_of_a_silent_coordinator() -> None:
     async with echo(QUICK) as running:
         bare = await Bare.connect(running.port)
         await bare.shake_hands()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             await running.disconnected.get()
         received = [await bare.next() for _ in range(2)]
         assert all(isinstance(message, Ping) for message in received)

@@ -22,6 +22,7 @@ from actors.wire.messages import (
     encode,
 )
 from actors.wire.server import Peer, Server
+from tests.support.deadlines import HANG_S
 from tests.support.wire_peers import SECRET, WELCOME, Bare, Echo, echo
 
 
@@ -55,7 +56,7 @@ async def test_the_handshake_is_answered_with_a_welcome_and_messages_flow() -> N
         assert isinstance(await bare.next(), Lookup)
         assert [peer.name for peer in running.server.peers] == ["bare"]
         await bare.close()
-        assert await asyncio.wait_for(running.disconnected.get(), 10) == "bare"
+        assert await asyncio.wait_for(running.disconnected.get(), HANG_S) == "bare"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ async def test_an_unauthenticated_peer_gets_a_typed_failure_and_does_no_harm(fir
         assert isinstance(await inbox.next(), Lookup)
         assert len(running.received) == 1
         await connection.close()
-        assert await asyncio.wait_for(running.disconnected.get(), 10) == "good"
+        assert await asyncio.wait_for(running.disconnected.get(), HANG_S) == "good"
 
 
 async def test_a_wrong_and_a_replayed_proof_are_unauthenticated() -> None:
@@ -156,7 +157,7 @@ async def test_a_frame_cut_short_by_the_connections_end_is_dropped() -> None:
         await bare.shake_hands()
         bare.write(frame(encode(lookup()), bare.outgoing, 1 << 20)[:-1])
         await bare.close()
-        assert await asyncio.wait_for(running.disconnected.get(), 10) == "bare"
+        assert await asyncio.wait_for(running.disconnected.get(), HANG_S) == "bare"
         assert running.received == []
 
 
@@ -169,7 +170,7 @@ async def test_a_peer_that_does_not_read_is_closed_and_others_are_not() -> None:
         (peer,) = (peer for peer in running.server.peers if peer.name == "bare")
         while not peer.closing:
             peer.send(lookup(10_000))
-        assert await asyncio.wait_for(running.disconnected.get(), 10) == "bare"
+        assert await asyncio.wait_for(running.disconnected.get(), HANG_S) == "bare"
         peer.send(lookup())  # to a closed peer: dropped
         connection.send(lookup())
         assert isinstance(await inbox.next(), Lookup)
@@ -185,7 +186,7 @@ async def test_a_peer_that_reads_nothing_for_long_is_closed() -> None:
         (peer,) = running.server.peers
         for _ in range(8):
             peer.send(lookup(1 << 20))
-        assert await asyncio.wait_for(running.disconnected.get(), 10) == "bare"
+        assert await asyncio.wait_for(running.disconnected.get(), HANG_S) == "bare"
         await deaf.close()
 
 

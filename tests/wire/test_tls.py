@@ -12,6 +12,7 @@ from actors.wire.errors import ConnectionLost
 from actors.wire.messages import Lookup, encode
 from actors.wire.server import Server
 from tests.support.certificates import ray_tls_settings
+from tests.support.deadlines import HANG_S
 from tests.support.wire_peers import SECRET, WELCOME, Inbox
 
 
@@ -66,7 +67,7 @@ async def test_without_a_certificate_of_the_authority_no_connection_opens(ray_se
         )
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"not a TLS record at all, but long enough to be read as one")
-    assert not (await asyncio.wait_for(reader.read(), 10)).startswith(b"\x16")
+    assert not (await asyncio.wait_for(reader.read(), HANG_S)).startswith(b"\x16")
     writer.close()
     assert server.peers == []
     await server.close()
