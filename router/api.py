@@ -33,7 +33,7 @@ from router.metrics_endpoint import Exposition
 from router.playground import playground
 from router.request_id import ClientId, RequestId
 from router.request_log import CLIENT_CLOSED, RequestRecord, request_path
-from router.request_planning import Plan, client_id, plan_chat, plan_completion, resolve_model
+from router.request_planning import Plan, client_id, plan_chat, plan_completion, require_model
 from router.responses import BodyFormat, ChatFormat, CompletedChoice, CompletionFormat, Json
 from router.schema import ChatRequest, CompletionRequest, StreamOptions, parse
 from router.sse import EventStream, api_errors
@@ -139,7 +139,7 @@ class Endpoints:
 
     async def model(self, name: str) -> Response:
         """Describe one served model."""
-        resolve_model(self.service, name)
+        require_model(self.service, name)
         return JSONResponse(self._model_card(name))
 
     async def chat(self, request: Request) -> Response:

@@ -261,8 +261,11 @@ def _model(
 
 def resolve_model(service: ServiceConfig, name: str | None) -> Role | Literal["guided"]:
     """The role behind a served name, or "guided", also without a name. Raises NotFound."""
-    if not name:
-        return "guided"
+    return require_model(service, name) if name else "guided"
+
+
+def require_model(service: ServiceConfig, name: str) -> Role | Literal["guided"]:
+    """The role behind a served name, or "guided". Raises NotFound."""
     if name not in service.served_names:
         served = ", ".join(service.served_names)
         raise NotFound(f"there is no model {name!r}; served are {served}", param="model", code="model_not_found")

@@ -95,6 +95,7 @@ async def test_whole_answers_and_streams_have_the_same_explanations() -> None:
         ("POST", "/v1/completions", b'{"model": "duo", "prompt": "a", "colour": 1}', 400, "colour"),
         ("POST", "/v1/completions", b'{"model": "gpt", "prompt": "a"}', 404, "served are duo"),
         ("GET", "/v1/models/gpt", b"", 404, "served are duo"),
+        ("GET", "/v1/models/%0A", b"", 404, "there is no model"),
         ("GET", "/v2", b"", 404, "Not Found"),
         ("GET", "/v1/completions", b"", 405, "Method Not Allowed"),
     ],
