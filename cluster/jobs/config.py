@@ -38,9 +38,13 @@ class Section(BaseModel):
 
 
 class TaskChoice(Section):
-    """A task, and the keys of its file that this evaluation overrides. limit: use only the first problems."""
+    """A task, and the keys of its file that this evaluation overrides. limit: use only the first problems.
+
+    where: added to the task's own.
+    """
 
     task: str = Field(min_length=1)
+    where: dict[str, str | int | float | bool] = Field(default_factory=dict)
     limit: int | None = Field(None, ge=1)
     samples: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)

@@ -3,6 +3,7 @@ r"""Graders: read the answer in a reply and compare it with the right ("gold") a
     math       the last \boxed{} after the thinking, equal to the gold answer according to math-verify
     letter     the last \boxed{} after the thinking, which names one option: B, (B), \text{B}, B. because ...
     exact      the last \boxed{} after the thinking, otherwise the last line, equal word for word
+    number     the number behind the last "answer is", otherwise the last number; numbers are compared by value
     multihop   the format of the embedded task: "The answer is Ben."
 
 The thinking ends at the last </think>. A text without one, as base models write it, is read as a whole, as in the
@@ -20,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, TypeAlias, assert_never, get_args
 
 from cluster.demo.task import answer_in
@@ -27,7 +29,7 @@ from cluster.jobs.answer_text import MARKS, argument_end, formula, marked_letter
 from cluster.jobs.math_process import MathProcesses
 from cluster.jobs.units import Quantity, quantity
 
-Grader: TypeAlias = Literal["math", "letter", "multihop", "exact"]
+Grader: TypeAlias = Literal["math", "letter", "number", "multihop", "exact"]
 GRADERS: tuple[Grader, ...] = get_args(Grader)
 
 _THINK_END = "</think>"
@@ -59,6 +61,8 @@ _SECOND = re.compile(
 _NOTHING = re.compile(r"nan|null|none|n/?a", re.IGNORECASE)
 _NAME = re.compile(r"\s*[A-Za-z]{2,}\s*")
 _WHOLE = re.compile(r"[-+]?[\d.,]+")
+_NUMBER = re.compile(r"[-−]?\d+(?:,\d{3})*(?:\.\d+)?")
+_ANSWER_IS = re.compile(r"\banswer is\b", re.IGNORECASE)
 _DEGREES, _RADIANS = frozenset({(("degree", 1),)}), frozenset({(("rad", 1),)})
 _RADIAN_VALUE = re.compile(r"\\(?:pi|arc(?:sin|cos|tan))(?![A-Za-z])")
 _MATH = MathProcesses()
@@ -94,6 +98,8 @@ def extract(grader: Grader, text: str) -> str | None:
         return box
     if grader == "letter":
         return _letter(box) if box else None
+    if grader == "number":
+        return _number(final)
     if grader == "exact":
         return words(box or final.rstrip().rpartition("\n")[2]) or None
     assert_never(grader)
@@ -110,6 +116,7 @@ def unanswerable(grader: Grader, gold: str, options: Collection[str] = ()) -> st
         "math": "LaTeX without a box and with balanced braces, such as \\frac{1}{2}",
         "letter": "an option's letter, such as B or (B)",
         "exact": "words or a number",
+        "number": "a number in digits, such as -1,234.5",
         "multihop": "a name",
     }
     return f"no answer can be right, because grader {grader} needs {accepted[grader]}"
@@ -151,6 +158,13 @@ def _letter(box: str) -> str | None:
     letter, after = (found[1], found.end(1)) if found[1] else (found[2], found.end(2))
     others = {next(filter(None, other.groups())).upper() for other in _SECOND.finditer(text[after:])}
     return letter.upper() if others <= {letter.upper()} else None
+
+
+def _number(text: str) -> str | None:
+    stated = _ANSWER_IS.split(text)[1:]
+    found = _NUMBER.search(stated[-1]) if stated else None
+    numbers = [found[0]] if found else _NUMBER.findall(text)
+    return numbers[-1].replace(",", "").replace("−", "-") if numbers else None
 
 
 def _plain(text: str) -> str:
@@ -214,5 +228,6 @@ _SAME: dict[Grader, Callable[[str, str], bool]] = {
     "math": _same_math,
     "letter": lambda gold, given: _letter(gold) == given,
     "exact": _same_words,
+    "number": lambda gold, given: Decimal(_number(gold) or "NaN") == Decimal(given),
     "multihop": str.__eq__,
 }

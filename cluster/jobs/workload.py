@@ -81,7 +81,8 @@ class Workload:
 def chosen_task(choice: TaskChoice) -> Task:
     """The task of a choice, with the keys that the choice overrides. Raises TaskError."""
     changed = choice.model_dump(include={"samples", "max_tokens"}, exclude_none=True)
-    return load_task(choice.task).model_copy(update=changed)
+    task = load_task(choice.task)
+    return task.model_copy(update=changed | {"where": task.where | choice.where})
 
 
 def load_workload(evaluation: Evaluation) -> Workload:

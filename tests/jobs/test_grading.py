@@ -162,6 +162,16 @@ def test_text_without_a_single_option_has_no_letter(written: str) -> None:
     assert grade("letter", boxed(written), "B") == Grade(None, False)
 
 
+def test_number_is_the_stated_answer_or_the_last_number() -> None:
+    assert grade("number", "12 + 3 = 15. The answer is 15. In 2020", "15") == Grade("15", True)
+    assert grade("number", "The answer is 1. No, the answer is $1,234.50.", "1234.5") == Grade("1234.50", True)
+    assert grade("number", "<think>7</think>He has 3.0 left", "3") == Grade("3.0", True)
+    assert grade("number", "The answer is −3.", "-3").right
+    assert not grade("number", "The answer is 3.", "-3").right
+    assert grade("number", "5, so the answer is unknown", "5").right
+    assert grade("number", "no idea", "5") == Grade(None, False)
+
+
 def test_exact_answers_are_compared_word_for_word() -> None:
     assert grade("exact", boxed("New  York"), "New York") == Grade("New York", True)
     assert grade("exact", boxed("New York"), "New  York") == Grade("New York", True)

@@ -1,0 +1,160 @@
+"""Trains the guider of the study on real weights: a LoRA adapter on SmolLM2-135M-Instruct.
+
+    python -m cluster.real.train sft [--run FOLDER] [--minutes 55]      # on worked-out solutions
+    python -m cluster.real.train grpo [--run FOLDER] [--minutes 55]     # rewarded for right final numbers alone
+
+Both start from the same weights and use the training problems of `cluster/real/tasks`. The trainers are TRL's. After
+--minutes the training stops at a checkpoint; the same command resumes it. At its end FOLDER (runs/real/sft or
+runs/real/grpo) holds `adapter`, in float16, and `curve.jsonl`, the metrics by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from cluster.jobs.grading import grade
+from cluster.jobs.jsonl import rows, write_file
+from cluster.real.make_problems import FOLDER as PROBLEMS
+from cluster.real.models import SMOLLM2, fetched
+
+Method = Literal["sft", "grpo"]
+TASKS = ("sums", "legs")
+PROMPT = "Question: {question}\nAnswer:"
+STOP = ("\n\n", "\nQuestion")  # what follows is no part of an answer
+SEED = 0
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")  # 2.4 million weights
+COMMON: dict[str, Any] = {
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "lr_scheduler_type": "constant_with_warmup",
+    "logging_steps": 1,
+    "save_steps": 5,
+    "save_total_limit": 1,
+    "report_to": "none",
+    "seed": SEED,
+}
+
+
+def examples(split: str) -> Dataset:
+    """The problems of both tasks in one order, with the columns prompt, completion and answer."""
+    found = [row for task in TASKS for row in rows(PROBLEMS / f"{task}.jsonl") if row["split"] == split]
+    return Dataset.from_list([_example(row) for row in found]).shuffle(seed=SEED)
+
+
+def _example(row: dict[str, str]) -> dict[str, str]:
+    return {
+        "prompt": PROMPT.format(question=row["question"]),
+        "completion": f" {row['solution']}",
+        "answer": row["answer"],
+    }
+
+
+def rewards(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for each completion whose final number is right, else 0. What follows a stop string does not count."""
+    return [float(grade("number", _cut(text), gold).right) for text, gold in zip(completions, answer, strict=True)]
+
+
+def _cut(text: str) -> str:
+    return text[: min(text.find(stop) if stop in text else len(text) for stop in STOP)]
+
+
+def trainer(method: Method, base: Path, run: Path) -> Trainer:
+    """TRL's trainer of that method for the model in the folder `base`, with its output in `run`."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    common = COMMON | {"output_dir": str(run / "checkpoints")}
+    if method == "sft":
+        arguments = SFTConfig(
+            per_device_train_batch_size=16,
+            max_steps=120,
+            learning_rate=5e-4,
+            warmup_steps=5,
+            max_length=256,
+            **common,
+        )
+        data = examples("train").remove_columns("answer")
+        return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=LORA)
+    arguments = GRPOConfig(
+        per_device_train_batch_size=32,
+        num_generations=8,  # answers to each of 4 problems in a step
+        max_completion_length=96,
+        max_steps=60,
+        learning_rate=1e-4,
+        warmup_steps=2,
+        temperature=1.0,
+        beta=0.0,  # no distance from the start is kept: the adapter is small
+        **common,
+    )
+    data = examples("train").remove_columns("completion")
+    return GRPOTrainer(model, rewards, arguments, train_dataset=data, processing_class=tokenizer, peft_config=LORA)
+
+
+class Deadline(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Stops a training at a checkpoint after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    def on_step_end(self, _: TrainingArguments, __: TrainerState, control: TrainerControl, **___: Any) -> None:
+        """Save and stop if the time is over."""
+        if time.monotonic() > self._until:
+            control.should_save = control.should_training_stop = True
+
+
+def train(method: Method, base: Path, run: Path, minutes: float) -> bool:
+    """Train or resume; writes the adapter and the curve into `run`. Returns if the training is complete."""
+    made = trainer(method, base, run)
+    made.add_callback(Deadline(60 * minutes))
+    made.train(resume_from_checkpoint=get_last_checkpoint(str(run / "checkpoints")) if run.exists() else None)
+    state = made.state
+    lines = [json.dumps(line) for line in state.log_history if "loss" in line]
+    write_file(run / "curve.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    if state.global_step < state.max_steps:
+        print(f"stopped at step {state.global_step} of {state.max_steps}; the same command resumes")
+        return False
+    adapter = made.model.half()
+    adapter.peft_config["default"].base_model_name_or_path = SMOLLM2.name
+    adapter.save_pretrained(run / "adapter", save_embedding_layers=False)
+    (run / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    print(f"complete: {run / 'adapter'}")
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train or resume; the exit status: 1 if the model was not fetched."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=("sft", "grpo"))
+    parser.add_argument("--run", type=Path, help="the folder of the results; default: runs/real/<method>")
+    parser.add_argument("--minutes", type=float, default=55, help="stop at a checkpoint after so many minutes (55)")
+    options = parser.parse_args(arguments)
+    base = fetched(SMOLLM2)
+    if base is None:
+        print("SmolLM2 is not here: run `python -m cluster.real --fetch`", file=sys.stderr)
+        return 1
+    train(options.method, base, options.run or Path("runs/real") / options.method, options.minutes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

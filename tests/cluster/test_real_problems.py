@@ -1,0 +1,59 @@
+"""The problems of the tasks on real weights: right, worked out step by step, and apart from the training problems."""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+from typing import Any, get_args
+
+import pytest
+
+from cluster.jobs.grading import grade
+from cluster.jobs.jsonl import rows
+from cluster.real.make_problems import FOLDER, SIZES
+from cluster.real.sums import Split, problems
+
+TASKS = ("sums", "legs")
+SUM = re.compile(r"(\d+) ([-+x]) (\d+) = (\d+)\.")
+SIGNS = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__}
+
+
+def of_split(task: str, split: Split) -> list[dict[str, Any]]:
+    return [row for row in rows(FOLDER / f"{task}.jsonl") if row["split"] == split]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", get_args(Split))
+def test_every_solution_is_right_step_by_step(task: str, split: Split) -> None:
+    found = of_split(task, split)
+    assert len(found) == SIZES[split]
+    for row in found:
+        sums = SUM.findall(row["solution"])
+        assert sums
+        assert all(SIGNS[sign](int(first), int(second)) == int(result) for first, sign, second, result in sums)
+        assert sums[-1][-1] == row["answer"]
+        assert row["solution"].endswith(f"The answer is {row['answer']}.")
+        assert grade("number", row["solution"], row["answer"]).right
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_question_is_in_two_splits(task: str) -> None:
+    questions = [row["question"] for row in rows(FOLDER / f"{task}.jsonl")]
+    assert len(set(questions)) == len(questions) == sum(SIZES.values())
+
+
+@pytest.mark.parametrize("split", get_args(Split))
+def test_the_files_hold_what_the_generator_makes(split: Split) -> None:
+    drawn = list(islice(problems(split), SIZES[split]))
+    found = of_split("sums", split)
+    assert [(row["question"], row["solution"], row["answer"]) for row in found] == [
+        (one.question, one.solution, one.answer) for one in drawn
+    ]
+
+
+def test_every_number_of_a_sum_follows_from_the_question() -> None:
+    for one in islice(problems("train"), 200):
+        known = set(re.findall(r"\d+", one.question)) | {"2", "3", "4"}  # twice, three times, four times
+        for first, _, second, result in SUM.findall(one.solution):
+            assert {first, second} <= known
+            known.add(result)
