@@ -42,6 +42,7 @@ Method = Literal["sft", "grpo"]
 TASKS = ("sums", "legs")
 PROMPT = "Question: {question}\nAnswer:"
 STOP = ("\n\n", "\nQuestion")  # what follows is no part of an answer
+STEPS: dict[Method, int] = {"sft": 120, "grpo": 60}
 SEED = 0
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")  # 2.4 million weights
 COMMON: dict[str, Any] = {
@@ -83,11 +84,10 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
     """TRL's trainer of that method for the model in the folder `base`, with its output in `run`."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    common = COMMON | {"output_dir": str(run / "checkpoints")}
+    common = COMMON | {"output_dir": str(run / "checkpoints"), "max_steps": STEPS[method]}
     if method == "sft":
         arguments = SFTConfig(
             per_device_train_batch_size=16,
-            max_steps=120,
             learning_rate=5e-4,
             warmup_steps=5,
             max_length=256,
@@ -99,7 +99,6 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
         per_device_train_batch_size=32,
         num_generations=8,  # answers to each of 4 problems in a step
         max_completion_length=96,
-        max_steps=60,
         learning_rate=1e-4,
         warmup_steps=2,
         temperature=1.0,

@@ -1,0 +1,60 @@
+"""Training on the problems of the real tasks, with a tiny model: it stops at its deadline, resumes, and is rewarded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from cluster.jobs.jsonl import rows
+from cluster.real import train
+from cluster.real.train import Method
+from tests.support.local_service import WEIGHTS
+from tests.support.tiers import slow
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+]
+
+
+def test_what_follows_a_stop_string_earns_nothing() -> None:
+    texts = ["12 + 3 = 15. The answer is 15.", " 14\n\nQuestion: 15", "15\nQuestion: what is 3 + 4?\nAnswer: 7", ""]
+    assert train.rewards(texts, ["15"] * 4) == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_examples_hold_the_prompt_of_the_evaluations() -> None:
+    one = train.examples("validation")[0]
+    assert one["prompt"].startswith("Question: ")
+    assert one["prompt"].endswith("\nAnswer:")
+    assert one["completion"].endswith(f"The answer is {one['answer']}.")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with the tokenizer of the embedded trio."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "target")
+    tokenizer.pad_token = tokenizer.eos_token
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["sft", slow("grpo")])
+def test_a_training_that_was_stopped_resumes_and_writes_its_adapter(
+    method: Method, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(train.STEPS, method, 3)
+    assert not train.train(method, base, tmp_path, minutes=0)
+    assert not (tmp_path / "adapter").exists()
+    assert train.train(method, base, tmp_path, minutes=5)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name) == (method == "sft")
+    assert [line["step"] for line in rows(tmp_path / "curve.jsonl")] == [1, 2, 3]
