@@ -44,7 +44,7 @@ PROMPT = "Question: {question}\nAnswer:"
 STOP = ("\n\n", "\nQuestion")  # what follows is no part of an answer
 STEPS: dict[Method, int] = {"sft": 120, "grpo": 60}
 SEED = 0
-LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")  # 2.4 million weights
+RANK, SCALED = 8, 16  # of the adapter, which has 2.4 million weights
 COMMON: dict[str, Any] = {
     "use_cpu": True,
     "dataloader_pin_memory": False,
@@ -84,6 +84,7 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
     """TRL's trainer of that method for the model in the folder `base`, with its output in `run`."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    lora = LoraConfig(r=RANK, lora_alpha=SCALED, target_modules="all-linear", task_type="CAUSAL_LM")
     common = COMMON | {"output_dir": str(run / "checkpoints"), "max_steps": STEPS[method]}
     if method == "sft":
         arguments = SFTConfig(
@@ -94,7 +95,7 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
             **common,
         )
         data = examples("train").remove_columns("answer")
-        return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=LORA)
+        return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora)
     arguments = GRPOConfig(
         per_device_train_batch_size=32,
         num_generations=8,  # answers to each of 4 problems in a step
@@ -106,7 +107,7 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
         **common,
     )
     data = examples("train").remove_columns("completion")
-    return GRPOTrainer(model, rewards, arguments, train_dataset=data, processing_class=tokenizer, peft_config=LORA)
+    return GRPOTrainer(model, rewards, arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]  # transformers has no types
