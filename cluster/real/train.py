@@ -47,6 +47,8 @@ SEED = 0
 RANK, SCALED = 8, 16  # of the adapter, which has 2.4 million weights
 COMMON: dict[str, Any] = {
     "use_cpu": True,
+    "bf16": False,  # slower than float32 on most processors
+    "gradient_checkpointing": False,
     "dataloader_pin_memory": False,
     "lr_scheduler_type": "constant_with_warmup",
     "logging_steps": 1,

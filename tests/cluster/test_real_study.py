@@ -28,19 +28,27 @@ def fetched_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_written_service_is_one_that_the_launcher_reads(fetched_models: Path, tmp_path: Path) -> None:
-    file = tmp_path / "runs" / "service.yaml"
-    study.write_service(file)
+    file, adapter = tmp_path / "runs" / "service.yaml", tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    study.write_service(file, adapter)
     models = read_service_config(file).models
     assert models.target.path == str(fetched_models / GEMMA3.name)
     assert models.guider.path == models.guider_base.path == str(fetched_models / SMOLLM2.name)
-    assert models.guider.adapter == str(study.ADAPTER)
+    assert models.guider.adapter == str(adapter)
     assert models.guider_base.adapter is None
 
 
 def test_a_service_without_its_models_says_how_to_fetch_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(RealModelError, match=r"cluster\.real --fetch"):
-        study.write_service(tmp_path / "service.yaml")
+        study.write_service(tmp_path / "service.yaml", tmp_path)
+
+
+def test_a_service_without_its_adapter_says_how_to_train_one(fetched_models: Path, tmp_path: Path) -> None:
+    with pytest.raises(RealModelError, match=r"cluster\.real\.train"):
+        study.write_service(tmp_path / "service.yaml", tmp_path)
+    assert not (tmp_path / "service.yaml").exists()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
