@@ -100,7 +100,7 @@ function guidance(kind) {
 async function answer(column, body, signal) {
   column.begin();
   try {
-    await stream(body, signal, (chunk) => column.take(chunk));
+    await stream(body, signal, (chunk, ms) => column.take(chunk, ms));
     column.end("done");
   } catch (error) {
     if (error.name === "AbortError") return column.end("stopped");

@@ -59,15 +59,14 @@ export class Column {
     this.placer = new Placer((part, text, token) => this.#place(part, text, token));
     this.counts = { tokens: 0, thinking: 0, changed: 0, drafted: 0, reasoned: false };
     this.usage = this.reason = null;
-    this.started = performance.now();
-    this.first = this.last = null;
+    this.first = this.last = null; // milliseconds from the request to tokens
     this.root.setAttribute("aria-busy", "true");
     this.#say("waiting");
     this.#number(true);
   }
 
-  /** Process one chunk of the stream. */
-  take(chunk) {
+  /** Process one chunk of the stream. ms: since the request. */
+  take(chunk, ms) {
     if (chunk.usage) this.usage = chunk.usage;
     for (const choice of chunk.choices ?? []) {
       const { reasoning, content } = choice.delta ?? {};
@@ -77,14 +76,14 @@ export class Column {
       if (reasoning) this.counts.reasoned = true;
       const tokens = choice.guidance?.tokens ?? [];
       if (tokens.length || content || reasoning) {
-        this.last = performance.now();
-        this.first ??= this.last;
+        this.last = ms;
+        this.first ??= ms;
       }
       this.counts.tokens += tokens.length;
       this.placer.add(texts, tokens);
       if (choice.finish_reason) this.reason = choice.finish_reason;
     }
-    if (this.first) this.#say(this.parts.thinking.hidden || this.parts.answer.firstChild ? "answering" : "thinking");
+    if (this.first !== null) this.#say(this.parts.thinking.hidden || this.parts.answer.firstChild ? "answering" : "thinking");
     this.#number(false);
   }
 
@@ -150,12 +149,11 @@ export class Column {
     this.numbered = performance.now();
     const { counts, usage } = this;
     const generated = usage?.completion_tokens ?? counts.tokens;
-    const over = this.root.getAttribute("aria-busy") === "false";
-    const took = ((over ? this.last : performance.now()) - (this.first ?? this.started)) / 1000;
+    const took = (this.last - this.first) / 1000;
     const rows = [
       ["tokens", `${generated}`],
       ["tokens/s", took > 0 && generated > 1 ? ((generated - 1) / took).toFixed(generated / took < 10 ? 1 : 0) : "–"],
-      ["to the first", this.first ? seconds(this.first - this.started) : "–"],
+      ["to the first", this.first === null ? "–" : seconds(this.first)],
     ];
     if (this.inspector) {
       rows.push(["changed", `${usage?.guidance?.changed_tokens ?? counts.changed}`]);

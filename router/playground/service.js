@@ -37,8 +37,10 @@ export async function defaults() {
   return (await request("playground/defaults.json")).json();
 }
 
-/** Stream one answer: calls `take` with each chunk. Throws ServiceError, or AbortError after `signal`. */
+/** Stream one answer: calls `take` with each chunk and its milliseconds since the request. Throws ServiceError, or
+ *  AbortError after `signal`. */
 export async function stream(body, signal, take) {
+  const began = performance.now();
   const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
@@ -50,7 +52,7 @@ export async function stream(body, signal, take) {
       if (event === "[DONE]") return;
       const chunk = JSON.parse(event);
       if (chunk.error) throw new ServiceError(`The answer broke off: ${sentence(chunk.error.message)}`, 200);
-      take(chunk);
+      take(chunk, performance.now() - began);
     }
   } catch (error) {
     throw error instanceof ServiceError || error.name === "AbortError" ? error : new ServiceError("The connection was cut off.");
