@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import time
@@ -17,7 +16,7 @@ from actors.api.generation import ROLES, Role
 from actors.replica.engine_thread import Engine
 from cluster.demo.task import questions
 from router.playground import FOLDER
-from tests.support.browsing import HoldingBackend, ScriptedService, candidates, explained, serving, trio
+from tests.support.browsing import SCRIPT, HoldingBackend, ScriptedService, explained, part, serving, states, trio
 from tests.support.deadlines import HANG_S
 from tests.support.local_service import trio_config
 from tests.support.scripted_service import ScriptedBackend, client, config
@@ -29,24 +28,6 @@ EXAMPLES = ("Who is the mentor of the rival of Ada?", "Who is the doctor of the 
 SHOWN = "Who is the neighbour of the doctor of the neighbour of the mentor of Uma?"  # question in the pictures
 CONFIG = trio_config(name="thinklogit", router={"examples": EXAMPLES})
 MODES = {"target": "thinklogit/target", "guider": "thinklogit/guider", "guided": "thinklogit"}
-VERA = explained(
-    " Vera",
-    changed=True,
-    drafted=True,
-    shift=math.log(0.8 / 0.2),
-    probability=0.8,
-    target=candidates((" Nora", 0.4), (" Vera", 0.2)),
-    guider=candidates((" Vera", 0.93), (" Nora", 0.0001)),
-    guided=candidates((" Vera", 0.8), (" Nora", 0.1)),
-)
-FORCED = explained("</think>", shift=None, probability=None, target=[], guider=[], guided=[])
-SCRIPT = [
-    ({"reasoning": "It is"}, [explained("It"), explained(" is")]),
-    ({"reasoning": " Vera"}, [VERA]),
-    ({}, [FORCED]),
-    ({"content": "So: Vera."}, [explained("So", shift=-0.5), explained(":"), explained(" Vera"), explained(".")]),
-    ({}, [explained("", id=2)]),
-]
 
 
 def within(seconds: float, true: Callable[[], bool]) -> bool:
@@ -170,18 +151,6 @@ def ask(page: Any, text: str = QUESTION.text) -> None:
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Your question").fill(text)
     page.get_by_role("button", name="Ask").click()
-
-
-def states(page: Any, *wanted: str) -> None:
-    """Wait until the three answers are in these states."""
-    from playwright.sync_api import expect
-
-    expect(page.locator(".state")).to_have_text([*wanted] * (3 // len(wanted)), timeout=15_000)
-
-
-def part(page: Any, mode: str, name: str) -> Any:
-    """A part of one mode's answer."""
-    return page.locator(f"[data-kind={mode}] {name}")
 
 
 def answered(url: str, model: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Serves the playground to a browser: applications on loopback in a thread, and a scripted service."""
+"""Serves the playground to a browser: applications on loopback, a scripted service, and the parts of the page."""
 
 from __future__ import annotations
 
@@ -107,6 +107,26 @@ def explained(text: str, **more: Any) -> dict[str, Any]:
 Chunk = tuple[dict[str, str], Sequence[dict[str, Any]]]  # a delta and the tokens explained with it
 
 
+VERA = explained(
+    " Vera",
+    changed=True,
+    drafted=True,
+    shift=math.log(0.8 / 0.2),
+    probability=0.8,
+    target=candidates((" Nora", 0.4), (" Vera", 0.2)),
+    guider=candidates((" Vera", 0.93), (" Nora", 0.0001)),
+    guided=candidates((" Vera", 0.8), (" Nora", 0.1)),
+)
+FORCED = explained("</think>", shift=None, probability=None, target=[], guider=[], guided=[])
+SCRIPT: list[Chunk] = [
+    ({"reasoning": "It is"}, [explained("It"), explained(" is")]),
+    ({"reasoning": " Vera"}, [VERA]),
+    ({}, [FORCED]),
+    ({"content": "So: Vera."}, [explained("So", shift=-0.5), explained(":"), explained(" Vera"), explained(".")]),
+    ({}, [explained("", id=2)]),
+]
+
+
 class ScriptedService:
     """A service that sends every mode the same scripted answer.
 
@@ -164,3 +184,15 @@ class ScriptedService:
     def _event(self, delta: dict[str, str], tokens: Sequence[dict[str, Any]], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "guidance": {"tokens": tokens}}
         return f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+
+def states(page: Any, *wanted: str) -> None:
+    """Wait until the three answers are in these states."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(".state")).to_have_text([*wanted] * (3 // len(wanted)), timeout=15_000)
+
+
+def part(page: Any, mode: str, name: str) -> Any:
+    """A part of one mode's answer."""
+    return page.locator(f"[data-kind={mode}] {name}")
