@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## every target with its description
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: help kernels demo dpo serve test test-all test-long lint bench format train docs clean
+.PHONY: help kernels demo dpo serve test test-all test-long lint bench format train page docs clean
 
 demo: kernels ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo $(ARGS)
@@ -53,7 +53,10 @@ bench: .venv/ready ## the benchmarks; each prints a table and, last, one line of
 train: .venv/ready ## rebuild the embedded trio from its seed
 	$(BIN)/python -m cluster.demo.train
 
-docs: .venv/ready ## build the documentation's site, strictly, into build/site
+page: ## the playground with recorded answers as one file, build/playground.html; needs Python alone
+	$(PYTHON) -m cluster.page
+
+docs: .venv/ready page ## build the documentation's site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean: ## remove .venv

@@ -2,6 +2,7 @@
 
 README.md is the first page; CONTRIBUTING.md and CHANGELOG.md are pages too. Any other file outside docs/ that a page
 links to is copied into `repository/` of the site: a strict build finds every link, and the site works without GitHub.
+The page of recorded answers, which `make page` builds, is part of the site, and the first page links to it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PLAYGROUND = "build/playground.html"  # code in the repository, where it is not kept, and a link in the site
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the root and every linked file."""
     for name, page in ROOT_PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
+        content = (ROOT / name).read_text(encoding="utf-8")
+        linked = content.replace(f"`{PLAYGROUND}`", f"[the page]({PLAYGROUND})")
+        files.append(File.generated(config, page, content=linked))
+    if not (ROOT / PLAYGROUND).is_file():
+        raise PluginError(f"{PLAYGROUND} is missing: run `make page`, as `make docs` does")
     for file in list(files.documentation_pages()):
         for link in _LINK.findall(file.content_string):
             path = _in_repository(link, file)
@@ -46,4 +53,6 @@ def _in_site(path: str) -> str:
     """Path in the site of a file of the repository."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
+    if path == PLAYGROUND:
+        return "playground.html"
     return ROOT_PAGES.get(path, f"repository/{path}")
