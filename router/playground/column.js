@@ -1,6 +1,6 @@
 // One of the three answers side by side.
 
-import { Placer, ThinkingSplitter, shade } from "./tokens.js";
+import { Placer, ThinkingSplitter, shade, visible } from "./tokens.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const SHOWN_MS = 200; // between two updates of the numbers
@@ -110,14 +110,15 @@ export class Column {
     if (part === "thinking") parts.thinking.hidden = false;
     const again = token && this.tokens.at(-1) === token; // its text continues in the other part
     if (token && !again) this.#count(part, token);
-    const shown = text || token?.text; // a thinking mark is shown by its name
+    const shown = text || token?.text; // a thinking mark, or what a stop text cut off, is shown by its name
     if (!this.inspector || !token) {
       into.append(text);
     } else if (shown) {
       const mark = document.createElement("span");
       mark.className = text ? "token" : "token mark";
-      mark.textContent = shown.trimStart() || shown;
-      into.append(shown.slice(0, shown.length - mark.textContent.length)); // no shade at the end of a line for a space
+      const inked = shown.trimStart() || shown;
+      mark.textContent = text ? inked : visible(inked);
+      into.append(shown.slice(0, shown.length - inked.length)); // no shade at the end of a line for a space
       mark.style.setProperty("--shade", shade(token).toFixed(3));
       mark.classList.toggle("changed", token.changed);
       into.append(mark);

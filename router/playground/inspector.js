@@ -1,5 +1,7 @@
 // The panel with details of one token; opened by mouse, touch or keyboard.
 
+import { visible } from "./tokens.js";
+
 const LEAVE_MS = 150; // time for the mouse to move from a token to its panel
 const GAP = 8; // px between a token and its panel
 
@@ -192,10 +194,6 @@ function percent(probability) {
 
 function quoted(text) {
   return text ? `“${text.trim() || visible(text)}”` : "to end here";
-}
-
-function visible(text) {
-  return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
 function make(tag, name = "", text = "") {

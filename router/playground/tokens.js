@@ -11,6 +11,11 @@ export function shade(token) {
   return token.changed ? 0.8 : 0;
 }
 
+/** A text with its white space made visible. */
+export function visible(text) {
+  return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
+}
+
 /** Separates thinking from answer if a service sends both as content, marked by <think> and </think>. */
 export class ThinkingSplitter {
   #state = "undecided";

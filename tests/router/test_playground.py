@@ -281,6 +281,16 @@ def test_a_token_shows_the_candidates_of_each_model(scripted: str, visit: Callab
     assert "drafts kept\n75 % of 8" in part(page, "guided", ".numbers").inner_text()
 
 
+def test_white_space_that_a_stop_text_cut_off_is_visible(
+    scripted: str, script: ScriptedService, visit: Callable[..., Any]
+) -> None:
+    script.script = [({"content": "So."}, [explained("So"), explained("."), explained("\n\n")])]
+    page = visit(scripted)
+    ask(page)
+    states(page, "done")
+    assert part(page, "guided", ".token.mark").inner_text() == "↵↵"
+
+
 def test_the_shade_grows_with_the_shift(scripted: str, visit: Callable[..., Any]) -> None:
     page = visit(scripted)
     ask(page)
