@@ -20,6 +20,7 @@ from cluster.page import html
 from cluster.page.bundle import BundleError
 from cluster.page.questions import read_questions
 from cluster.page.recording import FOLDER, RecordingError, read_recordings
+from tests.support.deadlines import HANG_S
 
 ROOT = Path(__file__).parents[2]
 MOST_BYTES = 2_000_000
@@ -34,7 +35,7 @@ def test_a_bare_python_builds_the_same_page_again(tmp_path: Path) -> None:
     """Without site-packages, and with another salt of hashes."""
     out = tmp_path / "new" / "page.html"
     arguments = [sys.executable, "-S", "-m", "cluster.page", "--out", str(out)]
-    subprocess.run(arguments, cwd=ROOT, env={"PYTHONHASHSEED": "7"}, capture_output=True, timeout=60, check=True)
+    subprocess.run(arguments, cwd=ROOT, env={"PYTHONHASHSEED": "7"}, capture_output=True, timeout=HANG_S, check=True)
     assert out.read_text(encoding="utf-8") == html.build()
 
 
