@@ -11,6 +11,7 @@ from cluster.jobs.workload import load_workload
 from cluster.real import study
 from cluster.real.make_problems import SIZES
 from cluster.real.models import GEMMA3, SMOLLM2, RealModelError
+from cluster.real.sums import Split
 from cluster.serve_file import read_service_config
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_a_service_without_its_adapter_says_how_to_train_one(fetched_models: Pat
 def test_every_evaluation_asks_problems_of_one_split(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     evaluation = load_evaluation(config)
-    split = "validation" if config.stem == "choose" else "test"
+    split: Split = "validation" if config.stem == "choose" else "test"
     for (task, asked), choice in zip(load_workload(evaluation).tasks, evaluation.tasks, strict=True):
         assert len(asked) == (choice.limit or SIZES[split])
         assert all(problem.id.startswith(f"{split}-") for problem in asked)
