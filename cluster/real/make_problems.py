@@ -19,7 +19,7 @@ from cluster.real.sums import Problem, Split, problems
 
 FOLDER = Path(__file__).parent / "tasks"
 SIZES: dict[Split, int] = {"train": 1_200, "validation": 100, "test": 300}
-KINDS, COUNTS = (2, 4), (1, 9)  # animals in a problem, and legs of each
+KINDS, COUNTS = (2, 4), (1, 9)  # kinds of animals in a problem, and animals of a kind
 
 
 def legs() -> Iterator[Problem]:
