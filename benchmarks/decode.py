@@ -76,7 +76,7 @@ class Plan:
     @property
     def set_agreement(self) -> float | None:
         """The agreement of dummy weights; None for the trio, which has its own."""
-        return self.agreement if self.shape.target is not None else None
+        return self.agreement if self.shape.folders is None else None
 
     def config(self, folder: Path) -> ServiceConfig:
         """The service's configuration; its vocabulary is written into `folder`."""

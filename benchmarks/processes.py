@@ -27,6 +27,7 @@ from actors.replica.engine_thread import Engine
 from actors.replica.process import SPIN, collect_rarely, on_temporary_thread
 from actors.replica.stats import ReplicaStats
 from actors.text.tokenizer import RoleTokenizer
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.shapes import Shape
 from benchmarks.timed_engine import TimedEngine, TimedShape
 
@@ -44,7 +45,7 @@ class Worker(Protocol):
 Launch: TypeAlias = Callable[..., Awaitable[Worker]]  # of a class and its arguments
 
 
-class ModelWorker:
+class ModelWorker(PeakMemory):
     """One replica of a role, with an engine of its own."""
 
     def __init__(
@@ -87,7 +88,7 @@ def build_engine(shape: Shape, role: Role, agreement: float, config: ServiceConf
     import torch
 
     torch.set_num_threads(threads if role == "target" else max(1, threads // 2))
-    if shape.target is None:
+    if shape.folders is not None:
         return load_role(config, role)
     from actors.engine.step_engine import StepEngine
     from benchmarks.agreement import agreeing_model

@@ -20,9 +20,11 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Qwen2 models of a target's and a small model's sizes; without sizes, the embedded trio.
+    """Qwen2 models of a target's and a small model's sizes, or models from folders.
 
     together: True if service and baselines fit side by side. Else the baselines are measured before the service.
+    folders: of each role's model in Hugging Face layout, instead of sizes. adapter: the folder of a LoRA adapter of the
+    guider, beside folders.
     """
 
     name: str
@@ -31,10 +33,18 @@ class Shape:
     dtype: str = "float32"
     device: str = "cpu"
     together: bool = True
+    folders: Mapping[Role, Path] | None = None
+    adapter: Path | None = None
 
     def sizes(self, role: Role) -> Sizes | None:
         """The fields of a role's Qwen2Config."""
         return self.target if role == "target" else self.small
+
+    def weights(self, role: Role) -> dict[str, Any]:
+        """The keys of a role's model section that name its weights in `folders`, and their form."""
+        assert self.folders is not None
+        named = {"path": str(self.folders[role]), "dtype": self.dtype, "device": self.device}
+        return named | ({"adapter": str(self.adapter)} if role == "guider" and self.adapter else {})
 
     @property
     def common(self) -> int:
@@ -65,7 +75,7 @@ SHAPES = {
     for shape in (
         Shape("tiny", _sizes(2, 96, 128, 4, 2, 1_009), _sizes(1, 48, 64, 4, 2, 1_001)),
         Shape("laptop", _sizes(12, 768, 3_072, 12, 4, 32_000), _sizes(4, 256, 1_024, 4, 2, 32_000)),
-        Shape("trio"),
+        Shape("trio", folders={role: WEIGHTS / role for role in ROLES}),
         Shape(  # Qwen2.5-32B and Qwen2.5-1.5B
             "qwen32b",
             _sizes(64, 5_120, 27_648, 40, 8, 152_064),
@@ -82,15 +92,15 @@ def service_config(
     shape: Shape, folder: Path, *, cache_tokens: int, sessions: int, speculate: bool, adapt: bool = True
 ) -> ServiceConfig:
     """The configuration of a service of this shape; made-up words of its vocabulary are written into `folder`."""
-    if shape.target is None:
-        paths = {role: WEIGHTS / role for role in ROLES}
+    if shape.folders is None:
+        each: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
+        sections = {role: each | {"path": str(_vocabulary(folder / role, shape, role))} for role in ROLES}
     else:
-        paths = {role: _vocabulary(folder / role, shape, role) for role in ROLES}
-    each = {"cache_tokens": cache_tokens, "dtype": shape.dtype, "device": shape.device}
+        sections = {role: shape.weights(role) for role in ROLES}
     return load_config(
         {
             "version": 1,
-            "models": {role: each | {"path": str(path)} for role, path in paths.items()},
+            "models": {role: section | {"cache_tokens": cache_tokens} for role, section in sections.items()},
             "beyond_context": "continue",
             "speculation": {"drafts": 7 if speculate else 0, "adapt": adapt},
             "coordinator": {"max_sessions": sessions, "max_waiting": sessions},

@@ -84,7 +84,7 @@ class Service:
         usages = [_usage(answer.end) for answer in answers]
         phases = _phases(before, await self._stats(), self.coordinator.load().turns_s - turns_s, seconds)
         return Served(
-            Decoded([answer.tokens for answer in answers], seconds),
+            Decoded([answer.tokens for answer in answers], seconds, [answer.first_token - began for answer in answers]),
             sum(usage.drafted_tokens for usage in usages),
             sum(usage.accepted_tokens for usage in usages),
             hidden_drafts(self.coordinator.measured()) - hidden,

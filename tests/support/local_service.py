@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
@@ -106,9 +107,10 @@ async def local_service(
 
 
 class Answer:
-    """One finished generation."""
+    """One finished generation. first_token: when its first token came, by `time.perf_counter`; 0 without any."""
 
     def __init__(self) -> None:
+        self.first_token = 0.0
         self.reasoning = self.content = ""
         self.tokens: list[int] = []
         self.notes: list[TokenNote] = []
@@ -122,6 +124,8 @@ async def decode(coordinator: Coordinator, request: Generate) -> Answer:
     async with aclosing(coordinator.generate(request)) as events:
         async for event in events:
             if isinstance(event, Delta):
+                if event.tokens and not answer.tokens:
+                    answer.first_token = time.perf_counter()
                 answer.reasoning += event.reasoning
                 answer.content += event.content
                 answer.tokens += event.tokens
