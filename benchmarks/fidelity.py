@@ -8,6 +8,9 @@ weights, some with a base far below the guider outside the head. Each is measure
 and as the widening rule leaves it. Bytes per token are those of real sockets at k = 128, unwidened, with half of the
 two top-k sets overlapping. The last line is one JSON object: the worst over the trio and tails of exponent 2.2 and
 more unwidened, and over every case that is flatter, or has a far base, with widening on.
+
+With --real the rows are those of published models (`benchmarks.real_rows`): the last line then names the guider, and
+has the worst greedy agreement and total variation of a target of the same family and of another.
 """
 
 from __future__ import annotations
@@ -286,9 +289,10 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="rows of models that `python -m cluster.real` fetched")
     options = parser.parse_args()
     if options.real:
-        found = real_rows.measure(options.rows)
-        console().print(real_rows.table(found))
-        publish("fidelity_real", [asdict(case) for case in found], options.save)
+        guider, found = real_rows.measure(options.rows)
+        console().print(real_rows.table(guider, found))
+        details = [asdict(case) for case in found]
+        publish("fidelity_real", real_rows.worst(guider, found), options.save, details)
         return
     asked = [question for hops in (2, 3, 4, 5) for question in questions("held_out", hops, options.questions)]
     cases, sizes = measure(options.rows, asked)
