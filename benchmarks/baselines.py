@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from actors.api.generation import ROLES, Role
 from actors.engine.loader import ModelSource, load_model
@@ -115,13 +114,14 @@ class Baselines(PeakMemory):
         return Decoded(cut, time.perf_counter() - began, [first_s] * len(tasks))
 
 
-class TokenTimes(BaseStreamer):
-    """A streamer of `generate()` that records when the prompts, and then each token of a batch, came."""
+class TokenTimes:
+    """A streamer of `generate()`: records when the prompts, and then each token of a batch, came."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
+        """Called with the prompts, then with each token of the batch."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:

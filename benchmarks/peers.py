@@ -131,11 +131,12 @@ class Comparison:
 
     def _equal(self, one: str, other: str) -> float:
         """Share of the answers of two ways that are the same."""
-        return mean(
-            a == b
-            for runs in zip(self.runs[one], self.runs[other], strict=True)
-            for a, b in zip(*(run.decoded.answers for run in runs), strict=True)
-        )
+        pairs = [
+            pair
+            for a, b in zip(self.runs[one], self.runs[other], strict=True)
+            for pair in zip(a.decoded.answers, b.decoded.answers, strict=True)
+        ]
+        return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def _rates(runs: Sequence[Measured]) -> list[float]:
@@ -196,7 +197,7 @@ async def _watched(workers: Sequence[Worker], run: Callable[[], Awaitable[Any]])
 
 async def ways(plan: Plan, running: Service, launch: Launch) -> dict[str, Way]:
     """Every way of a plan by name. A worker has the models that its ways need, so that its memory is theirs."""
-    found = {mode: served(running, mode) for mode in SERVED}
+    found: dict[str, Way] = {mode: served(running, mode) for mode in SERVED}
     alone = await launch(Baselines, plan.shape, 0.0, plan.threads, ("target",))
     found["generate"] = peer(alone, "generate")
     if plan.guided_peers:

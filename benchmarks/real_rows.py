@@ -160,6 +160,7 @@ def summary(family: Family, guided: bool, sampling: Sampling, rows: Iterable[Row
         for name, value in _figures(*row, sampling).items():
             columns.setdefault(name, []).append(value)
     distances = columns.pop("distance")
+    means: dict[str, Any] = {name: float(np.mean(values)) for name, values in columns.items()}
     return RealRows(
         family,
         guided,
@@ -168,7 +169,7 @@ def summary(family: Family, guided: bool, sampling: Sampling, rows: Iterable[Row
         len(distances),
         tv_mean=float(np.mean(distances)),
         tv_worst=float(np.max(distances)),
-        **{name: float(np.mean(values)) for name, values in columns.items()},
+        **means,
     )
 
 
@@ -208,8 +209,10 @@ def worst(guider: str, cases: Sequence[RealRows]) -> dict[str, Any]:
 
 def table(guider: str, cases: Sequence[RealRows]) -> Table:
     """Every case."""
-    columns = ("target", "decoded", "T", "top_p", "rows", "widened", "whole", "exceed", "unseen", "uncovered")
-    columns += ("at last", "bytes", "narrow bytes", "TV mean", "TV worst", "agree", "drafts kept")
+    shares = ("widened", "whole", "exceed")
+    sizes = ("unseen", "uncovered", "at last", "bytes", "narrow bytes")
+    compared = ("TV mean", "TV worst", "agree", "drafts kept")
+    columns = ("target", "decoded", "T", "top_p", "rows", *shares, *sizes, *compared)
     shown = Table(*columns, title=f"real rows: slices against whole rows; guider: {guider}")
     for case in cases:
         shown.add_row(

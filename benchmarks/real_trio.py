@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.api.generation import Role
 from benchmarks.shapes import Shape
 from cluster.real import models
 from cluster.real.models import GEMMA3, SMOLLM2, RealModelError, fetched
@@ -38,7 +39,7 @@ class RealTrio:
     def shape(self, family: Family) -> Shape:
         """The three models in float32 on the CPU."""
         target = self.small if family == "same" else self.large
-        folders = {"target": target, "guider": self.guider_folder, "guider_base": self.small}
+        folders: dict[Role, Path] = {"target": target, "guider": self.guider_folder, "guider_base": self.small}
         return Shape(f"real-{family}", folders=folders, adapter=self.adapter)
 
 
