@@ -1,4 +1,4 @@
-"""Bodies with formats of answers, changed at random places: each is answered or refused, none is a fault."""
+"""Bodies with formats of answers and tools, changed at random places: each is answered or refused, none is a fault."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ _ODD: tuple[Any, ...] = (
     ),
 )
 _KEYS = (
+    "name",
+    "arguments",
+    "function",
+    "parameters",
     "type",
     "json_schema",
     "schema",
@@ -60,7 +64,29 @@ def valid_forms() -> list[dict[str, Any]]:
         ]
     found += [{"structured_outputs": {"json": json.dumps(schemas(1)[0]), "disable_any_whitespace": True}}]
     given = {"regex": "[a-z]{2,5}", "choice": ["yes", "no"], "grammar": 'start: "a" | "b"', "json_object": True}
-    return found + [{"structured_outputs": {name: value}} for name, value in given.items()]
+    found += [{"structured_outputs": {name: value}} for name, value in given.items()]
+    return found + 3 * [valid_tools(choice) for choice in ("none", "auto", "required", "named", "allowed")]
+
+
+def valid_tools(choice: str) -> dict[str, Any]:
+    """Two tools, one of them without parameters, a choice of them, and a call of one in the conversation."""
+    named = {"type": "function", "function": {"name": "lookup"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    functions = [
+        {"name": "lookup", "description": "a person", "parameters": schemas(1)[0], "strict": True},
+        {"name": "x"},
+    ]
+    call = {"id": "call_1", "type": "function", "function": {"name": "lookup", "arguments": '{"person": "Ada"}'}}
+    return {
+        "messages": [
+            {"role": "user", "content": "Who is it?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "Ben"},
+        ],
+        "tools": [{"type": "function", "function": function} for function in functions],
+        "tool_choice": {"named": named, "allowed": allowed}.get(choice, choice),
+        "parallel_tool_calls": choice != "required",
+    }
 
 
 def changed(value: Any, chance: random.Random) -> Any:
@@ -94,7 +120,8 @@ def bodies(count: int) -> list[tuple[str, bytes]]:
             form = changed(form, chance)
         form = form if isinstance(form, dict) else {"response_format": form}
         chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Who is it?"}]}
-        path, start = chance.choice((("chat/completions", chat), ("completions", {"prompt": "It is"})))
+        paths = (("chat/completions", chat), ("completions", {"prompt": "It is"}))
+        path, start = paths[0] if "tools" in form else chance.choice(paths)
         found.append((f"/v1/{path}", json.dumps({**start, "stream": chance.random() < 0.3, **form}).encode()))
     return found
 
