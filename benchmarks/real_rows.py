@@ -79,7 +79,7 @@ Row = tuple[Step, Decisions]  # a step, and its decisions from whole rows
 
 
 def measure(rows: int) -> tuple[str, list[RealRows]]:
-    """What the guider is, and all cases with `rows` rows each. Raises RealModelError if a model is not here."""
+    """The guider in words, and all cases with `rows` rows each. Raises RealModelError if a model is not here."""
     found = []
     with tempfile.TemporaryDirectory() as name, progress(console()) as bar:
         trio = real_trio(Path(name))

@@ -23,7 +23,7 @@ from router.backend import Coordinators, Status, Unavailable
 log = logging.getLogger(__name__)
 
 MAX_LOSSES = 20  # lost coordinators without a token in between: this request itself may crash them
-MAX_GRAMMAR_LOSSES = 2  # the same for a request with a grammar, which is likelier to, and coordinators that began it
+MAX_GRAMMAR_LOSSES = 2  # the same for coordinators that began a grammar, which is likelier to crash them
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 

@@ -77,6 +77,8 @@ class Coordinator:
     async def generate(self, request: Generate) -> AsyncGenerator[CoordinatorEvent, None]:
         """Decode one sequence. Yields deltas and at last Finished or Moved, or only Rejected.
 
+        An empty delta precedes the compilation of a grammar, which may still end in Rejected.
+
         Closing the iterator cancels the sequence. Each delta carries what another coordinator needs to continue after
         it. At least every third of `deadlines.peer_timeout_s` a delta is yielded, if need be an empty one, so that a
         reader can tell a slow answer from a coordinator that hangs.

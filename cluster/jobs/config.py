@@ -40,7 +40,7 @@ class Section(BaseModel):
 class TaskChoice(Section):
     """A task, and the keys of its file that this evaluation overrides. limit: use only the first problems.
 
-    where: added to the task's own.
+    where: values of columns, required beside those of the task's own `where`.
     """
 
     task: str = Field(min_length=1)

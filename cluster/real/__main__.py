@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             write_service(options.service, options.adapter)
         except RealModelError as error:
-            console.print(f"[bold red]error[/] {error}")
+            console.print("[bold red]error[/] ", end="")
+            console.print(str(error), markup=False)
             return 1
         console.print(f"written: {options.service}")
     return 0 if all(fetched(model, root) for model in MODELS) else 1

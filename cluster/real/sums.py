@@ -86,7 +86,7 @@ def _problem(generator: random.Random, steps: int) -> Problem:
 
 
 def _change(generator: random.Random, has: int, things: str, friend: str) -> tuple[str, str, int]:
-    """What happens to the things: a sentence, the sign of its sum and the number of it."""
+    """A change of the number of things: its sentence, and the sign and the second number of its sum."""
     kind, number = generator.choice("+++---x"), generator.randint(2, 40)
     if kind == "x":
         times = generator.choice(tuple(_TIMES))

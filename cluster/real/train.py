@@ -125,10 +125,10 @@ class Deadline(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
 
 
 def train(method: Method, base: Path, run: Path, minutes: float) -> bool:
-    """Train or resume; writes the adapter and the curve into `run`. Returns if the training is complete."""
+    """Train or resume; writes the curve and, once complete, the adapter into `run`. Returns True if it is complete."""
     made = trainer(method, base, run)
     made.add_callback(Deadline(60 * minutes))
-    made.train(resume_from_checkpoint=get_last_checkpoint(str(run / "checkpoints")) if run.exists() else None)
+    made.train(resume_from_checkpoint=get_last_checkpoint(str(run / "checkpoints")))
     state = made.state
     lines = [json.dumps(line) for line in state.log_history if "loss" in line]
     write_file(run / "curve.jsonl", "".join(f"{line}\n" for line in lines).encode())
