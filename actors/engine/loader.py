@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +120,7 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
     began = time.monotonic()
     _report_progress(report, source, began, "config", 0)
     config = read_config(source)
-    adapter = None if source.adapter is None else adapter_folder(source.adapter)
-    if source.adapter is not None and adapter is None:
-        out = f"Give a folder, or download it with: hf download {source.adapter}"
-        raise LoadError(f"adapter {source.adapter}", "it is neither a folder here nor an adapter on the hub", out)
+    adapter = _folder_of_adapter(source)
     for warning in verify_files(source, config, adapter):
         log.warning("%s: %s", source.path, warning)
     _report_progress(report, source, began, "weights", _bytes_on_disk(source))
@@ -215,21 +212,45 @@ def _quantization_config(source: ModelSource) -> Any:
         raise LoadError(f"quantization of {source.path}", str(error), out) from error
 
 
+def load_trainable(source: ModelSource) -> PeftModel:
+    """Load a model with its adapter as separate layers, whose weights alone can be trained. Raises LoadError."""
+    assert source.adapter is not None
+    plain = load_model(replace(source, adapter=None)).model
+    folder = _folder_of_adapter(source)
+    assert folder is not None
+    verify_files(source, plain.config, folder)
+    return _with_layers(plain, folder, source, trainable=True)
+
+
+def _folder_of_adapter(source: ModelSource) -> Path | None:
+    """The folder of the configured adapter. Raises LoadError if there is none."""
+    folder = None if source.adapter is None else adapter_folder(source.adapter)
+    if source.adapter is not None and folder is None:
+        out = f"Give a folder, or download it with: hf download {source.adapter}"
+        raise LoadError(f"adapter {source.adapter}", "it is neither a folder here nor an adapter on the hub", out)
+    return folder
+
+
 def _with_adapter(model: PreTrainedModel, folder: Path, source: ModelSource, merge: bool) -> PreTrainedModel:
     """The model with its adapter, merged into plain weights, or as separate layers beside quantised ones."""
+    adapted = _with_layers(model, folder, source)
+    if merge:
+        _untie(adapted)
+    plain: PreTrainedModel = adapted.merge_and_unload() if merge else adapted.get_base_model()
+    return plain
+
+
+def _with_layers(model: PreTrainedModel, folder: Path, source: ModelSource, trainable: bool = False) -> PeftModel:
+    """The model with its adapter as separate layers. Raises LoadError for an adapter of another model."""
     from peft import PeftModel  # takes seconds, and few models need it
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # see _untie
-            adapted = PeftModel.from_pretrained(model, str(folder))
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         out = f"Give the folder with its adapter_config.json, made for {source.path}."
         raise LoadError(f"adapter {folder}", first_line(error), out) from error
-    if merge:
-        _untie(adapted)
-    plain: PreTrainedModel = adapted.merge_and_unload() if merge else adapted.get_base_model()
-    return plain
 
 
 def _untie(adapted: PeftModel) -> None:

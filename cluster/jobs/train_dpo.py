@@ -12,8 +12,8 @@ workers: 4                         # each uses a GPU if the cluster has any
 
 Ray Train runs the workers in the cluster, or in a local Ray that the job starts. A worker that dies is replaced, and
 training resumes at the last checkpoint. So does the same command after Ctrl-C or a kill. The run's folder must be
-visible to every node. It receives `adapter`, `metrics.jsonl`, `training.png` and `training.json`. The last line of
-output is one JSON object.
+visible to every node. It receives `adapter`, `metrics.jsonl`, `training.png` and `training.json`. If the guider already
+has an adapter, the training begins at that one. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def train(training: Training, console: Console, *, resume: bool = True) -> dict[
     require_lasting(training.run)
     training = training.model_copy(update={"run": training.run.absolute(), "pairs": training.pairs.absolute()})
     service = read_service_config(training.service)
-    if service.models.guider.adapter is not None:
+    if service.models.guider.adapter is not None and "lora" in training.model_fields_set:
         raise ConfigError(
-            f"service: {training.service}: models.guider.adapter is set, but training needs a guider without an "
-            "adapter: remove it, or merge it into the guider's weights first"
+            f"lora: the guider of {training.service} has an adapter, whose training is continued with its own rank and "
+            "alpha: remove lora"
         )
     run = training.run
     if not resume:

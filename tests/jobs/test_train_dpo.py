@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import yaml
@@ -220,13 +222,47 @@ def test_missing_pairs_are_named_with_the_job_that_makes_them(training: Training
         trained(training, pairs=tmp_path / "nothing")
 
 
-def test_guider_with_an_adapter_is_refused(training: Training, tmp_path: Path) -> None:
+@pytest.fixture
+def adapted(training: Training, tmp_path: Path) -> Training:
+    """The same run for a guider that has an adapter."""
     given = yaml.safe_load(training.service.read_text(encoding="utf-8"))
     given["applications"][0]["args"]["models"]["guider"]["adapter"] = str(ADAPTER)
     path = tmp_path / "adapted.yaml"
     path.write_text(yaml.safe_dump(given), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"models\.guider\.adapter is set"):
-        trained(training, service=path)
+    return Training(**training.model_dump(exclude={"lora", "service"}), service=path)
+
+
+def test_an_adapter_is_trained_on_from_where_it_was(adapted: Training, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    from cluster.jobs.dpo.fit import Job, fit
+    from cluster.serve_file import read_service_config
+
+    run = Path(trained(adapted)["adapter"]).parent
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (ADAPTER, run / "adapter"))
+    assert {name: weight.shape for name, weight in after.items()} == {n: weight.shape for n, weight in before.items()}
+    first, *_, last = (line.loss for line in Journal(run).lines())
+    assert first == pytest.approx(0.6931, abs=1e-3), "the reference is the guider with its adapter"
+    assert last < first
+    moved, size = (
+        sum(float((weight.astype(float) ** 2).sum()) for weight in weights)
+        for weights in ([after[name] - before[name] for name in before], list(before.values()))
+    )
+    assert 0 < moved < size / 4, "it began at the adapter"
+
+    resumed = adapted.model_copy(update={"run": tmp_path / "resumed"})
+    shutil.copytree(run / "data", resumed.run / "data")
+    checkpoint = min((run / "ray" / "train").glob("checkpoint_*"))
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] < STEPS
+    guider = read_service_config(adapted.service).models.guider
+    fit(Job(resumed, guider.model_copy(update={"device": "cpu"})), lambda metrics, folder: None, resume=checkpoint)
+    again = load_file(resumed.run / "adapter" / "adapter_model.safetensors")
+    assert all(np.allclose(again[name], after[name], atol=1e-5) for name in after), "a resumed training ends alike"
+
+
+def test_the_shape_of_an_adapter_that_is_there_cannot_be_chosen(training: Training, adapted: Training) -> None:
+    with pytest.raises(ConfigError, match="remove lora"):
+        trained(training, service=adapted.service)
 
 
 @pytest.mark.slow

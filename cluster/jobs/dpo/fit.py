@@ -26,13 +26,13 @@ from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig
 
 from actors.config import ModelConfig
-from actors.engine.loader import load_model
+from actors.engine.loader import load_model, load_trainable
 from actors.replica.build import source_of
 from cluster.jobs.dpo.data import DATA
 from cluster.jobs.dpo.journal import Journal, Line
 from cluster.jobs.dpo.record import ADAPTER
 from cluster.jobs.dpo.trainer import GuidedCollator, PairTrainer
-from cluster.jobs.dpo.training import Training
+from cluster.jobs.dpo.training import Lora, Training
 
 LINES = 10  # journal lines between two validations
 
@@ -71,16 +71,20 @@ def fit(job: Job, on_checkpoint: OnCheckpoint, on_line: OnLine = lambda line: No
 
 
 def build(job: Job, data: DatasetDict, scratch: Path) -> PairTrainer:
-    """The trainer of one worker, with reference log-probabilities computed or read from beside the data."""
+    """The trainer of one worker, with reference log-probabilities computed or read from beside the data.
+
+    An adapter of the guider is trained on, and as it was at first is the reference; TRL keeps a copy. Else a new one is
+    trained, and the reference is the guider without it.
+    """
     training = job.training
     guided = training.objective == "guided"
-    model = load_model(source_of(job.guider)).model
+    source = source_of(job.guider)
+    model = load_model(source).model if source.adapter is None else load_trainable(source)
     model.config.use_cache = False
     on_gpu = next(model.parameters()).is_cuda
     tokenizer = AutoTokenizer.from_pretrained(job.guider.path, revision=job.guider.revision)
     pad_id = tokenizer.pad_token_id or 0  # any id will do: padding is masked
     collator = GuidedCollator(pad_id, slice_width=training.slice_width) if guided else None
-    lora = training.lora
     return PairTrainer(
         model=model,
         args=_arguments(training, len(data["train"]), scratch, on_gpu=on_gpu),
@@ -88,14 +92,13 @@ def build(job: Job, data: DatasetDict, scratch: Path) -> PairTrainer:
         eval_dataset=data["validation"],
         processing_class=tokenizer,
         data_collator=collator,
-        peft_config=LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=None if source.adapter is not None else _new_adapter(training.lora),
         guided_alpha=training.alpha if guided else None,
     )
+
+
+def _new_adapter(lora: Lora) -> LoraConfig:
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _arguments(training: Training, pairs: int, scratch: Path, *, on_gpu: bool) -> DPOConfig:
@@ -157,7 +160,7 @@ def _save(model: PeftModel, job: Job, folder: Path) -> None:
     fresh = folder.with_name(folder.name + ".part")
     shutil.rmtree(fresh, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = job.guider.path
-    model.save_pretrained(fresh, save_embedding_layers=False)
+    model.save_pretrained(fresh, save_embedding_layers=False, selected_adapters=["default"])  # not the reference's
     (fresh / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)

@@ -18,7 +18,10 @@ from cluster.serve_file import read_mapping
 
 
 class Lora(Section):
-    """The LoRA adapter, on every linear layer except the head. alpha: the update is scaled by alpha / rank."""
+    """A new LoRA adapter, on every linear layer except the head. alpha: the update is scaled by alpha / rank.
+
+    A guider that has an adapter gets no new one.
+    """
 
     rank: int = Field(64, ge=1)
     alpha: float = Field(64.0, gt=0)  # ours: a scale of 1, so that rank and learning rate are independent
