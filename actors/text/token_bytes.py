@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
@@ -33,9 +33,8 @@ class ByteTokenizerAdapter:
 
     def __init__(self, tokenizer: Tokenizer, text_tokens: Mapping[str, int]) -> None:
         """text_tokens: content -> id, without added tokens."""
-        settings = _mid_text_settings(json.loads(tokenizer.to_str()))
-        self._kind = _kind_of(settings)
-        self._tokenizer = Tokenizer.from_str(json.dumps(settings))
+        self._tokenizer = _mid_text(tokenizer)
+        self._kind = _kind_of(tokenizer, text_tokens)
         self._byte_level = self._kind == "bytes"
         # Sessions encode the same words again and again, and both small models encode the same text.
         self._cached_encode = lru_cache(_CACHED)(self._encode)
@@ -66,7 +65,6 @@ class ByteTokenizerAdapter:
         return ids, [len(text[:end].encode()) for _, end in encoding.offsets[:-1]] + [len(text.encode())] * bool(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -104,7 +102,7 @@ class ByteTokenizerAdapter:
 
 def without_first_space(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer without the space that it puts before a text; the tokenizer itself if it puts none."""
-    steps = [step and json.loads(step.__getstate__()) for step in (tokenizer.normalizer, tokenizer.pre_tokenizer)]
+    steps = _steps(tokenizer)
     changed = [_without_steps(steps[0], "normalizers", ("Prepend",)), _without_first_space(steps[1])]
     if changed == steps:
         return tokenizer
@@ -112,12 +110,28 @@ def without_first_space(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps({**settings, "normalizer": changed[0], "pre_tokenizer": changed[1]}))
 
 
-def _mid_text_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the same tokenizer for a piece from the middle of a text."""
-    normalizer = _without_steps(settings["normalizer"], "normalizers", _REMOVED)
-    pre_tokenizer = _without_first_space(settings["pre_tokenizer"])
-    unused: dict[str, Any] = {"post_processor": None, "added_tokens": [], "truncation": None, "padding": None}
-    return {**settings, **unused, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+def _mid_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer for a piece from the middle of a text. Both have one vocabulary in memory."""
+    normalizer, pre_tokenizer, decoder = _steps(tokenizer)
+    normalizer = _without_steps(normalizer, "normalizers", _REMOVED)
+    changed = {"normalizer": normalizer, "pre_tokenizer": _without_first_space(pre_tokenizer), "decoder": decoder}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": {},
+        "merges": [],
+    }  # the library makes steps of whole tokenizers only
+    steps = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **changed}))
+    made = Tokenizer(tokenizer.model)
+    for name, step in changed.items():
+        if step is not None:
+            setattr(made, name, getattr(steps, name))
+    return made
+
+
+def _steps(tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+    """The settings of normaliser, pre-tokenizer and decoder."""
+    steps = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder)
+    return [step and json.loads(step.__getstate__()) for step in steps]
 
 
 def _without_steps(step: dict[str, Any] | None, parts: str, removed: Sequence[str]) -> dict[str, Any] | None:
@@ -141,17 +155,15 @@ def _without_first_space(step: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**step, "add_prefix_space": False} if "add_prefix_space" in step else step
 
 
-def _kind_of(settings: Mapping[str, Any]) -> str:
+def _kind_of(tokenizer: Tokenizer, tokens: Iterable[str]) -> str:
     """The kind of tokenizer: "bytes" is byte-level BPE, "spaces" SentencePiece, "words" WordPiece."""
-    steps = list(_types(settings["pre_tokenizer"], "pretokenizers"))
-    decoders = list(_types(settings["decoder"], "decoders"))
-    model = settings["model"]["type"]
-    if "ByteLevel" in steps or "ByteLevel" in decoders:
+    _, pre_tokenizer, decoder = _steps(tokenizer)
+    model = type(tokenizer.model).__name__
+    if "ByteLevel" in (*_types(pre_tokenizer, "pretokenizers"), *_types(decoder, "decoders")):
         return "bytes"
     if model == "WordPiece":
         return "words"
-    spaced = any(_SPACE in token for token in _entries(settings["model"]))
-    if model in ("BPE", "Unigram") and spaced:
+    if model in ("BPE", "Unigram") and any(_SPACE in token for token in tokens):
         return "spaces"
     raise UnsupportedTokenizer(f"a {model} vocabulary that is neither byte-level nor SentencePiece's")
 
@@ -161,11 +173,6 @@ def _types(step: Mapping[str, Any] | None, parts: str) -> Iterator[str]:
         yield step["type"]
         for part in step.get(parts) or ():
             yield from _types(part, parts)
-
-
-def _entries(model: Mapping[str, Any]) -> Iterator[str]:
-    vocab = model["vocab"]
-    yield from (vocab if isinstance(vocab, Mapping) else (entry[0] for entry in vocab))
 
 
 def _bytes_of(token: str, kind: str) -> bytes | None:
