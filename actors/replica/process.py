@@ -1,10 +1,11 @@
-"""Settings of a process: how long OpenMP workers spin, and how often Python collects garbage.
+"""Settings of a process: how long OpenMP workers spin, how often Python collects garbage, and what it gives back.
 
 torch computes on the CPU with libgomp, which has a team of worker threads for each thread that has computed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable
@@ -25,7 +26,7 @@ COLLECT = (50_000, 20, 100)
 
 
 def collect_rarely() -> None:
-    """Collect cyclic garbage less often, and never examine the objects that exist now.
+    """Collect cyclic garbage less often, never examine the objects that exist now, and return freed memory.
 
     A coordinator creates dozens of small objects per token. Python's default, a collection every 700 objects, takes a
     tenth of its time. In exchange, some megabytes of garbage may wait for a collection.
@@ -33,6 +34,14 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT)
+    return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give the system the memory that the C library keeps for reuse: 170 MB after a tokenizer of 262,144 tokens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def spin_briefly() -> None:

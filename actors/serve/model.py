@@ -52,12 +52,12 @@ class ModelShell:
         secret = await own_secret()
         self._engine = engine = await self._load(config, load)
         model = config.models.role(role)
-        tokenizer = await asyncio.to_thread(RoleTokenizer.load, model.path, model.revision)
         self._replica = serve_role(
             config,
             role,
             engine,
-            tokenizer,
+            # not kept: hundreds of megabytes
+            await asyncio.to_thread(RoleTokenizer.load, model.path, model.revision),
             incarnation=self._incarnation,
             secret=secret,
             host=get_node_ip_address(),  # listen on the node's address in the cluster only

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -51,3 +53,26 @@ def test_garbage_is_collected_rarely_and_existing_objects_never() -> None:
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
+
+
+def test_freed_memory_is_returned_to_the_system() -> None:
+    """In a process of its own, whose memory nothing else changes."""
+    script = """
+import ctypes
+from actors.replica.process import return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+many = [bytearray(1_000) for _ in range(200_000)]
+last = bytearray(1_000)  # above them, so that the heap cannot shrink from its end
+full = resident()
+del many
+kept = resident()
+return_freed_memory()
+print(full - kept, full - resident())
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    kept, returned = map(int, found.split())
+    assert returned > 150_000_000
+    assert returned > kept
