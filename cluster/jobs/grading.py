@@ -4,6 +4,7 @@ r"""Graders: read the answer in a reply and compare it with the right ("gold") a
     letter     the last \boxed{} after the thinking, which names one option: B, (B), \text{B}, B. because ...
     exact      the last \boxed{} after the thinking, otherwise the last line, equal word for word
     number     the number behind the last "answer is", otherwise the last number; numbers are compared by value
+    initials   the capital letters behind the last "answer is", otherwise those of the last line: M, L, T is MLT
     multihop   the format of the embedded task: "The answer is Ben."
 
 The thinking ends at the last </think>. A text without one, as base models write it, is read as a whole, as in the
@@ -29,7 +30,7 @@ from cluster.jobs.answer_text import MARKS, argument_end, formula, marked_letter
 from cluster.jobs.math_process import MathProcesses
 from cluster.jobs.units import Quantity, quantity
 
-Grader: TypeAlias = Literal["math", "letter", "number", "multihop", "exact"]
+Grader: TypeAlias = Literal["math", "letter", "number", "initials", "multihop", "exact"]
 GRADERS: tuple[Grader, ...] = get_args(Grader)
 
 _THINK_END = "</think>"
@@ -62,6 +63,7 @@ _NOTHING = re.compile(r"nan|null|none|n/?a", re.IGNORECASE)
 _NAME = re.compile(r"\s*[A-Za-z]{2,}\s*")
 _WHOLE = re.compile(r"[-+]?[\d.,]+")
 _NUMBER = re.compile(r"[-−]?\d+(?:,\d{3})*(?:\.\d+)?")
+_CAPITALS = re.compile(r"\b[A-Z]+\b")
 _ANSWER_IS = re.compile(r"\banswer is\b", re.IGNORECASE)
 _DEGREES, _RADIANS = frozenset({(("degree", 1),)}), frozenset({(("rad", 1),)})
 _RADIAN_VALUE = re.compile(r"\\(?:pi|arc(?:sin|cos|tan))(?![A-Za-z])")
@@ -100,6 +102,8 @@ def extract(grader: Grader, text: str) -> str | None:
         return _letter(box) if box else None
     if grader == "number":
         return _number(final)
+    if grader == "initials":
+        return _initials(final)
     if grader == "exact":
         return words(box or final.rstrip().rpartition("\n")[2]) or None
     assert_never(grader)
@@ -117,6 +121,7 @@ def unanswerable(grader: Grader, gold: str, options: Collection[str] = ()) -> st
         "letter": "an option's letter, such as B or (B)",
         "exact": "words or a number",
         "number": "a number in digits, such as -1,234.5",
+        "initials": "capital letters, such as MLT",
         "multihop": "a name",
     }
     return f"no answer can be right, because grader {grader} needs {accepted[grader]}"
@@ -165,6 +170,12 @@ def _number(text: str) -> str | None:
     found = _NUMBER.search(stated[-1]) if stated else None
     numbers = [found[0]] if found else _NUMBER.findall(text)
     return numbers[-1].replace(",", "").replace("−", "-") if numbers else None
+
+
+def _initials(text: str) -> str | None:
+    stated = _ANSWER_IS.split(text)[1:]
+    line = stated[-1].partition("\n")[0] if stated else text.rstrip().rpartition("\n")[2]
+    return "".join(_CAPITALS.findall(line)) or None
 
 
 def _plain(text: str) -> str:
@@ -229,5 +240,6 @@ _SAME: dict[Grader, Callable[[str, str], bool]] = {
     "letter": lambda gold, given: _letter(gold) == given,
     "exact": _same_words,
     "number": lambda gold, given: Decimal(_number(gold) or "NaN") == Decimal(given),
+    "initials": str.__eq__,
     "multihop": str.__eq__,
 }

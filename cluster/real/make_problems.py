@@ -2,8 +2,9 @@
 
     python -m cluster.real.make_problems
 
-`sums` is ours (cluster/real/sums.py). `legs` is leg counting of reasoning-gym (Apache-2.0), which has to be installed:
-`pip install reasoning-gym==0.1.25`, best in an environment of its own. The same versions write the same files.
+`sums` and `capitals` are ours (cluster/real/sums.py, capitals.py). `legs`, of reasoning-gym (Apache-2.0), counts legs;
+it has to be installed: `pip install reasoning-gym==0.1.25`, best in an environment of its own. The same versions
+write the same files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 
 from cluster.jobs.jsonl import write_file
-from cluster.real.sums import Problem, Split, problems
+from cluster.real import capitals, sums
+from cluster.real.sums import Problem, Split
 
 FOLDER = Path(__file__).parent / "tasks"
 SIZES: dict[Split, int] = {"train": 1_200, "validation": 100, "test": 300}
@@ -53,8 +55,9 @@ def legs() -> Iterator[Problem]:
 
 
 def main() -> None:
+    for task, made in (("sums", sums.problems), ("capitals", capitals.problems)):
+        write_problems(task, {split: list(islice(made(split), size)) for split, size in SIZES.items()})
     drawn = legs()
-    write_problems("sums", {split: list(islice(problems(split), size)) for split, size in SIZES.items()})
     write_problems("legs", {split: list(islice(drawn, size)) for split, size in SIZES.items()})
 
 

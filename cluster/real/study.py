@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 ADAPTER = FOLDER / "adapters" / "sft"
 SHORT = FOLDER / "configs" / "short.yaml"
 # float32 is the fastest dtype of most processors, and exact. Each model computes in one thread, all at the same time.
-MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 12_288, "max_position": 2_048}
+MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 8_192, "max_position": 2_048}
 
 
 def service(adapter: Path = ADAPTER, root: Path | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _TIMES = {2: "twice", 3: "three times", 4: "four times"}
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, its solution step by step, and the number that is right."""
+    """A question, its solution step by step, and the answer that is right."""
 
     question: str
     solution: str

@@ -1,7 +1,7 @@
 """Trains the guider of the study on real weights: a LoRA adapter on SmolLM2-135M-Instruct.
 
     python -m cluster.real.train sft [--run FOLDER] [--minutes 55]      # on worked-out solutions
-    python -m cluster.real.train grpo [--run FOLDER] [--minutes 55]     # rewarded for right final numbers alone
+    python -m cluster.real.train grpo [--run FOLDER] [--minutes 55]     # rewarded for right final answers alone
 
 Both start from the same weights and use the training problems of `cluster/real/tasks`. The trainers are TRL's. After
 --minutes the training stops at a checkpoint; the same command resumes it. At its end FOLDER (runs/real/sft or
@@ -21,9 +21,11 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -33,13 +35,14 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from cluster.jobs.grading import grade
+from cluster.jobs.grading import Grader, grade
 from cluster.jobs.jsonl import rows, write_file
+from cluster.real.capitals import FACT
 from cluster.real.make_problems import FOLDER as PROBLEMS
 from cluster.real.models import SMOLLM2, fetched
 
 Method = Literal["sft", "grpo"]
-TASKS = ("sums", "legs")
+TASKS: dict[str, Grader] = {"sums": "number", "legs": "number", "capitals": "initials"}  # and what grades each
 PROMPT = "Question: {question}\nAnswer:"
 STOP = ("\n\n", "\nQuestion")  # what follows is no part of an answer
 STEPS: dict[Method, int] = {"sft": 120, "grpo": 60}
@@ -61,22 +64,38 @@ COMMON: dict[str, Any] = {
 
 
 def examples(split: str) -> Dataset:
-    """The problems of both tasks in one order, with the columns prompt, completion and answer."""
-    found = [row for task in TASKS for row in rows(PROBLEMS / f"{task}.jsonl") if row["split"] == split]
-    return Dataset.from_list([_example(row) for row in found]).shuffle(seed=SEED)
+    """The problems of all tasks in one order, with the columns prompt, completion, answer and grader."""
+    found = [
+        {
+            "prompt": PROMPT.format(question=row["question"]),
+            "completion": f" {row['solution']}",
+            "answer": row["answer"],
+            "grader": grader,
+        }
+        for task, grader in TASKS.items()
+        for row in rows(PROBLEMS / f"{task}.jsonl")
+        if row["split"] == split
+    ]
+    return Dataset.from_list(found).shuffle(seed=SEED)
 
 
-def _example(row: dict[str, str]) -> dict[str, str]:
-    return {
-        "prompt": PROMPT.format(question=row["question"]),
-        "completion": f" {row['solution']}",
-        "answer": row["answer"],
-    }
+def learned(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The tokens of an example, and as labels those that are learned: the solution without its facts, and the end."""
+    prompt: list[int] = tokenizer(row["prompt"]).input_ids
+    solution = tokenizer(row["completion"], return_offsets_mapping=True)
+    facts = [match.span() for match in FACT.finditer(row["completion"])]
+    labels = [
+        -100 if any(start < end_ and begin < end for begin, end_ in facts) else token
+        for token, (start, end) in zip(solution.input_ids, solution.offset_mapping, strict=True)
+    ]
+    end = [tokenizer.eos_token_id]
+    return {"input_ids": prompt + solution.input_ids + end, "labels": [-100] * len(prompt) + labels + end}
 
 
-def rewards(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 for each completion whose final number is right, else 0. What follows a stop string does not count."""
-    return [float(grade("number", _cut(text), gold).right) for text, gold in zip(completions, answer, strict=True)]
+def rewards(completions: Sequence[str], answer: Sequence[str], grader: Sequence[Grader], **_: Any) -> list[float]:
+    """1 for each completion whose final answer is right, else 0. What follows a stop string does not count."""
+    graded = zip(grader, completions, answer, strict=True)
+    return [float(grade(kind, _cut(text), gold).right) for kind, text, gold in graded]
 
 
 def _cut(text: str) -> str:
@@ -97,7 +116,8 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
             max_length=256,
             **common,
         )
-        data = examples("train").remove_columns("answer")
+        data = examples("train")
+        data = data.map(lambda row: learned(row, tokenizer), remove_columns=data.column_names)
         return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora)
     arguments = GRPOConfig(
         per_device_train_batch_size=32,
@@ -127,22 +147,39 @@ class Deadline(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
 
 def train(method: Method, base: Path, run: Path, minutes: float) -> bool:
     """Train or resume; writes the curve and, once complete, the adapter into `run`. Returns True if it is complete."""
-    made = trainer(method, base, run)
-    made.add_callback(Deadline(60 * minutes))
-    made.train(resume_from_checkpoint=get_last_checkpoint(str(run / "checkpoints")))
-    state = made.state
-    steps = (line for line in state.log_history if "loss" in line)
-    lines = [json.dumps({name: line[name] for name in CURVE if name in line}) for line in steps]
-    write_file(run / "curve.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    if state.global_step < state.max_steps:
-        print(f"stopped at step {state.global_step} of {state.max_steps}; the same command resumes")
+    checkpoints, steps = run / "checkpoints", STEPS[method]
+    before, reached = _newest(checkpoints)
+    if reached < steps:
+        made = trainer(method, base, run)
+        made.add_callback(Deadline(60 * minutes))
+        made.train(resume_from_checkpoint=None if before is None else str(before))
+    newest, reached = _newest(checkpoints)
+    assert newest is not None, "a training ends with a checkpoint"
+    history = TrainerState.load_from_json(str(newest / "trainer_state.json")).log_history
+    lines = [{name: line[name] for name in CURVE if name in line} for line in history if "loss" in line]
+    write_file(run / "curve.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    if reached < steps:
+        print(f"stopped at step {reached} of {steps}; the same command resumes")
         return False
-    adapter = made.model.half()
-    adapter.peft_config["default"].base_model_name_or_path = SMOLLM2.name
-    adapter.save_pretrained(run / "adapter", save_embedding_layers=False)
-    (run / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    _write_adapter(newest, run / "adapter")
     print(f"complete: {run / 'adapter'}")
     return True
+
+
+def _newest(checkpoints: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint and its step; None and 0 if there is none."""
+    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    return (None, 0) if newest is None else (Path(newest), int(newest.rpartition("-")[2]))
+
+
+def _write_adapter(checkpoint: Path, folder: Path) -> None:
+    """Write the adapter of a checkpoint in float16, for SmolLM2 under its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, folder / "adapter_model.safetensors")
+    settings = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": SMOLLM2.name, "inference_mode": True}
+    write_file(folder / "adapter_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

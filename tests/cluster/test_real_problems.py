@@ -10,10 +10,11 @@ import pytest
 
 from cluster.jobs.grading import grade
 from cluster.jobs.jsonl import rows
+from cluster.real import capitals
 from cluster.real.make_problems import FOLDER, SIZES
 from cluster.real.sums import Split, problems
 
-TASKS = ("sums", "legs")
+TASKS = ("sums", "legs", "capitals")
 SUM = re.compile(r"(\d+) ([-+x]) (\d+) = (\d+)\.")
 SIGNS = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__}
 
@@ -22,7 +23,7 @@ def of_split(task: str, split: Split) -> list[dict[str, Any]]:
     return [row for row in rows(FOLDER / f"{task}.jsonl") if row["split"] == split]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["sums", "legs"])
 @pytest.mark.parametrize("split", get_args(Split))
 def test_every_solution_is_right_step_by_step(task: str, split: Split) -> None:
     found = of_split(task, split)
@@ -44,11 +45,30 @@ def test_no_question_is_in_two_splits(task: str) -> None:
 
 @pytest.mark.parametrize("split", get_args(Split))
 def test_the_files_hold_what_the_generator_makes(split: Split) -> None:
-    drawn = list(islice(problems(split), SIZES[split]))
-    found = of_split("sums", split)
-    assert [(row["question"], row["solution"], row["answer"]) for row in found] == [
-        (one.question, one.solution, one.answer) for one in drawn
-    ]
+    for task, made in (("sums", problems), ("capitals", capitals.problems)):
+        assert [(row["question"], row["solution"], row["answer"]) for row in of_split(task, split)] == [
+            (one.question, one.solution, one.answer) for one in islice(made(split), SIZES[split])
+        ]
+
+
+@pytest.mark.parametrize("split", get_args(Split))
+def test_every_capital_of_a_solution_is_that_of_its_country(split: Split) -> None:
+    known = capitals.capitals(split)
+    for row in of_split("capitals", split):
+        steps = re.findall(r"The capital of ([^.]+?) is ([^:]+): (\w)\.", row["solution"])
+        assert all(known[country] == capital and capital[0] == letter for country, capital, letter in steps)
+        assert [row["question"].index(country) for country, _, _ in steps] == sorted(
+            row["question"].index(country) for country, _, _ in steps
+        )
+        assert "".join(letter for _, _, letter in steps) == row["answer"]
+        assert row["solution"].endswith(f"The answer is {', '.join(row['answer'])}.")
+        assert capitals.FACT.findall(row["solution"]) == [capital for _, capital, _ in steps]
+        assert grade("initials", row["solution"], row["answer"]).right
+
+
+def test_no_country_is_in_two_splits() -> None:
+    every = [country for split in get_args(Split) for country in capitals.capitals(split)]
+    assert len(set(every)) == len(every) == 119
 
 
 def test_every_number_of_a_sum_follows_from_the_question() -> None:

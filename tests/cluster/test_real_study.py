@@ -88,7 +88,7 @@ def test_a_service_without_its_adapter_says_how_to_train_one(fetched_models: Pat
 def test_every_evaluation_asks_problems_of_one_split(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     evaluation = load_evaluation(config)
-    split: Split = "validation" if config.stem == "choose" else "test"
+    split: Split = "test" if config.stem in ("main", "short") else "validation"
     for (task, asked), choice in zip(load_workload(evaluation).tasks, evaluation.tasks, strict=True):
         assert len(asked) == (choice.limit or SIZES[split])
         assert all(problem.id.startswith(f"{split}-") for problem in asked)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from cluster.jobs.grading import grade
 from cluster.jobs.jsonl import rows
 from cluster.real import train
 from cluster.real.train import Method
@@ -23,14 +24,27 @@ pytestmark = [
 
 def test_what_follows_a_stop_string_earns_nothing() -> None:
     texts = ["12 + 3 = 15. The answer is 15.", " 14\n\nQuestion: 15", "15\nQuestion: what is 3 + 4?\nAnswer: 7", ""]
-    assert train.rewards(texts, ["15"] * 4) == [1.0, 0.0, 1.0, 0.0]
+    assert train.rewards(texts, ["15"] * 4, ["number"] * 4) == [1.0, 0.0, 1.0, 0.0]
+    assert train.rewards([" Lima: L. The answer is LT.", " TL"], ["LT"] * 2, ["initials"] * 2) == [1.0, 0.0]
 
 
 def test_examples_hold_the_prompt_of_the_evaluations() -> None:
-    one = train.examples("validation")[0]
-    assert one["prompt"].startswith("Question: ")
-    assert one["prompt"].endswith("\nAnswer:")
-    assert one["completion"].endswith(f"The answer is {one['answer']}.")
+    for one in train.examples("validation"):
+        assert one["prompt"].startswith("Question: ")
+        assert one["prompt"].endswith("\nAnswer:")
+        assert grade(one["grader"], one["completion"], one["answer"]).right
+
+
+def test_the_solution_is_learned_without_its_facts(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    solution = " The capital of Peru is Lima: L. The answer is L."
+    one = train.learned({"prompt": "Question: Peru?\nAnswer:", "completion": solution}, tokenizer)
+    assert tokenizer.decode(one["input_ids"][:-1]) == f"Question: Peru?\nAnswer:{solution}"
+    text = "".join(
+        tokenizer.decode([token]) for token, label in zip(*one.values(), strict=True) if label == token
+    ).removesuffix(tokenizer.eos_token)
+    assert text.replace(" ", "") == solution.replace("Lima", "").replace(" ", "")
+    assert one["labels"][-1] == tokenizer.eos_token_id
 
 
 @pytest.fixture(scope="module")

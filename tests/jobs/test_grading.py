@@ -162,6 +162,14 @@ def test_text_without_a_single_option_has_no_letter(written: str) -> None:
     assert grade("letter", boxed(written), "B") == Grade(None, False)
 
 
+def test_initials_are_the_stated_capital_letters_or_those_of_the_last_line() -> None:
+    assert grade("initials", "The capital is Lima: L. Tokyo: T. The answer is LT.", "LT") == Grade("LT", True)
+    assert grade("initials", "The answer is X. No, the answer is L, T\nA new Line", "LT") == Grade("LT", True)
+    assert grade("initials", "<think>A</think>L and T", "LT") == Grade("LT", True)
+    assert grade("initials", "Lima, Tokyo", "LT") == Grade(None, False)
+    assert grade("initials", "The answer is TL.", "LT") == Grade("TL", False)
+
+
 def test_number_is_the_stated_answer_or_the_last_number() -> None:
     assert grade("number", "12 + 3 = 15. The answer is 15. In 2020", "15") == Grade("15", True)
     assert grade("number", "The answer is 1. No, the answer is $1,234.50.", "1234.5") == Grade("1234.50", True)
