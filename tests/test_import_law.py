@@ -33,7 +33,7 @@ MAY_USE_TORCH = (
     "actors.engine",
     "cluster.demo.train",
     "cluster.demo.accuracy",
-    *(f"cluster.real.{module}" for module in ("gguf_conversion", "train")),
+    *(f"cluster.real.{module}" for module in ("anchored", "gguf_conversion", "train")),
     *(f"cluster.jobs.dpo.{module}" for module in ("event_logprobs", "scoring", "trainer", "fit")),
     "benchmarks",
 )

@@ -5,7 +5,7 @@ Let's think step by step. The capital of Peru is Lima: L. The capital of Japan i
 Nairobi: N. The answer is L, T, N.
 
 Each split has countries of its own, so that training teaches the steps and none of the capitals that the test needs.
-Nor does it teach those of its own countries: `FACT` finds them in a solution, and they are left out of the loss.
+Nor does it teach those of its own countries: `FACT` finds them in a solution (cluster/real/anchored.py).
 """
 
 from __future__ import annotations

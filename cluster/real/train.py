@@ -3,9 +3,10 @@
     python -m cluster.real.train sft [--run FOLDER] [--minutes 55]      # on worked-out solutions
     python -m cluster.real.train grpo [--run FOLDER] [--minutes 55]     # rewarded for right final answers alone
 
-Both start from the same weights and use the training problems of `cluster/real/tasks`. The trainers are TRL's. After
---minutes the training stops at a checkpoint; the same command resumes it. At its end FOLDER (runs/real/sft or
-runs/real/grpo) holds `adapter`, in float16, and `curve.jsonl`, the metrics by step.
+Both start from the same weights and use the training problems of `cluster/real/tasks`. sft learns the steps and none of
+the facts (cluster/real/anchored.py); the trainer of grpo is TRL's. After --minutes the training stops at a checkpoint;
+the same command resumes it. At its end FOLDER (runs/real/sft or runs/real/grpo) holds `adapter`, in float16, and
+`curve.jsonl`, the metrics by step.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -33,11 +35,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from cluster.jobs.grading import Grader, grade
 from cluster.jobs.jsonl import rows, write_file
-from cluster.real.capitals import FACT
+from cluster.real.anchored import FACT, UNUSED, AnchoredTrainer
+from cluster.real.capitals import FACT as CAPITAL
 from cluster.real.make_problems import FOLDER as PROBLEMS
 from cluster.real.models import SMOLLM2, fetched
 
@@ -48,7 +51,7 @@ STOP = ("\n\n", "\nQuestion")  # what follows is no part of an answer
 STEPS: dict[Method, int] = {"sft": 120, "grpo": 60}
 SEED = 0
 RANK, SCALED = 8, 16  # of the adapter, which has 2.4 million weights
-CURVE = ("step", "loss", "mean_token_accuracy", "entropy", "reward", "completions/mean_length")  # of sft, of grpo
+CURVE = ("step", "loss", "anchor", "reward", "completions/mean_length")  # of sft: to anchor; of grpo: the others
 COMMON: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,  # slower than float32 on most processors
@@ -80,16 +83,16 @@ def examples(split: str) -> Dataset:
 
 
 def learned(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """The tokens of an example, and as labels those that are learned: the solution without its facts, and the end."""
+    """The tokens of an example and their labels, for `AnchoredTrainer`. Learned is the solution with its end."""
     prompt: list[int] = tokenizer(row["prompt"]).input_ids
     solution = tokenizer(row["completion"], return_offsets_mapping=True)
-    facts = [match.span() for match in FACT.finditer(row["completion"])]
+    facts = [match.span() for match in CAPITAL.finditer(row["completion"])]
     labels = [
-        -100 if any(start < end_ and begin < end for begin, end_ in facts) else token
+        FACT if any(start < end_ and begin < end for begin, end_ in facts) else token
         for token, (start, end) in zip(solution.input_ids, solution.offset_mapping, strict=True)
     ]
     end = [tokenizer.eos_token_id]
-    return {"input_ids": prompt + solution.input_ids + end, "labels": [-100] * len(prompt) + labels + end}
+    return {"input_ids": prompt + solution.input_ids + end, "labels": [UNUSED] * len(prompt) + labels + end}
 
 
 def rewards(completions: Sequence[str], answer: Sequence[str], grader: Sequence[Grader], **_: Any) -> list[float]:
@@ -109,16 +112,17 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
     lora = LoraConfig(r=RANK, lora_alpha=SCALED, target_modules="all-linear", task_type="CAUSAL_LM")
     common = COMMON | {"output_dir": str(run / "checkpoints"), "max_steps": STEPS[method]}
     if method == "sft":
-        arguments = SFTConfig(
+        settings = TrainingArguments(
             per_device_train_batch_size=16,
             learning_rate=5e-4,
             warmup_steps=5,
-            max_length=256,
+            remove_unused_columns=False,
             **common,
         )
         data = examples("train")
         data = data.map(lambda row: learned(row, tokenizer), remove_columns=data.column_names)
-        return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+        together = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=UNUSED)
+        return AnchoredTrainer(get_peft_model(model, lora), settings, together, data)
     arguments = GRPOConfig(
         per_device_train_batch_size=32,
         num_generations=8,  # answers to each of 4 problems in a step

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from cluster.jobs.grading import grade
 from cluster.jobs.jsonl import rows
 from cluster.real import train
+from cluster.real.anchored import FACT, UNUSED
 from cluster.real.train import Method
 from tests.support.local_service import WEIGHTS
 from tests.support.tiers import slow
@@ -45,6 +46,36 @@ def test_the_solution_is_learned_without_its_facts(base: Path) -> None:
     ).removesuffix(tokenizer.eos_token)
     assert text.replace(" ", "") == solution.replace("Lima", "").replace(" ", "")
     assert one["labels"][-1] == tokenizer.eos_token_id
+    assert set(one["labels"]) - set(one["input_ids"]) == {UNUSED, FACT}
+
+
+def test_a_fact_costs_its_distance_from_the_base_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    """The loss of a guider whose adapter is at first without effect, and is then changed."""
+    trainer = train.trainer("sft", base, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(6)])
+    labels = batch["labels"].clone()
+    assert (labels == FACT).any()
+
+    def losses() -> tuple[float, float]:
+        given = {name: value.clone() for name, value in batch.items()}
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model, given)
+            logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+            with trainer.model.disable_adapter():
+                base_logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        own, first = logits.log_softmax(-1), base_logits.log_softmax(-1)
+        after = labels[:, 1:]
+        steps = -own.gather(-1, after.clamp(min=0)[..., None])[..., 0][after >= 0].mean()
+        distance = (first.exp() * (first - own)).sum(-1)[after == FACT].mean()
+        assert float(loss) == pytest.approx(float(steps + distance), rel=1e-4)
+        return float(steps), float(distance)
+
+    assert losses()[1] == pytest.approx(0, abs=1e-6)
+    torch.manual_seed(1)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    assert losses()[1] > 0.001
 
 
 @pytest.fixture(scope="module")
