@@ -101,7 +101,12 @@ def test_the_short_evaluation_uses_a_service_file_that_it_writes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ran: list[Any] = []
-    monkeypatch.setattr(study, "run", lambda evaluation, console: ran.append(evaluation) or {"run": "short"})
+
+    def run(evaluation: Any, console: Console) -> dict[str, Any]:
+        ran.append(evaluation)
+        return {"run": "short"}
+
+    monkeypatch.setattr(study, "run", run)
     console = Console(file=io.StringIO())
     assert study.evaluate_shortly(console) == {"run": "short"}
     assert read_service_config(ran[0].service).models.guider.adapter == str(study.ADAPTER)
