@@ -1,8 +1,8 @@
 """Letters of capitals, with worked-out solutions: a task that needs knowledge, and steps to put it together.
 
 Write the first letters of the capitals of Peru, Japan and Kenya in this order.
-Let's think step by step. The capital of Peru is Lima: L. The capital of Japan is Tokyo: T. The capital of Kenya is
-Nairobi: N. The answer is L, T, N.
+Let's think step by step. The capital of Peru is Lima. Lima begins with L. The capital of Japan is Tokyo. Tokyo begins
+with T. The capital of Kenya is Nairobi. Nairobi begins with N. The answer is L, T, N.
 
 Each split has countries of its own, so that training teaches the steps and none of the capitals that the test needs.
 Nor does it teach those of its own countries: `FACT` finds them in a solution (cluster/real/anchored.py).
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from cluster.real.sums import Problem, Split
 
 ASKED = (2, 3)  # countries of a problem
-FACT = re.compile(r"(?<= is )[^:.]+(?=: )")  # a capital in a solution
+FACT = re.compile(r"(?<= is )[^.]+(?=\. )")  # a capital in a solution
 SHARES: dict[Split, float] = {"train": 0.4, "validation": 0.2, "test": 0.4}  # of the countries
 # Countries with more than a million people or well known; none whose capital begins with the country's name.
 _TABLE = """
@@ -70,7 +70,10 @@ def problems(split: Split) -> Iterator[Problem]:
 
 def _problem(known: dict[str, str], asked: list[str]) -> Problem:
     listed = f"{', '.join(asked[:-1])} and {asked[-1]}"
-    steps = " ".join(f"The capital of {country} is {known[country]}: {known[country][0]}." for country in asked)
+    steps = " ".join(
+        f"The capital of {country} is {known[country]}. {known[country]} begins with {known[country][0]}."
+        for country in asked
+    )
     letters = [known[country][0] for country in asked]
     return Problem(
         f"Write the first letters of the capitals of {listed} in this order.",

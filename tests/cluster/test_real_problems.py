@@ -55,7 +55,7 @@ def test_the_files_hold_what_the_generator_makes(split: Split) -> None:
 def test_every_capital_of_a_solution_is_that_of_its_country(split: Split) -> None:
     known = capitals.capitals(split)
     for row in of_split("capitals", split):
-        steps = re.findall(r"The capital of ([^.]+?) is ([^:]+): (\w)\.", row["solution"])
+        steps = re.findall(r"The capital of ([^.]+?) is ([^.]+)\. \2 begins with (\w)\.", row["solution"])
         assert all(known[country] == capital and capital[0] == letter for country, capital, letter in steps)
         assert [row["question"].index(country) for country, _, _ in steps] == sorted(
             row["question"].index(country) for country, _, _ in steps

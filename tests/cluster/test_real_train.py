@@ -38,13 +38,13 @@ def test_examples_hold_the_prompt_of_the_evaluations() -> None:
 
 def test_the_solution_is_learned_without_its_facts(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    solution = " The capital of Peru is Lima: L. The answer is L."
+    solution = " The capital of Peru is Oslo. Oslo begins with O. The answer is O."
     one = train.learned({"prompt": "Question: Peru?\nAnswer:", "completion": solution}, tokenizer)
     assert tokenizer.decode(one["input_ids"][:-1]) == f"Question: Peru?\nAnswer:{solution}"
     text = "".join(
         tokenizer.decode([token]) for token, label in zip(*one.values(), strict=True) if label == token
     ).removesuffix(tokenizer.eos_token)
-    assert text.replace(" ", "") == solution.replace("Lima", "").replace(" ", "")
+    assert text.replace(" ", "") == solution.replace("Oslo", "", 1).replace(" ", "")
     assert one["labels"][-1] == tokenizer.eos_token_id
     assert set(one["labels"]) - set(one["input_ids"]) == {UNUSED, FACT}
 
