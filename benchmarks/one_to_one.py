@@ -69,22 +69,21 @@ class OneToOne:
         logits = {role: batch.prefill() for role, batch in batches.items()}
         tokenizer = self.tokenizers["target"]
         said: list[list[int]] = [[] for _ in prompts["target"]]
-        open_ = set(range(len(said)))
+        unfinished, width = set(range(len(said))), len(self._there)
         for left in reversed(range(limit)):
             combined = logits["target"].double()
-            width = len(self._there)
             delta = (logits["guider"].double() - logits["guider_base"].double())[:, self._ids]
             combined[:, :width][:, self._there] += alpha * delta
             chosen = combined[:, :width].argmax(-1)
-            for number in sorted(open_):
+            for number in sorted(unfinished):
                 token = int(chosen[number])
                 if token in tokenizer.eos_ids:
-                    open_.remove(number)
+                    unfinished.remove(number)
                     continue
                 said[number].append(token)
                 if stops and any(stop in tokenizer.decode(said[number]) for stop in stops):
-                    open_.remove(number)
-            if not open_ or not left:
+                    unfinished.remove(number)
+            if not unfinished or not left:
                 break
             mapped = self._read[chosen]
             read = {"target": chosen, "guider": mapped, "guider_base": mapped}

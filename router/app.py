@@ -28,7 +28,7 @@ from actors.config import (
 from actors.metrics import Recorder
 from actors.preflight import load_tokenizers, require_sound
 from actors.replica.build import Load, load_role
-from actors.replica.process import collect_rarely
+from actors.replica.process import collect_rarely, return_freed_memory
 from actors.serve.application import DRAIN_S, application_details, show_logs
 from actors.serve.coordinator import CoordinatorShell
 from actors.serve.directory import DirectoryShell
@@ -122,6 +122,7 @@ class RouterShell:
         self._grammars = GrammarChecks(self._tokenizers)
         await self._grammars.start("target")  # seconds with a large vocabulary
         collect_rarely()
+        return_freed_memory()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._config, self._tokenizers, self._backend, self._recorder, self._grammars)

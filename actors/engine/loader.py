@@ -215,10 +215,11 @@ def _quantization_config(source: ModelSource) -> Any:
 def load_trainable(source: ModelSource) -> PeftModel:
     """Load a model with its adapter as separate layers, whose weights alone can be trained. Raises LoadError."""
     assert source.adapter is not None
-    plain = load_model(replace(source, adapter=None)).model
     folder = _folder_of_adapter(source)
     assert folder is not None
-    verify_files(source, plain.config, folder)
+    plain = load_model(replace(source, adapter=None)).model
+    for warning in verify_adapter(plain.config, folder, source.path, trust_remote_code=source.trust_remote_code):
+        log.warning("%s: %s", source.path, warning)
     return _with_layers(plain, folder, source, trainable=True)
 
 

@@ -26,7 +26,7 @@ COLLECT = (50_000, 20, 100)
 
 
 def collect_rarely() -> None:
-    """Collect cyclic garbage less often, never examine the objects that exist now, and return freed memory.
+    """Collect cyclic garbage less often, and never examine the objects that exist now.
 
     A coordinator creates dozens of small objects per token. Python's default, a collection every 700 objects, takes a
     tenth of its time. In exchange, some megabytes of garbage may wait for a collection.
@@ -34,7 +34,6 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT)
-    return_freed_memory()
 
 
 def return_freed_memory() -> None:

@@ -15,7 +15,7 @@ from actors.coordinator.coordinator import Coordinator
 from actors.coordinator.stats import CoordinatorLoad
 from actors.directory import Endpoint, Snapshot
 from actors.preflight import load_tokenizers
-from actors.replica.process import collect_rarely
+from actors.replica.process import collect_rarely, return_freed_memory
 from actors.serve.application import DIRECTORY_TIMEOUT_S, own_secret, show_logs
 from actors.serve.ray_metrics import keep_exporting
 from actors.wire.tls import client_context
@@ -44,6 +44,7 @@ class CoordinatorShell:
         await self._coordinator.start()
         self._exporting = asyncio.create_task(keep_exporting(self._coordinator.measured))
         collect_rarely()
+        return_freed_memory()
 
     async def generate(self, request: Generate) -> AsyncIterator[CoordinatorEvent]:
         """See Coordinator.generate."""

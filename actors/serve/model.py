@@ -24,7 +24,7 @@ from actors.config import ModelConfig, ServiceConfig
 from actors.directory import HEARTBEAT_S, Endpoint, Loading
 from actors.replica.build import Load, load_role, serve_role
 from actors.replica.engine_thread import Engine
-from actors.replica.process import collect_rarely
+from actors.replica.process import collect_rarely, return_freed_memory
 from actors.serve.application import DIRECTORY_TIMEOUT_S, DRAIN_S, own_secret, show_logs
 from actors.serve.autoscaling import CACHE_USED, WAITING
 from actors.serve.ray_metrics import keep_exporting
@@ -64,6 +64,7 @@ class ModelShell:
         )
         self._host, self._port = await self._replica.start()
         collect_rarely()
+        return_freed_memory()
         self._heartbeats = asyncio.create_task(self._keep_sending_heartbeats())
         self._exporting = asyncio.create_task(keep_exporting(self._replica.measured))
 

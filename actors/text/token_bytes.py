@@ -115,11 +115,7 @@ def _mid_text(tokenizer: Tokenizer) -> Tokenizer:
     normalizer, pre_tokenizer, decoder = _steps(tokenizer)
     normalizer = _without_steps(normalizer, "normalizers", _REMOVED)
     changed = {"normalizer": normalizer, "pre_tokenizer": _without_first_space(pre_tokenizer), "decoder": decoder}
-    model: dict[str, Any] = {
-        "type": "BPE",
-        "vocab": {},
-        "merges": [],
-    }  # the library makes steps of whole tokenizers only
+    model: dict[str, Any] = {"type": "BPE", "vocab": {}, "merges": []}  # the library reads steps in whole files only
     steps = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **changed}))
     made = Tokenizer(tokenizer.model)
     for name, step in changed.items():

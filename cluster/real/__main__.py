@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             write_service(options.service, options.adapter or ADAPTER)
             console.print(f"written: {options.service}")
-        return 1 if missing else evaluated(console) if options.evaluate else 0
+        if missing:
+            return 1
+        return evaluated(console) if options.evaluate else 0
     except RealModelError as error:
         console.print("[bold red]error[/] ", end="")
         console.print(str(error), markup=False)
@@ -61,7 +63,6 @@ def evaluated(console: Console) -> int:
     from cluster.jobs.evaluate import run_job
     from cluster.real.study import evaluate_shortly
 
-    console.print("Asking 64 problems in four modes; this takes five to fifteen minutes, and can be resumed")
     return run_job(lambda: evaluate_shortly(console), console)
 
 

@@ -5,7 +5,7 @@ Let's think step by step. The capital of Peru is Lima. Lima begins with L. The c
 with T. The capital of Kenya is Nairobi. Nairobi begins with N. The answer is L, T, N.
 
 Each split has countries of its own, so that training teaches the steps and none of the capitals that the test needs.
-Nor does it teach those of its own countries: `FACT` finds them in a solution (cluster/real/anchored.py).
+Nor does it teach those of its own countries: `CAPITAL` finds them in a solution (cluster/real/anchored.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from cluster.real.sums import Problem, Split
 
 ASKED = (2, 3)  # countries of a problem
-FACT = re.compile(r"(?<= is )[^.]+(?=\. )")  # a capital in a solution
+CAPITAL = re.compile(r"(?<= is )[^.]+(?=\. )")  # a capital in a solution
 SHARES: dict[Split, float] = {"train": 0.4, "validation": 0.2, "test": 0.4}  # of the countries
-# Countries with more than a million people or well known; none whose capital begins with the country's name.
+# 119 countries, none whose capital begins with the country's name.
 _TABLE = """
 Afghanistan: Kabul, Albania: Tirana, Algeria: Algiers, Angola: Luanda, Argentina: Buenos Aires, Armenia:
 Yerevan, Australia: Canberra, Austria: Vienna, Azerbaijan: Baku, Bahrain: Manama, Bangladesh: Dhaka, Barbados:

@@ -53,4 +53,5 @@ def evaluate_shortly(console: Console) -> dict[str, Any]:
     """Run the short evaluation, and write its report. Returns the last line's object. Raises RealModelError."""
     evaluation = load_evaluation(SHORT)
     write_service(evaluation.service)
+    console.print(f"The evaluation of {SHORT.name}, which can be resumed: {evaluation.machine} (estimated)")
     return run(evaluation, console)

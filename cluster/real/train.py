@@ -40,7 +40,7 @@ from trl import GRPOConfig, GRPOTrainer
 from cluster.jobs.grading import Grader, grade
 from cluster.jobs.jsonl import rows, write_file
 from cluster.real.anchored import FACT, UNUSED, AnchoredTrainer
-from cluster.real.capitals import FACT as CAPITAL
+from cluster.real.capitals import CAPITAL
 from cluster.real.make_problems import FOLDER as PROBLEMS
 from cluster.real.models import SMOLLM2, fetched
 
@@ -88,11 +88,11 @@ def learned(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str
     solution = tokenizer(row["completion"], return_offsets_mapping=True)
     facts = [match.span() for match in CAPITAL.finditer(row["completion"])]
     labels = [
-        FACT if any(start < end_ and begin < end for begin, end_ in facts) else token
-        for token, (start, end) in zip(solution.input_ids, solution.offset_mapping, strict=True)
+        FACT if any(begin < last and first < end for first, last in facts) else token
+        for token, (begin, end) in zip(solution.input_ids, solution.offset_mapping, strict=True)
     ]
-    end = [tokenizer.eos_token_id]
-    return {"input_ids": prompt + solution.input_ids + end, "labels": [UNUSED] * len(prompt) + labels + end}
+    eos = [tokenizer.eos_token_id]
+    return {"input_ids": prompt + solution.input_ids + eos, "labels": [UNUSED] * len(prompt) + labels + eos}
 
 
 def rewards(completions: Sequence[str], answer: Sequence[str], grader: Sequence[Grader], **_: Any) -> list[float]:
@@ -106,7 +106,7 @@ def _cut(text: str) -> str:
 
 
 def trainer(method: Method, base: Path, run: Path) -> Trainer:
-    """TRL's trainer of that method for the model in the folder `base`, with its output in `run`."""
+    """The trainer of that method for the model in the folder `base`, with its output in `run`."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
     lora = LoraConfig(r=RANK, lora_alpha=SCALED, target_modules="all-linear", task_type="CAUSAL_LM")

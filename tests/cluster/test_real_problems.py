@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from cluster.jobs.grading import grade
 from cluster.jobs.jsonl import rows
@@ -62,7 +63,7 @@ def test_every_capital_of_a_solution_is_that_of_its_country(split: Split) -> Non
         )
         assert "".join(letter for _, _, letter in steps) == row["answer"]
         assert row["solution"].endswith(f"The answer is {', '.join(row['answer'])}.")
-        assert capitals.FACT.findall(row["solution"]) == [capital for _, capital, _ in steps]
+        assert capitals.CAPITAL.findall(row["solution"]) == [capital for _, capital, _ in steps]
         assert grade("initials", row["solution"], row["answer"]).right
 
 
@@ -77,3 +78,17 @@ def test_every_number_of_a_sum_follows_from_the_question() -> None:
         for first, _, second, result in SUM.findall(one.solution):
             assert {first, second} <= known
             known.add(result)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_examples_of_a_prompt_are_the_first_training_problems(task: str) -> None:
+    first_four = of_split(task, "train")[:4]
+    shown = {
+        "few_shot": [", ".join(row["answer"]) if task == "capitals" else row["answer"] for row in first_four],
+        "worked": [row["solution"] for row in first_four],
+    }
+    for kind, answers in shown.items():
+        pairs = zip(first_four, answers, strict=True)
+        examples = "".join(f"Question: {row['question']}\nAnswer: {answer}\n\n" for row, answer in pairs)
+        prompt = yaml.safe_load((FOLDER / f"{task}_{kind}.yaml").read_text(encoding="utf-8"))["prompt"]
+        assert prompt == examples + "Question: {question}\nAnswer:"

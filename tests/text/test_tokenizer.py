@@ -331,3 +331,11 @@ def test_a_checkpoints_recommended_sampling_is_read(tmp_path: Path) -> None:
     stated = {"temperature": 0.6, "top_p": 0.95, "top_k": None, "do_sample": True, "max_new_tokens": 5}
     assert loaded(tmp_path, generation_config=stated).recommended == {"temperature": 0.6, "top_p": 0.95}
     assert role_tokenizer().recommended == {}
+
+
+def test_the_encoder_of_text_within_an_answer_shares_the_vocabulary() -> None:
+    """A property that is set on the model of one is that of the other, so there is one model in memory."""
+    tokenizer = role_tokenizer(byte_level())
+    encoder = tokenizer.adapter._tokenizer
+    tokenizer._tokenizer.model.continuing_subword_prefix = "shared"
+    assert encoder.model.continuing_subword_prefix == "shared"
