@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from actors.engine.errors import LoadError
-from actors.engine.loader import LoadProgress, ModelSource, load_engine, load_model
+from actors.engine.loader import LoadProgress, ModelSource, load_engine, load_model, load_trainable
 from tests.support.tiny_models import ARCHITECTURES, Driver, qwen2, tokens
 
 
@@ -205,3 +205,16 @@ def test_a_source_is_checked_when_it_is_made(options: dict[str, object], why: st
 def test_a_gpu_that_is_not_there_is_an_error(source: ModelSource) -> None:
     with pytest.raises(LoadError, match="torch sees no GPU"):
         load_model(dataclasses.replace(source, device="cuda"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+def test_only_the_adapter_of_a_loaded_model_is_trained_and_its_warnings_are_logged(
+    source: ModelSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(qwen2(), lora).save_pretrained(tmp_path)  # without effect: every lora_B is zero
+    model = load_trainable(dataclasses.replace(source, adapter=str(tmp_path)))
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert "its adapter changes nothing" in caplog.text
