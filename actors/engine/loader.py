@@ -21,6 +21,7 @@ from actors.engine.checkpoint import must_hold, refuse_tensors, verify_adapter, 
 from actors.engine.compat import refuse_config
 from actors.engine.dummy import dummy_model
 from actors.engine.errors import LoadError, first_line
+from actors.engine.paging import page_out
 from actors.engine.selfcheck import verify_engine
 from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import StepEngine
@@ -107,6 +108,9 @@ def load_engine(
     )
     _report_progress(report, source, began, "check", loaded.bytes)
     verify_engine(engine, source.path)
+    if engine.packed_linears:
+        for parameter in loaded.model.parameters():  # the check has read them; what is left is embeddings and small
+            page_out(parameter)
     _report_progress(report, source, began, "ready", loaded.bytes)
     return engine
 

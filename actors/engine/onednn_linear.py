@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from actors.engine.paging import page_out
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,7 +42,8 @@ class OneDnnLinear(nn.Module):
 def use_onednn_linears(model: PreTrainedModel, smallest: int = SMALLEST) -> int:
     """Replace the large float32 linear layers of a model on the CPU; return their number, 0 if not supported.
 
-    A weight that other layers use too (a head tied to the embeddings) stays for them beside its packed copy.
+    A weight that other layers use too (a head tied to the embeddings) stays for them beside its packed copy, but its
+    pages are given back: of embeddings, few rows are read.
     """
     if not _supported():
         return 0
@@ -50,6 +53,7 @@ def use_onednn_linears(model: PreTrainedModel, smallest: int = SMALLEST) -> int:
             if _packable(child, smallest):
                 assert isinstance(child, nn.Linear)
                 setattr(parent, name, OneDnnLinear(child))
+                page_out(child.weight)
                 packed += 1
     return packed
 

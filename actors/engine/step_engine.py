@@ -83,7 +83,11 @@ class StepEngine:
         self.hash_seed = model_digest(model) if digest is None else digest
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model has embeddings for
         widen_head(model)
-        (make_linears_batch_invariant if batch_invariant else use_onednn_linears)(model)
+        if batch_invariant:
+            make_linears_batch_invariant(model)
+        self.packed_linears = (
+            0 if batch_invariant else use_onednn_linears(model)
+        )  # whose weight is in an order of its own
         self._model = model.eval()
         self._pool = KVPool(cache_tokens)
         self._table = SessionTable(self._pool, self.hash_seed)

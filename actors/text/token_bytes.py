@@ -102,12 +102,14 @@ class ByteTokenizerAdapter:
 
 def without_first_space(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer without the space that it puts before a text; the tokenizer itself if it puts none."""
-    steps = _steps(tokenizer)
-    changed = [_without_steps(steps[0], "normalizers", ("Prepend",)), _without_first_space(steps[1])]
-    if changed == steps:
+    normalizer, pre_tokenizer, _ = _steps(tokenizer)
+    changed = {
+        "normalizer": _without_steps(normalizer, "normalizers", ("Prepend",)),
+        "pre_tokenizer": _without_first_space(pre_tokenizer),
+    }
+    if changed == {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}:
         return tokenizer
-    settings = json.loads(tokenizer.to_str())
-    return Tokenizer.from_str(json.dumps({**settings, "normalizer": changed[0], "pre_tokenizer": changed[1]}))
+    return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | changed))
 
 
 def _mid_text(tokenizer: Tokenizer) -> Tokenizer:

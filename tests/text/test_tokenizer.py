@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from actors.text.token_bytes import without_first_space
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
 from tests.support.deadlines import HANG_S
 from tests.support.tokenizers import MARKS, TEMPLATE, byte_level, role_tokenizer, save, sentence_piece
@@ -339,3 +340,12 @@ def test_the_encoder_of_text_within_an_answer_shares_the_vocabulary() -> None:
     encoder = tokenizer.adapter._tokenizer
     tokenizer._tokenizer.model.continuing_subword_prefix = "shared"
     assert encoder.model.continuing_subword_prefix == "shared"
+
+
+@pytest.mark.parametrize("steps", [{}, {"normalizer": normalizers.Replace(" ", "▁")}], ids=["byte-level", "replaced"])
+def test_a_tokenizer_that_puts_no_space_before_a_text_is_not_copied(steps: dict[str, Any]) -> None:
+    own = byte_level()
+    for name, step in steps.items():
+        setattr(own, name, step)
+    assert without_first_space(own) is own
+    assert without_first_space(spaced(pre_tokenizers.Metaspace(prepend_scheme="first"))) is not own
