@@ -282,23 +282,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory() as name:
-        trio = real_trio(Path(name))
-        results = run(
-            [
-                Plan(
-                    trio.shape(family),
-                    tuple(options.sessions),
-                    options.tokens,
-                    options.rounds,
-                    options.threads,
-                    guided_peers=family == "same",
-                )
-                for family in FAMILIES
-            ]
-        )
-    console().print(table(trio.guider, results))
-    settings = {key: value for key, value in vars(options).items() if key != "save"} | {"guider": trio.guider}
+    trio, sessions = real_trio(), tuple(options.sessions)
+    sizes = sessions, options.tokens, options.rounds, options.threads
+    results = run([Plan(trio.shape(family), *sizes, guided_peers=family == "same") for family in FAMILIES])
+    console().print(table(trio.adapter.name, results))
+    settings = {key: value for key, value in vars(options).items() if key != "save"} | {"guider": trio.adapter.name}
     details = [settings, *(result.details() for result in results)]
     publish("peers", [result.result() for result in results], options.save, details)
 

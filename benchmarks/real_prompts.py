@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from itertools import count, cycle
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+
+from cluster.real.sums import Problem, problems
 
 TEXTS = (
     "The ship left the harbour at dawn, and the captain",
@@ -24,30 +26,17 @@ TEXTS = (
     "The committee met on Tuesday to discuss",
     "Translate into French: The cat sleeps.\nFrench:",
 )
-_NAMES = ("Ada", "Ben", "Carla", "David", "Elif", "Femi", "Greta", "Hiro")
-_THINGS = ("apples", "stamps", "marbles", "books", "shells", "tickets", "pencils", "coins")
 
 
 def prompts(seed: int = 0) -> Iterator[str]:
     """Sums and texts in turn, without an end. No sum comes twice in practice; the texts repeat after 16."""
-    for number, text in zip(count(), cycle(TEXTS)):
-        yield sums(random.Random(f"{seed}-{number}"))
+    draw, drawn = random.Random(seed), list(islice(problems("train"), 1_000))
+    for text in cycle(TEXTS):
+        yield sums(draw.sample(drawn, 3))
         yield text
 
 
-def sums(draw: random.Random) -> str:
-    """Two worked questions and one that is to be answered. The right answers of all three are positive."""
-    worked = "\n\n".join(f"{question} {answer}" for question, answer in (_question(draw) for _ in range(2)))
-    return f"{worked}\n\n{_question(draw)[0]}"
-
-
-def _question(draw: random.Random) -> tuple[str, str]:
-    """A question, and its worked answer."""
-    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
-    has, more, gone = draw.randint(11, 60), draw.randint(3, 30), draw.randint(2, 10)
-    question = (
-        f"Question: {name} has {has} {thing}, gets {more} more and gives {gone} away. "
-        f"How many {thing} does {name} have now?\nAnswer:"
-    )
-    total = has + more
-    return question, f"{has} + {more} = {total}. {total} - {gone} = {total - gone}. The answer is {total - gone}."
+def sums(drawn: Sequence[Problem]) -> str:
+    """Problems with their solutions, and a last one that is to be solved."""
+    worked = [f"Question: {one.question}\nAnswer: {one.solution}" for one in drawn[:-1]]
+    return "\n\n".join([*worked, f"Question: {drawn[-1].question}\nAnswer:"])

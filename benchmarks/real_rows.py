@@ -79,10 +79,10 @@ Row = tuple[Step, Decisions]  # a step, and its decisions from whole rows
 
 
 def measure(rows: int) -> tuple[str, list[RealRows]]:
-    """The guider in words, and all cases with `rows` rows each. Raises RealModelError if a model is not here."""
+    """The guider's adapter, and all cases with `rows` rows each. Raises RealModelError if a model is not here."""
     found = []
     with tempfile.TemporaryDirectory() as name, progress(console()) as bar:
-        trio = real_trio(Path(name))
+        trio = real_trio()
         for family in FAMILIES:
             sizes = {"cache_tokens": CACHE_TOKENS, "sessions": TOGETHER}
             config = service_config(trio.shape(family), Path(name), **sizes, speculate=True, adapt=False)
@@ -97,7 +97,7 @@ def measure(rows: int) -> tuple[str, list[RealRows]]:
                     drafting = islice(requests(tokenizers, sampling, guided, drafts=DRAFTS), -(-rows // TOKENS))
                     drafted, accepted = asyncio.run(drafts_kept(config, engines, list(drafting)))
                     found.append(replace(case, drafted=drafted, acceptance=accepted / drafted if drafted else None))
-    return trio.guider, found
+    return trio.adapter.name, found
 
 
 def requests(

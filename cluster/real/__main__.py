@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.real.models import MODELS, RealModel, RealModelError, fetch, fetch_terms, fetched, real_folder
+from cluster.real.models import ADAPTER, MODELS, RealModel, RealModelError, fetch, fetch_terms, fetched, real_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = not all(fetched(model, root) for model in MODELS)
     try:
         if options.service is not None:
-            from cluster.real.study import ADAPTER, write_service  # loads Ray, which takes seconds
+            from cluster.real.study import write_service  # loads Ray, which takes seconds
 
             write_service(options.service, options.adapter or ADAPTER)
             console.print(f"written: {options.service}")

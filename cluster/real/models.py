@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ADAPTER = Path(__file__).parent / "adapters" / "sft"  # of the guider, trained from SmolLM2 (cluster/real/train.py)
 DOWNLOAD_S = 1_800.0  # deadline of all packages of one model, which have up to 240 MB
 _TERMS = "terms.html"
 _CHUNK = 1 << 20

@@ -13,12 +13,10 @@ from rich.console import Console
 
 from cluster.jobs.config import load_evaluation
 from cluster.jobs.evaluate import run
-from cluster.real.models import GEMMA3, SMOLLM2, RealModelError, fetched
+from cluster.real.models import ADAPTER, GEMMA3, SMOLLM2, RealModelError, fetched
 from cluster.serve_file import IMPORT_PATH
 
-FOLDER = Path(__file__).parent
-ADAPTER = FOLDER / "adapters" / "sft"
-SHORT = FOLDER / "configs" / "short.yaml"
+SHORT = Path(__file__).parent / "configs" / "short.yaml"
 # float32 is the fastest dtype of most processors, and exact. Each model computes in one thread, all at the same time.
 MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 8_192, "max_position": 2_048}
 

@@ -56,7 +56,7 @@ async def test_a_result_has_rates_times_memory_and_ratios(compared: tuple[dict[s
     assert {"target_over_generate", "guided_over_loop", "guided_over_static"} <= result.keys()
     other = Comparison("other", comparison.tasks, {name: comparison.runs[name] for name in ("target", "generate")})
     assert "guided_over_loop" not in other.result()
-    assert table("perturbed copy", [comparison, other]).row_count == 6 * 3 + 4 + 2
+    assert table("sft", [comparison, other]).row_count == 6 * 3 + 4 + 2
 
 
 def test_a_ratio_is_that_of_the_medians() -> None:

@@ -48,7 +48,7 @@ def test_guided_rows_choose_as_whole_rows_do(trio_engines: Mapping[Role, Engine]
     case = measured(trio_engines, Sampling(temperature=0.6, top_p=0.95), guided=True)
     assert case.agreement == 1.0
     assert case.tv_mean < 0.001
-    assert table("perturbed copy", [case]).row_count == 1
+    assert table("sft", [case]).row_count == 1
 
 
 def test_widening_covers_more_mass_for_more_bytes(trio_engines: Mapping[Role, Engine]) -> None:

@@ -18,7 +18,7 @@ from cluster.jobs.workload import load_workload
 from cluster.real import __main__ as command
 from cluster.real import study
 from cluster.real.make_problems import SIZES
-from cluster.real.models import GEMMA3, SMOLLM2, RealModelError
+from cluster.real.models import ADAPTER, GEMMA3, SMOLLM2, RealModelError
 from cluster.real.sums import Split
 from cluster.serve_file import read_service_config
 
@@ -51,7 +51,7 @@ def test_the_written_service_is_one_that_the_launcher_reads(fetched_models: Path
 
 def test_the_committed_adapter_is_the_guiders_unless_another_is_given(fetched_models: Path, tmp_path: Path) -> None:
     study.write_service(tmp_path / "service.yaml")
-    assert read_service_config(tmp_path / "service.yaml").models.guider.adapter == str(study.ADAPTER)
+    assert read_service_config(tmp_path / "service.yaml").models.guider.adapter == str(ADAPTER)
 
 
 @pytest.mark.parametrize("folder", ADAPTERS, ids=lambda path: path.name)
@@ -109,7 +109,7 @@ def test_the_short_evaluation_uses_a_service_file_that_it_writes(
     monkeypatch.setattr(study, "run", run)
     console = Console(file=io.StringIO())
     assert study.evaluate_shortly(console) == {"run": "short"}
-    assert read_service_config(ran[0].service).models.guider.adapter == str(study.ADAPTER)
+    assert read_service_config(ran[0].service).models.guider.adapter == str(ADAPTER)
 
 
 def test_an_evaluation_without_the_models_is_refused(
