@@ -102,6 +102,7 @@ class StepAttention:
     def __init__(self, pool: KVPool, backend: AttentionBackend) -> None:
         self.pool, self.backend = pool, backend
         self.step: RaggedBatch | None = None
+        self.like_sdpa = True  # False once a layer capped its scores or had sinks, which SDPA lacks
         # transformers interprets "flash", "paged|" and "/" in a name.
         self.name = f"step_engine_{next(_numbers)}"
         ALL_ATTENTION_FUNCTIONS[self.name] = self
@@ -132,4 +133,5 @@ class StepAttention:
         keys, values = self.pool.write(layer, self.step.write_on(key.device), packed_key, packed_value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         call = LayerCall(scale, sliding_window, softcap, s_aux)
+        self.like_sdpa &= softcap is None and s_aux is None
         return self.backend.attend(self.step, packed_query, keys, values, call)[None], None

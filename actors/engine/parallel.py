@@ -86,8 +86,8 @@ class ParallelEngine(StepEngine):
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
         return self._on_all_ranks("fork", super().fork, session, list(tokens), list(blocks), age)
 
-    def plain_logits(self, tokens: Sequence[int]) -> Tensor:
-        return self._on_all_ranks("plain_logits", super().plain_logits, list(tokens))
+    def plain_logits(self, tokens: Sequence[int], attention: str = "eager") -> Tensor:
+        return self._on_all_ranks("plain_logits", super().plain_logits, list(tokens), attention)
 
     def check_health(self) -> None:
         """Raise RanksLost once a rank has died or fallen out of step."""

@@ -176,9 +176,17 @@ class StepEngine:
         array: NDArray[np.float32] = self._fresh_rows(sessions).cpu().numpy()
         return array
 
-    def plain_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [n, V] float32 of transformers' own eager forward of one sequence, without the engine's cache."""
-        self._model.set_attn_implementation("eager")
+    @property
+    def like_sdpa(self) -> bool:
+        """True if SDPA can compute the attention of every layer: no capped scores, no sinks."""
+        return self._attention.like_sdpa
+
+    def plain_logits(self, tokens: Sequence[int], attention: str = "eager") -> Tensor:
+        """Logits [n, V] float32 of transformers' own forward of one sequence, without the engine's cache.
+
+        attention: a name of transformers' for the implementation.
+        """
+        self._model.set_attn_implementation(attention)
         try:
             with torch.inference_mode():
                 ids = torch.tensor([list(tokens)], device=self._model.device)

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.engine.errors import LoadError
 from actors.engine.flash import FlashAttention
 from actors.engine.onednn_linear import use_onednn_linears
 from actors.engine.registry import BACKENDS, BackendEntry
-from actors.engine.selfcheck import verify_engine
+from actors.engine.selfcheck import relative_errors, verify_engine
 from actors.engine.step_engine import StepEngine
+from tests.support.local_service import WEIGHTS
 from tests.support.tiny_models import ARCHITECTURES, llama, qwen2, wide_heads
 from tests.support.varlen import emulated_flash
 
@@ -25,12 +27,23 @@ def test_sound_models_pass_and_nothing_stays_in_the_cache(architecture: str, opt
     engine.check()
 
 
-def test_a_16_bit_model_passes() -> None:
-    verify_engine(StepEngine(qwen2().bfloat16(), 128), "tiny")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_16_bit_models_pass(architecture: str) -> None:
+    verify_engine(StepEngine(ARCHITECTURES[architecture]().bfloat16(), 128), "tiny")
 
 
-def test_state_that_leaks_between_packed_sessions_is_refused() -> None:
-    model = qwen2()
+@pytest.mark.parametrize("role", ["target", "target_other"])
+def test_16_bit_models_pass_whose_plain_forwards_differ_among_themselves(role: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS / role, dtype=torch.bfloat16)
+    engine = StepEngine(model, 128)
+    apart = relative_errors(*(engine.plain_logits(range(40), name) for name in ("eager", "sdpa")))
+    assert float(apart.max()) > 0.05
+    verify_engine(engine, role)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_that_leaks_between_packed_sessions_is_refused(dtype: torch.dtype) -> None:
+    model = qwen2().to(dtype)
 
     def leak(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output + output.cumsum(1)  # as a recurrent layer does
