@@ -200,7 +200,9 @@ def _placement(source: ModelSource) -> dict[str, Any]:
 
 def _device(source: ModelSource) -> str:
     if source.device == "cuda" and not torch.cuda.is_available():
-        raise LoadError(source.path, "device: cuda, but torch sees no GPU", "Set device: cpu, or give the role a GPU.")
+        why = "num_gpus above 0 or device: cuda asks for a GPU, but torch sees none"
+        out = "Set num_gpus: 0 and device: auto for the CPU, or install torch for CUDA on a machine with a GPU."
+        raise LoadError(source.path, why, out)
     return ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device
 
 

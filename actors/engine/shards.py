@@ -44,7 +44,8 @@ def device_kind(device: str, name: str) -> str:
     """ "cuda" or "cpu", what the ranks compute on; LoadError where transformers would choose another one."""
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
-        raise LoadError(name, "device: cuda, but torch sees no GPU", "Set device: cpu, or num_gpus: 1 a rank.")
+        why = "num_gpus above 0 or device: cuda asks for GPUs, but torch sees none"
+        raise LoadError(name, why, "Set num_gpus: 0 for ranks on the CPU, or install torch for CUDA.")
     if device == "cpu" and cuda:
         raise LoadError(name, "its ranks would take the GPUs they see", "Set CUDA_VISIBLE_DEVICES= to hide them.")
     return "cuda" if cuda else "cpu"

@@ -56,9 +56,14 @@ def load_role(
 
 
 def source_of(model: ModelConfig) -> ModelSource:
-    """The weights of a role, and how they are loaded. Raises LoadError for settings that cannot be combined."""
+    """The weights of a role, and how they are loaded. Raises LoadError for settings that cannot be combined.
+
+    `device: auto` is what Ray reserves: a GPU if `num_gpus` is above 0, else the CPU, whatever the machine has.
+    """
     from actors.engine.loader import ModelSource
 
+    if model.device == "auto":
+        model = model.model_copy(update={"device": "cuda" if model.num_gpus else "cpu"})
     return ModelSource(**{field.name: getattr(model, field.name) for field in fields(ModelSource)})
 
 

@@ -203,7 +203,7 @@ def test_a_source_is_checked_when_it_is_made(options: dict[str, object], why: st
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_an_error(source: ModelSource) -> None:
-    with pytest.raises(LoadError, match="torch sees no GPU"):
+    with pytest.raises(LoadError, match="asks for a GPU, but torch sees none"):
         load_model(dataclasses.replace(source, device="cuda"))
 
 
