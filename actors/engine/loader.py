@@ -22,6 +22,7 @@ from actors.engine.compat import refuse_config
 from actors.engine.dummy import dummy_model
 from actors.engine.errors import LoadError, first_line
 from actors.engine.paging import page_out
+from actors.engine.quantization import quantization_config
 from actors.engine.selfcheck import verify_engine
 from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import StepEngine
@@ -153,20 +154,24 @@ def read_config(source: ModelSource) -> Any:
 def verify_files(source: ModelSource, config: Any, adapter: Path | None) -> list[str]:
     """Hold the checkpoint and the adapter in a folder against the config, by their headers. Returns warnings.
 
-    A checkpoint that is not on this machine is left to the load. Raises LoadError for tensors that do not fit.
+    A checkpoint that is not on this machine is left to the load. Raises LoadError for tensors that do not fit, and for
+    a quantisation whose library is not here.
     """
     trusted = source.trust_remote_code
     folder = Path(source.path) if source.local else cached_folder(source.path, source.revision)
     found = []
     if folder is not None and source.load_format != "dummy":
         found += verify_checkpoint(config, folder, source.path, trust_remote_code=trusted)
+    if settings := source.quantization or config.to_dict().get("quantization_config"):
+        quantization_config(source.path, settings)
     if adapter is not None:
         found += verify_adapter(config, adapter, source.path, trust_remote_code=trusted)
     return found
 
 
 def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
-    quantization, placement = _quantization_config(source), _placement(source)
+    placement, settings = _placement(source), source.quantization
+    quantization = None if settings is None else quantization_config(source.path, settings)
     with _errors_explained(source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -204,18 +209,6 @@ def _device(source: ModelSource) -> str:
         out = "Set num_gpus: 0 and device: auto for the CPU, or install torch for CUDA on a machine with a GPU."
         raise LoadError(source.path, why, out)
     return ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device
-
-
-def _quantization_config(source: ModelSource) -> Any:
-    if source.quantization is None:
-        return None
-    from transformers.quantizers.auto import AutoQuantizationConfig  # takes seconds, and few models need it
-
-    try:
-        return AutoQuantizationConfig.from_dict(dict(source.quantization))
-    except (ValueError, TypeError, ImportError) as error:
-        out = "See transformers' quantization documentation for the keys of each quant_method."
-        raise LoadError(f"quantization of {source.path}", str(error), out) from error
 
 
 def load_trainable(source: ModelSource) -> PeftModel:

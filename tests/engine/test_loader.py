@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from actors.engine.errors import LoadError
+from actors.engine.inspection import inspect_sources
 from actors.engine.loader import LoadProgress, ModelSource, load_engine, load_model, load_trainable
 from tests.support.tiny_models import ARCHITECTURES, Driver, qwen2, tokens
 
@@ -186,6 +188,28 @@ def test_an_unsupported_model_is_refused_before_its_weights_load(checkpoint: Pat
 def test_an_unknown_quantization_is_refused(source: ModelSource) -> None:
     with pytest.raises(LoadError, match=r"quantization of .*Unknown quantization type"):
         load_model(dataclasses.replace(source, quantization={"quant_method": "halves"}))
+
+
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes"])
+@pytest.mark.parametrize("stated", [True, False], ids=["by the checkpoint", "by the configuration"])
+def test_a_library_that_a_quantization_needs_and_that_is_not_here_is_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, stated: bool
+) -> None:
+    """Also where it is installed: each method's quantiser asks whether it is."""
+    settings = {"quant_method": method, **({"load_in_4bit": True} if method == "bitsandbytes" else {})}
+    library, module = {"awq": ("gptqmodel", "awq"), "bitsandbytes": ("bitsandbytes", "bnb_4bit")}[method]
+    monkeypatch.setattr(f"transformers.quantizers.quantizer_{module}.is_{library}_available", lambda *_: False)
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    if stated:
+        config = json.loads((checkpoint / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    source = ModelSource(str(tmp_path), quantization=None if stated else settings)
+    message = rf"quantization of .*not installed here: .*{library}.*Install it on every node"
+    with pytest.raises(LoadError, match=message):
+        load_model(source)
+    ((severity, found),) = inspect_sources({"target": dataclasses.asdict(source)})["target"]
+    assert severity == "error"
+    assert re.search(message, found)
 
 
 @pytest.mark.parametrize(
