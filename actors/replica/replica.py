@@ -234,6 +234,7 @@ class ModelReplica:
         match result:
             case Held():
                 scheduled.advance(chunk.taken)
+                self._replies.progressed(peer)  # else a long prompt would be taken for a hang
                 return None
             case Unshared():
                 scheduled.blocks = ()

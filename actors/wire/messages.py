@@ -193,7 +193,7 @@ class Rows:
     for a `Widen` it repeats the plain one. `ids` and `logits` have k per row, ids ascending; a whole row has no ids and
     `width` logits. `required` has the logits at `Extend.required_ids`, row after row. `ids` and `pages` are the ids of
     all slices, encoded by `actors.wire.ids`. `packed` is the number of tokens in the forward, `micros` its duration in
-    microseconds; both are 0 if no forward was needed.
+    microseconds; both are 0 if no forward was needed. Without items it says that a chunk of an extend was computed.
     """
 
     tag: ClassVar[int] = 8

@@ -72,6 +72,7 @@ class _Mail:
     rows: list[tuple[AnsweredItems, list[int]]] = field(default_factory=list)
     values: list[tuple[NDArray[Any], NDArray[np.float32]]] = field(default_factory=list)
     refused: list[tuple[int, int, int]] = field(default_factory=list)
+    progressed: bool = False
 
 
 class Replies:
@@ -91,6 +92,10 @@ class Replies:
     def forked(self, peer: Recipient, call_id: int, tokens: int) -> None:
         """Say that so many first tokens of an extend were copied from another session's cache."""
         self._mail_of(peer).forked.append((call_id, tokens))
+
+    def progressed(self, peer: Recipient) -> None:
+        """Say that a forward has computed a chunk of an extend that has more: if nothing else, by `Rows` of no item."""
+        self._mail_of(peer).progressed = True
 
     def rows(self, peer: Recipient, answered: AnsweredItems, place: int = 0) -> None:
         """Add the item at `place` of `answered`. Items that are added in their order are sent together."""
@@ -122,6 +127,8 @@ class Replies:
                     peer.send(*messages)
                     messages = []
                 messages.append(pack_rows(answers, self._width, packed, micros))
+            if box.progressed and not box.rows:
+                messages.append(_no_rows(packed, micros))
             if box.values:
                 messages.append(Values(*(_flat(column) for column in zip(*box.values, strict=True))))
             if box.refused:
@@ -170,6 +177,11 @@ def pack_rows(answers: Sequence[AnsweredItems], width: int, packed: int = 0, mic
     )
     low, pages = split_ids(ids, np.repeat(np.maximum(items["k"], 0), items["rows"]), width)
     return Rows(items, logsumexp, tempered, low, pages, logits, required, packed, micros)
+
+
+def _no_rows(packed: int, micros: int) -> Rows:
+    flat: list[NDArray[Any]] = [np.zeros(0, kind) for kind in (ROWS_ITEM, F32, F32, U16, U16, F32, F32)]
+    return Rows(*flat, packed, micros)
 
 
 def _pack_drafted(drafted: Sequence[tuple[int, Sequence[int]]]) -> Drafted:

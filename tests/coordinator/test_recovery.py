@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -147,6 +148,19 @@ async def test_a_hanging_replica_is_dropped_and_its_sessions_resume_later(
         assert "to target" not in caplog.text
         free.set()
         assert tokens(await running) == expected
+
+
+async def test_a_prompt_whose_chunks_together_take_longer_than_a_step_may_is_no_hang(
+    trio: Trio, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {role: {"path": str(WEIGHTS / role), "prefill_chunk": 8} for role in ROLES}
+    async with local_service(trio_config(deadlines={"step_s": 1.0}, models=models), trio.engines) as service:
+        short = replace(LONG, max_tokens=1)
+        asked = request(service.tokenizers, TEXT * 4, sampling=short, guidance=Guidance(0.0))
+        trio.disturb(lambda engine: time.sleep(0.3), "target")
+        assert len(asked.prompts["target"]) > 40  # six chunks, each within the deadline
+        assert finished(await decode(service.coordinators[0], asked)).reason == "length"
+    assert "giving up" not in caplog.text
 
 
 async def test_a_window_that_no_model_owes_an_answer_begins_anew(
