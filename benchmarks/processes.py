@@ -90,10 +90,10 @@ def build_engine(shape: Shape, role: Role, agreement: float, config: ServiceConf
     torch.set_num_threads(threads if role == "target" else max(1, threads // 2))
     if shape.folders is not None:
         return load_role(config, role)
-    from actors.engine.step_engine import StepEngine
+    from actors.engine.native_runner import native_engine
     from benchmarks.agreement import agreeing_model
 
-    return on_temporary_thread(lambda: StepEngine(agreeing_model(shape, role, agreement), cache_tokens))
+    return on_temporary_thread(lambda: native_engine(agreeing_model(shape, role, agreement), cache_tokens))
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ moves otherwise. Example with units of 32 rows in a pool of 128:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,22 @@ class KVPool:
         return self.extents.total
 
     @property
+    def total(self) -> int:
+        """Rows of the pool."""
+        return self.extents.total
+
+    @property
     def used(self) -> int:
         """Rows that sessions need, each rounded up to whole units, without spare rows of their extents."""
         return sum(self.extents.round(cache.needed) for cache in self.caches.values())
+
+    def round(self, tokens: int) -> int:
+        """So many rows, rounded up to whole units."""
+        return self.extents.round(tokens)
+
+    def sessions(self) -> Collection[int]:
+        """The sessions that have an extent."""
+        return self.caches.keys()
 
     def length(self, session: int) -> int:
         """Tokens of `session` in the cache, 0 if it has none."""
@@ -68,18 +81,24 @@ class KVPool:
         value_pool.index_copy_(0, index, values)
         return key_pool, value_pool
 
-    def reserve(self, session: int, tokens: int) -> bool:
-        """Make the session's extent hold `tokens` rows, moving extents if needed; False if there is no room."""
+    def reserve(self, session: int, position: int, end: int) -> bool:
+        """Make the session's extent hold `end` rows, moving extents if needed; False if there is no room.
+
+        position: the first row that will be written; of no account here, since no extent is shared.
+        """
         cache = self.caches.get(session)
         if cache is None:
-            return self._reserve_new(session, tokens)
-        if tokens > cache.extent.capacity and not self._grow(session, cache, tokens):
+            return self._reserve_new(session, end)
+        if end > cache.extent.capacity and not self._grow(session, cache, end):
             return False
-        cache.needed = max(cache.length, tokens)
+        cache.needed = max(cache.length, end)
         return True
 
-    def room_for(self, session: int, without: Iterable[int] = ()) -> int:
-        """Rows that `session` could have, its own included, after `without` were dropped and the pool compacted."""
+    def room_for(self, session: int, position: int, without: Iterable[int] = ()) -> int:
+        """Rows that `session` could have, its own included, after `without` were dropped and the pool compacted.
+
+        position: as in `reserve`.
+        """
         others = (self.caches[other].needed for other in self.caches.keys() - {session, *without})
         return self.extents.total - sum(map(self.extents.round, others))
 
@@ -93,7 +112,7 @@ class KVPool:
         """Copy the first `length` tokens of `source` to the new `session`; False if there is no room."""
         assert 0 < length <= self.length(source)
         assert session not in self.caches
-        if not self.reserve(session, length):
+        if not self.reserve(session, 0, length):
             return False
         self._copy(self.start(source), self.start(session), length)
         self.commit(session, length)
@@ -113,7 +132,7 @@ class KVPool:
 
     def _reserve_new(self, session: int, tokens: int) -> bool:
         extent = self.extents.allocate(tokens)
-        if extent is None and self.room_for(session) >= self.extents.round(tokens):
+        if extent is None and self.room_for(session, 0) >= self.extents.round(tokens):
             self._compact(self.caches)
             extent = self.extents.allocate(tokens)
         if extent is None:
@@ -133,7 +152,7 @@ class KVPool:
             self.extents.release(cache.extent)
             cache.extent = moved
             return True
-        if self.room_for(session) < self.extents.round(tokens):
+        if self.room_for(session, 0) < self.extents.round(tokens):
             return False
         self._compact([*(other for other in self.caches if other != session), session])
         grown = self.extents.grow(cache.extent, tokens)

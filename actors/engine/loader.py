@@ -21,6 +21,7 @@ from actors.engine.checkpoint import must_hold, refuse_tensors, verify_adapter, 
 from actors.engine.compat import refuse_config
 from actors.engine.dummy import dummy_model
 from actors.engine.errors import LoadError, first_line
+from actors.engine.native_runner import NativeEngine, NativeRunner
 from actors.engine.paging import page_out
 from actors.engine.quantization import quantization_config
 from actors.engine.selfcheck import verify_engine
@@ -100,16 +101,15 @@ def load_engine(
     backend: str | None = None,
     max_held_rows: int | None = None,
     report: Report | None = None,
-) -> StepEngine:
+) -> NativeEngine:
     """Load a model, make its engine and compare it with a plain forward. Raises LoadError if any of these fails."""
     began = time.monotonic()
     loaded = load_model(source, report)
-    engine = StepEngine(
-        loaded.model, cache_tokens, batch_invariant=batch_invariant, backend=backend, max_held_rows=max_held_rows
-    )
+    runner = NativeRunner(loaded.model, cache_tokens, batch_invariant=batch_invariant, backend=backend)
+    engine = StepEngine(runner, max_held_rows)
     _report_progress(report, source, began, "check", loaded.bytes)
     verify_engine(engine, source.path)
-    if engine.packed_linears:
+    if runner.packed_linears:
         for parameter in loaded.model.parameters():  # the check has read them; what is left is embeddings and small
             page_out(parameter)
     _report_progress(report, source, began, "ready", loaded.bytes)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Client, Connection
@@ -27,6 +27,7 @@ from actors.engine.digest import model_digest
 from actors.engine.errors import EngineError, LoadError
 from actors.engine.interface import Extend, Outcome
 from actors.engine.loader import Report, load_model
+from actors.engine.native_runner import NativeRunner
 from actors.engine.ranks import Followers, RanksLost, Recipe, Rendezvous, StartFollower
 from actors.engine.selfcheck import verify_engine
 from actors.engine.shards import LOOPBACK, device_kind, join_group, use_local_shares
@@ -65,7 +66,7 @@ class FollowerProcess:
             self._process.join()
 
 
-class ParallelEngine(StepEngine):
+class ParallelEngine(StepEngine[NativeRunner]):
     """Rank 0: a step engine whose operations the other ranks follow. Call `stop` when done."""
 
     def __init__(self, followers: Followers, *arguments: Any, **options: Any) -> None:
@@ -86,8 +87,8 @@ class ParallelEngine(StepEngine):
     def fork(self, session: int, tokens: Sequence[int], blocks: Sequence[int], age: int) -> bool:
         return self._on_all_ranks("fork", super().fork, session, list(tokens), list(blocks), age)
 
-    def plain_logits(self, tokens: Sequence[int], attention: str = "eager") -> Tensor:
-        return self._on_all_ranks("plain_logits", super().plain_logits, list(tokens), attention)
+    def plain_logits(self, tokens: Sequence[int]) -> list[Tensor]:
+        return self._on_all_ranks("plain_logits", super().plain_logits, list(tokens))
 
     def check_health(self) -> None:
         """Raise RanksLost once a rank has died or fallen out of step."""
@@ -111,7 +112,7 @@ class ParallelEngine(StepEngine):
             raise self._followers.mark_lost(f"rank 0: {error}") from error
 
 
-class FollowingEngine(StepEngine):
+class FollowingEngine(StepEngine[NativeRunner]):
     """Any other rank: it computes its share and holds no rows."""
 
     def _hold(self, admitted: Sequence[Extend], logits: Tensor) -> None:
@@ -137,8 +138,7 @@ def load_parallel(
         loaded = load_model(recipe.source, report)
         followers.wait_for_all("load")
         followers.broadcast("build")
-        options = _options(recipe, loaded.model)
-        engine = ParallelEngine(followers, loaded.model, recipe.cache_tokens, **options)
+        engine = ParallelEngine(followers, _runner(recipe, loaded.model), recipe.max_held_rows)
         others = [followers.store.get(_device_key(rank)).decode() for rank in range(1, recipe.ranks)]
         engine.devices = [*engine.devices, *others]
         verify_engine(engine, recipe.source.path)
@@ -165,7 +165,7 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         pipe.send_bytes(msgpack.packb(""))  # loaded; the following steps are collective
         if operations.get() is None:
             return
-        engine = FollowingEngine(model, recipe.cache_tokens, **_options(recipe, model))
+        engine = FollowingEngine(_runner(recipe, model), recipe.max_held_rows)
         while (message := operations.get()) is not None:
             apply_operation(engine, message)
     except Exception as error:
@@ -177,7 +177,7 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         pipe.close()
 
 
-def apply_operation(engine: StepEngine, message: bytes) -> None:
+def apply_operation(engine: StepEngine[Any], message: bytes) -> None:
     """Apply one operation that the leader has sent."""
     operation, *arguments = msgpack.unpackb(message)
     if operation not in FOLLOWED:
@@ -192,11 +192,11 @@ def _device_key(rank: int) -> str:
     return f"device of rank {rank}"
 
 
-def _options(recipe: Recipe, model: Any) -> Mapping[str, Any]:
-    """The options with which every rank builds its engine. All ranks call this together."""
+def _runner(recipe: Recipe, model: Any) -> NativeRunner:
+    """The runner of a rank's share. All ranks call this together."""
     digest = model_digest(model)
     use_local_shares(model)
-    return {"backend": recipe.backend, "max_held_rows": recipe.max_held_rows, "digest": digest}
+    return NativeRunner(model, recipe.cache_tokens, backend=recipe.backend, digest=digest)
 
 
 def _packed(extend: Extend) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from actors.engine.backends import Gathered, PerSession
 from actors.engine.errors import LoadError
 from actors.engine.inputs import Batch, Layout, upload
 from actors.engine.interface import Extend, Held
+from actors.engine.native_runner import NativeRunner
 from actors.engine.step_engine import StepEngine
 
 _LENGTHS = {-1: 5, -2: 43}  # tokens by session key: ragged, and together several tiles of `batch_invariant` mode
@@ -37,7 +39,7 @@ _TOLERANCE_FLOAT32 = 1e-3
 _TOLERANCE_ROUNDED, _TIMES_APART = 5e-2, 3.0
 
 
-def verify_engine(engine: StepEngine, name: str) -> None:
+def verify_engine(engine: StepEngine[Any], name: str) -> None:
     """Raise LoadError if two short ragged sequences differ from plain forwards of the model called `name`.
 
     In 16 bit, the plain attention is SDPA where it can compute the model's, as the engine's is, and the allowed error
@@ -45,14 +47,12 @@ def verify_engine(engine: StepEngine, name: str) -> None:
     used, a replay with the ragged run.
     In `batch_invariant` mode, decoding a session alone, token by token, must give the same bits as the ragged run.
     """
-    if engine.layers != engine.hidden_layers:
-        why = f"attention ran in {engine.layers} of its {engine.hidden_layers} layers"
-        raise LoadError(name, why, "Choose a model in which every layer attends through transformers' interface.")
-    verify_backend(engine)
+    if isinstance(engine.runner, NativeRunner):
+        verify_attention(engine.runner, name)
     ragged = _ragged_rows(engine)
     _refuse_non_finite(engine, ragged.values(), name)
     plain, limit = _plain_rows(engine)
-    if engine.graphs is not None:
+    if isinstance(engine.runner, NativeRunner) and engine.runner.graphs is not None:
         _verify_graphs(engine, ragged[min(_LENGTHS)], limit, name)
     alone = {key: _rows_alone(engine, key) for key in _LENGTHS} if engine.batch_invariant else ragged
     for key, rows in ragged.items():
@@ -66,50 +66,48 @@ def verify_engine(engine: StepEngine, name: str) -> None:
             raise LoadError(name, why, "The engine would be silently wrong: choose another model.")
 
 
-def _plain_rows(engine: StepEngine) -> tuple[dict[int, Tensor], float]:
+def _plain_rows(engine: StepEngine[Any]) -> tuple[dict[int, Tensor], float]:
     """By session the rows of a plain forward, and the error that is allowed.
 
-    In 16 bit this is three times the distance of two plain forwards with different attention, but at least .05.
+    Where there are two plain forwards, with different attention, it is three times their distance, but at least .05.
     """
-    eager = {key: engine.plain_logits(_tokens(engine, key)).cpu() for key in _LENGTHS}
-    if engine.dtype == torch.float32 or not engine.like_sdpa:
-        return eager, _tolerance(engine)
-    try:
-        sdpa = {key: engine.plain_logits(_tokens(engine, key), "sdpa").cpu() for key in _LENGTHS}
-    except ValueError:  # the model's code declares eager attention only
-        return eager, _tolerance(engine)
-    apart = max(_error_size(engine, sdpa[key], eager[key]) for key in _LENGTHS)
-    return sdpa, max(_tolerance(engine), _TIMES_APART * apart)
+    plain = {key: [rows.cpu() for rows in engine.plain_logits(_tokens(engine, key))] for key in _LENGTHS}
+    apart = [_error_size(engine, other, first) for first, *others in plain.values() for other in others]
+    limit = max(_tolerance(engine.runner.dtype), _TIMES_APART * max(apart, default=0.0))
+    return {key: rows[0] for key, rows in plain.items()}, limit
 
 
-def _refuse_non_finite(engine: StepEngine, rows: Iterable[Tensor], name: str) -> None:
+def _refuse_non_finite(engine: StepEngine[Any], rows: Iterable[Tensor], name: str) -> None:
     """Raise LoadError for rows with NaN or infinite values, and name the first weight that has one."""
     if all(bool(each.isfinite().all()) for each in rows):
         return
     if (weight := engine.non_finite_weight()) is not None:
         why = f"its weights give logits that are not finite: {weight} holds NaN or infinite values"
         raise LoadError(name, why, "Download the checkpoint or adapter again, or train it again.")
-    why = f"its logits are not finite in {str(engine.dtype).removeprefix('torch.')}, though its weights are"
+    why = f"its logits are not finite in {str(engine.runner.dtype).removeprefix('torch.')}, though its weights are"
     raise LoadError(name, why, "Set dtype: bfloat16 or float32, whose range is larger, or choose another model.")
 
 
 @torch.inference_mode()
-def verify_backend(engine: StepEngine) -> None:
-    """Raise LoadError if a back end that does not use SDPA differs from the gathered one on the same pool."""
-    backend = engine.attention
+def verify_attention(runner: NativeRunner, name: str) -> None:
+    """Raise LoadError unless all layers attend, and a back end without SDPA gives what the gathered one does."""
+    if runner.layers != runner.hidden_layers:
+        why = f"attention ran in {runner.layers} of its {runner.hidden_layers} layers"
+        raise LoadError(name, why, "Choose a model in which every layer attends through transformers' interface.")
+    backend = runner.attention
     if isinstance(backend, Gathered | PerSession):
         return
-    for heads, keys, values, scale, window in _attention_shapes(engine):
+    for heads, keys, values, scale, window in _attention_shapes(runner):
         generator = torch.Generator().manual_seed(0)
         key_pool, value_pool = (
-            torch.randn(_TRASH + 1, *part, generator=generator).to(engine.device, engine.dtype)
+            torch.randn(_TRASH + 1, *part, generator=generator).to(runner.device, runner.dtype)
             for part in (keys, values)
         )
         for spans, layout in _LAYOUTS:
-            query = torch.randn(layout.tokens, heads, keys[1], generator=generator).to(engine.device, engine.dtype)
+            query = torch.randn(layout.tokens, heads, keys[1], generator=generator).to(runner.device, runner.dtype)
             real = sum(span.count for span in spans)
             batch = Batch([0] * real, [0] * real, [_TRASH] * real, spans, [])
-            flat = upload(layout.flatten(batch, _TRASH), engine.device)
+            flat = upload(layout.flatten(batch, _TRASH), runner.device)
             step = RaggedBatch(spans, layout.tokens, layout.read(flat).write, partial(layout.read_varlen, flat))
             call = LayerCall(scale, window, None, None)
             try:
@@ -120,24 +118,24 @@ def verify_backend(engine: StepEngine) -> None:
             theirs = Gathered().attend(step, query, key_pool, value_pool, call).float()
             apart = (ours - theirs)[:real].flatten(1).norm(dim=-1) / theirs[:real].flatten(1).norm(dim=-1)
             error_size = float(apart.max())
-            if not error_size <= _tolerance(engine) or bool(ours[real:].count_nonzero()):
+            if not error_size <= _tolerance(runner.dtype) or bool(ours[real:].count_nonzero()):
                 why = f"it differs from SDPA by {error_size:.1e} on this device and torch build"
                 raise LoadError(f"attention back end {backend.name!r}", why, "Set attention: gathered.")
 
 
 def _attention_shapes(
-    engine: StepEngine,
+    runner: NativeRunner,
 ) -> list[tuple[int, tuple[int, int], tuple[int, int], float, int | None]]:
     """Query heads, shape of a key and of a value, scale and window, for each kind of layer with and without window."""
-    kinds = {(keys.shape[1:], values.shape[1:]) for keys, values in engine.cache_layers}
+    kinds = {(keys.shape[1:], values.shape[1:]) for keys, values in runner.cache_layers}
     return [
-        (engine.heads, (keys[0], keys[1]), (values[0], values[1]), keys[1] ** -0.5, window)
+        (runner.heads, (keys[0], keys[1]), (values[0], values[1]), keys[1] ** -0.5, window)
         for keys, values in kinds
         for window in (None, 7)
     ]
 
 
-def _verify_graphs(engine: StepEngine, rows: Tensor, limit: float, name: str) -> None:
+def _verify_graphs(engine: StepEngine[Any], rows: Tensor, limit: float, name: str) -> None:
     """Raise LoadError unless captured and replayed steps give the rows [n, V] of the longest sequence again.
 
     limit: of the error.
@@ -156,29 +154,29 @@ def _verify_graphs(engine: StepEngine, rows: Tensor, limit: float, name: str) ->
             raise LoadError(f"CUDA graphs of {name}", why, "Set attention: gathered, which runs without them.")
 
 
-def _tolerance(engine: StepEngine) -> float:
-    return _TOLERANCE_FLOAT32 if engine.dtype == torch.float32 else _TOLERANCE_ROUNDED
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE_FLOAT32 if dtype == torch.float32 else _TOLERANCE_ROUNDED
 
 
-def _error_size(engine: StepEngine, rows: Tensor, reference: Tensor) -> float:
+def _error_size(engine: StepEngine[Any], rows: Tensor, reference: Tensor) -> float:
     """The error of the worst row; in 16 bit of the median row. NaN if an error is."""
     errors = relative_errors(rows, reference)
-    return float(errors.max() if engine.dtype == torch.float32 else errors.median())
+    return float(errors.max() if engine.runner.dtype == torch.float32 else errors.median())
 
 
 def relative_errors(rows: Tensor, reference: Tensor) -> Tensor:
     """|row - reference| / |reference - its mean| of each row of two tensors [R, V]."""
     spread = (reference - reference.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-6)
-    return (rows - reference).norm(dim=-1) / spread
+    errors: Tensor = (rows - reference).norm(dim=-1) / spread
+    return errors
 
 
-def _tokens(engine: StepEngine, key: int) -> list[int]:
-    return [
-        (31 * position * position + 7 * position - 17 * key) % engine.vocabulary for position in range(_LENGTHS[key])
-    ]
+def _tokens(engine: StepEngine[Any], key: int) -> list[int]:
+    vocabulary = engine.runner.vocabulary
+    return [(31 * at * at + 7 * at - 17 * key) % vocabulary for at in range(_LENGTHS[key])]
 
 
-def _ragged_rows(engine: StepEngine) -> dict[int, Tensor]:
+def _ragged_rows(engine: StepEngine[Any]) -> dict[int, Tensor]:
     """By session the logits [n, V] of all its tokens, computed together in chunks."""
     parts: dict[int, list[Tensor]] = {key: [] for key in _LENGTHS}
     for chunk in range(_CHUNKS):
@@ -193,19 +191,19 @@ def _ragged_rows(engine: StepEngine) -> dict[int, Tensor]:
     return {key: torch.cat(rows) for key, rows in parts.items()}
 
 
-def _rows_alone(engine: StepEngine, key: int) -> Tensor:
+def _rows_alone(engine: StepEngine[Any], key: int) -> Tensor:
     steps = [_run(engine, [_extend(engine, key, at, at + 1)])[key] for at in range(_LENGTHS[key])]
     engine.close(key)
     return torch.cat(steps)
 
 
-def _extend(engine: StepEngine, key: int, start: int, end: int) -> Extend:
+def _extend(engine: StepEngine[Any], key: int, start: int, end: int) -> Extend:
     tokens = _tokens(engine, key)
     prefix = [engine.hash_seed, *extend_hashes(engine.hash_seed, tokens)][start]
     return Extend(key, start, prefix, tokens[start:end], rows=end - start, age=-key)
 
 
-def _run(engine: StepEngine, batch: list[Extend]) -> dict[int, Tensor]:
+def _run(engine: StepEngine[Any], batch: list[Extend]) -> dict[int, Tensor]:
     outcomes = engine.extend(batch)
     if not all(isinstance(outcome, Held) for outcome in outcomes):
         why = f"{engine.cache_stats().tokens_total} tokens do not hold two short sequences"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from actors.decoding.hashing import extend_hashes
 from actors.engine.interface import BLOCK, Extend, Full, KVMiss
-from actors.engine.kv_pool import KVPool
+from actors.engine.runner import SessionCache
 
 
 @dataclass(slots=True)
@@ -36,8 +36,8 @@ def seniority(extend: Extend) -> tuple[int, int]:
 class SessionTable:
     """The sessions with cached tokens. Not thread-safe: one thread calls it."""
 
-    def __init__(self, pool: KVPool, seed: int) -> None:
-        self.pool, self.seed = pool, seed
+    def __init__(self, cache: SessionCache, seed: int) -> None:
+        self.cache, self.seed = cache, seed
         self.sessions: dict[int, Session] = {}
         self._holders: dict[int, set[int]] = {}  # by hash after a whole block the sessions that hold the block
 
@@ -68,14 +68,14 @@ class SessionTable:
         session.hashes.extend(extend_hashes(extend.prefix, extend.tokens))
         session.tokens.extend(extend.tokens)
         self._add_holder(extend.session, extend.position)
-        self.pool.commit(extend.session, extend.end)
+        self.cache.commit(extend.session, extend.end)
 
     def evict(self, session: int) -> None:
         """Drop the cache of a session: its next extend gets `KVMiss(0)`."""
         if session in self.sessions:
             self._remove_holder(session, 0)
             del self.sessions[session]
-        self.pool.drop(session)
+        self.cache.drop(session)
 
     def shared(self, blocks: Sequence[int]) -> int:
         """Number of leading blocks that some session holds. blocks: the running hash after each."""
@@ -91,7 +91,7 @@ class SessionTable:
             return False
         if source != session:
             self.evict(session)
-            if not self.pool.fork(source, session, length):
+            if not self.cache.fork(source, session, length):
                 return False
             origin = self.sessions[source]
             self.sessions[session] = Session(age, origin.hashes[: length + 1], origin.tokens[:length])
@@ -99,11 +99,11 @@ class SessionTable:
         return True
 
     def check(self) -> None:
-        """Prove that table and pool agree; AssertionError if not."""
-        self.pool.check()
-        assert self.sessions.keys() == self.pool.caches.keys()
+        """Prove that table and cache agree; AssertionError if not."""
+        self.cache.check()
+        assert self.sessions.keys() == set(self.cache.sessions())
         for key, session in self.sessions.items():
-            assert session.length == self.pool.length(key), f"session {key}: {session.length} hashes"
+            assert session.length == self.cache.length(key), f"session {key}: {session.length} hashes"
             assert session.hashes[0] == self.seed
             assert list(session.hashes[1:]) == extend_hashes(self.seed, session.tokens)
         held = {(block, key) for key, session in self.sessions.items() for block in session.hashes[BLOCK::BLOCK]}
@@ -134,21 +134,21 @@ class SessionTable:
 
     def _reserve(self, extend: Extend, waiting: Collection[int], answers: dict[int, KVMiss | Full | None]) -> bool:
         """Make room, if needed by evicting younger sessions. No session is evicted if that is not enough."""
-        if self.pool.reserve(extend.session, extend.end):
+        if self.cache.reserve(extend.session, extend.position, extend.end):
             return True
-        needed = self.pool.extents.round(extend.end)
+        needed = self.cache.round(extend.end)
         victims: list[int] = []
         for victim in self._evictable(extend, waiting, answers):
-            if self.pool.room_for(extend.session, victims) >= needed:
+            if self.cache.room_for(extend.session, extend.position, victims) >= needed:
                 break
             victims.append(victim)
-        if self.pool.room_for(extend.session, victims) < needed:
+        if self.cache.room_for(extend.session, extend.position, victims) < needed:
             return False
         for victim in victims:
             self.evict(victim)
             if victim in waiting:
                 answers[victim] = Full(victim)
-        reserved = self.pool.reserve(extend.session, extend.end)
+        reserved = self.cache.reserve(extend.session, extend.position, extend.end)
         assert reserved, "the room after a compaction can be reserved"
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
@@ -30,7 +30,7 @@ def load_role(
     role: Role,
     report: Callable[[LoadProgress], None] = lambda progress: None,
     start: StartFollower | None = None,
-) -> StepEngine:
+) -> StepEngine[Any]:
     """Load the weights of a role and build its engine. Blocks. Raises LoadError, whose message has the fix.
 
     report: called with the progress. start: starts a further rank of a tensor-parallel model; None: as child processes.

@@ -180,8 +180,8 @@ def pack_rows(answers: Sequence[AnsweredItems], width: int, packed: int = 0, mic
 
 
 def _no_rows(packed: int, micros: int) -> Rows:
-    flat: list[NDArray[Any]] = [np.zeros(0, kind) for kind in (ROWS_ITEM, F32, F32, U16, U16, F32, F32)]
-    return Rows(*flat, packed, micros)
+    none, ids = np.zeros(0, F32), np.zeros(0, U16)
+    return Rows(np.zeros(0, ROWS_ITEM), none, none, ids, ids, none, none, packed, micros)
 
 
 def _pack_drafted(drafted: Sequence[tuple[int, Sequence[int]]]) -> Drafted:

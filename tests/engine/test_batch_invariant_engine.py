@@ -11,7 +11,7 @@ import torch
 
 from actors.engine.errors import LoadError
 from actors.engine.interface import BLOCK, KEEP_ALL, Held, KVMiss
-from actors.engine.step_engine import StepEngine
+from actors.engine.native_runner import native_engine
 from tests.support.deadlines import HANG_S
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 
@@ -23,7 +23,7 @@ TEXTS = {session: tokens(24, 200 + session) for session in range(SESSIONS)}
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def alone(request: pytest.FixtureRequest) -> tuple[str, dict[int, torch.Tensor]]:
     """The rows [24, V] of every text's tokens, each session in an engine of its own."""
-    run = Driver(StepEngine(ARCHITECTURES[request.param](), 2048, batch_invariant=True))
+    run = Driver(native_engine(ARCHITECTURES[request.param](), 2048, batch_invariant=True))
     reference = {}
     for session in range(SESSIONS):
         for token in PROMPTS[session]:
@@ -39,7 +39,7 @@ def alone(request: pytest.FixtureRequest) -> tuple[str, dict[int, torch.Tensor]]
 
 def test_chunked_prefill_and_rejected_drafts_leave_no_bit_changed(alone: tuple[str, dict[int, torch.Tensor]]) -> None:
     architecture, reference = alone
-    engine = StepEngine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
+    engine = native_engine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
     run, draw = Driver(engine), random.Random(3)
     prompts = {session: list(prompt) for session, prompt in PROMPTS.items()}
     at = dict.fromkeys(range(SESSIONS), 0)
@@ -66,7 +66,7 @@ def test_chunked_prefill_and_rejected_drafts_leave_no_bit_changed(alone: tuple[s
 
 def test_eviction_and_forks_leave_no_bit_changed(alone: tuple[str, dict[int, torch.Tensor]]) -> None:
     architecture, reference = alone
-    engine = StepEngine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
+    engine = native_engine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
     run = Driver(engine)
     engine.extend([run.make(session, PROMPTS[session], rows=0) for session in range(SESSIONS)])
     for step in range(12):
@@ -94,7 +94,7 @@ def test_rows_of_drafts_and_after_rejections_have_the_bits_of_decoding(
     alone: tuple[str, dict[int, torch.Tensor]],
 ) -> None:
     architecture, reference = alone
-    engine = StepEngine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
+    engine = native_engine(ARCHITECTURES[architecture](), 2048, batch_invariant=True)
     run, draw = Driver(engine), random.Random(5)
     engine.extend([run.make(session, PROMPTS[session], rows=0) for session in range(SESSIONS)])
     at = 0
@@ -118,7 +118,7 @@ def test_rows_of_drafts_and_after_rejections_have_the_bits_of_decoding(
 
 
 def test_slices_do_not_depend_on_company() -> None:
-    engine = StepEngine(qwen2(), 2048, batch_invariant=True)
+    engine = native_engine(qwen2(), 2048, batch_invariant=True)
     run = Driver(engine)
     engine.extend([run.make(session, tokens(5 + session, session), rows=3) for session in range(9)])
     together = engine.reduce(range(9), 64)
@@ -130,7 +130,7 @@ def test_slices_do_not_depend_on_company() -> None:
 
 
 def test_the_thread_that_runs_the_forward_does_not_matter() -> None:
-    engine = StepEngine(qwen2(), 2048, batch_invariant=True)
+    engine = native_engine(qwen2(), 2048, batch_invariant=True)
     run, text = Driver(engine), tokens(30)
     run.extend(1, text)
     with ThreadPoolExecutor(1) as pool:
@@ -140,4 +140,4 @@ def test_the_thread_that_runs_the_forward_does_not_matter() -> None:
 
 def test_batch_invariant_mode_needs_float32_on_the_cpu() -> None:
     with pytest.raises(LoadError, match="batch_invariant mode"):
-        StepEngine(qwen2().bfloat16(), 64, batch_invariant=True)
+        native_engine(qwen2().bfloat16(), 64, batch_invariant=True)

@@ -21,7 +21,7 @@ def dummy(folder: Path, architecture: str, dtype: str = "auto") -> ModelSource:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_config_alone_becomes_an_engine_in_the_dtype_asked_for(tmp_path: Path, architecture: str, dtype: str) -> None:
     engine = load_engine(dummy(tmp_path, architecture, dtype), 128)  # which compares it with a plain forward
-    assert engine.dtype == getattr(torch, dtype)
+    assert engine.runner.dtype == getattr(torch, dtype)
     run = Driver(engine)
     run.extend(1, tokens(9))
     assert torch.isfinite(run.logits(1)).all()

@@ -14,8 +14,8 @@ from actors.engine.attention import Span
 from actors.engine.flash import FlashAttention
 from actors.engine.graphs import MAX_SEQUENCES, CapturedRunner, CaptureFailed, GraphBuckets, PlainRunner, bucket
 from actors.engine.inputs import Batch, Layout
+from actors.engine.native_runner import native_engine
 from actors.engine.registry import BACKENDS, BackendEntry
-from actors.engine.step_engine import StepEngine
 from tests.support.tiny_models import Driver, qwen2, tokens, wide_heads
 from tests.support.varlen import emulated_flash
 
@@ -83,18 +83,18 @@ class Counting(PlainRunner):
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("backend", ["flash", "per_session", "gathered"])
 def test_padded_buckets_give_the_rows_of_unpadded_steps(backend: str, window: int | None) -> None:
-    plain = Driver(StepEngine(wide_heads(window), 1024, backend="per_session"))
-    padded = Driver(StepEngine(wide_heads(window), 1024, backend=backend, graphs=True))
-    runner = Counting(padded.engine._compute, padded.engine.device)
+    plain = Driver(native_engine(wide_heads(window), 1024, backend="per_session"))
+    padded = Driver(native_engine(wide_heads(window), 1024, backend=backend, graphs=True))
+    runner = Counting(padded.engine.runner._compute, padded.engine.runner.device)
     runner.layouts = []
-    padded.engine.graphs = GraphBuckets(runner, padded.engine._pool.trash)
+    padded.engine.runner.graphs = GraphBuckets(runner, padded.engine.runner.cache.trash)
     for number, step in enumerate(steps()):
         for run in (plain, padded):
             run.engine.extend([run.make(session, tokens(count, 10 * number + session)) for session, count in step])
         for session in plain.tokens:
             torch.testing.assert_close(padded.logits(session), plain.logits(session), rtol=1e-4, atol=1e-4)
     assert [(layout.sequences, layout.max_q) for layout in runner.layouts] == [(4, 1), (4, 8), (2, 8), (1, 1), (8, 4)]
-    assert all(pool.isfinite().all() for pools in padded.engine.cache_layers for pool in pools)
+    assert all(pool.isfinite().all() for pools in padded.engine.runner.cache_layers for pool in pools)
     padded.engine.check()
 
 
@@ -138,15 +138,17 @@ class Recording:
 def test_a_graph_is_captured_once_a_bucket_and_replayed_on_new_inputs(
     monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    plain = Driver(StepEngine(wide_heads(6), 1024, backend="per_session"))
-    replayed = Driver(StepEngine(wide_heads(6), 1024, backend="flash"))
+    plain = Driver(native_engine(wide_heads(6), 1024, backend="per_session"))
+    replayed = Driver(native_engine(wide_heads(6), 1024, backend="flash"))
     engine = replayed.engine
-    recorder = Recorder(engine._compute)
+    recorder = Recorder(engine.runner._compute)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(recorder))
     monkeypatch.setattr(torch.cuda, "graph", recorder.capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    engine.graphs = GraphBuckets(CapturedRunner(recorder.run, engine.device, most), engine._pool.trash)
+    engine.runner.graphs = GraphBuckets(
+        CapturedRunner(recorder.run, engine.runner.device, most), engine.runner.cache.trash
+    )
     for number, step in enumerate([*steps(), *list(steps())[1:]]):
         for run in (plain, replayed):
             run.engine.extend([run.make(session, tokens(count, 10 * number + session)) for session, count in step])
@@ -164,20 +166,22 @@ def test_a_capture_that_raises_gives_its_graphs_back(monkeypatch: pytest.MonkeyP
         yield
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine = StepEngine(wide_heads(), 256, backend="flash")
+    engine = native_engine(wide_heads(), 256, backend="flash")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", broken)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
-    engine.graphs = GraphBuckets(CapturedRunner(engine._compute, engine.device), engine._pool.trash)
+    engine.runner.graphs = GraphBuckets(
+        CapturedRunner(engine.runner._compute, engine.runner.device), engine.runner.cache.trash
+    )
     run = Driver(engine)
     run.extend(1, [4])
     run.extend(1, [5])
-    assert engine.graphs.runner is None
-    torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5])[1:], rtol=1e-4, atol=1e-4)
+    assert engine.runner.graphs.runner is None
+    torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5])[0][1:], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_of_a_bucket_lie_in_memory_of_their_own() -> None:
-    engine = StepEngine(wide_heads(), 256, backend="flash", graphs=True)
+    engine = native_engine(wide_heads(), 256, backend="flash", graphs=True)
     run = Driver(engine)
     run.engine.extend([run.make(session, [session]) for session in (1, 2, 3)])
     rows = engine.rows(3)
@@ -190,17 +194,17 @@ def test_a_failed_capture_leaves_plain_steps_and_one_log_line(caplog: pytest.Log
         def run(self, layout: Layout, numbers: list[int], spans: Sequence[Span]) -> Any:
             raise CaptureFailed("no memory")
 
-    engine = StepEngine(wide_heads(), 256, backend="flash", graphs=True)
-    engine.graphs = GraphBuckets(Broken(), engine._pool.trash)
+    engine = native_engine(wide_heads(), 256, backend="flash", graphs=True)
+    engine.runner.graphs = GraphBuckets(Broken(), engine.runner.cache.trash)
     run = Driver(engine)
     with caplog.at_level(logging.WARNING, logger="actors.engine.graphs"):
         for token in (4, 5, 6):
             run.extend(1, [token])
     assert len(caplog.records) == 1
-    torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5, 6])[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5, 6])[0][2:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_cpu_uses_buckets_only_if_requested() -> None:
-    assert StepEngine(qwen2(), 64).graphs is None
-    assert StepEngine(qwen2(), 64, batch_invariant=True).graphs is None
-    assert StepEngine(qwen2(), 64, graphs=True).graphs is not None
+    assert native_engine(qwen2(), 64).runner.graphs is None
+    assert native_engine(qwen2(), 64, batch_invariant=True).runner.graphs is None
+    assert native_engine(qwen2(), 64, graphs=True).runner.graphs is not None

@@ -3,12 +3,12 @@ from __future__ import annotations
 import torch
 
 from actors.engine.heads import Float32Head, widen_head
-from actors.engine.step_engine import StepEngine
+from actors.engine.native_runner import native_engine
 from tests.support.tiny_models import VOCABULARY, Driver, qwen2, tokens
 
 
 def test_a_16_bit_models_rows_are_not_rounded_to_16_bits() -> None:
-    engine = StepEngine(qwen2().bfloat16(), 64)
+    engine = native_engine(qwen2().bfloat16(), 64)
     run = Driver(engine)
     run.extend(1, tokens(6))
     rows = run.logits(1)

@@ -10,7 +10,7 @@ from actors.engine.kv_pool import KVPool
 
 def fill(pool: KVPool, session: int, start: int, values: list[float]) -> None:
     """Write `values` as the keys (and their negatives as the values) of a session from position `start`."""
-    assert pool.reserve(session, start + len(values))
+    assert pool.reserve(session, 0, start + len(values))
     first = pool.start(session) + start
     keys = torch.tensor(values)[:, None, None]
     pool.write(0, torch.arange(first, first + len(values)), keys, -keys)
@@ -55,7 +55,7 @@ def test_a_session_grows_through_fragments_into_all_free_rows() -> None:
         pool.drop(session)
     fill(pool, 0, 8, [0.5] * 24)
     assert read(pool, 0) == [0.0] * 8 + [0.5] * 24
-    assert not pool.reserve(2, 9)
+    assert not pool.reserve(2, 0, 9)
     pool.check()
 
 
@@ -92,7 +92,7 @@ def test_content_survives_any_history() -> None:
             continue
         start = draw.randint(0, len(mirror.get(session, [])))
         new = [float(step)] * draw.randint(1, 40)
-        if pool.reserve(session, start + len(new)):
+        if pool.reserve(session, 0, start + len(new)):
             fill(pool, session, start, new)
             mirror[session] = mirror.get(session, [])[:start] + new
         pool.check()

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from actors.engine.batch_invariant import BatchInvariantLinear
+from actors.engine.native_runner import native_engine
 from actors.engine.onednn_linear import OneDnnLinear, use_onednn_linears
 from actors.engine.selfcheck import verify_engine
-from actors.engine.step_engine import StepEngine
 from tests.support.tiny_models import ARCHITECTURES, Driver, qwen2, tokens
 
 pytestmark = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch without oneDNN")
@@ -31,7 +31,7 @@ def test_logits_agree_with_those_of_plain_layers(architecture: str) -> None:
     for smallest in (1, 10**9):
         model = ARCHITECTURES[architecture]()
         assert (use_onednn_linears(model, smallest) > 0) == (smallest == 1)
-        run = Driver(StepEngine(model, 256))
+        run = Driver(native_engine(model, 256))
         run.engine.extend([run.make(session, tokens(9, session)) for session in (1, 2)])
         run.engine.extend([run.make(1, [3]), run.make(2, tokens(5))])
         rows.append(torch.cat([run.logits(1), run.logits(2)]))
@@ -42,7 +42,7 @@ def test_logits_agree_with_those_of_plain_layers(architecture: str) -> None:
 def test_a_packed_model_passes_the_check_at_start() -> None:
     model = qwen2()
     assert use_onednn_linears(model, 1) == 2 * 7 + 1
-    verify_engine(StepEngine(model, 128), "tiny")
+    verify_engine(native_engine(model, 128), "tiny")
 
 
 def test_the_plain_weight_goes_unless_others_use_it() -> None:
@@ -65,7 +65,7 @@ def test_the_engine_packs_unless_bits_are_promised(batch_invariant: bool) -> Non
     model.model.layers[0].mlp.up_proj = nn.Linear(48, 1 << 15, bias=False)
     model.model.layers[0].mlp.gate_proj = nn.Linear(48, 1 << 15, bias=False)
     model.model.layers[0].mlp.down_proj = nn.Linear(1 << 15, 48, bias=False)
-    StepEngine(model, 64, batch_invariant=batch_invariant)
+    native_engine(model, 64, batch_invariant=batch_invariant)
     large, small = (BatchInvariantLinear, BatchInvariantLinear) if batch_invariant else (OneDnnLinear, nn.Linear)
     assert type(model.model.layers[0].mlp.up_proj) is large
     assert type(model.model.layers[1].mlp.up_proj) is small

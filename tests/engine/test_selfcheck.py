@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine.errors import LoadError
 from actors.engine.flash import FlashAttention
+from actors.engine.native_runner import NativeEngine, native_engine
 from actors.engine.onednn_linear import use_onednn_linears
 from actors.engine.registry import BACKENDS, BackendEntry
 from actors.engine.selfcheck import relative_errors, verify_engine
-from actors.engine.step_engine import StepEngine
 from tests.support.local_service import WEIGHTS
 from tests.support.tiny_models import ARCHITECTURES, llama, qwen2, wide_heads
 from tests.support.varlen import emulated_flash
@@ -21,7 +21,7 @@ from tests.support.varlen import emulated_flash
 @pytest.mark.parametrize("options", [{}, {"batch_invariant": True}, {"backend": "gathered"}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sound_models_pass_and_nothing_stays_in_the_cache(architecture: str, options: dict[str, Any]) -> None:
-    engine = StepEngine(ARCHITECTURES[architecture](), 128, **options)
+    engine = native_engine(ARCHITECTURES[architecture](), 128, **options)
     verify_engine(engine, "tiny")
     assert engine.cache_stats().sessions == 0
     engine.check()
@@ -29,14 +29,14 @@ def test_sound_models_pass_and_nothing_stays_in_the_cache(architecture: str, opt
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_16_bit_models_pass(architecture: str) -> None:
-    verify_engine(StepEngine(ARCHITECTURES[architecture]().bfloat16(), 128), "tiny")
+    verify_engine(native_engine(ARCHITECTURES[architecture]().bfloat16(), 128), "tiny")
 
 
 @pytest.mark.parametrize("role", ["target", "target_other"])
 def test_16_bit_models_pass_whose_plain_forwards_differ_among_themselves(role: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS / role, dtype=torch.bfloat16)
-    engine = StepEngine(model, 128)
-    apart = relative_errors(*(engine.plain_logits(range(40), name) for name in ("eager", "sdpa")))
+    engine = native_engine(model, 128)
+    apart = relative_errors(*engine.plain_logits(range(40)))
     assert float(apart.max()) > 0.05
     verify_engine(engine, role)
 
@@ -50,24 +50,24 @@ def test_state_that_leaks_between_packed_sessions_is_refused(dtype: torch.dtype)
 
     model.model.layers[0].mlp.register_forward_hook(leak)
     with pytest.raises(LoadError, match="packed sessions differ from plain forwards"):
-        verify_engine(StepEngine(model, 128), "tiny")
+        verify_engine(native_engine(model, 128), "tiny")
 
 
 def test_a_layer_without_attention_is_refused() -> None:
-    engine = StepEngine(qwen2(), 128)
-    engine.hidden_layers += 1
+    engine = native_engine(qwen2(), 128)
+    engine.runner.hidden_layers += 1
     with pytest.raises(LoadError, match="attention ran in 2 of its 3 layers"):
         verify_engine(engine, "tiny")
 
 
 def test_bits_that_depend_on_the_batch_are_refused_if_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = StepEngine(qwen2(), 128, batch_invariant=True)
-    attend = engine._attention.backend.attend
+    engine = native_engine(qwen2(), 128, batch_invariant=True)
+    attend = engine.runner._attention.backend.attend
 
     def coarse(step: Any, *arguments: Any) -> torch.Tensor:
         return attend(step, *arguments) * (1 + 1e-6 * len(step.spans))
 
-    monkeypatch.setattr(engine._attention.backend, "attend", coarse)
+    monkeypatch.setattr(engine.runner._attention.backend, "attend", coarse)
     with pytest.raises(LoadError, match="depend on the other sessions"):
         verify_engine(engine, "tiny")
 
@@ -77,39 +77,39 @@ def test_weights_that_are_not_finite_are_named(options: dict[str, Any]) -> None:
     model = qwen2()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     with pytest.raises(LoadError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        verify_engine(StepEngine(model, 128, **options), "tiny")
+        verify_engine(native_engine(model, 128, **options), "tiny")
 
 
 def test_a_packed_weight_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.engine.step_engine.use_onednn_linears", partial(use_onednn_linears, smallest=1))
+    monkeypatch.setattr("actors.engine.native_runner.use_onednn_linears", partial(use_onednn_linears, smallest=1))
     model = llama()
     model.lm_head.weight.data[3, 5] = float("inf")
     with pytest.raises(LoadError, match=r"lm_head\.weight holds NaN or infinite values"):
-        verify_engine(StepEngine(model, 128), "tiny")
+        verify_engine(native_engine(model, 128), "tiny")
 
 
 def test_finite_weights_whose_logits_overflow_are_refused_with_a_wider_dtype() -> None:
     model = qwen2().half()
     model.model.norm.weight.data.fill_(6e4)
     with pytest.raises(LoadError, match=r"not finite in float16, though its weights are.*dtype: bfloat16"):
-        verify_engine(StepEngine(model, 128), "tiny")
+        verify_engine(native_engine(model, 128), "tiny")
 
 
 def test_a_cache_too_small_for_two_short_sequences_is_refused() -> None:
     with pytest.raises(LoadError, match="cache_tokens: 64 tokens do not hold"):
-        verify_engine(StepEngine(qwen2(), 64), "tiny")
+        verify_engine(native_engine(qwen2(), 64), "tiny")
 
 
-def _flash(monkeypatch: pytest.MonkeyPatch, op: Any, model: Any) -> StepEngine:
+def _flash(monkeypatch: pytest.MonkeyPatch, op: Any, model: Any) -> NativeEngine:
     monkeypatch.setitem(BACKENDS, "flash", BackendEntry(lambda: FlashAttention(op), lambda device, dtype: True))
-    return StepEngine(model, 128, backend="flash", graphs=True)
+    return native_engine(model, 128, backend="flash", graphs=True)
 
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_fused_back_end_that_keeps_the_semantics_passes(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     engine = _flash(monkeypatch, emulated_flash, wide_heads(window))
     verify_engine(engine, "tiny")
-    assert engine.attention.static
+    assert engine.runner.attention.static
     assert engine.cache_stats().sessions == 0
 
 
@@ -134,14 +134,14 @@ def test_a_fused_back_end_that_differs_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_buckets_that_give_other_rows_are_refused() -> None:
-    engine = StepEngine(qwen2(), 128, graphs=True)
-    assert engine.graphs is not None
-    run = engine.graphs.run
+    engine = native_engine(qwen2(), 128, graphs=True)
+    assert engine.runner.graphs is not None
+    run = engine.runner.graphs.run
 
     def stale(batch: Any) -> torch.Tensor | None:
         rows = run(batch)
         return None if rows is None else rows.roll(1, 0) + 0.1 * torch.arange(rows.shape[1])
 
-    engine.graphs.run = stale  # type: ignore[method-assign]
+    engine.runner.graphs.run = stale  # type: ignore[method-assign]
     with pytest.raises(LoadError, match="steps in buckets differ"):
         verify_engine(engine, "tiny")

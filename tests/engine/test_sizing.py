@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from actors.engine.native_runner import native_engine
 from actors.engine.sizing import cache_bytes_per_token, context_length
-from actors.engine.step_engine import StepEngine
 from tests.support.deadlines import HANG_S
 from tests.support.tiny_models import ARCHITECTURES
 
@@ -23,8 +23,8 @@ def test_a_32b_target_costs_256_kib_a_token() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cache_bytes_are_those_of_an_engines_pools(architecture: str) -> None:
     model = ARCHITECTURES[architecture]()
-    engine = StepEngine(model, 64)
-    taken = sum(pool.nbytes for pools in engine._pool.layers.values() for pool in pools)
+    engine = native_engine(model, 64)
+    taken = sum(pool.nbytes for pools in engine.runner.cache.layers.values() for pool in pools)
     assert taken == 65 * cache_bytes_per_token(model.config.to_dict(), "float32")  # 64 rows and the trash row
 
 

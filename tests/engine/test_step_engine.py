@@ -13,27 +13,27 @@ from actors.decoding.hashing import extend_hashes
 from actors.decoding.stream import Stream
 from actors.engine.errors import BadExtend, RowGone, StepFailed
 from actors.engine.interface import Extend, Full, Held, KVMiss
-from actors.engine.step_engine import StepEngine
+from actors.engine.native_runner import native_engine
 from tests.support.deadlines import HANG_S
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY, Driver, qwen2, tokens
 from tests.support.trained_models import alignment
 
 
 def driver(cache_tokens: int = 1024, **options: Any) -> Driver:
-    return Driver(StepEngine(qwen2(), cache_tokens, **options))
+    return Driver(native_engine(qwen2(), cache_tokens, **options))
 
 
 @pytest.mark.parametrize("backend", ["per_session", "gathered"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_ragged_sessions_equal_plain_forwards(architecture: str, backend: str) -> None:
-    engine = StepEngine(ARCHITECTURES[architecture](), 1024, backend=backend)
+    engine = native_engine(ARCHITECTURES[architecture](), 1024, backend=backend)
     run = Driver(engine)
     texts = {session: tokens(length, session) for session, length in enumerate([1, 7, 20, 33])}
     engine.extend([run.make(session, text[: len(text) // 2 + 1]) for session, text in texts.items()])
     rest = [run.make(session, text[len(text) // 2 + 1 :]) for session, text in texts.items() if len(text) > 1]
     engine.extend(rest)
     for extend in rest:
-        reference = engine.plain_logits(texts[extend.session])[extend.position :]
+        reference = engine.plain_logits(texts[extend.session])[0][extend.position :]
         torch.testing.assert_close(run.logits(extend.session), reference, rtol=1e-4, atol=1e-4)
     engine.check()
 
@@ -42,7 +42,7 @@ def test_ragged_sessions_equal_plain_forwards(architecture: str, backend: str) -
 def test_the_gathered_back_end_agrees_with_the_per_session_one(architecture: str) -> None:
     rows = []
     for backend in ("per_session", "gathered"):
-        run = Driver(StepEngine(ARCHITECTURES[architecture](), 1024, backend=backend))
+        run = Driver(native_engine(ARCHITECTURES[architecture](), 1024, backend=backend))
         batches = [[(0, 30), (1, 3), (2, 1)], [(0, 1), (1, 4), (2, 4)], [(0, 1), (1, 1), (2, 1)]]
         for number, batch in enumerate(batches):
             run.engine.extend([run.make(session, tokens(count, number)) for session, count in batch])
@@ -53,21 +53,21 @@ def test_the_gathered_back_end_agrees_with_the_per_session_one(architecture: str
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2"])
 def test_a_rewind_within_and_past_a_sliding_window_leaves_no_trace(architecture: str) -> None:
-    engine = StepEngine(ARCHITECTURES[architecture](), 1024)
+    engine = native_engine(ARCHITECTURES[architecture](), 1024)
     run, text = Driver(engine), tokens(40)
     run.extend(1, text[:20])
     run.extend(1, tokens(15, seed=9))
     assert run.extend(1, text[20:], at=20) == Held(1, 40, 20)
     run.extend(1, tokens(5, seed=8), at=3)
     run.extend(1, text[3:], at=3)
-    torch.testing.assert_close(run.logits(1), engine.plain_logits(text)[3:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run.logits(1), engine.plain_logits(text)[0][3:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["pieces", "grouped", "bytes"])
 def test_logits_after_every_rollback_are_those_of_a_fresh_prefill(target: str) -> None:
     """A small model gets its own tokens of a text that a target with another vocabulary writes."""
     pair = alignment(target, "small")
-    engine = StepEngine(qwen2(), 1024)
+    engine = native_engine(qwen2(), 1024)
     run, stream = Driver(engine), Stream(0, tokens(3))
     run.extend(1, stream.tokens)
     reader, taken_back = RetokenizingTranslator(pair, stream), 0
@@ -81,7 +81,7 @@ def test_logits_after_every_rollback_are_those_of_a_fresh_prefill(target: str) -
             continue
         start = min(same, len(stream) - 1)
         assert run.extend(1, stream.tokens[start:], at=start) == Held(1, len(stream), len(stream) - start)
-        torch.testing.assert_close(run.logits(1), engine.plain_logits(stream.tokens)[start:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run.logits(1), engine.plain_logits(stream.tokens)[0][start:], rtol=1e-4, atol=1e-4)
     assert taken_back >= (0 if target == "grouped" else 1)
     engine.check()
 
@@ -123,7 +123,7 @@ def test_a_fork_continues_as_its_source() -> None:
     assert run.engine.shared(blocks) == 2
     assert run.engine.fork(2, text[:32], blocks, 2)
     assert run.extend(2, [5, 6]) == Held(2, 34, 2)
-    reference = run.engine.plain_logits([*text[:32], 5, 6])[32:]
+    reference = run.engine.plain_logits([*text[:32], 5, 6])[0][32:]
     torch.testing.assert_close(run.logits(2), reference, rtol=1e-4, atol=1e-4)
     run.engine.check()
 
@@ -218,7 +218,7 @@ def test_a_failed_forward_drops_the_sessions_of_its_step_and_no_other(monkeypatc
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.engine._attention.backend, "attend", broken)
+        patch.setattr(run.engine.runner._attention.backend, "attend", broken)
         with pytest.raises(StepFailed, match="no memory") as failure:
             run.engine.extend([run.make(1, [1]), run.make(2, [1]), run.make(4, [1])])
     assert failure.value.sessions == (1, 2, 4)
@@ -304,14 +304,14 @@ def test_rows_can_be_read_from_another_thread_while_a_forward_runs(monkeypatch: 
     run.engine.extend([run.make(session, tokens(5, session)) for session in (1, 2)])
     before = run.logits(2)
     within, go_on = Event(), Event()
-    attend = run.engine._attention.backend.attend
+    attend = run.engine.runner._attention.backend.attend
 
     def paused(*arguments: Any) -> torch.Tensor:
         within.set()
         assert go_on.wait(timeout=HANG_S)
         return attend(*arguments)
 
-    monkeypatch.setattr(run.engine._attention.backend, "attend", paused)
+    monkeypatch.setattr(run.engine.runner._attention.backend, "attend", paused)
     with ThreadPoolExecutor(1) as pool:
         forward = pool.submit(run.engine.extend, [run.make(1, [7])])
         assert within.wait(timeout=HANG_S)
@@ -335,8 +335,8 @@ def test_stats_count_whole_units() -> None:
 def test_a_deleted_engine_leaves_transformers_registry() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    engine = StepEngine(qwen2(), 64)
-    name = engine._attention.name
+    engine = native_engine(qwen2(), 64)
+    name = engine.runner._attention.name
     assert name in ALL_ATTENTION_FUNCTIONS
     del engine
     assert name not in ALL_ATTENTION_FUNCTIONS
