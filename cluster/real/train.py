@@ -183,6 +183,7 @@ def _write_adapter(checkpoint: Path, folder: Path) -> None:
     save_file({name: weight.half() for name, weight in weights.items()}, folder / "adapter_model.safetensors")
     settings = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": SMOLLM2.name, "inference_mode": True}
+    settings["target_modules"] = sorted(settings["target_modules"])  # PEFT writes a set in any order
     write_file(folder / "adapter_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
