@@ -11,10 +11,10 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## every target with its description
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: help kernels demo dpo real serve test test-all test-long lint bench format train page docs clean
+.PHONY: help kernels venv-vllm demo dpo real serve test test-all test-long lint bench format train page docs clean
 
-demo: kernels ## the embedded trio, asked over HTTP in all four modes
-	$(BIN)/python -m cluster.demo $(ARGS)
+demo: kernels ## the embedded trio, asked over HTTP in all four modes; ENGINE=vllm: the target on vLLM
+	$(BIN)/python -m cluster.demo $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 dpo: kernels ## pairs from the embedded trio, a guider trained on them, and what that is worth
 	$(BIN)/python -m cluster.demo.dpo $(ARGS)
@@ -33,9 +33,11 @@ test: kernels ## what a change must pass, in JOBS=2 processes
 test-all: kernels ## every test, those that are marked slow too; before a release
 	$(PYTEST)
 
-test-long: kernels ## 2,000 generated requests to each operation of the API, and long suites of grammars
+test-long: kernels ## 2,000 generated requests to each operation of the API, long suites of grammars, tests of vLLM
 	API_CASES=2000 FORMAT_CASES=1000 HOSTILE_CASES=200 SCHEMA_CASES=300 $(PYTEST) tests/router/test_openapi.py \
 		tests/router/test_fuzzed_formats.py tests/router/test_hostile_grammars.py tests/coordinator/test_schemas.py
+	@if test -e .venv-vllm/ready; then .venv-vllm/bin/python -m pytest -W ignore -rs tests/vllm $(ARGS); \
+		else echo "not run: tests/vllm, 12 tests, which need \`make venv-vllm\`"; fi
 
 lint: .venv/ready ## format, lint rules and types, checked
 	$(BIN)/ruff format --check .
@@ -62,8 +64,19 @@ page: ## the playground with recorded answers as one file, build/playground.html
 docs: .venv/ready page ## build the documentation's site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-clean: ## remove .venv
-	rm -rf .venv
+clean: ## remove .venv and .venv-vllm
+	rm -rf .venv .venv-vllm
+
+venv-vllm: .venv-vllm/ready ## an environment for roles with `engine: vllm`, for CPUs; docs/engines.md has GPUs
+
+# vLLM wants older versions of some packages than the service. Its torchvision, torchaudio and torchcodec are left out:
+# they are for images and sound, and have no build beside torch for CPUs.
+.venv-vllm/ready: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --quiet --no-deps "torch==$$(sed -n 's/^torch==//p' constraints-vllm.txt)"
+	.venv-vllm/bin/pip install --quiet --no-deps -r constraints-vllm.txt
+	touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

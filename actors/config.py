@@ -85,7 +85,8 @@ class ModelConfig(_Section):
     trust_remote_code: bool = False
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, from config.json alone; for benchmarks
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if num_gpus is above 0, else the CPU
+    engine: Literal["auto", "native", "vllm"] = "auto"  # auto: vllm on a GPU where it is installed, else native
     device_map: str | dict[str, int | str] | None = None  # as in accelerate: layers spread over the GPUs of one node
     tensor_parallel: int = Field(1, ge=1)  # ranks on one node that share the model; num_cpus and num_gpus are per rank
     quantization: dict[str, Any] | None = None  # passed to transformers as quantization_config
@@ -99,6 +100,7 @@ class ModelConfig(_Section):
     num_gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = {}
     label_selector: dict[str, str] = {}  # labels that its Ray node must have
+    runtime_env: dict[str, Any] = {}  # Ray's, of its replicas, such as image_uri
     replicas: ModelReplicas = ModelReplicas(min=1, max=1)
 
     @model_validator(mode="after")
@@ -340,6 +342,11 @@ class ServiceConfig(_Section):
     def with_target(self, path: str) -> Self:
         """A copy with another target model."""
         target = self.models.target.model_copy(update={"path": path})
+        return self.model_copy(update={"models": self.models.model_copy(update={"target": target})})
+
+    def with_engine(self, engine: Literal["native", "vllm"]) -> Self:
+        """A copy whose target runs on this engine."""
+        target = self.models.target.model_copy(update={"engine": engine})
         return self.model_copy(update={"models": self.models.model_copy(update={"target": target})})
 
     def with_adapter(self, adapter: str | None) -> Self:

@@ -5,13 +5,15 @@ They read tokenizers and config.json files only. `python -m cluster.check` print
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from actors.api.generation import ROLES, Role
-from actors.config import ConfigError, ServiceConfig, recommended_sampling
+from actors.config import ConfigError, ModelConfig, ServiceConfig, recommended_sampling
 from actors.decoding.cross_vocab.translators import Alignment
 from actors.text.chat_template import ChatTemplateError
 from actors.text.token_bytes import UnsupportedTokenizer
@@ -26,6 +28,11 @@ _PAST_LIMIT = {
     "stop_guidance": "the target continues alone from there",
     "continue": "guidance continues, beyond what this model was built for",
 }
+
+
+# vLLM needs other versions of packages than the service: `make venv-vllm` makes its environment. On a cluster a role's
+# `runtime_env` names an image that has it.
+VLLM_PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,12 @@ def require_sound(config: ServiceConfig) -> None:
 
 def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> list[Finding]:
     """All findings about models whose tokenizers are loaded, errors first."""
-    found = [*_batch_invariance(config), *_random_weights(config), *_sampling(config, tokenizers["target"])]
+    found = [
+        *_batch_invariance(config),
+        *_engines(config),
+        *_random_weights(config),
+        *_sampling(config, tokenizers["target"]),
+    ]
     for role in ROLES:
         found += _ids(role, tokenizers[role])
         found += _raw_text(role, tokenizers[role])
@@ -78,6 +90,35 @@ def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
         found += _template(role, tokenizers)
     found += _guider_and_base(tokenizers["guider"], tokenizers["guider_base"])
     return sorted(found, key=Finding.rank)
+
+
+def engine_of(model: ModelConfig, batch_invariant: bool) -> Literal["native", "vllm"]:
+    """The engine of a role's replicas. auto: vLLM on a GPU, where it can be had and no bits are promised."""
+    if model.engine != "auto":
+        return model.engine
+    gpu = model.device == "cuda" or (model.device == "auto" and model.num_gpus > 0)
+    plain = model.quantization is None and model.device_map is None and model.tensor_parallel == 1
+    return "vllm" if gpu and plain and not batch_invariant and (_has_vllm() or _made_here()) else "native"
+
+
+def runtime_env(model: ModelConfig, batch_invariant: bool) -> dict[str, Any]:
+    """Ray's runtime environment of a role's replicas; {} for the service's own."""
+    if model.runtime_env or engine_of(model, batch_invariant) == "native" or _has_vllm():
+        return model.runtime_env
+    return {"py_executable": str(VLLM_PYTHON)}
+
+
+def lacks_vllm(model: ModelConfig) -> bool:
+    """True if a role asks for vLLM, and no environment that has it is known."""
+    return model.engine == "vllm" and not (model.runtime_env or _has_vllm() or _made_here())
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _made_here() -> bool:
+    return VLLM_PYTHON.exists()
 
 
 def position_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
@@ -106,6 +147,15 @@ def _batch_invariance(config: ServiceConfig) -> Iterator[Finding]:
             )
         if model.tensor_parallel > 1:
             yield Finding("error", role, "batch_invariant is true, which needs tensor_parallel 1")
+        if model.engine == "vllm":
+            yield Finding("error", role, "batch_invariant is true, which the native engine alone keeps: unset engine")
+
+
+def _engines(config: ServiceConfig) -> Iterator[Finding]:
+    for role in ROLES:
+        if lacks_vllm(config.models.role(role)):
+            message = "engine is vllm, which is not installed here: run `make venv-vllm`, or name an image that has it "
+            yield Finding("error", role, message + "by runtime_env: {image_uri: ...}")
 
 
 def _random_weights(config: ServiceConfig) -> Iterator[Finding]:

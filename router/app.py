@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -26,7 +26,7 @@ from actors.config import (
     load_config,
 )
 from actors.metrics import Recorder
-from actors.preflight import load_tokenizers, require_sound
+from actors.preflight import load_tokenizers, require_sound, runtime_env
 from actors.replica.build import Load, load_role
 from actors.replica.process import collect_rarely, return_freed_memory
 from actors.serve.application import DRAIN_S, application_details, show_logs
@@ -174,18 +174,18 @@ def _model(config: ServiceConfig, role: Role) -> serve.Deployment:
     return serve.deployment(
         ModelShell,
         name=MODEL_NAMES[role],
-        **_ranks(model),
+        **_ranks(model, runtime_env(model, config.batch_invariant)),
         **_replicas(model.replicas, policy=_policy(model.replicas)),
         **_SETTINGS,
     )
 
 
-def _ranks(model: ModelConfig) -> dict[str, Any]:
+def _ranks(model: ModelConfig, environment: Mapping[str, Any]) -> dict[str, Any]:
     """Ray options that place a model's ranks: one rank like any replica, several in a placement group on one node.
 
     The replica is the first rank and uses the first bundle; it starts the other ranks in the other bundles.
     """
-    options = _placement(model)
+    options = _placement(model) | ({"runtime_env": dict(environment)} if environment else {})
     if model.tensor_parallel == 1:
         return {"ray_actor_options": options}
     labels = options.pop("label_selector", None)

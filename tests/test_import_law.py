@@ -24,7 +24,12 @@ BOTTOM = ("actors.config", "actors.api", "actors.decoding")
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "peft")
 # Only model processes may load torch, so other modules import the engine inside functions.
 LAZY = {
-    "actors.replica.build": {"actors.engine.loader", "actors.engine.parallel", "actors.engine.step_engine"},
+    "actors.replica.build": {
+        "actors.engine.loader",
+        "actors.engine.parallel",
+        "actors.engine.step_engine",
+        "actors.engine.vllm_runner",
+    },
     "actors.serve.model": {"actors.engine.parallel"},
 }
 # Modules of the engine that import no torch: its messages, errors and arithmetic on configs.

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors import preflight
 from actors.api.generation import ROLES, Role
-from actors.config import ConfigError, ServiceConfig, load_config
-from actors.preflight import Finding, _tools, findings, load_tokenizers, position_limit, require_sound, session_limit
+from actors.config import ConfigError, ModelConfig, ServiceConfig, load_config
+from actors.preflight import (
+    Finding,
+    _tools,
+    engine_of,
+    findings,
+    load_tokenizers,
+    position_limit,
+    require_sound,
+    runtime_env,
+    session_limit,
+)
 from actors.text.chat_template import ChatTemplate
 from actors.text.tokenizer import RoleTokenizer
 from tests.support.local_ray import trio_args
@@ -167,3 +179,50 @@ def test_a_template_with_tools_in_an_unknown_form_is_a_warning() -> None:
     tokenizers = load_tokenizers(config) | {"target": role_tokenizer(template=template)}
     found = [f for f in _tools(config, tokenizers) if f.severity == "warning"]
     assert "set models.target.tool_parser" in found[0].message
+
+
+@pytest.fixture
+def vllm_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Python of an environment with vLLM, which is not made yet; this process has none."""
+    monkeypatch.setattr(preflight, "_has_vllm", lambda: False)
+    monkeypatch.setattr(preflight, "VLLM_PYTHON", tmp_path / "python")
+    return tmp_path / "python"
+
+
+@pytest.mark.parametrize(
+    ("keys", "engine"),
+    [
+        ({}, "native"),
+        ({"num_gpus": 1}, "vllm"),
+        ({"num_gpus": 1, "device": "cpu"}, "native"),
+        ({"num_gpus": 1, "engine": "native"}, "native"),
+        ({"num_gpus": 1, "quantization": {"quant_method": "bitsandbytes"}}, "native"),
+        ({"num_gpus": 1, "device_map": "auto"}, "native"),
+        ({"num_gpus": 1, "tensor_parallel": 2}, "native"),
+        ({"engine": "vllm"}, "vllm"),
+    ],
+)
+def test_vllm_is_chosen_on_gpus_where_it_is_installed(vllm_python: Path, keys: dict[str, Any], engine: str) -> None:
+    model = ModelConfig(path="some/model", **keys)
+    if model.engine == "auto":
+        assert (engine_of(model, False), runtime_env(model, False)) == ("native", {})
+    vllm_python.touch()
+    assert engine_of(model, False) == engine
+    assert runtime_env(model, False) == ({"py_executable": str(vllm_python)} if engine == "vllm" else {})
+    assert engine_of(model, True) == (model.engine if model.engine != "auto" else "native")
+
+
+def test_an_environment_that_the_configuration_names_is_used(vllm_python: Path) -> None:
+    model = ModelConfig(path="some/model", engine="vllm", runtime_env={"image_uri": "registry/with-vllm"})
+    vllm_python.touch()
+    assert runtime_env(model, False) == {"image_uri": "registry/with-vllm"}
+
+
+def test_an_engine_that_is_not_installed_is_an_error_that_says_how_to_install_it(vllm_python: Path) -> None:
+    config = trio().with_engine("vllm")
+    with pytest.raises(ConfigError, match=r"models\.target: engine is vllm, which is not installed.*make venv-vllm"):
+        require_sound(config)
+    vllm_python.touch()
+    require_sound(config)
+    with pytest.raises(ConfigError, match=r"batch_invariant is true, which the native engine alone keeps"):
+        require_sound(config.model_copy(update={"batch_invariant": True}))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.engine.errors import LoadError
-from actors.engine.loader import ModelSource, read_config, verify_files
+from actors.engine.loader import ModelSource, read_config, require_quantization, verify_files
 from actors.engine.weight_files import adapter_folder, cached_folder
 
 
@@ -29,7 +29,9 @@ def _inspect(fields: Mapping[str, Any]) -> list[list[str]]:
         if not source.local and cached_folder(source.path, source.revision) is None:
             return []  # it has not been downloaded, which is a finding of another check
         adapter = None if source.adapter is None else adapter_folder(source.adapter, local_only=True)
-        found = [["warning", warning] for warning in verify_files(source, read_config(source), adapter)]
+        config = read_config(source)
+        found = [["warning", warning] for warning in verify_files(source, config, adapter)]
+        require_quantization(source, config)
     except LoadError as error:
         return [["error", str(error)]]
     if source.adapter is not None and adapter is None:

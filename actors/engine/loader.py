@@ -107,12 +107,12 @@ def load_engine(
     loaded = load_model(source, report)
     runner = NativeRunner(loaded.model, cache_tokens, batch_invariant=batch_invariant, backend=backend)
     engine = StepEngine(runner, max_held_rows)
-    _report_progress(report, source, began, "check", loaded.bytes)
+    report_progress(report, source, began, "check", loaded.bytes)
     verify_engine(engine, source.path)
     if runner.packed_linears:
         for parameter in loaded.model.parameters():  # the check has read them; what is left is embeddings and small
             page_out(parameter)
-    _report_progress(report, source, began, "ready", loaded.bytes)
+    report_progress(report, source, began, "ready", loaded.bytes)
     return engine
 
 
@@ -123,20 +123,29 @@ def load_model(source: ModelSource, report: Report | None = None) -> LoadedModel
     serve, an unknown quantisation or an adapter that does not fit.
     """
     began = time.monotonic()
-    _report_progress(report, source, began, "config", 0)
-    config = read_config(source)
-    adapter = _folder_of_adapter(source)
-    for warning in verify_files(source, config, adapter):
-        log.warning("%s: %s", source.path, warning)
-    _report_progress(report, source, began, "weights", _bytes_on_disk(source))
+    report_progress(report, source, began, "config", 0)
+    config, adapter = verified_config(source), _folder_of_adapter(source)
+    require_quantization(source, config)
+    report_progress(report, source, began, "weights", stored_bytes(source))
     model = _dummy(source, config) if source.load_format == "dummy" else _checkpoint(source, config)
     if adapter is not None:
-        _report_progress(report, source, began, "adapter", 0)
+        report_progress(report, source, began, "adapter", 0)
         plain = source.quantization is None and getattr(config, "quantization_config", None) is None
         model = _with_adapter(model, adapter, source, merge=plain)
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    _report_progress(report, source, began, "loaded", size)
+    report_progress(report, source, began, "loaded", size)
     return LoadedModel(model.eval(), size)
+
+
+def verified_config(source: ModelSource) -> Any:
+    """The transformers config of a source whose files are on this machine and fit it; warnings are logged.
+
+    Raises LoadError as `read_config` and `verify_files` do.
+    """
+    config = read_config(source)
+    for warning in verify_files(source, config, _folder_of_adapter(source)):
+        log.warning("%s: %s", source.path, warning)
+    return config
 
 
 def read_config(source: ModelSource) -> Any:
@@ -154,19 +163,22 @@ def read_config(source: ModelSource) -> Any:
 def verify_files(source: ModelSource, config: Any, adapter: Path | None) -> list[str]:
     """Hold the checkpoint and the adapter in a folder against the config, by their headers. Returns warnings.
 
-    A checkpoint that is not on this machine is left to the load. Raises LoadError for tensors that do not fit, and for
-    a quantisation whose library is not here.
+    A checkpoint that is not on this machine is left to the load. Raises LoadError for tensors that do not fit.
     """
     trusted = source.trust_remote_code
     folder = Path(source.path) if source.local else cached_folder(source.path, source.revision)
     found = []
     if folder is not None and source.load_format != "dummy":
         found += verify_checkpoint(config, folder, source.path, trust_remote_code=trusted)
-    if settings := source.quantization or config.to_dict().get("quantization_config"):
-        quantization_config(source.path, settings)
     if adapter is not None:
         found += verify_adapter(config, adapter, source.path, trust_remote_code=trusted)
     return found
+
+
+def require_quantization(source: ModelSource, config: Any) -> None:
+    """Raise LoadError if transformers lacks a library that the quantisation of a source needs."""
+    if settings := source.quantization or config.to_dict().get("quantization_config"):
+        quantization_config(source.path, settings)
 
 
 def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
@@ -297,13 +309,15 @@ def _remedy(source: ModelSource, error: Exception) -> str:
     return f"Download it with: hf download {source.path}{revision}   (or correct the path)"
 
 
-def _bytes_on_disk(source: ModelSource) -> int:
+def stored_bytes(source: ModelSource) -> int:
+    """Bytes of the files with the weights; 0 if they are not on this machine."""
     if source.load_format == "dummy" or not source.local:
         return 0
     return sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
 
 
-def _report_progress(report: Report | None, source: ModelSource, began: float, stage: str, size: int) -> None:
+def report_progress(report: Report | None, source: ModelSource, began: float, stage: str, size: int) -> None:
+    """Log a stage of loading that begins, and pass it to `report`. began: by time.monotonic(). size: in bytes."""
     progress = LoadProgress(stage, size, time.monotonic() - began)
     log.info("%s: %s, %.1f MB after %.1f s", source.path, stage, size / 1e6, progress.seconds)
     if report is not None:

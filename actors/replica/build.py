@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
-from actors.preflight import session_limit
+from actors.preflight import engine_of, session_limit
 from actors.replica.engine_thread import Engine
 from actors.replica.process import on_temporary_thread, spin_briefly
 from actors.replica.replica import ModelReplica, ReplicaSettings
@@ -49,6 +49,10 @@ def load_role(
         recipe, deadlines = Recipe(source, model.cache_tokens, backend), config.deadlines
         start = start or FollowerProcess
         return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
+    if engine_of(model, config.batch_invariant) == "vllm":
+        from actors.engine.vllm_runner import vllm_engine  # only the environment of such a role has vLLM
+
+        return on_temporary_thread(partial(vllm_engine, source, model.cache_tokens, report=report))
     load = partial(
         load_engine, source, model.cache_tokens, batch_invariant=config.batch_invariant, backend=backend, report=report
     )

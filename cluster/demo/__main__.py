@@ -1,6 +1,7 @@
 """Demonstrates guidance: starts the service and compares its answers to held-out questions in four modes.
 
     python -m cluster.demo [--questions 15] [--file ray_config.yaml] [--alpha 1.5] [--adapter FOLDER]
+                           [--engine vllm]
 
 The last line of output is one JSON object with the accuracies by mode. If the file has router.keys, set OPENAI_API_KEY
 to one of them.
@@ -149,10 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, default=Path("ray_config.yaml"), help="the service to start")
     parser.add_argument("--alpha", type=float, help="strength of guidance; default: the service's")
     parser.add_argument("--adapter", help="of the guider: cluster/demo/weights/guider_dpo is preference-trained")
+    parser.add_argument("--engine", choices=("native", "vllm"), help="of the target; default: as the file says")
     options = parser.parse_args(arguments)
     console = Console()
     try:
         config = read_service_config(options.file)
+        if options.engine is not None:
+            config = config.with_engine(options.engine)
         if options.adapter is not None:
             config = config.with_adapter(options.adapter)
         console.print("Starting Ray Serve: router, coordinator, directory and three models ...")

@@ -1,0 +1,423 @@
+"""Runs forwards on vLLM as a model executor: its models, kernels and cache; our sessions, blocks and rows.
+
+vLLM's scheduler, sampler and request states are built and never used. Its request interface could not do this: sessions
+go back after rejected drafts, and rows are looked up again.
+
+Used of vLLM, and nothing else (`tests/vllm/test_contract.py` has a test for each):
+
+    [1] vllm.engine.arg_utils      EngineArgs(...).create_engine_config()
+    [2] vllm.v1.engine.core        EngineCore(config, executor_class, log_stats): loads the model, sizes and makes the
+                                   cache; of it only .model_executor and .shutdown() are used
+    [3] vllm.v1.executor.abstract  Executor.get_class(config), .collective_rpc(method, args=)
+    [4] parallel_config.worker_extension_cls: a class that is mixed into the worker
+    [5] worker.model_runner        .model, .kv_cache_config, .kv_caches, .attn_groups, .device
+    [6] vllm.v1.kv_cache_interface KVCacheConfig.num_blocks, .kv_cache_groups[i].kv_cache_spec.block_size, .layer_names;
+                                   AttentionSpec
+    [7] vllm.v1.attention.backend  CommonAttentionMetadata(...)
+    [8] vllm.v1.worker.utils       AttentionGroup.build_metadata(common), .layer_names
+    [9] vllm.forward_context       set_forward_context(metadata, config, num_tokens=, slot_mapping=)
+   [10] a model                    forward(input_ids, positions, intermediate_tensors, inputs_embeds),
+                                   compute_logits(hidden) -> [R, V]
+   [11] vllm.platforms             current_platform.device_type
+   [12] vllm.v1.worker.utils       copy_kv_cache_blocks_inplace(caches, num_blocks, pairs)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Before vLLM is imported: on a CPU it keeps a worker in this process only so. Nothing is reported to anyone.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the roles of a service share the cores
+
+import numpy as np
+import torch
+import vllm
+from numpy.typing import NDArray
+from torch import Tensor
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+from actors.engine.block_cache import BlockCache
+from actors.engine.devices import device_name
+from actors.engine.errors import LoadError, StepFailed, first_line
+from actors.engine.interface import Extend
+from actors.engine.loader import ModelSource, Report, load_model, report_progress, stored_bytes, verified_config
+from actors.engine.selfcheck import verify_engine
+from actors.engine.sizing import cache_bytes_per_token, context_length, text_config
+from actors.engine.step_engine import StepEngine
+
+log = logging.getLogger(__name__)
+
+VERSION = "0.32"  # the only minor version whose internals are known
+BLOCK_TOKENS = 32  # of a block of the cache; the CPU's kernels take no smaller one
+STEP_SESSIONS, STEP_TOKENS = 256, 4_096  # most of one forward: vLLM sizes its buffers by them
+_SAMPLES = 64  # values of every weight in the digest
+_CHECKED = -(1 << 40)  # session of `plain_logits`, which no user has
+_START_BYTES = 2 << 30  # that vLLM takes beside weights and cache, about
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = None) -> StepEngine[VllmRunner]:
+    """Load a model on vLLM, and compare its steps with one of vLLM's own prompts. Raises LoadError if any of it fails.
+
+    The stages are passed to `report`, as those of `actors.engine.loader.load_engine`.
+    """
+    began = time.monotonic()
+    _refuse_settings(source)
+    report_progress(report, source, began, "config", 0)
+    config = verified_config(source).to_dict()
+    size = stored_bytes(source)
+    report_progress(report, source, began, "weights", size)
+    with contextlib.ExitStack() as stack:
+        path = source.path
+        if source.adapter is not None:
+            report_progress(report, source, began, "adapter", 0)
+            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="merged-"))
+            load_model(replace(source, device="cpu")).model.save_pretrained(path)
+        stack.enter_context(_alone_on_device())
+        runner = VllmRunner(path, cache_tokens, _options(source, config, cache_tokens, size))
+    engine = StepEngine(runner)
+    report_progress(report, source, began, "check", size)
+    try:
+        verify_engine(engine, source.path)
+    except StepFailed as error:  # such as heads of a width that its kernels do not have
+        why = f"vLLM cannot run it: {str(error.__cause__).splitlines()[0]}"
+        raise LoadError(source.path, why, "Set engine: native.") from error
+    report_progress(report, source, began, "ready", size)
+    return engine
+
+
+def _refuse_settings(source: ModelSource) -> None:
+    if not vllm.__version__.startswith(f"{VERSION}."):
+        why = f"vLLM {vllm.__version__} is installed, whose internals are not known"
+        raise LoadError("engine: vllm", why, f"Install {VERSION}: `make venv-vllm`.")
+    for name, out in (
+        ("device_map", "Leave it unset: vLLM places a model on one device."),
+        ("quantization", "Leave it unset: vLLM reads the quantization that the checkpoint names."),
+    ):
+        if getattr(source, name) is not None:
+            raise LoadError(source.path, f"{name} is not for engine: vllm", out)
+    if source.tensor_parallel > 1:
+        raise LoadError(source.path, "tensor_parallel is not for engine: vllm yet", "Set engine: native.")
+    kind = current_platform.device_type
+    if source.device not in ("auto", kind):
+        why = f"device: {source.device}, but the vLLM that is installed is built for {kind}"
+        raise LoadError(source.path, why, "Install the other build, or set num_gpus and device for this one.")
+
+
+def _options(source: ModelSource, config: Mapping[str, Any], cache_tokens: int, size: int) -> dict[str, Any]:
+    """What vLLM's engine is told about a model. size: bytes of its weights."""
+    if text_config(config).get("kv_lora_rank"):
+        why = "on vLLM its multi-head latent attention gives other logits than transformers"
+        raise LoadError(source.path, why, "Set engine: native.")
+    blocks = -(-cache_tokens // BLOCK_TOKENS) + 2  # vLLM keeps one
+    cache_bytes = blocks * BLOCK_TOKENS * cache_bytes_per_token(config, source.dtype)
+    options: dict[str, Any] = {
+        "dtype": source.dtype,
+        "load_format": source.load_format,
+        "trust_remote_code": source.trust_remote_code,
+        "max_model_len": min(cache_tokens, context_length(config) or cache_tokens),
+        "kv_cache_memory_bytes": cache_bytes,
+    }
+    if source.adapter is None:
+        options["revision"] = source.revision
+    if current_platform.device_type == "cuda":
+        _, total = torch.cuda.mem_get_info()
+        options["gpu_memory_utilization"] = min(0.95, (size + cache_bytes + _START_BYTES) / total)  # checked at start
+    return options
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Leave a module out of `sys.modules` meanwhile.
+
+    On CPUs vLLM looks at every attribute of every module, and fails at llvmlite's, one of which answers to any name.
+    """
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
+
+
+@contextlib.contextmanager
+def _alone_on_device() -> Iterator[None]:
+    """While a model loads, vLLM measures the memory of its GPU: roles that share one load one after another."""
+    if current_platform.device_type != "cuda":
+        yield
+        return
+    name = device_name(torch.device("cuda", torch.cuda.current_device()))
+    with (Path(tempfile.gettempdir()) / f"thinklogit-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class CacheShape(NamedTuple):
+    """What a worker tells of its cache. Block 0 is vLLM's own."""
+
+    blocks: int  # of all groups together
+    size: int  # tokens in a block
+    groups: int  # of layers of one kind of attention: each has tables of its own over the same blocks
+    width: int  # logits in a row
+    vocabulary: int  # ids that the model has embeddings for
+    device: str  # its name (actors.engine.devices)
+    digest: int  # of the weights
+
+
+class Step(NamedTuple):
+    """One forward over many sessions, as plain numbers, so that it can be sent to a worker."""
+
+    ids: NDArray[np.int32]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    starts: NDArray[np.int32]  # [S + 1], where each session's tokens start
+    lengths: NDArray[np.int32]  # [S], tokens of each session afterwards
+    blocks: NDArray[np.int32]  # [S, W], its blocks, counted in blocks of all groups
+    keep: NDArray[np.int64]  # [R], the tokens whose logits are wanted
+
+
+class StepWorker:
+    """Mixed into vLLM's worker, whose own names it must not have."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def thinklogit_shape(self) -> CacheShape:
+        """The shape of the cache. Raises LoadError for caches that cannot be cut off at any token."""
+        runner, name = self.model_runner, self.vllm_config.model_config.model
+        groups = runner.kv_cache_config.kv_cache_groups
+        specs = [group.kv_cache_spec for group in groups]
+        out = "Set engine: native, or choose another model."
+        if not all(isinstance(spec, AttentionSpec) for spec in specs):
+            raise LoadError(name, "it has recurrent layers, whose state cannot go back to an earlier token", out)
+        if len({spec.block_size for spec in specs}) != 1:
+            raise LoadError(name, "its layers have caches with blocks of different sizes", out)
+        if getattr(runner.kv_cache_config, "needs_kv_cache_zeroing", False):
+            raise LoadError(name, "its cache has to be zeroed before use", out)
+        width = self.vllm_config.model_config.get_vocab_size()
+        blocks, device = runner.kv_cache_config.num_blocks, device_name(runner.device)
+        return CacheShape(blocks, specs[0].block_size, len(groups), width, width, device, self._digest())
+
+    def thinklogit_non_finite(self) -> str | None:
+        """Name of the first weight that holds NaN or infinite values; None if there is none."""
+        for name, weight in self.model_runner.model.named_parameters():
+            if weight.dtype in _FLOATS and not bool(weight.isfinite().all()):
+                return str(name)
+        return None
+
+    @torch.inference_mode()
+    def thinklogit_copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, (source, target), all at once."""
+        runner = self.model_runner
+        groups = len(runner.kv_cache_config.kv_cache_groups)
+        blocks = [(_block(a, g, groups), _block(b, g, groups)) for a, b in pairs for g in range(groups)]
+        copy_kv_cache_blocks_inplace(runner.kv_caches, runner.kv_cache_config.num_blocks, blocks)
+
+    @torch.inference_mode()
+    def thinklogit_step(self, step: Step) -> Tensor | None:
+        """Logits [R, V] float32 on the device; None on ranks that get none."""
+        runner = self.model_runner
+        groups = runner.kv_cache_config.kv_cache_groups
+        size, counts = groups[0].kv_cache_spec.block_size, np.diff(step.starts)
+        owner, (column, offset) = np.repeat(np.arange(len(counts)), counts), np.divmod(step.positions, size)
+        tables = [_block(step.blocks, number, len(groups)) for number in range(len(groups))]
+        slots = [table[owner, column].astype(np.int64) * size + offset for table in tables]
+        arrays = (step.ids, step.positions, step.starts, step.lengths, step.keep)
+        ids, positions, starts, lengths, keep, *rest = upload([*arrays, *tables, *slots], runner.device)
+        metadata: dict[str, Any] = {}
+        mapping: dict[str, Tensor] = {}
+        for group, attention, table, slot in zip(
+            groups, runner.attn_groups, rest[: len(groups)], rest[len(groups) :], strict=True
+        ):
+            common = CommonAttentionMetadata(
+                query_start_loc=starts,
+                query_start_loc_cpu=torch.from_numpy(step.starts),
+                seq_lens=lengths,
+                seq_lens_cpu_upper_bound=torch.from_numpy(step.lengths),
+                num_reqs=len(counts),
+                num_actual_tokens=len(step.ids),
+                max_query_len=int(counts.max()),
+                max_seq_len=int(step.lengths.max()),
+                block_table_tensor=table,
+                slot_mapping=slot,
+                positions=positions,
+                is_prefilling=torch.from_numpy(counts > 1),
+            )
+            mapping.update(dict.fromkeys(group.layer_names, slot))
+            for part in attention:
+                metadata.update(dict.fromkeys(part.layer_names, part.build_metadata(common)))
+        with set_forward_context(metadata, self.vllm_config, num_tokens=len(step.ids), slot_mapping=mapping):
+            hidden = runner.model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        logits = runner.model.compute_logits(hidden[keep])
+        return None if logits is None else logits.float()
+
+    def _digest(self) -> int:
+        """As actors.engine.digest, of the weights as vLLM arranges them: never that of a native replica."""
+        digest = hashlib.blake2b(f"vllm {vllm.__version__}".encode(), digest_size=8)
+        for name, weight in sorted(self.model_runner.model.named_parameters()):
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            count = weight.numel()
+            if count:
+                spread = torch.linspace(0, count - 1, min(_SAMPLES, count), dtype=torch.float64).long()
+                values = weight.detach().flatten()[spread.to(weight.device)].contiguous().view(torch.uint8)
+                digest.update(values.cpu().numpy().tobytes())
+        return int.from_bytes(digest.digest(), "little")
+
+
+def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors on a device, through one copy from pinned memory."""
+    offsets = np.cumsum([0, *(-(-array.nbytes // 8) * 8 for array in arrays)]).tolist()
+    host = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    view = host.numpy()
+    for array, at in zip(arrays, offsets, strict=False):
+        view[at : at + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    flat = host.to(device, non_blocking=True)
+    kinds = [torch.from_numpy(np.empty(0, array.dtype)).dtype for array in arrays]
+    return [
+        flat[at : at + array.nbytes].view(kind).view(array.shape)
+        for array, at, kind in zip(arrays, offsets, kinds, strict=False)
+    ]
+
+
+def _block(block: Any, group: int, groups: int) -> Any:
+    """vLLM's number of a block in one group, where 0 is never used."""
+    return block * groups + group + 1
+
+
+class VllmRunner:
+    """One model on vLLM. Implements `actors.engine.runner.Runner`.
+
+    path: a checkpoint. cache_tokens: of all sessions together, at most. options: of vLLM's engine, with
+    kv_cache_memory_bytes. Raises LoadError for a model that vLLM or this module cannot run.
+    """
+
+    batch_invariant = False
+
+    def __init__(self, path: str, cache_tokens: int, options: Mapping[str, Any]) -> None:
+        arguments: dict[str, Any] = {
+            "model": path,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,  # its scheduler is not used
+            "async_scheduling": False,
+            "block_size": BLOCK_TOKENS,
+            "max_num_seqs": STEP_SESSIONS,
+            "max_num_batched_tokens": STEP_TOKENS,
+            "distributed_executor_backend": "uni",
+            "worker_extension_cls": f"{__name__}.{StepWorker.__name__}",
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+        }
+        try:
+            config = EngineArgs(**(arguments | dict(options))).create_engine_config()
+            with _hidden("llvmlite.binding.ffi"):
+                self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+            self._call = self._core.model_executor.collective_rpc
+            shapes: list[CacheShape] = self._call("thinklogit_shape")
+        except LoadError:
+            raise
+        except Exception as error:  # of any model's code
+            raise LoadError(path, f"vLLM cannot load it: {first_line(error)}", "Set engine: native.") from error
+        shape = min(shapes)
+        self.width, self.vocabulary, self.digest = shape.width, shape.vocabulary, shape.digest
+        self.devices: Sequence[str] = (shape.device,)
+        self.device = torch.device(config.device_config.device)
+        self.dtype: torch.dtype = config.model_config.dtype
+        wanted, there = -(-cache_tokens // shape.size), (shape.blocks - 1) // shape.groups
+        if there < wanted:  # vLLM pads groups of unlike layers
+            log.warning("%s: its cache holds %d tokens, not cache_tokens %d", path, there * shape.size, cache_tokens)
+        self.cache = BlockCache(min(wanted, there), shape.size)
+
+    def forward(self, admitted: Sequence[Extend]) -> Tensor:
+        """See Runner.forward. What exceeds one step of vLLM takes several."""
+        if pairs := self.cache.take_copies():
+            self._call("thinklogit_copy", args=(pairs,))
+        parts: dict[int, list[Tensor]] = {extend.session: [] for extend in admitted}
+        for pieces in _steps(admitted):
+            logits: Tensor = self._call("thinklogit_step", args=(self._step(pieces),))[0]
+            for piece, rows in zip(pieces, torch.split(logits, [piece.rows for piece in pieces]), strict=True):
+                parts[piece.session].append(rows)
+        found = [rows for extend in admitted for rows in parts[extend.session] if len(rows)]
+        return torch.cat(found) if found else torch.zeros(0, self.width, device=self.device)
+
+    def padded(self, count: int) -> int:
+        return count
+
+    def plain_logits(self, tokens: Sequence[int]) -> list[Tensor]:
+        """See Runner.plain_logits. In vLLM, as the only session of a step, from fresh blocks."""
+        reserved = self.cache.reserve(_CHECKED, 0, len(tokens))
+        assert reserved, "a model that is being loaded has an empty cache"
+        try:
+            return [self.forward([Extend(_CHECKED, 0, 0, tokens, len(tokens), 0)])]
+        finally:
+            self.cache.drop(_CHECKED)
+
+    def non_finite_weight(self) -> str | None:
+        return next((name for name in self._call("thinklogit_non_finite") if name is not None), None)
+
+    def stop(self) -> None:
+        """End the workers and free the memory."""
+        self._core.shutdown()
+
+    def _step(self, pieces: Sequence[Extend]) -> Step:
+        counts = np.array([len(piece.tokens) for piece in pieces], np.int32)
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        first = np.array([piece.position for piece in pieces], np.int64)
+        tables = [self.cache.blocks(piece.session) for piece in pieces]
+        blocks = np.zeros((len(tables), max(map(len, tables))), np.int32)
+        for row, table in zip(blocks, tables, strict=True):
+            row[: len(table)] = table
+        return Step(
+            ids=np.fromiter((token for piece in pieces for token in piece.tokens), np.int32, starts[-1]),
+            positions=np.arange(starts[-1]) + np.repeat(first - starts[:-1], counts),
+            starts=starts,
+            lengths=(first + counts).astype(np.int32),
+            blocks=blocks,
+            keep=np.concatenate([np.arange(s - p.rows, s) for s, p in zip(starts[1:], pieces, strict=True)]),
+        )
+
+
+def _steps(admitted: Sequence[Extend]) -> Iterator[list[Extend]]:
+    """The extends in steps of at most STEP_SESSIONS sessions and STEP_TOKENS tokens, shortest first in each.
+
+    A longer extend is split; its parts are in different steps. Back ends that treat decodes and prompts apart want the
+    short ones in front.
+    """
+    step: list[Extend] = []
+    room = STEP_TOKENS
+    for extend in sorted(admitted, key=lambda extend: len(extend.tokens)):
+        for piece in _pieces(extend):
+            if len(step) == STEP_SESSIONS or len(piece.tokens) > room or (step and step[-1].session == piece.session):
+                yield step
+                step, room = [], STEP_TOKENS
+            step.append(piece)
+            room -= len(piece.tokens)
+    yield step
+
+
+def _pieces(extend: Extend) -> Iterator[Extend]:
+    """An extend in parts of at most STEP_TOKENS tokens."""
+    for at in range(0, len(extend.tokens), STEP_TOKENS):
+        tokens = extend.tokens[at : at + STEP_TOKENS]
+        after = len(extend.tokens) - at - len(tokens)  # tokens behind this part
+        rows = min(max(extend.rows - after, 0), len(tokens))
+        yield extend._replace(position=extend.position + at, tokens=tokens, rows=rows)
