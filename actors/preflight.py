@@ -97,7 +97,7 @@ def engine_of(model: ModelConfig, batch_invariant: bool) -> Literal["native", "v
     if model.engine != "auto":
         return model.engine
     gpu = model.device == "cuda" or (model.device == "auto" and model.num_gpus > 0)
-    plain = model.quantization is None and model.device_map is None and model.tensor_parallel == 1
+    plain = model.quantization is None and model.device_map is None
     return "vllm" if gpu and plain and not batch_invariant and (_has_vllm() or _made_here()) else "native"
 
 

@@ -198,7 +198,7 @@ def vllm_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"num_gpus": 1, "engine": "native"}, "native"),
         ({"num_gpus": 1, "quantization": {"quant_method": "bitsandbytes"}}, "native"),
         ({"num_gpus": 1, "device_map": "auto"}, "native"),
-        ({"num_gpus": 1, "tensor_parallel": 2}, "native"),
+        ({"num_gpus": 1, "tensor_parallel": 2}, "vllm"),
         ({"engine": "vllm"}, "vllm"),
     ],
 )

@@ -29,6 +29,7 @@ from actors.engine.interface import Extend, Outcome
 from actors.engine.loader import Report, load_model
 from actors.engine.native_runner import NativeRunner
 from actors.engine.ranks import Followers, RanksLost, Recipe, Rendezvous, StartFollower
+from actors.engine.runner import Runner
 from actors.engine.selfcheck import verify_engine
 from actors.engine.shards import LOOPBACK, device_kind, join_group, use_local_shares
 from actors.engine.step_engine import StepEngine
@@ -66,7 +67,7 @@ class FollowerProcess:
             self._process.join()
 
 
-class ParallelEngine(StepEngine[NativeRunner]):
+class ParallelEngine(StepEngine[Runner]):
     """Rank 0: a step engine whose operations the other ranks follow. Call `stop` when done."""
 
     def __init__(self, followers: Followers, *arguments: Any, **options: Any) -> None:
@@ -112,7 +113,7 @@ class ParallelEngine(StepEngine[NativeRunner]):
             raise self._followers.mark_lost(f"rank 0: {error}") from error
 
 
-class FollowingEngine(StepEngine[NativeRunner]):
+class FollowingEngine(StepEngine[Runner]):
     """Any other rank: it computes its share and holds no rows."""
 
     def _hold(self, admitted: Sequence[Extend], logits: Tensor) -> None:
@@ -135,10 +136,10 @@ def load_parallel(
     followers = Followers(recipe, start, load_s, step_s)
     try:
         join_group(followers.store, 0, recipe.ranks, kind, step_s)
-        loaded = load_model(recipe.source, report)
+        build = _loaded(recipe, 0, report)
         followers.wait_for_all("load")
         followers.broadcast("build")
-        engine = ParallelEngine(followers, _runner(recipe, loaded.model), recipe.max_held_rows)
+        engine = ParallelEngine(followers, build(), recipe.max_held_rows)
         others = [followers.store.get(_device_key(rank)).decode() for rank in range(1, recipe.ranks)]
         engine.devices = [*engine.devices, *others]
         verify_engine(engine, recipe.source.path)
@@ -160,12 +161,13 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
         store = TCPStore(LOOPBACK, rendezvous.store_port, recipe.ranks, False, timedelta(seconds=rendezvous.load_s))
         kind = device_kind(recipe.source.device, recipe.source.path)
         join_group(store, rank, recipe.ranks, kind, rendezvous.step_s)
-        model = load_model(recipe.source).model
-        store.set(_device_key(rank), device_name(model.device))
+        build = _loaded(recipe, rank)
         pipe.send_bytes(msgpack.packb(""))  # loaded; the following steps are collective
         if operations.get() is None:
             return
-        engine = FollowingEngine(_runner(recipe, model), recipe.max_held_rows)
+        runner = build()
+        store.set(_device_key(rank), device_name(runner.device))
+        engine = FollowingEngine(runner, recipe.max_held_rows)
         while (message := operations.get()) is not None:
             apply_operation(engine, message)
     except Exception as error:
@@ -192,11 +194,21 @@ def _device_key(rank: int) -> str:
     return f"device of rank {rank}"
 
 
-def _runner(recipe: Recipe, model: Any) -> NativeRunner:
-    """The runner of a rank's share. All ranks call this together."""
-    digest = model_digest(model)
-    use_local_shares(model)
-    return NativeRunner(model, recipe.cache_tokens, backend=recipe.backend, digest=digest)
+def _loaded(recipe: Recipe, rank: int, report: Report | None = None) -> Callable[[], Runner]:
+    """Load a rank's share. Returns what builds its runner once all have loaded, which all ranks call together."""
+    if recipe.engine == "vllm":
+        from actors.engine.vllm_runner import load_runner  # only the environment of such a role has vLLM
+
+        runner = load_runner(recipe.source, recipe.cache_tokens, report, rank=rank)  # together, too
+        return lambda: runner
+    model = load_model(recipe.source, report).model
+
+    def build() -> Runner:
+        digest = model_digest(model)
+        use_local_shares(model)
+        return NativeRunner(model, recipe.cache_tokens, backend=recipe.backend, digest=digest)
+
+    return build
 
 
 def _packed(extend: Extend) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgpack
 import torch.distributed as dist
@@ -40,6 +40,7 @@ class Recipe:
     source: ModelSource
     cache_tokens: int
     backend: str | None = None
+    engine: Literal["native", "vllm"] = "native"
     max_held_rows: int = MAX_ROWS  # not by memory: admission hangs on it and must be the same at every rank
 
     @property

@@ -8,7 +8,8 @@ Used of vLLM, and nothing else (`tests/vllm/test_contract.py` has a test for eac
     [1] vllm.engine.arg_utils      EngineArgs(...).create_engine_config()
     [2] vllm.v1.engine.core        EngineCore(config, executor_class, log_stats): loads the model, sizes and makes the
                                    cache; of it only .model_executor and .shutdown() are used
-    [3] vllm.v1.executor.abstract  Executor.get_class(config), .collective_rpc(method, args=)
+    [3] vllm.v1.executor           Executor.get_class(config), .collective_rpc(method, args=), and for ranks
+                                   ExecutorWithExternalLauncher._distributed_args(), ._init_executor()
     [4] parallel_config.worker_extension_cls: a class that is mixed into the worker
     [5] worker.model_runner        .model, .kv_cache_config, .kv_caches, .attn_groups, .device
     [6] vllm.v1.kv_cache_interface KVCacheConfig.num_blocks, .kv_cache_groups[i].kv_cache_spec.block_size, .layer_names;
@@ -29,6 +30,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -45,6 +47,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the roles of a s
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import vllm
 from numpy.typing import NDArray
 from torch import Tensor
@@ -54,6 +57,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
@@ -73,6 +77,7 @@ BLOCK_TOKENS = 32  # of a block of the cache; the CPU's kernels take no smaller 
 STEP_SESSIONS, STEP_TOKENS = 256, 4_096  # most of one forward: vLLM sizes its buffers by them
 _SAMPLES = 64  # values of every weight in the digest
 _CHECKED = -(1 << 40)  # session of `plain_logits`, which no user has
+_SHARED = Path("/dev/shm")  # noqa: S108 - Linux' folder of shared memory, which vLLM uses on CPUs
 _START_BYTES = 2 << 30  # that vLLM takes beside weights and cache, about
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,21 +87,8 @@ def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = 
 
     The stages are passed to `report`, as those of `actors.engine.loader.load_engine`.
     """
-    began = time.monotonic()
-    _refuse_settings(source)
-    report_progress(report, source, began, "config", 0)
-    config = verified_config(source).to_dict()
-    size = stored_bytes(source)
-    report_progress(report, source, began, "weights", size)
-    with contextlib.ExitStack() as stack:
-        path = source.path
-        if source.adapter is not None:
-            report_progress(report, source, began, "adapter", 0)
-            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="merged-"))
-            load_model(replace(source, device="cpu")).model.save_pretrained(path)
-        stack.enter_context(_alone_on_device())
-        runner = VllmRunner(path, cache_tokens, _options(source, config, cache_tokens, size))
-    engine = StepEngine(runner)
+    began, size = time.monotonic(), stored_bytes(source)
+    engine = StepEngine(load_runner(source, cache_tokens, report))
     report_progress(report, source, began, "check", size)
     try:
         verify_engine(engine, source.path)
@@ -105,6 +97,49 @@ def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = 
         raise LoadError(source.path, why, "Set engine: native.") from error
     report_progress(report, source, began, "ready", size)
     return engine
+
+
+def load_runner(source: ModelSource, cache_tokens: int, report: Report | None = None, *, rank: int = 0) -> VllmRunner:
+    """Load a model on vLLM. Raises LoadError.
+
+    rank: of this process among `source.tensor_parallel`, which have joined a process group and load together.
+    """
+    began = time.monotonic()
+    _refuse_settings(source)
+    report_progress(report, source, began, "config", 0)
+    config = verified_config(source).to_dict()
+    size = stored_bytes(source)
+    report_progress(report, source, began, "weights", size)
+    options = _options(source, config, cache_tokens, size)
+    if source.tensor_parallel > 1:
+        _name_ranks(rank)
+        options |= {"tensor_parallel_size": source.tensor_parallel, "distributed_executor_backend": "external_launcher"}
+    with contextlib.ExitStack() as stack:
+        path = source.path
+        if source.adapter is not None:
+            report_progress(report, source, began, "adapter", 0)
+            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="merged-"))
+            load_model(replace(source, device="cpu")).model.save_pretrained(path)
+        stack.enter_context(_alone_on_device())
+        return VllmRunner(path, cache_tokens, options)
+
+
+def _name_ranks(rank: int) -> None:
+    """Agree on a name of this group of ranks, under which they share memory on a CPU. All ranks call this together."""
+    name = _of_all_ranks(secrets.token_bytes(8))[0].hex()
+    os.environ |= {"RANK": str(rank), "VLLM_DIST_IDENT": f"thinklogit-{name}"}
+    os.environ.setdefault("LOCAL_RANK", str(rank))
+
+
+def _of_all_ranks(own: bytes) -> list[bytes]:
+    """The bytes of every rank, in order. Without a group: one's own. All ranks call this together."""
+    if not dist.is_initialized():
+        return [own]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor(list(own), dtype=torch.uint8, device=device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return [bytes(each.tolist()) for each in every]
 
 
 def _refuse_settings(source: ModelSource) -> None:
@@ -117,8 +152,6 @@ def _refuse_settings(source: ModelSource) -> None:
     ):
         if getattr(source, name) is not None:
             raise LoadError(source.path, f"{name} is not for engine: vllm", out)
-    if source.tensor_parallel > 1:
-        raise LoadError(source.path, "tensor_parallel is not for engine: vllm yet", "Set engine: native.")
     kind = current_platform.device_type
     if source.device not in ("auto", kind):
         why = f"device: {source.device}, but the vLLM that is installed is built for {kind}"
@@ -235,7 +268,7 @@ class StepWorker:
 
     @torch.inference_mode()
     def thinklogit_step(self, step: Step) -> Tensor | None:
-        """Logits [R, V] float32 on the device; None on ranks that get none."""
+        """Logits [R, V] float32 on the device; None without rows, and on ranks that get none."""
         runner = self.model_runner
         groups = runner.kv_cache_config.kv_cache_groups
         size, counts = groups[0].kv_cache_spec.block_size, np.diff(step.starts)
@@ -268,11 +301,13 @@ class StepWorker:
                 metadata.update(dict.fromkeys(part.layer_names, part.build_metadata(common)))
         with set_forward_context(metadata, self.vllm_config, num_tokens=len(step.ids), slot_mapping=mapping):
             hidden = runner.model(input_ids=ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        if not len(step.keep):  # the ranks cannot gather nothing
+            return None
         logits = runner.model.compute_logits(hidden[keep])
         return None if logits is None else logits.float()
 
     def _digest(self) -> int:
-        """As actors.engine.digest, of the weights as vLLM arranges them: never that of a native replica."""
+        """As actors.engine.digest, of all ranks' weights as vLLM arranges them: never that of a native replica."""
         digest = hashlib.blake2b(f"vllm {vllm.__version__}".encode(), digest_size=8)
         for name, weight in sorted(self.model_runner.model.named_parameters()):
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -281,7 +316,8 @@ class StepWorker:
                 spread = torch.linspace(0, count - 1, min(_SAMPLES, count), dtype=torch.float64).long()
                 values = weight.detach().flatten()[spread.to(weight.device)].contiguous().view(torch.uint8)
                 digest.update(values.cpu().numpy().tobytes())
-        return int.from_bytes(digest.digest(), "little")
+        whole = hashlib.blake2b(b"".join(_of_all_ranks(digest.digest())), digest_size=8)
+        return int.from_bytes(whole.digest(), "little")
 
 
 def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
@@ -302,6 +338,20 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]
 def _block(block: Any, group: int, groups: int) -> Any:
     """vLLM's number of a block in one group, where 0 is never used."""
     return block * groups + group + 1
+
+
+class RankExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]  # vLLM is not here where types are checked
+    """Runs one rank of a group that has been joined already: vLLM's own would listen on all addresses."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        """What would be the address of the group, of which only the name behind the colon is used; rank, local rank."""
+        return f"ranks:{os.environ['VLLM_DIST_IDENT']}", int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+
+    def _init_executor(self) -> None:
+        super()._init_executor()
+        dist.barrier()
+        for file in _SHARED.glob(f"{os.environ['VLLM_DIST_IDENT']}*"):  # which all have mapped: a kill leaves nothing
+            file.unlink(missing_ok=True)
 
 
 class VllmRunner:
@@ -330,7 +380,8 @@ class VllmRunner:
         try:
             config = EngineArgs(**(arguments | dict(options))).create_engine_config()
             with _hidden("llvmlite.binding.ffi"):
-                self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
+                kind = RankExecutor if config.parallel_config.world_size > 1 else Executor.get_class(config)
+                self._core = EngineCore(config, kind, log_stats=False)
             self._call = self._core.model_executor.collective_rpc
             shapes: list[CacheShape] = self._call("thinklogit_shape")
         except LoadError:
@@ -353,7 +404,9 @@ class VllmRunner:
             self._call("thinklogit_copy", args=(pairs,))
         parts: dict[int, list[Tensor]] = {extend.session: [] for extend in admitted}
         for pieces in _steps(admitted):
-            logits: Tensor = self._call("thinklogit_step", args=(self._step(pieces),))[0]
+            logits: Tensor | None = self._call("thinklogit_step", args=(self._step(pieces),))[0]
+            if logits is None:
+                continue
             for piece, rows in zip(pieces, torch.split(logits, [piece.rows for piece in pieces]), strict=True):
                 parts[piece.session].append(rows)
         found = [rows for extend in admitted for rows in parts[extend.session] if len(rows)]

@@ -46,7 +46,8 @@ def load_role(
     if model.tensor_parallel > 1:
         from actors.engine.parallel import FollowerProcess, Recipe, load_parallel
 
-        recipe, deadlines = Recipe(source, model.cache_tokens, backend), config.deadlines
+        engine, deadlines = engine_of(model, config.batch_invariant), config.deadlines
+        recipe = Recipe(source, model.cache_tokens, backend, engine)
         start = start or FollowerProcess
         return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
     if engine_of(model, config.batch_invariant) == "vllm":

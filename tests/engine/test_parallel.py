@@ -16,7 +16,6 @@ import torch
 from actors.engine.errors import LoadError
 from actors.engine.interface import Held, KVMiss, Outcome
 from actors.engine.loader import ModelSource, load_engine
-from actors.engine.native_runner import NativeEngine
 from actors.engine.parallel import (
     FOLLOWED,
     FollowerProcess,
@@ -74,7 +73,7 @@ def recipe(folder: Path, dtype: str = "float32", ranks: int = 2) -> Recipe:
     return Recipe(ModelSource(str(folder), dtype=dtype, device="cpu", tensor_parallel=ranks), CACHE)
 
 
-def story(engine: NativeEngine) -> tuple[list[Outcome], list[torch.Tensor]]:
+def story(engine: StepEngine[Any]) -> tuple[list[Outcome], list[torch.Tensor]]:
     """Prefill in chunks, ragged decoding of two sessions, a rewind, a fork, a refusal and an eviction."""
     run = Driver(engine)
     outcomes: list[Outcome] = []
@@ -112,7 +111,8 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
     engine = load_parallel(recipe(tmp_path), started, load_s=90, step_s=20)
     try:
         assert engine.hash_seed == alone.hash_seed  # the digest of the whole
-        pools = [next(iter(each.runner.cache.layers.values()))[0] for each in (engine, alone)]
+        runners: list[Any] = [engine.runner, alone.runner]
+        pools = [next(iter(runner.cache.layers.values()))[0] for runner in runners]
         assert [pool.shape[1] for pool in pools] == [1, 2]  # a rank's share of the heads
         expected, outcomes = story(alone), story(engine)
         engine.check_health()

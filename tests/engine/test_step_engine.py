@@ -304,12 +304,13 @@ def test_rows_can_be_read_from_another_thread_while_a_forward_runs(monkeypatch: 
     run.engine.extend([run.make(session, tokens(5, session)) for session in (1, 2)])
     before = run.logits(2)
     within, go_on = Event(), Event()
-    attend = run.engine.runner._attention.backend.attend
+    attend: Any = run.engine.runner._attention.backend.attend
 
     def paused(*arguments: Any) -> torch.Tensor:
         within.set()
         assert go_on.wait(timeout=HANG_S)
-        return attend(*arguments)
+        out: torch.Tensor = attend(*arguments)
+        return out
 
     monkeypatch.setattr(run.engine.runner._attention.backend, "attend", paused)
     with ThreadPoolExecutor(1) as pool:

@@ -19,7 +19,7 @@ from transformers import (
 
 from actors.decoding.hashing import extend_hashes
 from actors.engine.interface import BLOCK, Extend, Outcome
-from actors.engine.native_runner import NativeEngine
+from actors.engine.step_engine import StepEngine
 
 VOCABULARY = 509  # not a multiple of a vector's width: the tail of a row is computed in another way
 WINDOW = 6
@@ -85,7 +85,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 class Driver:
     """Keeps the tokens of sessions, like a coordinator, and makes extends of them."""
 
-    def __init__(self, engine: NativeEngine) -> None:
+    def __init__(self, engine: StepEngine[Any]) -> None:
         self.engine = engine
         self.tokens: dict[int, list[int]] = {}
 

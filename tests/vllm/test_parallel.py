@@ -1,0 +1,49 @@
+"""Two ranks of the vLLM engine on this machine's CPU (gloo), held against plain forwards; a lost rank is noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from actors.engine.loader import ModelSource
+from actors.engine.parallel import FollowerProcess, RanksLost, Recipe, Rendezvous, load_parallel
+from tests.engine.test_parallel import lost
+from tests.vllm.models import qwen3, saved
+from tests.vllm.test_engine import CACHE, Script
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_two_ranks_give_the_rows_of_plain_forwards_and_a_killed_one_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # ranks that share cores would wait for each other's threads
+    path = saved(qwen3(), tmp_path / "model")
+    source = ModelSource(str(path), dtype="float32", device="cpu", tensor_parallel=2)
+    started: list[FollowerProcess] = []
+
+    def start(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> FollowerProcess:
+        started.append(FollowerProcess(recipe, rendezvous, rank))
+        return started[-1]
+
+    engine = load_parallel(Recipe(source, CACHE, engine="vllm"), start, load_s=300, step_s=60)
+    try:
+        script = Script(engine, path, seed=4)
+        assert script.run(20) < 1e-3
+        engine.check_health()
+        pid = started[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        until = time.monotonic() + 30
+        while not lost(engine):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        with pytest.raises(RanksLost, match="rank 1"):
+            engine.extend([script.extend(1, 0)])
+    finally:
+        engine.stop()
+    assert not started[0].alive()
