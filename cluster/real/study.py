@@ -18,7 +18,7 @@ from cluster.serve_file import IMPORT_PATH
 
 SHORT = Path(__file__).parent / "configs" / "short.yaml"
 # float32 is the fastest dtype of most processors, and exact. Each model computes in one thread, all at the same time.
-MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 8_192, "max_position": 2_048}
+MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 6_144, "max_position": 2_048}
 
 
 def service(adapter: Path = ADAPTER, root: Path | None = None) -> dict[str, Any]:
