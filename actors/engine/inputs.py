@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.engine.attention import Span, Varlen
@@ -92,7 +93,7 @@ class Inputs(NamedTuple):
     keep: Tensor  # [rows]
 
 
-def upload(numbers: list[int], device: torch.device) -> Tensor:
-    """An int64 tensor on the device; to a GPU through pinned memory, without waiting."""
-    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+def upload(numbers: Sequence[float] | NDArray[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers as a tensor on the device; to a GPU through pinned memory, without waiting."""
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.engine.inputs import upload
 from actors.engine.interface import TopKSlices
 
 MAX_ROWS = 4_096  # a session with drafts holds up to 9
@@ -115,7 +116,7 @@ def values_at(places: Sequence[RowLocation], counts: Sequence[int], ids: NDArray
 
 
 def _take(block: Tensor, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-    return _to_host(block.take(torch.from_numpy(flat).to(block.device)))
+    return _to_host(block.take(upload(flat, block.device)))
 
 
 @torch.inference_mode()
@@ -132,7 +133,7 @@ def reduce_rows(
     sums = log_sums(logits, batch_invariant)
     tempered = sums
     if temperatures is not None and any(temperature != 1 for temperature in temperatures):
-        heat = torch.tensor(temperatures, dtype=logits.dtype).to(logits.device)
+        heat = upload(temperatures, logits.device, logits.dtype)
         tempered = log_sums(logits / heat[:, None], batch_invariant)
     k = min(k, logits.shape[-1])
     if logits.device.type == "cpu":
