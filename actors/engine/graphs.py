@@ -118,12 +118,13 @@ class CapturedRunner:
         if len(self._graphs) >= self._most:
             torch.cuda.synchronize(self._device)  # it may still run
             self._graphs.popitem(last=False)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
             # Other threads read rows on the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = self._compute(layout, inputs, spans)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch leaves the thread on the capture's, where nothing waits for look-ups
             self._graphs.clear()
             raise CaptureFailed(f"capturing {layout}: {error}") from error
         self._graphs[layout] = graph, inputs, output

@@ -146,6 +146,7 @@ def test_a_graph_is_captured_once_a_bucket_and_replayed_on_new_inputs(
     monkeypatch.setattr(torch.cuda, "graph", recorder.capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the thread's")
     engine.runner.graphs = GraphBuckets(
         CapturedRunner(recorder.run, engine.runner.device, most), engine.runner.cache.trash
     )
@@ -160,9 +161,12 @@ def test_a_graph_is_captured_once_a_bucket_and_replayed_on_new_inputs(
         assert len(recorder.captures) == 10  # five buckets in turn, of which two are kept
 
 
-def test_a_capture_that_raises_gives_its_graphs_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_raises_gives_its_graphs_and_its_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = ["the thread's"]
+
     @contextmanager
     def broken(graph: Any, **options: Any) -> Iterator[None]:
+        streams.append("the capture's")  # as torch does: its exit raises before it goes back
         yield
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -170,12 +174,15 @@ def test_a_capture_that_raises_gives_its_graphs_back(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", broken)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     engine.runner.graphs = GraphBuckets(
         CapturedRunner(engine.runner._compute, engine.runner.device), engine.runner.cache.trash
     )
     run = Driver(engine)
     run.extend(1, [4])
     run.extend(1, [5])
+    assert streams == ["the thread's", "the capture's", "the thread's"]
     assert engine.runner.graphs.runner is None
     torch.testing.assert_close(run.logits(1), engine.plain_logits([4, 5])[0][1:], rtol=1e-4, atol=1e-4)
 
