@@ -37,7 +37,7 @@ test-long: kernels ## 2,000 generated requests to each operation of the API, lon
 	API_CASES=2000 FORMAT_CASES=1000 HOSTILE_CASES=200 SCHEMA_CASES=300 $(PYTEST) tests/router/test_openapi.py \
 		tests/router/test_fuzzed_formats.py tests/router/test_hostile_grammars.py tests/coordinator/test_schemas.py
 	@if test -e .venv-vllm/ready; then .venv-vllm/bin/python -m pytest -W ignore -rs tests/vllm $(ARGS); \
-		else echo "not run: tests/vllm, 17 tests, which need \`make venv-vllm\`"; fi
+		else echo "not run: the tests of tests/vllm, which need \`make venv-vllm\`"; fi
 
 lint: .venv/ready ## format, lint rules and types, checked
 	$(BIN)/ruff format --check .

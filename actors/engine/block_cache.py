@@ -58,10 +58,13 @@ class BlockCache:
         """The session's blocks, in the order of its tokens."""
         return self._tables[session].blocks
 
-    def take_copies(self) -> list[tuple[int, int]]:
+    def copies(self) -> list[tuple[int, int]]:
         """Pairs of a block and the one that it must be copied to, all at once, before the next forward."""
-        copies, self._copies = self._copies, {}
-        return [(source, target) for target, source in copies.items()]
+        return [(source, target) for target, source in self._copies.items()]
+
+    def copied(self) -> None:
+        """The copies were made."""
+        self._copies.clear()
 
     def reserve(self, session: int, position: int, end: int) -> bool:
         """Give the session blocks for `end` tokens, its own from `position` on; False, without a change, without room.

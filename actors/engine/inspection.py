@@ -31,7 +31,10 @@ def _inspect(fields: Mapping[str, Any]) -> list[list[str]]:
         adapter = None if source.adapter is None else adapter_folder(source.adapter, local_only=True)
         config = read_config(source)
         found = [["warning", warning] for warning in verify_files(source, config, adapter)]
-        require_quantization(source, config)
+        try:
+            require_quantization(source, config)
+        except LoadError as error:  # other nodes may have it
+            found.append(["warning", str(error)])
     except LoadError as error:
         return [["error", str(error)]]
     if source.adapter is not None and adapter is None:

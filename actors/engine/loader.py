@@ -311,9 +311,10 @@ def _remedy(source: ModelSource, error: Exception) -> str:
 
 def stored_bytes(source: ModelSource) -> int:
     """Bytes of the files with the weights; 0 if they are not on this machine."""
-    if source.load_format == "dummy" or not source.local:
+    folder = Path(source.path) if source.local else cached_folder(source.path, source.revision)
+    if source.load_format == "dummy" or folder is None:
         return 0
-    return sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def report_progress(report: Report | None, source: ModelSource, began: float, stage: str, size: int) -> None:

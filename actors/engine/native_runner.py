@@ -6,7 +6,6 @@ that is registered here, and returns the logits of the requested tokens only.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import weakref
 from collections.abc import Collection, Sequence
@@ -61,6 +60,8 @@ class NativeRunner:
     Raises LoadError for a model, device or back end that does not support this.
     """
 
+    positions: int | None = None  # RoPE is computed as far as it is needed
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -112,14 +113,9 @@ class NativeRunner:
 
         In float32 with eager attention. In 16 bit first with SDPA, as here, if it can compute the model's attention.
         """
-        names = ["eager"]
-        if self.dtype != torch.float32 and self._attention.like_sdpa:
-            names.insert(0, "sdpa")
-        found = []
-        for name in names:
-            with contextlib.suppress(ValueError):  # of a model whose code declares eager attention only
-                found.append(self._plain_logits(tokens, name))
-        return found
+        rounded = self.dtype != torch.float32 and self._attention.like_sdpa
+        names = ["sdpa", "eager"] if rounded and self._model._supports_sdpa else ["eager"]
+        return [self._plain_logits(tokens, name) for name in names]
 
     def _plain_logits(self, tokens: Sequence[int], attention: str) -> Tensor:
         try:

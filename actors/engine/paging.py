@@ -17,7 +17,8 @@ _PAGEOUT = 21  # MADV_PAGEOUT of <linux/mman.h>, since Linux 5.4
 def page_out(tensor: Tensor) -> None:
     """Ask the system to drop the pages of a CPU tensor that equal their file. Reading one brings it back from the file.
 
-    Changed pages and memory without a file keep their place or are swapped. Does nothing where this is not supported.
+    Changed pages and memory without a file keep their place or are swapped. Pages that another process has mapped, too,
+    stay, and so do those of a file that this process may not write. Does nothing where this is not supported.
     """
     advise = getattr(ctypes.CDLL(None), "madvise", None)
     if advise is None or tensor.device.type != "cpu":

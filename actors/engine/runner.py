@@ -64,6 +64,7 @@ class Runner(Protocol):
     vocabulary: int  # ids that the model has embeddings for
     digest: int  # of the weights, from which the running hashes of sessions start
     batch_invariant: bool
+    positions: int | None  # tokens that a session may have beside its room in the cache; None: any number
     dtype: torch.dtype
     device: torch.device
     devices: Sequence[str]  # names of the hardware that it computes on

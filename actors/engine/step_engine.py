@@ -86,6 +86,8 @@ class StepEngine(Generic[R]):
         total = self._cache.total
         if extend.end > total:
             raise BadExtend(extend.session, f"{extend.end} tokens do not fit a cache of {total}")
+        if self.runner.positions is not None and extend.end > self.runner.positions:
+            raise BadExtend(extend.session, f"{extend.end} tokens, and the model has {self.runner.positions} positions")
         if self.runner.padded(extend.rows) > self._store.budget:
             raise BadExtend(extend.session, f"{extend.rows} rows, at most {self._store.budget} are held")
 

@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import logging
+import math
 import os
 import secrets
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,25 +61,24 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
+from actors.config import VLLM_VERSION
 from actors.engine.block_cache import BlockCache
 from actors.engine.devices import device_name
+from actors.engine.digest import files_digest, non_finite_tensor
 from actors.engine.errors import LoadError, StepFailed, first_line
 from actors.engine.interface import Extend
 from actors.engine.loader import ModelSource, Report, load_model, report_progress, stored_bytes, verified_config
 from actors.engine.selfcheck import verify_engine
 from actors.engine.sizing import cache_bytes_per_token, context_length, text_config
 from actors.engine.step_engine import StepEngine
+from actors.engine.weight_files import cached_folder, weight_files
 
-log = logging.getLogger(__name__)
-
-VERSION = "0.32"  # the only minor version whose internals are known
 BLOCK_TOKENS = 32  # of a block of the cache; the CPU's kernels take no smaller one
 STEP_SESSIONS, STEP_TOKENS = 256, 4_096  # most of one forward: vLLM sizes its buffers by them
-_SAMPLES = 64  # values of every weight in the digest
 _CHECKED = -(1 << 40)  # session of `plain_logits`, which no user has
 _SHARED = Path("/dev/shm")  # noqa: S108 - Linux' folder of shared memory, which vLLM uses on CPUs
+LOAD_S = 1_800.0  # deadline of other roles that load on the same GPU
 _START_BYTES = 2 << 30  # that vLLM takes beside weights and cache, about
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = None) -> StepEngine[VllmRunner]:
@@ -93,21 +92,25 @@ def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = 
     try:
         verify_engine(engine, source.path)
     except StepFailed as error:  # such as heads of a width that its kernels do not have
+        engine.runner.stop()
         why = f"vLLM cannot run it: {str(error.__cause__).splitlines()[0]}"
         raise LoadError(source.path, why, "Set engine: native.") from error
     report_progress(report, source, began, "ready", size)
     return engine
 
 
-def load_runner(source: ModelSource, cache_tokens: int, report: Report | None = None, *, rank: int = 0) -> VllmRunner:
+def load_runner(
+    source: ModelSource, cache_tokens: int, report: Report | None = None, *, rank: int = 0, wait_s: float = LOAD_S
+) -> VllmRunner:
     """Load a model on vLLM. Raises LoadError.
 
     rank: of this process among `source.tensor_parallel`, which have joined a process group and load together.
+    wait_s: for other roles that load on the same GPU.
     """
     began = time.monotonic()
     _refuse_settings(source)
     report_progress(report, source, began, "config", 0)
-    config = verified_config(source).to_dict()
+    config = verified_config(source)
     size = stored_bytes(source)
     report_progress(report, source, began, "weights", size)
     options = _options(source, config, cache_tokens, size)
@@ -115,13 +118,33 @@ def load_runner(source: ModelSource, cache_tokens: int, report: Report | None = 
         _name_ranks(rank)
         options |= {"tensor_parallel_size": source.tensor_parallel, "distributed_executor_backend": "external_launcher"}
     with contextlib.ExitStack() as stack:
+        folder = Path(source.path) if source.local else cached_folder(source.path, source.revision)
         path = source.path
         if source.adapter is not None:
             report_progress(report, source, began, "adapter", 0)
+            path = stack.enter_context(_merged(source))
+            folder = Path(path)
+        if source.tensor_parallel == 1:  # ranks have their GPUs for themselves
+            stack.enter_context(_alone_on_device(source.path, wait_s))
+        runner = VllmRunner(path, cache_tokens, options)
+        files = [] if folder is None or source.load_format == "dummy" else weight_files(folder)
+        runner.digest = files_digest(config.to_dict(), files, f"vllm {vllm.__version__} {runner.dtype}")
+        runner.files = [] if source.adapter is not None else files
+    report_progress(report, source, began, "loaded", size)
+    return runner
+
+
+@contextlib.contextmanager
+def _merged(source: ModelSource) -> Iterator[str]:
+    """A folder with the model and its adapter as one checkpoint. Raises LoadError."""
+    with contextlib.ExitStack() as stack:
+        try:
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="merged-"))
             load_model(replace(source, device="cpu")).model.save_pretrained(path)
-        stack.enter_context(_alone_on_device())
-        return VllmRunner(path, cache_tokens, options)
+        except OSError as error:  # such as a full disk
+            out = f"Set TMPDIR to a folder with {stored_bytes(source) / 1e9:.1f} GB of room."
+            raise LoadError(f"adapter of {source.path}", f"the merged model cannot be written: {error}", out) from error
+        yield path
 
 
 def _name_ranks(rank: int) -> None:
@@ -143,9 +166,9 @@ def _of_all_ranks(own: bytes) -> list[bytes]:
 
 
 def _refuse_settings(source: ModelSource) -> None:
-    if not vllm.__version__.startswith(f"{VERSION}."):
+    if not vllm.__version__.startswith(f"{VLLM_VERSION}."):
         why = f"vLLM {vllm.__version__} is installed, whose internals are not known"
-        raise LoadError("engine: vllm", why, f"Install {VERSION}: `make venv-vllm`.")
+        raise LoadError("engine: vllm", why, f"Install {VLLM_VERSION}: `make venv-vllm`.")
     for name, out in (
         ("device_map", "Leave it unset: vLLM places a model on one device."),
         ("quantization", "Leave it unset: vLLM reads the quantization that the checkpoint names."),
@@ -158,26 +181,49 @@ def _refuse_settings(source: ModelSource) -> None:
         raise LoadError(source.path, why, "Install the other build, or set num_gpus and device for this one.")
 
 
-def _options(source: ModelSource, config: Mapping[str, Any], cache_tokens: int, size: int) -> dict[str, Any]:
-    """What vLLM's engine is told about a model. size: bytes of its weights."""
-    if text_config(config).get("kv_lora_rank"):
+def _options(source: ModelSource, config: Any, cache_tokens: int, size: int) -> dict[str, Any]:
+    """What vLLM's engine is told about a model. config: transformers'. size: bytes of its weights."""
+    stated, ranks = config.to_dict(), source.tensor_parallel
+    text = text_config(stated)
+    if text.get("kv_lora_rank"):
         why = "on vLLM its multi-head latent attention gives other logits than transformers"
         raise LoadError(source.path, why, "Set engine: native.")
+    if source.adapter is not None and stated.get("quantization_config"):
+        why = "an adapter cannot be merged into its quantised weights"
+        raise LoadError(source.path, why, "Set engine: native, or take a checkpoint that is not quantised.")
+    dtype = source.dtype
+    if dtype == "auto":  # vLLM's own would be 16 bit for a checkpoint in float32
+        dtype = str(config.get_text_config().dtype or torch.float32).removeprefix("torch.")
     blocks = -(-cache_tokens // BLOCK_TOKENS) + 2  # vLLM keeps one
-    cache_bytes = blocks * BLOCK_TOKENS * cache_bytes_per_token(config, source.dtype)
+    bytes_per_token = cache_bytes_per_token(stated, dtype) * _padding(text.get("layer_types") or ())
+    cache_bytes = math.ceil(blocks * BLOCK_TOKENS * bytes_per_token / ranks)
     options: dict[str, Any] = {
-        "dtype": source.dtype,
+        "dtype": dtype,
         "load_format": source.load_format,
         "trust_remote_code": source.trust_remote_code,
-        "max_model_len": min(cache_tokens, context_length(config) or cache_tokens),
+        "max_model_len": min(cache_tokens, context_length(stated) or cache_tokens),
         "kv_cache_memory_bytes": cache_bytes,
+        "hf_overrides": {"head_dtype": "float32"},  # rounded logits lose what guidance adds up: see heads.py
     }
     if source.adapter is None:
         options["revision"] = source.revision
     if current_platform.device_type == "cuda":
         _, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = min(0.95, (size + cache_bytes + _START_BYTES) / total)  # checked at start
+        wanted = size / ranks + cache_bytes + _START_BYTES
+        options["gpu_memory_utilization"] = min(0.95, wanted / total)  # checked at start
     return options
+
+
+def _padding(layer_types: Sequence[str]) -> float:
+    """Layers that vLLM's cache has room for, over those of the model: it fills up groups of unlike layers.
+
+    Example: 52 sliding layers and 10 full ones are groups of 10, the last of which has 2: 70 over 62.
+    """
+    counts = Counter(layer_types).values()
+    if not counts:
+        return 1.0
+    size = min(counts)
+    return sum(-(-count // size) * size for count in counts) / sum(counts)
 
 
 @contextlib.contextmanager
@@ -195,14 +241,30 @@ def _hidden(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone_on_device() -> Iterator[None]:
-    """While a model loads, vLLM measures the memory of its GPU: roles that share one load one after another."""
+def _alone_on_device(path: str, wait_s: float) -> Iterator[None]:
+    """While a model loads, vLLM measures the memory of its GPU: roles that share one load one after another.
+
+    Raises LoadError after `wait_s` seconds.
+    """
     if current_platform.device_type != "cuda":
         yield
         return
     name = device_name(torch.device("cuda", torch.cuda.current_device()))
-    with (Path(tempfile.gettempdir()) / f"thinklogit-{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    file, until = Path(tempfile.gettempdir()) / f"thinklogit-{name}.lock", time.monotonic() + wait_s
+    try:
+        lock = file.open("w")
+    except OSError as error:
+        raise LoadError(path, f"{file} cannot be written: {error}", "Remove it, or set TMPDIR.") from error
+    with lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    why = f"another role has been loading on {name} for {wait_s:g} s"
+                    raise LoadError(path, why, "Look at the log of the roles on that GPU.") from None
+                time.sleep(1)
         yield
 
 
@@ -215,7 +277,6 @@ class CacheShape(NamedTuple):
     width: int  # logits in a row
     vocabulary: int  # ids that the model has embeddings for
     device: str  # its name (actors.engine.devices)
-    digest: int  # of the weights
 
 
 class Step(NamedTuple):
@@ -249,14 +310,7 @@ class StepWorker:
             raise LoadError(name, "its cache has to be zeroed before use", out)
         width = self.vllm_config.model_config.get_vocab_size()
         blocks, device = runner.kv_cache_config.num_blocks, device_name(runner.device)
-        return CacheShape(blocks, specs[0].block_size, len(groups), width, width, device, self._digest())
-
-    def thinklogit_non_finite(self) -> str | None:
-        """Name of the first weight that holds NaN or infinite values; None if there is none."""
-        for name, weight in self.model_runner.model.named_parameters():
-            if weight.dtype in _FLOATS and not bool(weight.isfinite().all()):
-                return str(name)
-        return None
+        return CacheShape(blocks, specs[0].block_size, len(groups), width, width, device)
 
     @torch.inference_mode()
     def thinklogit_copy(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -276,7 +330,7 @@ class StepWorker:
         tables = [_block(step.blocks, number, len(groups)) for number in range(len(groups))]
         slots = [table[owner, column].astype(np.int64) * size + offset for table in tables]
         arrays = (step.ids, step.positions, step.starts, step.lengths, step.keep)
-        ids, positions, starts, lengths, keep, *rest = upload([*arrays, *tables, *slots], runner.device)
+        ids, positions, starts, lengths, keep, *rest = upload_together([*arrays, *tables, *slots], runner.device)
         metadata: dict[str, Any] = {}
         mapping: dict[str, Tensor] = {}
         for group, attention, table, slot in zip(
@@ -306,21 +360,8 @@ class StepWorker:
         logits = runner.model.compute_logits(hidden[keep])
         return None if logits is None else logits.float()
 
-    def _digest(self) -> int:
-        """As actors.engine.digest, of all ranks' weights as vLLM arranges them: never that of a native replica."""
-        digest = hashlib.blake2b(f"vllm {vllm.__version__}".encode(), digest_size=8)
-        for name, weight in sorted(self.model_runner.model.named_parameters()):
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            count = weight.numel()
-            if count:
-                spread = torch.linspace(0, count - 1, min(_SAMPLES, count), dtype=torch.float64).long()
-                values = weight.detach().flatten()[spread.to(weight.device)].contiguous().view(torch.uint8)
-                digest.update(values.cpu().numpy().tobytes())
-        whole = hashlib.blake2b(b"".join(_of_all_ranks(digest.digest())), digest_size=8)
-        return int.from_bytes(whole.digest(), "little")
 
-
-def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+def upload_together(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """The arrays as tensors on a device, through one copy from pinned memory."""
     offsets = np.cumsum([0, *(-(-array.nbytes // 8) * 8 for array in arrays)]).tolist()
     host = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -388,20 +429,28 @@ class VllmRunner:
             raise
         except Exception as error:  # of any model's code
             raise LoadError(path, f"vLLM cannot load it: {first_line(error)}", "Set engine: native.") from error
-        shape = min(shapes)
-        self.width, self.vocabulary, self.digest = shape.width, shape.vocabulary, shape.digest
+        (shape,) = shapes
+        blocks = {int.from_bytes(each, "little") for each in _of_all_ranks(shape.blocks.to_bytes(8, "little"))}
+        if len(blocks) > 1:
+            why = f"its ranks have caches of {min(blocks)} to {max(blocks)} blocks"
+            raise LoadError(path, why, "Run its ranks on GPUs of one kind, with nothing else on them.")
+        self.width, self.vocabulary = shape.width, shape.vocabulary
+        self.digest, self.files = 0, list[Path]()  # set by `load_runner`
+        self.positions: int | None = config.model_config.max_model_len
         self.devices: Sequence[str] = (shape.device,)
         self.device = torch.device(config.device_config.device)
         self.dtype: torch.dtype = config.model_config.dtype
         wanted, there = -(-cache_tokens // shape.size), (shape.blocks - 1) // shape.groups
-        if there < wanted:  # vLLM pads groups of unlike layers
-            log.warning("%s: its cache holds %d tokens, not cache_tokens %d", path, there * shape.size, cache_tokens)
-        self.cache = BlockCache(min(wanted, there), shape.size)
+        if there < wanted:
+            why = f"vLLM made a cache of {there * shape.size} tokens in the bytes of {cache_tokens}"
+            raise LoadError(path, why, "Set engine: native, or cache_tokens to what it made.")
+        self.cache = BlockCache(wanted, shape.size)
 
     def forward(self, admitted: Sequence[Extend]) -> Tensor:
         """See Runner.forward. What exceeds one step of vLLM takes several."""
-        if pairs := self.cache.take_copies():
+        if pairs := self.cache.copies():
             self._call("thinklogit_copy", args=(pairs,))
+            self.cache.copied()
         parts: dict[int, list[Tensor]] = {extend.session: [] for extend in admitted}
         for pieces in _steps(admitted):
             logits: Tensor | None = self._call("thinklogit_step", args=(self._step(pieces),))[0]
@@ -425,7 +474,8 @@ class VllmRunner:
             self.cache.drop(_CHECKED)
 
     def non_finite_weight(self) -> str | None:
-        return next((name for name in self._call("thinklogit_non_finite") if name is not None), None)
+        """See Runner.non_finite_weight. Of the checkpoint's files; None for a merged adapter, whose files are gone."""
+        return non_finite_tensor(self.files)
 
     def stop(self) -> None:
         """End the workers and free the memory."""

@@ -51,8 +51,13 @@ def load_role(
         start = start or FollowerProcess
         return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
     if engine_of(model, config.batch_invariant) == "vllm":
-        from actors.engine.vllm_runner import vllm_engine  # only the environment of such a role has vLLM
+        try:
+            from actors.engine.vllm_runner import vllm_engine  # only the environment of such a role has vLLM
+        except ImportError as error:
+            from actors.engine.errors import LoadError
 
+            out = "Run `make venv-vllm` on every node that can have the role, or name an image by runtime_env."
+            raise LoadError("engine: vllm", f"its environment lacks a package: {error}", out) from error
         return on_temporary_thread(partial(vllm_engine, source, model.cache_tokens, report=report))
     load = partial(
         load_engine, source, model.cache_tokens, batch_invariant=config.batch_invariant, backend=backend, report=report

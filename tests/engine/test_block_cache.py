@@ -31,7 +31,8 @@ class Memory:
 
     def copy(self) -> None:
         """Make the copies that are due, all at once."""
-        read = [(target, list(self._tokens[source])) for source, target in self.cache.take_copies()]
+        read = [(target, list(self._tokens[source])) for source, target in self.cache.copies()]
+        self.cache.copied()
         for target, tokens in read:
             self._tokens[target] = tokens
 
@@ -72,7 +73,7 @@ def test_a_write_at_the_beginning_of_a_shared_block_copies_nothing() -> None:
     assert memory.write(1, 0, list(range(8)))
     assert memory.cache.fork(1, 2, 8)
     assert memory.cache.reserve(2, 4, 8)
-    assert memory.cache.take_copies() == []
+    assert memory.cache.copies() == []
 
 
 def test_without_room_nothing_changes() -> None:

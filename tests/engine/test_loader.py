@@ -207,9 +207,8 @@ def test_a_library_that_a_quantization_needs_and_that_is_not_here_is_named(
     message = rf"quantization of .*not installed here: .*{library}.*Install it on every node"
     with pytest.raises(LoadError, match=message):
         load_model(source)
-    ((severity, found),) = inspect_sources({"target": dataclasses.asdict(source)})["target"]
-    assert severity == "error"
-    assert re.search(message, found)
+    found = inspect_sources({"target": dataclasses.asdict(source)})["target"]
+    assert any(severity == "warning" and re.search(message, said) for severity, said in found), found
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.decoding.hashing import extend_hashes
 from actors.engine import vllm_runner
-from actors.engine.errors import LoadError
+from actors.engine.digest import files_digest
+from actors.engine.errors import BadExtend, LoadError
 from actors.engine.interface import BLOCK, Extend, Held, KVMiss
 from actors.engine.loader import ModelSource
 from actors.engine.selfcheck import verify_engine
@@ -152,7 +153,7 @@ def test_an_adapter_is_merged(tmp_path: Path, load: Any) -> None:
 
 def test_state_that_leaks_between_sessions_is_noticed_at_load(tmp_path: Path, load: Any) -> None:
     engine = load(saved(SERVED["qwen3"](), tmp_path / "model"))
-    forward, step = engine.runner.forward, engine.runner._step
+    step = engine.runner._step
 
     def one_block(pieces: Any) -> Any:
         made = step(pieces)
@@ -162,7 +163,36 @@ def test_state_that_leaks_between_sessions_is_noticed_at_load(tmp_path: Path, lo
     engine.runner._step = one_block
     with pytest.raises(LoadError, match="packed sessions differ"):
         verify_engine(engine, "tiny")
-    assert forward is not None
+
+
+def test_the_dtype_is_the_checkpoints_and_positions_end_with_its_context(tmp_path: Path) -> None:
+    path = saved(SERVED["qwen3"](), tmp_path / "model")
+    engine = vllm_engine(ModelSource(str(path), device="cpu"), 2_048)
+    try:
+        assert (engine.runner.dtype, engine.runner.positions) == (torch.float32, 1_024)
+        with pytest.raises(BadExtend, match="1025 tokens, and the model has 1024 positions"):
+            engine.check_extend(Extend(1, 1_024, 0, [5], 1, 1))
+    finally:
+        engine.runner.stop()
+
+
+def test_other_weights_are_another_digest_and_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    path = saved(SERVED["qwen3"](), tmp_path / "model")
+    other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    other.model.layers[1].mlp.up_proj.weight.data *= 1.01
+    other.save_pretrained(tmp_path / "other")
+    config = other.config.to_dict()
+    digests = {files_digest(config, folder.glob("*.safetensors"), "vllm") for folder in (path, tmp_path / "other")}
+    assert len(digests) == 2
+    other.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    other.save_pretrained(tmp_path / "broken")
+    with pytest.raises(LoadError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        vllm_engine(ModelSource(str(tmp_path / "broken"), device="cpu"), CACHE)
+
+
+def test_groups_of_unlike_layers_are_filled_up() -> None:
+    assert vllm_runner._padding(["sliding_attention"] * 52 + ["full_attention"] * 10) == 70 / 62
+    assert vllm_runner._padding(["full_attention"] * 3) == vllm_runner._padding([]) == 1.0
 
 
 def test_another_version_of_vllm_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
