@@ -91,6 +91,9 @@ def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = 
     report_progress(report, source, began, "check", size)
     try:
         verify_engine(engine, source.path)
+    except LoadError:
+        engine.runner.stop()
+        raise
     except StepFailed as error:  # such as heads of a width that its kernels do not have
         engine.runner.stop()
         why = f"vLLM cannot run it: {str(error.__cause__).splitlines()[0]}"
