@@ -67,7 +67,7 @@ docs: .venv/ready page ## build the documentation's site, strictly, into build/s
 clean: ## remove .venv and .venv-vllm
 	rm -rf .venv .venv-vllm
 
-venv-vllm: .venv-vllm/ready ## an environment for roles with `engine: vllm`, for CPUs; docs/engines.md has GPUs
+venv-vllm: .venv-vllm/ready ## an environment for roles with `engine: vllm`, on CPUs
 
 # vLLM wants older versions of some packages than the service. Its torchvision, torchaudio and torchcodec are left out:
 # they are for images and sound, and have no build beside torch for CPUs.

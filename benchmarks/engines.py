@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+from threading import Timer
 from typing import Any
 
 from rich.table import Table
@@ -31,6 +32,7 @@ from cluster.real.models import SMOLLM2, fetched
 KINDS = ("native", "vllm", "generate")
 STEPS = ((1, 1), (8, 1), (32, 1), (1, 5), (8, 5))  # sessions, tokens of each
 REPEAT = 5  # steps in a round
+ANSWER_S = 600.0  # a worker that loads or computes for longer is ended
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "cluster" / "demo" / "weights" / "target"
 
@@ -52,7 +54,10 @@ class EngineProcess:
     def line(self) -> str:
         """The next line of the worker. Raises RuntimeError with its last error if it has ended."""
         assert self._process.stdout is not None
+        late = Timer(ANSWER_S, self._process.kill)
+        late.start()
         line = self._process.stdout.readline()
+        late.cancel()
         if not line:
             raise RuntimeError(f"{self._kind} ended: {self._errors.read_text().strip().splitlines()[-1:]}")
         return line

@@ -121,15 +121,15 @@ def load_runner(
         _name_ranks(rank)
         options |= {"tensor_parallel_size": source.tensor_parallel, "distributed_executor_backend": "external_launcher"}
     with contextlib.ExitStack() as stack:
-        folder = Path(source.path) if source.local else cached_folder(source.path, source.revision)
         path = source.path
         if source.adapter is not None:
             report_progress(report, source, began, "adapter", 0)
             path = stack.enter_context(_merged(source))
-            folder = Path(path)
         if source.tensor_parallel == 1:  # ranks have their GPUs for themselves
             stack.enter_context(_alone_on_device(source.path, wait_s))
         runner = VllmRunner(path, cache_tokens, options)
+        # a hub model is in the cache only now
+        folder = Path(path) if Path(path).is_dir() else cached_folder(path, source.revision)
         files = [] if folder is None or source.load_format == "dummy" else weight_files(folder)
         runner.digest = files_digest(config.to_dict(), files, f"vllm {vllm.__version__} {runner.dtype}")
         runner.files = [] if source.adapter is not None else files
@@ -185,7 +185,7 @@ def _refuse_settings(source: ModelSource) -> None:
 
 
 def _options(source: ModelSource, config: Any, cache_tokens: int, size: int) -> dict[str, Any]:
-    """What vLLM's engine is told about a model. config: transformers'. size: bytes of its weights."""
+    """The arguments of vLLM's engine for a model. config: transformers'. size: bytes of its weights."""
     stated, ranks = config.to_dict(), source.tensor_parallel
     text = text_config(stated)
     if text.get("kv_lora_rank"):
@@ -272,13 +272,12 @@ def _alone_on_device(path: str, wait_s: float) -> Iterator[None]:
 
 
 class CacheShape(NamedTuple):
-    """What a worker tells of its cache. Block 0 is vLLM's own."""
+    """The cache and the rows of a worker. Block 0 is vLLM's own."""
 
     blocks: int  # of all groups together
     size: int  # tokens in a block
     groups: int  # of layers of one kind of attention: each has tables of its own over the same blocks
     width: int  # logits in a row
-    vocabulary: int  # ids that the model has embeddings for
     device: str  # its name (actors.engine.devices)
 
 
@@ -313,7 +312,7 @@ class StepWorker:
             raise LoadError(name, "its cache has to be zeroed before use", out)
         width = self.vllm_config.model_config.get_vocab_size()
         blocks, device = runner.kv_cache_config.num_blocks, device_name(runner.device)
-        return CacheShape(blocks, specs[0].block_size, len(groups), width, width, device)
+        return CacheShape(blocks, specs[0].block_size, len(groups), width, device)
 
     @torch.inference_mode()
     def thinklogit_copy(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -388,7 +387,7 @@ class RankExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]  # vLLM 
     """Runs one rank of a group that has been joined already: vLLM's own would listen on all addresses."""
 
     def _distributed_args(self) -> tuple[str, int, int]:
-        """What would be the address of the group, of which only the name behind the colon is used; rank, local rank."""
+        """The address of the group, of which only the name behind the colon is used; rank, local rank."""
         return f"ranks:{os.environ['VLLM_DIST_IDENT']}", int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
 
     def _init_executor(self) -> None:
@@ -437,7 +436,7 @@ class VllmRunner:
         if len(blocks) > 1:
             why = f"its ranks have caches of {min(blocks)} to {max(blocks)} blocks"
             raise LoadError(path, why, "Run its ranks on GPUs of one kind, with nothing else on them.")
-        self.width, self.vocabulary = shape.width, shape.vocabulary
+        self.width = self.vocabulary = shape.width
         self.digest, self.files = 0, list[Path]()  # set by `load_runner`
         self.positions: int | None = config.model_config.max_model_len
         self.devices: Sequence[str] = (shape.device,)
