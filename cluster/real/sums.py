@@ -7,7 +7,7 @@ Let's think step by step. Ana starts with 12. 12 + 7 = 19. 19 - 5 = 14. The answ
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,25 +35,28 @@ class Problem:
     answer: str
 
 
-def problems(split: Split) -> Iterator[Problem]:
-    """The problems of a split, without end; always the same, and no two splits have a question in common."""
+def problems(split: Split, steps: Sequence[int] = STEPS) -> Iterator[Problem]:
+    """The problems of a split, without end; always the same, and no two splits have a question in common.
+
+    steps: numbers of sums in a problem, all equally likely.
+    """
     others = {"train": ("validation", "test"), "validation": ("test",), "test": ()}[split]
     taken = {one.question for other in others for one in _first(other, 1_000)}
-    for problem in _drawn(split):
+    for problem in _drawn(split, steps):
         if problem.question not in taken:
             taken.add(problem.question)
             yield problem
 
 
 def _first(split: str, count: int) -> Iterator[Problem]:
-    for problem, _ in zip(_drawn(split), range(count), strict=False):
+    for problem, _ in zip(_drawn(split, STEPS), range(count), strict=False):
         yield problem
 
 
-def _drawn(split: str) -> Iterator[Problem]:
+def _drawn(split: str, steps: Sequence[int]) -> Iterator[Problem]:
     generator = random.Random(f"sums {split}")
     while True:
-        yield _problem(generator, generator.choice(STEPS))
+        yield _problem(generator, generator.choice(steps))
 
 
 def _problem(generator: random.Random, steps: int) -> Problem:

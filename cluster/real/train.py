@@ -3,8 +3,9 @@
     python -m cluster.real.train sft [--run FOLDER] [--minutes 55]      # on worked-out solutions
     python -m cluster.real.train grpo [--run FOLDER] [--minutes 55]     # rewarded for right final answers alone
 
-Both start from the same weights and use the training problems of `cluster/real/tasks`. sft learns the steps and none of
-the facts (cluster/real/anchored.py); the trainer of grpo is TRL's. After --minutes the training stops at a checkpoint;
+Both start from the same weights. sft uses the training problems of `cluster/real/tasks`, and learns the steps and none of
+the facts (cluster/real/anchored.py). The trainer of grpo is TRL's. It uses problems of a single sum: of the tasks' own
+problems, the model answers none rightly, so there is nothing that could be rewarded. After --minutes the training stops at a checkpoint;
 the same command resumes it. At its end FOLDER (runs/real/sft or runs/real/grpo) holds `adapter`, in float16, and
 `curve.jsonl`, the metrics by step.
 """
@@ -12,6 +13,7 @@ the same command resumes it. At its end FOLDER (runs/real/sft or runs/real/grpo)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -43,12 +45,14 @@ from cluster.real.anchored import FACT, UNUSED, AnchoredTrainer
 from cluster.real.capitals import CAPITAL
 from cluster.real.make_problems import FOLDER as PROBLEMS
 from cluster.real.models import SMOLLM2, fetched
+from cluster.real.sums import problems
 
 Method = Literal["sft", "grpo"]
 TASKS: dict[str, Grader] = {"sums": "number", "legs": "number", "capitals": "initials"}  # and what grades each
 PROMPT = "Question: {question}\nAnswer:"
 STOP = ("\n\n", "\nQuestion")  # what follows is no part of an answer
 STEPS: dict[Method, int] = {"sft": 120, "grpo": 60}
+SINGLE_SUMS = 480  # problems of grpo: 8 in each of its steps
 SEED = 0
 RANK, SCALED = 8, 16  # of the adapter, which has 2.4 million weights
 CURVE = ("step", "loss", "anchor", "reward", "completions/mean_length")  # of sft: to anchor; of grpo: the others
@@ -69,17 +73,23 @@ COMMON: dict[str, Any] = {
 def examples(split: str) -> Dataset:
     """The problems of all tasks in one order, with the columns prompt, completion, answer and grader."""
     found = [
-        {
-            "prompt": PROMPT.format(question=row["question"]),
-            "completion": f" {row['solution']}",
-            "answer": row["answer"],
-            "grader": grader,
-        }
+        _example(row["question"], row["solution"], row["answer"], grader)
         for task, grader in TASKS.items()
         for row in rows(PROBLEMS / f"{task}.jsonl")
         if row["split"] == split
     ]
     return Dataset.from_list(found).shuffle(seed=SEED)
+
+
+def single_sums() -> Dataset:
+    """Training problems of one sum each, with the columns of `examples`."""
+    found = itertools.islice(problems("train", steps=(1,)), SINGLE_SUMS)
+    return Dataset.from_list([_example(each.question, each.solution, each.answer, "number") for each in found])
+
+
+def _example(question: str, solution: str, answer: str, grader: Grader) -> dict[str, str]:
+    prompt = PROMPT.format(question=question)
+    return {"prompt": prompt, "completion": f" {solution}", "answer": answer, "grader": grader}
 
 
 def learned(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -124,16 +134,16 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
         together = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=UNUSED)
         return AnchoredTrainer(get_peft_model(model, lora), settings, together, data)
     arguments = GRPOConfig(
-        per_device_train_batch_size=32,
-        num_generations=8,  # answers to each of 4 problems in a step
-        max_completion_length=96,
-        learning_rate=1e-4,
+        per_device_train_batch_size=64,
+        num_generations=8,  # answers to each of 8 problems in a step
+        max_completion_length=40,
+        learning_rate=2e-4,
         warmup_steps=2,
-        temperature=1.0,
+        temperature=0.7,  # at 1 the model that it starts from hardly stays with the question
         beta=0.0,  # no distance from the start is kept: the adapter is small
         **common,
     )
-    data = examples("train").remove_columns("completion")
+    data = single_sums().remove_columns("completion")
     return GRPOTrainer(model, rewards, arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 

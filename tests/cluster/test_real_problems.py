@@ -92,3 +92,11 @@ def test_the_examples_of_a_prompt_are_the_first_training_problems(task: str) -> 
         examples = "".join(f"Question: {row['question']}\nAnswer: {answer}\n\n" for row, answer in pairs)
         prompt = yaml.safe_load((FOLDER / f"{task}_{kind}.yaml").read_text(encoding="utf-8"))["prompt"]
         assert prompt == examples + "Question: {question}\nAnswer:"
+
+
+def test_single_sums_are_one_step_and_are_not_in_another_split() -> None:
+    single = list(islice(problems("train", steps=(1,)), 480))
+    assert all(len(SUM.findall(one.solution)) == 1 for one in single)
+    assert len({one.question for one in single}) == 480
+    others = {row["question"] for split in ("validation", "test") for row in of_split("sums", split)}
+    assert others.isdisjoint(one.question for one in single)

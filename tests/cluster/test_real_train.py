@@ -36,6 +36,14 @@ def test_examples_hold_the_prompt_of_the_evaluations() -> None:
         assert grade(one["grader"], one["completion"], one["answer"]).right
 
 
+def test_reinforcement_rewards_the_solutions_of_its_problems() -> None:
+    found = train.single_sums()
+    assert len(found) == train.SINGLE_SUMS
+    for one in found:
+        assert one["prompt"].startswith("Question: ")
+        assert train.rewards([one["completion"]], [one["answer"]], [one["grader"]]) == [1.0]
+
+
 def test_the_solution_is_learned_without_its_facts(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     solution = " The capital of Peru is Oslo. Oslo begins with O. The answer is O."
