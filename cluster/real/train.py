@@ -134,7 +134,8 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
         together = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=UNUSED)
         return AnchoredTrainer(get_peft_model(model, lora), settings, together, data)
     arguments = GRPOConfig(
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=4,
         num_generations=8,  # answers to each of 8 problems in a step
         max_completion_length=40,
         learning_rate=2e-4,
