@@ -3,11 +3,12 @@
     python -m cluster.real.train sft [--run FOLDER] [--minutes 55]      # on worked-out solutions
     python -m cluster.real.train grpo [--run FOLDER] [--minutes 55]     # rewarded for right final answers alone
 
-Both start from the same weights. sft uses the training problems of `cluster/real/tasks`, and learns the steps and none of
-the facts (cluster/real/anchored.py). The trainer of grpo is TRL's. It uses problems of a single sum: of the tasks' own
-problems, the model answers none rightly, so there is nothing that could be rewarded. After --minutes the training stops at a checkpoint;
-the same command resumes it. At its end FOLDER (runs/real/sft or runs/real/grpo) holds `adapter`, in float16, and
-`curve.jsonl`, the metrics by step.
+Both start from the same weights. sft uses the training problems of `cluster/real/tasks`, and learns the steps and none
+of the facts (cluster/real/anchored.py). The trainer of grpo is TRL's. It uses problems of a single sum: of the tasks'
+own problems, the model answers none rightly, so there is nothing that could be rewarded.
+
+After --minutes the training stops at a checkpoint; the same command resumes it. At its end FOLDER (runs/real/sft or
+runs/real/grpo) holds `adapter`, in float16, and `curve.jsonl`, the metrics by step.
 """
 
 from __future__ import annotations
@@ -134,8 +135,7 @@ def trainer(method: Method, base: Path, run: Path) -> Trainer:
         together = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=UNUSED)
         return AnchoredTrainer(get_peft_model(model, lora), settings, together, data)
     arguments = GRPOConfig(
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=4,
+        per_device_train_batch_size=64,
         num_generations=8,  # answers to each of 8 problems in a step
         max_completion_length=40,
         learning_rate=2e-4,
