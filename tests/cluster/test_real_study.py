@@ -96,6 +96,15 @@ def test_every_evaluation_asks_problems_of_one_split(config: Path, monkeypatch: 
         assert task.style == "raw"
 
 
+def test_the_comparison_of_guiders_names_every_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    evaluation = load_evaluation(ROOT / "cluster/real/configs/dpo/evaluation.yaml")
+    assert {Path(path) for path in evaluation.adapters.values() if path} == {
+        *(folder.relative_to(ROOT) for folder in ADAPTERS),
+        Path("runs/real/dpo/adapter"),
+    }
+
+
 def test_the_short_evaluation_uses_a_service_file_that_it_writes(
     fetched_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
