@@ -7,8 +7,8 @@ confuse the row of a rejected draft with the one that replaced it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +24,17 @@ MIN_ROWS = 256  # for rows of any width, so that one extend can request so many
 _ROWS_SHARE = 1 / 32  # of the memory; three roles may share a device
 
 
-class RowLocation(NamedTuple):
-    """The place of a row in the logits [B, V] of one forward."""
+@dataclass(frozen=True, slots=True, eq=False)
+class RowBlock:
+    """The rows of one forward. They stay in memory until no session holds one of them."""
 
-    block: Tensor
+    logits: Tensor  # [B, V] float32 on the device of the model's head, padding included
+
+
+class RowLocation(NamedTuple):
+    """The place of a row in a block."""
+
+    block: RowBlock
     row: int
 
 
@@ -37,7 +44,7 @@ class DeviceRows:
 
     position: int  # of the first row's token in the session
     hashes: tuple[int, ...]  # per row the running hash including the row's own token
-    places: tuple[RowLocation, ...]  # per row, float32 on the device of the model's head
+    places: tuple[RowLocation, ...]  # per row
     batch_invariant: bool  # reduce every row by itself, so that no other row changes a bit of it
     fresh: int  # how many of the last rows are the last extend's own
 
@@ -46,13 +53,12 @@ class DeviceRows:
         return len(self.hashes)
 
     @property
-    def logits(self) -> Tensor:
-        """[m, V]"""
-        return gather_rows(self.places)
+    def blocks(self) -> set[RowBlock]:
+        return {place.block for place in self.places}
 
     def index(self, position: int, prefix: int) -> int | None:
         row = position - self.position
-        return row if 0 <= row < len(self.hashes) and self.hashes[row] == prefix else None
+        return row if 0 <= row < self.size and self.hashes[row] == prefix else None
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
         """The top-k slices of `rows` (all if None). k = 0 gives only the logsumexp, k > V the full row."""
@@ -60,7 +66,7 @@ class DeviceRows:
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """The full logits [m, V] of `rows` (all if None), read-only."""
-        return _to_host(self._select(rows))
+        return to_host(self._select(rows))
 
     def _select(self, rows: Sequence[int] | None) -> Tensor:
         return gather_rows(self.places if rows is None else [self.places[row] for row in rows])
@@ -75,7 +81,7 @@ class DeviceRows:
 
     def joined_with(self, later: DeviceRows) -> DeviceRows:
         """These rows and the `later` ones, if the later ones start directly behind; else only the later ones."""
-        if self.position + len(self.hashes) != later.position:
+        if self.position + self.size != later.position:
             return later
         hashes, places = self.hashes + later.hashes, self.places + later.places
         return DeviceRows(self.position, hashes, places, self.batch_invariant, later.fresh)
@@ -84,39 +90,35 @@ class DeviceRows:
 def gather_rows(places: Sequence[RowLocation]) -> Tensor:
     """The rows [len(places), V] as one tensor: a view if one forward made them in this order."""
     block, first = places[0]
-    if all(place.block is block for place in places):
-        rows = [place.row for place in places]
-        if rows == list(range(first, first + len(rows))):
-            return block[first : first + len(rows)]
-        return block[rows]
-    return torch.stack([block[row] for block, row in places])
+    if any(place.block is not block for place in places):
+        return torch.stack([place.block.logits[place.row] for place in places])
+    rows = [place.row for place in places]
+    if rows == list(range(first, first + len(rows))):
+        return block.logits[first : first + len(rows)]
+    return block.logits[upload(rows, block.logits.device)]
 
 
 @torch.inference_mode()
 def values_at(places: Sequence[RowLocation], counts: Sequence[int], ids: NDArray[Any]) -> NDArray[np.float32]:
-    """The logits [N] of rows at ids [N], counts[i] of them of row i; one copy to the host for each forward.
+    """The logits [N] of rows at ids [N], counts[i] of them of row i; one copy to the device and one back.
 
     Raises IndexError for an id outside the rows.
     """
     out = np.empty(len(ids), np.float32)
     if not len(ids):
         return out
-    width = places[0].block.shape[-1]
+    blocks = list(dict.fromkeys(place.block for place in places))
+    width, device = blocks[0].logits.shape[-1], blocks[0].logits.device
     if ids.min() < 0 or ids.max() >= width:
         raise IndexError(f"ids must lie in [0, {width})")
     flat = np.repeat(np.array([place.row for place in places], np.int64) * width, counts) + ids
-    blocks = {id(place.block): place.block for place in places}
     if len(blocks) == 1:
-        return _take(places[0].block, flat)
-    owner = np.repeat([id(place.block) for place in places], counts)
-    for key, block in blocks.items():
-        of_block = owner == key
-        out[of_block] = _take(block, flat[of_block])
+        return to_host(blocks[0].logits.take(upload(flat, device)))
+    owner = np.repeat([blocks.index(place.block) for place in places], counts)
+    order = np.argsort(owner, kind="stable")
+    parts = torch.split(upload(flat[order], device), np.bincount(owner, minlength=len(blocks)).tolist())
+    out[order] = to_host(torch.cat([block.logits.take(part) for block, part in zip(blocks, parts, strict=True)]))
     return out
-
-
-def _take(block: Tensor, flat: NDArray[np.int64]) -> NDArray[np.float32]:
-    return _to_host(block.take(upload(flat, block.device)))
 
 
 @torch.inference_mode()
@@ -138,9 +140,9 @@ def reduce_rows(
     k = min(k, logits.shape[-1])
     if logits.device.type == "cpu":
         values, ids = top_k(logits, k)
-        return TopKSlices(_to_host(ids.to(torch.int32)), _to_host(values), _to_host(sums), _to_host(tempered))
+        return TopKSlices(to_host(ids.to(torch.int32)), to_host(values), to_host(sums), to_host(tempered))
     values, ids = top_k_on_device(logits, k)
-    return unpack_slices(_to_host(pack_slices(ids, values, sums, tempered)), len(logits), k)
+    return unpack_slices(to_host(pack_slices(ids, values, sums, tempered)), len(logits), k)
 
 
 def log_sums(logits: Tensor, batch_invariant: bool) -> Tensor:
@@ -196,14 +198,6 @@ def unpack_slices(packed: NDArray[np.int32], rows: int, k: int) -> TopKSlices:
     return TopKSlices(ids.reshape(rows, k), logits.reshape(rows, k), *both)
 
 
-@dataclass(slots=True)
-class _ForwardRows:
-    """The logits of one forward. They stay in memory until no session holds one of their rows."""
-
-    size: int  # rows, padding included
-    sessions: set[int] = field(default_factory=set)
-
-
 def row_budget(width: int, device: torch.device) -> int:
     """Number of rows [width] float32 to hold on a device: MAX_ROWS, or fewer to fit a share of its memory."""
     if device.type == "cuda":
@@ -219,74 +213,58 @@ class LogitsRowStore:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._rows: dict[int, DeviceRows] = {}
-        self._blocks_of: dict[int, dict[int, Tensor]] = {}  # by session the forwards that made its rows
-        self._blocks: dict[int, _ForwardRows] = {}  # by number of the forward, in order
-        self._forwards = 0
+        self._sessions: dict[RowBlock, set[int]] = {}  # by forward, in their order, those that hold a row of it
 
     @property
     def size(self) -> int:
         """Rows in memory."""
-        return sum(block.size for block in self._blocks.values())
+        return sum(len(block.logits) for block in self._sessions)
 
     def get(self, session: int) -> DeviceRows | None:
         return self._rows.get(session)
 
     def drop(self, session: int) -> None:
         """Drop a session's rows, if it has any."""
-        self._rows.pop(session, None)
-        for number in self._blocks_of.pop(session, {}):
-            self._release(number, session)
+        held = self._rows.pop(session, None)
+        if held is not None:
+            self._release(session, held.blocks)
 
     def make_room(self, size: int) -> None:
         """Drop the oldest forwards' rows until a forward of `size` rows fits the budget."""
-        while self._blocks and self.size + size > self.budget:
-            oldest = next(iter(self._blocks.values()))
-            for session in tuple(oldest.sessions):
+        while self._sessions and self.size + size > self.budget:
+            for session in tuple(next(iter(self._sessions.values()))):
                 self.drop(session)
 
-    def hold(
-        self, rows: Mapping[int, DeviceRows], size: int, kept: Mapping[int, tuple[int, int]] | None = None
-    ) -> None:
-        """Hold the rows that one forward of `size` rows, padding included, made for each session.
+    def hold(self, session: int, rows: DeviceRows, position: int = 0, keep: int = 0) -> None:
+        """Hold the rows that the newest forward made for a session, behind `keep` held rows directly before `position`.
 
-        kept: by session a position, and the number of earlier rows directly before it that stay; None: no rows stay.
+        If these do not lie directly before the new rows, none of them stays.
         """
-        self._forwards += 1
-        if rows:
-            self._blocks[self._forwards] = _ForwardRows(size, set(rows))
-        for session, held in rows.items():
-            block, before = held.places[0].block, self._rows.get(session)
-            position, keep = (kept or {}).get(session, (0, 0))
-            if before is not None and (stays := before.at_positions(position - keep, position)) is not None:
-                held = stays.joined_with(held)
-            self._rows[session] = held
-            blocks = self._blocks_of.setdefault(session, {})
-            blocks[self._forwards] = block
-            self._release_unused(session, blocks, held)
+        before = self._rows.get(session)
+        if before is not None and (stays := before.at_positions(position - keep, position)) is not None:
+            rows = stays.joined_with(rows)
+        self._rows[session] = rows
+        for block in rows.blocks:
+            self._sessions.setdefault(block, set()).add(session)
+        if before is not None:
+            self._release(session, before.blocks - rows.blocks)
 
-    def _release_unused(self, session: int, blocks: dict[int, Tensor], held: DeviceRows) -> None:
-        """Release the forwards that made none of the session's rows."""
-        used = {id(place.block) for place in held.places}
-        for number in [number for number, block in blocks.items() if id(block) not in used]:
-            del blocks[number]
-            self._release(number, session)
-
-    def _release(self, number: int, session: int) -> None:
-        block = self._blocks[number]
-        block.sessions.discard(session)
-        if not block.sessions:
-            del self._blocks[number]
+    def _release(self, session: int, blocks: set[RowBlock]) -> None:
+        for block in blocks:
+            self._sessions[block].discard(session)
+            if not self._sessions[block]:
+                del self._sessions[block]
 
     def check(self) -> None:
         """Prove that sessions and blocks agree and the budget is kept; AssertionError if not."""
-        owners = sorted((session, number) for number, block in self._blocks.items() for session in block.sessions)
-        assert owners == sorted((session, number) for session, of in self._blocks_of.items() for number in of)
-        assert self._rows.keys() == self._blocks_of.keys()
+        held = {(session, block) for session, rows in self._rows.items() for block in rows.blocks}
+        assert held == {(session, block) for block, sessions in self._sessions.items() for session in sessions}
+        assert all(self._sessions.values()), "a forward's rows are in memory, and no session holds one"
         assert self.size <= self.budget, f"{self.size} rows are held, {self.budget} allowed"
 
 
-def _to_host(tensor: Tensor) -> NDArray[Any]:
-    """A read-only array in the host's memory: copied through pinned memory from a GPU, a view on the CPU."""
+def to_host(tensor: Tensor) -> NDArray[Any]:
+    """A read-only array in the host's memory: copied to pinned memory from a GPU, a view on the CPU."""
     if tensor.device.type == "cuda":
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)

@@ -18,10 +18,12 @@ from actors.engine.interface import CacheStats, Extend, Full, Held, KVMiss, Outc
 from actors.engine.rows import (
     DeviceRows,
     LogitsRowStore,
+    RowBlock,
     RowLocation,
     gather_rows,
     reduce_rows,
     row_budget,
+    to_host,
     values_at,
 )
 from actors.engine.runner import Runner
@@ -106,8 +108,7 @@ class StepEngine(Generic[R]):
 
     def whole(self, sessions: Sequence[int]) -> NDArray[np.float32]:
         """The full rows [R, V] of the last extends of `sessions`, in order. Raises RowGone if one has none."""
-        array: NDArray[np.float32] = self._fresh_rows(sessions).cpu().numpy()
-        return array
+        return to_host(self._fresh_rows(sessions))
 
     def plain_logits(self, tokens: Sequence[int]) -> list[Tensor]:
         """See Runner.plain_logits."""
@@ -177,17 +178,14 @@ class StepEngine(Generic[R]):
         self._hold(admitted, logits)
 
     def _hold(self, admitted: Sequence[Extend], logits: Tensor) -> None:
-        held, first = {}, 0
+        block, first = RowBlock(logits), 0
         for extend in admitted:
             if extend.rows:
                 hashes = tuple(self._table.sessions[extend.session].hashes[-extend.rows :])
-                places = tuple(RowLocation(logits, row) for row in range(first, first + extend.rows))
-                held[extend.session] = DeviceRows(
-                    extend.end - extend.rows, hashes, places, self.batch_invariant, extend.rows
-                )
+                places = tuple(RowLocation(block, row) for row in range(first, first + extend.rows))
+                rows = DeviceRows(extend.end - extend.rows, hashes, places, self.batch_invariant, extend.rows)
+                self._store.hold(extend.session, rows, extend.position, extend.keep)
                 first += extend.rows
-        kept = {extend.session: (extend.position, extend.keep) for extend in admitted if extend.keep}
-        self._store.hold(held, len(logits), kept)
 
     def _fresh_rows(self, sessions: Sequence[int]) -> Tensor:
         places: list[RowLocation] = []

@@ -193,7 +193,7 @@ def test_rows_of_a_bucket_lie_in_memory_of_their_own() -> None:
     run.engine.extend([run.make(session, [session]) for session in (1, 2, 3)])
     rows = engine.rows(3)
     assert rows is not None
-    assert rows.logits.untyped_storage().nbytes() == 3 * engine.width * 4
+    assert rows.places[0].block.logits.untyped_storage().nbytes() == 3 * engine.width * 4
 
 
 def test_a_failed_capture_leaves_plain_steps_and_one_log_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from actors.engine.rows import (
     MIN_ROWS,
     DeviceRows,
     LogitsRowStore,
+    RowBlock,
     RowLocation,
     pack_slices,
     reduce_rows,
@@ -23,8 +25,12 @@ from actors.engine.rows import (
 
 
 def held(logits: torch.Tensor, position: int = 0) -> DeviceRows:
-    places = tuple(RowLocation(logits, row) for row in range(len(logits)))
-    return DeviceRows(position, tuple(range(100, 100 + len(logits))), places, batch_invariant=True, fresh=len(logits))
+    return rows_of(RowBlock(logits), range(len(logits)), position)
+
+
+def rows_of(block: RowBlock, rows: Sequence[int], position: int = 0) -> DeviceRows:
+    places = tuple(RowLocation(block, row) for row in rows)
+    return DeviceRows(position, tuple(range(100, 100 + len(rows))), places, batch_invariant=True, fresh=len(rows))
 
 
 def test_the_row_budget_is_a_share_of_the_memory_within_bounds() -> None:
@@ -100,7 +106,8 @@ def test_an_invariant_reduction_has_the_same_bits_in_any_batch() -> None:
 
 def test_lookups_are_exact_and_refuse_ids_outside_the_row() -> None:
     one, other = (torch.randn(3, 20, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
-    places = [RowLocation(one, 2), RowLocation(other, 0), RowLocation(one, 0)]
+    first, second = RowBlock(one), RowBlock(other)
+    places = [RowLocation(first, 2), RowLocation(second, 0), RowLocation(first, 0)]
     values = values_at(places, [2, 0, 1], np.array([19, 0, 3]))
     assert values.tolist() == [float(one[2, 19]), float(one[2, 0]), float(one[0, 3])]
     mixed = values_at(places, [1, 2, 1], np.array([4, 5, 6, 7]))
@@ -127,11 +134,13 @@ def test_a_row_is_found_by_position_and_hash_together() -> None:
 
 def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
     store = LogitsRowStore(budget=8)
-    store.hold({1: held(torch.zeros(2, 4)), 2: held(torch.zeros(1, 4))}, size=4)
-    store.hold({3: held(torch.zeros(1, 4))}, size=2)
+    block = RowBlock(torch.zeros(4, 4))
+    store.hold(1, rows_of(block, [0, 1]))
+    store.hold(2, rows_of(block, [2]))
+    store.hold(3, held(torch.zeros(2, 4)))
     store.make_room(2)
     assert store.get(1) is not None
-    store.hold({4: held(torch.zeros(2, 4))}, size=2)
+    store.hold(4, held(torch.zeros(2, 4)))
     store.make_room(4)
     assert store.get(1) is None
     assert store.get(2) is None
@@ -141,7 +150,9 @@ def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
 
 def test_a_forwards_memory_counts_until_its_last_session_drops_it() -> None:
     store = LogitsRowStore(budget=8)
-    store.hold({1: held(torch.zeros(1, 4)), 2: held(torch.zeros(1, 4))}, size=8)
+    block = RowBlock(torch.zeros(8, 4))
+    store.hold(1, rows_of(block, [0]))
+    store.hold(2, rows_of(block, [1]))
     store.drop(1)
     assert store.size == 8
     store.drop(2)
@@ -151,18 +162,18 @@ def test_a_forwards_memory_counts_until_its_last_session_drops_it() -> None:
 
 def test_only_kept_rows_stay_with_newer_ones() -> None:
     store = LogitsRowStore(budget=16)
-    store.hold({1: held(torch.zeros(3, 4), position=10)}, size=3)
-    store.hold({1: held(torch.ones(1, 4), position=13)}, size=1, kept={1: (13, 2)})
+    store.hold(1, held(torch.zeros(3, 4), position=10))
+    store.hold(1, held(torch.ones(1, 4), position=13), position=13, keep=2)
     rows = store.get(1)
     assert rows is not None
     assert (rows.position, rows.size, rows.fresh) == (11, 3, 1)
-    store.hold({1: held(torch.ones(1, 4), position=12)}, size=1, kept={1: (12, 5)})  # 12 is taken back
+    store.hold(1, held(torch.ones(1, 4), position=12), position=12, keep=5)  # 12 is taken back
     rows = store.get(1)
     assert rows is not None
     assert (rows.position, rows.size) == (11, 2)
-    store.hold({1: held(torch.ones(1, 4), position=13)}, size=1, kept={1: (13, 1)})
+    store.hold(1, held(torch.ones(1, 4), position=13), position=13, keep=1)
     assert store.size == 2, "the first forward, and the one of position 13 that was taken back, are let go"
-    store.hold({1: held(torch.ones(1, 4), position=20)}, size=1)
+    store.hold(1, held(torch.ones(1, 4), position=20), position=20, keep=1)
     rows = store.get(1)
     assert rows is not None
     assert (rows.position, rows.size, store.size) == (20, 1, 1)

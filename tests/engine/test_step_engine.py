@@ -276,8 +276,8 @@ def test_rows_are_named_by_position_and_own_token() -> None:
     assert rows is not None
     hashes = extend_hashes(run.engine.hash_seed, text)
     assert (rows.position, rows.hashes) == (5, tuple(hashes[5:]))
-    assert rows.logits.shape == (3, run.engine.width)
-    assert rows.logits.dtype == torch.float32
+    assert rows.whole().shape == (3, run.engine.width)
+    assert rows.whole().dtype == np.float32
 
 
 def test_a_chunk_of_prefill_needs_no_rows() -> None:

@@ -114,7 +114,7 @@ def without_a_gpu(guard: str) -> Iterator[list[str]]:
     for module in (inputs, native_runner, graphs, rows):
         if hasattr(module, "upload"):
             module.upload = upload  # type: ignore[attr-defined]
-    rows._to_host = to_host
+    rows.to_host = to_host
     yield read
 
 
