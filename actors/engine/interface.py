@@ -86,7 +86,10 @@ class HeldRows(Protocol):
         """Number of rows. The last extend's own rows are the last ones."""
 
     def index(self, position: int, prefix: int) -> int | None:
-        """Index of the row at `position` whose tokens, its own included, have this running hash; None if not held."""
+        """Index of the row at `position` whose tokens, its own included, have this running hash.
+
+        None if it is not held, or still being computed by the device.
+        """
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices: ...
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]: ...

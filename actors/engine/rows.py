@@ -2,13 +2,18 @@
 
 Rows are float32. A row's key is its position and the running hash *including* its own token: the position alone would
 confuse the row of a rejected draft with the one that replaced it.
+
+On a GPU, the rows of a forward are reduced on its own stream, behind it. Lookups have a stream of their own, with a
+higher priority: it waits for the forwards that computed the rows, and not for the one that runs meanwhile.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +31,20 @@ _ROWS_SHARE = 1 / 32  # of the memory; three roles may share a device
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowBlock:
-    """The rows of one forward. They stay in memory until no session holds one of them."""
+    """The rows of one forward. They stay in memory until no session holds one of them and no lookup reads one."""
 
     logits: Tensor  # [B, V] float32 on the device of the model's head, padding included
+    computed: torch.cuda.Event | None = None  # on a GPU: recorded behind the forward
+
+    @classmethod
+    def behind_forward(cls, logits: Tensor) -> RowBlock:
+        """The rows that the current stream has been told to compute."""
+        on_gpu = logits.device.type == "cuda"
+        return cls(logits, torch.cuda.current_stream(logits.device).record_event() if on_gpu else None)
+
+    @property
+    def ready(self) -> bool:
+        return self.computed is None or self.computed.query()  # type: ignore[no-untyped-call]
 
 
 class RowLocation(NamedTuple):
@@ -58,18 +74,23 @@ class DeviceRows:
 
     def index(self, position: int, prefix: int) -> int | None:
         row = position - self.position
-        return row if 0 <= row < self.size and self.hashes[row] == prefix else None
+        found = 0 <= row < self.size and self.hashes[row] == prefix and self.places[row].block.ready
+        return row if found else None
 
     def slices(self, k: int, rows: Sequence[int] | None = None) -> TopKSlices:
         """The top-k slices of `rows` (all if None). k = 0 gives only the logsumexp, k > V the full row."""
-        return reduce_rows(self._select(rows), k, self.batch_invariant)
+        places = self._places(rows)
+        with beside_forwards(places):
+            return reduce_rows(gather_rows(places), k, self.batch_invariant)
 
     def whole(self, rows: Sequence[int] | None = None) -> NDArray[np.float32]:
         """The full logits [m, V] of `rows` (all if None), read-only."""
-        return to_host(self._select(rows))
+        places = self._places(rows)
+        with beside_forwards(places):
+            return to_host(gather_rows(places))
 
-    def _select(self, rows: Sequence[int] | None) -> Tensor:
-        return gather_rows(self.places if rows is None else [self.places[row] for row in rows])
+    def _places(self, rows: Sequence[int] | None) -> Sequence[RowLocation]:
+        return self.places if rows is None else [self.places[row] for row in rows]
 
     def at_positions(self, first: int, end: int) -> DeviceRows | None:
         """The rows at positions from `first` to before `end`; None if there are none."""
@@ -85,6 +106,28 @@ class DeviceRows:
             return later
         hashes, places = self.hashes + later.hashes, self.places + later.places
         return DeviceRows(self.position, hashes, places, self.batch_invariant, later.fresh)
+
+
+def beside_forwards(places: Sequence[RowLocation]) -> AbstractContextManager[object]:
+    """On a GPU, the stream of lookups, behind the forwards that computed these rows and beside any later one.
+
+    The caller keeps the rows until it has the result on the host: later forwards reuse the memory of rows that nothing
+    refers to, and do not wait for this stream.
+    """
+    device = places[0].block.logits.device
+    if device.type != "cuda":
+        return nullcontext()
+    stream = _lookup_stream(device)
+    for computed in dict.fromkeys(place.block.computed for place in places):
+        if computed is not None:
+            stream.wait_event(computed)
+    return torch.cuda.stream(stream)
+
+
+@lru_cache
+def _lookup_stream(device: torch.device) -> torch.cuda.Stream:
+    # The lower number goes first; forwards have 0.
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def gather_rows(places: Sequence[RowLocation]) -> Tensor:
@@ -112,12 +155,13 @@ def values_at(places: Sequence[RowLocation], counts: Sequence[int], ids: NDArray
     if ids.min() < 0 or ids.max() >= width:
         raise IndexError(f"ids must lie in [0, {width})")
     flat = np.repeat(np.array([place.row for place in places], np.int64) * width, counts) + ids
-    if len(blocks) == 1:
-        return to_host(blocks[0].logits.take(upload(flat, device)))
-    owner = np.repeat([blocks.index(place.block) for place in places], counts)
-    order = np.argsort(owner, kind="stable")
-    parts = torch.split(upload(flat[order], device), np.bincount(owner, minlength=len(blocks)).tolist())
-    out[order] = to_host(torch.cat([block.logits.take(part) for block, part in zip(blocks, parts, strict=True)]))
+    with beside_forwards(places):
+        if len(blocks) == 1:
+            return to_host(blocks[0].logits.take(upload(flat, device)))
+        owner = np.repeat([blocks.index(place.block) for place in places], counts)
+        order = np.argsort(owner, kind="stable")
+        parts = torch.split(upload(flat[order], device), np.bincount(owner, minlength=len(blocks)).tolist())
+        out[order] = to_host(torch.cat([block.logits.take(part) for block, part in zip(blocks, parts, strict=True)]))
     return out
 
 

@@ -178,7 +178,7 @@ class StepEngine(Generic[R]):
         self._hold(admitted, logits)
 
     def _hold(self, admitted: Sequence[Extend], logits: Tensor) -> None:
-        block, first = RowBlock(logits), 0
+        block, first = RowBlock.behind_forward(logits), 0
         for extend in admitted:
             if extend.rows:
                 hashes = tuple(self._table.sessions[extend.session].hashes[-extend.rows :])
