@@ -133,6 +133,7 @@ class NullEngine:
     """
 
     batch_invariant = True
+    rows_on_device = False
     devices: Sequence[str] = ()
 
     def __init__(

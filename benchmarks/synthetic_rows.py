@@ -162,6 +162,7 @@ class TailEngine:
     """An engine (`actors.replica.engine_thread.Engine`) that plays one role of a stream; one row an extend."""
 
     batch_invariant = True
+    rows_on_device = False
     devices: Sequence[str] = ()
 
     def __init__(self, stream: TailStream, role: Role, cache_tokens: int = 1 << 20) -> None:

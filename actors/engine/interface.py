@@ -105,6 +105,7 @@ class Engine(Protocol):
     hash_seed: int
     batch_invariant: bool
     devices: Sequence[str]  # names of the hardware that it computes on (`actors.engine.devices`); none if unknown
+    rows_on_device: bool  # reading rows waits for a device, so it may not be done on an event loop
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]: ...
     def check_extend(self, extend: Extend) -> None:

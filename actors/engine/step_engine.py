@@ -43,6 +43,7 @@ class StepEngine(Generic[R]):
         self.runner = runner
         self.width, self.hash_seed, self.batch_invariant = runner.width, runner.digest, runner.batch_invariant
         self.devices: Sequence[str] = runner.devices
+        self.rows_on_device = runner.device.type != "cpu"
         self._cache = runner.cache
         self._table = SessionTable(self._cache, self.hash_seed)
         self._store = LogitsRowStore(max_held_rows or row_budget(self.width, runner.device))

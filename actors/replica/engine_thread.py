@@ -1,4 +1,4 @@
-"""Runs the forwards of a model, on the engine's own thread. Imports neither sockets nor torch."""
+"""Runs the forwards of a model, and the threads on which these and reads of rows run. Imports no sockets, no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.replica.answers import Answer, answer_all
 from actors.replica.scheduler import Chunk
 
-__all__ = ["Engine", "Failed", "ForwardThread", "Result", "run_forward"]
+__all__ = ["Engine", "Failed", "Result", "WorkerThread", "run_forward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,36 +34,28 @@ T = TypeVar("T")
 Result: TypeAlias = Answer | Held | KVMiss | Full | Unshared | Failed
 
 
-class ForwardThread:
-    """Runs forwards one after another on a thread of its own. Call `start`, then `run`, then `stop`.
+class WorkerThread:
+    """Runs jobs one after another on a thread of its own. Call `start`, then `submit` or `call`, then `stop`.
 
-    Jobs are passed through a plain queue, and each result is passed back by one callback on the event loop. The futures
-    of an executor take three times as many wake-ups of threads.
+    Jobs are passed through a plain queue, and each outcome is passed back by one callback on the event loop. The
+    futures of an executor take three times as many wake-ups of threads.
     """
 
     def __init__(self, name: str) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def run(
-        self,
-        engine: Engine,
-        chunks: Sequence[Chunk],
-        closing: Sequence[int],
-        done: Callable[[list[Result] | Exception], None],
-    ) -> None:
-        """Run a forward (see `run_forward`), then call `done` on the caller's event loop with its result or error."""
-        work = partial(run_forward, engine, chunks, closing)
-        self._jobs.put(_Job(asyncio.get_running_loop(), work, done))
+    def submit(self, work: Callable[[], T], done: Callable[[T | Exception], None]) -> None:
+        """Run `work`, then call `done` on the caller's event loop with its result or error."""
+        self._jobs.put(partial(_run, work, asyncio.get_running_loop(), done))
 
-    async def between(self, work: Callable[[], T]) -> T:
-        """Run `work` on the thread between two forwards; return or raise its outcome. Hangs if the thread has ended."""
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[T | Exception] = loop.create_future()
-        self._jobs.put(_Job(loop, work, lambda result: None if outcome.done() else outcome.set_result(result)))
+    async def call(self, work: Callable[[], T]) -> T:
+        """Run `work` after the jobs already queued; return or raise its outcome. Hangs if the thread has ended."""
+        outcome: asyncio.Future[T | Exception] = asyncio.get_running_loop().create_future()
+        self.submit(work, lambda result: None if outcome.done() else outcome.set_result(result))
         result = await outcome
         if isinstance(result, Exception):
             raise result
@@ -75,23 +67,18 @@ class ForwardThread:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.do()
+            job()
             del job  # else its arrays would be kept until the next job
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    loop: asyncio.AbstractEventLoop
-    work: Callable[[], Any]
-    done: Callable[[Any], None]
-
-    def do(self) -> None:
-        try:
-            outcome = self.work()
-        except Exception as error:
-            outcome = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(self.done, outcome)
+def _run(work: Callable[[], T], loop: asyncio.AbstractEventLoop, done: Callable[[T | Exception], None]) -> None:
+    outcome: T | Exception
+    try:
+        outcome = work()
+    except Exception as error:
+        outcome = error
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(done, outcome)
 
 
 def run_forward(engine: Engine, chunks: Sequence[Chunk], closing: Sequence[int]) -> list[Result]:

@@ -2,9 +2,10 @@
 
     wait for extends -> choose chunks -> forward -> answer
 
-Plain asyncio around one engine, without Ray and torch. Only the forward runs on the engine's own thread. Meanwhile the
-event loop's thread reads frames, answers lookups of held rows and checks who owns a session. The loop consists of
-callbacks, each of which calls the next: with small models, tasks and futures would take longer than the forward.
+Plain asyncio around one engine, without Ray and torch. Forwards run on the engine's own thread, and reads of rows that
+wait for a device on another. Meanwhile the event loop's thread reads frames, answers lookups of rows in the host's
+memory and checks who owns a session. The loop consists of callbacks, each of which calls the next: with small models,
+tasks and futures would take longer than the forward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from actors.engine.interface import Engine, Full, Held, KVMiss
 from actors.metrics import Recorder
 from actors.replica.answers import Answer, Drafter
 from actors.replica.batching_delay import BatchingDelay
-from actors.replica.engine_thread import Failed, ForwardThread, Result, Unshared
+from actors.replica.engine_thread import Failed, Result, Unshared, WorkerThread, run_forward
 from actors.replica.leases import Lease, SessionLeases
 from actors.replica.lookups import LookupService
 from actors.replica.scheduler import Chunk, ScheduledExtend, choose
@@ -89,13 +90,14 @@ class ModelReplica:
             devices=" ".join(engine.devices),
         )
         self._server = Server(secret, welcome, self._on_message, self._on_closed, tls=tls, limits=limits)
-        self._thread = ForwardThread(f"engine-{role}")
+        self._thread = WorkerThread(f"engine-{role}")
+        self._reader = WorkerThread(f"rows-{role}") if engine.rows_on_device else None
         self._batching_delay = BatchingDelay(settings.batching_delay_share, settings.batching_delay_cap_s)
         self._leases = SessionLeases()
         self._validator = ExtendValidator(engine.width, settings.max_position, answer_limit)
         self._replies = Replies(answer_limit, engine.width)
         self._drafter = Drafter(engine, self._replies, settings.max_position)
-        self._lookups = LookupService(engine, self._leases, self._replies, settings.row_wait_s)
+        self._lookups = LookupService(engine, self._leases, self._replies, settings.row_wait_s, self._reader)
         self._closing: set[int] = set()  # sessions whose cache is freed by the next forward
         self._next_turn: asyncio.Handle | None = None  # the scheduled turn of the loop
         self._waiting_since: float | None = None  # when the first extend of the next forward arrived
@@ -109,17 +111,21 @@ class ModelReplica:
         """Compile the kernels, listen, and work. Returns (host, port) for coordinators. Raises UnsupportedProcessor."""
         await asyncio.to_thread(compile_kernels)
         self._thread.start()
+        if self._reader is not None:
+            self._reader.start()
         return self._host, await self._server.start(self._host)
 
     async def stop(self) -> None:
-        """Close all connections, all sessions' caches and the engine's thread. A forward that hangs is abandoned."""
+        """Close all connections, all sessions' caches and the threads. A forward that hangs is abandoned."""
         self._over = True
         cancel(self._next_turn)
         self._lookups.close()
         await self._server.close()
         closed = asyncio.Event()
-        self._thread.run(self._engine, (), list(self._closing), lambda outcome: closed.set())
+        self._thread.submit(partial(run_forward, self._engine, (), list(self._closing)), lambda outcome: closed.set())
         self._thread.stop()
+        if self._reader is not None:
+            self._reader.stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FAREWELL_S):
                 await closed.wait()
@@ -145,7 +151,7 @@ class ModelReplica:
 
     async def check_cache(self) -> int:
         """Check the cache's invariants between two forwards. Returns its number of sessions; raises AssertionError."""
-        await self._thread.between(self._engine.check)
+        await self._thread.call(self._engine.check)
         return self._engine.cache_stats().sessions
 
     def check_health(self) -> None:
@@ -191,8 +197,9 @@ class ModelReplica:
             return
         self._waiting_since, self._forward_began = None, now
         chunks, closing, self._closing = self._choose(), list(self._closing), set()
-        self._thread.run(
-            self._engine, chunks, closing, lambda outcome: self._guarded(partial(self._forwarded, chunks, outcome))
+        self._thread.submit(
+            partial(run_forward, self._engine, chunks, closing),
+            lambda outcome: self._guarded(partial(self._forwarded, chunks, outcome)),
         )
 
     def _forwarded(self, chunks: Sequence[Chunk], outcome: Sequence[Result] | Exception) -> None:

@@ -31,7 +31,7 @@ class Refusal(IntEnum):
     KV_MISS = 1  # detail: the number of tokens held; send the others again
     FULL = 2  # detail: milliseconds after which to try again
     SUPERSEDED = 3  # detail: the epoch of the session's owner
-    ROW_GONE = 4  # the row was rewound, evicted or never computed; extend again
+    ROW_GONE = 4  # the row was rewound, evicted, never computed or not read in time; extend again
     FAILED = 5  # the forward failed and the session's cache was dropped; extend from 0
     BAD_ITEM = 6  # the item is invalid (token id out of range, rows > tokens, position past the limit)
 

@@ -3,13 +3,14 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 
 from actors.engine.interface import Extend, Outcome
 from actors.replica.answers import Answer
-from actors.replica.engine_thread import ForwardThread, Result
+from actors.replica.engine_thread import Result, WorkerThread, run_forward
 from actors.replica.scheduler import Chunk, ScheduledExtend, choose
 from actors.wire.columns import ExtendItem
 from actors.wire.messages import Message
@@ -88,7 +89,7 @@ class Failing(NullEngine):
 
 
 async def test_forwards_run_in_order_on_one_thread_and_return_on_the_loops() -> None:
-    engine, thread = Failing(), ForwardThread("engine")
+    engine, thread = Failing(), WorkerThread("engine")
     outcomes: list[list[Result] | Exception] = []
     back, threads = asyncio.Event(), set()
 
@@ -101,7 +102,7 @@ async def test_forwards_run_in_order_on_one_thread_and_return_on_the_loops() -> 
     chunk = Chunk(scheduled(1, prefix=engine.hash_seed), 1)
     thread.start()
     for chunks in ([chunk], [chunk, chunk], []):
-        thread.run(engine, chunks, [], done)
+        thread.submit(partial(run_forward, engine, chunks, []), done)
     await asyncio.wait_for(back.wait(), HANG_S)
     thread.stop()
     rows, failure, nothing = outcomes
@@ -118,9 +119,9 @@ async def test_work_between_forwards_runs_on_their_thread_and_can_raise() -> Non
     def wrong() -> None:
         raise AssertionError("an extent is owned twice")
 
-    thread = ForwardThread("engine")
+    thread = WorkerThread("engine")
     thread.start()
-    assert await thread.between(threading.get_ident) == thread._thread.ident
+    assert await thread.call(threading.get_ident) == thread._thread.ident
     with pytest.raises(AssertionError, match="owned twice"):
-        await thread.between(wrong)
+        await thread.call(wrong)
     thread.stop()

@@ -258,9 +258,10 @@ async def stage(
     row_wait_s: float = 10.0,
     forward_timeout_s: float = 60.0,
     limits: Limits | None = None,
+    engine: type[StagedEngine] = StagedEngine,
 ) -> AsyncIterator[Stage]:
     """A running replica without a batching delay."""
-    engine = StagedEngine(cache_tokens)
+    staged = engine(cache_tokens)
     settings = ReplicaSettings(
         max_position,
         prefill_chunk,
@@ -268,10 +269,10 @@ async def stage(
         row_wait_s=row_wait_s,
         forward_timeout_s=forward_timeout_s,
     )
-    replica = ModelReplica(engine, "guider", "g-1", SECRET, settings, limits=limits or Limits(farewell_s=0.2))
+    replica = ModelReplica(staged, "guider", "g-1", SECRET, settings, limits=limits or Limits(farewell_s=0.2))
     host, port = await replica.start()
     try:
-        yield Stage(engine, replica, host, port)
+        yield Stage(staged, replica, host, port)
     finally:
         await replica.stop()
 

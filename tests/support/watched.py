@@ -21,7 +21,7 @@ class WatchedEngine:
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner
-        self.devices = inner.devices
+        self.devices, self.rows_on_device = inner.devices, inner.rows_on_device
         self.extends: list[Extend] = []
         self.forwards = 0
         self.disturb: Disturb = lambda engine: None
