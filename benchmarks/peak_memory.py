@@ -1,12 +1,25 @@
-"""Peak resident memory of this process, from any moment on. Linux only."""
+"""Peak resident memory of processes, from any moment on. Linux only."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
-_PROCESS = Path("/proc/self")
 _FORGET_PEAK = "5"  # what proc(5) wants in clear_refs
+
+
+def forget_peak(process: int | Literal["self"]) -> None:
+    """Begin the peak of a process, which has an id, again at what is resident now."""
+    Path(f"/proc/{process}/clear_refs").write_text(_FORGET_PEAK, encoding="utf-8")
+
+
+def peak(process: int | Literal["self"]) -> int:
+    """Bytes of a process's resident set at its peak since `forget_peak`, or since it began."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None, "the kernel reports no VmHWM"
+    return int(found.group(1)) << 10
 
 
 class PeakMemory:
@@ -14,10 +27,8 @@ class PeakMemory:
 
     def forget_peak_memory(self) -> None:
         """Begin the peak again at what is resident now."""
-        (_PROCESS / "clear_refs").write_text(_FORGET_PEAK, encoding="utf-8")
+        forget_peak("self")
 
     def peak_memory(self) -> int:
         """Bytes of the resident set at its peak since `forget_peak_memory`, or since the process began."""
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", (_PROCESS / "status").read_text(encoding="utf-8"), re.MULTILINE)
-        assert found is not None, "the kernel reports no VmHWM"
-        return int(found.group(1)) << 10
+        return peak("self")

@@ -1,6 +1,7 @@
-"""Compares the service with transformers' `generate()` and with the published loop, on published weights.
+"""Compares the service with transformers' `generate()`, the published loop and vLLM's server, on published weights.
 
-    python -m benchmarks.peers [--sessions 1 8 32] [--tokens 48] [--rounds 5] [--threads N] [--save]
+    python -m benchmarks.peers [--parts same other http] [--sessions 1 8 32] [--tokens 48] [--rounds 5] [--threads N]
+                               [--save]
 
 The models are those of `benchmarks.real_trio`: a target of the small models' family, and one of another, for which the
 published loop has no answer. A round decodes the same prompts, which arrive together, once in each of these ways, in an
@@ -16,24 +17,33 @@ brief run before any that counts. While one way runs, the others have their mode
 equal: the service's models and its coordinator are processes that exchange frames over sockets, and its small models
 have half of the threads, while a peer is one process. There is no HTTP on either side.
 
+The part `http` needs `make venv-vllm`, and compares over HTTP what users run: the service on Ray Serve with every role
+on the vLLM engine, and vLLM's own server (`benchmarks.vllm_server`) of the same target, which is the way vllm. One
+client, in a process of its own, sends the same ids to both. Not equal: the service's router, proxy, coordinator and
+small models are processes beside the target, and Ray's stay a little busy while vLLM's server computes.
+
 tokens_per_s: from the request to the last token of all sessions, prompts included. first_token_s: mean over sessions,
 of `generate` as a streamer sees it; of `loop` from a sequence's own start, so without the wait for those before it.
 memory_mb: the peak of the resident sets of all processes that take part, added up; the service's coordinator runs in
 this process, which has torch loaded, too. Figures are medians over the rounds, ratios those of medians. equal: share
 of the answers that are the same, token by token. The last line is a list of JSON objects, one for each family and
-number of sessions.
+number of sessions. Parts that are chosen by --parts are saved as `peers_PART`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -42,16 +52,19 @@ import uvloop
 from rich.table import Table
 
 from actors.api.generation import ROLES, Role
-from actors.config import ServiceConfig
-from actors.preflight import load_tokenizers
+from actors.config import ServiceConfig, load_config
+from actors.engine.sizing import cache_bytes_per_token
+from actors.preflight import VLLM_PYTHON, load_tokenizers, position_limit
 from actors.text.tokenizer import RoleTokenizer
 from benchmarks.baselines import Baselines, Decoded, Task
-from benchmarks.peak_memory import PeakMemory
-from benchmarks.processes import Launch, Worker, launcher
+from benchmarks.cpu_time import descendants
+from benchmarks.peak_memory import PeakMemory, forget_peak, peak
+from benchmarks.processes import Launch, Worker, launcher, thread_environment
 from benchmarks.real_prompts import prompts
 from benchmarks.real_trio import FAMILIES, real_trio
 from benchmarks.results_file import arguments, console, progress, publish
 from benchmarks.shapes import Shape, cache_tokens, service_config
+from benchmarks.sse_client import await_answer, read_all
 from benchmarks.tasks import first
 from benchmarks.workers import Mode, Service, service
 
@@ -64,8 +77,21 @@ RATIOS = {
     "guided_over_loop": ("guided", "loop"),
     "guided_over_static": ("guided", "static"),
     "guided_plain_over_static": ("guided_plain", "static"),
+    "target_over_vllm": ("target", "vllm"),
+    "guided_over_vllm": ("guided", "vllm"),
 }
 SAME = {"target_equal_generate": ("target", "generate"), "guided_equal_static": ("guided", "static")}
+SAME |= {"target_equal_vllm": ("target", "vllm")}
+PARTS = (*FAMILIES, "http")
+READY_S = 900.0  # three models load on vLLM
+NAME = "target"  # of the model that vLLM's server offers
+HTTP: dict[str, Any] = {
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "return_token_ids": True,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +105,37 @@ class Plan:
     threads: int = 1  # of the target and of each peer
     guided_peers: bool = True  # the loop and its batch, which need one vocabulary
 
+    @property
+    def cache(self) -> int:
+        """Tokens of each model's cache."""
+        return cache_tokens(max(self.sessions), CONTEXT, self.tokens)
+
     def config(self, folder: Path) -> ServiceConfig:
         """The service's configuration."""
         most = max(self.sessions)
-        cache = cache_tokens(most, CONTEXT, self.tokens)
-        return service_config(self.shape, folder, cache_tokens=cache, sessions=most, speculate=True)
+        return service_config(self.shape, folder, cache_tokens=self.cache, sessions=most, speculate=True)
+
+    def http_config(self) -> ServiceConfig:
+        """The configuration of the published models' service, with all roles on vLLM. Raises RealModelError."""
+        from cluster.real.study import service as real_service  # loads Ray, whose memory would count in other parts
+
+        args = real_service()["applications"][0]["args"]
+        for role, model in args["models"].items():
+            threads = self.threads if role == "target" else max(1, self.threads // 2)
+            own = {"engine": "vllm", "runtime_env": {"env_vars": thread_environment(threads)}}
+            args["models"][role] = model | own | {"cache_tokens": self.cache}
+        args["coordinator"] = {"max_sessions": max(self.sessions)}
+        return load_config(args | {"exchange": {"audit_every": 0}})
+
+    def comparisons(self, tokenizers: Mapping[Role, RoleTokenizer], suffix: str = "") -> list[Comparison]:
+        """A comparison without runs for each number of sessions."""
+        return [
+            Comparison(
+                self.shape.name + suffix,
+                [tasks(tokenizers, count, self.tokens, number) for number in range(self.rounds)],
+            )
+            for count in self.sessions
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +227,22 @@ def peer(worker: Worker, method: str) -> Way:
     return run
 
 
+def over_http(url: str, fields: dict[str, Any], processes: Sequence[int], client: Executor) -> Way:
+    """A way through a server. fields: of every request's body; processes: those that take part, for the memory."""
+
+    async def run(asked: Sequence[Task]) -> Measured:
+        bodies = [HTTP | fields | {"prompt": task.prompts["target"], "max_tokens": task.tokens} for task in asked]
+        for process in processes:
+            forget_peak(process)
+        streams = await asyncio.get_running_loop().run_in_executor(client, read_all, url, bodies)
+        seconds = max(stream.last for stream in streams) - min(stream.asked for stream in streams)
+        first_s = [stream.first - stream.asked for stream in streams]
+        decoded = Decoded([list(stream.ids) for stream in streams], seconds, first_s)
+        return Measured(decoded, sum(map(peak, processes)))
+
+    return run
+
+
 def in_turn(way: Way) -> Way:
     """The loop's way with a few of the tasks, other ones in each run."""
     turn = 0
@@ -211,22 +279,63 @@ async def measure(plan: Plan, done: Callable[[], None]) -> list[Comparison]:
     with tempfile.TemporaryDirectory() as name:
         config = plan.config(Path(name))
         tokenizers = load_tokenizers(config)
-        results = [
-            Comparison(
-                plan.shape.name, [tasks(tokenizers, count, plan.tokens, number) for number in range(plan.rounds)]
-            )
-            for count in plan.sessions
-        ]
+        results = plan.comparisons(tokenizers)
         async with launcher("processes", plan.threads) as launch, AsyncExitStack() as stack:
             running = await stack.enter_async_context(service(plan.shape, config, 0.0, plan.threads, launch))
             found = await ways(plan, running, launch)
-            for result in results:
-                await warm(found, result)
-            for number in range(plan.rounds):
-                for result in results:
-                    await round_of(found, result, number)
-                    done()
+            await all_rounds(found, results, plan.rounds, done)
     return results
+
+
+@contextmanager
+def http_ways(plan: Plan, config: ServiceConfig, context: int) -> Iterator[dict[str, Way]]:
+    """The ways over HTTP: of the service with this configuration, and of vLLM's server of its target.
+
+    context: most tokens of a request. Raises ServerFailed, LaunchError, TimeoutError.
+    """
+    from benchmarks.vllm_server import vllm_server  # load Ray
+    from cluster.launch import running_service
+
+    target = Path(config.models.target.path)
+    shape = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    cache_bytes = 2 * plan.cache * cache_bytes_per_token(shape, "float32")  # vLLM fills up groups of unlike layers
+    with (
+        running_service(config) as url,
+        vllm_server(target, NAME, context, cache_bytes, plan.threads) as (theirs, root),
+        ProcessPoolExecutor(1, get_context("spawn")) as client,
+    ):
+        await_answer(f"{url}/ready", READY_S)
+        their_processes = [root, *descendants(root)]
+        our_processes = [each for each in descendants(os.getpid()) if each not in their_processes]
+        alone = {"model": f"{config.name}/target", "speculation": {"drafts": 0}}
+        yield {
+            "vllm": over_http(theirs, {"model": NAME}, their_processes, client),
+            "target": over_http(url, alone, our_processes, client),
+            "guided": over_http(url, {"model": config.name, "guidance": {"alpha": 1.0}}, our_processes, client),
+        }
+
+
+def run_http(plan: Plan) -> list[Comparison]:
+    """All rounds of a plan over HTTP. Raises as `http_ways`."""
+    config = plan.http_config()
+    tokenizers = load_tokenizers(config)
+    results, context = plan.comparisons(tokenizers, "-http"), position_limit(config, "target", tokenizers["target"])
+    with http_ways(plan, config, context) as found, asyncio.Runner() as loop, progress(console()) as bar:
+        task = bar.add_task("rounds over HTTP", total=plan.rounds * len(plan.sessions))
+        loop.run(all_rounds(found, results, plan.rounds, lambda: bar.advance(task)))
+    return results
+
+
+async def all_rounds(
+    found: Mapping[str, Way], results: Sequence[Comparison], rounds: int, done: Callable[[], None]
+) -> None:
+    """Warm every way, then run the rounds of all results in turn."""
+    for result in results:
+        await warm(found, result)
+    for number in range(rounds):
+        for result in results:
+            await round_of(found, result, number)
+            done()
 
 
 async def warm(found: Mapping[str, Way], result: Comparison) -> None:
@@ -261,35 +370,49 @@ def table(guider: str, results: Sequence[Comparison]) -> Table:
     shown = Table("", *heads, title=f"the service and its peers; guider: {guider}")
     for name in dict.fromkeys(name for column in columns for name in column if name not in ("shape", "sessions")):
         values = [column.get(name) for column in columns]
-        if isinstance(values[0], dict):
-            for figure in values[0]:
+        if one := next((value for value in values if isinstance(value, dict)), None):
+            for figure in one:
                 shown.add_row(f"{name}: {figure}", *("" if each is None else f"{each[figure]:,}" for each in values))
         else:
             shown.add_row(name, *("" if each is None else str(each) for each in values))
     return shown
 
 
-def parse() -> argparse.Namespace:
+def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is compared (all)")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 8, 32], help="decoded together (1 8 32)")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens of each session (48)")
     parser.add_argument("--rounds", type=int, default=5, help="of every number of sessions (5)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of the target and of each peer (all cores)"
     )
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
-def main() -> None:
-    options = parse()
-    trio, sessions = real_trio(), tuple(options.sessions)
-    sizes = sessions, options.tokens, options.rounds, options.threads
-    results = run([Plan(trio.shape(family), *sizes, guided_peers=family == "same") for family in FAMILIES])
-    console().print(table(trio.adapter.name, results))
+def main(given: Sequence[str] | None = None) -> int:
+    options = parse(given)
+    trio, sizes = real_trio(), (tuple(options.sessions), options.tokens, options.rounds, options.threads)
+    parts, status = [part for part in PARTS if part in options.parts], 0
+    plans = {family: Plan(trio.shape(family), *sizes, guided_peers=family == "same") for family in FAMILIES}
+    alone = [plans[family] for family in FAMILIES if family in parts]
+    results = run(alone) if alone else []
+    if "http" in parts and not VLLM_PYTHON.exists():
+        console().print("skipped: http, since there is no vLLM: run `make venv-vllm`")
+    elif "http" in parts:
+        try:
+            results += run_http(plans["other"])
+        except (RuntimeError, TimeoutError) as error:  # the other parts are worth keeping
+            console().print(f"failed: http: {error}", markup=False)
+            status = 1
+    if results:
+        console().print(table(trio.adapter.name, results))
     settings = {key: value for key, value in vars(options).items() if key != "save"} | {"guider": trio.adapter.name}
     details = [settings, *(result.details() for result in results)]
-    publish("peers", [result.result() for result in results], options.save, details)
+    name = "_".join(["peers", *(parts if parts != list(PARTS) else ())])
+    publish(name, [result.result() for result in results], options.save, details)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

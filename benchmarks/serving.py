@@ -16,14 +16,12 @@ reaches without pauses. The last line is a JSON list with one object for each nu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 from rich.table import Table
 
@@ -36,7 +34,7 @@ from benchmarks.bare_application import PACED, UNPACED, Answers, BareApplication
 from benchmarks.cpu_time import busy_seconds
 from benchmarks.null_engine import NullEngine
 from benchmarks.results_file import arguments, console, progress, publish
-from benchmarks.sse_client import Stream, read_all
+from benchmarks.sse_client import Stream, await_answer, read_all
 from cluster.launch import running_service
 from tests.support.local_service import trio_config
 
@@ -170,7 +168,7 @@ def run(models: str, streams: Sequence[int], tokens: int, rounds: int, alpha: fl
     load = load_null if models == "null" else load_role
     with running_service(config, load=load) as url, progress(console()) as bar:
         bare = BareApplication(config)
-        _await_ready(url)
+        await_answer(f"{url}/ready", READY_S)
         task = bar.add_task("rounds", total=rounds * len(streams))
         return measure(url, bare.load, config.name, streams, tokens, rounds, alpha, lambda: bar.advance(task))
 
@@ -222,14 +220,6 @@ def _body(model: str, seed: int, tokens: int, alpha: float) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-
-
-def _await_ready(url: str) -> None:
-    until = time.monotonic() + READY_S
-    while httpx.get(f"{url}/ready").status_code != 200:
-        if time.monotonic() > until:
-            raise TimeoutError(f"the service at {url} was not ready within {READY_S:g} s")
-        time.sleep(0.1)
 
 
 def _ms(seconds: Sequence[float]) -> float:

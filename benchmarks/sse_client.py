@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,6 +17,7 @@ from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 import httptools
+import httpx
 import uvloop
 
 DEADLINE_S = 300.0  # of all streams of a round
@@ -35,6 +37,7 @@ class Stream:
     tokens: int
     messages: int
     chunks: tuple[bytes, ...] = ()  # the body as it came: one chunk of HTTP for each message of the application
+    ids: tuple[int, ...] = ()  # of its tokens, if the request sets return_token_ids
 
     @property
     def inter_token_s(self) -> float:
@@ -96,6 +99,7 @@ class StreamProtocol(asyncio.Protocol):
         if self.status != 200:
             raise StreamFailed(b"".join(body for _, body in self.bodies).decode())
         times: list[float] = []
+        ids: list[int] = []
         usage: dict[str, Any] | None = None
         rest = b""
         for at, body in self.bodies:
@@ -108,9 +112,11 @@ class StreamProtocol(asyncio.Protocol):
                     raise StreamFailed(chunk["error"]["message"])
                 usage = chunk.get("usage") or usage
                 times += [at] * bool(chunk["choices"])
+                ids += [token for choice in chunk["choices"] for token in choice.get("token_ids") or ()]
         if usage is None:
             raise StreamFailed("the stream ended without its usage")
-        return Stream(self.asked, times[0], times[-1], usage["completion_tokens"], len(times), self._chunks())
+        tokens = usage["completion_tokens"]
+        return Stream(self.asked, times[0], times[-1], tokens, len(times), self._chunks(), tuple(ids))
 
     def _chunks(self) -> tuple[bytes, ...]:
         parts = [body for _, body in self.bodies]
@@ -141,15 +147,32 @@ def read_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[Stream]:
         return runner.run(read_streams(url, bodies))
 
 
+def await_answer(url: str, within_s: float, ended: Callable[[], bool] = lambda: False) -> None:
+    """Wait until GET `url` answers with status 200.
+
+    ended: true once nothing will answer any more. Raises EOFError then, and TimeoutError after `within_s` seconds.
+    """
+    until = time.monotonic() + within_s
+    while True:
+        with suppress(httpx.TransportError):
+            if httpx.get(url).status_code == 200:
+                return
+        if ended():
+            raise EOFError(f"the process behind {url} has ended")
+        if time.monotonic() > until:
+            raise TimeoutError(f"{url} did not answer within {within_s:g} s")
+        time.sleep(0.1)
+
+
 def existing_protocol(protocol: StreamProtocol) -> StreamProtocol:
     """Protocol factory that returns an existing protocol."""
     return protocol
 
 
 def http_request(where: SplitResult, body: dict[str, Any]) -> bytes:
-    """The bytes of a chat request over HTTP. where: the base URL."""
+    """The bytes of a request over HTTP: a chat, or a completion if it has a `prompt`. where: the base URL."""
     content = json.dumps(body).encode()
-    path = where.path.rstrip("/") + "/v1/chat/completions"
+    path = where.path.rstrip("/") + ("/v1/completions" if "prompt" in body else "/v1/chat/completions")
     head = f"POST {path} HTTP/1.1\r\nHost: {where.netloc}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     return head.encode() + content

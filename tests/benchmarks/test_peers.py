@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from actors.api.generation import ROLES
 from actors.preflight import load_tokenizers
+from benchmarks import peers
 from benchmarks.baselines import Decoded, Task
-from benchmarks.peers import Comparison, Measured, Plan, Way, in_turn, round_of, table, tasks, warm, ways
+from benchmarks.peers import Comparison, Measured, Plan, Way, in_turn, over_http, round_of, table, tasks, warm, ways
 from benchmarks.shapes import SHAPES
 from benchmarks.workers import service
+from router.api import create_app
+from tests.support.local_backend import LocalBackend
 from tests.support.local_service import WEIGHTS
+from tests.support.scripted_service import serving
 from tests.support.workers import launch_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft triggers it
@@ -57,6 +67,58 @@ async def test_a_result_has_rates_times_memory_and_ratios(compared: tuple[dict[s
     other = Comparison("other", comparison.tasks, {name: comparison.runs[name] for name in ("target", "generate")})
     assert "guided_over_loop" not in other.result()
     assert table("sft", [comparison, other]).row_count == 6 * 3 + 4 + 2
+
+
+async def test_answers_over_http_are_those_of_the_coordinator(tmp_path: Path) -> None:
+    config = PLAN.config(tmp_path)
+    tokenizers = load_tokenizers(config)
+    asked = tasks(tokenizers, 3, PLAN.tokens, 0)
+    async with service(PLAN.shape, config, 0.0, 1, launch_here) as running:
+        backend: Any = LocalBackend(SimpleNamespace(coordinators=[running.coordinator]))  # type: ignore[arg-type]
+        async with serving(create_app(config, tokenizers, backend)) as url:
+            with ThreadPoolExecutor(1) as client:
+                target = over_http(url, {"model": f"{config.name}/target"}, [os.getpid()], client)
+                measured = await target(asked)
+        expected = await running.run("target", asked, 0.0)
+    assert measured.decoded.answers == expected.decoded.answers
+    assert 0 < max(measured.decoded.first_s) < measured.decoded.seconds
+    assert measured.memory > 50_000_000
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_over_http_every_role_is_on_vllm_with_the_peers_threads() -> None:
+    config = Plan(SHAPES["trio"], (2, 5), threads=4).http_config()
+    threads = [config.models.role(role).runtime_env["env_vars"]["OMP_NUM_THREADS"] for role in ROLES]
+    assert threads == ["4", "2", "2"]
+    assert {config.models.role(role).engine for role in ROLES} == {"vllm"}
+    assert config.coordinator.max_sessions == 5
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_without_vllm_its_part_is_skipped_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "VLLM_PYTHON", tmp_path / "python")
+    assert peers.main(["--parts", "http"]) == 0
+    shown = capsys.readouterr()
+    assert "make venv-vllm" in shown.err
+    assert shown.out == "[]\n"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_server_that_does_not_start_costs_no_other_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(plan: Plan) -> list[Comparison]:
+        raise RuntimeError("no port")
+
+    monkeypatch.setattr(peers, "VLLM_PYTHON", Path(sys.executable))
+    monkeypatch.setattr(peers, "run", lambda plans: [])
+    monkeypatch.setattr(peers, "run_http", fails)
+    assert peers.main([]) == 1
+    shown = capsys.readouterr()
+    assert "failed: http: no port" in shown.err
+    assert shown.out == "[]\n"
 
 
 def test_a_ratio_is_that_of_the_medians() -> None:

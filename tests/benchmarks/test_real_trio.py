@@ -7,16 +7,6 @@ import pytest
 from benchmarks.real_trio import FAMILIES, real_trio
 from benchmarks.shapes import service_config
 from cluster.real.models import ADAPTER, GEMMA3, SMOLLM2, RealModelError, real_folder
-from tests.support.local_service import WEIGHTS
-
-
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models where the published ones would have been fetched to."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real_folder().mkdir(parents=True)
-    for model in (SMOLLM2, GEMMA3):
-        (real_folder() / model.name).symlink_to(WEIGHTS / "guider_base")
 
 
 def test_without_the_models_the_message_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +15,7 @@ def test_without_the_models_the_message_says_how_to_get_them(tmp_path: Path, mon
         real_trio()
 
 
-@pytest.mark.usefixtures("models")
+@pytest.mark.usefixtures("stand_ins")
 def test_the_guider_is_its_base_with_the_trained_adapter(tmp_path: Path) -> None:
     for family, target in zip(FAMILIES, (SMOLLM2, GEMMA3), strict=True):
         config = service_config(real_trio().shape(family), tmp_path, cache_tokens=64, sessions=1, speculate=True)
