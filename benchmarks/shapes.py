@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 
 from actors.api.generation import ROLES, Role
 from actors.config import ServiceConfig, load_config
+from benchmarks.sizes import QWEN_1_5B, QWEN_32B, sizes
 from tests.support.local_service import WEIGHTS
 
 POSITIONS = 1 << 17
@@ -59,31 +60,13 @@ class Shape:
         return False
 
 
-def _sizes(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int) -> Sizes:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-    }
-
-
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", _sizes(2, 96, 128, 4, 2, 1_009), _sizes(1, 48, 64, 4, 2, 1_001)),
-        Shape("laptop", _sizes(12, 768, 3_072, 12, 4, 32_000), _sizes(4, 256, 1_024, 4, 2, 32_000)),
+        Shape("tiny", sizes(2, 96, 128, 4, 2, 1_009), sizes(1, 48, 64, 4, 2, 1_001)),
+        Shape("laptop", sizes(12, 768, 3_072, 12, 4, 32_000), sizes(4, 256, 1_024, 4, 2, 32_000)),
         Shape("trio", folders={role: WEIGHTS / role for role in ROLES}),
-        Shape(  # Qwen2.5-32B and Qwen2.5-1.5B
-            "qwen32b",
-            _sizes(64, 5_120, 27_648, 40, 8, 152_064),
-            _sizes(28, 1_536, 8_960, 12, 2, 151_936),
-            dtype="bfloat16",
-            device="cuda",
-            together=False,
-        ),
+        Shape("qwen32b", QWEN_32B, QWEN_1_5B, dtype="bfloat16", device="cuda", together=False),
     )
 }
 
