@@ -5,22 +5,36 @@ go back after rejected drafts, and rows are looked up again.
 
 Used of vLLM here and in `vllm_worker.py`, and nothing else (`tests/vllm/test_contract.py` has a test for each):
 
-    [1] vllm.engine.arg_utils      EngineArgs(...).create_engine_config()
+    [1] vllm.engine.arg_utils      EngineArgs(...).create_engine_config(): .compilation_config, .parallel_config,
+                                   .scheduler_config.max_num_seqs, .max_num_batched_tokens,
+                                   .model_config.max_model_len, .dtype, .get_vocab_size(), .device_config
     [2] vllm.v1.engine.core        EngineCore(config, executor_class, log_stats): loads the model, sizes and makes the
-                                   cache; of it only .model_executor and .shutdown() are used
+                                   cache, captures graphs; of it only .model_executor and .shutdown() are used
     [3] vllm.v1.executor           Executor.get_class(config), .collective_rpc(method, args=), and for ranks
                                    ExecutorWithExternalLauncher._distributed_args(), ._init_executor()
     [4] parallel_config.worker_extension_cls: a class that is mixed into the worker
-    [5] worker.model_runner        .model, .kv_cache_config, .kv_caches, .attn_groups, .device
-    [6] vllm.v1.kv_cache_interface KVCacheConfig.num_blocks, .kv_cache_groups[i].kv_cache_spec.block_size, .layer_names;
-                                   AttentionSpec
-    [7] vllm.v1.attention.backend  CommonAttentionMetadata(...)
-    [8] vllm.v1.worker.utils       AttentionGroup.build_metadata(common), .layer_names
-    [9] vllm.forward_context       set_forward_context(metadata, config, num_tokens=, slot_mapping=)
-   [10] a model                    forward(input_ids, positions, intermediate_tensors, inputs_embeds),
+    [5] worker.model_runner        .model, .kv_cache_config, .kv_caches, .attn_groups, .device;
+                                   Model Runner V2 only: .input_buffers, .block_tables, .cudagraph_manager
+    [6] vllm.v1.kv_cache_interface KVCacheConfig.num_blocks, .kv_cache_groups[i].kv_cache_spec.block_size; AttentionSpec
+    [7] vllm.v1.worker.gpu.attn_utils
+                                   build_attn_metadata(...), build_slot_mappings_by_layer(slots, kv_cache_config)
+    [8] vllm.v1.worker.gpu.input_batch
+                                   InputBuffers(sessions, tokens, device): .input_ids, .positions, .is_padding,
+                                   .query_start_loc, .seq_lens
+    [9] vllm.v1.worker.gpu.block_table
+                                   BlockTables.input_block_tables, .slot_mappings
+   [10] vllm.v1.worker.gpu.cudagraph_utils
+                                   ModelCudaGraphManager.dispatch(...), .run_fullgraph(batch), .run_pw_graph(model,
+                                   arguments); BatchExecutionDescriptor(cg_mode, num_tokens, num_reqs)
+   [11] vllm.forward_context       set_forward_context(metadata, config, num_tokens=, cudagraph_runtime_mode=,
+                                   batch_descriptor=, slot_mapping=, is_padding=); BatchDescriptor(num_tokens)
+   [12] a model                    forward(input_ids, positions, intermediate_tensors, inputs_embeds),
                                    compute_logits(hidden) -> [R, V]
-   [11] vllm.platforms             current_platform.device_type
-   [12] vllm.v1.worker.utils       copy_kv_cache_blocks_inplace(caches, num_blocks, pairs)
+   [13] vllm.v1.worker.utils       copy_kv_cache_blocks_inplace(caches, num_blocks, pairs)
+   [14] vllm.platforms             current_platform.device_type
+   [15] vllm.config, vllm.v1.attention.backends.utils
+                                   CUDAGraphMode.NONE, .PIECEWISE, .FULL; PAD_SLOT_ID
+   [16] VLLM_USE_V2_MODEL_RUNNER and the other variables that are set below
 """
 
 from __future__ import annotations
@@ -75,6 +89,9 @@ _CHECKED = -(1 << 40)  # session of `plain_logits`, which no user has
 _SHARED = Path("/dev/shm")  # noqa: S108 - Linux' folder of shared memory, which vLLM uses on CPUs
 LOAD_S = 1_800.0  # deadline of other roles that load on the same GPU
 _START_BYTES = 2 << 30  # that vLLM takes beside weights and cache, about
+# One graph for any mix of sessions. Where the attention back end cannot have that, vLLM makes it FULL_AND_PIECEWISE:
+# whole graphs for one token a session, and graphs of what is between attentions for the rest.
+GRAPHS = {"cudagraph_mode": "FULL"}
 
 
 def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = None) -> StepEngine[VllmRunner]:
@@ -213,6 +230,14 @@ def _options(source: ModelSource, config: Any, cache_tokens: int, size: int) -> 
     return options
 
 
+def _execution() -> dict[str, Any]:
+    """The arguments of vLLM's engine for how it runs a step: by CUDA graphs, or layer by layer on a CPU."""
+    if current_platform.device_type != "cuda":
+        return {"enforce_eager": True}
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # otherwise vLLM may take V1, whose graphs a step cannot replay
+    return {"compilation_config": GRAPHS}
+
+
 def _padding(layer_types: Sequence[str]) -> float:
     """Layers that vLLM's cache has room for, over those of the model: it fills up groups of unlike layers.
 
@@ -293,7 +318,6 @@ class VllmRunner:
     def __init__(self, path: str, cache_tokens: int, options: Mapping[str, Any]) -> None:
         arguments: dict[str, Any] = {
             "model": path,
-            "enforce_eager": True,
             "enable_prefix_caching": False,  # its scheduler is not used
             "async_scheduling": False,
             "block_size": BLOCK_TOKENS,
@@ -303,6 +327,7 @@ class VllmRunner:
             "worker_extension_cls": f"{StepWorker.__module__}.{StepWorker.__name__}",
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
+            **_execution(),
         }
         try:
             config = EngineArgs(**(arguments | dict(options))).create_engine_config()
@@ -332,14 +357,14 @@ class VllmRunner:
             raise LoadError(path, why, "Set engine: native, or cache_tokens to what it made.")
         self.cache = BlockCache(wanted, shape.size)
 
-    def forward(self, admitted: Sequence[Extend]) -> Tensor:
-        """See Runner.forward. What exceeds one step of vLLM takes several."""
+    def forward(self, admitted: Sequence[Extend], graphs: bool = True) -> Tensor:
+        """See Runner.forward. What exceeds one step of vLLM takes several. graphs: CUDA graphs are replayed."""
         if pairs := self.cache.copies():
             self._call("thinklogit_copy", args=(pairs,))
             self.cache.copied()
         parts: dict[int, list[Tensor]] = {extend.session: [] for extend in admitted}
         for pieces in _steps(admitted):
-            logits: Tensor | None = self._call("thinklogit_step", args=(self._step(pieces),))[0]
+            logits: Tensor | None = self._call("thinklogit_step", args=(self._step(pieces), graphs))[0]
             if logits is None:
                 continue
             for piece, rows in zip(pieces, torch.split(logits, [piece.rows for piece in pieces]), strict=True):
@@ -351,11 +376,11 @@ class VllmRunner:
         return count
 
     def plain_logits(self, tokens: Sequence[int]) -> list[Tensor]:
-        """See Runner.plain_logits. In vLLM, as the only session of a step, from fresh blocks."""
+        """See Runner.plain_logits. In vLLM, as the only session of a step, from fresh blocks and without graphs."""
         reserved = self.cache.reserve(_CHECKED, 0, len(tokens))
         assert reserved, "a model that is being loaded has an empty cache"
         try:
-            return [self.forward([Extend(_CHECKED, 0, 0, tokens, len(tokens), 0)])]
+            return [self.forward([Extend(_CHECKED, 0, 0, tokens, len(tokens), 0)], graphs=False)]
         finally:
             self.cache.drop(_CHECKED)
 

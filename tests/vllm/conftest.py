@@ -4,4 +4,5 @@ from __future__ import annotations
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_contract.py", "test_engine.py", "test_parallel.py"]
+TESTS = ("contract", "engine", "graphs", "parallel")
+collect_ignore = [] if importlib.util.find_spec("vllm") else [f"test_{name}.py" for name in TESTS]
