@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from actors.api.generation import Role
     from actors.replica.engine_thread import Engine
     from tests.support.local_ray import SharedRay
+    from tests.support.local_service import LoadEngine
 
 RAY = "ray"
 SHARED_RAY: pytest.StashKey[SharedRay] = pytest.StashKey()
@@ -67,11 +68,19 @@ def fresh_table_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture(scope="session")
-def trio_engines() -> Mapping[Role, Engine]:
+def load_engine() -> LoadEngine:
+    """Loads the engine of a role; `tests/vllm` has another, so that claims are tested on both engines."""
+    from actors.replica.build import load_role
+
+    return load_role
+
+
+@pytest.fixture(scope="session")
+def trio_engines(load_engine: LoadEngine) -> Mapping[Role, Engine]:
     """The trio's batch-invariant engines. They keep no session once a service has released it."""
     from tests.support.local_service import load_engines, trio_config
 
-    return load_engines(trio_config())
+    return load_engines(trio_config(), load_engine)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from actors.coordinator import session
 from actors.replica.engine_thread import Engine
 from tests.coordinator.test_logprobs import SAMPLED, normalised
 from tests.support.local_service import LocalService, decode, local_service, trio_config
+from tests.support.near_ties import rounding_varies, same
 from tests.support.oracle import Oracle
 from tests.support.trio import TEXT, finished, request
 from tests.support.watched import watched
@@ -37,6 +38,15 @@ async def notes_of(service: LocalService, one: Generate) -> list[PromptNote]:
     answer = await decode(service.coordinators[0], one)
     assert finished(answer).reason in ("stop", "length")
     return answer.prompt
+
+
+def same_scores(found: list[PromptNote], expected: list[PromptNote]) -> bool:
+    """True if prompts have equal scores; if the engine's rounding depends on the batch, equal but for that."""
+    return found == expected or (
+        rounding_varies()
+        and [note.id for note in found] == [note.id for note in expected]
+        and [note.logprob for note in found[1:]] == pytest.approx([note.logprob for note in expected[1:]], abs=CLOSE)
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.5])
@@ -63,7 +73,7 @@ async def test_a_prompt_is_scored_at_the_requests_alpha_whatever_its_warm_up(
     async with local_service(trio_config(), trio_engines) as service:
         one = scored(service)
         warm = replace(one, guidance=Guidance(1.0, warmup_tokens=50))
-        assert await notes_of(service, warm) == await notes_of(service, one)
+        assert same_scores(await notes_of(service, warm), await notes_of(service, one))
 
 
 async def test_scoring_a_prompt_changes_no_token_of_its_answer(trio_engines: Mapping[Role, Engine]) -> None:
@@ -74,10 +84,10 @@ async def test_scoring_a_prompt_changes_no_token_of_its_answer(trio_engines: Map
         ):
             bare = await decode(service.coordinators[0], replace(one, prompt_logprobs=None))
             asked = await decode(service.coordinators[0], one)
-            assert asked.tokens == bare.tokens
+            assert same(asked.tokens, bare.tokens)
             assert len(asked.tokens) > 5
             assert bare.prompt == []
-            assert asked.prompt == await notes_of(service, replace(one, only_prompt=True))
+            assert same_scores(asked.prompt, await notes_of(service, replace(one, only_prompt=True)))
 
 
 async def test_a_prompt_of_one_token_has_nothing_to_score(trio_engines: Mapping[Role, Engine]) -> None:
@@ -94,7 +104,8 @@ async def test_a_resumed_prompt_is_scored_from_where_it_stopped(trio_engines: Ma
         one = scored(service)
         whole = await notes_of(service, one)
         for scored_before in (1, 20, 33, len(whole)):
-            assert await notes_of(service, replace(one, resume=Resume(scored=scored_before))) == whole[scored_before:]
+            rest = await notes_of(service, replace(one, resume=Resume(scored=scored_before)))
+            assert same_scores(rest, whole[scored_before:])
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -106,7 +117,7 @@ async def test_a_cache_lost_in_the_middle_of_a_prompt_changes_no_score(
     with watched(trio_engines) as trio:
         trio.disturb(lambda engine: engine.forget_everything() if engine.forwards % 3 == 0 else None, role)
         async with local_service(trio_config(), trio.engines) as service:
-            assert await notes_of(service, scored(service)) == expected
+            assert same_scores(await notes_of(service, scored(service)), expected)
         assert trio.watched[role].forwards > -(-len(scored(service).prompts[role]) // session._ROWS)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +34,12 @@ def trio_config(**overrides: Any) -> ServiceConfig:
     return load_config({"version": 1, "name": "demo", "batch_invariant": True, "models": models} | overrides)
 
 
-def load_engines(config: ServiceConfig) -> dict[Role, Engine]:
+LoadEngine = Callable[[ServiceConfig, Role], Engine]
+
+
+def load_engines(config: ServiceConfig, load: LoadEngine = load_role) -> dict[Role, Engine]:
     """The engine of every role."""
-    return {role: load_role(config, role) for role in ROLES}
+    return {role: load(config, role) for role in ROLES}
 
 
 class LocalService:
