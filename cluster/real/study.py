@@ -21,35 +21,40 @@ SHORT = Path(__file__).parent / "configs" / "short.yaml"
 MODEL: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_tokens": 6_144, "max_position": 2_048}
 
 
-def service(adapter: Path = ADAPTER, root: Path | None = None) -> dict[str, Any]:
+def service(adapter: Path = ADAPTER, root: Path | None = None, engine: str = "auto") -> dict[str, Any]:
     """The content of a Serve config file: SmolLM2-135M-Instruct with an adapter of its guider guides Gemma 3 270M.
 
-    root: the folder of the real models. Raises RealModelError if a model or the adapter is missing.
+    root: the folder of the real models. engine: of every role. Raises RealModelError if a model or the adapter is
+    missing.
     """
     target, small = fetched(GEMMA3, root), fetched(SMOLLM2, root)
     if target is None or small is None:
         raise RealModelError("the real models are not here: `python -m cluster.real --fetch` brings them")
     if not (adapter / "adapter_config.json").is_file():
         raise RealModelError(f"{adapter} holds no adapter: `python -m cluster.real.train sft` trains one")
+    common = MODEL | {"engine": engine}
     models = {
-        "target": MODEL | {"path": str(target)},
-        "guider": MODEL | {"path": str(small), "adapter": str(adapter.resolve())},
-        "guider_base": MODEL | {"path": str(small)},
+        "target": common | {"path": str(target)},
+        "guider": common | {"path": str(small), "adapter": str(adapter.resolve())},
+        "guider_base": common | {"path": str(small)},
     }
     args = {"version": 1, "name": "real", "models": models, "coordinator": {"max_sessions": 32}}
     return {"applications": [{"name": "real", "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}]}
 
 
-def write_service(file: Path, adapter: Path = ADAPTER) -> None:
+def write_service(file: Path, adapter: Path = ADAPTER, engine: str = "auto") -> None:
     """Write the service's file. Raises RealModelError."""
-    text = yaml.safe_dump(service(adapter), sort_keys=False)
+    text = yaml.safe_dump(service(adapter, engine=engine), sort_keys=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# Written by `python -m cluster.real --service {file} --adapter {adapter}`.\n{text}", "utf-8")
+    command = f"python -m cluster.real --service {file} --adapter {adapter} --engine {engine}"
+    file.write_text(f"# Written by `{command}`.\n{text}", "utf-8")
 
 
-def evaluate_shortly(console: Console) -> dict[str, Any]:
+def evaluate_shortly(console: Console, engine: str = "auto") -> dict[str, Any]:
     """Run the short evaluation, and write its report. Returns the last line's object. Raises RealModelError."""
     evaluation = load_evaluation(SHORT)
-    write_service(evaluation.service)
+    if engine != "auto":
+        evaluation = evaluation.at(evaluation.run.with_name(f"{evaluation.run.name}-{engine}"))
+    write_service(evaluation.service, engine=engine)
     console.print(f"The evaluation of {SHORT.name}, which can be resumed: {evaluation.machine} (estimated)")
     return run(evaluation, console)

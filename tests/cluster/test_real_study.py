@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from actors.api.generation import ROLES
 from cluster.jobs.config import load_evaluation
 from cluster.jobs.jsonl import rows
 from cluster.jobs.workload import load_workload
@@ -41,8 +42,9 @@ def test_the_written_service_is_one_that_the_launcher_reads(fetched_models: Path
     file, adapter = tmp_path / "runs" / "service.yaml", tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").touch()
-    study.write_service(file, adapter)
+    study.write_service(file, adapter, "native")
     models = read_service_config(file).models
+    assert {models.role(role).engine for role in ROLES} == {"native"}
     assert models.target.path == str(fetched_models / GEMMA3.name)
     assert models.guider.path == models.guider_base.path == str(fetched_models / SMOLLM2.name)
     assert models.guider.adapter == str(adapter)
@@ -119,6 +121,9 @@ def test_the_short_evaluation_uses_a_service_file_that_it_writes(
     console = Console(file=io.StringIO())
     assert study.evaluate_shortly(console) == {"run": "short"}
     assert read_service_config(ran[0].service).models.guider.adapter == str(ADAPTER)
+    study.evaluate_shortly(console, "vllm")
+    assert read_service_config(ran[1].service).models.guider.engine == "vllm"
+    assert [evaluation.run.name for evaluation in ran] == ["short", "short-vllm"]
 
 
 def test_an_evaluation_without_the_models_is_refused(
