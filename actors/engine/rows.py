@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -92,20 +92,14 @@ class DeviceRows:
     def _places(self, rows: Sequence[int] | None) -> Sequence[RowLocation]:
         return self.places if rows is None else [self.places[row] for row in rows]
 
-    def at_positions(self, first: int, end: int) -> DeviceRows | None:
-        """The rows at positions from `first` to before `end`; None if there are none."""
-        begin, stop = max(first - self.position, 0), end - self.position
-        if begin >= min(stop, self.size):
-            return None
-        part = slice(begin, stop)
-        return DeviceRows(self.position + begin, self.hashes[part], self.places[part], self.batch_invariant, 0)
-
-    def joined_with(self, later: DeviceRows) -> DeviceRows:
-        """These rows and the `later` ones, if the later ones start directly behind; else only the later ones."""
-        if self.position + self.size != later.position:
-            return later
-        hashes, places = self.hashes + later.hashes, self.places + later.places
-        return DeviceRows(self.position, hashes, places, self.batch_invariant, later.fresh)
+    def behind(self, earlier: DeviceRows, keep: int) -> DeviceRows:
+        """These rows, and before them the last `keep` of the `earlier` ones that lie directly before them."""
+        end = self.position - earlier.position
+        if not 0 < end <= earlier.size:
+            return self
+        kept = slice(max(end - keep, 0), end)
+        hashes, places = earlier.hashes[kept] + self.hashes, earlier.places[kept] + self.places
+        return replace(self, position=earlier.position + kept.start, hashes=hashes, places=places)
 
 
 def beside_forwards(places: Sequence[RowLocation]) -> AbstractContextManager[object]:
@@ -279,14 +273,14 @@ class LogitsRowStore:
             for session in tuple(next(iter(self._sessions.values()))):
                 self.drop(session)
 
-    def hold(self, session: int, rows: DeviceRows, position: int = 0, keep: int = 0) -> None:
-        """Hold the rows that the newest forward made for a session, behind `keep` held rows directly before `position`.
+    def hold(self, session: int, rows: DeviceRows, position: int, keep: int = 0) -> None:
+        """Hold the rows that the newest forward made for a session.
 
-        If these do not lie directly before the new rows, none of them stays.
+        keep: held rows directly before `position` that stay, if the new ones begin there.
         """
         before = self._rows.get(session)
-        if before is not None and (stays := before.at_positions(position - keep, position)) is not None:
-            rows = stays.joined_with(rows)
+        if before is not None and rows.position == position:
+            rows = rows.behind(before, keep)
         self._rows[session] = rows
         for block in rows.blocks:
             self._sessions.setdefault(block, set()).add(session)

@@ -82,7 +82,7 @@ def _refuse_non_finite(engine: StepEngine[Any], rows: Iterable[Tensor], name: st
     """Raise LoadError for rows with NaN or infinite values, and name the first weight that has one."""
     if all(bool(each.isfinite().all()) for each in rows):
         return
-    if (weight := engine.non_finite_weight()) is not None:
+    if (weight := engine.runner.non_finite_weight()) is not None:
         why = f"its weights give logits that are not finite: {weight} holds NaN or infinite values"
         raise LoadError(name, why, "Download the checkpoint or adapter again, or train it again.")
     why = f"its logits are not finite in {str(engine.runner.dtype).removeprefix('torch.')}, though its weights are"

@@ -115,10 +115,6 @@ class StepEngine(Generic[R]):
         """See Runner.plain_logits."""
         return self.runner.plain_logits(tokens)
 
-    def non_finite_weight(self) -> str | None:
-        """See Runner.non_finite_weight."""
-        return self.runner.non_finite_weight()
-
     def close(self, session: int) -> None:
         """Drop a session's cache and its rows."""
         self._table.evict(session)

@@ -39,7 +39,6 @@ ALONE = {
     "check_batch",
     "check_extend",
     "check_health",
-    "non_finite_weight",
     "reduce",
     "rows",
     "shared",

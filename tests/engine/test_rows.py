@@ -135,12 +135,12 @@ def test_a_row_is_found_by_position_and_hash_together() -> None:
 def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
     store = LogitsRowStore(budget=8)
     block = RowBlock(torch.zeros(4, 4))
-    store.hold(1, rows_of(block, [0, 1]))
-    store.hold(2, rows_of(block, [2]))
-    store.hold(3, held(torch.zeros(2, 4)))
+    store.hold(1, rows_of(block, [0, 1]), 0)
+    store.hold(2, rows_of(block, [2]), 0)
+    store.hold(3, held(torch.zeros(2, 4)), 0)
     store.make_room(2)
     assert store.get(1) is not None
-    store.hold(4, held(torch.zeros(2, 4)))
+    store.hold(4, held(torch.zeros(2, 4)), 0)
     store.make_room(4)
     assert store.get(1) is None
     assert store.get(2) is None
@@ -151,8 +151,8 @@ def test_the_oldest_forwards_rows_go_when_the_budget_is_full() -> None:
 def test_a_forwards_memory_counts_until_its_last_session_drops_it() -> None:
     store = LogitsRowStore(budget=8)
     block = RowBlock(torch.zeros(8, 4))
-    store.hold(1, rows_of(block, [0]))
-    store.hold(2, rows_of(block, [1]))
+    store.hold(1, rows_of(block, [0]), 0)
+    store.hold(2, rows_of(block, [1]), 0)
     store.drop(1)
     assert store.size == 8
     store.drop(2)
@@ -162,19 +162,23 @@ def test_a_forwards_memory_counts_until_its_last_session_drops_it() -> None:
 
 def test_only_kept_rows_stay_with_newer_ones() -> None:
     store = LogitsRowStore(budget=16)
-    store.hold(1, held(torch.zeros(3, 4), position=10))
-    store.hold(1, held(torch.ones(1, 4), position=13), position=13, keep=2)
+    store.hold(1, held(torch.zeros(3, 4), position=10), 10)
+    store.hold(1, held(torch.ones(1, 4), position=13), 13, keep=2)
     rows = store.get(1)
     assert rows is not None
     assert (rows.position, rows.size, rows.fresh) == (11, 3, 1)
-    store.hold(1, held(torch.ones(1, 4), position=12), position=12, keep=5)  # 12 is taken back
+    store.hold(1, held(torch.ones(1, 4), position=12), 12, keep=5)  # 12 is taken back
     rows = store.get(1)
     assert rows is not None
     assert (rows.position, rows.size) == (11, 2)
-    store.hold(1, held(torch.ones(1, 4), position=13), position=13, keep=1)
+    store.hold(1, held(torch.ones(1, 4), position=13), 13, keep=1)
     assert store.size == 2, "the first forward, and the one of position 13 that was taken back, are let go"
-    store.hold(1, held(torch.ones(1, 4), position=20), position=20, keep=1)
+    store.hold(1, held(torch.ones(1, 4), position=20), 20, keep=1)
     rows = store.get(1)
     assert rows is not None
     assert (rows.position, rows.size, store.size) == (20, 1, 1)
+    store.hold(1, held(torch.ones(1, 4), position=21), 20, keep=1)  # a row of the last of two tokens
+    rows = store.get(1)
+    assert rows is not None
+    assert (rows.position, rows.size) == (21, 1)
     store.check()
