@@ -33,7 +33,9 @@ LAZY = {
     "actors.serve.model": {"actors.engine.parallel"},
 }
 # Modules of the engine that import no torch: its messages, errors and arithmetic on configs.
-WITHOUT_TORCH = tuple(f"actors.engine.{each}" for each in ("interface", "errors", "sizing", "compat", "weight_files"))
+WITHOUT_TORCH = tuple(
+    f"actors.engine.{each}" for each in ("interface", "errors", "memory", "sizing", "compat", "weight_files")
+)
 MAY_USE_TORCH = (
     "actors.engine",
     "cluster.demo.train",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actors.engine.attention import Span
 from actors.engine.inputs import Batch, Layout, upload
+from actors.engine.memory import GRAPHS
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ MAX_Q = (1, 4, 8)
 MAX_SEQUENCES = 64
 # Tokens held by a sequence: the kernel's host integer is frozen at capture.
 MAX_K = (1_024, 4_096, 16_384, 65_536, 262_144)
-MOST_CAPTURED = 64
 
 Compute = Callable[[Layout, Tensor, Sequence[Span]], Tensor]
 
@@ -92,12 +92,13 @@ class PlainRunner:
 class CapturedRunner:
     """Captures a bucket when it is first met and replays it afterwards; the least recently used graph goes first.
 
-    All graphs share one memory pool: a graph's output is copied before another is replayed.
+    All graphs share one memory pool, and those of as many rows one output: it is copied before another is replayed.
     """
 
-    def __init__(self, compute: Compute, device: torch.device, most: int = MOST_CAPTURED) -> None:
+    def __init__(self, compute: Compute, device: torch.device, most: int = GRAPHS) -> None:
         self._compute, self._device, self._most = compute, device, most
-        self._graphs: OrderedDict[Layout, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[Layout, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        self._outputs: dict[int, Tensor] = {}  # by number of rows
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, layout: Layout, numbers: list[int], spans: Sequence[Span]) -> Tensor:
@@ -106,13 +107,14 @@ class CapturedRunner:
         if captured is None:
             # Lazy initialisation (cuBLAS, the allocator) may not happen in a capture, and a capture computes nothing.
             logits = self._compute(layout, flat, spans)
+            self._outputs.setdefault(layout.rows, torch.empty_like(logits))
             self._capture(layout, flat, spans)
             return logits
         self._graphs.move_to_end(layout)
-        graph, inputs, output = captured
+        graph, inputs = captured
         inputs.copy_(flat, non_blocking=True)
         graph.replay()
-        return output
+        return self._outputs[layout.rows]
 
     def _capture(self, layout: Layout, inputs: Tensor, spans: Sequence[Span]) -> None:
         if len(self._graphs) >= self._most:
@@ -122,9 +124,9 @@ class CapturedRunner:
         try:
             # Other threads read rows on the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = self._compute(layout, inputs, spans)
+                self._outputs[layout.rows].copy_(self._compute(layout, inputs, spans))
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves the thread on the capture's, where nothing waits for look-ups
             self._graphs.clear()
             raise CaptureFailed(f"capturing {layout}: {error}") from error
-        self._graphs[layout] = graph, inputs, output
+        self._graphs[layout] = graph, inputs

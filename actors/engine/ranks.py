@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from actors.engine.errors import EngineError, LoadError
 from actors.engine.loader import ModelSource
-from actors.engine.rows import MAX_ROWS
+from actors.engine.memory import MAX_ROWS
 from actors.engine.shards import LOOPBACK
 
 log = logging.getLogger(__name__)

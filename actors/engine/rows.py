@@ -9,7 +9,6 @@ higher priority: it waits for the forwards that computed the rows, and not for t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,9 +22,8 @@ from torch import Tensor
 
 from actors.engine.inputs import upload
 from actors.engine.interface import TopKSlices
+from actors.engine.memory import MAX_ROWS, MIN_ROWS, REDUCED_ROWS, host_bytes
 
-MAX_ROWS = 4_096  # a session with drafts holds up to 9
-MIN_ROWS = 256  # for rows of any width, so that one extend can request so many
 _ROWS_SHARE = 1 / 32  # of the memory; three roles may share a device
 
 
@@ -169,18 +167,29 @@ def reduce_rows(
 
     If batch_invariant, each logsumexp runs over a copy of its row: vectorised kernels treat the last lanes of a
     *tensor* differently, so that a row's bits would depend on the rows around it. Top-k compares and does not round.
+
+    A GPU reduces REDUCED_ROWS rows at a time: each of their logits takes TOP_K_BYTES of its memory meanwhile.
     """
-    sums = log_sums(logits, batch_invariant)
-    tempered = sums
+    k, heat = min(k, logits.shape[-1]), None
     if temperatures is not None and any(temperature != 1 for temperature in temperatures):
         heat = upload(temperatures, logits.device, logits.dtype)
-        tempered = log_sums(logits / heat[:, None], batch_invariant)
-    k = min(k, logits.shape[-1])
     if logits.device.type == "cpu":
         values, ids = top_k(logits, k)
+        sums, tempered = _both_sums(logits, heat, batch_invariant)
         return TopKSlices(to_host(ids.to(torch.int32)), to_host(values), to_host(sums), to_host(tempered))
-    values, ids = top_k_on_device(logits, k)
-    return unpack_slices(to_host(pack_slices(ids, values, sums, tempered)), len(logits), k)
+    parts = []
+    for first in range(0, max(len(logits), 1), REDUCED_ROWS):
+        part = slice(first, first + REDUCED_ROWS)
+        values, ids = top_k_on_device(logits[part], k)
+        parts.append((ids, values, *_both_sums(logits[part], None if heat is None else heat[part], batch_invariant)))
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return unpack_slices(to_host(pack_slices(*columns)), len(logits), k)
+
+
+def _both_sums(logits: Tensor, heat: Tensor | None, batch_invariant: bool) -> tuple[Tensor, Tensor]:
+    """The logsumexp [R] of logits [R, V], and that of logits / heat; heat: [R], None for 1."""
+    sums = log_sums(logits, batch_invariant)
+    return sums, sums if heat is None else log_sums(logits / heat[:, None], batch_invariant)
 
 
 def log_sums(logits: Tensor, batch_invariant: bool) -> Tensor:
@@ -236,13 +245,14 @@ def unpack_slices(packed: NDArray[np.int32], rows: int, k: int) -> TopKSlices:
     return TopKSlices(ids.reshape(rows, k), logits.reshape(rows, k), *both)
 
 
-def row_budget(width: int, device: torch.device) -> int:
-    """Number of rows [width] float32 to hold on a device: MAX_ROWS, or fewer to fit a share of its memory."""
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(MIN_ROWS, min(MAX_ROWS, int(memory * _ROWS_SHARE) // (4 * width)))
+def row_budget(width: int, device: torch.device, most: int | None = None) -> int:
+    """Number of rows [width] float32 to hold on a device: `most`, or fewer to fit a share of its memory.
+
+    most: None for MAX_ROWS.
+    """
+    cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else host_bytes()
+    return max(MIN_ROWS, min(most or MAX_ROWS, int(memory * _ROWS_SHARE) // (4 * width)))
 
 
 class LogitsRowStore:

@@ -45,6 +45,19 @@ def weight_bytes(config: Mapping[str, Any], dtype: str = "auto") -> int:
     return count * _item_bytes(config, text, dtype)
 
 
+def hidden_widths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of one token in a hidden state and within a layer's MLP; of a mixture, in the experts that it takes."""
+    text = text_config(config)
+    hidden, experts = _first(text, "hidden_size", "n_embd"), _first(text, "num_experts_per_tok")
+    inner = _first(text, *(("moe_intermediate_size",) if experts else ()), "intermediate_size", "n_inner")
+    return hidden, max(experts, 1) * (inner or 4 * hidden)
+
+
+def row_width(config: Mapping[str, Any]) -> int:
+    """Logits in a row."""
+    return _first(text_config(config), "vocab_size")
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens of context that a model is built for, as vLLM derives them; None if its config.json does not say.
 

@@ -106,12 +106,15 @@ class Recorder:
         self.captures: list[Layout] = []
         self.replays = 0
         self.capturing: Recording | None = None
+        self.runner: CapturedRunner | None = None
 
     def run(self, layout: Layout, flat: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         output: torch.Tensor = self.compute(layout, flat, spans)
         if self.capturing is not None:
             self.captures.append(layout)
-            self.capturing.redo = lambda: output.copy_(self.compute(layout, flat, spans))
+            assert self.runner is not None
+            shared = self.runner._outputs[layout.rows]
+            self.capturing.redo = lambda: shared.copy_(self.compute(layout, flat, spans))
             output.zero_()  # a capture computes nothing
         return output
 
@@ -147,9 +150,8 @@ def test_a_graph_is_captured_once_a_bucket_and_replayed_on_new_inputs(
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the thread's")
-    engine.runner.graphs = GraphBuckets(
-        CapturedRunner(recorder.run, engine.runner.device, most), engine.runner.cache.trash
-    )
+    recorder.runner = CapturedRunner(recorder.run, engine.runner.device, most)
+    engine.runner.graphs = GraphBuckets(recorder.runner, engine.runner.cache.trash)
     for number, step in enumerate([*steps(), *list(steps())[1:]]):
         for run in (plain, replayed):
             run.engine.extend([run.make(session, tokens(count, 10 * number + session)) for session, count in step])
@@ -157,6 +159,8 @@ def test_a_graph_is_captured_once_a_bucket_and_replayed_on_new_inputs(
             torch.testing.assert_close(replayed.logits(session), plain.logits(session), rtol=1e-4, atol=1e-4)
     if most == 64:
         assert len(set(recorder.captures)) == len(recorder.captures) == recorder.replays == 5
+        rows = {layout.rows for layout in recorder.captures}
+        assert sum(len(output) for output in recorder.runner._outputs.values()) == sum(rows) < 2 * max(rows)
     else:
         assert len(recorder.captures) == 10  # five buckets in turn, of which two are kept
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from actors.engine.memory import MAX_ROWS, MIN_ROWS
 from actors.engine.rows import (
-    MAX_ROWS,
-    MIN_ROWS,
     DeviceRows,
     LogitsRowStore,
     RowBlock,

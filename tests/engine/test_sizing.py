@@ -54,7 +54,7 @@ def test_what_cannot_be_sized_is_an_error(config: dict[str, Any], dtype: str) ->
 
 def test_sizing_and_refusals_load_no_torch() -> None:
     code = (
-        "import sys, actors.engine, actors.engine.sizing, actors.engine.compat, actors.engine.interface; "
+        "import sys, actors.engine.memory, actors.engine.sizing, actors.engine.compat, actors.engine.interface; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=HANG_S).returncode == 0
