@@ -96,7 +96,7 @@ class ModelConfig(_Section):
     tool_parser: Literal["auto"] | ToolParserName = "auto"  # form of its tool calls; auto: by its chat template
     adapter: str | None = None  # a PEFT adapter: a folder or a hub id
     attention: Literal["auto", "flash", "per_session", "gathered"] = "auto"  # auto: by device and dtype
-    cache_tokens: int = Field(65_536, ge=64)  # tokens that the KV cache holds, for all sessions together
+    cache_tokens: int | Literal["auto"] = 65_536  # tokens of the KV cache, of all sessions; auto: measured at load
     prefill_chunk: int = Field(2_048, ge=1)  # most prompt tokens in one forward
     max_position: int | None = Field(None, ge=1)  # tokens per session; None: as the checkpoint says
     num_cpus: float = Field(0.2, ge=0)
@@ -105,6 +105,19 @@ class ModelConfig(_Section):
     label_selector: dict[str, str] = {}  # labels that its Ray node must have
     runtime_env: dict[str, Any] = {}  # Ray's, of its replicas, such as image_uri
     replicas: ModelReplicas = ModelReplicas(min=1, max=1)
+
+    @field_validator("cache_tokens", mode="before")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 64):
+            raise ValueError("it must be auto, or a whole number of at least 64")
+        return value
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.cache_tokens == "auto" and self.device_map is not None:
+            raise ValueError("cache_tokens: auto measures one GPU, and device_map may use several: set a number")
+        return self
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -172,6 +185,11 @@ class CoordinatorConfig(_Section):
     num_cpus: float = Field(0.2, ge=0)
     replicas: RequestReplicas = RequestReplicas(min=1, max=1)
     label_selector: dict[str, str] = {}
+
+    @property
+    def most_sessions(self) -> int:
+        """Sessions that all coordinators decode together, at most."""
+        return self.max_sessions * self.replicas.max
 
     @property
     def target_ongoing(self) -> float:
@@ -346,6 +364,11 @@ class ServiceConfig(_Section):
         """A copy with another target model."""
         target = self.models.target.model_copy(update={"path": path})
         return self.model_copy(update={"models": self.models.model_copy(update={"target": target})})
+
+    def with_cache(self, role: Role, tokens: int) -> Self:
+        """A copy whose role has a cache of so many tokens."""
+        model = self.models.role(role).model_copy(update={"cache_tokens": tokens})
+        return self.model_copy(update={"models": self.models.model_copy(update={role: model})})
 
     def with_engine(self, engine: Literal["native", "vllm"]) -> Self:
         """A copy whose target runs on this engine."""

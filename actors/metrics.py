@@ -83,6 +83,7 @@ METRICS = {
             ("state",),
         ),
         Metric("thinklogit_cache_used_ratio", "gauge", "Used share of a model's KV cache, 0 to 1", ("role",)),
+        Metric("thinklogit_cache_tokens", "gauge", "Tokens that a model's KV cache holds", ("role",)),
         Metric("thinklogit_extends_waiting", "gauge", "Extends that are queued or running at a model", ("role",)),
         # Faults. None of them changes a token of an answer.
         Metric("thinklogit_reprefills", "counter", "Lost caches of sessions, whose tokens were sent again", ("role",)),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from actors.api.generation import ROLES, Role
 from actors.config import VLLM_VERSION, ConfigError, ModelConfig, ServiceConfig, recommended_sampling
 from actors.decoding.cross_vocab.translators import Alignment
+from actors.engine.memory import AutoCache
 from actors.text.chat_template import ChatTemplateError
 from actors.text.token_bytes import UnsupportedTokenizer
 from actors.text.tokenizer import RoleTokenizer, TokenizerError
@@ -148,17 +149,40 @@ def _installed(environment: Path | None) -> set[str]:
 
 
 def position_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
-    """Most tokens of one session: the configured limit, else the model's own; never more than the cache holds."""
+    """Most tokens of one session: the configured limit, else the model's own; never more than the cache holds.
+
+    A measured cache holds the longest session. Raises ConfigError if nothing says how long that is.
+    """
     model = config.models.role(role)
-    built_for = model.max_position or tokenizer.max_position or model.cache_tokens
-    return min(built_for, model.cache_tokens)
+    built_for = model.max_position or tokenizer.max_position
+    if model.cache_tokens != "auto":
+        return min(built_for or model.cache_tokens, model.cache_tokens)
+    if built_for is None:
+        message = "auto needs the model's context length, which its config.json does not state: set max_position"
+        raise ConfigError(f"models.{role}.cache_tokens: {message}")
+    return built_for
+
+
+def longest_session(config: ServiceConfig, role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> int:
+    """Tokens of one session that the role's cache must hold: with `beyond_context: continue`, of one of the target."""
+    beyond = config.beyond_context == "continue" and role in SMALL_ROLES
+    return max(position_limit(config, each, tokenizers[each]) for each in ("target", role) if beyond or each == role)
+
+
+def auto_cache(config: ServiceConfig, role: Role, tokenizers: Mapping[Role, RoleTokenizer]) -> AutoCache:
+    """What an engine has to know to measure the tokens of a role's cache. tokenizers: of the role and the target."""
+    model, sessions = config.models.role(role), config.coordinator.most_sessions
+    longest = longest_session(config, role, tokenizers)
+    return AutoCache(min(model.num_gpus or 1.0, 1.0), sessions, longest, model.prefill_chunk)
 
 
 def session_limit(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> int:
     """Most tokens that a replica computes for one session. With `beyond_context: continue` a small model may exceed its
-    position limit."""
+    position limit. The size of the role's cache must be known."""
     if config.beyond_context == "continue" and role in SMALL_ROLES:
-        return config.models.role(role).cache_tokens
+        cache_tokens = config.models.role(role).cache_tokens
+        assert cache_tokens != "auto"
+        return cache_tokens
     return position_limit(config, role, tokenizer)
 
 

@@ -83,6 +83,7 @@ class ModelWorker(PeakMemory):
 def build_engine(shape: Shape, role: Role, agreement: float, config: ServiceConfig, threads: int) -> Engine:
     """The engine of a role: a simulated one, the trio's, or one with dummy weights of the shape."""
     cache_tokens = config.models.role(role).cache_tokens
+    assert cache_tokens != "auto", "benchmarks.shapes states it"
     if isinstance(shape, TimedShape):
         return TimedEngine(shape, role, agreement, cache_tokens)
     import torch

@@ -50,7 +50,9 @@ WARM_TOKENS = 16
 def load_null(config: ServiceConfig, role: Role, report: Callable[[LoadProgress], None], start: object) -> Engine:
     """An engine that computes nothing, as wide as the role's vocabulary."""
     model = config.models.role(role)
-    return NullEngine(RoleTokenizer.load(model.path).width, role, model.cache_tokens)
+    return NullEngine(
+        RoleTokenizer.load(model.path).width, role, 1 << 20 if model.cache_tokens == "auto" else model.cache_tokens
+    )
 
 
 @dataclass(slots=True)

@@ -91,7 +91,7 @@ def examine(
     found = [*old_keys, *findings(config, tokenizers)]
     estimates: list[Estimate] = []
     for role in ROLES:
-        costs, missing = estimate(config, role, tokenizers[role])
+        costs, missing = estimate(config, role, tokenizers)
         estimates.append(costs)
         found += missing
     broken = {finding.role for finding in found if finding.severity == "error"}

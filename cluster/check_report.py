@@ -34,7 +34,7 @@ def show_findings(console: Console, found: Sequence[Finding]) -> None:
 
 
 def costs_table(estimates: Sequence[Estimate]) -> Table:
-    """For each role: weights, dtype, cache, positions, and the sessions that the configured cache holds."""
+    """For each role: weights, dtype, cache, positions, and the sessions that the cache holds at least."""
     table = Table()
     table.add_column("")
     for costs in estimates:
@@ -44,7 +44,8 @@ def costs_table(estimates: Sequence[Estimate]) -> Table:
         "weights": lambda costs: size(costs.weights_bytes) + ("" if costs.here else " (not here)"),
         "dtype": lambda costs: costs.dtype,
         "cache per token": lambda costs: size(costs.cache_token_bytes),
-        "cache": lambda costs: f"{costs.cache_tokens:,} tokens, {size(costs.cache_bytes)}",
+        "cache": _cache,
+        "beside, on a GPU": lambda costs: size(costs.reserve.total),
         "positions": lambda costs: f"{costs.position_limit:,}",
         "GPUs": lambda costs: costs.share,
         "sessions x context": lambda costs: _sessions(costs.cache_tokens, costs.position_limit),
@@ -64,6 +65,11 @@ def fit_table(estimates: Sequence[Estimate], gpu: int) -> Table:
             tokens = costs.fitting_tokens(gpu)
             table.add_row(costs.role, costs.share, f"{tokens:,}", _sessions(tokens, costs.position_limit))
     return table
+
+
+def _cache(costs: Estimate) -> str:
+    least = "auto, at least " if costs.measured else ""
+    return f"{least}{costs.cache_tokens:,} tokens, {size(costs.cache_bytes)}"
 
 
 def _sessions(tokens: int, limit: int) -> str:

@@ -14,20 +14,20 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
+from actors.engine.memory import USABLE, Reserve, estimated_reserve
 from actors.engine.sizing import cache_bytes_per_token, weight_bytes
 from actors.engine.weight_files import INDEX, SINGLE, WeightsError, cached_folder, ignored_shards
-from actors.preflight import Finding, position_limit
+from actors.preflight import Finding, auto_cache, position_limit
 from actors.text.tokenizer import RoleTokenizer
 from cluster.weights import Weights, local_weights, remote_bytes
-
-USABLE = 0.92  # share of a GPU's memory; the rest is the CUDA context, activations and rows in flight
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """The memory that one replica of a role needs. Weights and cache are sums over its tensor-parallel ranks.
 
-    here: True if the weights are on this machine. gpus: GPUs of one rank, a fraction if roles share one.
+    here: True if the weights are on this machine. cache_tokens: where they are measured at load, those of the longest
+    session. gpus: GPUs of one rank, a fraction if roles share one. reserve: of each rank on a GPU.
     """
 
     role: Role
@@ -39,7 +39,9 @@ class Estimate:
     cache_tokens: int
     position_limit: int
     gpus: float
+    reserve: Reserve
     ranks: int = 1  # of tensor_parallel
+    measured: bool = False  # cache_tokens: auto
 
     @property
     def cache_bytes(self) -> int:
@@ -52,12 +54,17 @@ class Estimate:
         return f"{self.gpus:g}" if self.ranks == 1 else f"{self.ranks} x {self.gpus:g}"
 
     def fitting_tokens(self, gpu_bytes: int) -> int:
-        """Cache tokens that fit beside the weights if each GPU has `gpu_bytes`."""
-        room = int(self.ranks * self.gpus * gpu_bytes * USABLE) - self.weights_bytes
-        return max(0, room // max(1, self.cache_token_bytes))
+        """Cache tokens that fit beside the weights and the reserve if each GPU has `gpu_bytes`."""
+        return max(0, (self.room(gpu_bytes) - self.weights_bytes) // max(1, self.cache_token_bytes))
+
+    def room(self, gpu_bytes: int) -> int:
+        """Bytes for weights and cache if each GPU has `gpu_bytes`."""
+        return self.ranks * (int(self.gpus * gpu_bytes * USABLE) - self.reserve.total)
 
 
-def estimate(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> tuple[Estimate, list[Finding]]:
+def estimate(
+    config: ServiceConfig, role: Role, tokenizers: Mapping[Role, RoleTokenizer]
+) -> tuple[Estimate, list[Finding]]:
     """The costs of a role, and findings about its files."""
     model = config.models.role(role)
     settings = _model_config(model)
@@ -69,20 +76,23 @@ def estimate(config: ServiceConfig, role: Role, tokenizer: RoleTokenizer) -> tup
     except ValueError as error:
         token_bytes = 0
         found.append(Finding("error", role, f"{model.path}: {error}"))
-    limit = position_limit(config, role, tokenizer)
+    limit, auto = position_limit(config, role, tokenizers[role]), auto_cache(config, role, tokenizers)
+    measured = model.cache_tokens == "auto"
+    tokens = auto.longest if model.cache_tokens == "auto" else model.cache_tokens
     shown = stored_dtype if dtype == "auto" else dtype
-    costs = Estimate(role, model.path, here, size, shown, token_bytes, model.cache_tokens, limit, model.num_gpus)
-    return replace(costs, ranks=model.tensor_parallel), found
+    reserve = estimated_reserve(settings, auto)
+    costs = Estimate(role, model.path, here, size, shown, token_bytes, tokens, limit, model.num_gpus, reserve)
+    return replace(costs, ranks=model.tensor_parallel, measured=measured), found
 
 
 def memory_findings(estimates: Sequence[Estimate], gpus: Sequence[int]) -> list[Finding]:
-    """An error for each role whose weights and cache exceed its share of the GPUs, whose bytes `gpus` lists."""
+    """An error for each role that needs more than its share of the GPUs, whose bytes `gpus` lists."""
     found = []
     for costs in estimates if gpus else ():
         if not costs.gpus:
             continue
         gpu = min(gpus)
-        room = int(costs.ranks * costs.gpus * gpu * USABLE)
+        room = costs.room(gpu)
         if costs.weights_bytes + costs.cache_bytes > room:
             found.append(
                 Finding(
@@ -90,7 +100,8 @@ def memory_findings(estimates: Sequence[Estimate], gpus: Sequence[int]) -> list[
                     costs.role,
                     f"{size(costs.weights_bytes)} of weights and {costs.cache_tokens:,} tokens x "
                     f"{size(costs.cache_token_bytes)} = {size(costs.cache_bytes)} of cache exceed its share of "
-                    f"{size(room)} ({costs.share} x {size(gpu)} x {USABLE}); " + _remedy(costs.fitting_tokens(gpu)),
+                    f"{size(room)} ({costs.share} x {size(gpu)} x {USABLE}, less {costs.reserve}); "
+                    + _remedy(costs, costs.fitting_tokens(gpu)),
                 )
             )
     return found
@@ -131,10 +142,11 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-def _remedy(tokens: int) -> str:
+def _remedy(costs: Estimate, tokens: int) -> str:
     if tokens < 64:
         return "raise its num_gpus, or use quantization"
-    return f"lower cache_tokens to {tokens:,}, or raise its num_gpus"
+    key = "max_position" if costs.measured else "cache_tokens"
+    return f"lower {key} to {tokens:,}, or raise its num_gpus"
 
 
 def _weights(model: ModelConfig, role: Role, dtype: str) -> tuple[bool, int, str, list[Finding]]:

@@ -35,7 +35,7 @@ def context_limits(
     """The limits of a session with these roles.
 
     A small role's positions are a limit only if `beyond_context` is "error". A role's cache is a limit in every mode
-    in which the role continues to run.
+    in which the role continues to run. A measured one holds every session of its positions, and coordinators know it.
     """
     found = []
     for role in roles:
@@ -43,7 +43,7 @@ def context_limits(
         positions = model.max_position or tokenizers[role].max_position
         if positions is not None and (role == primary or service.beyond_context == "error"):
             found.append(ContextLimit(role, positions, "positions of its model"))
-        if role == primary or service.beyond_context != "stop_guidance":
+        if model.cache_tokens != "auto" and (role == primary or service.beyond_context != "stop_guidance"):
             found.append(ContextLimit(role, model.cache_tokens, "tokens of its cache"))
     return found
 

@@ -107,6 +107,7 @@ async def test_prompts_count_as_prefills_and_several_sessions_as_one_batch() -> 
         seen = found(s.replica.measured())
         assert (seen["thinklogit_steps", "guider", "prefill"], seen["thinklogit_steps", "guider", "extend"]) == (1, 1)
         assert seen["thinklogit_batched_sessions", "guider", "extend"] == 3
+        assert seen["thinklogit_cache_tokens", "guider"] == 1_000
         assert seen["thinklogit_cache_used_ratio", "guider"] == s.engine.cache_stats().tokens_used / 1_000 > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from actors import preflight
 from actors.api.generation import ROLES, Role
 from actors.config import VLLM_VERSION, ConfigError, ModelConfig, ServiceConfig, load_config
+from actors.engine.memory import AutoCache
 from actors.preflight import (
     Finding,
     _tools,
+    auto_cache,
     engine_of,
     findings,
     load_tokenizers,
@@ -74,6 +77,27 @@ def test_only_small_models_with_continue_may_pass_their_position_limit() -> None
     assert session_limit(config, "guider", tokenizers["guider"]) == cache
     assert session_limit(config, "target", tokenizers["target"]) < cache
     assert session_limit(trio(), "guider", tokenizers["guider"]) < cache
+
+
+def test_a_measured_cache_holds_the_longest_session_that_the_service_allows() -> None:
+    args = trio_args()
+    args["models"]["target"] |= {"cache_tokens": "auto", "max_position": 300}
+    args["models"]["guider"] |= {"cache_tokens": "auto", "max_position": 200, "num_gpus": 0.25, "prefill_chunk": 99}
+    args["coordinator"] = {"max_sessions": 5, "replicas": {"max": 3}}
+    for beyond, longest in (("error", 200), ("continue", 300)):
+        config = load_config(args | {"beyond_context": beyond})
+        tokenizers = load_tokenizers(config)
+        assert position_limit(config, "guider", tokenizers["guider"]) == 200
+        assert auto_cache(config, "guider", tokenizers) == AutoCache(0.25, 15, longest, 99)
+        assert auto_cache(config, "target", tokenizers) == AutoCache(1.0, 15, 300, 2_048)
+
+
+def test_a_measured_cache_needs_a_context_length() -> None:
+    args = trio_args()
+    args["models"]["guider"]["cache_tokens"] = "auto"
+    tokenizer: Any = SimpleNamespace(max_position=None)
+    with pytest.raises(ConfigError, match=r"models\.guider\.cache_tokens: auto needs .*: set max_position"):
+        position_limit(load_config(args), "guider", tokenizer)
 
 
 def test_errors_sort_before_warnings_and_notes() -> None:

@@ -56,6 +56,17 @@ class KVPool:
         """So many rows, rounded up to whole units."""
         return self.extents.round(tokens)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one row of all layers."""
+        return sum(pool[0].nbytes for pools in self.layers.values() for pool in pools)
+
+    def resize(self, tokens: int) -> None:
+        """Free an empty pool's tensors; the next writes make them with so many rows."""
+        assert not self.caches, "sessions would lose their rows"
+        self.extents = Extents(tokens, self.extents.unit)
+        self.layers.clear()
+
     def sessions(self) -> Collection[int]:
         """The sessions that have an extent."""
         return self.caches.keys()

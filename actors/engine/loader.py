@@ -17,13 +17,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from actors.engine.cache_fitting import fit_cache
 from actors.engine.checkpoint import must_hold, refuse_tensors, verify_adapter, verify_checkpoint
 from actors.engine.compat import refuse_config
+from actors.engine.devices import loading_alone
 from actors.engine.dummy import dummy_model
 from actors.engine.errors import LoadError, first_line
+from actors.engine.memory import AutoCache
 from actors.engine.native_runner import NativeEngine, NativeRunner
 from actors.engine.paging import page_out
 from actors.engine.quantization import quantization_config
+from actors.engine.rows import row_budget
 from actors.engine.selfcheck import verify_engine
 from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import StepEngine
@@ -95,20 +99,30 @@ Report = Callable[[LoadProgress], None]
 
 def load_engine(
     source: ModelSource,
-    cache_tokens: int,
+    cache_tokens: int | AutoCache,
     *,
     batch_invariant: bool = False,
     backend: str | None = None,
     max_held_rows: int | None = None,
     report: Report | None = None,
 ) -> NativeEngine:
-    """Load a model, make its engine and compare it with a plain forward. Raises LoadError if any of these fails."""
+    """Load a model, make its engine and compare it with a plain forward. Raises LoadError if any of these fails.
+
+    max_held_rows: logits rows in memory for look-ups, at most; see `row_budget`.
+    """
     began = time.monotonic()
-    loaded = load_model(source, report)
-    runner = NativeRunner(loaded.model, cache_tokens, batch_invariant=batch_invariant, backend=backend)
-    engine = StepEngine(runner, max_held_rows)
-    report_progress(report, source, began, "check", loaded.bytes)
-    verify_engine(engine, source.path)
+    device = "cpu" if source.device_map is not None else _device(source)  # it may use several GPUs
+    with loading_alone(torch.device(device), source.path):
+        loaded = load_model(source, report)
+        with _errors_explained(source):
+            first = cache_tokens if isinstance(cache_tokens, int) else cache_tokens.least
+            runner = NativeRunner(loaded.model, first, batch_invariant=batch_invariant, backend=backend)
+            rows = row_budget(runner.width, runner.device, max_held_rows)
+            if isinstance(cache_tokens, AutoCache):
+                fit_cache(runner, cache_tokens, rows, source.path)
+        engine = StepEngine(runner, rows)
+        report_progress(report, source, began, "check", loaded.bytes)
+        verify_engine(engine, source.path)
     if runner.packed_linears:
         for parameter in loaded.model.parameters():  # the check has read them; what is left is embeddings and small
             page_out(parameter)

@@ -89,15 +89,26 @@ class NativeRunner:
         self._attention = StepAttention(self.cache, choose_backend(model.device, model.dtype, backend))
         weakref.finalize(self, self._attention.unregister)
         model.set_attn_implementation(self._attention.name)
-        self.graphs: GraphBuckets | None = None
-        self.width = int(self._forward(Batch([0], [0], [self.cache.trash], [], [0])).shape[-1])  # also makes the pools
-        self.graphs = self._graphs(graphs)  # a capture needs the pools
+        self._wants_graphs = graphs
+        self.width = self._make_pools()
         self.layers = len(self.cache.layers)  # layers with attention
         self.hidden_layers = int(model.config.get_text_config().num_hidden_layers)
         self.heads = int(model.config.get_text_config().num_attention_heads)  # of queries
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.devices: Sequence[str] = (device_name(model.device),)
+
+    def resize(self, cache_tokens: int) -> None:
+        """Give the runner, which has no sessions, a cache of another size."""
+        self.cache.resize(cache_tokens)
+        self._make_pools()
+
+    def _make_pools(self) -> int:
+        """Make the cache's tensors, and the graphs that use them. Returns the number of logits in a row."""
+        self.graphs: GraphBuckets | None = None
+        width = int(self.run(Batch([0], [0], [self.cache.trash], [], [0])).shape[-1])
+        self.graphs = self._graphs(self._wants_graphs)
+        return width
 
     @property
     def attention(self) -> AttentionBackend:
@@ -160,9 +171,9 @@ class NativeRunner:
                 spans += [Span(first + i, 1, start, extend.position + i + 1) for i in range(count)]
             else:
                 spans.append(Span(first, count, start, extend.end))
-        return self._forward(Batch(ids, positions, write, spans, keep))
+        return self.run(Batch(ids, positions, write, spans, keep))
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch) -> Tensor:
         """Logits [R, V] float32 of the tokens to keep; R and T are padded in batch_invariant mode."""
         if self.graphs is not None:
             logits = self.graphs.run(batch)

@@ -201,12 +201,16 @@ def _loaded(recipe: Recipe, rank: int, report: Report | None = None) -> Callable
 
         runner = load_runner(recipe.source, recipe.cache_tokens, report, rank=rank)  # together, too
         return lambda: runner
+    cache_tokens = recipe.cache_tokens
+    if not isinstance(cache_tokens, int):
+        out = "Set cache_tokens: to a number, or engine: vllm."
+        raise LoadError(recipe.source.path, "cache_tokens: auto does not measure ranks of the native engine", out)
     model = load_model(recipe.source, report).model
 
     def build() -> Runner:
         digest = model_digest(model)
         use_local_shares(model)
-        return NativeRunner(model, recipe.cache_tokens, backend=recipe.backend, digest=digest)
+        return NativeRunner(model, cache_tokens, backend=recipe.backend, digest=digest)
 
     return build
 

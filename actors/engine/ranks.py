@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from actors.engine.errors import EngineError, LoadError
 from actors.engine.loader import ModelSource
-from actors.engine.memory import MAX_ROWS
+from actors.engine.memory import MAX_ROWS, AutoCache
 from actors.engine.shards import LOOPBACK
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Recipe:
     """The data from which every rank builds its share of an engine."""
 
     source: ModelSource
-    cache_tokens: int
+    cache_tokens: int | AutoCache
     backend: str | None = None
     engine: Literal["native", "vllm"] = "native"
     max_held_rows: int = MAX_ROWS  # not by memory: admission hangs on it and must be the same at every rank

@@ -40,7 +40,7 @@ Used of vLLM here and in `vllm_worker.py`, and nothing else (`tests/vllm/test_co
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import logging
 import math
 import os
 import secrets
@@ -72,35 +72,41 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from actors.config import VLLM_VERSION
 from actors.engine.block_cache import BlockCache
-from actors.engine.devices import device_name
+from actors.engine.devices import LOAD_S, loading_alone
 from actors.engine.digest import files_digest, non_finite_tensor
 from actors.engine.errors import LoadError, StepFailed, first_line
 from actors.engine.interface import Extend
 from actors.engine.loader import ModelSource, Report, load_model, report_progress, stored_bytes, verified_config
+from actors.engine.memory import GIB, USABLE, AutoCache, fitting_tokens, held_rows, host_tokens, reserve
+from actors.engine.rows import row_budget
 from actors.engine.selfcheck import verify_engine
-from actors.engine.sizing import cache_bytes_per_token, context_length, text_config
+from actors.engine.sizing import cache_bytes_per_token, context_length, row_width, text_config
 from actors.engine.step_engine import StepEngine
 from actors.engine.vllm_worker import CacheShape, Step, StepWorker
 from actors.engine.weight_files import cached_folder, weight_files
+
+log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 32  # of a block of the cache; the CPU's kernels take no smaller one
 STEP_SESSIONS, STEP_TOKENS = 256, 4_096  # most of one forward: vLLM sizes its buffers by them
 _CHECKED = -(1 << 40)  # session of `plain_logits`, which no user has
 _SHARED = Path("/dev/shm")  # noqa: S108 - Linux' folder of shared memory, which vLLM uses on CPUs
-LOAD_S = 1_800.0  # deadline of other roles that load on the same GPU
 _START_BYTES = 2 << 30  # that vLLM takes beside weights and cache, about
 # One graph for any mix of sessions. Where the attention back end cannot have that, vLLM makes it FULL_AND_PIECEWISE:
 # whole graphs for one token a session, and graphs of what is between attentions for the rest.
 GRAPHS = {"cudagraph_mode": "FULL"}
 
 
-def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = None) -> StepEngine[VllmRunner]:
+def vllm_engine(
+    source: ModelSource, cache_tokens: int | AutoCache, report: Report | None = None, max_held_rows: int | None = None
+) -> StepEngine[VllmRunner]:
     """Load a model on vLLM, and compare its steps with one of vLLM's own prompts. Raises LoadError if any of it fails.
 
-    The stages are passed to `report`, as those of `actors.engine.loader.load_engine`.
+    The arguments are those of `actors.engine.loader.load_engine`.
     """
     began, size = time.monotonic(), stored_bytes(source)
-    engine = StepEngine(load_runner(source, cache_tokens, report))
+    runner = load_runner(source, cache_tokens, report)
+    engine = StepEngine(runner, row_budget(runner.width, runner.device, max_held_rows))
     report_progress(report, source, began, "check", size)
     try:
         verify_engine(engine, source.path)
@@ -116,7 +122,12 @@ def vllm_engine(source: ModelSource, cache_tokens: int, report: Report | None = 
 
 
 def load_runner(
-    source: ModelSource, cache_tokens: int, report: Report | None = None, *, rank: int = 0, wait_s: float = LOAD_S
+    source: ModelSource,
+    cache_tokens: int | AutoCache,
+    report: Report | None = None,
+    *,
+    rank: int = 0,
+    wait_s: float = LOAD_S,
 ) -> VllmRunner:
     """Load a model on vLLM. Raises LoadError.
 
@@ -129,7 +140,9 @@ def load_runner(
     config = verified_config(source)
     size = stored_bytes(source)
     report_progress(report, source, began, "weights", size)
-    options = _options(source, config, cache_tokens, size)
+    options = _options(source, config)
+    tokens, memory = _memory_options(source, config, options["dtype"], cache_tokens, size)
+    options |= memory
     if source.tensor_parallel > 1:
         _name_ranks(rank)
         options |= {"tensor_parallel_size": source.tensor_parallel, "distributed_executor_backend": "external_launcher"}
@@ -139,8 +152,10 @@ def load_runner(
             report_progress(report, source, began, "adapter", 0)
             path = stack.enter_context(_merged(source))
         if source.tensor_parallel == 1:  # ranks have their GPUs for themselves
-            stack.enter_context(_alone_on_device(source.path, wait_s))
-        runner = VllmRunner(path, cache_tokens, options)
+            stack.enter_context(loading_alone(torch.device(current_platform.device_type), source.path, wait_s))
+        runner = VllmRunner(path, tokens, options)
+        if tokens is None:
+            log.info("%s: cache_tokens: auto: %d tokens, measured by vLLM", source.path, runner.cache.total)
         # a hub model is in the cache only now
         folder = Path(path) if Path(path).is_dir() else cached_folder(path, source.revision)
         files = [] if folder is None or source.load_format == "dummy" else weight_files(folder)
@@ -197,11 +212,10 @@ def _refuse_settings(source: ModelSource) -> None:
         raise LoadError(source.path, why, "Install the other build, or set num_gpus and device for this one.")
 
 
-def _options(source: ModelSource, config: Any, cache_tokens: int, size: int) -> dict[str, Any]:
-    """The arguments of vLLM's engine for a model. config: transformers'. size: bytes of its weights."""
-    stated, ranks = config.to_dict(), source.tensor_parallel
-    text = text_config(stated)
-    if text.get("kv_lora_rank"):
+def _options(source: ModelSource, config: Any) -> dict[str, Any]:
+    """The arguments of vLLM's engine for a model, but for its memory. config: transformers'."""
+    stated = config.to_dict()
+    if text_config(stated).get("kv_lora_rank"):
         why = "on vLLM its multi-head latent attention gives other logits than transformers"
         raise LoadError(source.path, why, "Set engine: native.")
     if source.adapter is not None and stated.get("quantization_config"):
@@ -210,23 +224,14 @@ def _options(source: ModelSource, config: Any, cache_tokens: int, size: int) -> 
     dtype = source.dtype
     if dtype == "auto":  # vLLM's own would be 16 bit for a checkpoint in float32
         dtype = str(config.get_text_config().dtype or torch.float32).removeprefix("torch.")
-    blocks = -(-cache_tokens // BLOCK_TOKENS) + 2  # vLLM keeps one
-    bytes_per_token = cache_bytes_per_token(stated, dtype) * _padding(text.get("layer_types") or ())
-    cache_bytes = math.ceil(blocks * BLOCK_TOKENS * bytes_per_token / ranks)
     options: dict[str, Any] = {
         "dtype": dtype,
         "load_format": source.load_format,
         "trust_remote_code": source.trust_remote_code,
-        "max_model_len": min(cache_tokens, context_length(stated) or cache_tokens),
-        "kv_cache_memory_bytes": cache_bytes,
         "hf_overrides": {"head_dtype": "float32"},  # rounded logits lose what guidance adds up: see heads.py
     }
     if source.adapter is None:
         options["revision"] = source.revision
-    if current_platform.device_type == "cuda":
-        _, total = torch.cuda.mem_get_info()
-        wanted = size / ranks + cache_bytes + _START_BYTES
-        options["gpu_memory_utilization"] = min(0.95, wanted / total)  # checked at start
     return options
 
 
@@ -236,6 +241,36 @@ def _execution() -> dict[str, Any]:
         return {"enforce_eager": True}
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # otherwise vLLM may take V1, whose graphs a step cannot replay
     return {"compilation_config": GRAPHS}
+
+
+def _memory_options(
+    source: ModelSource, config: Any, dtype: str, cache_tokens: int | AutoCache, size: int
+) -> tuple[int | None, dict[str, Any]]:
+    """Tokens of the cache, None where vLLM is to measure them, and the arguments of its engine about memory.
+
+    size: bytes of the weights. Raises LoadError if the role's share of the memory has no room for the longest session.
+    """
+    stated, ranks, on_gpu = config.to_dict(), source.tensor_parallel, current_platform.device_type == "cuda"
+    total = torch.cuda.mem_get_info()[1] if on_gpu else 0
+    bytes_per_token = cache_bytes_per_token(stated, dtype) * _padding(text_config(stated).get("layer_types") or ())
+    if isinstance(cache_tokens, AutoCache) and on_gpu:
+        auto = cache_tokens  # vLLM counts its weights, its largest step and its graphs
+        spare = reserve(row_width(stated), held_rows(auto.sessions), auto, 0, graphs=False)
+        room = int(auto.share * USABLE * total) - spare.total
+        why = f"{auto.share * USABLE:.3g} of {total / GIB:.2f} GiB, {size / ranks / GIB:.2f} of weights; {spare}"
+        fitting_tokens(source.path, int(room - size / ranks), math.ceil(bytes_per_token / ranks), auto, why)
+        longest = min(auto.longest, context_length(stated) or auto.longest)
+        return None, {"max_model_len": longest, "gpu_memory_utilization": room / total}
+    if isinstance(cache_tokens, AutoCache):
+        cache_tokens = host_tokens(source.path, math.ceil(bytes_per_token), cache_tokens)
+    blocks = -(-cache_tokens // BLOCK_TOKENS) + 2  # vLLM keeps one
+    cache_bytes = math.ceil(blocks * BLOCK_TOKENS * bytes_per_token / ranks)
+    longest = min(cache_tokens, context_length(stated) or cache_tokens)
+    memory: dict[str, Any] = {"max_model_len": longest, "kv_cache_memory_bytes": cache_bytes}
+    if on_gpu:
+        wanted = size / ranks + cache_bytes + _START_BYTES
+        memory["gpu_memory_utilization"] = min(0.95, wanted / total)  # checked at start
+    return cache_tokens, memory
 
 
 def _padding(layer_types: Sequence[str]) -> float:
@@ -264,34 +299,6 @@ def _hidden(name: str) -> Iterator[None]:
             sys.modules[name] = module
 
 
-@contextlib.contextmanager
-def _alone_on_device(path: str, wait_s: float) -> Iterator[None]:
-    """While a model loads, vLLM measures the memory of its GPU: roles that share one load one after another.
-
-    Raises LoadError after `wait_s` seconds.
-    """
-    if current_platform.device_type != "cuda":
-        yield
-        return
-    name = device_name(torch.device("cuda", torch.cuda.current_device()))
-    file, until = Path(tempfile.gettempdir()) / f"thinklogit-{name}.lock", time.monotonic() + wait_s
-    try:
-        lock = file.open("w")
-    except OSError as error:
-        raise LoadError(path, f"{file} cannot be written: {error}", "Remove it, or set TMPDIR.") from error
-    with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    why = f"another role has been loading on {name} for {wait_s:g} s"
-                    raise LoadError(path, why, "Look at the log of the roles on that GPU.") from None
-                time.sleep(1)
-        yield
-
-
 class RankExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]  # vLLM is not here where types are checked
     """Runs one rank of a group that has been joined already: vLLM's own would listen on all addresses."""
 
@@ -309,13 +316,13 @@ class RankExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]  # vLLM 
 class VllmRunner:
     """One model on vLLM. Implements `actors.engine.runner.Runner`.
 
-    path: a checkpoint. cache_tokens: of all sessions together, at most. options: of vLLM's engine, with
-    kv_cache_memory_bytes. Raises LoadError for a model that vLLM or this module cannot run.
+    path: a checkpoint. cache_tokens: of all sessions together, at most; None for all that vLLM finds room for. options:
+    of vLLM's engine. Raises LoadError for a model that vLLM or this module cannot run.
     """
 
     batch_invariant = False
 
-    def __init__(self, path: str, cache_tokens: int, options: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, cache_tokens: int | None, options: Mapping[str, Any]) -> None:
         arguments: dict[str, Any] = {
             "model": path,
             "enable_prefix_caching": False,  # its scheduler is not used
@@ -339,7 +346,8 @@ class VllmRunner:
         except LoadError:
             raise
         except Exception as error:  # of any model's code
-            raise LoadError(path, f"vLLM cannot load it: {first_line(error)}", "Set engine: native.") from error
+            out = "Set engine: native." if cache_tokens else "Lower max_position, or set engine: native."
+            raise LoadError(path, f"vLLM cannot load it: {first_line(error)}", out) from error
         (shape,) = shapes
         blocks = {int.from_bytes(each, "little") for each in _of_all_ranks(shape.blocks.to_bytes(8, "little"))}
         if len(blocks) > 1:
@@ -351,7 +359,8 @@ class VllmRunner:
         self.devices: Sequence[str] = (shape.device,)
         self.device = torch.device(config.device_config.device)
         self.dtype: torch.dtype = config.model_config.dtype
-        wanted, there = -(-cache_tokens // shape.size), (shape.blocks - 1) // shape.groups
+        there = (shape.blocks - 1) // shape.groups
+        wanted = there if cache_tokens is None else -(-cache_tokens // shape.size)
         if there < wanted:
             why = f"vLLM made a cache of {there * shape.size} tokens in the bytes of {cache_tokens}"
             raise LoadError(path, why, "Set engine: native, or cache_tokens to what it made.")

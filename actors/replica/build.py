@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actors.api.generation import Role
 from actors.config import ModelConfig, ServiceConfig
-from actors.preflight import engine_of, session_limit
+from actors.engine.memory import AutoCache, held_rows
+from actors.preflight import auto_cache, engine_of, session_limit
 from actors.replica.engine_thread import Engine
 from actors.replica.process import on_temporary_thread, spin_briefly
 from actors.replica.replica import ModelReplica, ReplicaSettings
@@ -43,11 +44,12 @@ def load_role(
         model.model_copy(update={"dtype": "float32", "device": "cpu"}) if config.batch_invariant else model
     )
     backend = None if model.attention == "auto" else model.attention
+    cache, rows = cache_of(config, role), held_rows(config.coordinator.most_sessions)
     if model.tensor_parallel > 1:
         from actors.engine.parallel import FollowerProcess, Recipe, load_parallel
 
         engine, deadlines = engine_of(model, config.batch_invariant), config.deadlines
-        recipe = Recipe(source, model.cache_tokens, backend, engine)
+        recipe = Recipe(source, cache, backend, engine, rows)
         start = start or FollowerProcess
         return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
     if engine_of(model, config.batch_invariant) == "vllm":
@@ -58,11 +60,23 @@ def load_role(
 
             out = "Run `make venv-vllm` on every node that can have the role, or name an image by runtime_env."
             raise LoadError("engine: vllm", f"its environment lacks a package: {error}", out) from error
-        return on_temporary_thread(partial(vllm_engine, source, model.cache_tokens, report=report))
-    load = partial(
-        load_engine, source, model.cache_tokens, batch_invariant=config.batch_invariant, backend=backend, report=report
-    )
-    return on_temporary_thread(load)
+        return on_temporary_thread(partial(vllm_engine, source, cache, report=report, max_held_rows=rows))
+    load = partial(load_engine, source, cache, batch_invariant=config.batch_invariant, backend=backend)
+    return on_temporary_thread(partial(load, report=report, max_held_rows=rows))
+
+
+def cache_of(config: ServiceConfig, role: Role) -> int | AutoCache:
+    """The tokens of a role's cache, or what an engine needs to measure them.
+
+    Raises ConfigError if nothing says how long a session may be.
+    """
+    model = config.models.role(role)
+    if model.cache_tokens != "auto":
+        return model.cache_tokens
+    roles: set[Role] = {role, "target"}
+    models = {each: config.models.role(each) for each in roles}
+    tokenizers = {each: RoleTokenizer.load(models[each].path, models[each].revision) for each in roles}
+    return auto_cache(config, role, tokenizers)
 
 
 def source_of(model: ModelConfig) -> ModelSource:
@@ -88,6 +102,7 @@ def serve_role(
     host: str = "127.0.0.1",
 ) -> ModelReplica:
     """A replica of a loaded engine, not yet started. It will listen on `host` only."""
+    config = config.with_cache(role, engine.cache_stats().tokens_total)
     settings = ReplicaSettings(
         max_position=session_limit(config, role, tokenizer),
         prefill_chunk=config.models.role(role).prefill_chunk,

@@ -62,6 +62,7 @@ class ReplicaMeter:
         self._role, self._recorder = role, Recorder()
         self._phases: dict[Phase, _PhaseCounters] = {}
         self._cache = self._recorder.gauge("thinklogit_cache_used_ratio", role)
+        self._cache_tokens = self._recorder.gauge("thinklogit_cache_tokens", role)
         self._waiting = self._recorder.gauge("thinklogit_extends_waiting", role)
         self._tokens = self._recorder.counter("thinklogit_forward_tokens", role)
         self._failed = self._recorder.counter("thinklogit_failed_forwards", role)
@@ -91,6 +92,7 @@ class ReplicaMeter:
     def report(self, load: ReplicaLoad) -> Recorder:
         """All metrics, with the gauges set from `load`."""
         self._cache.value = load.cache_used / load.cache_total
+        self._cache_tokens.value = load.cache_total
         self._waiting.value = load.waiting
         return self._recorder
 

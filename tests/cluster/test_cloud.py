@@ -20,25 +20,20 @@ from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, NodeTypeConfig
 from ray.serve.schema import ServeDeploySchema
 
-from actors.api.generation import ROLES, Role
+from actors.api.generation import ROLES
 from actors.config import ModelConfig, ServiceConfig
+from actors.engine.memory import GIB
 from cluster import drain, kuberay
-from cluster.estimate import Estimate, memory_findings
+from cluster.estimate import memory_findings
 from cluster.launch import PROXY_HOOK
 from cluster.serve_file import read_service_config
 from tests.support.local_ray import ROOT, wait_until
+from tests.support.published_trio import H100, published_estimates
 
 SCHEMAS = "THINKLOGIT_SCHEMAS"  # a folder with KubeRay's rayservice_v1.openapi.json
 CLOUDS = ("aws", "gcp")
-# The published trio in bfloat16: bytes of the weights, and bytes of cache for each token.
-SIZES: dict[Role, tuple[int, int]] = {
-    "target": (65_527_752_704, 262_144),
-    "guider": (3_554_176_000, 28_672),
-    "guider_base": (3_087_428_608, 28_672),
-}
-GIB = 2**30
 # Memory of the smallest GPU of each kind of node, as its driver reports it.
-MEMORY = {"target": {"aws": 79 * GIB, "gcp": 79 * GIB}, "guiders": {"aws": 44 * GIB, "gcp": 39 * GIB}}
+MEMORY = {"target": {"aws": H100, "gcp": H100}, "guiders": {"aws": 44 * GIB, "gcp": 39 * GIB}}
 
 
 @functools.cache
@@ -118,22 +113,9 @@ def test_node_types_have_gpus_for_all_configured_replicas(cloud: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_weights_and_cache_fit_the_gpus_of_their_nodes(cloud: str) -> None:
-    for role, (weights, token) in SIZES.items():
-        model = service().models.role(role)
-        memory = MEMORY[model.label_selector[kuberay.ROLE_LABEL]][cloud]
-        costs = Estimate(
-            role,
-            model.path,
-            True,
-            weights,
-            model.dtype,
-            token,
-            model.cache_tokens,
-            4_096,
-            model.num_gpus,
-            model.tensor_parallel,
-        )
+def test_weights_and_cache_fit_the_gpus_of_their_nodes(cloud: str, tmp_path: Path) -> None:
+    for role, costs in published_estimates(service(), tmp_path).items():
+        memory = MEMORY[service().models.role(role).label_selector[kuberay.ROLE_LABEL]][cloud]
         assert memory_findings([costs], [memory]) == []
 
 

@@ -12,18 +12,17 @@ from rich.console import Console
 from actors.api.generation import ROLES
 from actors.api.guidance import Guidance
 from actors.config import ConfigError
-from cluster.estimate import USABLE
+from cluster.estimate import memory_findings
 from cluster.jobs.config import Evaluation, checked, load_evaluation
 from cluster.jobs.dry_run import dry_run
 from cluster.jobs.evaluate import main
 from cluster.jobs.sample import ALONE
-from cluster.jobs.workload import load_workload
+from cluster.jobs.workload import chosen_task, load_workload
 from cluster.serve_file import read_service_config
+from tests.support.published_trio import H100, H200, published_estimates
 
 CONFIGS = sorted((Path(__file__).parents[2] / "cluster" / "jobs" / "configs").glob("*.yaml"))
-# Bytes in bf16: weights of Qwen2.5-32B and of the larger 1.5B model, and the cache of one token of each.
-WEIGHTS = {"target": 65.5e9, "guider": 3.6e9, "guider_base": 3.6e9}
-TOKEN = {"target": 262_144, "guider": 28_672, "guider_base": 28_672}
+MEMORY: dict[float, int] = {80: H100, 141: H200}  # bytes of a GPU, by the gigabytes that its name says
 
 
 def evaluation(**keys: Any) -> Evaluation:
@@ -108,18 +107,18 @@ def test_every_shipped_config_resolves_without_a_download(file: Path, monkeypatc
 @pytest.mark.parametrize(
     "file", [file for file in CONFIGS if file.stem.startswith("paper")], ids=lambda file: file.stem
 )
-def test_the_papers_trio_fits_the_machine_that_its_config_names(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_trio_fits_the_machine_that_its_config_names(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     made = load_evaluation(file)
     assert made.machine is not None
     service = read_service_config(made.service)
-    models = {role: service.models.role(role) for role in ROLES}
-    assert sum(model.num_gpus for model in models.values()) <= made.machine.gpus
-    for role, model in models.items():
-        share = model.num_gpus * made.machine.gpu_memory_gb * 2**30 * USABLE
-        assert WEIGHTS[role] + model.cache_tokens * TOKEN[role] < share, role
-        longest = max(choice.max_tokens or 0 for choice in made.tasks)
-        assert model.cache_tokens >= longest, role
+    estimates = published_estimates(service, tmp_path).values()
+    assert sum(costs.gpus for costs in estimates) <= made.machine.gpus
+    assert memory_findings([*estimates], [MEMORY[made.machine.gpu_memory_gb]]) == []
+    longest = max(chosen_task(choice).max_tokens for choice in made.tasks)
+    assert all(costs.cache_tokens > longest for costs in estimates)
 
 
 def test_a_dry_run_names_every_missing_model_and_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

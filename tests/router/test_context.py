@@ -28,6 +28,12 @@ def test_only_the_primarys_positions_count_otherwise(beyond: str) -> None:
     assert (("guider", "tokens") in found) == (beyond == "continue")
 
 
+def test_a_measured_cache_holds_all_positions_and_is_no_limit_of_its_own() -> None:
+    models = {"guider": {"cache_tokens": "auto"}}
+    assert ("guider", "positions") in bounds(models=models)
+    assert ("guider", "tokens") not in bounds(models=models)
+
+
 def refusal(requested: int | None, **lengths: int) -> BadRequest:
     prompts = {role: [1] * lengths.get(role, 10) for role in ROLES}
     with pytest.raises(BadRequest) as caught:
