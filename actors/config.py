@@ -91,7 +91,7 @@ class ModelConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if num_gpus is above 0, else the CPU
     engine: Literal["auto", "native", "vllm"] = "auto"  # auto: vllm on a GPU where it is installed, else native
     device_map: str | dict[str, int | str] | None = None  # as in accelerate: layers spread over the GPUs of one node
-    tensor_parallel: int = Field(1, ge=1)  # ranks on one node that share the model; num_cpus and num_gpus are per rank
+    tensor_parallel: int = Field(1, ge=1)  # ranks of vLLM on one node; num_cpus and num_gpus are per rank
     quantization: dict[str, Any] | None = None  # passed to transformers as quantization_config
     tool_parser: Literal["auto"] | ToolParserName = "auto"  # form of its tool calls; auto: by its chat template
     adapter: str | None = None  # a PEFT adapter: a folder or a hub id
@@ -132,6 +132,8 @@ class ModelConfig(_Section):
         if self.tensor_parallel == 1:
             return self
         others = [name for name in ("device_map", "quantization", "adapter") if getattr(self, name)]
+        if self.engine == "native":
+            raise ValueError("tensor_parallel is vLLM's: set engine to auto or vllm")
         if others:
             raise ValueError(f"tensor_parallel cannot be combined with {' or '.join(others)}: leave one of them out")
         if self.num_gpus and not 0.5 < self.num_gpus <= 1:

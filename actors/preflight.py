@@ -95,12 +95,15 @@ def findings(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
 
 
 def engine_of(model: ModelConfig, batch_invariant: bool) -> Literal["native", "vllm"]:
-    """The engine of a role. auto: vLLM on a GPU where its build for GPUs is installed, unless a setting forbids it.
+    """The engine of a role. auto: vLLM over several ranks, and on a GPU where its build for GPUs is installed, unless a
+    setting forbids it.
 
     `with_engines` decides it for all replicas, where the application is built.
     """
     if model.engine != "auto":
         return model.engine
+    if model.tensor_parallel > 1:
+        return "vllm"
     gpu = model.device == "cuda" or (model.device == "auto" and model.num_gpus > 0)
     free = not batch_invariant and not _native_settings(model)
     return "vllm" if gpu and free and _builds() & {"vllm"} else "native"
@@ -207,8 +210,9 @@ def _engines(config: ServiceConfig, tokenizers: Mapping[Role, RoleTokenizer]) ->
         if engine_of(model, config.batch_invariant) == "native":
             continue
         if not (_OTHER_PYTHON & model.runtime_env.keys() or _builds()):
-            message = f"engine is vllm, but no vLLM {VLLM_VERSION} is installed here: run `make venv-vllm`, or name an "
-            yield Finding("error", role, message + "image that has it by runtime_env: {image_uri: ...}")
+            needs = "tensor_parallel needs vLLM" if model.tensor_parallel > 1 else "engine is vllm"
+            message = f"{needs}, but no vLLM {VLLM_VERSION} is installed here: run `make venv-vllm`, or name an image "
+            yield Finding("error", role, message + "that has it by runtime_env: {image_uri: ...}")
         if names := _native_settings(model):
             yield Finding("error", role, f"engine is vllm, which does not read {' and '.join(names)}: unset them")
         own = tokenizers[role].max_position

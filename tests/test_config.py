@@ -208,6 +208,7 @@ def test_decoding_defaults_are_taken_from_the_file() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"engine": "native"}, "set engine to auto or vllm"),
         ({"device_map": "auto"}, "cannot be combined with device_map"),
         ({"quantization": {"quant_method": "bitsandbytes"}}, "cannot be combined with quantization"),
         ({"adapter": "some/adapter"}, "cannot be combined with adapter"),

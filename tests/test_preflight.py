@@ -231,7 +231,6 @@ def install(environment: Path, build: str, version: str = f"{VLLM_VERSION}.0") -
     [
         ({}, "native"),
         ({"num_gpus": 1}, "vllm"),
-        ({"num_gpus": 1, "tensor_parallel": 2}, "vllm"),
         ({"num_gpus": 1, "device": "cpu"}, "native"),
         ({"num_gpus": 1, "engine": "native"}, "native"),
         ({"num_gpus": 1, "attention": "gathered"}, "native"),

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,8 +23,7 @@ _LOCAL = ("_name_or_path", "transformers_version", "_attn_implementation", "dist
 def model_digest(model: PreTrainedModel) -> int:
     """A 64-bit digest of a transformers model's config, adapters and weights, the same after every restart.
 
-    It covers the name, shape, dtype and 64 values of each parameter. If parameters are sharded over ranks, all ranks
-    must call this together, and the digest is that of the whole model.
+    It covers the name, shape, dtype and 64 values of each parameter.
     """
     digest = hashlib.blake2b(digest_size=8)
     config = {key: value for key, value in model.config.to_dict().items() if key not in _LOCAL}
@@ -76,16 +72,5 @@ def _spread(count: int) -> Tensor:
 
 
 def _bits(parameter: Tensor, index: Tensor) -> Tensor:
-    """The bytes of a parameter's values at flat indices, from the ranks that hold them."""
-    if not isinstance(parameter, DTensor):
-        return parameter.flatten()[index.to(parameter.device)].contiguous().view(torch.uint8)
-    local = parameter.to_local()
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    places = [at - start for at, start in zip(torch.unravel_index(index, parameter.shape), offset, strict=True)]
-    held = torch.stack([(0 <= at) & (at < size) for at, size in zip(places, local.shape, strict=True)]).all(0)
-    values = torch.zeros(len(index), dtype=local.dtype, device=local.device)
-    values[held.to(local.device)] = local[tuple(at[held].to(local.device) for at in places)]
-    # As integers: a sum of floats could change the bits.
-    bits = values.view(torch.uint8).int()
-    dist.all_reduce(bits)
-    return bits.to(torch.uint8)
+    """The bytes of a parameter's values at flat indices."""
+    return parameter.flatten()[index.to(parameter.device)].contiguous().view(torch.uint8)

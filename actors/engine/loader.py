@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 from actors.engine.cache_fitting import fit_cache
 from actors.engine.checkpoint import must_hold, refuse_tensors, verify_adapter, verify_checkpoint
@@ -29,7 +28,6 @@ from actors.engine.paging import page_out
 from actors.engine.quantization import quantization_config
 from actors.engine.rows import row_budget
 from actors.engine.selfcheck import verify_engine
-from actors.engine.shards import refuse_ranks
 from actors.engine.step_engine import StepEngine
 from actors.engine.weight_files import adapter_folder, cached_folder
 
@@ -111,7 +109,7 @@ def load_engine(
     max_held_rows: logits rows in memory for look-ups, at most; see `row_budget`.
     """
     began = time.monotonic()
-    device = "cpu" if source.device_map is not None else _device(source)  # it may use several GPUs
+    device = "cpu" if source.device_map is not None else device_of(source)  # it may use several GPUs
     with loading_alone(torch.device(device), source.path):
         loaded = load_model(source, report)
         with _errors_explained(source):
@@ -169,8 +167,6 @@ def read_config(source: ModelSource) -> Any:
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     refuse_config(config.to_dict(), source.path)
-    if source.tensor_parallel > 1:
-        refuse_ranks(config.to_dict(), source.tensor_parallel, source.path)
     return config
 
 
@@ -217,19 +213,18 @@ def _checkpoint(source: ModelSource, config: Any) -> PreTrainedModel:
 
 
 def _dummy(source: ModelSource, config: Any) -> PreTrainedModel:
-    device = _device(source)
+    device = device_of(source)
     with _errors_explained(source):
         return dummy_model(config, device, source.dtype, trust_remote_code=source.trust_remote_code)
 
 
 def _placement(source: ModelSource) -> dict[str, Any]:
     """The options that tell transformers where to put the weights."""
-    if source.tensor_parallel > 1:
-        return {"distributed_config": DistributedConfig(tp_size=source.tensor_parallel)}
-    return {"device_map": source.device_map if source.device_map is not None else {"": _device(source)}}
+    return {"device_map": source.device_map if source.device_map is not None else {"": device_of(source)}}
 
 
-def _device(source: ModelSource) -> str:
+def device_of(source: ModelSource) -> str:
+    """ "cuda" or "cpu", what the model computes on. Raises LoadError where there is no GPU and one is asked for."""
     if source.device == "cuda" and not torch.cuda.is_available():
         why = "num_gpus above 0 or device: cuda asks for a GPU, but torch sees none"
         out = "Set num_gpus: 0 and device: auto for the CPU, or install torch for CUDA on a machine with a GPU."

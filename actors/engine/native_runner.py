@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from actors.engine.attention import AttentionBackend, RaggedBatch, Span, StepAttention
 from actors.engine.batch_invariant import TILE, make_linears_batch_invariant
@@ -56,7 +55,6 @@ class NativeRunner:
     token by token, on one CPU type and torch build.
     backend: name of an attention back end; None for the choice of `actors.engine.registry`.
     graphs: pad small steps to buckets, captured as CUDA graphs if possible; None: only if they can be captured.
-    digest: of the whole model, if `model` is one rank's share.
     Raises LoadError for a model, device or back end that does not support this.
     """
 
@@ -70,7 +68,6 @@ class NativeRunner:
         batch_invariant: bool = False,
         backend: str | None = None,
         graphs: bool | None = None,
-        digest: int | None = None,
     ) -> None:
         assert not (batch_invariant and graphs), "a bucket pads in another way than batch_invariant mode"
         _require_kept_logits(model)
@@ -78,7 +75,7 @@ class NativeRunner:
             _require_float32_on_cpu(model)
             torch.set_num_threads(1)
         self.batch_invariant = batch_invariant
-        self.digest = model_digest(model) if digest is None else digest
+        self.digest = model_digest(model)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])  # ids that the model has embeddings for
         widen_head(model)
         if batch_invariant:
@@ -139,17 +136,13 @@ class NativeRunner:
         return logits
 
     def non_finite_weight(self) -> str | None:
-        """Name of the first floating-point weight that holds NaN or infinite values; None if there is none.
-
-        Of a tensor-parallel model, among the weights of this rank.
-        """
+        """Name of the first floating-point weight that holds NaN or infinite values; None if there is none."""
         packed = {
             f"{name}.weight": module.packed.to_dense()
             for name, module in self._model.named_modules()
             if isinstance(module, OneDnnLinear)
         }
-        for name, whole in chain(self._model.named_parameters(), packed.items()):
-            weight = whole.to_local() if isinstance(whole, DTensor) else whole
+        for name, weight in chain(self._model.named_parameters(), packed.items()):
             if weight.dtype in _FLOATS and not weight.is_meta and not bool(weight.isfinite().all()):
                 return str(name)
         return None

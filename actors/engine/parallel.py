@@ -1,4 +1,4 @@
-"""Tensor parallelism: one engine over several ranks of one node, each with its share of the heads, weights and cache.
+"""Tensor parallelism: one engine of vLLM over several ranks of a node, each with its share of heads, weights and cache.
 
 Rank 0 decides and holds the rows. The effect of an operation depends only on the operations before it, so the other
 ranks follow by applying the same operations in the same order to their shares; nothing else is sent to them.
@@ -15,27 +15,26 @@ from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Client, Connection
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from actors.engine.devices import device_name
-from actors.engine.digest import model_digest
 from actors.engine.errors import EngineError, LoadError
 from actors.engine.interface import Extend, Outcome
-from actors.engine.loader import Report, load_model
-from actors.engine.native_runner import NativeRunner
-from actors.engine.ranks import Followers, RanksLost, Recipe, Rendezvous, StartFollower
+from actors.engine.loader import Report, device_of
+from actors.engine.ranks import LOOPBACK, Followers, RanksLost, Recipe, Rendezvous, StartFollower, join_group
 from actors.engine.runner import Runner
 from actors.engine.selfcheck import verify_engine
-from actors.engine.shards import LOOPBACK, device_kind, join_group, use_local_shares
 from actors.engine.step_engine import StepEngine
 
 __all__ = ["FOLLOWED", "FollowerProcess", "ParallelEngine", "RanksLost", "Recipe", "Rendezvous", "StartFollower"]
 __all__ += ["follow", "load_parallel"]
+
+if TYPE_CHECKING:
+    from actors.engine.vllm_runner import VllmRunner
 
 T = TypeVar("T")
 
@@ -70,10 +69,9 @@ class FollowerProcess:
 class ParallelEngine(StepEngine[Runner]):
     """Rank 0: a step engine whose operations the other ranks follow. Call `stop` when done."""
 
-    def __init__(self, followers: Followers, *arguments: Any, **options: Any) -> None:
-        self._followers: Followers | None = None  # until all are built, every rank runs the same code by itself
-        super().__init__(*arguments, **options)
+    def __init__(self, followers: Followers, runner: Runner, max_held_rows: int) -> None:
         self._followers = followers
+        super().__init__(runner, max_held_rows)
 
     def extend(self, batch: Sequence[Extend]) -> list[Outcome]:
         self.check_batch(batch)  # refused before it is sent
@@ -93,17 +91,14 @@ class ParallelEngine(StepEngine[Runner]):
 
     def check_health(self) -> None:
         """Raise RanksLost once a rank has died or fallen out of step."""
-        if self._followers is not None:
-            self._followers.check()
+        self._followers.check()
 
     def stop(self) -> None:
         """End the other ranks."""
-        if self._followers is not None:
-            self._followers.stop()
+        self._followers.stop()
 
     def _on_all_ranks(self, operation: str, local: Callable[..., T], *arguments: Any, wire: Any = None) -> T:
         """Apply an operation on every rank. After an error other than ValueError the ranks stay out of step."""
-        assert self._followers is not None
         self._followers.broadcast(operation, *(arguments if wire is None else [wire]))
         try:
             return local(*arguments)
@@ -132,14 +127,13 @@ def load_parallel(
 
     load_s: for every rank to start, and again to load. step_s: for one collective. LoadError if any of it cannot be.
     """
-    kind = device_kind(recipe.source.device, recipe.source.path)
+    device = device_of(recipe.source)
     followers = Followers(recipe, start, load_s, step_s)
     try:
-        join_group(followers.store, 0, recipe.ranks, kind, step_s)
-        build = _loaded(recipe, 0, report)
+        join_group(followers.store, 0, recipe.ranks, device, step_s)
+        runner = _load_share(recipe, 0, report)
         followers.wait_for_all("load")
-        followers.broadcast("build")
-        engine = ParallelEngine(followers, build(), recipe.max_held_rows)
+        engine = ParallelEngine(followers, runner, recipe.max_held_rows)
         others = [followers.store.get(_device_key(rank)).decode() for rank in range(1, recipe.ranks)]
         engine.devices = [*engine.devices, *others]
         verify_engine(engine, recipe.source.path)
@@ -159,14 +153,10 @@ def follow(recipe: Recipe, rendezvous: Rendezvous, rank: int) -> None:
     pipe.send_bytes(msgpack.packb(rank))
     try:
         store = TCPStore(LOOPBACK, rendezvous.store_port, recipe.ranks, False, timedelta(seconds=rendezvous.load_s))
-        kind = device_kind(recipe.source.device, recipe.source.path)
-        join_group(store, rank, recipe.ranks, kind, rendezvous.step_s)
-        build = _loaded(recipe, rank)
-        pipe.send_bytes(msgpack.packb(""))  # loaded; the following steps are collective
-        if operations.get() is None:
-            return
-        runner = build()
-        store.set(_device_key(rank), device_name(runner.device))
+        join_group(store, rank, recipe.ranks, device_of(recipe.source), rendezvous.step_s)
+        runner = _load_share(recipe, rank)
+        store.set(_device_key(rank), runner.devices[0])
+        pipe.send_bytes(msgpack.packb(""))  # loaded
         engine = FollowingEngine(runner, recipe.max_held_rows)
         while (message := operations.get()) is not None:
             apply_operation(engine, message)
@@ -194,25 +184,11 @@ def _device_key(rank: int) -> str:
     return f"device of rank {rank}"
 
 
-def _loaded(recipe: Recipe, rank: int, report: Report | None = None) -> Callable[[], Runner]:
-    """Load a rank's share. Returns what builds its runner once all have loaded, which all ranks call together."""
-    if recipe.engine == "vllm":
-        from actors.engine.vllm_runner import load_runner  # only the environment of such a role has vLLM
+def _load_share(recipe: Recipe, rank: int, report: Report | None = None) -> VllmRunner:
+    """Load a rank's share of the model; all ranks call this together."""
+    from actors.engine.vllm_runner import load_runner  # only the environment of such a role has vLLM
 
-        runner = load_runner(recipe.source, recipe.cache_tokens, report, rank=rank)  # together, too
-        return lambda: runner
-    cache_tokens = recipe.cache_tokens
-    if not isinstance(cache_tokens, int):
-        out = "Set cache_tokens: to a number, or engine: vllm."
-        raise LoadError(recipe.source.path, "cache_tokens: auto does not measure ranks of the native engine", out)
-    model = load_model(recipe.source, report).model
-
-    def build() -> Runner:
-        digest = model_digest(model)
-        use_local_shares(model)
-        return NativeRunner(model, cache_tokens, backend=recipe.backend, digest=digest)
-
-    return build
+    return load_runner(recipe.source, recipe.cache_tokens, report, rank=rank)
 
 
 def _packed(extend: Extend) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
-"""The leader's side of a model's other ranks: starts them, sends them operations, and notices lost ones."""
+"""The ranks of a model: their process group, and the leader's side, which starts, directs and watches the others."""
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
 import threading
@@ -13,19 +14,20 @@ from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgpack
+import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 
 from actors.engine.errors import EngineError, LoadError
 from actors.engine.loader import ModelSource
 from actors.engine.memory import MAX_ROWS, AutoCache
-from actors.engine.shards import LOOPBACK
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"  # ranks share a node, and nothing of theirs listens elsewhere
 _TURN_S = 0.1  # how often a wait looks whether those that it waits for still live
 
 
@@ -35,12 +37,10 @@ class RanksLost(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The data from which every rank builds its share of an engine."""
+    """The data from which every rank builds its share of an engine on vLLM."""
 
     source: ModelSource
     cache_tokens: int | AutoCache
-    backend: str | None = None
-    engine: Literal["native", "vllm"] = "native"
     max_held_rows: int = MAX_ROWS  # not by memory: admission hangs on it and must be the same at every rank
 
     @property
@@ -167,3 +167,22 @@ class Followers:
         except (OSError, EOFError, TypeError):  # TypeError: closed by `stop` while it was read
             if not self._stopping:
                 log.error("%s", self.mark_lost(f"rank {rank} ended"))
+
+
+def join_group(store: Store, rank: int, ranks: int, device: str, timeout_s: float) -> None:
+    """Join the process group of the ranks: nccl on GPUs, gloo on the CPU, both over loopback.
+
+    A collective that waits longer than `timeout_s` raises (gloo), or ends the process (nccl's watchdog).
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    own = None
+    if device == "cuda":
+        # Ray shows each rank its own GPU; plain processes see all of them.
+        index = rank if torch.cuda.device_count() >= ranks else 0
+        os.environ["LOCAL_RANK"] = str(index)  # where vLLM puts the weights
+        torch.cuda.set_device(index)
+        own = torch.device("cuda", index)
+    backend = "nccl" if device == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout, device_id=own)

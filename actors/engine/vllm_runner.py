@@ -63,6 +63,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import vllm
+from pydantic import ValidationError
 from torch import Tensor
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -273,6 +274,13 @@ def _memory_options(
     return cache_tokens, memory
 
 
+def _reason(error: Exception) -> str:
+    """What vLLM says is wrong. The first line of a ValidationError only counts the errors."""
+    if isinstance(error, ValidationError):
+        return "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
+    return first_line(error)
+
+
 def _padding(layer_types: Sequence[str]) -> float:
     """Layers that vLLM's cache has room for, over those of the model: it fills up groups of unlike layers.
 
@@ -346,8 +354,11 @@ class VllmRunner:
         except LoadError:
             raise
         except Exception as error:  # of any model's code
-            out = "Set engine: native." if cache_tokens else "Lower max_position, or set engine: native."
-            raise LoadError(path, f"vLLM cannot load it: {first_line(error)}", out) from error
+            if options.get("tensor_parallel_size", 1) > 1:
+                out = "Set another tensor_parallel, or look at its ranks' logs."
+            else:
+                out = "Set engine: native." if cache_tokens else "Lower max_position, or set engine: native."
+            raise LoadError(path, f"vLLM cannot load it: {_reason(error)}", out) from error
         (shape,) = shapes
         blocks = {int.from_bytes(each, "little") for each in _of_all_ranks(shape.blocks.to_bytes(8, "little"))}
         if len(blocks) > 1:

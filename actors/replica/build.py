@@ -43,15 +43,13 @@ def load_role(
     source = source_of(
         model.model_copy(update={"dtype": "float32", "device": "cpu"}) if config.batch_invariant else model
     )
-    backend = None if model.attention == "auto" else model.attention
     cache, rows = cache_of(config, role), held_rows(config.coordinator.most_sessions)
     if model.tensor_parallel > 1:
         from actors.engine.parallel import FollowerProcess, Recipe, load_parallel
 
-        engine, deadlines = engine_of(model, config.batch_invariant), config.deadlines
-        recipe = Recipe(source, cache, backend, engine, rows)
+        recipe, limit = Recipe(source, cache, rows), config.deadlines
         start = start or FollowerProcess
-        return load_parallel(recipe, start, load_s=deadlines.model_load_s, step_s=deadlines.step_s, report=report)
+        return load_parallel(recipe, start, load_s=limit.model_load_s, step_s=limit.step_s, report=report)
     if engine_of(model, config.batch_invariant) == "vllm":
         try:
             from actors.engine.vllm_runner import vllm_engine  # only the environment of such a role has vLLM
@@ -61,6 +59,7 @@ def load_role(
             out = "Run `make venv-vllm` on every node that can have the role, or name an image by runtime_env."
             raise LoadError("engine: vllm", f"its environment lacks a package: {error}", out) from error
         return on_temporary_thread(partial(vllm_engine, source, cache, report=report, max_held_rows=rows))
+    backend = None if model.attention == "auto" else model.attention
     load = partial(load_engine, source, cache, batch_invariant=config.batch_invariant, backend=backend)
     return on_temporary_thread(partial(load, report=report, max_held_rows=rows))
 

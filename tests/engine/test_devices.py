@@ -83,7 +83,7 @@ def test_the_native_engine_reads_no_weights_before_its_turn(monkeypatch: pytest.
     def load_model(*arguments: Any) -> None:
         raise AssertionError("it was not its turn")
 
-    monkeypatch.setattr(loader, "_device", lambda source: "cuda")
+    monkeypatch.setattr(loader, "device_of", lambda source: "cuda")
     monkeypatch.setattr(loader, "load_model", load_model)
     monkeypatch.setattr(loader, "loading_alone", partial(loading_alone, wait_s=0))
     with loading_alone(GPU, "first"), pytest.raises(LoadError, match="another role has been loading on gpu-0"):

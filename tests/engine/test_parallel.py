@@ -1,38 +1,32 @@
-"""Two ranks on this machine's CPU (gloo) compared with one: the same tokens, and a lost rank is noticed."""
+"""How rank 0 leads the others: they apply what it does, in order, and one that is lost is noticed.
+
+Here every rank is a thread with a whole model. Real ranks, each with its share, are in tests/vllm/test_parallel.py.
+"""
 
 from __future__ import annotations
 
 import inspect
-import os
-import signal
+import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection
 from typing import Any
 
+import msgpack
 import pytest
-import torch
 
 from actors.engine.errors import LoadError
 from actors.engine.interface import Held, KVMiss, Outcome
-from actors.engine.loader import ModelSource, load_engine
-from actors.engine.parallel import (
-    FOLLOWED,
-    FollowerProcess,
-    ParallelEngine,
-    RanksLost,
-    Recipe,
-    Rendezvous,
-    load_parallel,
-)
-from actors.engine.shards import refuse_ranks
+from actors.engine.loader import ModelSource
+from actors.engine.native_runner import NativeRunner
+from actors.engine.parallel import FOLLOWED, FollowingEngine, ParallelEngine, apply_operation
+from actors.engine.ranks import LOOPBACK, Followers, RanksLost, Recipe, Rendezvous
+from actors.engine.runner import Runner
 from actors.engine.step_engine import StepEngine
-from tests.support.tiny_models import Driver, llama, qwen2, tokens
-
-# The loopback sockets of the process group are torch's own, and so are its warnings about them.
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+from tests.support.tiny_models import Driver, qwen2, tokens
 
 CACHE = 128  # four units: eviction happens
+RECIPE = Recipe(ModelSource("some/model", tensor_parallel=2), CACHE)
 ALONE = {
     "cache_stats",
     "check",
@@ -47,132 +41,149 @@ ALONE = {
 }
 
 
-class Started:
-    """Starts followers and keeps their handles."""
+class ThreadFollower:
+    """Rank 1 as a thread: `work` gets its end of the connection once it has called the leader."""
 
-    def __init__(self) -> None:
-        self.followers: list[FollowerProcess] = []
+    def __init__(self, rendezvous: Rendezvous, work: Callable[[Connection], None]) -> None:
+        self._rendezvous, self._work = rendezvous, work
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
-    def __call__(self, recipe: Recipe, rendezvous: Rendezvous, rank: int) -> FollowerProcess:
-        self.followers.append(FollowerProcess(recipe, rendezvous, rank))
-        return self.followers[-1]
+    def _run(self) -> None:
+        with Client((LOOPBACK, self._rendezvous.operations_port), authkey=self._rendezvous.key) as pipe:
+            pipe.send_bytes(msgpack.packb(1))
+            self._work(pipe)
 
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread: ranks that share cores would wait for each other's threads."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def recipe(folder: Path, dtype: str = "float32", ranks: int = 2) -> Recipe:
-    return Recipe(ModelSource(str(folder), dtype=dtype, device="cpu", tensor_parallel=ranks), CACHE)
+    def stop(self) -> None:
+        self._thread.join(10)
 
 
-def story(engine: StepEngine[Any]) -> tuple[list[Outcome], list[torch.Tensor]]:
+def followers(work: Callable[[Connection], None], load_s: float = 10.0) -> Followers:
+    return Followers(RECIPE, lambda _, rendezvous, __: ThreadFollower(rendezvous, work), load_s, 10.0)
+
+
+def applied_to(engine: StepEngine[Any]) -> Callable[[Connection], None]:
+    """The work of a follower that applies every operation to `engine`."""
+
+    def work(pipe: Connection) -> None:
+        pipe.send_bytes(msgpack.packb(""))
+        try:
+            while True:
+                apply_operation(engine, pipe.recv_bytes())
+        except EOFError:
+            return
+
+    return work
+
+
+def story(engine: StepEngine[Any]) -> list[Outcome]:
     """Prefill in chunks, ragged decoding of two sessions, a rewind, a fork, a refusal and an eviction."""
     run = Driver(engine)
     outcomes: list[Outcome] = []
-    rows: list[torch.Tensor] = []
 
     def step(*extends: dict[str, Any]) -> None:
-        batch = [run.make(**extend) for extend in extends]
-        outcomes.extend(engine.extend(batch))
-        rows.extend(run.logits(extend.session) for extend in batch if extend.rows)
+        outcomes.extend(engine.extend([run.make(**extend) for extend in extends]))
 
     step({"session": 1, "new": tokens(11), "rows": 0}, {"session": 2, "new": tokens(3, 1)})
     step({"session": 1, "new": tokens(9, 2), "rows": 2}, {"session": 2, "new": [5]})
     for _ in range(6):
-        chosen = [int(run.logits(session)[-1].argmax()) for session in (1, 2)]
-        step(*({"session": session, "new": [token]} for session, token in zip((1, 2), chosen, strict=True)))
+        step(*({"session": session, "new": [int(run.logits(session)[-1].argmax())]} for session in (1, 2)))
     step({"session": 1, "new": tokens(4, 3), "at": 15})
     run.tokens[3] = run.tokens[1][:16]
     assert engine.fork(3, run.tokens[3], run.blocks(3), 3)
     step({"session": 3, "new": tokens(3, 4)}, {"session": 2, "new": [7, 8]})
-    outcomes += engine.extend([run.make(1, tokens(80, 5), rows=1)])  # 3, the youngest, must go
-    rows.append(run.logits(1))
-    outcomes += engine.extend([run.make(3, [1])])
+    step({"session": 1, "new": tokens(80, 5), "rows": 1})  # 3, the youngest, must go
+    step({"session": 3, "new": [1]})
     engine.evict(2)
-    outcomes += engine.extend([run.make(2, [1])])
+    step({"session": 2, "new": [1]})
     engine.close(1)
     step({"session": 2, "new": tokens(6, 6), "at": 0})
     engine.check()
-    return outcomes, rows
+    assert {type(outcome) for outcome in outcomes} == {Held, KVMiss}
+    return outcomes
 
 
-def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
-    qwen2().save_pretrained(tmp_path)
-    alone = load_engine(ModelSource(str(tmp_path), device="cpu"), CACHE)
-    started = Started()
-    engine = load_parallel(recipe(tmp_path), started, load_s=90, step_s=20)
-    try:
-        assert engine.hash_seed == alone.hash_seed  # the digest of the whole
-        runners: list[Any] = [engine.runner, alone.runner]
-        pools = [next(iter(runner.cache.layers.values()))[0] for runner in runners]
-        assert [pool.shape[1] for pool in pools] == [1, 2]  # a rank's share of the heads
-        expected, outcomes = story(alone), story(engine)
-        engine.check_health()
-    finally:
-        engine.stop()
-    assert not any(follower.alive() for follower in started.followers)
-    assert outcomes[0] == expected[0]
-    assert {type(outcome) for outcome in outcomes[0]} == {Held, KVMiss}
-    for mine, theirs in zip(outcomes[1], expected[1], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-        assert torch.equal(mine.argmax(-1), theirs.argmax(-1))
+def runner() -> Runner:
+    return NativeRunner(qwen2(), CACHE)
+
+
+def test_the_other_ranks_hold_what_rank_0_holds() -> None:
+    other = FollowingEngine(runner(), 64)
+    led = followers(applied_to(other))
+    led.wait_for_all("load")
+    engine = ParallelEngine(led, runner(), 64)
+    outcomes = story(engine)
+    engine.check_health()
+    engine.stop()
+    assert outcomes == story(StepEngine(runner(), 64))
+    other.check()
+    assert other.runner.cache.sessions() == engine.runner.cache.sessions()
+    for session in engine.runner.cache.sessions():
+        assert other.runner.cache.length(session) == engine.runner.cache.length(session)
+        assert other.rows(session) is None
     with pytest.raises(RanksLost, match="stopped"):
         engine.close(1)
 
 
-def lost(engine: ParallelEngine) -> bool:
-    try:
-        engine.check_health()
-    except RanksLost:
-        return True
-    return False
+def wait_until_lost(engine: ParallelEngine) -> None:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            engine.check_health()
+        except RanksLost:
+            return
+        time.sleep(0.005)
+    raise AssertionError("no rank was lost")
 
 
-@pytest.mark.slow
-def test_a_killed_rank_is_noticed_and_no_call_waits_for_it(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)  # a head of its own, in 16 bits
-    started = Started()
-    engine = load_parallel(recipe(tmp_path, "bfloat16"), started, load_s=90, step_s=20)
-    try:
-        run = Driver(engine)
-        run.extend(1, tokens(5))
-        assert run.logits(1).dtype == torch.float32
-        pid = started.followers[0].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        began = time.monotonic()
-        while not lost(engine):
-            assert time.monotonic() < began + 10
-            time.sleep(0.01)
-        with pytest.raises(RanksLost, match="rank 1"):
-            run.extend(1, [3])
-        assert time.monotonic() < began + 10
-    finally:
-        engine.stop()
-    assert not started.followers[0].alive()
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [(msgpack.packb("RuntimeError: no memory"), "rank 1: RuntimeError: no memory"), (None, "rank 1 ended")],
+)
+def test_a_rank_that_fails_or_ends_is_noticed_and_no_call_waits_for_it(last: bytes | None, said: str) -> None:
+    def work(pipe: Connection) -> None:
+        pipe.recv_bytes()
+        if last is not None:
+            pipe.send_bytes(last)
+
+    engine = ParallelEngine(followers(work), runner(), 64)
+    Driver(engine).extend(1, tokens(5))
+    wait_until_lost(engine)
+    with pytest.raises(RanksLost, match=said):
+        engine.close(1)
+    engine.stop()
 
 
-@pytest.mark.slow
-def test_a_follower_that_does_not_start_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    missing = Recipe(ModelSource(str(tmp_path / "nowhere"), device="cpu", tensor_parallel=2), CACHE)
-    started = Started()
-    with pytest.raises(LoadError, match="nowhere"):
-        load_parallel(missing, started, load_s=90, step_s=20)
-    assert not any(follower.alive() for follower in started.followers)
+def test_an_error_of_rank_0_alone_leaves_the_ranks_out_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ParallelEngine(followers(applied_to(FollowingEngine(runner(), 64))), runner(), 64)
+    monkeypatch.setattr(engine.runner, "forward", lambda admitted: 1 / 0)
+    with pytest.raises(RanksLost, match="rank 0"):
+        Driver(engine).extend(1, tokens(5))
+    wait_until_lost(engine)
+    engine.stop()
 
 
-def test_indivisible_heads_are_refused_with_possible_rank_counts() -> None:
-    config = {"num_attention_heads": 12, "num_key_value_heads": 2}
-    refuse_ranks(config, 2, "some/model")
-    with pytest.raises(LoadError, match=r"2 key and value heads .* 4 ranks. Set tensor_parallel: to 1 or 2\."):
-        refuse_ranks(config, 4, "some/model")
+def test_a_rank_that_ends_while_it_loads_is_an_error_at_once() -> None:
+    led = followers(lambda pipe: None, load_s=60)
+    with pytest.raises(LoadError, match="rank 1 ended"):
+        led.wait_for_all("load")
+    led.stop()
+
+
+def test_a_rank_that_is_silent_is_an_error_after_the_deadline() -> None:
+    released = threading.Event()
+
+    def work(_: Connection) -> None:
+        released.wait(10)
+
+    led = followers(work, load_s=0.3)
+    with pytest.raises(LoadError, match=r"ranks \[1\] are silent.*model_load_s"):
+        led.wait_for_all("load")
+    released.set()
+    led.stop()
 
 
 def test_every_operation_is_followed_by_all_ranks_or_is_rank_0s_alone() -> None:

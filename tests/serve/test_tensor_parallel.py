@@ -1,4 +1,4 @@
-"""A tensor-parallel model as Serve places it: one rank per bundle, all on one node, replaced together."""
+"""A tensor-parallel model as Serve places it: one rank of vLLM per bundle, all on one node, replaced together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ray import serve
 from ray.util.state.common import ActorState
 
 from actors.config import load_config
+from actors.preflight import VLLM_PYTHON
 from router.app import bind, build
 from tests.support.local_ray import ACCELERATOR, GPU_TYPES, actors, replicas, trio_args, wait_until
 
@@ -44,11 +45,13 @@ def test_ranks_are_requested_in_one_placement_group() -> None:
     assert target.placement_group_bundles == [{"CPU": 0.3, "GPU": 1, "fast": 1}] * 2
     assert target.placement_group_strategy == "STRICT_PACK"
     assert target.placement_group_bundle_label_selector == [{"zone": "a"}] * 2
-    assert target.ray_actor_options == {"num_cpus": 0.3, "num_gpus": 1, "resources": {"fast": 1}}
+    asked = {"num_cpus": 0.3, "num_gpus": 1, "resources": {"fast": 1}}
+    assert target.ray_actor_options.items() >= asked.items()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="needs `make venv-vllm`")
 @pytest.mark.usefixtures("application")
 def test_ranks_share_a_node_and_are_replaced_together() -> None:
     leader, (follower,) = replicas(APPLICATION)["Target"], other_ranks()
