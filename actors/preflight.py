@@ -32,8 +32,8 @@ _PAST_LIMIT = {
 
 
 _OTHER_PYTHON = {"py_executable", "image_uri", "container", "conda", "pip", "uv"}  # keys of Ray's runtime_env
-# vLLM needs other versions of packages than the service: `make venv-vllm` makes its environment. On a cluster a role's
-# `runtime_env` names an image that has it.
+# vLLM needs other versions of packages than the service: `make venv-vllm` makes its environment, and so does the image
+# that is built with --target vllm. A role's `runtime_env` can name another.
 VLLM_PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
 
 

@@ -1,4 +1,4 @@
-"""The images of the Dockerfile: the service, and roles on vLLM. Their processes exchange pickles through Ray."""
+"""The images of the Dockerfile: the service, and the service with vLLM beside it, whose processes exchange pickles."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import subprocess
 import tomllib
 from functools import cache
 
-import pytest
 from packaging.specifiers import SpecifierSet
 
+from actors.preflight import VLLM_PYTHON
 from tests.support.deadlines import HANG_S
 from tests.support.local_ray import ROOT
 
@@ -30,8 +30,9 @@ def pins(file: str) -> dict[str, str]:
 
 
 def test_both_images_have_one_python_that_the_project_supports() -> None:
-    assert [stages()[name][0] for name in ("vllm", "service")] == ["base", "base"]
-    python = re.fullmatch(r"python:(\d+\.\d+)-slim", stages()["base"][0])
+    assert stages()["vllm"][0] == "service"
+    assert "python -m venv .venv-vllm" in stages()["vllm"][1]
+    python = re.fullmatch(r"python:(\d+\.\d+)-slim", stages()["service"][0])
     assert python is not None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert SpecifierSet(project["requires-python"]).contains(python[1])
@@ -45,8 +46,8 @@ def test_both_images_have_the_versions_of_what_their_processes_exchange() -> Non
 
 
 def test_a_build_without_a_target_is_the_service() -> None:
-    assert list(stages())[-1] == "service"
-    assert "CMD" not in stages()["vllm"][1]
+    name, (origin, lines) = list(stages().items())[-1]
+    assert (name, origin, lines.strip()) == ("default", "service", "")
 
 
 def test_the_image_with_vllm_installs_its_build_for_gpus_at_the_pinned_versions() -> None:
@@ -67,8 +68,17 @@ def test_the_image_with_vllm_has_a_compiler() -> None:
     assert re.search(r"apt-get install .*\bg\+\+", stages()["vllm"][1])
 
 
-@pytest.mark.parametrize("image", ["vllm", "service"])
-def test_an_image_has_the_code_that_a_replica_loads_and_its_compiled_kernels(image: str) -> None:
-    lines = stages()[image][1]
+def test_replicas_on_vllm_start_in_the_environment_of_the_image() -> None:
+    """Without a `runtime_env`: it lies where a checkout has it."""
+    assert VLLM_PYTHON == ROOT / ".venv-vllm/bin/python"
+    workdir = re.search(r"^WORKDIR (\S+)$", stages()["service"][1], re.MULTILINE)
+    assert workdir is not None
+    assert f"PYTHONPATH={workdir[1]} " in stages()["service"][1]
+
+
+def test_an_image_has_the_code_and_the_compiled_kernels_of_both_environments() -> None:
+    lines = stages()["service"][1]
     assert {"actors", "router", "cluster"} <= set(re.findall(r"^COPY --chown=ray (\w+) ", lines, re.MULTILINE))
     assert lines.index("USER ray") < lines.index("RUN python -m actors.warmup")
+    with_vllm = stages()["vllm"][1]
+    assert with_vllm.index("USER ray") < with_vllm.index("RUN .venv-vllm/bin/python -m actors.warmup")

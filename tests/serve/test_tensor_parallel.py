@@ -39,14 +39,14 @@ def other_ranks() -> list[ActorState]:
 
 
 def test_ranks_are_requested_in_one_placement_group() -> None:
-    args = parallel_args(num_gpus=1, resources={"fast": 1}, label_selector={"zone": "a"})
+    image = {"runtime_env": {"image_uri": "registry/with-vllm"}}
+    args = parallel_args(num_gpus=1, resources={"fast": 1}, label_selector={"zone": "a"}, **image)
     coordinator = bind(load_config(args))._bound_deployment.init_args[1]
     target = coordinator._bound_deployment.init_args[2][0]._bound_deployment._replica_config
     assert target.placement_group_bundles == [{"CPU": 0.3, "GPU": 1, "fast": 1}] * 2
     assert target.placement_group_strategy == "STRICT_PACK"
     assert target.placement_group_bundle_label_selector == [{"zone": "a"}] * 2
-    asked = {"num_cpus": 0.3, "num_gpus": 1, "resources": {"fast": 1}}
-    assert target.ray_actor_options.items() >= asked.items()
+    assert target.ray_actor_options == {"num_cpus": 0.3, "num_gpus": 1, "resources": {"fast": 1}} | image
 
 
 @pytest.mark.ray
