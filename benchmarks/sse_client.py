@@ -153,15 +153,16 @@ def await_answer(url: str, within_s: float, ended: Callable[[], bool] = lambda: 
     ended: true once nothing will answer any more. Raises EOFError then, and TimeoutError after `within_s` seconds.
     """
     until = time.monotonic() + within_s
-    while True:
-        with suppress(httpx.TransportError):
-            if httpx.get(url).status_code == 200:
-                return
-        if ended():
-            raise EOFError(f"the process behind {url} has ended")
-        if time.monotonic() > until:
-            raise TimeoutError(f"{url} did not answer within {within_s:g} s")
-        time.sleep(0.1)
+    with httpx.Client() as client:
+        while True:
+            with suppress(httpx.TransportError):
+                if client.get(url).status_code == 200:
+                    return
+            if ended():
+                raise EOFError(f"the process behind {url} has ended")
+            if time.monotonic() > until:
+                raise TimeoutError(f"{url} did not answer within {within_s:g} s")
+            time.sleep(0.1)
 
 
 def existing_protocol(protocol: StreamProtocol) -> StreamProtocol:

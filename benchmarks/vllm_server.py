@@ -43,7 +43,8 @@ def vllm_server(
         "--kv-cache-memory-bytes": cache_bytes,
         "--generation-config": "vllm",  # not what the checkpoint recommends
     }
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    # not `vllm serve`, which asks for the version of a package that builds for CPUs do not have
+    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += [str(word) for option in options.items() for word in option]
     command += ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
     url = f"http://{LOOPBACK}:{port}"

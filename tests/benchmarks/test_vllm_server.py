@@ -50,7 +50,7 @@ def test_the_server_answers_and_ends_with_the_context(tmp_path: Path, monkeypatc
     stand_in(tmp_path, monkeypatch, SERVER)
     with vllm_server(Path("/a/model"), "peer", 2_048, 1 << 20, 2, HANG_S) as (url, process):
         command = httpx.get(f"{url}/health").text.split()
-        assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "/a/model"]
+        assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "/a/model"]
         assert command[command.index("--dtype") + 1] == "float32"
         assert psutil.pid_exists(process)
     assert not psutil.pid_exists(process)
