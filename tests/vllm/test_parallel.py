@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
 from actors.engine.errors import LoadError
 from actors.engine.loader import ModelSource
@@ -16,6 +18,14 @@ from tests.vllm.models import qwen3, saved
 from tests.vllm.test_engine import CACHE, Script
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_afterwards() -> Iterator[None]:
+    """vLLM remembers the ranks of this process, which the tests of one rank would meet."""
+    yield
+    destroy_model_parallel()
+    destroy_distributed_environment()
 
 
 def test_two_ranks_give_the_rows_of_plain_forwards_and_a_killed_one_is_noticed(
