@@ -84,6 +84,7 @@ SAME = {"target_equal_generate": ("target", "generate"), "guided_equal_static": 
 SAME |= {"target_equal_vllm": ("target", "vllm")}
 PARTS = (*FAMILIES, "http")
 READY_S = 900.0  # three models load on vLLM
+SETTLE_S = 2.0  # vLLM's worker waits awake for a second after its last step
 NAME = "target"  # of the model that vLLM's server offers
 HTTP: dict[str, Any] = {
     "temperature": 0,
@@ -232,6 +233,7 @@ def over_http(url: str, fields: dict[str, Any], processes: Sequence[int], client
 
     async def run(asked: Sequence[Task]) -> Measured:
         bodies = [HTTP | fields | {"prompt": task.prompts["target"], "max_tokens": task.tokens} for task in asked]
+        await asyncio.sleep(SETTLE_S)
         for process in processes:
             forget_peak(process)
         streams = await asyncio.get_running_loop().run_in_executor(client, read_all, url, bodies)

@@ -49,7 +49,8 @@ class Size:
     def save(self, folder: Path) -> Path:
         """A folder with the model's config, from which both engines load random weights."""
         named = {"architectures": ["Qwen2ForCausalLM"], "dtype": DTYPE_NAME, "tie_word_embeddings": False}
-        Qwen2Config(**self.config, **named, max_position_embeddings=POSITIONS).save_pretrained(folder)
+        named |= {"max_position_embeddings": POSITIONS, "eos_token_id": 0}  # a service needs a token that ends answers
+        Qwen2Config(**self.config, **named).save_pretrained(folder)
         return folder
 
 

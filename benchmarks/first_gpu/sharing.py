@@ -64,7 +64,7 @@ def service(kind: Kind, tiny: bool, say: Say) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for role, share in SHARES.items():
             size = TINY if tiny else (LARGE if role == "target" else SMALL)
-            path = with_words(size.save(Path(folder) / role), size)
+            path = with_words(size.save(Path(folder) / role), (TINY if tiny else SMALL).config["vocab_size"])
             models[role] = {"path": str(path), "load_format": "dummy", "dtype": DTYPE_NAME, "device": DEVICE.type}
             models[role] |= {"engine": kind, "num_gpus": share if CUDA else 0, "cache_tokens": size.cache_tokens // 4}
         began = time.monotonic()
@@ -85,10 +85,10 @@ def service(kind: Kind, tiny: bool, say: Say) -> None:
                 say("an answer over HTTP", model=model, tokens_per_s=round(usage["completion_tokens"] / seconds, 1))
 
 
-def with_words(folder: Path, size: Size) -> Path:
-    """The folder, with a tokenizer of made-up words."""
+def with_words(folder: Path, count: int) -> Path:
+    """The folder, with a tokenizer of so many words: made-up ones, and the one of the router's first grammar."""
     from tokenizers import Tokenizer, models
 
-    words = {f"<{token:x}>": token for token in range(size.config["vocab_size"])}
+    words = {"a" if token == 1 else f"<{token:x}>": token for token in range(count)}
     Tokenizer(models.WordLevel(words, unk_token="<0>")).save(str(folder / "tokenizer.json"))  # noqa: S106
     return folder

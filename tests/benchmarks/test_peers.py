@@ -69,7 +69,8 @@ async def test_a_result_has_rates_times_memory_and_ratios(compared: tuple[dict[s
     assert table("sft", [comparison, other]).row_count == 6 * 3 + 4 + 2
 
 
-async def test_answers_over_http_are_those_of_the_coordinator(tmp_path: Path) -> None:
+async def test_answers_over_http_are_those_of_the_coordinator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "SETTLE_S", 0.0)
     config = PLAN.config(tmp_path)
     tokenizers = load_tokenizers(config)
     asked = tasks(tokenizers, 3, PLAN.tokens, 0)
